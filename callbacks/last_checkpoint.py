@@ -46,12 +46,12 @@ class LastCheckpoint(ModelCheckpoint):
 
         From there a run with a raised limit takes the other batches of that epoch; from Lightning's later hooks it
         would begin the next epoch. After the last batch of an epoch, :meth:`on_train_epoch_end` saves. Nothing is saved
-        between optimiser steps, as after the first batch of a resumed run: accumulated gradients would be lost.
+        between optimiser steps: accumulated gradients would be lost.
         """
-        loop = trainer.fit_loop
-        if loop.epoch_loop.batch_progress.is_last_batch or loop._should_accumulate():
+        loop = trainer.fit_loop.epoch_loop
+        if loop.batch_progress.is_last_batch or loop._should_accumulate():
             return
-        if loop.epoch_loop.done:
+        if loop._is_training_done or loop.done:  # in the first batch of a resumed run, `done` waits for a validation
             self._save(trainer)
         else:
             super().on_train_batch_end(trainer, pl_module, *args)

@@ -10,7 +10,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
+from latentreward.apps.commands.fit_folder import last_checkpoint
 from latentreward.core.errors import InputError
+from tests.callbacks.small_run import assert_same_state, make_trainer
+from tests.callbacks.small_run import fit as fit_small
 from tests.small_user import SEEN, run
 
 
@@ -75,6 +78,15 @@ def test_a_resumed_run_saves_no_accumulated_gradients(tmp_path: Path) -> None:
     fit(tmp_path, 2, 4, batches=20, accumulate_grad_batches=2)
     (file,) = tmp_path.rglob("*.ckpt")
     assert fit(tmp_path, 2, 6, batches=20, accumulate_grad_batches=2, resumed=file) == [6]
+
+
+def test_a_resumed_run_of_one_step_leaves_the_rest_of_its_epoch(tmp_path: Path) -> None:
+    whole = make_trainer(tmp_path / "whole", max_epochs=1)
+    fit_small(whole)
+    for steps, resumed in ((2, None), (3, "last"), (-1, "last")):
+        trainer = make_trainer(tmp_path, [LastCheckpoint()], max_epochs=1, max_steps=steps)
+        fit_small(trainer, last_checkpoint(trainer) if resumed else None)
+    assert_same_state(whole, trainer)
 
 
 @pytest.mark.slow

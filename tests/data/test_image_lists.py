@@ -92,6 +92,18 @@ def test_tables_of_a_folder(tmp_path: Path) -> None:
     assert {remark for remark in of_pattern.remarks if "no picture" in remark} == {f"{tmp_path}: no picture 'gone'"}
 
 
+@pytest.mark.parametrize("table", ["metadata.csv", "captions.jsonl"])
+def test_unlike_prompts_of_a_picture_in_one_table_are_its_problem(tmp_path: Path, table: str) -> None:
+    given = [("1.png", "one"), ("2.png", "two"), ("1.png", "uno"), ("2.png", "two"), ("1.png", "one")]
+    picture(tmp_path / "1.png"), picture(tmp_path / "2.png")
+    lines = [json.dumps({"name": name, "prompt": text}) for name, text in given]
+    lines = lines if table.endswith("jsonl") else ["name,prompt", *map(",".join, given)]
+    (tmp_path / table).write_text("\n".join(lines))
+    one, two = read_images(str(tmp_path)).rows
+    assert (one.problem, one.detail) == ("unreadable caption", f"{table} has 'one' and 'uno' for it")
+    assert (two.problem, two.prompt) == (None, "two")
+
+
 def test_a_folder_without_any_prompt_is_refused(pics: Path) -> None:
     for text in pics.rglob("*.txt"):
         text.unlink()

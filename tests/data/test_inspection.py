@@ -47,13 +47,16 @@ def test_rows_labels_prompts_and_images(jpeg) -> None:
         ("", big, b"garbage", None),
         ("b", b"", b"garbage", 0.3),
         ("b", big, big, 0.8),
+        ("a", wide, big, 1.0),
+        ("c", wide, big, 1.0),
     )
     counts = inspect_reader("train", reader)
-    assert (counts.rows, counts.reader, counts.distinct_prompts, counts.edits) == (6, "Pairs", 4, 0)
-    assert counts.labels == {"a wins": 2, "b wins": 2, "ties": 1, "unlabelled": 1}
+    assert (counts.rows, counts.reader, counts.distinct_prompts, counts.edits) == (8, "Pairs", 5, 0)
+    assert counts.labels == {"a wins": 4, "b wins": 2, "ties": 1, "unlabelled": 1}
     images = counts.images
     assert images is not None
-    assert (images.rows, images.distinct, images.unreadable) == (6, 6, 2)
+    assert (images.rows, images.distinct, images.unreadable) == (8, 6, 2)
+    assert (images.same_image, images.contradicted) == (1, 1)
     assert images.sizes == {"512x512": 1, "1248x832": 1, "20x20": 1, "600x700": 1}
     assert images.unreadable_rows == {"unknown image format": 1, "empty image": 1}
     assert counts.skipped == {"a reason": 2}
@@ -100,7 +103,7 @@ def test_sizes_follow_the_readers_orientation(exif, size: str, jpeg) -> None:
 
 def test_prompts_that_splits_share_count_as_training_compares_them() -> None:
     assert shared_prompts(["a cat", "A  cat", "b"], ["a cat", "c", "C"]) == [1, 2, 1]
-    report = Report("data", shared={"train and test": [1, 2, 1]}).to_text().splitlines()
+    report = Report("data", shared={"train beside test": [1, 2, 1]}).to_text().splitlines()
     assert report[-1].split() == ["train", "and", "test", "1", "2", "1"]
 
 

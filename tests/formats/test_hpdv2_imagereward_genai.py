@@ -160,7 +160,7 @@ def test_imagerewarddb_gives_the_same_from_the_parts_themselves(sets, tmp_path) 
     for archive in (root / "images" / "test").glob("*.zip"):
         zipfile.ZipFile(archive).extractall(unpacked / archive.stem)
     for folder in ("zips", "folders"):
-        other = ImageRewardDBReader(str(tmp_path / folder), "test", on_error="skip")
+        other = ImageRewardDBReader(str(tmp_path / folder), "test", on_error="skip", allow_outside=True)
         assert (other.pair_ids(), other.prompts()) == (reader.pair_ids(), reader.prompts())
         np.testing.assert_array_equal(other.labels(), reader.labels())
         if not reader.remarks:  # where each path names its part

@@ -13,7 +13,15 @@ from latentreward.core.storage.user_files import escapes, find_file, find_files,
 from latentreward.data.images import NO_IMAGE, OUTSIDE, file_image, outside
 from latentreward.data.list_rows import find_columns, read_objects
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
-from latentreward.data.readers.folders import SUFFIXES, UNREAD, read_caption, tell_unread
+from latentreward.data.readers.folders import (
+    NO_TEXT,
+    SUFFIXES,
+    UNREAD,
+    Caption,
+    note_caption,
+    read_caption,
+    tell_unread,
+)
 from latentreward.data.readers.json_rows import (
     EDIT_UNREAD,
     MOST_SOURCES,
@@ -117,10 +125,11 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
         return ImageList(source, tuple(ListedImage(_name(file, root), given, str(file)) for file in files), (*remarks,))
     beside, rows = {file: _caption_beside(file) for file in files}, list[ListedImage]()
     captions, told = _read_tables(root, beside, columns)
-    for file, (written, odd) in beside.items():
-        named = captions.get(one_form(str(file)), captions.get(one_form(str(file.with_suffix("")))))
-        caption, problem, detail = named if written is None and not odd else written, BAD_CAPTION if odd else None, odd
-        if caption is None and not odd:
+    for file, found in beside.items():
+        named = captions.get(one_form(str(file)), captions.get(one_form(str(file.with_suffix(""))), NO_TEXT))
+        caption, detail = named if found == NO_TEXT else found
+        problem = BAD_CAPTION if detail else None
+        if caption is None and not detail:
             problem = NO_PROMPT
             detail = f"no {parse_text(file.stem)}.txt beside it, no line in {' or '.join(FOLDER_TABLES)}"
         rows.append(ListedImage(_name(file, root), caption or "", str(file), "", problem, detail))
@@ -194,8 +203,7 @@ def _name(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix().encode("utf-8", "replace").decode()
 
 
-def _caption_beside(picture: Path) -> tuple[str | None, str]:
-    """Return the text beside a picture, None without one, and what is wrong with it."""
+def _caption_beside(picture: Path) -> Caption:
     try:
         return read_caption(picture.with_suffix(".txt")), ""
     except UnreadableTextError as error:
@@ -203,28 +211,30 @@ def _caption_beside(picture: Path) -> tuple[str | None, str]:
 
 
 def _read_tables(
-    root: Path, pictures: Mapping[Path, tuple[str | None, str]], columns: Sequence[str | None]
-) -> tuple[dict[str, str], Iterable[str]]:
+    root: Path, pictures: Mapping[Path, Caption], columns: Sequence[str | None]
+) -> tuple[dict[str, Caption], Iterable[str]]:
     """Read the tables in the folders, up to ``root``, of pictures that have no text beside them.
 
     Returns:
-        Path, perhaps without suffix, of a picture → its prompt in the nearest table; and messages about lines that
-        cannot be used, and about those whose picture does not exist.
+        Path, perhaps without suffix, of a picture → its prompt in the nearest table, which must not name unlike ones;
+        and messages about lines that cannot be used, and about those whose picture does not exist.
     """
-    captions, remarks = dict[str, str](), dict[str, None]()
+    captions, remarks = dict[str, Caption](), dict[str, None]()
     known = {one_form(str(name)) for file in pictures for name in (file, file.with_suffix(""))}
-    alone = (file for file, beside in pictures.items() if beside == (None, ""))
+    alone = (file for file, beside in pictures.items() if beside == NO_TEXT)
     folders = {folder for file in alone for folder in file.parents if folder.is_relative_to(root)}
     for table in (folder / name for folder in sorted(folders) for name in FOLDER_TABLES if (folder / name).is_file()):
         lines = read_objects(table)
         image, text = find_columns(table, lines, columns)
+        found = dict[str, Caption]()
         for line, row in lines:
             listed = _listed(table, line, row, image, text, None, str(table.parent))
             name = one_form(listed.path)
             if listed.problem:
                 remarks[f"{table}: {listed.detail}"] = None
                 continue
-            captions[name] = listed.prompt
+            note_caption(found, name, listed.prompt, table.name)
             if name not in known and not any(os.path.lexists(f"{listed.path}{suffix}") for suffix in ("", *SUFFIXES)):
                 remarks[f"{table.parent}: no picture {short(listed.name)}"] = None
+        captions |= found
     return captions, remarks

@@ -222,9 +222,10 @@ def decoding_bytes(image: ImageRef, max_pixels: int = MAX_PIXELS) -> tuple[int, 
         ImageError: As :func:`read_header`.
     """
     with _opened(image, max_pixels) as opened:
-        pixels = opened.width * opened.height
+        pixels, rows = opened.width * opened.height, 8 * max(opened.size)  # a pointer to each row, also when turned
         extra = EXTRA_BYTES.get(opened.format or "") or EXTRA_BYTES.get(opened.mode, 8)
-        return 4 * pixels, extra * pixels  # Pillow takes four bytes for a pixel of RGB
+        # Pillow takes four bytes for a pixel of RGB, and holds up to two more images of other modes meanwhile.
+        return 4 * pixels + rows, extra * pixels + 2 * rows
 
 
 @contextmanager

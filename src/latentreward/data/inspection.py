@@ -51,6 +51,8 @@ class ImageCounts:
     unreadable_rows: Counter[str] = field(default_factory=Counter)  # by the problem of the row's first such image
     unreadable: int = 0  # images
     first_unreadable: list[str] = field(default_factory=list)  # row (from 0), pair and error of the first few
+    same_image: int = 0  # rows with the same image on both sides
+    contradicted: int = 0  # rows whose label contradicts that of an earlier row of the same prompt and images
 
 
 @dataclass
@@ -81,6 +83,7 @@ class ImageCensus:
         self.decode, self.exif = decode, exif
         self.counts = ImageCounts()
         self._problems: dict[str, str] = {}  # name of an image → its problem, empty without one
+        self._first_wins: dict[int, bool] = {}  # hash of prompt and image names → whether the first name by order wins
 
     def add(self, pair: PreferencePair) -> None:
         """Count a row, and those of its images that occurred in no earlier row."""
@@ -88,6 +91,13 @@ class ImageCensus:
         if problems := [*filter(None, [self._look_at(image, pair.pair_id) for image in images])]:
             self.counts.unreadable_rows[problems[0]] += 1
         self.counts.rows += 1
+        names = pair.image_a.image_key, pair.image_b.image_key
+        if names[0] and names[0] == names[1]:
+            self.counts.same_image += 1
+        elif all(names) and pair.label_a is not None and pair.label_a != 0.5:
+            first_wins = names[pair.label_a < 0.5] == min(names)
+            row = hash((pair.prompt, frozenset(names)))
+            self.counts.contradicted += self._first_wins.setdefault(row, first_wins) != first_wins
 
     def _look_at(self, image: ImageRef, pair_id: str) -> str:
         if image.image_key and image.image_key in self._problems:
@@ -238,6 +248,12 @@ def overview(splits: Sequence[SplitCounts]) -> dict[str, list[object]]:
     rows["distinct prompts"] = [split.distinct_prompts for split in splits]
     rows["rows whose images were looked at"] = [split.images.rows if split.images else NOTHING for split in splits]
     rows["distinct images, by name"] = [split.images.distinct if split.images else NOTHING for split in splits]
+    for title, name in (
+        ("same image on both sides", "same_image"),
+        ("label contradicts an earlier row", "contradicted"),
+    ):
+        if any(found := [getattr(split.images, name, 0) for split in splits]):
+            rows[title] = found
     return rows
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from latentreward.apps.cli import main
 from latentreward.apps.commands.fit_folder import result_lines
 from tests.marks import slow_after
-from tests.small_user import SEEN, SmallUserData, run
+from tests.small_user import SEEN, SmallUserData, refusal, run
 
 LAST = (
     "--trainer.callbacks+=LastCheckpoint",
@@ -209,6 +209,24 @@ def test_a_second_fit_in_a_folder_says_what_it_does(tmp_path: Path, capsys: pyte
         run("fit", tmp_path, *LAST, *resumed)
         line = f"{tmp_path}/run/checkpoints holds an earlier run (last.ckpt): this run starts anew"
         assert (line in capsys.readouterr().err) == told
+
+
+def test_what_a_csv_logger_wrote_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each later command that logs writes a file of its own; a fit that is refused or has nothing to do writes none."""
+    short, last = (*LAST, "--trainer.val_check_interval=1"), "--ckpt_path=last"
+    run("fit", tmp_path, *short)
+    folder, told = tmp_path / "run", capsys.readouterr().err
+    written = {folder / "metrics.csv": (folder / "metrics.csv").read_bytes()}
+    assert written[folder / "metrics.csv"].count(b"\n") == 3 and "of an earlier command" not in told
+    run("fit", tmp_path, *short, last)
+    refusal(capsys, "fit", tmp_path, *short, last, "--model.width=4")
+    assert [*folder.glob("metrics*")] == [*written]
+    for number, command in enumerate((("validate", last), ("fit", *short, last, "--trainer.max_steps=3")), start=1):
+        run(command[0], tmp_path, *command[1:])
+        path = folder / f"metrics-v{number}.csv"
+        assert f"metrics.csv is of an earlier command: this one logs to {path}\n" in capsys.readouterr().err
+        written[path] = path.read_bytes()
+        assert {path: path.read_bytes() for path in folder.glob("metrics*")} == written
 
 
 def test_an_address_of_a_checkpoint_is_told_as_it_is(tmp_path: Path) -> None:

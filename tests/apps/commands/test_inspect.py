@@ -57,8 +57,8 @@ def test_samples(tmp_path, capsys, name, keys) -> None:
     assert "Rows with unreadable images (all were decoded): none" in text
     if name == "pickapic_v1":
         assert report["splits"][0]["labels"] == {"a wins": 3, "b wins": 3, "ties": 2, "unlabelled": 0}
-        assert report["shared"]["train and validation_unique"][1] == 6
-        assert report["shared"]["validation_unique and test_unique"][1] == 1
+        assert report["shared"]["train beside validation_unique"][1] == 6
+        assert report["shared"]["validation_unique beside test_unique"][1] == 1
     if name == "genai_bench_cmu":
         assert report["splits"][0]["labels"]["ties"] == EXPECTED[name]["ties"]
 
@@ -71,7 +71,7 @@ def test_tiny_world(tmp_path, capsys) -> None:
     hpdv3 = write_hpdv3(tmp_path / "hpdv3", {"train": 20, "test": 8})
     shutil.copy(hpdv3 / "train.json", hpdv3 / "copy.json")
     report = inspect(tmp_path, str(hpdv3), "--splits=train,copy")
-    assert report["shared"]["train and copy"][1:] == [20, 20]
+    assert report["shared"]["train beside copy"][1:] == [20, 20]
 
 
 def test_readers_with_settings(tmp_path) -> None:
@@ -128,7 +128,7 @@ def test_prompts_of_a_test_split_are_told(tmp_path, capsys) -> None:
     main(["inspect", str(tmp_path)])
     text = capsys.readouterr().out
     assert "if its config also sets the later one as data.val or data.test" in text
-    assert re.search(r"train and test +1 +2 +1\n", text)
+    assert re.search(r"train beside test +1 +2 +1\n", text)
 
 
 def test_the_first_unreadable_images_are_named(tmp_path, capsys) -> None:

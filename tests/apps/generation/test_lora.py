@@ -249,8 +249,10 @@ def test_every_tensor_is_used_or_the_file_is_refused(change: str, exported: tupl
         ({"rank_pattern": {"a" * 1000: 4}}, "rank_pattern holds .*; write names of layers"),
         ({"rank_pattern": {"\\1": 4}}, "rank_pattern holds .*; write names of layers"),
         ({"alpha_pattern": ["to_q"]}, "alpha_pattern is .*; write a mapping"),
-        ({"lora_alpha": "16"}, "alpha is '16'; write a finite number"),
-        ({"lora_alpha": float("inf")}, "alpha is inf; write a finite number"),
+        ({"lora_alpha": "16"}, "alpha: it must be .*, not '16'; write a finite number"),
+        ({"lora_alpha": float("inf")}, "alpha: .*, not inf; write a finite number"),
+        ({"lora_alpha": 10**400}, "alpha: .*; write a finite number"),
+        ({"alpha_pattern": {"to_q": 10**400}}, "alpha: .*; write a finite number"),
         ({"rank_pattern": {"to_q": 10**8}}, "rank 100000000 does not fit the stored weights"),
         ({"rank_pattern": {"(.*a.*)*(.*a.*)*(.*a.*)*b": 4}}, "rank_pattern holds .*; write names of layers"),
         ({"target_modules": "(.*a.*)*(.*a.*)*(.*a.*)*b"}, None),
@@ -270,6 +272,14 @@ def test_settings_of_a_stranger_cost_nothing(
         return
     load_lora(fresh, tmp_path)  # ranks and layers are those of the tensors, and there is no dropout
     torch.testing.assert_close(predict(fresh), predict(policy), atol=1e-4, rtol=1e-4)
+
+
+def test_metadata_give_no_key_twice(exported: tuple, tmp_path: Path) -> None:
+    _, tensors, metadata = exported
+    twice = {"lora_adapter_metadata": '{"transformer.r": 9, ' + metadata["lora_adapter_metadata"][1:]}
+    save_file(tensors, tmp_path / "lora.safetensors", twice)
+    with pytest.raises(InputError, match=r"^lora: .*: key 'transformer\.r' is given twice"):
+        load_lora(load("sd35_tiny", rank=2), tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"lora_bias": True}, {"use_dora": True}, {"use_rslora": True}])

@@ -188,7 +188,7 @@ def test_sources_count_once_in_the_memory_that_a_request_takes() -> None:
         content = {"prompt": TEXT, "images": [encoded(RED)] * len(sources), **given}
         return images_of_json(json.dumps(content).encode(), 8, 16).memory_bytes(10**6)
 
-    assert needed([BLUE]) == needed([]) + len(png(BLUE)) + 4 * 2400
+    assert needed([BLUE]) == needed([]) + len(png(BLUE)) + 4 * 2400 + 8 * max(BLUE.size)
     assert needed([BLUE], [BLUE]) - needed([], []) == needed([BLUE]) - needed([])
 
 

@@ -43,6 +43,7 @@ HOSTILE = {
         (b"[" * 1000, "too deeply nested"),
         (b'{"a": ' * 400 + b"1" + b"}" * 400, "too deeply nested"),
         (b'{"images": [' + b"[], " * 1000, "too many values"),
+        (b'{"prompt": "a", "prompt": "b", "images": []}', "key 'prompt' is given twice"),
     ],
 )
 def test_what_is_too_much_about_json_is_said(body: bytes, told: str) -> None:
@@ -115,10 +116,12 @@ def test_parsing_takes_no_more_than_is_held_for_it(prompt: str, escape: bool) ->
         (np.zeros((30, 20), np.uint8), {}, 5),
         (np.zeros((30, 20), np.uint16), {}, 7),
         (np.zeros((30, 20, 3), np.uint8), {"fmt": "WEBP"}, 16),
+        (np.zeros((600, 1), np.uint8), {}, 5),
     ],
 )
 def test_images_are_charged_by_their_kind(pixels: np.ndarray, options: dict[str, Any], per_pixel: int) -> None:
     data = encode(pixels, **options).data
     assert data is not None
+    pointers = 8 * pixels.shape[0]  # Pillow has one to each row
     one, two = (EncodedImages(["a"] * n, [data] * n).memory_bytes(600) for n in (1, 2))
-    assert one == len(data) + per_pixel * 600 and two - one == len(data) + 4 * 600
+    assert one == len(data) + per_pixel * 600 + 3 * pointers and two - one == len(data) + 4 * 600 + pointers

@@ -132,7 +132,7 @@ def test_decimal_labels_are_numbers_and_a_split_without_rows_tells_why(dataset, 
     reader = DatasetPairReader(str(tmp_path / "train.parquet"), randomise_sides=False)
     assert reader.labels().tolist() == [1.0, 0.0, 0.5, 0.25, 0.75]
     pq.write_table(table.append_column("label", pa.array([True] * 5)), tmp_path / "train.parquet")
-    with pytest.raises(InputError, match=r"has no rows left \(5 label not readable left out\); check the files"):
+    with pytest.raises(InputError, match=r"no rows left; 5 label not readable left out; .*:0: label is .*; check"):
         DatasetPairReader(str(tmp_path / "train.parquet"), on_error="skip")
 
 
@@ -385,7 +385,7 @@ def test_a_folder_of_a_stranger_names_no_files_outside(dataset, tmp_path) -> Non
         dataset.save_to_disk(tmp_path / name)
     state = tmp_path / "saved" / "state.json"
     state.write_text(state.read_text().replace("data-0", "../other/data-0"))
-    with pytest.raises(InputError, match=r"saved is damaged \('\.\./other/data-00000-of-00001\.arrow' leads out of it"):
+    with pytest.raises(InputError, match=r"\.\./other/data-00000-of-00001\.arrow leads out of .*saved"):
         DatasetPairReader(str(tmp_path / "saved"))
 
 

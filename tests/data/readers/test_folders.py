@@ -50,6 +50,17 @@ def test_captions_file_comes_first(write) -> None:
     assert FolderPairReader(root).prompts() == ["of 2", "of cats/1"]
 
 
+def test_unlike_captions_of_a_name_follow_on_error_and_a_name_without_picture_is_told(write, caplog) -> None:
+    given = [("2", "two"), ("cats/1", "a cat"), ("2", "zwei"), ("cats/1", "a cat"), ("2", "two"), ("3.jpg", "three")]
+    lines = "\n".join(json.dumps({"name": name, "prompt": prompt}) for name, prompt in given)
+    root = write(*PAIRS, **{"captions.jsonl": lines})
+    with pytest.raises(InputError, match=r"^2: captions.jsonl has 'two' and 'zwei' for it; correct the row"):
+        FolderPairReader(root)
+    reader = FolderPairReader(root, on_error="skip")
+    assert (reader.prompts(), dict(reader.skipped)) == (["a cat"], {"several captions": 1})
+    assert "captions.jsonl: no picture for 1 names, such as '3.jpg'" in caplog.text
+
+
 def test_sides_are_randomised_by_name(write) -> None:
     names = [f"{side}/{n}.jpg" for n in range(20) for side in ("chosen", "rejected")]
     root = write(*names, **{f"captions__{n}.txt": f"prompt {n}" for n in range(20)})
@@ -159,7 +170,7 @@ NOT_READ = "left out: this kind of picture is not read; convert them to JPEG or 
             f"^root: no pairs in .*; chosen/: 2 .heic files are {NOT_READ}; rejected/: 1 .heic file is {NOT_READ}",
             "",
         ),
-        (["chosen/4.jpg", "rejected/4.jpg"], {"on_error": "skip"}, r"no pairs in .*; 1 no caption left out; give", ""),
+        (["chosen/4.jpg", "rejected/4.jpg"], {"on_error": "skip"}, r"no pairs in .*; 1 no caption left out; 4: no", ""),
         (
             ["chosen/4.heic", "rejected/4.jpg"],
             {},

@@ -219,6 +219,15 @@ HOSTILE = {
 }
 
 
+def test_an_image_whose_json_gives_a_key_twice_is_left_out(write) -> None:
+    root = write("files")
+    meta = root / "00000" / "000000001.json"
+    meta.write_text('{"caption": "b", ' + meta.read_text()[1:])
+    with pytest.raises(InputError, match=r"00000/000000001\.jpg: json is .*, not an object"):
+        Img2DatasetReader(str(root), rating="score")
+    assert Img2DatasetReader(str(root), rating="score", on_error="skip").skipped["txt or json not readable"] == 1
+
+
 @pytest.mark.parametrize("damage", HOSTILE)
 def test_a_hostile_tar_is_one_line_and_keeps_its_whole_samples(write, damage) -> None:
     root = write("webdataset", [{"caption": "a cat", "score": float(n)} for n in range(2)])
@@ -268,7 +277,7 @@ def test_nothing_to_read_is_one_clear_line(tmp_path, write) -> None:
         Img2DatasetReader(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"root: no \*\.tar, no folder of images and no parquet with images in"):
         Img2DatasetReader(str(tmp_path))
-    with pytest.raises(InputError, match=r"root: no two images of .* share a caption; set group"):
+    with pytest.raises(InputError, match=r"root: no two images of .* share a caption; .* left out; set group"):
         Img2DatasetReader(str(write("files", ROWS[:2])), rating="score")
 
 

@@ -195,8 +195,10 @@ UNNAMED = {key: value for key, value in PLAIN.items() if key != "prompt"}
         ({**PLAIN, "label": 2}, "label not readable"),
         ({**PLAIN, "label": "left"}, "label not readable"),
         ({**PLAIN, "label": True}, "label not readable"),
+        ({**PLAIN, "label": "0_1"}, "label not readable"),
         ({**PLAIN, "weight": -1}, "weight not readable"),
         ({**PLAIN, "weight": "heavy"}, "weight not readable"),
+        ({**PLAIN, "weight": "1_0"}, "weight not readable"),
         ({**PLAIN, "pair_id": "first"}, "pair_id occurs twice"),
     ],
 )
@@ -263,8 +265,10 @@ def test_root_of_its_own_and_files_that_are_not_there(write, tmp_path) -> None:
         JSONLPairReader("a.TSV")
     with pytest.raises(InputError, match="Is a directory"):
         JSONLPairReader(str(tmp_path))
-    with pytest.raises(InputError, match="has no lines left"):
+    with pytest.raises(InputError, match="has no lines left; give"):
         JSONLPairReader(write("", " "))
+    with pytest.raises(InputError, match=r"has no lines left; 2 .* left out; own.jsonl:1: cut off; give"):
+        JSONLPairReader(write("{", "["), on_error="skip")
 
 
 def test_byte_order_mark_and_surrogates(write) -> None:

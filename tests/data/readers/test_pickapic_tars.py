@@ -95,6 +95,7 @@ def test_rows_pickle_and_equal_bytes_have_one_key(write_tar, sample, jpeg) -> No
     [
         ({"label_0__txt": "1.0", "label_1__txt": "1.0"}, "unlabelled (labels do not add up to 1)"),
         ({"label_0__txt": "None"}, "unlabelled (no label, or no number)"),
+        ({"label_0__txt": "0_1"}, "unlabelled (no label, or no number)"),
         ({"label_1__txt": ...}, "unlabelled (no label, or no number)"),
     ],
 )

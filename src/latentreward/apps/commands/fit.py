@@ -26,7 +26,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch import callbacks as theirs
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, csv_logs
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
@@ -393,6 +393,7 @@ class TrainingCLI(LightningCLI):
             # No logged step, whose means would begin anew, and nothing that belongs to no step.
             kwargs |= {"log_every_n_steps": 0, "limit_val_batches": 0, "num_sanity_val_steps": 0}
             added.append(StepProfile(self.profiled))
+        csv_logs.ExperimentWriter = fit_folder.MetricsWriter  # type: ignore[misc]  # CSVLogger has no setting for it
         trainer = super().instantiate_trainer(**kwargs)
         for keeper in trainer.checkpoint_callbacks:
             if isinstance(keeper, theirs.ModelCheckpoint):

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from itertools import count, filterfalse
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -11,7 +12,9 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning_utilities.core.rank_zero import rank_zero_only
+from typing_extensions import override
 
 from latentreward.apps.commands.notes import tell
 from latentreward.callbacks import PolicyLoRA, SampleGrid, ScoredPairGrid
@@ -24,6 +27,27 @@ from latentreward.diffusion.backbones.stored_adapters import CONFIG
 
 FOLDER = "trainer.default_root_dir"
 """Setting that names the folder of a run."""
+
+
+class MetricsWriter(ExperimentWriter):
+    """Writer of a ``CSVLogger``: to ``metrics.csv``, or to ``metrics-v1.csv`` and so on beside an earlier command's.
+
+    Lightning's writer deletes the file of an earlier command, even before a command that logs nothing.
+    """
+
+    @override
+    def _check_log_dir_exists(self) -> None:
+        """Do nothing: Lightning would delete the file here."""
+
+    @override
+    def save(self) -> None:
+        """Write what was logged; the first time, choose a file that does not exist."""
+        if self.metrics and not self.metrics_keys and self._fs.isfile(self.metrics_file_path):
+            earlier = self.metrics_file_path
+            paths = (f"{earlier.removesuffix('.csv')}-v{number}.csv" for number in count(1))
+            self.metrics_file_path = next(filterfalse(self._fs.exists, paths))
+            tell(f"{earlier} is of an earlier command: this one logs to {self.metrics_file_path}")
+        super().save()
 
 
 def settle_folder(trainer: Namespace, arguments: Sequence[str]) -> None:

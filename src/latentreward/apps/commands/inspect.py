@@ -61,7 +61,7 @@ def inspect(
     if not report.splits:
         raise InputError(next(iter(report.unread.values())))
     for first, second in combinations(prompts, 2):
-        report.shared[f"{first} and {second}"] = shared_prompts(prompts[first], prompts[second])
+        report.shared[f"{first} beside {second}"] = shared_prompts(prompts[first], prompts[second])
     print(printable(report.to_text()))
     if output is not None:
         write_file(output, report.to_json())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections import Counter
@@ -15,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentreward.alignment import POLICY, AdapterSwitch, Policy
-from latentreward.core.errors import InputError, first_line
-from latentreward.core.storage.json_files import read_config
+from latentreward.core.errors import InputError, errors_at, first_line
+from latentreward.core.storage.json_files import parse, read_config
 from latentreward.core.storage.user_files import find_files
 from latentreward.diffusion.backbones.stored_adapters import CONFIG, PREFIX, check_settings, plain_name, stored_ranks
 from latentreward.reward.scoring.files import read_state_dict
@@ -108,7 +107,8 @@ def read_tensors(path: Path, part: str) -> tuple[dict[str, Tensor], dict[str, An
         return read_state_dict(file, "a LoRA"), {}
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-        metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        with errors_at(f"lora: {path}: lora_adapter_metadata: "):
+            metadata = parse((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
     if (file.parent / CONFIG).is_file() and all(name.startswith(PREFIX) for name in tensors):
         tensors = {f"{part}.{name.removeprefix(PREFIX)}": tensor for name, tensor in tensors.items()}
         return tensors, read_config(file.parent / CONFIG)

@@ -7,6 +7,8 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from latentreward.apps.serving.errors import RequestError
+from latentreward.core.errors import first_line
+from latentreward.core.storage.json_files import parse
 
 PROMPT_LENGTH = 10_000  # greatest length of a prompt, in characters; text encoders truncate far earlier
 Content = TypeVar("Content", bound=BaseModel)
@@ -24,6 +26,10 @@ def read_json(body: bytes, kind: type[Content], most: int, form: str) -> Content
 
 def parse_json(text: bytes, kind: type[Content], form: str) -> Content:
     """Parse JSON of bounded structure into a pydantic model; raise RequestError with ``form`` if it is no such."""
+    try:
+        parse(text)  # pydantic would take the last value of a key that is given twice
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body: {first_line(error)}; give a JSON object {form}") from error
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:

@@ -14,10 +14,10 @@ from uuid import uuid4
 from latentreward.apps.steps import process
 from latentreward.apps.steps.tasks import Task
 from latentreward.core.errors import InputError
-from latentreward.core.storage.durable import discard, write_file
+from latentreward.core.storage.durable import discard, refuse_link, write_file
 from latentreward.core.storage.json_files import read_config
 
-RECORD, LOG, INPUTS = "record.json", "log.txt", "inputs.json"
+RECORD, LOG, INPUTS, TOLD = "record.json", "log.txt", "inputs.json", "process.json"
 TOLD_EVERY_S = 15.0
 """Seconds between lines about the progress of a task."""
 
@@ -85,15 +85,17 @@ class TaskRunner:
         task.output(self.folder).mkdir(parents=True, exist_ok=True)
         arguments = task.command(self.folder)
         write_file(folder / INPUTS, json.dumps(inputs))
+        for written in (log, folder / TOLD):
+            refuse_link(written)
         with log.open("a") as stream:
             stream.write(f"$ {task.module or 'latentreward'} {' '.join(arguments)}\n")
             stream.flush()
-            command = [sys.executable, "-m", process.__name__, str(folder / "process.json"), task.module, *arguments]
+            command = [sys.executable, "-m", process.__name__, str(folder / TOLD), task.module, *arguments]
             code = self._call(command, stream.fileno())
         if code:
             last = log.read_text(errors="replace").strip().splitlines()[-1]
             raise InputError(f"{task.name} failed: {last} (all of it is in {log})")
-        told = json.loads((folder / "process.json").read_text())
+        told = json.loads((folder / TOLD).read_text())
         source = "" if self.source_digest is None else self.source_digest(told["modules"])
         found = Done(**told, source=source, inputs=inputs, identity=uuid4().hex)
         write_file(folder / RECORD, json.dumps(vars(found)))

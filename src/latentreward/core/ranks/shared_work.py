@@ -23,7 +23,7 @@ from latentreward.core.errors import InputError, first_line, one_line
 from latentreward.core.interrupts import Terminated, take_started_ranks
 from latentreward.core.ranks.processes import bind_to_parent, forget_children, is_child, trainer_errors
 from latentreward.core.ranks.settings import TrainerSettings
-from latentreward.core.storage.durable import discard, remove_temporary
+from latentreward.core.storage.durable import discard, refuse_link, remove_temporary
 from latentreward.core.storage.locks import locked
 from latentreward.core.storage.shards import ShardFolder, ShardList, left_over
 
@@ -62,10 +62,11 @@ class SharedWork:
         size: Number of processes on all machines.
 
     Raises:
-        InputError: If the settings fit neither this machine nor each other.
+        InputError: If the settings fit neither this machine nor each other, or the folder is a link.
     """
 
     def __init__(self, trainer: TrainerSettings | None, device: str, folder: Path) -> None:
+        refuse_link(folder)
         self.folder, self._name = folder, device
         self.first, self.size = True, 1
         self._fabric: Fabric | None = None

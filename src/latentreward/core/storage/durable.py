@@ -86,6 +86,12 @@ def check_writable(target: Path) -> None:
         TemporaryFile(dir=place).close()
 
 
+def refuse_link(path: Path) -> None:
+    """Raise InputError for a link at a place of an output's own, behind which would be written or deleted."""
+    if path.is_symlink():
+        raise InputError(f"output: {path} is a link; delete it, or choose another output")
+
+
 @contextmanager
 def write_errors_named(path: Path, kept: str = KEPT) -> Iterator[None]:
     """Turn errors from a full disk or a path that cannot be written to into an InputError that names ``path``."""

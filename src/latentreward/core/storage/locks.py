@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from latentreward.core.errors import InputError
-from latentreward.core.storage.durable import LOCK, contents, write_errors_named
+from latentreward.core.storage.durable import LOCK, write_errors_named
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -146,9 +145,6 @@ def lock_run(trainer: Trainer, held: ExitStack) -> None:
             held.enter_context(locked(Path(folder), chosen_by))
         except InputError as error:
             refusal = str(error)
-        else:
-            if not contents(Path(folder)):  # CSVLogger would warn because of the lock file
-                warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     refusal = strategy.broadcast(refusal)
     if refusal is not None:
         if trainer.is_global_zero:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.interrupts import interrupts_held
-from latentreward.core.storage.durable import replacing
+from latentreward.core.storage.durable import refuse_link, replacing
 from latentreward.core.storage.locks import locked
 from latentreward.core.storage.run_folder import RunFolder, quoted
 
@@ -56,8 +56,7 @@ class PartFiles:
             raise InputError(f"output is {self.output}; it must end in .parquet, .csv or .jsonl")
         if self.finished():
             return self
-        if self.folder.is_symlink():  # the parts would be written behind it
-            raise InputError(f"output: {self.folder} is a link; choose another file, or delete it")
+        refuse_link(self.folder)
         if self.output.exists() and not self.folder.exists():
             raise InputError(f"output: {self.output} is there already; choose another file, or delete it")
         with ExitStack() as held:

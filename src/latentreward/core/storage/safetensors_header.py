@@ -1,14 +1,29 @@
 """Reading of a safetensors file's header, without the tensors."""
 
-import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from latentreward.core.storage.json_files import checked, parse
 
 LONGEST = 1 << 20  # bytes of the longest header that is accepted, enough for some thousand tensors
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
-def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+
+@dataclass(frozen=True)
+class Entry:
+    """Entry of a tensor."""
+
+    dtype: str
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]  # of its first byte and the one behind its last, from the beginning of the data
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], int, int]:
     """Read the header of a safetensors file.
 
     Returns:
@@ -24,7 +39,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(LONGEST, size - 8):
             raise ValueError("its header has no valid length")
-        header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("its header is not a JSON object")
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + length, size
+        header: Any = parse(file.read(length))
+    if isinstance(header, dict):
+        header.pop("__metadata__", None)
+    return checked(dict[str, Entry], header, "its header"), 8 + length, size

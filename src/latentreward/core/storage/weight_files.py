@@ -82,7 +82,7 @@ def map_weights(paths: Iterable[Path]) -> MappedWeights:
             raise InputError(f"cannot load {path}: {first_line(error)}; download it again") from error
         for name, tensor in mapped.items():
             if tensor.numel():
-                place = StoredTensor(path, start + entries[name]["data_offsets"][0], tensor.dtype, tensor.shape)
+                place = StoredTensor(path, start + entries[name].data_offsets[0], tensor.dtype, tensor.shape)
                 weights.places[tensor.data_ptr()] = place
         weights.tensors.update(mapped)
     return weights

@@ -106,11 +106,13 @@ class PairReader(Part):
         skipped: Number of rows left out, by reason.
         remarks: Number of rows kept with a remark, e.g. without their label, by reason.
         named: Names of the first few rows of a reason, where they are known.
+        first_problem: Name and problem of the first row that broke a rule; empty without one.
     """
 
     needs = ("on_error",)
     holds: Contents = "images"
     exif: ExifOrientation = "apply"
+    first_problem = ""
 
     def __init__(
         self,
@@ -211,6 +213,7 @@ class PairReader(Part):
         if self.on_error == "raise":
             others = f" (and {rows - 1} more such rows)" if rows > 1 else ""
             raise InputError(f"{quoted(pair_id)}: {problem}{others}; {ON_ERROR_REMEDY}")
+        self.first_problem = self.first_problem or f"{quoted(pair_id)}: {problem}"
         (self.skipped if self.on_error == "skip" else self.remarks)[reason] += rows
         self._note_name(pair_id, reason)
 
@@ -233,10 +236,12 @@ class PairReader(Part):
         """Log one line with the numbers of rows left out and kept with a remark, if there are any.
 
         Raises:
-            InputError: If there is no row, with the message ``empty``, unless that is empty.
+            InputError: If there is no row, unless ``empty`` is: its text, with what was left out put before the remedy.
         """
         if empty and not len(self):
-            raise InputError(empty)
+            what, _, remedy = empty.rpartition("; ")
+            left_out = f"{count_text(self.skipped)} left out" if self.skipped else ""
+            raise InputError("; ".join(filter(None, [what, left_out, self.first_problem, remedy])))
         counts = {"left out": self.skipped, "kept with a remark": self.remarks}
         if told := [f"{what}: {count_text(count)}" for what, count in counts.items() if count]:
             logger.warning("%s: %d rows kept; %s", printable(name), len(self), printable("; ".join(told)))

@@ -8,8 +8,13 @@ import pyarrow as pa
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError, did_you_mean, quoted
-from latentreward.data.readers.base import Sources, count_text
-from latentreward.data.readers.json_rows import SOURCES, edit_problem, edit_remark, find_edit_source
+from latentreward.data.readers.base import Sources
+from latentreward.data.readers.json_rows import (
+    SOURCES,
+    edit_problem,
+    edit_remark,
+    find_edit_source,
+)
 from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, NOISES, WINNER_FIRST, PairRowParser
 from latentreward.data.readers.parquet_store import plain_type
 from latentreward.data.readers.rows import ROWS_AT_ONCE, RowReader
@@ -108,16 +113,13 @@ class DatasetPairReader(RowReader):
             self._rows.open_images([*self._embedded.values()], memory_map)
         parser = PairRowParser(self, self.check_path)
         self.table = parser.table(self._read_rows(index, read))
-        if not len(self):
-            told = f" ({count_text(self.skipped)} left out)" if self.skipped else ""
-            raise InputError(f"split: {split!r} of {name} has no rows left{told}; check the files")
         if self.remarks[NO_LABEL] and "label" not in chosen:
             parser.rename_no_label(f"no column label among {', '.join(schema.names)}; name it in columns")
         if self.sources == "ignore" and (edited := edit_column(schema, chosen.values())):
             self.remarks[edit_remark(edited)] += len(self)
         if self._embedded and not memory_map:
             warn_row_groups(self._rows, [*self._embedded.values()], f"{name} {split}")
-        self.report(f"{name} {split}")
+        self.report(f"{name} {split}", f"split: {split!r} of {name} has no rows left; check the files")
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return the images of a row with their bytes, or references to their files."""

@@ -90,6 +90,8 @@ class DiffusionRMReader(RowReader):
         files = [place] if place.is_file() else find_files(place, "*.parquet")
         if not files:
             raise InputError(f"root: no *.parquet in {place}; set it to the folder of the cache")
+        if place.is_dir():
+            self.check_inside(place, *files, place / (index or ""))
         self._names = [file.name for file in files]
         parts = [ParquetPart(file.name, file) for file in files]
         tables = {part.name: _read_part(part) for part in parts}

@@ -179,6 +179,8 @@ class EditPairReader(RowReader):
         name = source_name(source)
         super().__init__(Path(name).stem, split, **options)
         file = _json_file(source, split)
+        if file and Path(source).is_dir():
+            self.check_inside(source, file)
         self.folder = Path(root) if root else file and file.parent
         self._rows = None if file else open_table(self, source, split, revision, config)
         if file is not None:

@@ -14,8 +14,7 @@ from latentreward.core.errors import InputError, printable
 from latentreward.core.storage.texts import UTF_16, UnreadableTextError, read_text
 from latentreward.core.storage.user_files import find_file, find_files, one_form, resolve_inside, whole_file
 from latentreward.data.images import OUTSIDE
-from latentreward.data.readers.base import count_text
-from latentreward.data.readers.json_rows import edit_remark, encodable, parse_line, parse_text
+from latentreward.data.readers.json_rows import edit_remark, encodable, parse_line, parse_text, short
 from latentreward.data.readers.rows import RowReader, pack
 
 logger = logging.getLogger(__name__)
@@ -38,6 +37,9 @@ INDEX = pa.schema(
 )
 CAPTIONS = "captions"
 CAPTIONS_FILE = "captions.jsonl"
+Caption = tuple[str | None, str]
+"""Text of a picture, None without one, and what is wrong with it, empty if nothing is."""
+NO_TEXT: Caption = (None, "")
 
 
 class FolderPairReader(RowReader):
@@ -55,8 +57,8 @@ class FolderPairReader(RowReader):
     is the instruction; for edits of several pictures, write JSON lines.
 
     A text file is read whole, without one line break at its end. A name falls under ``on_error`` if it has no image or
-    several in one of these folders, no caption, or a caption that is too long. A line of ``captions.jsonl``
-    falls under ``on_error`` if it is not an object with the texts ``name`` and ``prompt``.
+    several in one of these folders, no caption, unlike ones in ``captions.jsonl``, or one that is too long. A line of
+    ``captions.jsonl`` falls under ``on_error`` if it is not an object with the texts ``name`` and ``prompt``.
 
     Args:
         root: Folder with ``chosen/`` and ``rejected/``, or with one subfolder per split that holds both. Images outside
@@ -72,6 +74,7 @@ class FolderPairReader(RowReader):
         super().__init__("folder", split or "", **options)
         self.folder = Path(root, split) if split else Path(root)
         files, self._unread, edits = {}, list[str](), (self.folder / SOURCE).is_dir()
+        self.check_inside(root, self.folder, self.folder / CAPTIONS_FILE)
         for side in SIDES:
             if not (place := self.folder / side).is_dir():
                 raise InputError(f"root: no folder {place}; put the images of pairs into chosen/ and rejected/")
@@ -79,42 +82,43 @@ class FolderPairReader(RowReader):
             files[side], told = find_pictures(self.folder / side)
             self._unread += [f"{side}/: {remark}" for remark in told]
         names = sorted({name for side in SIDES for name in files[side]})
-        captions: dict[str, str] | None = None
+        captions: dict[str, Caption] | None = None
         if (self.folder / CAPTIONS_FILE).is_file():
             captions = {}
             for line, text in read_lines(self.folder / CAPTIONS_FILE):
                 row = parse_line(text)
                 name, prompt = (row.get("name"), row.get("prompt")) if isinstance(row, dict) else (None, None)
                 if isinstance(name, str) and (caption := parse_text(prompt)) is not None:
-                    captions[one_form(name)] = caption
+                    note_caption(captions, one_form(name), caption, CAPTIONS_FILE)
                 else:
                     problem = 'the line is not an object with the texts "name" and "prompt"'
                     self.refuse(f"{CAPTIONS_FILE}:{line}", problem, "caption line not readable")
         self.table = pack((self._check(name, files, captions) for name in names), INDEX)
-        if not len(self):
-            reasons = [f"{count_text(self.skipped)} left out"] if self.skipped else []
-            problem = "; ".join([f"root: no pairs in {self.folder}", *reasons, *self._unread])
-            raise InputError(f"{problem}; give chosen/ and rejected/ images of equal names, with captions")
+        if alone := sorted(set(captions or ()).difference(names)):
+            self._unread.append(f"{CAPTIONS_FILE}: no picture for {len(alone)} names, such as {short(alone[0])}")
         if edits and self.sources == "ignore":
             self.remarks[edit_remark(f"{SOURCE}/")] += len(self)
+        remedy = "give chosen/ and rejected/ images of equal names, with captions"
+        self.report(str(self.folder), "; ".join([f"root: no pairs in {self.folder}", *self._unread, remedy]))
         if self._unread:
             logger.warning("%s: %s", printable(str(self.folder)), "; ".join(self._unread))
-        self.report(str(self.folder))
 
     def _check(
-        self, name: str, files: dict[str, dict[str, list[str]]], captions: dict[str, str] | None
+        self, name: str, files: dict[str, dict[str, list[str]]], captions: dict[str, Caption] | None
     ) -> dict[str, Any] | None:
         """Return the row of a name, which is ``SPLIT/NAME`` with a split; None if ``on_error`` leaves it out."""
         found = {side: paths.get(name, []) for side, paths in files.items()}
-        prompt, problem, reason = None, "", ""
+        problem, reason = "", ""
         for side, paths in found.items():
             if not reason and len(paths) != 1:
                 what = "several images" if paths else "no image"
                 reason = f"{what} in {side}/"
                 problem = "; ".join([f"{what} of this name in {side}/", *self._unread])
         texts = (self.folder / folder / f"{name}.txt" for folder in (CAPTIONS, SIDES[0]) if captions is None)
+        prompt, odd = (captions or {}).get(name, NO_TEXT)
+        if odd and not reason:
+            problem, reason = odd, "several captions"
         try:
-            prompt = captions.get(name) if captions is not None else None
             prompt = next((text for file in texts if (text := read_caption(file, self.root)) is not None), prompt)
         except UnreadableTextError as error:
             problem, reason = (problem, reason) if reason else (str(error), "caption not readable")
@@ -132,6 +136,13 @@ class FolderPairReader(RowReader):
         image_a, image_b, *sources = (os.fsencode(paths[0] if paths else "") for paths in found.values())
         row = {"pair_id": pair_id, "prompt": prompt, "label": None if reason else 1.0, "sources": sources}
         return {**row, "image_a": image_a, "image_b": image_b}
+
+
+def note_caption(captions: dict[str, Caption], name: str, text: str, table: str) -> None:
+    """Add the caption of a picture that a table names; a second one that differs is a problem of the picture."""
+    first, _ = captions.setdefault(name, (text, ""))
+    if first != text:
+        captions[name] = first, f"{table} has {short(first)} and {short(text)} for it"
 
 
 def read_caption(file: Path, root: Path | None = None) -> str | None:

@@ -53,6 +53,7 @@ class HPDv2Reader(RowReader):
         super().__init__("hpdv2", split, randomise_sides=False, seed=0, **options)
         if Path(root).is_dir() or not is_hub_id(root):
             file, folder = Path(root, f"{split}.json"), Path(root, split)
+            self.check_inside(root, file, folder)
         else:
             (file,) = fetch_files(root, [f"{split}.json"], revision)
             (folder,) = fetch_files(root, [f"{split}.tar.gz"], revision, extract=True)

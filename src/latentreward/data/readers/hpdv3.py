@@ -64,6 +64,7 @@ class HPDv3Reader(RowReader):
         super().__init__("hpdv3", split, **options)
         self.folder = Path(root)
         file = self.folder / f"{split}.json"
+        self.check_inside(root, file)
         rows = PairRowParser(self, self.check_path, COLUMNS)
         numbered = enumerate(load_rows(file))
         table = rows.table((f"{file.name}:{number}", number, _plain(row)) for number, row in numbered)

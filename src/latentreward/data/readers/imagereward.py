@@ -51,6 +51,7 @@ class ImageRewardReader(RowReader):
         inner = Path(root, "data")
         file = (inner if (inner / "test.json").is_file() else Path(root)) / "test.json"
         self.folder = file.parent / "test_images"
+        self.check_inside(root, file, self.folder)
         self.table = pair_images(self._parse(load_rows(file)))
         self.report(str(file), f"root: {file} has no pairs left; give the published file")
 
@@ -99,8 +100,10 @@ class ImageRewardDBReader(RowReader):
         **options: Any,
     ) -> None:
         super().__init__("imagerewarddb", split, **options)
-        self._archives = ImageArchives(_find_places(source, split, parts, revision), self.allow_outside)
-        metadata = Path(source, f"metadata-{split}.parquet")
+        places, metadata = _find_places(source, split, parts, revision), Path(source, f"metadata-{split}.parquet")
+        if Path(source).is_dir():
+            self.check_inside(source, metadata, *places, *(place / f"{place.name}.json" for place in places))
+        self._archives = ImageArchives(places, self.allow_outside)
         rows_of_parts = (
             (f"{part}.json:{number}", part, row)
             for part in self._archives.parts

@@ -91,6 +91,7 @@ class Img2DatasetReader(RowReader):
         self._best, self._max_group = best, max_group
         self._columns: RowGroupColumns | None = None
         self._shards, read = self._find_shards()
+        self.check_inside(root, *self._shards)
         self._keys: set[str] = set()
         shards = (pack(read(shard), COLUMNS) for shard in range(len(self._shards)))
         images = pa.concat_tables(shards)

@@ -141,9 +141,9 @@ def as_object(value: Any, problem: str) -> dict[str, Any] | str:
 
 
 def parse_json(text: str, otherwise: Any) -> Any:
-    """Parse a JSON text; return ``otherwise`` if the text is not valid JSON."""
+    """Parse a JSON text; return ``otherwise`` if the text is not valid JSON, or gives a key twice."""
     try:
-        return json.loads(text)
+        return parse(text)
     except (ValueError, RecursionError):
         return otherwise
 
@@ -151,6 +151,8 @@ def parse_json(text: str, otherwise: Any) -> Any:
 def parse_number(value: Any) -> float | None:
     """Convert a finite number, or a text with one, to float; None for anything else. Tables may hold decimals."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
+        return None
+    if isinstance(value, str) and "_" in value:  # Python's own 1_000
         return None
     try:
         number = float(value)

@@ -82,6 +82,7 @@ class PickAPicTarReader(RowReader):
             tars = find_files(place / split, "*.tar") or find_files(place, "*.tar")
             if not tars:
                 raise InputError(f"root: no *.tar in {place} or {place / split}; set it to the folder of the tars")
+            self.check_inside(place, *tars)
             found = [(tar.name, tar) for tar in tars]
         self._tars = [path for _, path in found]
         self.table = pack(self._read_rows(found, drop_identical), INDEX)
@@ -153,6 +154,6 @@ class PickAPicTarReader(RowReader):
 
 def _number(text: str | None) -> float | None:
     try:
-        return None if text is None else float(text)
+        return None if text is None or "_" in text else float(text)
     except ValueError:
         return None

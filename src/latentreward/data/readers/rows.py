@@ -5,6 +5,7 @@ from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentreward.core.contracts import EditPrompt, ImageRef, PathText, PreferencePair
+from latentreward.core.errors import InputError
 from latentreward.core.seeding import coin_flips
-from latentreward.core.storage.user_files import escapes, relative_path
+from latentreward.core.storage.user_files import escapes, relative_path, resolve_inside
 from latentreward.data.images import BASE64, NO_IMAGE, OUTSIDE, file_image, outside
 from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.json_rows import short
@@ -98,6 +100,12 @@ class RowReader(PairReader):
     def root(self) -> Any:
         """Folder that files must lie in; None if they may lie anywhere."""
         return None if self.allow_outside else self.folder
+
+    def check_inside(self, root: PathText, *files: Path) -> None:
+        """Raise InputError for a file or folder of data that a link leads out of ``root``, unless that is allowed."""
+        for file in () if self.allow_outside else files:
+            if resolve_inside(Path(root), file) is None:
+                raise InputError(f"{file} {outside(Path(root))}")
 
     def check_path(self, pair_id: str, field: str, path: Any) -> None:
         """Raise InputError for what is no path, or leads out of the folder, if ``on_error`` is raise."""

@@ -193,10 +193,12 @@ def open_table(
     from datasets import Dataset  # slow to import
 
     try:  # no code of the folder runs, and no file outside it is read
+        reader.check_inside(source, places[0] / SAVED)
         files = [file["filename"] for file in json.loads((places[0] / SAVED).read_bytes())["_data_files"]]
-        if outside := [name for name in files if escapes(name)]:
-            raise InputError(f"{outside[0]!r} leads out of it")
+        reader.check_inside(source, *(places[0] / name for name in files))
         return _DatasetTable(Dataset.load_from_disk(str(places[0])), split, str(places[0]))
+    except InputError:
+        raise
     except DAMAGE as error:
         raise InputError(f"source: {places[0]} is damaged ({first_line(error)}); {SAVE_AGAIN}") from error
 
@@ -212,10 +214,12 @@ def set_folder(reader: RowReader, source: Source) -> None:
 
 
 def find_all_parts(
-    reader: PairReader, source: str, split: str, revision: str | None = None, config: str | None = None
+    reader: RowReader, source: str, split: str, revision: str | None = None, config: str | None = None
 ) -> list[ParquetPart]:
     """Find the parquet files of a split, see :func:`open_table`; missing ones fall under the reader's ``on_error``."""
-    parts = find_parts(source, split, revision, config)
+    parts, place = find_parts(source, split, revision, config), Path(source)
+    if place.is_dir() or (glob.has_magic(source) and not place.is_file()):
+        reader.check_inside(place if place.is_dir() else split_pattern(source)[0], *(part.path for part in parts))
     found = {match[0] for part in parts for match in re.finditer(r"\d{5}-of-\d{5}", part.name)}
     totals = {name[-5:] for name in found}
     if missing := sorted({f"{n:05d}-of-{total}" for total in totals for n in range(int(total))} - found):

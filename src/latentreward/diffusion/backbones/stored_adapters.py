@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from latentreward.core.errors import InputError
+from latentreward.core.storage.json_files import checked
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """Files of an adapter in PEFT's format."""
@@ -97,8 +97,7 @@ def check_settings(settings: Mapping[str, Any], stored: Iterable[int], origin: s
             if not isinstance(pattern, str) or not NAME_PATTERN.fullmatch(pattern):
                 raise InputError(f"{origin}: {name} holds {pattern!r:.200}; write names of layers")
     for alpha in (settings.get("lora_alpha", 1), *settings.get("alpha_pattern", {}).values()):
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise InputError(f"{origin}: alpha is {alpha!r:.200}; write a finite number")
+        checked(float, alpha, f"{origin}: alpha", "write a finite number")
     known = {*stored}
     named = [settings["r"], *settings.get("rank_pattern", {}).values()] if "r" in settings else [*known]
     wrong = [rank for rank in named if type(rank) is not int or not 1 <= rank <= max(known, default=1)]

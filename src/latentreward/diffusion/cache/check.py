@@ -31,6 +31,10 @@ class Shard:
     width: int | None  # width of the shard's images in pixels; None for text
     count: int  # number of rows (images or prompts) in the shard
 
+    def __post_init__(self) -> None:
+        if not layout.SHARD_NAME.fullmatch(str(self.name)):
+            raise InputError(f"{layout.SHARDS} names {self.name!r:.100}, which is no shard; write the cache anew")
+
 
 def read_shards(folder: Path) -> list[Shard]:
     """Read the table ``shards.parquet`` of the cache in ``folder``, in its order."""

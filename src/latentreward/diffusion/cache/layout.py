@@ -24,6 +24,7 @@ is not finished. Files hold no time stamps, so that their bytes depend on the da
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -44,6 +45,8 @@ PAIRS, IMAGES, PROMPTS = "pairs.parquet", "images.parquet", "prompts.parquet"
 SHARDS, SOURCES = "shards.parquet", "sources.parquet"
 LATENTS_FOLDER, SOURCE_LATENTS_FOLDER, TEXT_FOLDER = "latents", "source_latents", "text"
 """Folders of the shards, whose names are the kinds of shards."""
+KINDS = (LATENTS_FOLDER, SOURCE_LATENTS_FOLDER, TEXT_FOLDER)
+SHARD_NAME = re.compile(rf"({'|'.join(KINDS)})/[0-9x-]+\.safetensors")
 LATENTS, PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS = "latents", "prompt_embeds", "pooled_prompt_embeds"
 PROMPT_LENGTHS = "prompt_lengths"
 """Names of the tensors in a shard."""

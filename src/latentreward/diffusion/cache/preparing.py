@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from latentreward.core.errors import InputError
-from latentreward.core.storage.durable import contents, remove_temporary, write_errors_named, write_file
+from latentreward.core.storage.durable import contents, refuse_link, remove_temporary, write_errors_named, write_file
 from latentreward.core.storage.progress import Progress
 from latentreward.data import PairReader
 from latentreward.data.dataset import any_prompt
 from latentreward.data.images import read_header
 from latentreward.diffusion.cache.check import Shard, read_shards, shard_states, table_problems, tensor_shapes
 from latentreward.diffusion.cache.encoding import EncodeBatches
-from latentreward.diffusion.cache.layout import PLAN, SCHEMAS, CachePlan, CacheSpec, manifest_name, read_plan
+from latentreward.diffusion.cache.layout import KINDS, PLAN, SCHEMAS, CachePlan, CacheSpec, manifest_name, read_plan
 from latentreward.diffusion.cache.plan import check_same, write_plan
 from latentreward.diffusion.cache.shards import KEPT, stored_dtype
 from latentreward.diffusion.cache.sizing import ImageSettings
@@ -111,6 +111,8 @@ def prepare_cache(
         InputError: If the folder cannot be written to, holds other files, was begun with other settings or data, or
             lies on a disk with too little space.
     """
+    for kind in KINDS:
+        refuse_link(folder / kind)
     with write_errors_named(folder, KEPT):
         begun, seen = (folder / PLAN).exists(), text is not None and text.sees_sources
         if not begun:

@@ -52,19 +52,19 @@ def read_header(path: Path) -> dict[str, TensorBlock]:
     try:
         entries, start, size = safetensors_header.read_header(path)
         for name, entry in entries.items():
-            begin, end = entry["data_offsets"]
-            rows, *shape = entry["shape"]
+            begin, end = entry.data_offsets
+            rows, *shape = entry.shape
             dtypes = LENGTHS_DTYPES if name == PROMPT_LENGTHS else DTYPES
-            if entry["dtype"] not in dtypes:
-                raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(dtypes)}")
-            dtype, last = dtypes[entry["dtype"]], max(last, start + end)
+            if entry.dtype not in dtypes:
+                raise ValueError(f"dtype {entry.dtype} is none of {', '.join(dtypes)}")
+            dtype, last = dtypes[entry.dtype], max(last, start + end)
             row_bytes = dtype.itemsize * torch.Size(shape).numel()
             if rows * row_bytes != end - begin:
                 raise ValueError("its offsets do not fit its shapes")
             blocks[name] = TensorBlock(dtype, rows, tuple(shape), start + begin, row_bytes)
     except FileNotFoundError as error:
         raise InputError(f"shard {path} is missing; {REMEDY}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"shard {path} is not a safetensors file ({error}); {REMEDY}") from error
     if last != size:
         raise InputError(f"shard {path} has {size} bytes, but its header says {last}; {REMEDY}")

@@ -87,8 +87,8 @@ def inject_adapter(network: nn.Module, folder: Path) -> None:
     known = {name: settings[name] for name in PEFT_SETTINGS if settings.get(name) is not None}
     try:
         header = read_header(folder / WEIGHTS)[0].items()
-        shapes = {name.removeprefix(PREFIX): tuple(int(side) for side in entry["shape"]) for name, entry in header}
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        shapes = {name.removeprefix(PREFIX): entry.shape for name, entry in header}
+    except (ValueError, RecursionError) as error:
         raise InputError(f"cannot load {folder / WEIGHTS}: {error}; download it again") from error
     ranks = stored_ranks(network, shapes, None)  # read_lora names those that do not fit
     check_settings(known, ranks.values(), f"cannot load {path}")

@@ -1,0 +1,192 @@
+"""Links that a stranger has planted: nothing is written, deleted or read behind them."""
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from latentreward.apps.steps.running import LOG, TOLD, TaskRunner
+from latentreward.core.errors import InputError
+from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.core.storage.digests import file_hash
+from latentreward.core.storage.part_tables import PartFiles
+from latentreward.data import (
+    DatasetPairReader,
+    EditPairReader,
+    FolderPairReader,
+    HPDv2Reader,
+    HPDv3Reader,
+    ImageRewardDBReader,
+    ImageRewardReader,
+    Img2DatasetReader,
+    PickAPicTarReader,
+)
+from latentreward.data.images import decode_image
+from latentreward.data.readers.rows import RowReader
+from latentreward.diffusion.cache.layout import KINDS, PLAN, SHARDS, read_plan
+from tests.apps.steps.test_running import toy
+from tests.diffusion.cache.writing import run_cache, write_data
+
+
+def run_step(folder: Path) -> None:
+    TaskRunner(folder).run(toy("1")["pairs"])
+
+
+def beside_step(name: str) -> str:
+    return str(toy("1")["pairs"].output(Path()).parent / name)
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "shared work": ("shards", lambda folder: SharedWork(None, "cpu", folder / "shards")),
+    "parts of a table": ("out.csv.parts", lambda folder: PartFiles(folder / "out.csv", {}, 1).__enter__()),
+    "log of a step": (beside_step(LOG), run_step),
+    "record of a step": (beside_step(TOLD), run_step),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_nothing_is_written_or_deleted_behind_a_link(writer: str, tmp_path: Path) -> None:
+    name, write = WRITERS[writer]
+    victim, link = tmp_path / "victim", tmp_path / "work" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim)
+    victim.mkdir() if writer in ("shared work", "parts of a table") else victim.touch()
+    with pytest.raises(InputError, match=r"is a link; delete it, or choose another output$"):
+        write(tmp_path / "work")
+    assert not [*victim.iterdir()] if victim.is_dir() else not victim.stat().st_size
+
+
+def rename_shard(cache: Path) -> None:
+    rows = pq.read_table(cache / SHARDS)
+    names = pa.array(["../victim/x", *rows["name"].to_pylist()[1:]])
+    pq.write_table(rows.set_column(rows.column_names.index("name"), "name", names), cache / SHARDS)
+    plan = read_plan(cache)
+    changed = replace(plan, tables={**plan.tables, SHARDS: file_hash(cache / SHARDS)})
+    (cache / PLAN).write_text(changed.to_json())
+
+
+def link_shards(cache: Path) -> None:
+    shutil.rmtree(cache / KINDS[0])
+    (cache / KINDS[0]).symlink_to("../victim")
+
+
+@pytest.mark.parametrize(("plant", "told"), [(rename_shard, "names '../victim/x'"), (link_shards, "latents is a link")])
+def test_no_shard_of_a_begun_cache_is_written_elsewhere(
+    plant: Callable[[Path], None], told: str, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/x").write_text("mine")
+    (tmp_path / "victim/x.json").write_text("mine")
+    plant(tmp_path / "cache")
+    with pytest.raises(SystemExit):
+        run_cache(tmp_path / "cache", tmp_path / "data")
+    assert told in capsys.readouterr().err.strip().splitlines()[-1]
+    assert {file.read_text() for file in (tmp_path / "victim").iterdir()} == {"mine"}
+    assert len([*(tmp_path / "victim").iterdir()]) == 2
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("begun")
+    run_cache(folder / "cache", write_data(folder / "data", pairs=2))
+    return folder
+
+
+def png() -> bytes:
+    Image.new("RGB", (8, 8)).save(stream := io.BytesIO(), "PNG")
+    return stream.getvalue()
+
+
+def tar_of(members: dict[str, bytes]) -> bytes:
+    with tarfile.open(fileobj=(stream := io.BytesIO()), mode="w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def parquet(columns: dict[str, Any]) -> bytes:
+    pq.write_table(pa.table(columns), stream := io.BytesIO())
+    return stream.getvalue()
+
+
+def within(folder: str, files: dict[str, Any]) -> dict[str, Any]:
+    return {f"{folder}/{name}": content for name, content in files.items()}
+
+
+COLUMNS = {"prompt": ["x"], "chosen": [{"bytes": png(), "path": None}], "rejected": [{"bytes": png(), "path": None}]}
+TABLE = parquet(COLUMNS)
+SIDES = {"chosen/1.png": png(), "rejected/1.png": png()}
+CAPTIONS = {"captions.jsonl": {"name": "1", "prompt": "x"}}
+HPDV2 = {"prompt": "x", "image_path": ["1.png", "2.png"], "rank": [1, 2]}
+HPDV3 = {"prompt": "x", "path1": "1.png", "path2": "2.png"}
+RANKED = {"id": "1", "prompt": "x", "generations": ["1.png", "2.png"], "ranking": [1, 2]}
+DB = [{"image_path": f"images/train/train_1/{n}.png", "prompt_id": "1", "prompt": "x", "rank": n} for n in (1, 2)]
+PICTURES = {"1.png": png(), "2.png": png()}
+SAMPLE = {"1.jpg_0.jpg": png(), "1.jpg_1.jpg": png(), "1.label_0.txt": b"1", "1.label_1.txt": b"0"}
+CAPTIONED = {f"{n}.{end}": content for n in "12" for end, content in (("png", png()), ("txt", b"x"))}
+EDIT = {"key": "k", "instruction": "x", "input_image": "1.png", "output_images": ["1.png", "2.png"]}
+TRAIN = {"split": "train"}
+READERS: list[tuple[str, dict[str, Any], Callable[..., RowReader]]] = [
+    ("captions.jsonl", SIDES | CAPTIONS, FolderPairReader),
+    ("train", within("train", SIDES | CAPTIONS), partial(FolderPairReader, split="train")),
+    ("data/train-00000-of-00001.parquet", {"data/train-00000-of-00001.parquet": TABLE}, DatasetPairReader),
+    ("train.parquet", {"train.parquet": TABLE}, lambda root, **own: DatasetPairReader(f"{root}/*.parquet", **own)),
+    ("data-00000-of-00001.arrow", {}, DatasetPairReader),
+    ("state.json", {}, DatasetPairReader),
+    ("1.tar", {"1.tar": tar_of(SAMPLE)}, PickAPicTarReader),
+    ("1.tar", {"1.tar": tar_of(CAPTIONED)}, Img2DatasetReader),
+    ("1", within("1", CAPTIONED), Img2DatasetReader),
+    ("train.json", {"train.json": [HPDV2], **within("train", PICTURES)}, partial(HPDv2Reader, **TRAIN)),
+    ("train", {"train.json": [HPDV2], **within("train", PICTURES)}, partial(HPDv2Reader, **TRAIN)),
+    ("train.json", {"train.json": [HPDV3], **PICTURES}, partial(HPDv3Reader, **TRAIN)),
+    ("train.json", {"train.json": [EDIT], **PICTURES}, partial(EditPairReader, **TRAIN)),
+    ("test.json", {"test.json": [RANKED], **within("test_images", PICTURES)}, ImageRewardReader),
+    ("test_images", {"test.json": [RANKED], **within("test_images", PICTURES)}, ImageRewardReader),
+    *(
+        (name, within("images/train/train_1", {"train_1.json": DB, **PICTURES}), partial(ImageRewardDBReader, **TRAIN))
+        for name in ("images", "images/train/train_1", "images/train/train_1/train_1.json")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "files", "read"), READERS, ids=[f"{n} {one[0]}" for n, one in enumerate(READERS)])
+def test_no_link_in_a_folder_of_data_opens_a_file_elsewhere(
+    name: str, files: dict[str, Any], read: Callable[..., RowReader], tmp_path: Path
+) -> None:
+    """But for a blob of a hub's snapshot; a folder of a user may itself be behind a link."""
+    repository = tmp_path / "hub/datasets--me--set"
+    root = repository / "snapshots/0a1b"
+    if not files:
+        Dataset.from_dict(COLUMNS).save_to_disk(root)
+    for place, content in files.items():
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    (tmp_path / "own").symlink_to(root)
+    (repository / "blobs").mkdir()
+    for elsewhere in (repository / "blobs/7f", tmp_path / "elsewhere")[(root / name).is_dir() :]:
+        link = root / name
+        link.resolve().rename(elsewhere)
+        link.unlink(missing_ok=True)
+        link.symlink_to(elsewhere)
+        for place in (root, tmp_path / "own"):
+            if elsewhere.parent != tmp_path:
+                reader = read(place)
+            else:
+                with pytest.raises(InputError, match=r"leads out of .*allow_outside: true"):
+                    read(place)
+                reader = read(place, allow_outside=True)
+            assert all(decode_image(image) for image in (reader[0].image_a, reader[0].image_b))
