@@ -126,16 +126,17 @@ def print_steps() -> None:
     """Print the files and calls of training steps and rollouts."""
     from lightning.pytorch import Trainer
 
+    from latentreward import alignment
     from latentreward.alignment import PolicySource, QuantileThreshold, RandomReward, Sampling
     from latentreward.core.registry import create_backbone
-    from latentreward.reward import modules
+    from latentreward.reward import DiNaLRMModule
     from latentreward.tinyworld import TinyWorldDataModule, TinyWorldPromptDataModule
 
     options: dict[str, Any] = {"policy": PolicySource(), "reward": RandomReward("readout"), "guidance_scale": 1.0}
     methods: dict[str, Callable[[], Any]] = {
-        "dina": lambda: modules.DiNaLRMModule(create_backbone("sd35_tiny")),
-        "lpo": lambda: modules.LPOModule(**options, sampling=Sampling(4), selection=QuantileThreshold(0.0)),
-        "grpo": lambda: modules.TrajectoryGRPOModule(**options, sampling=Sampling(4), num_trajectories=4),
+        "dina": lambda: DiNaLRMModule(create_backbone("sd35_tiny")),
+        "lpo": lambda: alignment.LPOModule(**options, sampling=Sampling(4), selection=QuantileThreshold(0.0)),
+        "grpo": lambda: alignment.TrajectoryGRPOModule(**options, sampling=Sampling(4), num_trajectories=4),
     }
     for name, make in methods.items():
         module = make()

@@ -104,7 +104,7 @@ def test_sizes_follow_the_readers_orientation(exif, size: str, jpeg) -> None:
 def test_prompts_that_splits_share_count_as_training_compares_them() -> None:
     assert shared_prompts(["a cat", "A  cat", "b"], ["a cat", "c", "C"]) == [1, 2, 1]
     report = Report("data", shared={"train beside test": [1, 2, 1]}).to_text().splitlines()
-    assert report[-1].split() == ["train", "and", "test", "1", "2", "1"]
+    assert report[-1].split() == ["train", "beside", "test", "1", "2", "1"]
 
 
 def test_edits_are_counted_and_their_pictures_looked_at(jpeg) -> None:

@@ -32,7 +32,7 @@ def public_names() -> dict[str, str]:
     places = {f"latentreward.{face.replace('/', '.')}": PACKAGE / face / "__init__.pyi" for face in FACES}
     if found := find_spec("latentreward.callbacks"):
         places["latentreward.callbacks"] = Path(str(found.origin))
-    names = {}
+    names: dict[str, str] = {}
     for package, file in places.items():
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ImportFrom):
