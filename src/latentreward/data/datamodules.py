@@ -255,7 +255,6 @@ class PreferenceDataModule(PairLoaders):
                 logger.warning(text, name, clips, self._frames, int(dataset.unused.sum()))
 
     def evaluation_loading(self, dataset: PairDataset) -> dict[str, Any]:
-        """See :meth:`PairLoaders.evaluation_loading`."""
         shares = shares_of(self.trainer)
         collate = partial(collate_pairs, blanks=dataset is not self.datasets.get("predict"))
         if (sizes := self._unlike(dataset)) is not None:

@@ -42,7 +42,6 @@ class OneSize(ImageSizes):
         return f"{self.height}x{self.width}{resized}{clips}"
 
     def loader(self, height: int, width: int) -> PixelLoader:
-        """See :meth:`ImageSizes.loader`."""
         sizes = self.height, self.width, self.resize
         return PixelLoader(*sizes) if self.frames == 1 else ClipLoader(*sizes, frames=self.frames, fps=self.fps)
 
@@ -65,11 +64,9 @@ class NearestBucket(ImageSizes):
         return sizes + ("" if self.resize == "center_crop" else " stretched")
 
     def loader(self, height: int, width: int) -> PixelLoader:
-        """See :meth:`ImageSizes.loader`."""
         return PixelLoader(*nearest_bucket(height, width, self._sorted()), self.resize)
 
     def fits(self, height: int, width: int) -> bool:
-        """See :meth:`ImageSizes.fits`."""
         return assign_bucket(height, width, self._sorted(), min_pixels=0) is not None
 
     def _sorted(self) -> tuple[Bucket, ...]:

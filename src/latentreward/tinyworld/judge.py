@@ -28,11 +28,9 @@ class TinyWorldJudge(ImageScorer):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """See :attr:`Scorer.columns`."""
         return COLUMNS
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`."""
         return type(self).__name__
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
@@ -52,11 +50,9 @@ class TinyWorldEditJudge(ImageScorer):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """See :attr:`Scorer.columns`."""
         return EDIT_COLUMNS
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`."""
         return type(self).__name__
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:

@@ -84,7 +84,6 @@ class GRPOModule(AlignmentModule):
         self.rules: Mapping[str, Any] = {}
 
     def optional_fields(self) -> set[str]:
-        """See :meth:`AlignmentModule.optional_fields`."""
         return set()
 
     def training_step(self, batch: StepSamples, batch_idx: int) -> Tensor:
@@ -177,7 +176,6 @@ class StepwiseGRPOModule(GRPOModule):
         self.candidates = candidates
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
-        """See :meth:`AlignmentModule.make_experience`."""
         samples, timesteps, scores = [], [], []
         for step in self.candidate_steps(prompts):
             timesteps.append(step.timestep)
@@ -328,7 +326,6 @@ class TrajectoryGRPOModule(GRPOModule):
         return self.rules.get("gate")
 
     def optional_fields(self) -> set[str]:
-        """See :meth:`AlignmentModule.optional_fields`."""
         given = {"process": self.loss.takes_process, "old_mean": "ratio" in self.rules, "held": self.gate is not None}
         return {name for name, there in given.items() if there}
 
@@ -361,7 +358,6 @@ class TrajectoryGRPOModule(GRPOModule):
             self.gate.restore(checkpoint[GATE])
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
-        """See :meth:`AlignmentModule.make_experience`."""
         sampler, steps = self.sampler, self.trained_steps
         if self.window is not None:
             # All ranks draw the same window: the seed is the run's, and the optimiser step is equal on all.

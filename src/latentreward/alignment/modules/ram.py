@@ -58,7 +58,6 @@ class RAMModule(ForwardProcessModule):
         self.row_passes = 4 + (self.loss.residual == "old")
 
     def trained_timesteps(self, key: str) -> tuple[Sequence[int], Tensor]:
-        """See :meth:`ForwardProcessModule.trained_timesteps`."""
         generator, process = pair_generator(self.seed, "trained levels", 0, key), self.policy.noise_process
         return range(self.draws), torch.cat([self.levels.draw(generator, process) for _ in range(self.draws)])
 

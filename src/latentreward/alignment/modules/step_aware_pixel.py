@@ -84,11 +84,9 @@ class StepAwarePixelModule(PairModule):
 
     @property
     def latent_decoder(self) -> "LatentEncoder | None":
-        """See :attr:`PairModule.latent_decoder`."""
         return self.generator.vae
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
-        """See :meth:`PairModule.encode`."""
         latents = latents_of(self.generator, batch, draws, self.posterior)
         if latents.ndim == 5 and latents.shape[2] > 1:
             raise InputError("the data hold clips, but a reward on pixels scores images; set frames of the data to 1")
@@ -119,7 +117,6 @@ class StepAwarePixelModule(PairModule):
     def score(
         self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor, with_cross: bool = False
     ) -> PairScores:
-        """See :meth:`PairModule.score`."""
         pixels = self.predict_pixels(encoded, timesteps)
         image_embeds = self.network.embed_images(pixels, timesteps.to(pixels.device))
         text_embeds = self.network.embed_tokens(self.network.tokenize(batch.prompts))

@@ -58,7 +58,6 @@ class CallableReward(RewardSource):
         return not self.needs_clean
 
     def load(self, policy: Policy) -> FunctionReward:
-        """See :meth:`RewardSource.load`."""
         name = f"{type(self).__name__}{place_of(self.function)}"
         return FunctionReward(self.function, self.needs_clean, self.differentiable, name)
 
@@ -78,7 +77,6 @@ class FunctionReward(Reward):
         return tuple(prompts)
 
     def score(self, states: NoisyStates, encoded: tuple[str, ...]) -> Tensor:
-        """See :meth:`Reward.score`."""
         prompts = [encoded[row] for row in states.rows.tolist()]
         clean = {"clean": states.clean} if self.needs_clean else {}
         return self.function(states.latents, states.timesteps, prompts, **clean)
@@ -112,7 +110,6 @@ class RandomReward(RewardSource):
         """Return None: latents of any policy are scored."""
 
     def load(self, policy: Policy) -> FunctionReward:
-        """See :meth:`RewardSource.load`."""
         if self.kind == "noise":
             return FunctionReward(self._number, needs_clean=False, differentiable=False)
         channels, generator = policy.latent_space.channels, pair_generator(self.seed, "random readout", 0, "")

@@ -157,7 +157,6 @@ class RemoteReward(Reward):
     def begin_parts(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Callable[[], Tensor]:
-        """See :meth:`Reward.begin_parts`."""
         asked = self.begin(latents, rows, encoded, sigmas)
         return lambda: self._finish(asked, latents)[:, None]
 

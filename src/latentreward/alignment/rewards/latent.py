@@ -155,7 +155,6 @@ class LatentScorer(Reward):
         return encoded.to(torch.float32) if self._own_network else encoded  # a shared text encoder's may be bfloat16
 
     def score(self, states: NoisyStates, encoded: EncodedPrompts) -> Tensor:
-        """See :meth:`Reward.score`."""
         latents, timesteps = states.latents, states.timesteps
         if not self._same_levels:
             process = self.model.backbone.noise_process
@@ -271,7 +270,6 @@ class LatentReward(RewardSource):
         return find_reward(self.model_source, self.average)
 
     def latent_space(self) -> LatentSpace:
-        """See :meth:`RewardSource.latent_space`."""
         return self.stored.latent_space()
 
     def require_latents_of(self, policy: PolicySource) -> None:
@@ -281,7 +279,6 @@ class LatentReward(RewardSource):
         check_edits(f"reward {self.path}", sources, policy.resolve_family().sources)
 
     def load(self, policy: Policy) -> LatentScorer:
-        """See :meth:`RewardSource.load`."""
         stored = self.stored
         del self.stored  # frees what it has read once the reward is loaded
         # Initialising weights, which are overwritten, must not change the RNG.

@@ -111,7 +111,6 @@ class RewardMixture(RewardSource):
             reward.require_latents_of(policy)
 
     def load(self, policy: Policy) -> MixedReward:
-        """See :meth:`RewardSource.load`."""
         return MixedReward([reward.load(policy) for reward in self.rewards], self.weights, self.normalise)
 
 
@@ -138,7 +137,6 @@ class MixedReward(Reward):
             reward.set_precision(dtype)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """See :meth:`Reward.check_prompts`."""
         for reward in self.rewards:
             reward.check_prompts(prompts)
 
@@ -147,14 +145,12 @@ class MixedReward(Reward):
         return tuple(reward.encode_prompts(prompts) for reward in self.rewards)
 
     def score(self, states: NoisyStates, encoded: tuple[Any, ...]) -> Tensor:
-        """See :meth:`Reward.score`."""
         parts = [reward(states, known) for reward, known in zip(self.rewards, encoded, strict=True)]
         return self.mix(torch.stack(parts, dim=1), states.rows)
 
     def score_clean(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Tensor:
-        """See :meth:`Reward.score_clean`."""
         return self.mix(self.score_parts(latents, rows, encoded, noise, sigmas), rows)
 
     def score_parts(
@@ -194,12 +190,10 @@ class MixedReward(Reward):
         return torch.stack([weight * part for weight, part in zip(self.weights, columns, strict=True)]).sum(dim=0)
 
     def mix_apart(self, parts: Tensor, spread: Tensor) -> Tensor:
-        """See :meth:`Reward.mix_apart`."""
         scales = torch.ones_like(spread) if self.normalise == "none" else spread + SMALLEST_STD
         return (parts / scales) @ parts.new_tensor(self.weights)
 
     def take_means(self) -> Tensor | None:
-        """See :meth:`Reward.take_means`."""
         means = self._sums / self._count if self._count else None
         self._sums, self._count = torch.zeros_like(self._sums), 0
         return means

@@ -55,7 +55,6 @@ class PixelReward(RewardSource):
         return isinstance(self.scorer, StepAwareScorer)
 
     def load(self, policy: Policy) -> DecodingReward:
-        """See :meth:`RewardSource.load`."""
         if isinstance(self.scorer, StepAwareScorer):
             return StepAwareReward(self.scorer.load(), policy, self.decode_batch_size)
         return ImageReward(self.scorer, policy, self.decode_batch_size)
@@ -117,7 +116,6 @@ class StepAwareReward(DecodingReward):
             return self.network.embed_tokens(self.network.tokenize(prompts))
 
     def score(self, states: NoisyStates, encoded: Tensor) -> Tensor:
-        """See :meth:`Reward.score`."""
         pixels = self.decode(states)
         timesteps = states.timesteps.to(pixels[0].device).split(self.decode_batch_size)
         with torch.autocast(pixels[0].device.type, enabled=False):
@@ -141,7 +139,6 @@ class ImageReward(DecodingReward):
 
     @torch.no_grad()
     def score(self, states: NoisyStates, encoded: tuple[str, ...]) -> Tensor:
-        """See :meth:`Reward.score`."""
         images = [image for pixels in self.decode(states) for image in map(to_image, pixels)]
         with torch.autocast(states.latents.device.type, enabled=False):
             scores = self.scorer([encoded[row] for row in states.rows.tolist()], images)

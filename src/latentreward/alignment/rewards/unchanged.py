@@ -52,7 +52,6 @@ class UnchangedRegion(RewardSource):
         return False
 
     def load(self, policy: Policy) -> LoadedUnchangedRegion:
-        """See :meth:`RewardSource.load`."""
         if policy.source_encoder is None:
             raise InputError(
                 f"reward UnchangedRegion compares edits with their sources, but {policy.family.title} makes pictures "
@@ -86,7 +85,6 @@ class LoadedUnchangedRegion(Reward):
         return encoder(prompts)[self.source]
 
     def score(self, states: NoisyStates, encoded: Tensor) -> Tensor:
-        """See :meth:`Reward.score`."""
         assert states.clean is not None
         sources = encoded.to(states.clean.device)[states.rows.to(states.clean.device)]
         return -unchanged_region_change(states.clean, sources, self.share)

@@ -135,13 +135,11 @@ class GDPO(Advantage):
         self.weights, self.epsilon = weights, epsilon
 
     def check(self, rewards: int) -> None:
-        """See :meth:`Advantage.check`."""
         super().check(rewards)
         if self.weights is not None and len(self.weights) != rewards:
             raise InputError(f"advantage.weights={list(self.weights)} for {rewards} rewards; give one for each")
 
     def weighing(self, weights: Sequence[float]) -> Self:
-        """See :meth:`Advantage.weighing`."""
         weighed = copy(self)
         weighed.weights = self.weights if self.weights is not None else list(weights)
         return weighed

@@ -50,7 +50,6 @@ class GainCredit(Credit):
         self.gamma = gamma
 
     def __call__(self, rewards: Tensor) -> Tensor:
-        """See :meth:`Credit.__call__`."""
         credit = to_float64(rewards).diff(dim=1)
         # Backwards, so that each step adds the discounted sum of those after it.
         for step in range(credit.shape[1] - 2, -1, -1):
@@ -62,7 +61,6 @@ class StateCredit(Credit):
     """Credit of a step: the reward of the state before it, as in Euphonium's process advantage (arXiv:2602.04928)."""
 
     def __call__(self, rewards: Tensor) -> Tensor:
-        """See :meth:`Credit.__call__`."""
         return to_float64(rewards[:, :-1])
 
 
@@ -106,7 +104,6 @@ class TurningPointCredit(Credit):
         self.first, self.consistent, self.balanced, self.alone = first, consistent, balanced, alone
 
     def __call__(self, rewards: Tensor) -> Tensor:
-        """See :meth:`Credit.__call__`."""
         return self.of_steps(rewards, range(rewards.shape[1] - 1))
 
     def of_steps(self, rewards: Tensor, steps: Sequence[int]) -> Tensor:

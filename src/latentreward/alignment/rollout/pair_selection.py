@@ -69,7 +69,6 @@ class ThresholdSelection(PairSelection):
     """Base class of rules that keep gaps above a threshold, which depends only on the step."""
 
     def keep(self, gap: Tensor, index: int, sampler: StepSampler) -> Tensor:
-        """See :meth:`PairSelection.keep`."""
         return gap > self.threshold(index, sampler)
 
     @abstractmethod
@@ -93,7 +92,6 @@ class FixedThreshold(ThresholdSelection):
         self._threshold = threshold
 
     def threshold(self, index: int, sampler: StepSampler) -> float:
-        """See :meth:`ThresholdSelection.threshold`."""
         return self._threshold
 
 
@@ -117,7 +115,6 @@ class ScheduledThreshold(ThresholdSelection):
         check_range(f"[0, {high}]", "the threshold at less noise is the lower one", low=low)
 
     def threshold(self, index: int, sampler: StepSampler) -> float:
-        """See :meth:`ThresholdSelection.threshold`."""
         values = self.quantity(sampler)
         # Steps without noise have no pairs; their quantity must not stretch the scale.
         seen = values[sampler.noise_std > 0]
@@ -138,7 +135,6 @@ class SigmaThreshold(ScheduledThreshold):
     """
 
     def quantity(self, sampler: StepSampler) -> Tensor:
-        """See :meth:`ScheduledThreshold.quantity`."""
         return sampler.noise_std
 
 
@@ -146,7 +142,6 @@ class VarianceThreshold(ScheduledThreshold):
     """Rule with a threshold linear in the variance of a step's noise (an option of LPO's code)."""
 
     def quantity(self, sampler: StepSampler) -> Tensor:
-        """See :meth:`ScheduledThreshold.quantity`."""
         return sampler.noise_std**2
 
 
@@ -154,7 +149,6 @@ class LinearThreshold(ScheduledThreshold):
     """Rule with a threshold linear in the timestep (an option of LPO's code)."""
 
     def quantity(self, sampler: StepSampler) -> Tensor:
-        """See :meth:`ScheduledThreshold.quantity`."""
         return sampler.timesteps
 
 
@@ -177,7 +171,6 @@ class QuantileThreshold(PairSelection):
         self._quantile = quantile
 
     def keep(self, gap: Tensor, index: int, sampler: StepSampler) -> Tensor:
-        """See :meth:`PairSelection.keep`."""
         # Over all ranks: a rank with few prompts would have a quantile of its own.
         return (gap >= gather_with_grad(gap).quantile(self._quantile)) & (gap > 0)
 

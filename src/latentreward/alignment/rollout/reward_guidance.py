@@ -170,7 +170,6 @@ class GuidedSampler(StepSampler):
         return self.guidance.guide(plain, gradient * per_sample(inside.to(gradient), gradient))
 
     def clean(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
-        """See :meth:`StepSampler.clean`."""
         return self.sampler.clean(latents, model_output, timesteps)
 
 

@@ -228,14 +228,12 @@ class DDIMSampler(StepSampler):
         self.noise_setting = f"eta={eta:g}"
 
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
-        """See :meth:`StepSampler.transition`."""
         signal, spread, signal_next, towards_noise, std = self._columns(self._table, timesteps, latents)
         seen = latents.float(), model_output.float(), signal, spread
         clean, noise = predicted_clean(self.prediction_type, *seen), predicted_noise(self.prediction_type, *seen)
         return Transition(signal_next * clean + towards_noise * noise, std.flatten(), std.flatten())
 
     def clean(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
-        """See :meth:`StepSampler.clean`."""
         signal, spread, _, _, _ = self._columns(self._table, timesteps, latents)
         return predicted_clean(self.prediction_type, latents.float(), model_output.float(), signal, spread)
 
@@ -301,14 +299,12 @@ class FlowSDESampler(StepSampler):
         self._table = torch.stack([sigma, of_latents, of_velocity, self.noise_std, spread], dim=1)
 
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
-        """See :meth:`StepSampler.transition`."""
         _, of_latents, of_velocity, std, spread = self._columns(self._table, timesteps, latents)
         mean = of_latents * latents.float() + of_velocity * model_output.float()
         # As in Flow-GRPO's code, the KL divergence takes s, not s√Δ.
         return Transition(mean, std.flatten(), spread.flatten(), "squares" if self.kind == "cps" else "normal")
 
     def clean(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
-        """See :meth:`StepSampler.clean`."""
         sigma = self._columns(self._table, timesteps, latents)[0]
         return predicted_clean("flow", latents.float(), model_output.float(), 1.0 - sigma, sigma)
 

@@ -45,7 +45,6 @@ class RandomSteps(StepChoice):
         self.share = share
 
     def choose(self, steps: int, generator: torch.Generator) -> Tensor:
-        """See :meth:`StepChoice.choose`."""
         if not (count := rounded_down(steps * self.share)):
             raise InputError(f"share={self.share:g} of {steps} steps leaves none; raise it, or num_inference_steps")
         return torch.randperm(steps, generator=generator)[:count]
@@ -68,7 +67,6 @@ class NoisiestSteps(StepChoice):
         self.count, self.share = count, share
 
     def choose(self, steps: int, generator: torch.Generator) -> Tensor:
-        """See :meth:`StepChoice.choose`."""
         if (first := round(steps * self.share)) < self.count:
             raise InputError(
                 f"count={self.count}: only the first {first} of {steps} steps may be chosen; lower count, or raise "
@@ -97,7 +95,6 @@ class StratifiedSteps(StepChoice):
         self.count, self.first, self.share = count, first, share
 
     def choose(self, steps: int, generator: torch.Generator) -> Tensor:
-        """See :meth:`StepChoice.choose`."""
         last = rounded_down(steps * self.share)
         if last - self.first < self.count:
             raise InputError(

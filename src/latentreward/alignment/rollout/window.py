@@ -68,7 +68,6 @@ class MovingWindow(Window):
         self.size, self.every, self.stride, self.restart = size, every, stride, restart
 
     def start(self, steps: int, iteration: int, generator: torch.Generator) -> int:
-        """See :meth:`Window.start`."""
         last = steps - self.size
         positions, position = -(-last // self.stride) + 1, iteration // self.every
         position = position % positions if self.restart else min(position, positions - 1)
@@ -90,7 +89,6 @@ class RandomWindow(Window):
         self.size = size
 
     def start(self, steps: int, iteration: int, generator: torch.Generator) -> int:
-        """See :meth:`Window.start`."""
         return int(torch.randint(steps - self.size + 1, (1,), generator=generator))
 
 
@@ -111,7 +109,6 @@ class WindowedSampler(StepSampler):
         self.noise_std = noisy.noise_std.where(self.inside, 0.0)
 
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
-        """See :meth:`StepSampler.transition`."""
         # Both are computed, for rows may be at different steps; they are cheap beside the network.
         noisy, plain = (one.transition(latents, model_output, timesteps) for one in (self.noisy, self.plain))
         inside = self.inside[self.step_index(timesteps)].to(latents.device)
@@ -123,5 +120,4 @@ class WindowedSampler(StepSampler):
         )
 
     def clean(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
-        """See :meth:`StepSampler.clean`."""
         return self.noisy.clean(latents, model_output, timesteps)

@@ -38,22 +38,18 @@ class Unread(StoredReward):
         self.stored, self.recipe = stored, stored.recipe
 
     def backbone(self) -> DiffusionBackbone:
-        """See :meth:`StoredReward.backbone`."""
         return self.stored.backbone()
 
     def head(self, backbone: DiffusionBackbone) -> RewardHead:
-        """See :meth:`StoredReward.head`."""
         with torch.device("meta"):
             return build_head(self.recipe.head, backbone.feature_spec)
 
     def load(self, kind: type[Network]) -> Network:
-        """See :meth:`StoredReward.load`."""
         with torch.device("meta"):
             backbone = self.backbone()
         return kind(backbone, self.head(backbone)).requires_grad_(False).eval()
 
     def adapter(self, backbone: DiffusionBackbone) -> dict[str, Tensor]:
-        """See :meth:`StoredReward.adapter`."""
         network = backbone.get_submodule(backbone.network_name)
         return {name: weight for name, weight in network.named_parameters() if ".lora_" in name}
 
@@ -82,12 +78,10 @@ class UnreadReward(LatentReward):
             )
 
     def require_latents_of(self, policy: PolicySource) -> None:
-        """See :meth:`RewardSource.require_latents_of`."""
         with errors_at(self._place):
             super().require_latents_of(policy)
 
     def load(self, policy: Policy) -> LatentScorer:
-        """See :meth:`RewardSource.load`."""
         with errors_at(self._place):
             return super().load(policy)
 
@@ -102,7 +96,6 @@ class UnaskedReward(HTTPReward):
         """Compare nothing."""
 
     def load(self, policy: Policy) -> RemoteReward:
-        """See :meth:`RewardSource.load`."""
         if self.uses_sigmas:
             return RemoteLatentReward(self, self.schema, policy, {})
         return super().load(policy)

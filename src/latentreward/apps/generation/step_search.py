@@ -31,18 +31,15 @@ class LoadedPipeline:
         self.index: dict[str, Any] = {"_class_name": self.source, **pipeline.config}
 
     def has(self, part: str) -> bool:
-        """See :meth:`PipelineConfigs.has`."""
         return getattr(self._pipeline, part, None) is not None
 
     def config(self, part: str) -> dict[str, Any]:
-        """See :meth:`PipelineConfigs.config`."""
         if not self.has(part):
             raise InputError(f"this {self.source} has no {part}; give a whole text-to-image pipeline")
         loaded = getattr(self._pipeline, part)
         return {"_class_name": type(loaded).__name__, **loaded.config}
 
     def tensors(self, part: str, names: Sequence[str]) -> list[Tensor]:
-        """See :meth:`PipelineConfigs.tensors`."""
         state = getattr(self._pipeline, part).state_dict()
         return [state[name].detach().cpu() for name in names]
 

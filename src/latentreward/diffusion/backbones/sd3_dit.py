@@ -81,12 +81,10 @@ class SD3DiTBackbone(TransformerBackbone):
         self.max_side = transformer.config.pos_embed_max_size * transformer.config.patch_size
 
     def unread_parts(self, number: int, visual: bool, text: bool) -> tuple[Sequence[str], Sequence[str]]:
-        """See :meth:`TransformerBackbone.unread_parts`."""
         inside = (*(() if text else _TEXT_OUTPUT), *(() if visual else _VISUAL_OUTPUT))
         return inside, () if number or text else ("context_embedder",)
 
     def drop_text_taps(self) -> None:
-        """See :meth:`DiffusionBackbone.drop_text_taps`."""
         super().drop_text_taps()
         if self.last_tap == 0 and self.text_encoder is not None and self.pooled_text == "clip":
             freeze(self.text_encoder, self.text_encoder.tokens_only)
@@ -115,7 +113,6 @@ class SD3DiTBackbone(TransformerBackbone):
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """See :attr:`DiffusionBackbone.native_size`."""
         side = self.transformer.config.sample_size * self.latent_space.downscale
         return side, side
 

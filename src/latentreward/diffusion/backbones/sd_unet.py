@@ -90,12 +90,10 @@ class SDUNetBackbone(DiffusionBackbone):
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """See :attr:`DiffusionBackbone.native_size`."""
         height, width = self._native_size()
         return height * self.latent_space.downscale, width * self.latent_space.downscale
 
     def drop_text_taps(self) -> None:
-        """See :meth:`DiffusionBackbone.drop_text_taps`."""
         self.text_taps = ()
         attends = any(getattr(block, "has_cross_attention", False) for block in self.blocks())
         if self.text_encoder is not None and not attends:
@@ -153,7 +151,6 @@ class SDUNetBackbone(DiffusionBackbone):
         )
 
     def blocks(self) -> Iterator[nn.Module]:
-        """See :meth:`DiffusionBackbone.blocks`."""
         yield from self.unet.down_blocks
         if self.unet.mid_block is not None:
             yield self.unet.mid_block

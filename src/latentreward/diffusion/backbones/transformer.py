@@ -59,7 +59,6 @@ class TransformerBackbone(DiffusionBackbone):
         return max(*self.visual_taps, *self.text_taps, int(self.output_map))
 
     def blocks(self) -> Iterator[nn.Module]:
-        """See :meth:`DiffusionBackbone.blocks`."""
         for name in self.lists:
             yield from getattr(self.transformer, name)
 
@@ -118,6 +117,5 @@ class TransformerBackbone(DiffusionBackbone):
         """
 
     def drop_text_taps(self) -> None:
-        """See :meth:`DiffusionBackbone.drop_text_taps`."""
         self.text_taps = ()
         freeze(self.transformer, self.unread())

@@ -267,16 +267,13 @@ class CachedPairs(PairReader):
         )
 
     def labels(self) -> np.ndarray:
-        """See :meth:`PairReader.labels`."""
         return self.index.label[self.rows]
 
     def prompts(self) -> list[str]:
-        """See :meth:`PairReader.prompts`."""
         if len(self.index.source_images):
             return self.index.prompts_of(self.rows)
         texts = self.index.prompts.to_pylist()  # pairs with one prompt share its text
         return [texts[place] for place in self.index.prompt[self.rows].tolist()]
 
     def pair_ids(self) -> list[str]:
-        """See :meth:`PairReader.pair_ids`."""
         return self.index.pair_id.take(self.rows).to_pylist()

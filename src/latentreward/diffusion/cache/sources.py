@@ -123,7 +123,6 @@ class PipelineEncoders(LatentSource):
             )
 
     def check_prompt(self, prompt: str) -> None:
-        """See :meth:`LatentSource.check_prompt`."""
         self._found[0].check_prompt(prompt)
 
     @cached_property

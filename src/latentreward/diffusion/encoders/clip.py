@@ -30,11 +30,9 @@ class CLIPPromptEncoder(PromptEncoder):
         self.token_dim = self.pooled_dim = text_encoder.config.hidden_size
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`."""
         return (masked_ids(self, self.tokenizer, prompts, self.num_tokens)[0],)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`."""
         output = self.text_encoder(input_ids[0])
         return Conditioning(output.last_hidden_state, output.pooler_output)
 
@@ -76,14 +74,12 @@ class SDXLPromptEncoder(PromptEncoder):
         self.pooled_dim = text_encoder_2.config.projection_dim
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`."""
         return (
             masked_ids(self, self.tokenizer, prompts, self.num_tokens)[0],
             token_ids(self.tokenizer_2, prompts, self.num_tokens),
         )
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`."""
         first = self.text_encoder(input_ids[0], output_hidden_states=True).hidden_states[-2]
         second = self.text_encoder_2(input_ids[1], output_hidden_states=True)
         return Conditioning(torch.cat([first, second.hidden_states[-2]], dim=-1), second.text_embeds)

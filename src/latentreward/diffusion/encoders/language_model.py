@@ -50,12 +50,10 @@ class LanguageModelEncoder(PromptEncoder):
             return pad_sequence([torch.tensor(row or [0]) for row in rows], batch_first=True, padding_value=-1)
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """See :meth:`PromptEncoder.count_tokens`."""
         counts: list[int] = (self.tokenize(prompts)[0] >= 0).sum(dim=1).tolist()
         return counts
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`."""
         (ids,) = input_ids
         mask = ids >= 0
         output = self.text_encoder(input_ids=ids.clamp(min=0), attention_mask=mask, use_cache=False)

@@ -40,11 +40,9 @@ class OffloadedEncoder(PromptEncoder):
         self._rows: dict[str, Conditioning] = {}
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`."""
         return self._encoder[0].tokenize(prompts)
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """See :meth:`PromptEncoder.count_tokens`."""
         return self._encoder[0].count_tokens(prompts)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:

@@ -67,7 +67,6 @@ class SD3PromptEncoder(PromptEncoder):
         self.pooled_dim = text_encoder.config.projection_dim + text_encoder_2.config.projection_dim
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`."""
         second = token_ids(self.tokenizer_2, prompts, self.clip_length)
         if self.text_encoder_3 is None:
             return masked_ids(self, self.tokenizer, prompts, self.clip_length)[0], second
@@ -75,7 +74,6 @@ class SD3PromptEncoder(PromptEncoder):
         return first, second, masked_ids(self, self.tokenizer_3, prompts, self.t5_length)[0]
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`."""
         clip_l = self.text_encoder(input_ids[0], output_hidden_states=True)
         clip_g = self.text_encoder_2(input_ids[1], output_hidden_states=True)
         clip = torch.cat([clip_l.hidden_states[-2], clip_g.hidden_states[-2]], dim=-1)

@@ -148,7 +148,6 @@ class ChannelLatentEncoder(LatentEncoder):
         return LatentSpace(channels, 2 ** len(halvings), frame_downscale=2 ** sum(halvings), means=means, stds=stds)
 
     def to_vae(self, pixels: Tensor) -> Tensor:
-        """See :meth:`LatentEncoder.to_vae`."""
         return pixels.unsqueeze(2) if pixels.ndim == 4 else pixels
 
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,17 +155,14 @@ class ChannelLatentEncoder(LatentEncoder):
         return means, stds
 
     def scale(self, sample: Tensor) -> Tensor:
-        """See :meth:`LatentEncoder.scale`."""
         mean, std = self._constants(sample)
         return (sample - mean) / std
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """See :meth:`LatentEncoder.unscale`."""
         mean, std = self._constants(latents)
         return latents * std + mean
 
     def decode_raw(self, latents: Tensor) -> Tensor:
-        """See :meth:`LatentEncoder.decode_raw`."""
         parts: list[Tensor] = []
         hook = self.vae.decoder.register_forward_hook(lambda module, args, output: parts.append(output))
         try:
@@ -185,7 +181,6 @@ class PatchedLatentEncoder(LatentEncoder):
     """
 
     def unpacked(self, noise: Tensor) -> Tensor:
-        """See :meth:`LatentEncoder.unpacked`."""
         return F.pixel_shuffle(noise, 2)
 
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,12 +189,10 @@ class PatchedLatentEncoder(LatentEncoder):
         return mean, (variance + self.vae.config.batch_norm_eps).sqrt()
 
     def scale(self, sample: Tensor) -> Tensor:
-        """See :meth:`LatentEncoder.scale`."""
         patches = F.pixel_unshuffle(sample, 2)
         mean, std = self._constants(patches)
         return (patches - mean) / std
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """See :meth:`LatentEncoder.unscale`."""
         mean, std = self._constants(latents)
         return F.pixel_shuffle(latents * std + mean, 2)

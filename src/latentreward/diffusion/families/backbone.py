@@ -71,14 +71,12 @@ class FamilyBackbone(TransformerBackbone):
                 setattr(transformer, name, nn.Identity())
 
     def unread_parts(self, number: int, visual: bool, text: bool) -> tuple[Sequence[str], Sequence[str]]:
-        """See :meth:`TransformerBackbone.unread_parts`."""
         inside = self.family.unread(number, visual, text) if number else ()
         if number:
             self.family.require_parts("unread", inside, [*self.blocks()][number - 1])
         return inside, self.family.unread_outside(number, visual, text)
 
     def drop_text_taps(self) -> None:
-        """See :meth:`DiffusionBackbone.drop_text_taps`."""
         super().drop_text_taps()
         if self.text_encoder is not None and self.last_tap == 0:
             freeze(self.text_encoder, self.text_encoder.tokens_only)
@@ -105,7 +103,6 @@ class FamilyBackbone(TransformerBackbone):
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """See :attr:`DiffusionBackbone.native_size`."""
         return self.family.native_size
 
     @property
@@ -228,7 +225,6 @@ class TransformerOptions(BackboneOptions):
     t5_length: int | None = None
 
     def parts(self, family: Family, **text: Any) -> tuple[Any, dict[str, Any]]:
-        """See :meth:`BackboneOptions.parts`."""
         return super().parts(family, t5_length=self.t5_length, load_t5=self.load_t5, **text)
 
 

@@ -61,7 +61,6 @@ class Chroma(FlowFamily):
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`FlowFamily.velocity`."""
         dtype, grid = network.x_embedder.weight.dtype, self.token_grid(latents)
         text, mask = conditioning.prompt_embeds.to(dtype), joint_mask(conditioning, grid)
         text_ids, image_ids = positions(text.shape[1], [grid], latents.device)
@@ -88,11 +87,9 @@ class Chroma(FlowFamily):
         return 2 * self.width
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread`."""
         return unread_of_dual(visual, text) if 1 <= number <= self.dual_blocks else ()
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread_outside`."""
         return () if number or text else ("context_embedder",)
 
 
@@ -125,7 +122,6 @@ class ChromaPromptEncoder(PromptEncoder):
         return ids[:, :length], mask[:, :length], kept
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`."""
         ids, mask, kept = input_ids
         return Conditioning(self.text_encoder(ids, mask).last_hidden_state, prompt_mask=kept)
 

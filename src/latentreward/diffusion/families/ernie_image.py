@@ -50,7 +50,6 @@ class ErnieImage(FlowFamily):
         return normalised_space(self)
 
     def assumption(self) -> str | None:
-        """See :meth:`Family.assumption`."""
         return (
             "ERNIE-Image and ERNIE-Image-Turbo have equal configs; taken for the former, which samples with guidance; "
             "for Turbo set guidance_scale to 1. Prompts are encoded as given, without the pipeline's prompt enhancer"
@@ -73,7 +72,6 @@ class ErnieImage(FlowFamily):
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`FlowFamily.velocity`."""
         dtype = network.x_embedder.proj.weight.dtype
         lengths = torch.tensor(lengths_of(conditioning), device=latents.device)
         text = conditioning.prompt_embeds.to(dtype)
@@ -89,7 +87,6 @@ class ErnieImage(FlowFamily):
 
     @property
     def width(self) -> int:
-        """See :attr:`FlowFamily.width`."""
         return self.entry(self.part, "hidden_size", int)
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
@@ -101,7 +98,6 @@ class ErnieImagePromptEncoder(LanguageModelEncoder):
     """Prompt encoder with Ministral, which gets each prompt as it is."""
 
     def text(self, prompt: str) -> str:
-        """See :meth:`LanguageModelEncoder.text`."""
         return prompt
 
 

@@ -67,7 +67,6 @@ class FlowFamily(Family):
 
     @classmethod
     def recognises(cls, pipeline: PipelineConfigs) -> bool:
-        """See :meth:`Family.recognises`."""
         return pipeline.has(cls.part) and pipeline.config(cls.part).get("_class_name") == cls.network_class
 
     def check_names(self) -> None:
@@ -84,14 +83,12 @@ class FlowFamily(Family):
             self._require("block_classes", all(known), f"is not in {module}")
 
     def check(self) -> None:
-        """See :meth:`Family.check`."""
         check_channels(self.pipeline.source, self.part, self.config, self.latent_space, self.positions)
 
     # Latents
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """See :attr:`Family.native_size`."""
         return self.pixels
 
     @property
@@ -112,7 +109,6 @@ class FlowFamily(Family):
 
     @property
     def max_side(self) -> int | None:
-        """See :attr:`Family.max_side`."""
         return self.packing * min(self.lens[1:]) if self.lens else None
 
     @property
@@ -209,7 +205,6 @@ class FlowFamily(Family):
         return float(low + (high - low) * (tokens - few) / (many - few))
 
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """See :meth:`Family.levels`."""
         dynamic = self.entry("scheduler", "use_dynamic_shifting", bool, default=False)
         mu = self.mu(num_inference_steps, shape) if dynamic else None
         if dynamic and mu is None and not of_this_package(type(self).__module__):
@@ -224,7 +219,6 @@ class FlowFamily(Family):
     def predict(
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`Family.predict`."""
         self.check_sources(len(conditioning.source_latents))
         scale = self.default_guidance if guidance is None else guidance
         sigma = timesteps.to(latents.device, torch.float32) / 1000
@@ -275,7 +269,6 @@ class FlowFamily(Family):
         return F.pixel_shuffle(made.movedim(-1, -3), self.packing).movedim(-3, 1)
 
     def blocks(self, network: Any) -> Iterator[nn.Module]:
-        """See :meth:`Family.blocks`."""
         for name in self.lists:
             yield from getattr(network, name)
 

@@ -64,12 +64,10 @@ class Flux1PromptEncoder(PromptEncoder):
         self.pooled_dim = text_encoder.config.hidden_size
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`."""
         tokens, _ = masked_ids(self, self.tokenizer_2, prompts, self.num_tokens)
         return token_ids(self.tokenizer, prompts, self.clip_length), tokens
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`."""
         pooled = self.text_encoder(input_ids[0]).pooler_output
         return Conditioning(self.text_encoder_2(input_ids[1]).last_hidden_state, pooled)
 
@@ -114,7 +112,6 @@ class Flux1(FlowFamily):
 
     @property
     def model(self) -> str:
-        """See :attr:`Family.model`."""
         return "FLUX.1-dev" if self.takes_guidance else "FLUX.1-schnell"
 
     # Text
@@ -150,7 +147,6 @@ class Flux1(FlowFamily):
 
     @property
     def default_guidance(self) -> float | None:
-        """See :attr:`Family.default_guidance`."""
         return 3.5 if self.takes_guidance else None
 
     def guidance(self, scale: float | None) -> float | None:
@@ -172,7 +168,6 @@ class Flux1(FlowFamily):
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`FlowFamily.velocity`."""
         assert conditioning.pooled_prompt_embeds is not None
         dtype, grids = network.x_embedder.weight.dtype, self.grids(latents, conditioning)
         text = conditioning.prompt_embeds.to(dtype)
@@ -196,11 +191,9 @@ class Flux1(FlowFamily):
     # Features
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread`."""
         return unread_of_dual(visual, text) if 1 <= number <= self.dual_blocks else ()
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread_outside`."""
         return () if number or text else ("context_embedder",)
 
 

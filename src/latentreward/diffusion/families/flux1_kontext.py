@@ -34,7 +34,6 @@ class Flux1Kontext(Flux1):
 
     @property
     def model(self) -> str:
-        """See :attr:`Family.model`."""
         return "FLUX.1-Kontext-dev"
 
     def source_size(self, height: int, width: int) -> SourceSize:

@@ -116,7 +116,6 @@ class Flux2Klein(FlowFamily):
     sources = (0, None)
 
     def check(self) -> None:
-        """See :meth:`Family.check`."""
         if self.config.get("guidance_embeds", True):
             raise InputError(
                 f"source={self.pipeline.source!r} is FLUX.2-dev, whose text path (Mistral, 24 billion parameters) is "
@@ -131,11 +130,9 @@ class Flux2Klein(FlowFamily):
 
     @property
     def model(self) -> str:
-        """See :attr:`Family.model`."""
         return f"{self.title} (distilled)" if self.distilled else f"{self.title} (base)"
 
     def assumption(self) -> str | None:
-        """See :meth:`Family.assumption`."""
         if "is_distilled" in self.pipeline.index:
             return None
         return "model_index.json has no is_distilled; taken as a base model of FLUX.2-klein, sampled with guidance"
@@ -183,7 +180,6 @@ class Flux2Klein(FlowFamily):
 
     @property
     def default_guidance(self) -> float | None:
-        """See :attr:`Family.default_guidance`."""
         return None if self.distilled else 4.0
 
     # Network
@@ -191,7 +187,6 @@ class Flux2Klein(FlowFamily):
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`FlowFamily.velocity`."""
         dtype, text = network.x_embedder.weight.dtype, conditioning.prompt_embeds
         grids = self.grids(latents, conditioning)
         text_ids, image_ids = positions(text.shape[1], grids, latents.device)
@@ -208,7 +203,6 @@ class Flux2Klein(FlowFamily):
     # Features
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread`."""
         return unread_of_dual(visual, text) if 0 < number <= self.dual_blocks else ()
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:

@@ -51,7 +51,6 @@ class HiDream(FlowFamily):
     default_guidance = 5.0
 
     def check(self) -> None:
-        """See :meth:`Family.check`."""
         super().check()
         blocks = sum(self.entry(self.part, name, int) for name in ("num_layers", "num_single_layers"))
         if len(self.layers) != blocks or len(self.widths) != 2:
@@ -63,7 +62,6 @@ class HiDream(FlowFamily):
     # Latents
 
     def latent_shape(self, height: int | None = None, width: int | None = None, frames: int = 1) -> tuple[int, ...]:
-        """See :meth:`Family.latent_shape`."""
         shape = super().latent_shape(height, width, frames)
         self.check_area(shape)
         return shape
@@ -130,7 +128,6 @@ class HiDream(FlowFamily):
     # Noise
 
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """See :meth:`Family.levels`."""
         return unipc_levels(self.scheduler_config, num_inference_steps)
 
     # Network
@@ -146,7 +143,6 @@ class HiDream(FlowFamily):
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`FlowFamily.velocity`."""
         assert conditioning.pooled_prompt_embeds is not None
         self.check_area(latents.shape)
         dtype = network.x_embedder.proj.weight.dtype
@@ -181,7 +177,6 @@ class HiDream(FlowFamily):
         return found[0] + found[1]
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread`."""
         if (visual and text) or not 1 <= number <= self.dual_blocks:
             return ()
         if visual:
@@ -225,7 +220,6 @@ class HiDreamPromptEncoder(PromptEncoder):
         return tuple(found)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`."""
         small, large, ids, mask, llama_ids, llama_mask = input_ids
         pooled = [self.text_encoder(small).text_embeds, self.text_encoder_2(large).text_embeds]
         words = self.text_encoder_3(ids, mask).last_hidden_state

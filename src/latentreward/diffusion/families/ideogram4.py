@@ -80,7 +80,6 @@ class Ideogram4(FlowFamily):
         return normalised_space(self, by_channel)
 
     def assumption(self) -> str | None:
-        """See :meth:`Family.assumption`."""
         return "pictures are sampled without guidance, which takes a second network; prompts are encoded as given"
 
     # Text
@@ -134,13 +133,11 @@ class Ideogram4(FlowFamily):
         return super().pack(latents).unflatten(-1, (-1, 4)).mT.flatten(-2)
 
     def unpack(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        """See :meth:`FlowFamily.unpack`."""
         return super().unpack(by_channel(tokens), grid)
 
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`FlowFamily.velocity`."""
         tokens, text = self.pack(latents).to(network.input_proj.weight.dtype), conditioning.prompt_embeds
         (rows, length), image, mask = text.shape[:2], tokens.shape[1], conditioning.prompt_mask
         roles = tokens.new_full((rows, length + image), IMAGE, dtype=torch.long)
@@ -172,11 +169,9 @@ class Ideogram4(FlowFamily):
 
     @property
     def temb_dim(self) -> int:
-        """See :attr:`FlowFamily.temb_dim`."""
         return self.entry(self.part, "adaln_dim", int)
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread_outside`."""
         return () if number or text else ("llm_cond_norm", "llm_cond_proj")
 
 
@@ -213,13 +208,11 @@ class Ideogram4PromptEncoder(LanguageModelEncoder):
         self.token_dim *= len(LAYERS)
 
     def text(self, prompt: str) -> str:
-        """See :meth:`LanguageModelEncoder.text`."""
         message = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
         text: str = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         return text
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`."""
         (ids,) = input_ids
         mask = ids >= 0
         given = {"input_ids": ids.clamp(min=0), "attention_mask": mask}

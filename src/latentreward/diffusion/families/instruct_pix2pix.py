@@ -34,12 +34,10 @@ class InstructPix2Pix(StableDiffusion):
 
     @property
     def model(self) -> str:
-        """See :attr:`Family.model`."""
         return f"InstructPix2Pix-{super().model}"
 
     @property
     def usual_reward(self) -> str:
-        """See :attr:`Family.usual_reward`."""
         return f"lrm_ip2p_{'sdxl' if self.is_xl else 'sd15'}"
 
     def source_size(self, height: int, width: int) -> SourceSize:

@@ -62,7 +62,6 @@ class Krea2(FlowFamily):
 
     @property
     def model(self) -> str:
-        """See :attr:`Family.model`."""
         return f"{self.title} Turbo" if self.distilled else f"{self.title} Raw"
 
     # Text
@@ -104,7 +103,6 @@ class Krea2(FlowFamily):
 
     @property
     def default_guidance(self) -> float | None:
-        """See :attr:`Family.default_guidance`."""
         return None if self.distilled else 4.5
 
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
@@ -116,7 +114,6 @@ class Krea2(FlowFamily):
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`FlowFamily.velocity`."""
         dtype, grid = network.img_in.weight.dtype, self.token_grid(latents)
         output = network(
             hidden_states=self.pack(latents).to(dtype),
@@ -134,7 +131,6 @@ class Krea2(FlowFamily):
     # Features
 
     def temb(self, *found: Any) -> Tensor:
-        """See :meth:`FlowFamily.temb`."""
         return super().temb(*found).squeeze(1)
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
@@ -174,7 +170,6 @@ class Krea2PromptEncoder(PromptEncoder):
         return padded_rows(rows, self.tokenizer.pad_token_id)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`."""
         ids, mask = input_ids
         states = self.text_encoder(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
         tokens = torch.cat([states[layer] for layer in self.layers], dim=-1)[:, self.dropped_tokens :]

@@ -51,7 +51,6 @@ class Lumina2(FlowFamily):
     def load_prompt_encoder(
         self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
     ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`."""
         from transformers import Gemma2Model
 
         tokenizer = self.pipeline.tokenizer("tokenizer")
@@ -61,7 +60,6 @@ class Lumina2(FlowFamily):
     # Guidance
 
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
-        """See :meth:`Family.guide`."""
         guided = super().guide(with_prompt, without, scale)
         norm, wanted = (torch.linalg.vector_norm(value, dim=-1, keepdim=True) for value in (guided, with_prompt))
         return guided * (wanted / norm)
@@ -69,7 +67,6 @@ class Lumina2(FlowFamily):
     # Network
 
     def load_network(self, pretrained: bool = True) -> Any:
-        """See :meth:`Family.load_network`."""
         network = super().load_network(pretrained)
         rope = network.rope_embedder
         with torch.device("cpu"):  # estimates build networks on the meta device, where the table would have no values
@@ -79,7 +76,6 @@ class Lumina2(FlowFamily):
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`FlowFamily.velocity`."""
         dtype = network.x_embedder.weight.dtype
         tokens, mask = masked(conditioning)
         output: Tensor = network(latents.to(dtype), 1 - sigma, tokens.to(dtype), mask, return_dict=False)[0]
@@ -95,22 +91,18 @@ class Lumina2(FlowFamily):
         return image, found[:, : tokens.shape[1]]
 
     def temb(self, *found: Any) -> Tensor:
-        """See :meth:`FlowFamily.temb`."""
         embedding: Tensor = found[0][0]
         return embedding
 
     @property
     def width(self) -> int:
-        """See :attr:`FlowFamily.width`."""
         return self.entry(self.part, "hidden_size", int)
 
     @property
     def temb_dim(self) -> int:
-        """See :attr:`FlowFamily.temb_dim`."""
         return min(self.width, 1024)
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread_outside`."""
         return () if number or text else ("time_caption_embed.caption_embedder", "context_refiner")
 
 
@@ -118,7 +110,6 @@ class Lumina2PromptEncoder(LanguageModelEncoder):
     """Prompt encoder with Gemma 2, which gets each prompt, also the empty one, after :data:`SYSTEM`."""
 
     def text(self, prompt: str) -> str:
-        """See :meth:`LanguageModelEncoder.text`."""
         return "" if prompt == NO_PROMPT else SYSTEM + prompt
 
 

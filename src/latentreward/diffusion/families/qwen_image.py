@@ -66,7 +66,6 @@ class QwenImage(FlowFamily):
         return (zero_time or pipeline.index.get("_class_name") in EDITORS) == (cls.sources != (0, 0))
 
     def check(self) -> None:
-        """See :meth:`Family.check`."""
         for field, reason in {
             "use_layer3d_rope": "a network of Qwen-Image-Layered, which makes layers instead of one image",
             "use_additional_t_cond": "a network of Qwen-Image-Layered, which makes layers instead of one image",
@@ -79,7 +78,6 @@ class QwenImage(FlowFamily):
         super().check()
 
     def assumption(self) -> str | None:
-        """See :meth:`Family.assumption`."""
         text = "Qwen-Image and Qwen-Image-2512 have equal configs and are treated alike"
         if not self.pipeline.has("tokenizer") or (prefix := prefix_length(self.tokenizer)) == PREFIX:
             return text
@@ -126,7 +124,6 @@ class QwenImage(FlowFamily):
     # Network
 
     def load_network(self, pretrained: bool = True) -> Any:
-        """See :meth:`Family.load_network`."""
         network = super().load_network(pretrained)
         rope = network.pos_embed
         with torch.device("cpu"):  # its tables are no buffers: made on the meta device, they would stay there
@@ -136,7 +133,6 @@ class QwenImage(FlowFamily):
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`FlowFamily.velocity`."""
         dtype, grids = network.img_in.weight.dtype, self.grids(latents, conditioning)
         output = network(
             hidden_states=self.sequence(latents, conditioning).to(dtype),
@@ -148,11 +144,9 @@ class QwenImage(FlowFamily):
         return self.unpack(output, grids[0])
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread`."""
         return (() if text else TEXT_OUTPUT) + (() if visual else VISUAL_OUTPUT)
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread_outside`."""
         return () if number or text else ("txt_in", "txt_norm")
 
     # Adapters
@@ -239,7 +233,6 @@ class QwenImagePromptEncoder(PromptEncoder):
         return padded_rows([row[:most] for row in rows], self.tokenizer.pad_token_id)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`."""
         ids, mask = input_ids
         states = self.text_encoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return without_prefix(states, mask, self.dropped_tokens)

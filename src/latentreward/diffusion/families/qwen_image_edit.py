@@ -60,7 +60,6 @@ class QwenImageEdit(QwenImage):
 
     @cached_property
     def sources(self) -> tuple[int, int | None]:  # type: ignore[override]
-        """See :attr:`Family.sources`."""
         return (1, None) if self.numbered else (1, 1)
 
     @property
@@ -75,11 +74,9 @@ class QwenImageEdit(QwenImage):
 
     @property
     def model(self) -> str:
-        """See :attr:`Family.model`."""
         return f"{self.title}{('-2511' if self.zero_time else '-2509') if self.numbered else ''}"
 
     def assumption(self) -> str | None:
-        """See :meth:`Family.assumption`."""
         return None
 
     def source_size(self, height: int, width: int) -> SourceSize:
@@ -87,7 +84,6 @@ class QwenImageEdit(QwenImage):
         return SourceSize(sides(AREA, height, width))
 
     def check_prompt(self, prompt: str) -> None:
-        """See :meth:`Family.check_prompt`."""
         self.seen.check(prompt)
 
     @cached_property
@@ -238,7 +234,6 @@ class QwenImageEditPromptEncoder(PromptEncoder):
             return ids, mask, pad_sequence(patches, batch_first=True), pad_sequence(grids, batch_first=True)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`."""
         ids, mask, *seen = input_ids
         pictures: dict[str, Tensor] = {}
         if seen:

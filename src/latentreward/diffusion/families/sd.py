@@ -48,7 +48,6 @@ class StableDiffusion(Family):
         return pipeline.has("unet") and (pipeline.index.get("_class_name") in EDITORS) == bool(cls.sources[1])
 
     def check(self) -> None:
-        """See :meth:`Family.check`."""
         found = self.config.get("_class_name", self.network_class)
         if found != self.network_class:
             raise InputError(
@@ -60,7 +59,6 @@ class StableDiffusion(Family):
 
     @property
     def model(self) -> str:
-        """See :attr:`Family.model`."""
         return unet_family(self.config)
 
     @property
@@ -72,7 +70,6 @@ class StableDiffusion(Family):
 
     @property
     def usual_reward_is_own(self) -> bool:
-        """See :attr:`Family.usual_reward_is_own`."""
         return self.model != "SD2.1"
 
     @property
@@ -82,14 +79,12 @@ class StableDiffusion(Family):
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """See :attr:`Family.native_size`."""
         height, width = check_sample_size(self.config.get("sample_size"))
         return height * self.latent_space.downscale, width * self.latent_space.downscale
 
     def load_prompt_encoder(
         self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
     ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`."""
         two = self.pipeline.has("text_encoder_2")
         encoder: PromptEncoder = (self.pipeline.sdxl_prompts if two else self.pipeline.clip_prompts)(pretrained, True)
         has_unet = self.pipeline.has(self.part)  # a cache is written without one
@@ -114,13 +109,11 @@ class StableDiffusion(Family):
 
     @cached_property
     def noise_process(self) -> NoiseProcess:
-        """See :attr:`Family.noise_process`."""
         return process_from_scheduler(self.scheduler_config, DDPM_SCHEDULERS)
 
     def predict(
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`Family.predict`."""
         if conditioning.source_latents or network.config.in_channels > latents.shape[1]:  # InstructPix2Pix
             latents = beside_sources(network, latents, conditioning, self.latent_space)
         dtype = network.conv_in.weight.dtype
@@ -139,14 +132,12 @@ class StableDiffusion(Family):
         return output
 
     def blocks(self, network: Any) -> Iterator[nn.Module]:
-        """See :meth:`Family.blocks`."""
         yield from network.down_blocks
         yield network.mid_block
         yield from network.up_blocks
 
     @property
     def lora_loader(self) -> str:
-        """See :attr:`Family.lora_loader`."""
         return f"StableDiffusion{'XL' if self.is_xl else ''}LoraLoaderMixin"
 
     def kohya_layers(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[Pair | None]]:
@@ -154,11 +145,9 @@ class StableDiffusion(Family):
         return {layer: [pair] for layer, pair in layers.items()}
 
     def search_inputs(self) -> list[str]:
-        """See :meth:`Family.search_inputs`."""
         return ["prompt_embeds", *(["add_text_embeds"] if self.is_xl else [])]
 
     def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
-        """See :meth:`Family.search_conditioning`."""
         tokens = inputs["prompt_embeds"]
         return Conditioning(tokens, inputs.get("add_text_embeds", tokens[:, 0]))
 

@@ -71,18 +71,15 @@ class StableDiffusion3(Family):
 
     @classmethod
     def recognises(cls, pipeline: PipelineConfigs) -> bool:
-        """See :meth:`Family.recognises`."""
         if not pipeline.has("transformer"):
             return False
         return pipeline.config("transformer").get("_class_name", cls.network_class) == cls.network_class
 
     def check(self) -> None:
-        """See :meth:`Family.check`."""
         check_channels(self.pipeline.source, "transformer", self.config, self.latent_space)
 
     @property
     def model(self) -> str:
-        """See :attr:`Family.model`."""
         large = " Large" if self.is_large else ""
         return f"SD3.5{large}" if self.config.get("qk_norm") else "SD3"
 
@@ -93,7 +90,6 @@ class StableDiffusion3(Family):
 
     @property
     def usual_reward(self) -> str:
-        """See :attr:`Family.usual_reward`."""
         if self.pipeline.named in SHIPPED:
             return "dina_lrm_tiny"
         if self.is_large:
@@ -102,7 +98,6 @@ class StableDiffusion3(Family):
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """See :attr:`Family.native_size`."""
         side = self.entry(self.part, "sample_size", int) * self.latent_space.downscale
         return side, side
 
@@ -138,17 +133,14 @@ class StableDiffusion3(Family):
 
     @cached_property
     def noise_process(self) -> NoiseProcess:
-        """See :attr:`Family.noise_process`."""
         return process_from_scheduler(self.scheduler_config, FLOW_SCHEDULERS)
 
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """See :meth:`Family.levels`."""
         return static_levels(self.scheduler_config, num_inference_steps)
 
     def predict(
         self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`Family.predict`."""
         assert conditioning.pooled_prompt_embeds is not None
         dtype = network.pos_embed.proj.weight.dtype
         output: Tensor = network(
@@ -160,7 +152,6 @@ class StableDiffusion3(Family):
         return output
 
     def blocks(self, network: Any) -> Iterator[nn.Module]:
-        """See :meth:`Family.blocks`."""
         yield from network.transformer_blocks
 
     def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
@@ -185,11 +176,9 @@ class StableDiffusion3(Family):
         return found
 
     def search_inputs(self) -> list[str]:
-        """See :meth:`Family.search_inputs`."""
         return ["prompt_embeds", "pooled_prompt_embeds"]
 
     def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
-        """See :meth:`Family.search_conditioning`."""
         return Conditioning(inputs["prompt_embeds"], inputs["pooled_prompt_embeds"])
 
 

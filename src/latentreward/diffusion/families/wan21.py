@@ -79,7 +79,6 @@ class Wan21(FlowFamily):
     default_guidance = 5.0
 
     def check(self) -> None:
-        """See :meth:`Family.check`."""
         index, source = self.pipeline.index, self.pipeline.source
         channels, reason = self.entry(self.part, "in_channels", int), None
         if self.pipeline.has("transformer_2") or index.get("boundary_ratio") is not None:
@@ -116,7 +115,6 @@ class Wan21(FlowFamily):
     # Noise
 
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """See :meth:`Family.levels`."""
         return unipc_levels(self.scheduler_config, num_inference_steps)
 
     def clock(self, sigma: Tensor) -> Tensor:
@@ -128,7 +126,6 @@ class Wan21(FlowFamily):
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`FlowFamily.velocity`."""
         dtype = network.patch_embedding.weight.dtype
         output: Tensor = network(
             hidden_states=latents.to(dtype),
@@ -188,7 +185,6 @@ class WanPromptEncoder(PromptEncoder):
         return masked_ids(self, self.tokenizer, [cleaned(prompt) for prompt in prompts], self.num_tokens)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`."""
         ids, mask = input_ids
         states = self.text_encoder(ids, mask).last_hidden_state
         return Conditioning(states.masked_fill(mask.unsqueeze(-1) == 0, 0.0))

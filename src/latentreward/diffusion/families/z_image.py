@@ -50,7 +50,6 @@ class ZImage(FlowFamily):
     lora_loader = "ZImageLoraLoaderMixin"
 
     def check(self) -> None:
-        """See :meth:`Family.check`."""
         if self.config.get("siglip_feat_dim") is not None:
             raise InputError(
                 f"source={self.pipeline.source!r} is a Z-Image-Omni, which takes images as conditions; use Z-Image or "
@@ -70,11 +69,9 @@ class ZImage(FlowFamily):
 
     @property
     def model(self) -> str:
-        """See :attr:`Family.model`."""
         return "Z-Image-Turbo" if self.turbo else "Z-Image"
 
     def assumption(self) -> str | None:
-        """See :meth:`Family.assumption`."""
         guided = "without guidance" if self.turbo else "with classifier-free guidance"
         return (
             f"taken for {self.model}, which samples {guided}, because its scheduler's shift is {self.shift:g} (Z-Image "
@@ -91,7 +88,6 @@ class ZImage(FlowFamily):
     def load_prompt_encoder(
         self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
     ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`."""
         from transformers import Qwen3Model
 
         tokenizer = self.chat_tokenizer()
@@ -102,7 +98,6 @@ class ZImage(FlowFamily):
 
     @property
     def default_guidance(self) -> float | None:
-        """See :attr:`Family.default_guidance`."""
         return None if self.turbo else 5.0
 
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
@@ -114,7 +109,6 @@ class ZImage(FlowFamily):
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
-        """See :meth:`FlowFamily.velocity`."""
         dtype = embedder(network).weight.dtype
         rows = zip(conditioning.prompt_embeds.to(dtype), lengths_of(conditioning), strict=True)
         captions = [tokens[:length] for tokens, length in rows]
@@ -131,16 +125,13 @@ class ZImage(FlowFamily):
 
     @property
     def width(self) -> int:
-        """See :attr:`FlowFamily.width`."""
         return self.entry(self.part, "dim", int)
 
     @property
     def temb_dim(self) -> int:
-        """See :attr:`FlowFamily.temb_dim`."""
         return min(self.width, 256)
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread_outside`."""
         return () if number or text else ("cap_embedder", "cap_pad_token", "context_refiner")
 
 
@@ -148,7 +139,6 @@ class ZImagePromptEncoder(LanguageModelEncoder):
     """Prompt encoder with Qwen3, which gets the prompt as a user's message of its chat template."""
 
     def text(self, prompt: str) -> str:
-        """See :meth:`LanguageModelEncoder.text`."""
         message = [{"role": "user", "content": prompt}]
         text: str = self.tokenizer.apply_chat_template(
             message, tokenize=False, add_generation_prompt=True, enable_thinking=True

@@ -167,7 +167,6 @@ class RewardModule(PairModule):
             checkpoint[SETTINGS] = {"training": training, **{part: asdict(made) for part, made in built.items()}}
 
     def summed(self, rewards: Tensor) -> Tensor:
-        """See :meth:`PairModule.summed`."""
         return self.model.head.total(rewards)
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
@@ -224,7 +223,6 @@ class RewardModule(PairModule):
 
     @property
     def latent_decoder(self) -> "LatentEncoder | None":
-        """See :attr:`PairModule.latent_decoder`."""
         return self.model.backbone.vae
 
     def score_ensemble(self, batch: PreferenceBatch, encoded: EncodedPairs) -> PairScores:

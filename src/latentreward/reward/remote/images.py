@@ -34,7 +34,6 @@ class RemoteImages(RemoteScores[ImageRow]):
         return self.begin_rows(rows, keys)
 
     def ask(self, rows: Sequence[ImageRow], ended: Event) -> tuple[Sequence[Any], str | None]:
-        """See :meth:`RemoteScores.ask`."""
         prompts, images = zip(*rows, strict=True)
         request = self.schema.request(prompts, [png_text(image) for image in images])
         content, headers = json.dumps(request).encode(), {"content-type": "application/json"}

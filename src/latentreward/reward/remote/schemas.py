@@ -114,13 +114,11 @@ class PlainJSON(ImageSchema):
     path: str = "/score"
 
     def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
-        """See :meth:`ImageSchema.request`."""
         sources = source_texts(prompts)
         request: dict[str, Any] = {"prompts": list(prompts), "images": list(images)}
         return request | {"source_images": sources} if any(sources) else request
 
     def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
-        """See :meth:`ImageSchema.scores`."""
         return list(checked(PlainReply, reply, ANSWER, REMEDY).scores)
 
 
@@ -159,7 +157,6 @@ class UniRL(ImageSchema):
     path: str = "/score"
 
     def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
-        """See :meth:`ImageSchema.request`."""
         requests = [
             {
                 "history": [{"text": prompt, "image_b64": turn} for turn in (*sources, image)],

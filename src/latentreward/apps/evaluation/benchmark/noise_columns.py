@@ -49,7 +49,6 @@ class NoiseColumns(ImageScorer):
         return f"{self.scorer.identity()}, {self.draws} draws, levels {list(self.levels)}"
 
     def prepare(self) -> None:
-        """See :meth:`ImageScorer.prepare`."""
         self.scorer.prepare()
 
     def timesteps(self) -> list[float]:

@@ -159,7 +159,6 @@ class PretrainedReward(StoredReward):
         return head
 
     def load(self, kind: type[Network]) -> Network:
-        """See :meth:`StoredReward.load`."""
         adapters = {name: f"{at}/{ADAPTER_WEIGHTS}" for name, at in adapter_folders(self.config.adapters).items()}
         # No other file that a stranger's config names is read.
         read = {HEAD, BASE, BACKBONE, *adapters.values()} & {*self.config.sha256}
@@ -206,7 +205,6 @@ class PretrainedReward(StoredReward):
                 )
 
     def adapter(self, backbone: DiffusionBackbone) -> dict[str, Tensor]:
-        """See :meth:`StoredReward.adapter`."""
         place = adapter_folders(self.config.adapters).get(backbone.network_name)
         if place is None:
             return {}
@@ -214,7 +212,6 @@ class PretrainedReward(StoredReward):
         return read_lora(self._intact(f"{place}/{ADAPTER_WEIGHTS}").parent, network)
 
     def base_values(self) -> Mapping[str, Tensor]:
-        """See :meth:`StoredReward.base_values`."""
         return read_safetensors(self._intact(BASE))
 
 

@@ -130,7 +130,6 @@ class PublishedLRM(PublishedLayout):
         return unet_family(read_config(self.folder / "unet" / "config.json"))
 
     def complete_from(self, pipeline: PipelineSource) -> None:
-        """See :meth:`StoredReward.complete_from`."""
         if pipeline.has("unet") and unet_family(pipeline.config("unet")) == self._family:
             self.judged = pipeline
 
@@ -255,12 +254,10 @@ class PublishedDiNaLRM(PublishedLayout):
         return PipelineSource(self.base or self._config["backbone_model_id"])
 
     def latent_space(self) -> LatentSpace:
-        """See :meth:`StoredReward.latent_space`."""
         existing_folder(self.folder, "config.json")
         return self._pipeline.latent_space() if self._pipeline.has("vae") else _LATENT_SPACES["SD3"]
 
     def adapter(self, backbone: DiffusionBackbone) -> dict[str, Tensor]:
-        """See :meth:`StoredReward.adapter`."""
         return read_lora(self.folder / DINA_ADAPTER, backbone.get_submodule(backbone.network_name))
 
     def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:

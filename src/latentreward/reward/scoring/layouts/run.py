@@ -186,7 +186,6 @@ class TrainedReward(StoredReward):
         return model, as_trained
 
     def load(self, kind: type[Network]) -> Network:
-        """See :meth:`StoredReward.load`."""
         state, recipe = self._shapes.weights, self.recipe
         lora = recipe.backbone.init_args.get("lora")
         if is_ours(recipe.backbone) and isinstance(lora, Mapping) and "rank" in lora:
@@ -216,14 +215,12 @@ class TrainedReward(StoredReward):
         return self.finished(model, for_scoring)
 
     def head(self, backbone: DiffusionBackbone) -> RewardHead:
-        """See :meth:`StoredReward.head`."""
         head, prefix = self._fitting(backbone, RewardNetwork)[0].head, "model.head."
         state = {name.removeprefix(prefix): t for name, t in self._content.weights.items() if name.startswith(prefix)}
         head.load_state_dict(state, strict=False)  # _fitting has compared names and shapes
         return head
 
     def adapter(self, backbone: DiffusionBackbone) -> dict[str, Tensor]:
-        """See :meth:`StoredReward.adapter`."""
         prefix = f"model.backbone.{backbone.network_name}."
         return {
             name.removeprefix(prefix): tensor
