@@ -258,11 +258,6 @@ def wrong_tensor(
     return f"{bad[0].item():g}; it must be numbers from {low:g} to {high:g}"
 
 
-def values_of(part: Any) -> Kind:
-    """Return ``floats`` for parts of this package: scoring and training name the rows of theirs that are not finite."""
-    return "floats" if of_this_package(type(part).__module__) else "numbers"
-
-
 def has_values(tensor: Tensor) -> bool:
     """Tell whether a tensor has values: it is neither on the meta device nor an estimate's stand-in."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))

@@ -31,15 +31,18 @@ class LoadedPipeline:
         self.index: dict[str, Any] = {"_class_name": self.source, **pipeline.config}
 
     def has(self, part: str) -> bool:
+        """Tell whether the pipeline has a part."""
         return getattr(self._pipeline, part, None) is not None
 
     def config(self, part: str) -> dict[str, Any]:
+        """Return the config of a part."""
         if not self.has(part):
             raise InputError(f"this {self.source} has no {part}; give a whole text-to-image pipeline")
         loaded = getattr(self._pipeline, part)
         return {"_class_name": type(loaded).__name__, **loaded.config}
 
     def tensors(self, part: str, names: Sequence[str]) -> list[Tensor]:
+        """Return tensors of a part by name."""
         state = getattr(self._pipeline, part).state_dict()
         return [state[name].detach().cpu() for name in names]
 

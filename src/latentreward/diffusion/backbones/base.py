@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentreward.core.construction import Construction
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
 from latentreward.core.errors import InputError
-from latentreward.core.promises import Kind, Part, returns, shown, values_of, wrong_tensor
+from latentreward.core.promises import Part, returns, shown, wrong_tensor
 from latentreward.diffusion.backbones.tuning import ATTENTION
 from latentreward.diffusion.encoders.sources import SourceEncoder, encode_edits
 from latentreward.diffusion.noise.base import NoiseProcess
@@ -31,10 +31,10 @@ def _wrong_features(
     if not isinstance(found, Features):
         return f"{shown(found)}; it must be Features"
     spec = getattr(backbone, "feature_spec", None)  # a backbone without a text encoder may not know its widths
-    return None if spec is None else features_problem(found, spec, len(latents), values_of(backbone))
+    return None if spec is None else features_problem(found, spec, len(latents))
 
 
-def features_problem(features: Features, spec: FeatureSpec, rows: int, values: Kind = "numbers") -> str | None:
+def features_problem(features: Features, spec: FeatureSpec, rows: int) -> str | None:
     """Return the first difference of features from the ``spec`` that a head was built from; None without one."""
     promised: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
     for kind, taps, specs in (("visual", features.visual, spec.visual), ("text", features.text, spec.text)):
@@ -49,7 +49,7 @@ def features_problem(features: Features, spec: FeatureSpec, rows: int, values: K
     promised["temb"] = features.temb, (rows, spec.temb_dim)
     promised["pooled_text"] = features.pooled_text, (rows, spec.pooled_text_dim)
     for name, (tensor, shape) in promised.items():
-        if problem := wrong_tensor(tensor, shape, values):
+        if problem := wrong_tensor(tensor, shape):
             return f"{name} {problem} as feature_spec and visual_grids say"
     channels = None if features.output is None else features.output.shape[1]
     if channels != (None if spec.output is None else spec.output.width):

@@ -60,6 +60,7 @@ class QwenImageEdit(QwenImage):
 
     @cached_property
     def sources(self) -> tuple[int, int | None]:  # type: ignore[override]
+        """Smallest and largest number of pictures to edit."""
         return (1, None) if self.numbered else (1, 1)
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from latentreward.core.construction import Construction
 from latentreward.core.contracts import Features
 from latentreward.core.errors import InputError
-from latentreward.core.promises import Part, detached, returns, values_of, wrong_tensor
+from latentreward.core.promises import Part, detached, returns, wrong_tensor
 
 AXES = ("fidelity", "aesthetics")
 """Names of the two scores of a head with axes, in the order of its outputs: how well the image follows its prompt, and
@@ -36,7 +36,7 @@ def check_axes(axes: Sequence[float] | None) -> tuple[float, float] | None:
 
 def _wrong_scores(found: Tensor, head: "RewardHead", features: Features) -> str | None:
     rows, outputs = len(features.visual[0]), head.outputs if head.axis_weights is None else len(AXES)
-    problem = wrong_tensor(found, (rows,) if outputs == 1 else (rows, outputs), values_of(head))
+    problem = wrong_tensor(found, (rows,) if outputs == 1 else (rows, outputs))
     if problem and isinstance(found, Tensor) and found.ndim == 2:
         single = found.shape[1] == 1
         problem += "; drop the last axis by squeeze(-1)" if single else ", or set the head's attribute outputs"
@@ -113,12 +113,12 @@ class EmbeddingHead(RewardHead):
         """Compute image and text embeddings, each ``(B, D)`` and not normalised."""
 
     @abstractmethod
-    @returns(lambda found, head, images, texts: wrong_tensor(found, (len(images),), values_of(head)))
+    @returns(lambda found, head, images, texts: wrong_tensor(found, (len(images),)))
     def similarity(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """Compute the score of each image for the prompt of the same row: ``(N, D)``, ``(N, D)`` → ``(N,)``."""
 
     @abstractmethod
-    @returns(lambda found, head, *given: wrong_tensor(found, [*map(len, given)], values_of(head)))
+    @returns(lambda found, head, *given: wrong_tensor(found, [*map(len, given)]))
     def similarity_matrix(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
         """Compute the score of every image for every prompt: texts ``(N, D)``, images ``(M, D)`` → ``(N, M)``."""
 

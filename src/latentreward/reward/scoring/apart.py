@@ -29,6 +29,7 @@ def check_apart(
     timesteps: Tensor,
     conditioning: Conditioning,
     uncond: Conditioning | None,
+    shipped: bool = False,
 ) -> None:
     """Compare two rows of a batch with each row alone, in evaluation mode: features, then scores.
 
@@ -36,10 +37,10 @@ def check_apart(
     :func:`far_timesteps`, and padding, see :func:`with_padding`.
 
     Raises:
-        InputError: If they differ, for a backbone, family or head that is not of this package.
+        InputError: If they differ, for a backbone, family or head that is not of this package, or any with ``shipped``.
     """
     owner = getattr(backbone, "family", backbone) if of_this_package(type(backbone).__module__) else backbone
-    own_features, own_scores = (not of_this_package(type(part).__module__) for part in (owner, head))
+    own_features, own_scores = (shipped or not of_this_package(type(part).__module__) for part in (owner, head))
     if not (own_features or own_scores) or not all(map(has_values, (latents, *backbone.parameters()))):
         return
     timesteps, conditioning = far_timesteps(timesteps, backbone.noise_process), with_padding(conditioning)
