@@ -41,9 +41,9 @@ VALUES: ContextVar[bool] = ContextVar("VALUES", default=True)
 class Part(ABC):  # noqa: B024 - derived classes have the methods
     """Base of the classes from which users derive their own, and which YAML files name.
 
-    A base class marks its methods by :func:`returns`. What an overriding method of a user's class returns is compared:
-    in its first call whole, later by shape and type alone, which never waits for an accelerator. Methods of this
-    package run as they are; its tests compare them.
+    A base class marks its methods by :func:`returns`. What such a method of a user's class returns is compared: in its
+    first call whole, later by shape and type alone, which never waits for an accelerator. Classes of this package run
+    as they are; its tests compare them.
 
     Attributes:
         needs: Names of attributes that a derived class must set.
@@ -61,9 +61,10 @@ class Part(ABC):  # noqa: B024 - derived classes have the methods
             for name, method in vars(base).items()
             if isfunction(method) and hasattr(method, "promise")
         ]
+        if of_this_package(cls.__module__):
+            return
         for name, *promise in promises:
-            method = getattr(cls, name)
-            if isfunction(method) and not hasattr(method, "promise") and not of_this_package(method.__module__):
+            if isfunction(method := getattr(cls, name)) and not hasattr(method, "compares"):
                 setattr(cls, name, compared(method, name, *promise))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -124,7 +125,7 @@ def compared(method: Method, name: str, check: Check, each: bool, keeps: bool) -
             keep_promise(self, name, lambda: problem_of(result, bind(self, *args, **kwargs)), each)
         return result
 
-    comparing.promise = check, each, keeps  # type: ignore[attr-defined]
+    comparing.promise, comparing.compares = (check, each, keeps), True  # type: ignore[attr-defined]
     return comparing  # type: ignore[return-value]
 
 

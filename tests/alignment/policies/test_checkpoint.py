@@ -54,8 +54,8 @@ def test_policy_of_a_checkpoint_predicts_as_the_trained_one(trainable_only: bool
         ({"rank": 100_000}, "policy_source.lora: rank 100000 does not fit the stored weights"),
         ({"rank": "2"}, "policy_source.lora: rank '2' does not fit the stored weights"),
         ({"target_modules": ["to_q"] * 10_000}, "policy_source.lora: target_modules has 10000 entries for"),
-        ({"alpha": "4"}, "lora: alpha is '4'; write a finite number"),
-        ({"alpha": float("nan")}, "lora: alpha is nan; write a finite number"),
+        ({"alpha": "4"}, "lora: alpha: it must be a valid number, not '4'"),
+        ({"alpha": float("nan")}, "lora: alpha: it must be a finite number, not nan"),
     ],
 )
 def test_settings_that_do_not_fit_the_weights_are_refused_before_any_layer_is_made(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentreward.core.construction import Construction
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
 from latentreward.core.errors import InputError
-from latentreward.core.promises import Part, returns, shown, wrong_tensor
+from latentreward.core.promises import Kind, Part, place_of, returns, shown, wrong_tensor
 from latentreward.diffusion.backbones.tuning import ATTENTION
 from latentreward.diffusion.encoders.sources import SourceEncoder, encode_edits
 from latentreward.diffusion.noise.base import NoiseProcess
@@ -31,10 +31,10 @@ def _wrong_features(
     if not isinstance(found, Features):
         return f"{shown(found)}; it must be Features"
     spec = getattr(backbone, "feature_spec", None)  # a backbone without a text encoder may not know its widths
-    return None if spec is None else features_problem(found, spec, len(latents))
+    return None if spec is None else features_problem(found, spec, len(latents), "numbers")
 
 
-def features_problem(features: Features, spec: FeatureSpec, rows: int) -> str | None:
+def features_problem(features: Features, spec: FeatureSpec, rows: int, values: Kind = "floats") -> str | None:
     """Return the first difference of features from the ``spec`` that a head was built from; None without one."""
     promised: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
     for kind, taps, specs in (("visual", features.visual, spec.visual), ("text", features.text, spec.text)):
@@ -49,7 +49,7 @@ def features_problem(features: Features, spec: FeatureSpec, rows: int) -> str | 
     promised["temb"] = features.temb, (rows, spec.temb_dim)
     promised["pooled_text"] = features.pooled_text, (rows, spec.pooled_text_dim)
     for name, (tensor, shape) in promised.items():
-        if problem := wrong_tensor(tensor, shape):
+        if problem := wrong_tensor(tensor, shape, values):
             return f"{name} {problem} as feature_spec and visual_grids say"
     channels = None if features.output is None else features.output.shape[1]
     if channels != (None if spec.output is None else spec.output.width):
@@ -133,6 +133,7 @@ class DiffusionBackbone(nn.Module, Part):
         self.noise_process, self.latent_space, self.output_map = noise_process, latent_space, output_map
         self.text_encoder, self.vae = text_encoder, vae
         self.source_encoder: SourceEncoder | None = None
+        self._compared = False
 
     @property
     @abstractmethod
@@ -179,12 +180,18 @@ class DiffusionBackbone(nn.Module, Part):
                 f"latents have {found}, but this backbone takes latents of the space [{self.latent_space}]; {remedy}"
             )
         timesteps = timesteps.to(latents.device)
-        if uncond is None:
-            return self.read(latents, timesteps, conditioning)
         size = len(latents)
-        prompts = Conditioning.join([conditioning, uncond.beside(conditioning)])
-        both = self.read(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), prompts)
-        return replace(rows_of(both, slice(size)), uncond=rows_of(both, slice(size, None)))
+        if uncond is not None:
+            conditioning = Conditioning.join([conditioning, uncond.beside(conditioning)])
+            latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
+        features = self.read(latents, timesteps, conditioning)
+        if not self._compared:  # shapes, once: a head takes its layer sizes from the spec
+            if problem := features_problem(features, self.feature_spec, len(latents)):
+                raise InputError(f"{type(self).__name__}.read returned {problem}{place_of(type(self).read)}")
+            self._compared = True
+        if uncond is None:
+            return features
+        return replace(rows_of(features, slice(size)), uncond=rows_of(features, slice(size, None)))
 
     def encode_prompts(
         self, prompts: Sequence[str], sources: Sequence[Tensor] = (), latents: bool = False

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
+from inspect import unwrap
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -199,7 +200,7 @@ class Family(Part):
         self._require("lora_loader", reads, f"{getattr(kind, '__name__', kind)} is not derived from; set it to None")
         if type(self).load_latent_encoder is Family.load_latent_encoder:
             self._require("vae_class", hasattr(diffusers, self.vae_class), "is not in diffusers")
-        if type(self).load_network is Family.load_network:
+        if unwrap(type(self).load_network) is Family.load_network:
             self._require("network_class", hasattr(diffusers, self.network_class), "is not in diffusers")
         found = [part for part in ("unet", "transformer") if self.pipeline.has(part)]  # none: the source of a cache
         right = self.part in found or not found

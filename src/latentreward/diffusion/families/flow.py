@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from inspect import unwrap
 from typing import Any, ClassVar
 
 import torch
@@ -77,7 +78,7 @@ class FlowFamily(Family):
         self._require("lists", self.lists, "must name the network's lists of blocks")
         found = self.text_field == FlowFamily.text_field or self.text_field in self.config
         self._require("text_field", found, f"is not in {self.named(self.part)}")
-        if type(self).load_network is Family.load_network:
+        if unwrap(type(self).load_network) is Family.load_network:
             module = getattr(diffusers, self.network_class).__module__
             known = [hasattr(sys.modules[module], name) for name in self.block_classes]
             self._require("block_classes", all(known), f"is not in {module}")
