@@ -30,16 +30,12 @@ from random_pipelines import (
 )
 from torch import Tensor, nn
 
+from latentreward.alignment import POLICY, LPOModule, Policy, QuantileThreshold, Reward, Sampling, StepDPOResult
+from latentreward.alignment.rewards.latent import LatentScorer
+from latentreward.alignment.rewards.shared_base import REWARD
 from latentreward.apps.estimate.pipelines import CLIP_MODELS
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import NoisyStates, PromptBatch, StepPairs
-from latentreward.losses import StepDPOResult
-from latentreward.modules import LPOModule
-from latentreward.policies import POLICY, Policy
-from latentreward.rewards import Reward
-from latentreward.rewards.latent import LatentScorer
-from latentreward.rewards.shared_base import REWARD
-from latentreward.rollout import QuantileThreshold, Sampling
+from latentreward.core.contracts import NoisyStates, PromptBatch, StepPairs
+from latentreward.diffusion import LoRA
 
 PARTS = ("passes", "weights", "scoring", "rollout", "vlm")
 

@@ -43,7 +43,7 @@ def run(folder: Path) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
     from benchmarks.bit_equal_runs import make
-    from latentreward.cli import main as latentreward
+    from latentreward.apps.cli import main as latentreward
 
     make()
     for name in RUNS:

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from latentreward.cli import main as latentreward
-from latentreward.scoring import RewardModel, ScoringNoise
+from latentreward.apps.cli import main as latentreward
+from latentreward.reward import RewardModel, ScoringNoise
 from latentreward.tinyworld.writers import write_pickapic
 from tests import tiny_pipelines
 
@@ -88,7 +88,7 @@ CACHING = (
 SETTINGS: dict[str, dict[str, Any]] = {
     "lrm": {
         "model": {
-            "class_path": "latentreward.modules.LRMModule",
+            "class_path": "latentreward.reward.LRMModule",
             "init_args": {
                 "backbone": {"class_path": "sd15", "init_args": {"source": "bases/sd15"}},
                 "head": {"class_path": "CLIPProjectionHead", "init_args": {"guidance": 7.5}},
@@ -102,7 +102,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "dina": {
         "model": {
-            "class_path": "latentreward.modules.DiNaLRMModule",
+            "class_path": "latentreward.reward.DiNaLRMModule",
             "init_args": {
                 "backbone": {
                     "class_path": "sd35_medium",
@@ -123,14 +123,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
             },
         },
         "data": {
-            "class_path": "latentreward.cache.CachedPreferenceDataModule",
+            "class_path": "latentreward.diffusion.CachedPreferenceDataModule",
             "init_args": {"train": {"cache": "cache"}, "batch_size": 3, "num_workers": 0},
         },
         "trainer": {**TRAINER, "default_root_dir": "dina", "callbacks": [*TRAINER["callbacks"], AVERAGE]},
     },
     "lpo": {
         "model": {
-            "class_path": "latentreward.modules.LPOModule",
+            "class_path": "latentreward.alignment.LPOModule",
             "init_args": {
                 "policy": {"source": "bases/sd15", "lora": {"rank": 2, "alpha": 4.0}},
                 "reward": {"class_path": "LatentReward", "init_args": {"path": "lrm"}},

@@ -38,32 +38,36 @@ from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from torch.optim import AdamW  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
-from latentreward.backbones.fused_lora import fuse_lora  # noqa: E402
-from latentreward.data.alignment.prompts import PromptLoaders, PromptsAndImages  # noqa: E402
-from latentreward.data.collate import collate_pairs  # noqa: E402
-from latentreward.modules import (  # noqa: E402
+from latentreward.alignment import (  # noqa: E402
     AWMModule,
+    Branching,
     CRDModule,
     DGPOModule,
     DiffusionDPOModule,
     DiffusionNFTModule,
     DiffusionOPSDModule,
+    LatentReward,
     LPOModule,
     OnPolicyDistillationModule,
+    QuantileThreshold,
     RAMModule,
+    RandomSteps,
     ReFLModule,
+    Sampling,
     StepAwarePixelModule,
     StepwiseGRPOModule,
+    StratifiedSteps,
     Teacher,
     TrajectoryGRPOModule,
 )
-from latentreward.rewards import LatentReward  # noqa: E402
-from latentreward.rollout import Branching, QuantileThreshold, RandomSteps, Sampling, StratifiedSteps  # noqa: E402
-from tests.modules.batches import dina, loaded_pairs, lrm  # noqa: E402
-from tests.modules.lpo_runs import PROMPTS  # noqa: E402
-from tests.policies.alignment import tiny_source  # noqa: E402
-from tests.rewards.stored import write_run  # noqa: E402
-from tests.scorers.tiny_clip import write_clip  # noqa: E402
+from latentreward.data import PromptsAndImages, collate_pairs  # noqa: E402
+from latentreward.data.alignment.prompts import PromptLoaders  # noqa: E402
+from latentreward.diffusion.backbones.fused_lora import fuse_lora  # noqa: E402
+from tests.alignment.modules.batches import dina, loaded_pairs, lrm  # noqa: E402
+from tests.alignment.modules.lpo_runs import PROMPTS  # noqa: E402
+from tests.alignment.policies.alignment import tiny_source  # noqa: E402
+from tests.alignment.rewards.stored import write_run  # noqa: E402
+from tests.reward.scorers.tiny_clip import write_clip  # noqa: E402
 
 FOLDER = tempfile.TemporaryDirectory(prefix="budgets_")  # removed when the program ends
 TABLE = ROOT / "benchmarks" / "budgets.json"

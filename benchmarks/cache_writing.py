@@ -29,14 +29,14 @@ from memory import PeakMemory
 from PIL import Image
 
 from latentreward.apps.commands.cache import ENCODE, make_spec
-from latentreward.backbones.loading import tiny_pipeline
-from latentreward.cache.encoding import ShardEncoding
-from latentreward.cache.preparing import prepare_cache
-from latentreward.cache.sizing import ImageSettings
-from latentreward.cache.sources import LatentSource, PipelineEncoders, PublishedLatents
-from latentreward.contracts import ImageRef, LatentSpace, PreferencePair
+from latentreward.core.contracts import ImageRef, LatentSpace, PreferencePair
+from latentreward.core.ranks.shared_work import SharedWork
 from latentreward.data import PairReader
-from latentreward.ranks.shared_work import SharedWork
+from latentreward.diffusion.backbones.loading import tiny_pipeline
+from latentreward.diffusion.cache.encoding import ShardEncoding
+from latentreward.diffusion.cache.preparing import prepare_cache
+from latentreward.diffusion.cache.sizing import ImageSettings
+from latentreward.diffusion.cache.sources import LatentSource, PipelineEncoders, PublishedLatents
 
 SIDE = 128
 BATCH = 8

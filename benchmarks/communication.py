@@ -34,17 +34,18 @@ from measuring import Goal, table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from latentreward.alignment import AlignmentModule
+from latentreward.alignment.modules import sharded_policy
 from latentreward.apps.commands.fit import estimate_fit
 from latentreward.apps.estimate import estimate as estimated_settings
 from latentreward.apps.estimate import step_costs as estimated_costs
 from latentreward.apps.estimate.step_costs import RepeatedCalls, StepCosts
-from latentreward.cache import CachedPreferenceDataModule
-from latentreward.checkpoints.shards import frozen_names
-from latentreward.contracts import TensorRecord, layout_of, map_tensors
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.modules import sharded_policy, sharding
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.reward import RewardModule
+from latentreward.core.checkpoints.shards import frozen_names
+from latentreward.core.contracts import TensorRecord, layout_of, map_tensors
+from latentreward.diffusion import CachedPreferenceDataModule
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.reward import RewardModule
+from latentreward.reward.modules import sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 GIGA, TERA = 1e9, 1e12

@@ -22,12 +22,18 @@ from PIL import Image
 from torch import Tensor
 from trained_rewards import trained_rewards
 
-from latentreward.contracts import PromptBatch
-from latentreward.noise import FlowMatching
-from latentreward.policies import PolicySource
-from latentreward.rewards import LatentReward
-from latentreward.rollout import Branching, RolloutDraws, Sampling, SigmaThreshold, candidate_steps
-from latentreward.scoring import RewardModel
+from latentreward.alignment import (
+    Branching,
+    LatentReward,
+    PolicySource,
+    RolloutDraws,
+    Sampling,
+    SigmaThreshold,
+    candidate_steps,
+)
+from latentreward.core.contracts import PromptBatch
+from latentreward.diffusion import FlowMatching
+from latentreward.reward import RewardModel
 from latentreward.tinyworld.pairs import draw_pairs
 
 BATCH = 100

@@ -33,13 +33,13 @@ from latentreward.apps.estimate.batches import make_batch
 from latentreward.apps.estimate.estimate import unread_module
 from latentreward.apps.estimate.sources import ConfigSources, unset_variables
 from latentreward.apps.estimate.step_costs import optimizer_of, step_costs
-from latentreward.backbones.fused_lora import fuse_lora
-from latentreward.backbones.registry import backbone_names
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import map_tensors
-from latentreward.settings.functions import prepare_parsing
-from latentreward.settings.rewriting import rewrite_arguments
-from latentreward.storage.durable import write_file
+from latentreward.core.contracts import map_tensors
+from latentreward.core.registry import backbone_names
+from latentreward.core.settings.functions import prepare_parsing
+from latentreward.core.settings.rewriting import rewrite_arguments
+from latentreward.core.storage.durable import write_file
+from latentreward.diffusion import LoRA
+from latentreward.diffusion.backbones.fused_lora import fuse_lora
 
 GB = 1e9
 Row = list[Any]

@@ -10,17 +10,13 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from latentreward.alignment import POLICY
+from latentreward.alignment.policies.loading import add_lora
 from latentreward.apps.estimate.pipelines import HUB_IDS, PIPELINES, write_json, write_pipelines
-from latentreward.backbones.loading import PipelineSource
-from latentreward.backbones.sd3_dit import SD3DiTBackbone
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import Conditioning
-from latentreward.families import find_family
-from latentreward.families.backbone import FamilyBackbone
-from latentreward.families.flow import FlowFamily
-from latentreward.heads import GatedQFormerHead
-from latentreward.policies.loading import add_lora
-from latentreward.policies.policy import POLICY
+from latentreward.core.contracts import Conditioning
+from latentreward.diffusion import FamilyBackbone, FlowFamily, LoRA, SD3DiTBackbone, find_family
+from latentreward.diffusion.backbones.loading import PipelineSource
+from latentreward.reward import GatedQFormerHead
 
 MODELS = (
     "black-forest-labs/FLUX.1-dev",

@@ -20,7 +20,7 @@ import yaml
 from measuring import flops, interleaved, ratio, table
 from trained_rewards import trained_rewards
 
-from latentreward.scoring import RewardModel, ScoringNoise
+from latentreward.reward import RewardModel, ScoringNoise
 from latentreward.tinyworld.pairs import draw_pairs
 
 RECIPES = ("lrm_tiny", "dina_lrm_unet_tiny", "pavrm_tiny", "drm_tiny", "layer_mix_tiny")

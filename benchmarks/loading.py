@@ -40,8 +40,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from latentreward.cache.datamodule import CachedPreferenceDataModule, CachedSplit
-from latentreward.cache.layout import (
+from latentreward.core.contracts import LatentSpace, PreferenceBatch
+from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
+from latentreward.diffusion.cache.layout import (
     IMAGES,
     PAIRS,
     PLAN,
@@ -54,7 +55,6 @@ from latentreward.cache.layout import (
     latents_name,
     manifest_name,
 )
-from latentreward.contracts import LatentSpace, PreferenceBatch
 
 SHAPES = {4: (16, 8, 16), 64: (16, 32, 64), 512: (16, 128, 128)}
 """Size of a float16 latent in KiB → its shape."""
@@ -299,11 +299,8 @@ def wait(folder: Path) -> Iterator[list[Any]]:
     from latentreward.callbacks import Throughput
     from lightning.pytorch import Trainer, seed_everything
 
-    from latentreward.backbones import sd35_tiny
-    from latentreward.backbones.tuning import LoRA
-    from latentreward.heads import GatedQFormerHead
-    from latentreward.losses import ThurstoneLoss
-    from latentreward.modules import DiNaLRMModule
+    from latentreward.diffusion import LoRA, sd35_tiny
+    from latentreward.reward import DiNaLRMModule, GatedQFormerHead, ThurstoneLoss
 
     seed_everything(0, verbose=False)
     for workers in (0, 1):
@@ -330,10 +327,8 @@ def tiny(folder: Path, repeats: int) -> Iterator[list[Any]]:
     """Yield the share of data in the CPU time of the tiny LRM's training steps, by layout of the tiny world's files."""
     from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-    from latentreward.backbones import sd_tiny
-    from latentreward.heads import CLIPProjectionHead
-    from latentreward.losses import LRMLoss
-    from latentreward.modules import LRMModule
+    from latentreward.diffusion import sd_tiny
+    from latentreward.reward import CLIPProjectionHead, LRMLoss, LRMModule
     from latentreward.tinyworld import TinyWorldDataModule
 
     class Clock(Callback):

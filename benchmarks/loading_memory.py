@@ -24,17 +24,13 @@ from memory import PeakMemory
 from random_pipelines import write_weights
 from torch import nn
 
+from latentreward.alignment import LatentReward, PolicySource
 from latentreward.apps.estimate.pipelines import write_pipelines
-from latentreward.backbones import create_backbone
-from latentreward.backbones.tuning import LoRA
-from latentreward.checkpoints.base_weights import BaseSample
-from latentreward.checkpoints.shards import frozen_names
-from latentreward.heads import CLIPProjectionHead
-from latentreward.losses import LRMLoss
-from latentreward.modules import LRMModule
-from latentreward.policies import PolicySource
-from latentreward.rewards import LatentReward
-from latentreward.scoring import RewardModel
+from latentreward.core.checkpoints.base_weights import BaseSample
+from latentreward.core.checkpoints.shards import frozen_names
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import LoRA
+from latentreward.reward import CLIPProjectionHead, LRMLoss, LRMModule, RewardModel
 
 TYPES = {"sd15": torch.float32, "sd35": torch.bfloat16}
 """Pipeline -> type of its files."""
@@ -84,8 +80,8 @@ def measure(load: Callable[[], Any]) -> dict[str, int]:
     """Load a model in this process; return bytes of its weights, held once all ranks have loaded, and at the peak."""
     import transformers.models.clip.modeling_clip  # noqa: F401
 
-    import latentreward.encoders.clip
-    import latentreward.encoders.sd3  # noqa: F401
+    import latentreward.diffusion.encoders.clip
+    import latentreward.diffusion.encoders.sd3  # noqa: F401
 
     with PeakMemory() as memory:
         model = load()

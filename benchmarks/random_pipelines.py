@@ -22,19 +22,16 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from latentreward.alignment import Policy, PolicySource, RewardSource
+from latentreward.alignment.policies.loading import add_lora
+from latentreward.alignment.rewards.latent import LatentScorer
+from latentreward.alignment.rewards.shared_base import share_adapter
 from latentreward.apps.estimate.pipelines import PIPELINES, SHARED, write_pipelines
 from latentreward.apps.estimate.shapes import replace_tensors
-from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
-from latentreward.backbones.loading import PipelineSource
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import Conditioning, LatentSpace
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.policies import Policy, PolicySource
-from latentreward.policies.loading import add_lora
-from latentreward.rewards import RewardSource
-from latentreward.rewards.latent import LatentScorer
-from latentreward.rewards.shared_base import share_adapter
-from latentreward.scoring import RewardModel
+from latentreward.core.contracts import Conditioning, LatentSpace
+from latentreward.diffusion import LoRA, SD3DiTBackbone, SDUNetBackbone
+from latentreward.diffusion.backbones.loading import PipelineSource
+from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, RewardModel
 
 _VAE = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.18215, "layers_per_block": 2}
 _LEVELS = {

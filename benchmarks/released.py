@@ -33,13 +33,18 @@ from released_scripts import add_released
 from scoring import bare_loop, random_model
 from torch import Tensor, nn
 
-from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
-from latentreward.backbones.fused_lora import fuse_lora
-from latentreward.backbones.tuning import LoRA, tune
-from latentreward.contracts import Conditioning, PreferenceBatch
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.modules import DiNaLRMModule, LRMModule
-from latentreward.scoring import RewardModel, ScoringNoise
+from latentreward.core.contracts import Conditioning, PreferenceBatch
+from latentreward.diffusion import LoRA, SD3DiTBackbone, SDUNetBackbone
+from latentreward.diffusion.backbones.fused_lora import fuse_lora
+from latentreward.diffusion.backbones.tuning import tune
+from latentreward.reward import (
+    CLIPProjectionHead,
+    DiNaLRMModule,
+    GatedQFormerHead,
+    LRMModule,
+    RewardModel,
+    ScoringNoise,
+)
 
 ENSEMBLE = (0.2, 0.5, 0.7)
 Works = dict[str, Callable[[], Any]]
@@ -99,7 +104,7 @@ def own_scoring(model: RewardModel, noise: ScoringNoise, given: Conditioning | N
         return model.score_latents(prompts, latents, noise=noise, conditioning=conditioning, batch_size=len(latents))
 
     def not_invariant() -> Tensor:
-        with patch("latentreward.scoring.batched_scoring.even_step", lambda model: 1):
+        with patch("latentreward.reward.scoring.batched_scoring.even_step", lambda model: 1):
             return score()
 
     return {"ours": score, "not invariant": not_invariant}

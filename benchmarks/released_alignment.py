@@ -51,11 +51,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils._pytree import tree_leaves
 
+from latentreward.alignment import ClippedPolicyLoss, DiffusionNFTModule, ReFLModule, Sampling, TrajectoryGRPOModule
 from latentreward.apps.estimate.shapes import LiveBytes
-from latentreward.contracts import take_rows
-from latentreward.losses import ClippedPolicyLoss
-from latentreward.modules import DiffusionNFTModule, ReFLModule, TrajectoryGRPOModule
-from latentreward.rollout import Sampling
+from latentreward.core.contracts import take_rows
 
 STEPS = 4
 """Steps of a rollout."""

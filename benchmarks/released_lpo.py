@@ -16,11 +16,9 @@ from released_scripts import part_of, script
 from torch import nn
 from torch.optim import AdamW
 
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import take_rows
-from latentreward.modules import LPOModule
-from latentreward.policies import Policy
-from latentreward.rollout import QuantileThreshold, Sampling
+from latentreward.alignment import LPOModule, Policy, QuantileThreshold, Sampling
+from latentreward.core.contracts import take_rows
+from latentreward.diffusion import LoRA
 
 STEPS = 20
 """Steps of a rollout; the released thresholds are those of 20 steps."""

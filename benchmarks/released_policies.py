@@ -9,11 +9,10 @@ from random_pipelines import RandomPipeline, RandomPolicy, pipeline_folder
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from latentreward.backbones.fused_lora import fuse_lora
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import Conditioning, PromptBatch
-from latentreward.policies import POLICY
-from latentreward.rewards import CallableReward
+from latentreward.alignment import POLICY, CallableReward
+from latentreward.core.contracts import Conditioning, PromptBatch
+from latentreward.diffusion import LoRA
+from latentreward.diffusion.backbones.fused_lora import fuse_lora
 
 RATE = 1e-6
 TOKENS = 77 + 128

@@ -34,8 +34,8 @@ from released_scripts import add_released, part_of, script
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from latentreward.contracts import PromptBatch
-from latentreward.rollout import score_finished
+from latentreward.alignment import score_finished
+from latentreward.core.contracts import PromptBatch
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 
 SIGMA = 0.2

@@ -33,10 +33,9 @@ from search import in_chunks, utilities
 from torch import Tensor, nn
 from trained_rewards import trained_rewards
 
-from latentreward.backbones.tuning import LoRA
-from latentreward.cli import load_public_names
-from latentreward.policies import PolicySource
-from latentreward.rollout import Sampling, sample_latents
+from latentreward.alignment import PolicySource, Sampling, sample_latents
+from latentreward.core.public_names import import_all
+from latentreward.diffusion import LoRA
 from latentreward.tinyworld.captions import judged_captions
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "align"
@@ -227,7 +226,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_num_threads(1)
-    load_public_names()
+    import_all()
     (reward,) = trained_rewards([options.reward])
     arms: dict[str, Callable[..., Course]] = {arm: partial(train_ours, arm) for arm in OURS}
     if options.released:

@@ -32,11 +32,11 @@ from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.served import ScoringService, ServedModel
 from latentreward.apps.serving.server import serve
 from latentreward.apps.serving.settings import ServiceSettings
-from latentreward.contracts import Conditioning
-from latentreward.remote import RemoteServer, ServedImages, ServedLatents
-from latentreward.remote.images import RemoteImages
-from latentreward.remote.latents import LatentRow, RemoteLatents, describe
-from latentreward.remote.server import Connection
+from latentreward.core.contracts import Conditioning
+from latentreward.reward import RemoteServer, ServedImages, ServedLatents
+from latentreward.reward.remote.images import RemoteImages
+from latentreward.reward.remote.latents import LatentRow, RemoteLatents, describe
+from latentreward.reward.remote.server import Connection
 from tests.apps.serving.processes import server_process
 
 BUSY = "busy_seconds"

@@ -26,11 +26,11 @@ from latentreward.apps.evaluation.benchmark.evaluate import BenchmarkScores, eva
 from latentreward.apps.evaluation.benchmark.sets import PairsBenchmark
 from latentreward.apps.evaluation.policy.results import ScoredPictures
 from latentreward.apps.evaluation.policy.statistics import compare, policy_scores
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.core.bootstrap import Interval
+from latentreward.core.contracts import ImageRef, PreferencePair
 from latentreward.data import PairReader
-from latentreward.metrics.bootstrap import Interval
-from latentreward.scorers.base import Scorer
-from latentreward.scorers.tools import JudgedPicture
+from latentreward.reward import Scorer
+from latentreward.reward.scorers.tools import JudgedPicture
 
 PER_GROUP = 2
 

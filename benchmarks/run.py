@@ -28,8 +28,8 @@ from typing import Any
 import measuring
 
 import latentreward
-from latentreward.storage.digests import digest
-from latentreward.storage.durable import write_file
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.durable import write_file
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))

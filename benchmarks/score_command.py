@@ -35,10 +35,9 @@ from random_pipelines import pipeline_folder
 from scoring import bare_loop, ready
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from latentreward.backbones import sd15
-from latentreward.cli import main as latentreward
-from latentreward.heads import CLIPProjectionHead
-from latentreward.scoring import RewardModel
+from latentreward.apps.cli import main as latentreward
+from latentreward.diffusion import sd15
+from latentreward.reward import CLIPProjectionHead, RewardModel
 
 WIDTH, HEIGHT = 160, 128
 

@@ -31,10 +31,9 @@ from random_pipelines import SIZES, RandomPipeline, pipeline_folder
 from torch import Tensor
 from trained_rewards import trained_rewards
 
-from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
-from latentreward.contracts import ImageRef
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.scoring import RewardModel, ScoringNoise
+from latentreward.core.contracts import ImageRef
+from latentreward.diffusion import SD3DiTBackbone, SDUNetBackbone
+from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, RewardModel, ScoringNoise
 from latentreward.tinyworld.pairs import draw_pairs
 
 BATCH_SIZES = (1, 3, 7, 16, 64)

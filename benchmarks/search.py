@@ -18,6 +18,7 @@ from measuring import flops, table
 from torch import Tensor
 from trained_rewards import trained_rewards
 
+from latentreward.alignment import LatentReward, PixelReward, Policy, PolicySource, Reward, Sampling, sample_latents
 from latentreward.apps.generation import (
     Candidates,
     Population,
@@ -27,12 +28,9 @@ from latentreward.apps.generation import (
     search_latents,
     search_population,
 )
-from latentreward.contracts import PromptBatch
-from latentreward.metrics.bootstrap import bootstrap_interval
-from latentreward.policies import Policy, PolicySource
-from latentreward.rewards import LatentReward, PixelReward, Reward
-from latentreward.rollout import Sampling, sample_latents
-from latentreward.scorers import StepAwareScorer
+from latentreward.core.bootstrap import bootstrap_interval
+from latentreward.core.contracts import PromptBatch
+from latentreward.reward import StepAwareScorer
 from latentreward.tinyworld.captions import judged_captions
 from latentreward.tinyworld.oracle import utility_scores
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline

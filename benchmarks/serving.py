@@ -36,8 +36,8 @@ from latentreward.apps.serving.served import ScoringService, ServedModel, accept
 from latentreward.apps.serving.server import serve
 from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.apps.serving.tensors import Accepted
-from latentreward.contracts import Conditioning
-from latentreward.scoring import RewardModel, ScoringNoise
+from latentreward.core.contracts import Conditioning
+from latentreward.reward import RewardModel, ScoringNoise
 from tests.apps.serving.latent_requests import tensors_of
 from tests.apps.serving.mutated_bodies import FuzzedRoute, fuzz_route, routes
 from tests.apps.serving.processes import Answers, fuzz, in_one_session, load, server_process

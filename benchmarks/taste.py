@@ -34,9 +34,9 @@ from PIL import Image
 from latentreward.apps.taste.plan import BEST
 from latentreward.apps.taste.ratings import Ratings
 from latentreward.apps.taste.results import JSON
-from latentreward.metrics.bootstrap import Interval, bootstrap_interval
-from latentreward.reports.tables import with_interval
-from latentreward.scoring import RewardModel
+from latentreward.core.bootstrap import Interval, bootstrap_interval
+from latentreward.core.reports.tables import with_interval
+from latentreward.reward import RewardModel
 from latentreward.tinyworld.captions import draw_caption
 from latentreward.tinyworld.comparison import judge_policy
 from latentreward.tinyworld.drawing import draw_scene

@@ -6,12 +6,12 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from latentreward.core.bootstrap import clustered_accuracy
+from latentreward.core.reports.tables import with_interval
 from latentreward.data.alignment.experience import of_all_ranks
 from latentreward.data.readers.base import normalise_prompt
-from latentreward.metrics.bootstrap import clustered_accuracy
-from latentreward.metrics.pairwise import preferred_margin
-from latentreward.modules.pairs import PairModule
-from latentreward.reports.tables import with_interval
+from latentreward.reward.metrics.pairwise import preferred_margin
+from latentreward.reward.modules.pairs import PairModule
 
 
 class AccuracyInterval(Callback):

@@ -9,10 +9,9 @@ from latentreward.callbacks.prompt_monitor import PromptMonitor, log_now
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from latentreward.contracts import PathText, RolloutStatistics
-from latentreward.errors import InputError, check_choices, check_range
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.rollout import Sampling
+from latentreward.alignment import AlignmentModule, Sampling
+from latentreward.core.contracts import PathText, RolloutStatistics
+from latentreward.core.errors import InputError, check_choices, check_range
 
 logger = logging.getLogger(__name__)
 

@@ -17,15 +17,14 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, PathText, like_prompt
-from latentreward.encoders.prompts import PromptEncoder, equal_lengths
-from latentreward.encoders.stored_prompts import StoredPrompts
-from latentreward.errors import InputError
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.reward import RewardModule
-from latentreward.policies import Policy
-from latentreward.rewards.latent import LatentScorer
-from latentreward.storage.durable import write_errors_named
+from latentreward.alignment import AlignmentModule, Policy
+from latentreward.alignment.rewards.latent import LatentScorer
+from latentreward.core.contracts import Conditioning, PathText, like_prompt
+from latentreward.core.errors import InputError
+from latentreward.core.storage.durable import write_errors_named
+from latentreward.diffusion.encoders.prompts import PromptEncoder, equal_lengths
+from latentreward.diffusion.encoders.stored_prompts import StoredPrompts
+from latentreward.reward import RewardModule
 
 AT_ONCE = 16  # prompts that are encoded at once; on one core, 32 at once took longer at widths of 128 and 256
 KEPT = "free some space, or set EncodeOnce's folder"  # remedy in messages about the file of encoded prompts

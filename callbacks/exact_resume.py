@@ -11,10 +11,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 
-from latentreward.checkpoints.files import check_states
+from latentreward.core.checkpoints.files import check_states
+from latentreward.core.programs import of_framework
+from latentreward.core.seeding import pair_generator, run_seed
 from latentreward.data.loading import ResumableLoader
-from latentreward.programs import of_framework
-from latentreward.seeding import pair_generator, run_seed
 
 
 class ExactResume(Callback):

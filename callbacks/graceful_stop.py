@@ -21,10 +21,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from latentreward.core.errors import check_at_least_one, first_line
+from latentreward.core.interrupts import INTERRUPTED, TERMINATED, kill_started_ranks, stop_asked
 from latentreward.data.loading import WORKER_REMEDY, WorkerLoader
-from latentreward.errors import check_at_least_one, first_line
-from latentreward.interrupts import INTERRUPTED, TERMINATED, kill_started_ranks, stop_asked
-from latentreward.remote import RemoteError
+from latentreward.reward import RemoteError
 
 logger = logging.getLogger(__name__)
 

@@ -14,13 +14,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from latentreward.contracts import PathText
-from latentreward.errors import InputError, check_choices, check_range
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.remote.server import RemoteError, raise_together
-from latentreward.reports.drawing import to_image
-from latentreward.rollout.finished import begin_finished, check_sigmas
-from latentreward.scorers import ImageScorer
+from latentreward.alignment import AlignmentModule, begin_finished, check_sigmas
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, check_choices, check_range
+from latentreward.core.reports.drawing import to_image
+from latentreward.reward import ImageScorer, RemoteError
+from latentreward.reward.remote.server import raise_together
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from latentreward.contracts import PathText
-from latentreward.errors import check_at_least_one
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import check_at_least_one
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from latentreward.checkpoints.files import wrap_saving
-from latentreward.checkpoints.shards import not_finite
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.core.checkpoints.files import wrap_saving
+from latentreward.core.checkpoints.shards import not_finite
+from latentreward.core.errors import InputError, check_at_least_one
 
 
 class NaNGuard(Callback):

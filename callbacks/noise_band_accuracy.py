@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from latentreward.errors import InputError
-from latentreward.metrics import ByNoiseLevel, PairwiseAccuracy
-from latentreward.modules.pairs import PairModule
+from latentreward.core.errors import InputError
+from latentreward.reward import ByNoiseLevel, PairwiseAccuracy
+from latentreward.reward.modules.pairs import PairModule
 
 
 class NoiseBandAccuracy(Callback):

@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from latentreward.devices import to_float64
-from latentreward.errors import InputError
-from latentreward.storage.durable import replacing, write_errors_named
+from latentreward.core.devices import to_float64
+from latentreward.core.errors import InputError
+from latentreward.core.storage.durable import replacing, write_errors_named
 
 
 class PairScoreWriter(BasePredictionWriter):

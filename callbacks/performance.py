@@ -10,14 +10,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from latentreward.backbones.base import DiffusionBackbone
-from latentreward.backbones.compilation import compile_blocks, uncompile_blocks
-from latentreward.checkpoints.base_weights import is_quantized
-from latentreward.contracts import layout_of
-from latentreward.encoders.vae import LatentEncoder
-from latentreward.errors import InputError, check_range
-from latentreward.peak_rates import Limits, find_limits
-from latentreward.policies import Policy
+from latentreward.alignment import Policy
+from latentreward.core.checkpoints.base_weights import is_quantized
+from latentreward.core.contracts import layout_of
+from latentreward.core.errors import InputError, check_range
+from latentreward.core.peak_rates import Limits, find_limits
+from latentreward.diffusion import DiffusionBackbone
+from latentreward.diffusion.backbones.compilation import compile_blocks, uncompile_blocks
+from latentreward.diffusion.encoders.vae import LatentEncoder
 
 WORTH_COMPILING, WORTH_COMPILING_LAYERS = 200, 2500
 """Optimiser steps that earn back the compilation of a transformer's blocks and of a U-Net's layers: on an H200
@@ -124,7 +124,7 @@ class Performance(Callback):
     def apply(self, module: nn.Module) -> None:
         """Apply the switches to the networks of a module, and to this process."""
         if self.chosen["fused_lora"]:
-            from latentreward.backbones.fused_lora import fuse_lora  # peft takes seconds of a command's start
+            from latentreward.diffusion.backbones.fused_lora import fuse_lora  # peft takes seconds of a command's start
 
             if not fuse_lora(module):
                 rank_zero_warn("performance.fused_lora: true, but no plain linear layer has LoRA; nothing is fused")
@@ -204,7 +204,7 @@ class Performance(Callback):
         if self.chosen["compile_blocks"]:
             uncompile_blocks(blocks_of(pl_module))
         if self.chosen["fused_lora"]:
-            from latentreward.backbones.fused_lora import unfuse_lora
+            from latentreward.diffusion.backbones.fused_lora import unfuse_lora
 
             unfuse_lora(pl_module)
 

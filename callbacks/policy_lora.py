@@ -6,10 +6,9 @@ from typing import Any
 from latentreward.callbacks.resumed_settings import output_path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from latentreward.checkpoints.files import wrap_saving
-from latentreward.errors import InputError, errors_at
-from latentreward.export import TrainedLoRA
-from latentreward.modules.alignment import AlignmentModule
+from latentreward.alignment import AlignmentModule, TrainedLoRA
+from latentreward.core.checkpoints.files import wrap_saving
+from latentreward.core.errors import InputError, errors_at
 
 
 class PolicyLoRA(Callback):

@@ -8,12 +8,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from latentreward.contracts import PathText, PromptBatch
+from latentreward.alignment import AlignmentModule, Sampling, sample_latents
+from latentreward.core.contracts import PathText, PromptBatch
+from latentreward.core.devices import evaluating
+from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.data.alignment.prompt_files import read_prompts
-from latentreward.devices import evaluating
-from latentreward.errors import InputError, check_at_least_one
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.rollout import Sampling, sample_latents
 
 SEED = 0  # seed of the initial and the sampler's noise, equal in every run so that pictures of two runs can be compared
 

@@ -8,10 +8,10 @@ from latentreward.callbacks.prompt_monitor import SEED, PromptMonitor, log_now
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from latentreward.contracts import PathText, PromptBatch
-from latentreward.errors import InputError
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.seeding import pair_generator
+from latentreward.alignment import AlignmentModule
+from latentreward.core.contracts import PathText, PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.core.seeding import pair_generator
 
 
 class ReferenceDrift(PromptMonitor):

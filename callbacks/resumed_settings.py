@@ -20,10 +20,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from latentreward.contracts import PathText, sources_of
-from latentreward.errors import InputError
-from latentreward.modules.alignment import prompts_of
-from latentreward.storage.digests import digest
+from latentreward.alignment.modules.alignment import prompts_of
+from latentreward.core.contracts import PathText, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ProgressBar, Timer
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from latentreward.errors import check_range
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.storage.progress import INTERVAL, Progress
+from latentreward.alignment import AlignmentModule
+from latentreward.core.errors import check_range
+from latentreward.core.storage.progress import INTERVAL, Progress
 
 
 class RunProgress(ProgressBar):

@@ -13,11 +13,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import PathText, sources_of
-from latentreward.errors import check_at_least_one
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.reports.drawing import PLAIN, draw_pair, strip, tile, to_image, to_images
-from latentreward.storage.durable import replacing
+from latentreward.alignment import AlignmentModule
+from latentreward.core.contracts import PathText, sources_of
+from latentreward.core.errors import check_at_least_one
+from latentreward.core.reports.drawing import PLAIN, draw_pair, strip, tile, to_image, to_images
+from latentreward.core.storage.durable import replacing
 
 
 class SampleGrid(PromptMonitor):

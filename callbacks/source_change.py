@@ -7,10 +7,10 @@ import torch
 from latentreward.callbacks.prompt_monitor import PromptMonitor, log_now
 from lightning.pytorch import Trainer
 
-from latentreward.contracts import PathText, sources_of
-from latentreward.errors import InputError, check_range
-from latentreward.metrics.unchanged import unchanged_region_change
-from latentreward.modules.alignment import AlignmentModule
+from latentreward.alignment import AlignmentModule
+from latentreward.core.contracts import PathText, sources_of
+from latentreward.core.errors import InputError, check_range
+from latentreward.reward.metrics.unchanged import unchanged_region_change
 
 
 class SourceChange(PromptMonitor):
@@ -18,9 +18,9 @@ class SourceChange(PromptMonitor):
 
     ``edits/change`` is the root mean square difference of the latents from those of the first picture.
     ``edits/unchanged_region`` is that of the ``share`` of the places that changed least, see
-    :func:`~latentreward.metrics.unchanged.unchanged_region_change`; a rise means that edits do more than they are asked
-    to, which a reward can be hacked by. A fall of both to 0 means that pictures are no longer edited. Values of the
-    reference are logged before the first step.
+    :func:`~latentreward.reward.metrics.unchanged.unchanged_region_change`; a rise means that edits do more than they
+    are asked to, which a reward can be hacked by. A fall of both to 0 means that pictures are no longer edited. Values
+    of the reference are logged before the first step.
 
     Args:
         prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; each edits a picture.

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.profilers import Profiler
 
-from latentreward.peak_rates import CountedFlops
-from latentreward.phases import LISTENER, PHASES, Phases
+from latentreward.core.peak_rates import CountedFlops
+from latentreward.core.phases import LISTENER, PHASES, Phases
 
 ASIDE = "aside"
 """Phase of what belongs to no step: validations and checkpoints."""

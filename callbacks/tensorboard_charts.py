@@ -9,8 +9,8 @@ from latentreward.callbacks.timestep_bands import TimestepBands
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.pairs import PairModule
+from latentreward.alignment import AlignmentModule
+from latentreward.reward.modules.pairs import PairModule
 
 Charts = Iterable[tuple[str, str, bool]]
 """Charts of a group: title, regular expression of the names of the curves, and whether the run logs such curves."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from latentreward.errors import check_at_least_one
+from latentreward.core.errors import check_at_least_one
 
 
 class Throughput(Callback):

@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from latentreward.contracts import RolloutStatistics
-from latentreward.errors import InputError
-from latentreward.losses.base import gather_with_grad
-from latentreward.modules.lpo import StepRatios
+from latentreward.alignment import StepRatios
+from latentreward.core.contracts import RolloutStatistics
+from latentreward.core.errors import InputError
+from latentreward.reward import gather_with_grad
 
 
 class TimestepBands(Callback):

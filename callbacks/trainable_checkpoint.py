@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from latentreward.checkpoints.shards import check_weights, frozen_names
+from latentreward.core.checkpoints.shards import check_weights, frozen_names
 
 
 class TrainableCheckpoint(Callback):

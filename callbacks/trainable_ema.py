@@ -10,8 +10,8 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from latentreward.checkpoints.shards import placed_like, whole_tensor
-from latentreward.errors import InputError, check_range
+from latentreward.core.checkpoints.shards import placed_like, whole_tensor
+from latentreward.core.errors import InputError, check_range
 
 
 class TrainableEMA(Callback):

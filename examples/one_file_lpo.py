@@ -3,7 +3,7 @@
     python examples/one_file_lpo.py runs/one_file_lrm/reward --rounds 8 --output runs/one_file_lpo
 
 runs on a CPU, with the tiny Stable Diffusion that comes with the package. `latentreward fit` computes the same rollout
-and the same step (`latentreward.modules.LPOModule`) and adds configs, resuming, several GPUs, logs and refusals.
+and the same step (`latentreward.alignment.LPOModule`) and adds configs, resuming, several GPUs, logs and refusals.
 """
 
 import argparse
@@ -14,13 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latentreward.backbones import LoRA
-from latentreward.contracts import NoisyStates
-from latentreward.export.lora import TrainedLoRA
-from latentreward.losses import StepDPO
-from latentreward.policies import Policy, PolicySource
-from latentreward.rewards import LatentReward, Reward
-from latentreward.rollout import DDIMSampler, Sampling, Transition
+from latentreward.alignment import (
+    DDIMSampler,
+    LatentReward,
+    Policy,
+    PolicySource,
+    Reward,
+    Sampling,
+    StepDPO,
+    TrainedLoRA,
+    Transition,
+)
+from latentreward.core.contracts import NoisyStates
+from latentreward.diffusion import LoRA
 from latentreward.tinyworld import TinyWorldPromptDataModule
 
 STEPS, CANDIDATES, GUIDANCE = 20, 4, 1.0

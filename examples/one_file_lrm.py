@@ -3,7 +3,7 @@
     python examples/one_file_lrm.py --steps 300 --output runs/one_file_lrm
 
 runs on a CPU, with the tiny Stable Diffusion and the tiny world that come with the package. `latentreward fit` computes
-the same step (`latentreward.modules.LRMModule`) and adds configs, resuming, several GPUs, metrics and refusals.
+the same step (`latentreward.reward.LRMModule`) and adds configs, resuming, several GPUs, metrics and refusals.
 """
 
 import argparse
@@ -13,11 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentreward.backbones import create_backbone
-from latentreward.contracts import PreferenceBatch
-from latentreward.heads import CLIPProjectionHead
-from latentreward.losses.lrm import lrm_pair_loss
-from latentreward.scoring import RewardModel
+from latentreward.core.contracts import PreferenceBatch
+from latentreward.core.registry import create_backbone
+from latentreward.reward import CLIPProjectionHead, RewardModel, lrm_pair_loss
 from latentreward.tinyworld import TinyWorldDataModule
 
 TRAINED_AT = torch.arange(1, 1000, 50)  # the paper's timesteps 1, 51, ..., 951

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from latentreward.cli import main as latentreward
-from latentreward.scoring import RewardModel, ScoringNoise
-from tests.cache.writing import SQUARE, TALL, run_cache, write_data
+from latentreward.apps.cli import main as latentreward
+from latentreward.reward import RewardModel, ScoringNoise
+from tests.diffusion.cache.writing import SQUARE, TALL, run_cache, write_data
 
 TESTS = Path(__file__).parent
 FOLDERS = {
-    "cache": TESTS / "cache" / "artefact",
-    "reward": TESTS / "checkpoints" / "artefact",
-    "published": TESTS / "scoring" / "artefact",
-    "policy": TESTS / "policies" / "artefact",
+    "cache": TESTS / "diffusion" / "cache" / "artefact",
+    "reward": TESTS / "core" / "checkpoints" / "artefact",
+    "published": TESTS / "reward" / "scoring" / "artefact",
+    "policy": TESTS / "alignment" / "policies" / "artefact",
 }
 """Name in the folder where they were made → place of the artefact."""
 PROMPTS = ("a red circle", "two blue squares", "")
@@ -51,7 +51,7 @@ OPTIMIZER = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2, "eps
 RUNS: dict[str, dict[str, Any]] = {
     "reward": {
         "model": {
-            "class_path": "latentreward.modules.LRMModule",
+            "class_path": "latentreward.reward.LRMModule",
             "init_args": {
                 "backbone": {"class_path": "sd_tiny", "init_args": BACKBONE},
                 "head": {"class_path": "CLIPProjectionHead", "init_args": {"embed_dim": 4}},
@@ -60,14 +60,14 @@ RUNS: dict[str, dict[str, Any]] = {
             },
         },
         "data": {
-            "class_path": "latentreward.cache.CachedPreferenceDataModule",
+            "class_path": "latentreward.diffusion.CachedPreferenceDataModule",
             "init_args": {"train": {"cache": "cache"}, "batch_size": 2, "num_workers": 0},
         },
         "trainer": trainer("reward", "TrainableCheckpoint", "TrainableEMA"),
     },
     "policy": {
         "model": {
-            "class_path": "latentreward.modules.LPOModule",
+            "class_path": "latentreward.alignment.LPOModule",
             "init_args": {
                 "policy": {"source": "sd_tiny", "lora": LORA},
                 "reward": {"class_path": "LatentReward", "init_args": {"path": "reward"}},

@@ -29,7 +29,7 @@ gc.disable()  # until all is imported: looking through what stays takes a quarte
 LONGEST = [
     "test_checkpoints_of_configs",
     "docs/test_site",
-    "families/test_learning",
+    "diffusion/families/test_learning",
     "apps/estimate/test_estimate",
     "statistical/test_learning",
     "test_grpo_configs",
@@ -38,7 +38,7 @@ LONGEST = [
     "test_recipes",
     "tools/reproduction/test_rows",
     "distributed/test_frozen",
-    "families/test_full_size",
+    "diffusion/families/test_full_size",
     "apps/estimate/test_step_costs",
     "distributed/test_grpo",
     "apps/commands/test_score",
@@ -46,31 +46,31 @@ LONGEST = [
     "faults/test_training_faults",
     "distributed/test_sharding",
     "docs/test_tutorial",
-    "families/test_processes",
+    "diffusion/families/test_processes",
     "test_composed_configs",
     "test_packaging",
-    "backbones/test_tuning",
+    "diffusion/backbones/test_tuning",
     "faults/test_cache_kill",
     "distributed/test_lpo",
-    "cache/test_faults",
+    "diffusion/cache/test_faults",
     "tools/pretraining/test_pixel_scorers",
     "distributed/test_checkpoints",
     "distributed/test_equality",
     "apps/serving/test_processes",
-    "cache/test_datamodule",
+    "diffusion/cache/test_datamodule",
     "security/test_reward_folders",
-    "modules/test_forward_process",
+    "alignment/modules/test_forward_process",
     "callbacks/test_exact_resume",
     "apps/commands/test_benchmark",
     "benchmarks/test_alignment",
-    "scoring/test_score_invariance",
+    "reward/scoring/test_score_invariance",
     "tinyworld/test_pipelines",
     "distributed/test_alignment",
-    "scoring/test_pretrained",
-    "modules/test_reward_module",
+    "reward/scoring/test_pretrained",
+    "reward/modules/test_reward_module",
     "apps/commands/test_evaluate_policy",
-    "test_cli",
-    "modules/test_grpo",
+    "apps/test_cli",
+    "alignment/modules/test_grpo",
 ]
 """Files of tests that take longest; begun last, one of them would keep one process busy and leave the others idle."""
 
@@ -137,7 +137,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def _first_uses(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Under ``--cpu-budget``, train a tiny reward: what libraries load at first use is no case's own time."""
     if request.config.getoption("--cpu-budget") is not None:
-        from latentreward.cli import main
+        from latentreward.apps.cli import main
 
         folder = tmp_path_factory.mktemp("first_uses")
         files = [
@@ -163,7 +163,7 @@ def _same_numbers() -> Iterator[None]:
 @pytest.fixture
 def package_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only backbones of the package are registered: a message lists a bounded number of names, and tests add more."""
-    from latentreward.backbones import registry
+    from latentreward.core import registry
 
     own = {name: path for name, path in registry.backbone_names().items() if path.startswith("latentreward.")}
     monkeypatch.setattr(registry, "_PATHS", own)

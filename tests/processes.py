@@ -27,10 +27,10 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         "latentreward.apps.commands.fit",
-        "latentreward.cache",
-        "latentreward.modules",
-        "latentreward.scoring",
-        "latentreward.scoring.reward_model",
+        "latentreward.diffusion.cache",
+        "latentreward.reward.modules.reward",
+        "latentreward.reward.scoring",
+        "latentreward.reward.scoring.reward_model",
         "latentreward.tinyworld",
         "datasets",
         "diffusers.models.autoencoders.autoencoder_kl",
@@ -233,7 +233,7 @@ def _run(settings: tuple[Any, ...], function: Callable[..., None], arguments: Se
 
 def run_command(arguments: Sequence[str]) -> None:
     """``latentreward`` with these arguments, in this process."""
-    from latentreward.cli import main
+    from latentreward.apps.cli import main
 
     sys.argv = [str(Path(sys.executable).with_name("latentreward")), *arguments]  # by which Lightning starts more ranks
     main()

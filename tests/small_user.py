@@ -11,10 +11,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from latentreward.data import PairBatchSampler
 from latentreward.data.loading import ResumableLoader
-from latentreward.modules.optimizers import OptimizerSteps, single_optimizer
+from latentreward.reward.modules.optimizers import OptimizerSteps, single_optimizer
 
 ROWS = 24
 SEEN: list[list[int]] = []

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latentreward.alignment import DiffusionDPOModule, ReFLModule
+from latentreward.apps.cli import main
 from latentreward.apps.estimate.pipelines import write_pipelines
-from latentreward.cli import main
-from latentreward.modules import DiffusionDPOModule, ReFLModule
-from latentreward.noise import FlowMatching
+from latentreward.diffusion import FlowMatching
 from tests.marks import rotated_after
 from tests.test_recipes import parse
 
@@ -63,7 +63,7 @@ def test_tiny_diffusion_dpo_trains(tmp_path: Path) -> None:
 def test_tiny_refl_trains(name: str, tmp_path: Path) -> None:
     """With rewards of formulas: what configs/model/lrm_tiny.yaml trains takes a minute."""
     config = f"--config={FOLDER / name}.yaml"
-    reward = ("--model.reward=tests.modules.toy_rewards.BrightnessSource",)
+    reward = ("--model.reward=tests.alignment.modules.toy_rewards.BrightnessSource",)
     run = f"--trainer.default_root_dir={tmp_path}"
     main(["fit", config, *reward, "--data.batch_size=2", "--data.batches_per_epoch=2", run, *QUICK])
     weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
@@ -74,7 +74,7 @@ def test_tiny_refl_trains(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_tiny_prfl_trains(tmp_path: Path) -> None:
     config = f"--config={FOLDER / 'prfl_tiny.yaml'}"
-    reward = ("--model.reward=tests.modules.toy_rewards.BrightnessSource",)
+    reward = ("--model.reward=tests.alignment.modules.toy_rewards.BrightnessSource",)
     data = [f"--data.images.{option}" for option in (f"root={tmp_path / 'pairs'}", "train_pairs=64", "val_pairs=16")]
     data += ["--data.images.batch_size=2", "--data.prompts.batch_size=2", "--data.prompts.batches_per_epoch=2"]
     main(["fit", config, *reward, *data, f"--trainer.default_root_dir={tmp_path}", *QUICK])

@@ -12,11 +12,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from latentreward.cli import main
-from latentreward.policies.moving_average import AVERAGE, OLD
-from tests.families.twins import TWINS
+from latentreward.alignment.policies.moving_average import AVERAGE, OLD
+from latentreward.apps.cli import main
+from tests.diffusion.families.twins import TWINS
 from tests.marks import rotated_after
-from tests.scorers.tiny_clip import write_clip
+from tests.reward.scorers.tiny_clip import write_clip
 from tests.test_recipes import RECIPES, ROOT, SAMPLES, stack_of
 from tests.tiny_pipelines import PIXELS, pipeline_folder
 

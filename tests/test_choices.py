@@ -6,19 +6,19 @@ from typing import Any
 import pytest
 from latentreward.callbacks import CollapseGuard, ScoredPairGrid
 
-from latentreward.errors import InputError
-from latentreward.losses import (
+from latentreward.alignment import (
+    Branching,
     ClippedPolicyLoss,
     CRDLoss,
-    LRMLoss,
+    GroupAdvantage,
     MatchingLoss,
     NFTLoss,
     OnPolicyLoss,
     RAMLoss,
-    ThurstoneLoss,
+    TurningPointCredit,
 )
-from latentreward.metrics import PairwiseAccuracy
-from latentreward.rollout import Branching, GroupAdvantage, TurningPointCredit
+from latentreward.core.errors import InputError
+from latentreward.reward import LRMLoss, PairwiseAccuracy, ThurstoneLoss
 
 
 @pytest.mark.parametrize(

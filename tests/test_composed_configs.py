@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from latentreward.tinyworld.writers import write_pickapic
-from tests.families.made_qwen_image_edit import qwen_image_edit_folder
-from tests.families.test_every_edit_command import write_edits
-from tests.families.twins import TWINS
+from tests.core.settings.test_refusals import refusal
+from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
+from tests.diffusion.families.test_every_edit_command import write_edits
+from tests.diffusion.families.twins import TWINS
 from tests.marks import release_after, rotated_after
-from tests.settings.test_refusals import refusal
 from tests.test_recipes import parse
 from tests.tiny_pipelines import pipeline_folder
 

@@ -6,10 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from latentreward.cli import main
-from latentreward.contracts import sources_of
-from latentreward.data import JSONLPairReader
-from latentreward.data.images import decode_image
+from latentreward.apps.cli import main
+from latentreward.core.contracts import sources_of
+from latentreward.data import JSONLPairReader, decode_image
 from latentreward.tinyworld.edits import judge_edit
 from latentreward.tinyworld.writers import EDIT_PARTS, write_edits
 from tests.marks import rotated_after

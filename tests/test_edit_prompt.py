@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.contracts import EditPrompt, ImageRef, PromptBatch, like_prompt, sources_of, sources_wanted
+from latentreward.core.contracts import EditPrompt, ImageRef, PromptBatch, like_prompt, sources_of, sources_wanted
 
 CAT, DOG = ImageRef("cat.png", data=b"cat"), ImageRef("dog.png", data=b"dog")
 

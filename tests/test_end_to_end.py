@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 from tests.marks import rotated_after
 
@@ -99,7 +99,7 @@ def test_full_size_configs_parse(
     with pytest.raises(SystemExit) as stop:
         main(["fit", *(f"--config={CONFIGS}/{name}.yaml" for name in files), "--print_config"])
     assert stop.value.code in (0, None)
-    assert "class_path: latentreward.modules." in capsys.readouterr().out
+    assert "class_path: latentreward.reward." in capsys.readouterr().out
 
 
 def test_null_of_a_nested_setting_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from latentreward.backbones.loading import tiny_pipeline
-from latentreward.errors import InputError
-from latentreward.scorers.tools import CommandScorer, JudgedPicture
-from latentreward.scoring import RewardModel
-from tests.scorers.test_tools import pictures
+from latentreward.core.errors import InputError
+from latentreward.diffusion.backbones.loading import tiny_pipeline
+from latentreward.reward import RewardModel
+from latentreward.reward.scorers.tools import CommandScorer, JudgedPicture
+from tests.reward.scorers.test_tools import pictures
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 

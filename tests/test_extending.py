@@ -18,9 +18,8 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 
-from latentreward.contracts import Conditioning, LatentSpace
-from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.scoring import RewardModel
+from latentreward.core.contracts import Conditioning, LatentSpace
+from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, RewardModel
 from tests.apps.serving.processes import forked_server
 from tests.marks import slow_after
 from tests.processes import Forked, finish
@@ -172,10 +171,10 @@ def test_flux_has_no_unused_weights(flux: ModuleType, head: type) -> None:
 HELPERS = """
 import dataclasses
 
-from latentreward.backbones import SDUNetBackbone
-from latentreward.contracts import LatentSpace
-from latentreward.encoders.vae import LatentEncoder
-from latentreward.noise import FlowMatching
+from latentreward.diffusion import SDUNetBackbone
+from latentreward.core.contracts import LatentSpace
+from latentreward.diffusion.encoders.vae import LatentEncoder
+from latentreward.diffusion import FlowMatching
 
 
 class Seconds(SDUNetBackbone):

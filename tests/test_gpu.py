@@ -15,15 +15,15 @@ from latentreward.callbacks.step_times import StepTimes
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
-from latentreward.backbones import create_backbone
-from latentreward.backbones.compilation import compile_blocks
-from latentreward.modules.sharding import wraps_block
-from latentreward.scoring import RewardModel
-from tests.backbones.networks import inputs_of, tiny_backbone
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion.backbones.compilation import compile_blocks
+from latentreward.reward import RewardModel
+from latentreward.reward.modules.sharding import wraps_block
+from tests.alignment.modules.batches import MODULES, dina, pixel_batch
+from tests.diffusion.backbones.networks import inputs_of, tiny_backbone
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 from tests.distributed.runs import fit, make_trainer, outcome, saved_run, sgd
 from tests.distributed.test_checkpoints import assert_equal
-from tests.families.twins import PROMPTS, TWINS, noise_for
-from tests.modules.batches import MODULES, dina, pixel_batch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # equal bits in each run; read when CUDA starts
 
@@ -151,7 +151,7 @@ def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(device: str, 
         assert_equal(resumed[part], whole[part], 0.0)
 
 
-@pytest.mark.parametrize("device", [GPU])  # PyTorch has no FSDP1 on a CPU; tests/checkpoints test what it wraps
+@pytest.mark.parametrize("device", [GPU])  # PyTorch has no FSDP1 on a CPU; tests/core/checkpoints test what it wraps
 def test_fsdp1_trains_as_one_device_does_and_saves_whole_weights(device: str, tmp_path: Path) -> None:
     plain, sharded = (dina("sd35_no_t5", optimizer=sgd, backbone={"tuning": "full"}) for _ in range(2))
     options = {**on(device), "gradient_clip_val": 0.01}

@@ -9,9 +9,7 @@ import torch
 from jsonargparse import Namespace
 from safetensors.torch import load_file
 
-from latentreward.apps.estimate.pipelines import write_pipelines
-from latentreward.cli import main
-from latentreward.modules import (
+from latentreward.alignment import (
     AWMModule,
     CRDModule,
     DGPOModule,
@@ -22,7 +20,9 @@ from latentreward.modules import (
     StepwiseGRPOModule,
     TrajectoryGRPOModule,
 )
-from tests.families.twins import TWINS
+from latentreward.apps.cli import main
+from latentreward.apps.estimate.pipelines import write_pipelines
+from tests.diffusion.families.twins import TWINS
 from tests.marks import release_after, rotated_after
 from tests.test_recipes import parse
 
@@ -32,7 +32,7 @@ FILES = sorted(
     for kind in ("awm", "crd", "dgpo", "grpo", "nft", "opd", "opsd", "ram")
     for path in FOLDER.glob(f"{kind}_*.yaml")
 )
-TOY = "--model.reward=tests.modules.simple_reward.FirstChannelReward"
+TOY = "--model.reward=tests.alignment.modules.simple_reward.FirstChannelReward"
 MONITOR = (
     "    - class_path: HackingMonitor\n"
     "      init_args:\n"
@@ -43,7 +43,7 @@ MONITOR = (
     "          class_path: CallableScorer\n"
     "          init_args: {function: tests.test_grpo_configs.size, name: size}\n"
 )
-REWARD = {"opd": (), "opsd": ("--model.reward=tests.modules.toy_rewards.BrightnessSource",)}
+REWARD = {"opd": (), "opsd": ("--model.reward=tests.alignment.modules.toy_rewards.BrightnessSource",)}
 """Method → its reward, others than TOY."""
 
 
@@ -150,7 +150,7 @@ def test_a_change_of_grpo_trains_the_tiny_run(name: str, tmp_path: Path) -> None
              "--model.num_trajectories=3")  # fmt: skip
     quick = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=2")
     files = (f"--config={FOLDER / 'grpo_trajectory_tiny.yaml'}", f"--config={FOLDER.parent / 'grpo' / name}.yaml")
-    by_levels = "--model.reward=tests.modules.simple_reward.OtherChannelsReward"
+    by_levels = "--model.reward=tests.alignment.modules.simple_reward.OtherChannelsReward"
     reward = {"gardo": MIXTURE, "gdpo": MIXTURE, "uncertainty_gate": by_levels}.get(name, READOUT)
     main(["fit", *files, f"--trainer.default_root_dir={tmp_path}", reward, *small, *quick])
     weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
@@ -182,7 +182,7 @@ def test_one_option_changes_the_method(name: str, method: str) -> None:
         parse(f"configs/policy/{name}.yaml", "configs/method/lpo.yaml", options=options).config["fit"]["model"]
         for options in ((), (f"--model={method}",))
     )
-    assert other["class_path"] == f"latentreward.modules.{method}"
+    assert other["class_path"] == f"latentreward.alignment.{method}"
     for setting in ("policy", "reward", "sampling", "optimizer", "guidance_scale"):
         assert other["init_args"][setting] == lpo["init_args"][setting]
 

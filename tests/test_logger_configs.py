@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from tests.test_recipes import parse
 
 CONFIGS = Path(__file__).parents[1] / "configs"

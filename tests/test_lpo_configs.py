@@ -7,18 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latentreward.alignment import LPOModule, SigmaThreshold
+from latentreward.apps.cli import main
 from latentreward.apps.estimate.pipelines import write_pipelines
-from latentreward.cli import main
 from latentreward.data import PromptDataModule
-from latentreward.modules import LPOModule
-from latentreward.rollout import SigmaThreshold
 from latentreward.tinyworld import TinyWorldPromptDataModule
 from tests.marks import rotated_after
 from tests.test_recipes import ParsedCLI, parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
 FILES = sorted(path.stem for kind in ("lpo", "spo") for path in FOLDER.glob(f"{kind}_*.yaml"))
-TOY = "--model.reward=tests.modules.toy_rewards.BrightnessSource"
+TOY = "--model.reward=tests.alignment.modules.toy_rewards.BrightnessSource"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from latentreward.apps.serving.dialects import Dialect
+from latentreward.core.errors import InputError
 from latentreward.data import PairDataset, PixelLoader
-from latentreward.errors import InputError
 from tests.processes import finish
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "own_parts.md"

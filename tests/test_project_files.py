@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from latentreward import __version__
-from latentreward.cli import COMMANDS
+from latentreward.apps.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))

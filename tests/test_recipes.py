@@ -15,17 +15,15 @@ from jsonargparse import Namespace
 from latentreward.callbacks import LastCheckpoint
 from torch import nn
 
+from latentreward.apps.cli import main
 from latentreward.apps.commands.fit import TrainingCLI
 from latentreward.apps.estimate.pipelines import write_pipelines
-from latentreward.backbones import backbone_names
-from latentreward.cli import main
+from latentreward.core.registry import backbone_names
+from latentreward.core.seeding import pair_generator
+from latentreward.core.settings.functions import prepare_parsing
+from latentreward.core.settings.rewriting import rewrite_arguments
 from latentreward.data import PreferenceDataModule
-from latentreward.heads import CLIPProjectionHead
-from latentreward.losses import BradleyTerryLoss
-from latentreward.modules import RewardModule
-from latentreward.seeding import pair_generator
-from latentreward.settings.functions import prepare_parsing
-from latentreward.settings.rewriting import rewrite_arguments
+from latentreward.reward import BradleyTerryLoss, CLIPProjectionHead, RewardModule
 from tests.marks import rotated_after
 from tests.tiny_pipelines import pipeline_folder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.cli import COMMANDS
+from latentreward.apps.cli import COMMANDS
 from tests.source_code import parsed
 
 ROOT = Path(__file__).resolve().parents[1]

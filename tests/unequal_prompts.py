@@ -6,16 +6,14 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from latentreward.backbones import DiffusionBackbone
-from latentreward.cache.layout import TextSpec
-from latentreward.cache.sources import Encoders, LatentSource
-from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
-from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import ChannelLatentEncoder
-from latentreward.heads import CLIPProjectionHead
-from latentreward.noise import FlowMatching
-from latentreward.scoring import RewardModel, ScoringNoise
+from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
+from latentreward.diffusion import DiffusionBackbone, FlowMatching
+from latentreward.diffusion.cache.layout import TextSpec
+from latentreward.diffusion.cache.sources import Encoders, LatentSource
+from latentreward.diffusion.encoders.fingerprint import text_fingerprint, vae_fingerprint
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
+from latentreward.reward import CLIPProjectionHead, RewardModel, ScoringNoise
 
 SPACE = LatentSpace(channels=4, downscale=2, frame_downscale=2, means=(0.1, -0.2, 0.3, 0.0), stds=(1.1, 0.9, 1.3, 0.7))
 MOST = 12

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from latentreward.cli import main as latentreward
-from latentreward.contracts import sources_of
+from latentreward.apps.cli import main as latentreward
+from latentreward.core.contracts import sources_of
 from latentreward.tinyworld.datamodule import edit_prompts
 from latentreward.tinyworld.edits import judge_edit
 from latentreward.tinyworld.scenes import draw_label

@@ -126,18 +126,17 @@ def print_steps() -> None:
     """Print the files and calls of training steps and rollouts."""
     from lightning.pytorch import Trainer
 
-    from latentreward import modules
-    from latentreward.backbones import create_backbone
-    from latentreward.policies import PolicySource
-    from latentreward.rewards import RandomReward
-    from latentreward.rollout import QuantileThreshold, Sampling
+    from latentreward import alignment
+    from latentreward.alignment import PolicySource, QuantileThreshold, RandomReward, Sampling
+    from latentreward.core.registry import create_backbone
+    from latentreward.reward import DiNaLRMModule
     from latentreward.tinyworld import TinyWorldDataModule, TinyWorldPromptDataModule
 
     options: dict[str, Any] = {"policy": PolicySource(), "reward": RandomReward("readout"), "guidance_scale": 1.0}
     methods: dict[str, Callable[[], Any]] = {
-        "dina": lambda: modules.DiNaLRMModule(create_backbone("sd35_tiny")),
-        "lpo": lambda: modules.LPOModule(**options, sampling=Sampling(4), selection=QuantileThreshold(0.0)),
-        "grpo": lambda: modules.TrajectoryGRPOModule(**options, sampling=Sampling(4), num_trajectories=4),
+        "dina": lambda: DiNaLRMModule(create_backbone("sd35_tiny")),
+        "lpo": lambda: alignment.LPOModule(**options, sampling=Sampling(4), selection=QuantileThreshold(0.0)),
+        "grpo": lambda: alignment.TrajectoryGRPOModule(**options, sampling=Sampling(4), num_trajectories=4),
     }
     for name, make in methods.items():
         module = make()
@@ -159,9 +158,8 @@ def print_score() -> None:
     """Print how many files of the package ``latentreward score`` executes for three pictures, libraries aside."""
     from PIL import Image
 
-    from latentreward.backbones import create_backbone
-    from latentreward.heads import GatedQFormerHead
-    from latentreward.scoring import RewardModel
+    from latentreward.core.registry import create_backbone
+    from latentreward.reward import GatedQFormerHead, RewardModel
 
     code = (
         "import sys\nfrom latentreward import cli\ncli.main(sys.argv[1:])\n"

@@ -9,13 +9,13 @@ from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from latentreward.apps.cli import failures_told
 from latentreward.apps.steps.running import TaskRunner, run_tasks
 from latentreward.apps.steps.sources import CLONE, commit, computed_with, machine
 from latentreward.apps.steps.tasks import Task
-from latentreward.cli import failures_told
-from latentreward.errors import InputError, check_at_least_one, check_range
-from latentreward.interrupts import interrupts_told, sigterm_interrupts
-from latentreward.storage.locks import locked
+from latentreward.core.errors import InputError, check_at_least_one, check_range
+from latentreward.core.interrupts import interrupts_told, sigterm_interrupts
+from latentreward.core.storage.locks import locked
 from tools.reproduction.measuring import measure
 from tools.reproduction.page import status_table, write_page
 from tools.reproduction.planning import Planner, further_seeds

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import latentreward
 from latentreward.apps.steps.sources import CLONE, PACKAGE
-from latentreward.storage.digests import digest
+from latentreward.core.storage.digests import digest
 
 WEIGHTS = PACKAGE / "tinyworld"
 """Folder of the shipped tiny networks, on which all results depend beside source files."""

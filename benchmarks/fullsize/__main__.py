@@ -30,7 +30,7 @@ from jobs import GROUPS, Job, Sizes
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import available, family, proportional
 
-from latentreward.storage.durable import write_file
+from latentreward.core.storage.durable import write_file
 
 HERE = Path(__file__).resolve().parent
 SPARE = 2 * 10**9

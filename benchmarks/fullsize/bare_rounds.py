@@ -14,8 +14,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentreward.contracts import Features, PreferenceBatch, StepPairs
-from latentreward.modules import DiNaLRMModule, LPOModule, LRMModule
+from latentreward.alignment import LPOModule
+from latentreward.core.contracts import Features, PreferenceBatch, StepPairs
+from latentreward.reward import DiNaLRMModule, LRMModule
 
 
 def bare_latents(module: Any, batch: PreferenceBatch) -> Tensor:

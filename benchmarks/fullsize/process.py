@@ -21,19 +21,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import proportional
 
-from latentreward.cli import main, module_of
+from latentreward.apps.cli import main, module_of
 
 USED = (
     "datasets",
     "diffusers.models.autoencoders.autoencoder_kl",
     "diffusers.models.transformers.transformer_sd3",
     "diffusers.models.unets.unet_2d_condition",
-    "latentreward.cache",
+    "latentreward.diffusion.cache",
     "latentreward.callbacks",
-    "latentreward.encoders.clip",
-    "latentreward.encoders.sd3",
-    "latentreward.modules",
-    "latentreward.scoring.reward_model",
+    "latentreward.diffusion.encoders.clip",
+    "latentreward.diffusion.encoders.sd3",
+    "latentreward.reward.modules.reward",
+    "latentreward.reward.scoring.reward_model",
     "lightning.pytorch.cli",
     "peft",
     "transformers.models.clip.modeling_clip",

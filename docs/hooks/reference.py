@@ -1,4 +1,4 @@
-"""MkDocs hook that writes one page of reference for each subpackage from its docstrings, without importing it."""
+"""MkDocs hook that writes one page of reference for each room from its docstrings, without importing it."""
 
 import ast
 from collections.abc import Iterator
@@ -9,18 +9,18 @@ from mkdocs.structure.files import File, Files
 
 INDEX = """# Reference
 
-One page for each subpackage, written from its docstrings. Import classes and functions from the subpackage, such as
-`from latentreward.losses import ThurstoneLoss`; the headings name the files that define them. Imports between
-subpackages run one way ([Contributing](../contributing.md)).
+One page for each room, written from its docstrings. Import classes and functions from the room, such as
+`from latentreward.reward import ThurstoneLoss`; the headings name the files that define them. Imports between
+rooms run one way ([Architecture](../architecture.md)).
 
-| subpackage | |
+| room | |
 |---|---|
 """
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Add the pages at the end of the navigation: a reader comes for a task first."""
-    pages = [{name: f"api/{name}.md"} for name, _ in subpackages(config)]
+    pages = [{name: f"api/{name}.md"} for name, _ in rooms(config)]
     config.nav.append({"Reference": ["api/index.md", *pages]})
     return config
 
@@ -28,7 +28,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the pages."""
     rows = []
-    for name, folder in subpackages(config):
+    for name, folder in rooms(config):
         summary = first_line(folder / "__init__.py" if folder.is_dir() else folder)
         rows.append(f"| [`{name}`]({name}.md) | {summary} |\n")
         content = f"# latentreward.{name}\n\n{summary}\n\n" + "\n".join(sections(name, folder))
@@ -37,8 +37,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     return files
 
 
-def subpackages(config: MkDocsConfig) -> Iterator[tuple[str, Path]]:
-    """Yield the name and the folder, or file, of each subpackage or module of the top level, by name."""
+def rooms(config: MkDocsConfig) -> Iterator[tuple[str, Path]]:
+    """Yield the name and the folder, or file, of each room, by name."""
     root = Path(config.config_file_path).parent
     package = root / "src" / "latentreward"
     found = {path.stem: path for path in package.iterdir() if path.suffix == ".py" and not path.stem.startswith("_")}

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from tests.marks import rotated_after
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fullsize"

@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from torch.utils.data import DataLoader
 
-from latentreward.backbones import LoRA, sd35_tiny
-from latentreward.contracts import PreferenceBatch
-from latentreward.modules import DiNaLRMModule
+from latentreward.core.contracts import PreferenceBatch
+from latentreward.diffusion import LoRA, sd35_tiny
+from latentreward.reward import DiNaLRMModule
 
 
 def make_batch(index: int, size: int = 4) -> PreferenceBatch:

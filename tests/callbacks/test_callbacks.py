@@ -29,12 +29,11 @@ from PIL import Image
 from pyarrow import parquet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from latentreward.contracts import PreferenceBatch, PromptBatch
-from latentreward.errors import InputError
-from latentreward.heads import GatedQFormerHead
-from latentreward.metrics.bootstrap import clustered_accuracy
-from latentreward.modules import DiNaLRMModule
-from latentreward.reports.drawing import PLAIN, WRONG, draw_pair
+from latentreward.core.bootstrap import clustered_accuracy
+from latentreward.core.contracts import PreferenceBatch, PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.core.reports.drawing import PLAIN, WRONG, draw_pair
+from latentreward.reward import DiNaLRMModule, GatedQFormerHead
 from tests.callbacks.charts import charts_of
 from tests.callbacks.small_run import SmallModule, fit, train_loader
 from tests.callbacks.small_run import make_trainer as small_trainer

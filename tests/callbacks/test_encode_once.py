@@ -12,18 +12,15 @@ from latentreward.callbacks import EncodeOnce, SampleGrid
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from latentreward.contracts import Conditioning
+from latentreward.alignment import FixedThreshold, LatentReward, LPOModule, Policy, Sampling
+from latentreward.core.contracts import Conditioning
+from latentreward.core.errors import InputError
 from latentreward.data import PromptsAndImages
 from latentreward.data.datamodules import PairLoaders
-from latentreward.encoders.stored_prompts import StoredPrompts
-from latentreward.errors import InputError
-from latentreward.modules import LPOModule
-from latentreward.policies import Policy
-from latentreward.rewards import LatentReward
-from latentreward.rollout import FixedThreshold, Sampling
+from latentreward.diffusion.encoders.stored_prompts import StoredPrompts
+from tests.alignment.modules.lpo_runs import PROMPTS, loaders, lpo, make_trainer, weights
+from tests.alignment.rewards.stored import write_run
 from tests.limits import largest_file
-from tests.modules.lpo_runs import PROMPTS, loaders, lpo, make_trainer, weights
-from tests.rewards.stored import write_run
 
 
 def run(folder: Path, module: LPOModule, callbacks: list[Any], strategy: str = "auto", **options: Any) -> Trainer:

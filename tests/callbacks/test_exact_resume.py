@@ -13,8 +13,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
-from latentreward.checkpoints.files import DurableCheckpointIO
-from latentreward.errors import InputError
+from latentreward.core.checkpoints.files import DurableCheckpointIO
+from latentreward.core.errors import InputError
 from tests.callbacks.small_run import SmallModule, assert_same_state, fit, make_trainer, train_loader
 from tests.marks import slow_after
 

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from latentreward.apps.commands.fit_folder import last_checkpoint
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from tests.callbacks.small_run import assert_same_state, fit, make_trainer
 from tests.marks import slow_after
 

@@ -11,7 +11,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
 from latentreward.apps.commands.fit_folder import last_checkpoint
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from tests.callbacks.small_run import assert_same_state, make_trainer
 from tests.callbacks.small_run import fit as fit_small
 from tests.small_user import SEEN, run

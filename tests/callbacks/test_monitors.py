@@ -27,21 +27,26 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim import AdamW
 
-from latentreward.backbones import LoRA, sd_tiny
-from latentreward.contracts import PromptBatch
+from latentreward.alignment import (
+    Branching,
+    ClippedPolicyLoss,
+    FixedThreshold,
+    LPOModule,
+    PolicySource,
+    RewardMixture,
+    RewardSource,
+    Sampling,
+    StepwiseGRPOModule,
+    sample_latents,
+)
+from latentreward.alignment.rewards.latent import LatentScorer
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead
-from latentreward.losses import ClippedPolicyLoss
-from latentreward.modules import LPOModule, StepwiseGRPOModule
-from latentreward.policies import PolicySource
-from latentreward.rewards import RewardMixture, RewardSource
-from latentreward.rewards.latent import LatentScorer
-from latentreward.rollout import Branching, FixedThreshold, Sampling, sample_latents
-from latentreward.scorers import CallableScorer, ImageScorer, PickScorer
-from latentreward.scoring import RewardModel
+from latentreward.diffusion import LoRA, sd_tiny
+from latentreward.reward import CallableScorer, CLIPProjectionHead, ImageScorer, PickScorer, RewardModel
+from tests.alignment.modules.simple_reward import FirstChannelReward
 from tests.callbacks.charts import charts_of
-from tests.modules.simple_reward import FirstChannelReward
 
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]
 SETTINGS = {"sampling": Sampling(3), "candidates": Branching(2), "guidance_scale": 1.0, "seed": 1}

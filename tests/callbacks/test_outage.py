@@ -16,18 +16,14 @@ from latentreward.callbacks import ExactResume, GracefulStop, HackingMonitor
 from lightning.pytorch import Callback, Trainer
 from torch.optim import AdamW
 
+from latentreward.alignment import HTTPReward, PolicySource, RewardMixture, Sampling, TrajectoryGRPOModule
 from latentreward.apps.serving.addresses import bind
-from latentreward.backbones import LoRA
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.modules import TrajectoryGRPOModule
-from latentreward.policies import PolicySource
-from latentreward.remote import RemoteError, RemoteServer
-from latentreward.rewards import HTTPReward, RewardMixture
-from latentreward.rollout import Sampling
-from latentreward.scorers import HTTPScorer
+from latentreward.diffusion import LoRA
+from latentreward.reward import HTTPScorer, RemoteError, RemoteServer
+from tests.alignment.modules.simple_reward import FirstChannelReward
 from tests.marks import slow_after
-from tests.modules.simple_reward import FirstChannelReward
-from tests.remote.judges import Fault, hangs_up, judging, says
+from tests.reward.remote.judges import Fault, hangs_up, judging, says
 from tests.tiny_pipelines import source_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +89,7 @@ def judge_that_is_killed(requests: int, away_s: float) -> Iterator[str]:
     """Address of a judge's process that is killed at a request, and started again on the same port after a while."""
     with bind("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
-    command = [sys.executable, "-m", "tests.remote.judges", str(port)]
+    command = [sys.executable, "-m", "tests.reward.remote.judges", str(port)]
     processes = [subprocess.Popen([*command, str(requests)], cwd=ROOT)]
 
     def restart() -> None:

@@ -13,17 +13,17 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from latentreward.backbones.compilation import CompiledBlock, compile_blocks
-from latentreward.backbones.fused_lora import FusedLinear
-from latentreward.cli import main
-from latentreward.errors import InputError
-from tests.backbones.graphs import counted_graphs
+from latentreward.apps.cli import main
+from latentreward.core.errors import InputError
+from latentreward.diffusion.backbones.compilation import CompiledBlock, compile_blocks
+from latentreward.diffusion.backbones.fused_lora import FusedLinear
+from tests.diffusion.backbones.graphs import counted_graphs
 from tests.marks import rotated_after
 
 ALIGN, MODELS = Path("configs/align"), Path("configs/model")
 QUICK = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=3")
-TOY = "--model.reward=tests.modules.simple_reward.FirstChannelReward"
-BRIGHT = "--model.reward=tests.modules.toy_rewards.BrightnessSource"
+TOY = "--model.reward=tests.alignment.modules.simple_reward.FirstChannelReward"
+BRIGHT = "--model.reward=tests.alignment.modules.toy_rewards.BrightnessSource"
 PAIRS = ("--data.train_pairs=12", "--data.val_pairs=4", "--data.batch_size=4")
 ROLLOUT = (TOY, "--data.batch_size=3", "--data.prompts_per_rollout=2", "--model.sampling.num_inference_steps=3")
 KEPT = ("--model.selection=QuantileThreshold", "--model.selection.quantile=0.0")

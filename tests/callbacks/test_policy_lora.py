@@ -15,14 +15,13 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from latentreward.alignment import PolicySource, TrainedLoRA, write_kohya
+from latentreward.alignment.export.lora import FILE
 from latentreward.apps.commands.fit_folder import result_lines
-from latentreward.backbones.tuning import LoRA
-from latentreward.errors import InputError
-from latentreward.export.kohya import write_kohya
-from latentreward.export.lora import FILE, TrainedLoRA
-from latentreward.policies import PolicySource
-from tests.families import own_families
-from tests.policies.alignment import Matching, tiny_source
+from latentreward.core.errors import InputError
+from latentreward.diffusion import LoRA
+from tests.alignment.policies.alignment import Matching, tiny_source
+from tests.diffusion.families import own_families
 
 SCALE = 2.0
 """alpha / rank of the runs here, by which B is multiplied in the LoRA file."""

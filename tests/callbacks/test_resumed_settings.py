@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder
 from torch import Tensor
 
-from latentreward.cli import main
-from latentreward.contracts import PromptBatch
+from latentreward.apps.cli import main
+from latentreward.core.contracts import PromptBatch
 from latentreward.data.alignment.prompts import PromptLoaders
 from tests.marks import slow_after
 from tests.small_user import ROWS, SEEN, SmallUserData, SmallUserModule, refusal, run
@@ -428,11 +428,11 @@ def test_a_metric_that_nobody_logs_is_one_line(
 @pytest.mark.parametrize(
     ("schedule", "steps"),
     [
-        ("latentreward.modules.WarmupSchedule, init_args: {warmup_steps: 5}", 5),
+        ("latentreward.reward.WarmupSchedule, init_args: {warmup_steps: 5}", 5),
         ("LinearLR, init_args: {total_iters: 5, start_factor: 0.1}", 5),
         ("OneCycleLR, init_args: {max_lr: 0.1, total_steps: 20}", 5),
         ("LinearLR, init_args: {total_iters: 5, start_factor: 1.0, end_factor: 0.1}", None),
-        ("latentreward.modules.WarmupSchedule, init_args: {warmup_steps: 2}", None),
+        ("latentreward.reward.WarmupSchedule, init_args: {warmup_steps: 2}", None),
     ],
 )
 def test_a_warm_up_longer_than_the_run_is_told(

@@ -12,7 +12,7 @@ from latentreward.callbacks.run_progress import total_steps
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from tests.callbacks.small_run import fit, make_trainer
 
 LINE = re.compile(r"train (\d+/(?:\d+|\?)) steps .* (\S+) left")

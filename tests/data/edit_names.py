@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from latentreward.contracts import sources_of
+from latentreward.core.contracts import sources_of
 
 
 def named(prompts: Iterable[str]) -> list[tuple[str, ...]]:

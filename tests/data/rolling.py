@@ -10,9 +10,9 @@ from latentreward.callbacks import ExactResume
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from latentreward.contracts import EditPrompt, ImageRef, PromptBatch, RolloutStatistics, StepPairs, take_rows
+from latentreward.core.contracts import EditPrompt, ImageRef, PromptBatch, RolloutStatistics, StepPairs, take_rows
+from latentreward.core.seeding import pair_generator
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.seeding import pair_generator
 
 PROMPTS = tuple(f"prompt {number}" for number in range(7))
 PICTURES = ImageRef("in bytes", data=b"not decoded"), ImageRef("a.png", path=Path("in/a.png"), root=Path("in"))

@@ -2,8 +2,8 @@
 
 import pytest
 
+from latentreward.core.errors import InputError
 from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, nearest_bucket, sort_buckets
-from latentreward.errors import InputError
 
 
 def test_published_buckets_ascend_by_area_and_keep_their_order_within_one() -> None:

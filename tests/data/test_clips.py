@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.cli import main
-from latentreward.contracts import ImageRef
-from latentreward.data import JSONLPairReader, PreferenceDataModule
+from latentreward.apps.cli import main
+from latentreward.core.contracts import ImageRef
+from latentreward.core.errors import InputError
+from latentreward.core.reports.drawing import animate
+from latentreward.data import ImageError, JSONLPairReader, PreferenceDataModule
 from latentreward.data.clips import ClipLoader
-from latentreward.data.images import CLIP, DAMAGED, EMPTY, SHORT, TOO_LARGE, UNKNOWN, ImageError, read_header
+from latentreward.data.images import CLIP, DAMAGED, EMPTY, SHORT, TOO_LARGE, UNKNOWN, read_header
 from latentreward.data.inspection import inspect_reader
-from latentreward.errors import InputError
-from latentreward.reports.drawing import animate
 from tests.clips import write_clip
 
 REDS = [0, 20, 40, 60, 80, 100, 120, 140, 160, 180]

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.core.contracts import ImageRef, PreferencePair
 from latentreward.data import LoadedPair, collate_pairs
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from latentreward.core.errors import InputError
 from latentreward.data import CutReader, HPDv3Reader
-from latentreward.errors import InputError
 
 
 def reader(folder: Path, names: range) -> HPDv3Reader:

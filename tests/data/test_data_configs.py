@@ -12,8 +12,8 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
 from latentreward.apps.commands.fit import Parser
+from latentreward.core.settings.functions import MODE, prepare_parsing
 from latentreward.data import PreferenceDataModule
-from latentreward.settings.functions import MODE, prepare_parsing
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
 

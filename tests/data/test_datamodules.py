@@ -7,10 +7,16 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
-from latentreward.contracts import PreferenceBatch
-from latentreward.data import HPDv3Reader, JSONLPairReader, PickAPicReader, PreferenceDataModule
-from latentreward.data.dataset import LoadedPair, SkippedPair
-from latentreward.errors import InputError
+from latentreward.core.contracts import PreferenceBatch
+from latentreward.core.errors import InputError
+from latentreward.data import (
+    HPDv3Reader,
+    JSONLPairReader,
+    LoadedPair,
+    PickAPicReader,
+    PreferenceDataModule,
+    SkippedPair,
+)
 from tests.data.skipped_rows import skipped_rows
 from tests.marks import rotated_after, slow_after
 

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.core.contracts import ImageRef, PreferencePair
 from latentreward.data import (
     ImageError,
     JSONLPairReader,

@@ -8,13 +8,13 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 
-from latentreward.cli import main
-from latentreward.contracts import sources_of
+from latentreward.apps.cli import main
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
 from latentreward.data import DatasetPairReader, HPDv3Reader, JSONLPairReader, PairReader, PairStream, PickAPicReader
 from latentreward.data.dataset_export import export_split
 from latentreward.data.format_detection import recognise
 from latentreward.data.readers.base import normalise_prompt
-from latentreward.errors import InputError
 
 
 @pytest.fixture

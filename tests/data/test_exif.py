@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.data import FolderPairReader, JSONLPairReader, PairDataset, PickAPicReader, PixelLoader, readers
-from latentreward.data.mpcf import FilteredReader
-from latentreward.data.readers import PairReader
+from latentreward import data
+from latentreward.data import (
+    FilteredReader,
+    FolderPairReader,
+    JSONLPairReader,
+    PairDataset,
+    PairReader,
+    PickAPicReader,
+    PixelLoader,
+)
 from tests.data.rotated import photograph, upright
 
 LOADER = PixelLoader(24, 24)
@@ -63,9 +70,8 @@ def test_published_data_sets_are_read_as_stored_unless_told_otherwise(write_pick
 
 
 def test_every_reader_of_a_published_data_set_ignores_the_tag() -> None:
-    kinds = {
-        name: getattr(readers, name) for name in readers.__all__ if name.endswith("Reader") and name != "PairReader"
-    }
+    named = [getattr(data, name) for name in data.__all__ if name.endswith("Reader") and name != "PairReader"]
+    kinds = {kind.__name__: kind for kind in named if kind.__module__.startswith("latentreward.data.readers.")}
     assert len(kinds) > 8
     assert {name for name, kind in kinds.items() if kind.exif == "apply"} == OWN | ({"FilteredReader"} & kinds.keys())
 

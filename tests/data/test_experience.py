@@ -10,10 +10,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from latentreward.contracts import StepPairs, sources_of
+from latentreward.core.contracts import StepPairs, sources_of
+from latentreward.core.errors import InputError
 from latentreward.data.alignment.experience import ExperienceSampler, as_plain, from_plain
 from latentreward.data.alignment.prompts import PromptOrder
-from latentreward.errors import InputError
 from tests.data.rolling import EDITS, PROMPTS, STEPS, OwnRolling, RollingModule, SaveAlways, fit, make_trainer
 from tests.marks import slow_after
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from latentreward.core.errors import InputError
 from latentreward.data.format_detection import choose_splits, recognise
-from latentreward.errors import InputError
 
 SAMPLES = Path(__file__).parents[1] / "formats" / "data"
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from latentreward.apps.generation.image_folder import ImageFolder, write_images
-from latentreward.contracts import ImageRef, sources_of
+from latentreward.core.contracts import ImageRef, sources_of
+from latentreward.core.errors import InputError
+from latentreward.data import ImageError, decode_image
 from latentreward.data.image_lists import ImageList, read_images
-from latentreward.data.images import ImageError, decode_image
-from latentreward.errors import InputError
 
 
 def picture(path: Path, prompt: str | None = None) -> Path:

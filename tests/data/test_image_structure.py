@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.core.contracts import ImageRef, PreferencePair
 from latentreward.data import ImageError, decode_image
 from latentreward.data.image_structure import count_scans
 from latentreward.data.inspection import ImageCensus

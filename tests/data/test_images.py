@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from latentreward.contracts import ImageRef
+from latentreward.core.contracts import ImageRef
+from latentreward.core.errors import InputError
 from latentreward.data import ImageError, PixelLoader, decode_image
 from latentreward.data.images import ExifOrientation, convert_image, read_header
-from latentreward.errors import InputError
 from tests.data.rotated import photograph, upright
 
 

@@ -7,10 +7,10 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-from latentreward.contracts import EditPrompt, ImageRef, PreferencePair
+from latentreward.core.contracts import EditPrompt, ImageRef, PreferencePair
+from latentreward.core.errors import InputError
 from latentreward.data import PairReader
 from latentreward.data.inspection import MOST_SIZES, ImageCensus, Report, inspect_reader, shared_prompts
-from latentreward.errors import InputError
 from tests.data.rotated import photograph
 
 

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.core.contracts import ImageRef, PreferencePair
+from latentreward.core.errors import InputError
 from latentreward.data import (
     MPCF,
     FilteredReader,
@@ -27,7 +28,6 @@ from latentreward.data import (
     select_consistent,
     select_rows,
 )
-from latentreward.errors import InputError
 
 COMMITTED = Path(__file__).parents[1] / "formats" / "data"
 SAMPLES = Path(os.environ.get("LATENTREWARD_SAMPLES_DIR", COMMITTED))

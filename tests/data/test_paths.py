@@ -10,17 +10,23 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from latentreward.contracts import ImageRef, sources_of
-from latentreward.data import DatasetPairReader, FolderPairReader, JSONLPairReader, PairStream, PickAPicTarReader
+from latentreward.core.contracts import ImageRef, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.storage import user_files
+from latentreward.core.storage.part_tables import PartFiles
+from latentreward.data import (
+    DatasetPairReader,
+    FolderPairReader,
+    JSONLPairReader,
+    PairStream,
+    PickAPicTarReader,
+    decode_image,
+)
 from latentreward.data.alignment.prompt_files import read_prompt_set
 from latentreward.data.format_detection import recognise
 from latentreward.data.image_lists import read_images
-from latentreward.data.images import decode_image
 from latentreward.data.score_table import read_table
-from latentreward.errors import InputError
-from latentreward.scoring.scored_table import read_scores
-from latentreward.storage import user_files
-from latentreward.storage.part_tables import PartFiles
+from latentreward.reward.scoring.scored_table import read_scores
 
 NFC, NFD = normalize("NFC", "é"), normalize("NFD", "é")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

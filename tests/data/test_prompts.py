@@ -8,12 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentreward.contracts import sources_of
-from latentreward.data import PromptDataModule
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
+from latentreward.data import PromptDataModule, decode_image
 from latentreward.data.alignment.prompt_files import read_prompt_set
 from latentreward.data.alignment.prompts import PromptLoaders, PromptOrder, PromptSampler
-from latentreward.data.images import decode_image
-from latentreward.errors import InputError
 
 WANTED = ("a red cat", "ein Fuß, lang", "two dogs")
 

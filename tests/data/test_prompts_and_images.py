@@ -10,12 +10,11 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from latentreward.contracts import PreferenceBatch, PromptBatch
-from latentreward.data.alignment.prompts import PromptLoaders, PromptsAndImages
-from latentreward.data.collate import collate_pairs
+from latentreward.core.contracts import PreferenceBatch, PromptBatch
+from latentreward.data import PairBatchSampler, PromptsAndImages, collate_pairs
+from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.loading import ResumableLoader
-from latentreward.data.sampling import PairBatchSampler
-from tests.modules.batches import loaded_pairs
+from tests.alignment.modules.batches import loaded_pairs
 
 
 class Images(LightningDataModule):

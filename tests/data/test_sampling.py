@@ -2,9 +2,9 @@ from itertools import chain
 
 import pytest
 
+from latentreward.core.errors import InputError
 from latentreward.data import PairBatchSampler, PairSampler
 from latentreward.data.sampling import even_batch_size
-from latentreward.errors import InputError
 
 
 def samplers(rows: int, batch_size: int, world: int, epoch: int = 0, **options) -> list[PairBatchSampler]:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentreward.core.errors import InputError
+from latentreward.data import PairBatchSampler
 from latentreward.data.loading import ResumableLoader
-from latentreward.data.sampling import PairBatchSampler
 from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing
-from latentreward.errors import InputError
 
 MIX = [(8, 8)] * 41 + [(8, 16)] * 17 + [(16, 8)] * 3 + [(16, 16)] * 1
 

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from latentreward.contracts import EditPrompt, ImageRef, PreferencePair, sources_of
+from latentreward.core.contracts import EditPrompt, ImageRef, PreferencePair, sources_of
+from latentreward.core.errors import InputError
 from latentreward.data import CutReader, PairReader, normalise_prompt, select_rows
 from latentreward.data.splits import SharedPrompts
-from latentreward.errors import InputError
 
 
 class Prompts(PairReader):

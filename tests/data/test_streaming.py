@@ -12,17 +12,17 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 
-from latentreward.contracts import sources_of
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
 from latentreward.data import (
+    ImageError,
     JSONLPairReader,
     PairStream,
     PixelLoader,
     PreferenceDataModule,
     StreamedPreferenceDataModule,
 )
-from latentreward.data.images import ImageError
 from latentreward.data.streaming import StreamedPairs, files_between
-from latentreward.errors import InputError
 
 FEATURES = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image(), "pair_id": Value("string")})
 ROWS, SIDES = 24, ("chosen", "rejected")

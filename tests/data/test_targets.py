@@ -13,22 +13,22 @@ import pytest
 import torch
 import yaml
 
-from latentreward.cache.datamodule import CachedPreferenceDataModule, CachedSplit
-from latentreward.cli import main
-from latentreward.contracts import PreferenceBatch, PreferencePair
+from latentreward.apps.cli import main
+from latentreward.core.contracts import PreferenceBatch, PreferencePair
+from latentreward.core.errors import InputError
 from latentreward.data import (
     HPDv3Reader,
     JSONLPairReader,
     PairReader,
     PickAPicReader,
     PreferenceDataModule,
+    ScoreTable,
     ScoreTargets,
 )
 from latentreward.data.collate import is_turned
-from latentreward.data.score_table import ScoreTable
 from latentreward.data.targets import check_targets
-from latentreward.errors import InputError
-from latentreward.losses import LabelLoss, PreferenceLoss, RankingDistillation, TieLoss
+from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
+from latentreward.reward import LabelLoss, PreferenceLoss, RankingDistillation, TieLoss
 from latentreward.tinyworld import TinyWorldDataModule
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 

@@ -12,52 +12,48 @@ from PIL import Image
 from torch import Tensor
 from torch.optim import SGD
 
-from latentreward.backbones import LoRA
-from latentreward.checkpoints.shards import changing_names, whole_tensor
-from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.losses import (
-    ClippedPolicyLoss,
-    FlowDPPO,
-    GRPOGuard,
-    NormGuard,
-    OutcomeProcessLoss,
-    RankGate,
-    UncertaintyGate,
-)
-from latentreward.modules import (
+from latentreward.alignment import (
+    GDPO,
+    AlignmentModule,
     AWMModule,
+    Branching,
+    ClippedPolicyLoss,
     CRDModule,
     DGPOModule,
     DiffusionNFTModule,
     DiffusionOPSDModule,
-    OnPolicyDistillationModule,
-    RAMModule,
-    StepwiseGRPOModule,
-    Teacher,
-    TrajectoryGRPOModule,
-)
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.grpo import GRPOModule
-from latentreward.policies import PolicySource
-from latentreward.policies.moving_average import DecayRamp
-from latentreward.rewards import RewardMixture
-from latentreward.rollout import (
-    GDPO,
-    Branching,
     DiversityAdvantage,
+    FlowDPPO,
+    GRPOGuard,
+    GRPOModule,
     MovingWindow,
     NoisiestSteps,
+    NormGuard,
+    OnPolicyDistillationModule,
+    OutcomeProcessLoss,
+    PolicySource,
     Pruning,
+    RAMModule,
+    RankGate,
     RewardGuidance,
+    RewardMixture,
     Sampling,
     StateCredit,
+    StepwiseGRPOModule,
     StratifiedSteps,
+    Teacher,
+    TrajectoryGRPOModule,
     TurningPointCredit,
+    UncertaintyGate,
 )
-from latentreward.scorers import CallableScorer
+from latentreward.alignment.policies.moving_average import DecayRamp
+from latentreward.core.checkpoints.shards import changing_names, whole_tensor
+from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.diffusion import LoRA
+from latentreward.reward import CallableScorer
+from tests.alignment.modules.simple_reward import FirstChannelReward, OtherChannelsReward
+from tests.alignment.modules.toy_rewards import BrightnessSource
 from tests.distributed.strategies import STRATEGIES, strategies_of
-from tests.modules.simple_reward import FirstChannelReward, OtherChannelsReward
-from tests.modules.toy_rewards import BrightnessSource
 from tests.tiny_pipelines import source_of
 
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]

@@ -7,20 +7,16 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.optim import SGD
 
-from latentreward.backbones import LoRA
-from latentreward.checkpoints.shards import changing_names, whole_tensor
-from latentreward.data.alignment.prompts import PromptLoaders, PromptsAndImages
-from latentreward.data.collate import collate_pairs
+from latentreward.alignment import DiffusionDPOModule, LinearDPO, PolicySource, ReFLModule, Sampling
+from latentreward.alignment.policies.moving_average import DecayRamp
+from latentreward.core.checkpoints.shards import changing_names, whole_tensor
+from latentreward.data import PairBatchSampler, PromptsAndImages, collate_pairs
+from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.loading import ResumableLoader
-from latentreward.data.sampling import PairBatchSampler
-from latentreward.losses import LinearDPO
-from latentreward.modules import DiffusionDPOModule, ReFLModule
-from latentreward.policies import PolicySource
-from latentreward.policies.moving_average import DecayRamp
-from latentreward.rollout import Sampling
+from latentreward.diffusion import LoRA
+from tests.alignment.modules.batches import loaded_pairs
+from tests.alignment.modules.toy_rewards import BrightnessSource
 from tests.distributed.strategies import STRATEGIES, strategies_of
-from tests.modules.batches import loaded_pairs
-from tests.modules.toy_rewards import BrightnessSource
 from tests.tiny_pipelines import source_of
 
 CASES = [

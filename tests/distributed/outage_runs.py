@@ -10,14 +10,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import SGD
 
-from latentreward.backbones import LoRA
+from latentreward.alignment import HTTPReward, PolicySource, Sampling, TrajectoryGRPOModule
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.modules import TrajectoryGRPOModule
-from latentreward.policies import PolicySource
-from latentreward.remote import RemoteError, RemoteServer
-from latentreward.rewards import HTTPReward
-from latentreward.rollout import Sampling
-from tests.remote.judges import hangs_up, judging
+from latentreward.diffusion import LoRA
+from latentreward.reward import RemoteError, RemoteServer
+from tests.reward.remote.judges import hangs_up, judging
 from tests.tiny_pipelines import source_of
 
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]

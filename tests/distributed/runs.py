@@ -13,13 +13,12 @@ from torch import Tensor, distributed
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, Sampler
 
-from latentreward.checkpoints.files import DurableCheckpointIO
-from latentreward.checkpoints.shards import whole_tensor
-from latentreward.data.collate import collate_pairs
-from latentreward.losses import LRMLoss, RegressionDistillation, TargetLoss, TieLoss
-from latentreward.modules import RewardModule
+from latentreward.core.checkpoints.files import DurableCheckpointIO
+from latentreward.core.checkpoints.shards import whole_tensor
+from latentreward.data import collate_pairs
+from latentreward.reward import LRMLoss, RegressionDistillation, RewardModule, TargetLoss, TieLoss
+from tests.alignment.modules.batches import dina, dina_head, loaded_pairs, lrm, taught_pairs
 from tests.distributed.strategies import STRATEGIES
-from tests.modules.batches import dina, dina_head, loaded_pairs, lrm, taught_pairs
 from tests.tiny_pipelines import pipeline_folder
 
 

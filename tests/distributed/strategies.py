@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from latentreward.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.core.checkpoints.fsdp2 import FSDP2Strategy
 
 STRATEGIES: dict[str, Callable[[], Any]] = {
     "ddp": lambda: "ddp",

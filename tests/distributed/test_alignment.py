@@ -14,18 +14,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from latentreward.checkpoints.fsdp2 import FSDP2Strategy
-from latentreward.checkpoints.shards import whole_tensor
-from latentreward.contracts import NoisyStates
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.policies import Policy, load_policy, surrogate
-from latentreward.rewards import RewardSource
-from latentreward.rewards.latent import LatentScorer
+from latentreward.alignment import AlignmentModule, Policy, RewardSource, load_policy, surrogate
+from latentreward.alignment.rewards.latent import LatentScorer
+from latentreward.core.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.core.checkpoints.shards import whole_tensor
+from latentreward.core.contracts import NoisyStates
+from tests.alignment.modules.batches import lrm
+from tests.alignment.policies.alignment import Matching, perturbed, prediction, states, tiny_source
 from tests.distributed.ranks import on_ranks
 from tests.distributed.runs import EveryNth, make_trainer, sgd
 from tests.marks import WITH_ITS_FILE
-from tests.modules.batches import lrm
-from tests.policies.alignment import Matching, perturbed, prediction, states, tiny_source
 from tests.tiny_pipelines import pipeline_folder
 
 PROMPTS = ["a cat", "two dogs", "a red tree", "an old boat", "rain", "sun on snow", "a cup", "nothing"]

@@ -9,19 +9,11 @@ from latentreward.callbacks import NaNGuard
 from torch.distributed.tensor import DTensor
 
 from latentreward.apps.commands.consolidate import consolidate
-from latentreward.checkpoints.fsdp2 import FSDP2Strategy
-from latentreward.checkpoints.shards import is_sharded, read_sharded
-from latentreward.errors import InputError
+from latentreward.core.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.core.checkpoints.shards import is_sharded, read_sharded
+from latentreward.core.errors import InputError
 from tests.distributed.ranks import on_ranks
-from tests.distributed.runs import (
-    fit,
-    make_trainer,
-    saved_run,
-    small_model,
-    validated,
-    world,
-    write_pipelines,
-)
+from tests.distributed.runs import fit, make_trainer, saved_run, small_model, validated, world, write_pipelines
 from tests.distributed.strategies import STRATEGIES
 
 pytestmark = pytest.mark.slow

@@ -13,24 +13,21 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from latentreward.backbones import LoRA, create_backbone
-from latentreward.checkpoints.fsdp2 import FSDP2Strategy
-from latentreward.contracts import EditPrompt, ImageRef, like_prompt
+from latentreward.alignment import LPOModule, Policy, PolicySource, Sampling
+from latentreward.core.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.core.contracts import EditPrompt, ImageRef, like_prompt
+from latentreward.core.registry import create_backbone
+from latentreward.data import LoadedPair, PixelLoader, collate_pairs
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.data.collate import collate_pairs
-from latentreward.data.dataset import LoadedPair
-from latentreward.data.images import PixelLoader
-from latentreward.losses import ThurstoneLoss
-from latentreward.modules import DiNaLRMModule, LPOModule
-from latentreward.policies import Policy, PolicySource
-from latentreward.rollout import Sampling
+from latentreward.diffusion import LoRA
+from latentreward.reward import DiNaLRMModule, ThurstoneLoss
+from tests.alignment.modules.batches import dina_head, loaded_pairs
+from tests.alignment.modules.simple_reward import FirstChannelReward
+from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
+from tests.diffusion.families.twins import TWINS
 from tests.distributed.ranks import on_ranks
 from tests.distributed.runs import EveryNth, make_trainer, outcome, sgd
-from tests.families.made_qwen_image_edit import qwen_image_edit_folder
-from tests.families.twins import TWINS
-from tests.modules.batches import dina_head, loaded_pairs
-from tests.modules.simple_reward import FirstChannelReward
-from tests.scoring.models import picture, png
+from tests.reward.scoring.models import picture, png
 
 SOURCES = {"flux2_klein": 2, "qwen_image_edit": 1}
 """Number of pictures to edit, by backbone; the text encoder of the second sees them too."""

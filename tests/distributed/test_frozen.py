@@ -20,17 +20,14 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import save_file
 
+from latentreward.apps.cli import main
 from latentreward.apps.commands.fit import ranks_per_machine
-from latentreward.backbones import sd_tiny
-from latentreward.cli import main
-from latentreward.errors import InputError
-from latentreward.heads import CLIPProjectionHead
-from latentreward.losses import LRMLoss
-from latentreward.modules import LRMModule
-from latentreward.modules.based import share_frozen
-from latentreward.scoring import RewardModel
-from latentreward.storage.shared_weights import own_folder, processes_here, release_shared, shared, sharing_between
-from latentreward.storage.weight_files import StoredTensor, map_weights
+from latentreward.core.errors import InputError
+from latentreward.core.storage.shared_weights import own_folder, processes_here, release_shared, shared, sharing_between
+from latentreward.core.storage.weight_files import StoredTensor, map_weights
+from latentreward.diffusion import sd_tiny
+from latentreward.reward import CLIPProjectionHead, LRMLoss, LRMModule, RewardModel
+from latentreward.reward.modules.based import share_frozen
 from latentreward.tinyworld.writers import write_pickapic
 from tests.distributed.ranks import on_ranks
 from tests.marks import release_after

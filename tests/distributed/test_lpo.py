@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.alignment.modules.lpo_runs import saved_run
 from tests.distributed.ranks import on_ranks
-from tests.modules.lpo_runs import saved_run
 
 pytestmark = pytest.mark.slow
 STRATEGIES = ("ddp", "fsdp2")
@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    return on_ranks("tests.modules.lpo_runs:cases_of_two", folder, timeout=900)
+    return on_ranks("tests.alignment.modules.lpo_runs:cases_of_two", folder, timeout=900)
 
 
 @pytest.fixture(scope="module")

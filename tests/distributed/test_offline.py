@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.policies.moving_average import AVERAGE
+from latentreward.alignment.policies.moving_average import AVERAGE
 from tests.distributed.offline_runs import CASES, make_module, train
 from tests.distributed.ranks import on_ranks
 from tests.distributed.strategies import strategies_of

@@ -9,14 +9,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from latentreward.backbones.compilation import compile_blocks
-from latentreward.checkpoints.fsdp2 import FSDP2Strategy
-from latentreward.checkpoints.shards import is_sharded, read_sharded
-from latentreward.cli import main
+from latentreward.apps.cli import main
+from latentreward.core.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.core.checkpoints.shards import is_sharded, read_sharded
+from latentreward.diffusion.backbones.compilation import compile_blocks
 from latentreward.tinyworld.writers import write_hpdv3
+from tests.alignment.modules.batches import dina
 from tests.distributed.ranks import on_ranks
 from tests.distributed.runs import fit, loader, make_trainer, outcome, sgd, write_pipelines
-from tests.modules.batches import dina
 
 pytestmark = pytest.mark.slow
 

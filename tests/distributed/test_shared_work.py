@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from latentreward.errors import InputError
-from latentreward.storage.shards import ShardList
+from latentreward.core.errors import InputError
+from latentreward.core.storage.shards import ShardList
+from tests.alignment.modules.test_edits import KLEIN, edits
+from tests.alignment.rewards.stored import write_run
 from tests.apps.commands.test_score import write_pictures
-from tests.cache.writing import write_data
-from tests.modules.test_edits import KLEIN, edits
+from tests.diffusion.cache.writing import write_data
 from tests.processes import Forked, rank_environments, run_command, start
-from tests.rewards.stored import write_run
 
 pytestmark = pytest.mark.slow
 TWO = ("--trainer.accelerator=cpu", "--trainer.devices=2")
 SAMPLING = ("--sampling.num_inference_steps=2", "--guidance_scale=1", "--batch_size=2")
 SCORER = {"function": "tests.apps.evaluation.policy.toy_scorers.redness", "name": "red"}
-RED = json.dumps({"class_path": "latentreward.scorers.CallableScorer", "init_args": SCORER})
+RED = json.dumps({"class_path": "latentreward.reward.CallableScorer", "init_args": SCORER})
 COMMANDS = {
     "cache": (
         "cache", "out", "--reader=latentreward.data.HPDv3Reader", "--reader.root=data", "--reader.split=train",
@@ -35,7 +35,7 @@ COMMANDS = {
         "evaluate-policy", "out", "--policy.pipeline=sd_tiny", "--prompts=prompts.txt", f"--scorers=[{RED}]", *SAMPLING,
     ),
 }  # fmt: skip
-"""Command lines in the folder that :func:`inputs` writes; ``tests/cache/test_faults.py`` kills a cache's rank 1."""
+"""Command lines in the folder that :func:`inputs` writes; a kill of a cache's rank 1 is in the tests of the cache."""
 PATIENCE = 900.0
 
 

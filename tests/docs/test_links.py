@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from latentreward.cli import COMMANDS
+from latentreward.apps.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from latentreward.cli import COMMANDS
+from latentreward.apps.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "notebooks"

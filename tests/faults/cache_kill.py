@@ -14,9 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentreward.cache.check import check_cache
-from latentreward.storage.durable import LOCK
-from tests.cache.writing import cache_arguments, contents, write_data
+from latentreward.core.storage.durable import LOCK
+from latentreward.diffusion.cache.check import check_cache
+from tests.diffusion.cache.writing import cache_arguments, contents, write_data
 from tests.processes import Forked, start_ranks
 
 SETTINGS = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--encoder.batch_size=2", "--num_workers=1")

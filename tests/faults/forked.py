@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from latentreward.cli import COMMANDS, main, module_of
-from latentreward.settings.functions import import_class_modules
+from latentreward.apps.cli import COMMANDS, main, module_of
+from latentreward.core.public_names import import_all
 from tests.processes import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +95,7 @@ def _become(arguments: Sequence[str], folder: Path, errors: int, modules: int) -
 
 def import_everything() -> None:
     """Import what the subcommands need, so that children find it."""
-    import_class_modules()
+    import_all()
     for command in COMMANDS:
         importlib.import_module(module_of(command))
 

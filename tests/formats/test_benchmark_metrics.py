@@ -20,9 +20,9 @@ from latentreward.apps.evaluation.benchmark.base import Benchmark
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, VOTES, judge
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.apps.evaluation.benchmark.sets import PickAPicBenchmark, recognise_benchmark
-from latentreward.reports.tables import Row
-from latentreward.scorers import CallableScorer
-from latentreward.scorers.pair_scoring import PairScoring
+from latentreward.core.reports.tables import Row
+from latentreward.reward import CallableScorer
+from latentreward.reward.scorers.pair_scoring import PairScoring
 from tests.formats.conftest import COMMITTED, write_hpdv3, write_pickapic
 from tests.formats.odd_groups import write_all
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentreward.contracts import PreferencePair
+from latentreward.core.contracts import PreferencePair
 from latentreward.data import (
     GenAIBenchCMUReader,
     GenAIBenchReader,

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
+from latentreward.core.errors import InputError
 from latentreward.data import (
     DiffusionRMReader,
     FolderPairReader,
@@ -30,7 +31,6 @@ from latentreward.data import (
     PromptDataModule,
 )
 from latentreward.data.alignment.prompt_files import read_prompts
-from latentreward.errors import InputError
 from tests.data.conftest import encode
 from tests.formats.conftest import COMMITTED
 

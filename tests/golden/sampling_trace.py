@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import Conditioning, PromptBatch
-from latentreward.families.sd import StableDiffusion
-from latentreward.policies import Policy
-from latentreward.rollout import RolloutDraws
-from tests.families.made_configs import MadeConfigs
+from latentreward.alignment import Policy, RolloutDraws
+from latentreward.core.contracts import Conditioning, PromptBatch
+from latentreward.diffusion.families.sd import StableDiffusion
+from tests.diffusion.families.made_configs import MadeConfigs
 from tests.golden.catalogue import Case, Tensors
 
 SCHEDULER = {

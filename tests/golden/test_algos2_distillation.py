@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.losses import OnPolicyLoss, gaussian_step_kl
-from latentreward.losses.clipped_policy import clipped_objective
-from latentreward.rollout import FlowSDESampler, Transition
+from latentreward.alignment import FlowSDESampler, OnPolicyLoss, Transition, gaussian_step_kl
+from latentreward.alignment.losses.clipped_policy import clipped_objective
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.losses import CRDLoss, CRDResult, DGPOLoss
-from latentreward.losses.matching import squared_error
-from latentreward.losses.nft import optimality
-from latentreward.policies.moving_average import DecayRamp
+from latentreward.alignment import CRDLoss, CRDResult, DGPOLoss
+from latentreward.alignment.losses.matching import squared_error
+from latentreward.alignment.losses.nft import optimality
+from latentreward.alignment.policies.moving_average import DecayRamp
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.losses import NFTLoss, reward_ascent
-from latentreward.losses.nft import optimality, self_normaliser
-from latentreward.policies.moving_average import DecayRamp, move_towards
+from latentreward.alignment import NFTLoss, reward_ascent
+from latentreward.alignment.losses.nft import optimality, self_normaliser
+from latentreward.alignment.policies.moving_average import DecayRamp, move_towards
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
 from tests.golden.small_networks import output_of, weights_of

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PairScores
-from latentreward.losses import BradleyTerryLoss, implicit_rewards
-from latentreward.noise import ContinuousFlow
+from latentreward.alignment import implicit_rewards
+from latentreward.core.contracts import PairScores
+from latentreward.diffusion import ContinuousFlow
+from latentreward.reward import BradleyTerryLoss
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
 

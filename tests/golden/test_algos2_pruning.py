@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.rollout import Agreement, BestAndWorst, GroupAdvantage, PruningRule, scaled_advantages
+from latentreward.alignment import Agreement, BestAndWorst, GroupAdvantage, PruningRule, scaled_advantages
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
 

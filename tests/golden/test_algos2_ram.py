@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.losses import RAMLoss
-from latentreward.noise import PowerSigma
-from latentreward.policies.moving_average import DecayRamp, move_towards
-from latentreward.rollout import GroupAdvantage
+from latentreward.alignment import GroupAdvantage, RAMLoss
+from latentreward.alignment.policies.moving_average import DecayRamp, move_towards
+from latentreward.diffusion import PowerSigma
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
 from tests.golden.small_networks import output_of, weights_of

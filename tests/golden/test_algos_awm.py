@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.losses.clipped_policy import clipped_objective
-from latentreward.losses.matching import MatchingLoss, velocity_divergence
+from latentreward.alignment import MatchingLoss, velocity_divergence
+from latentreward.alignment.losses.clipped_policy import clipped_objective
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
 

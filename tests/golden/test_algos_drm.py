@@ -6,15 +6,13 @@ import pytest
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from latentreward.backbones import SD3DiTBackbone
-from latentreward.contracts import Conditioning, FeatureSpec, LatentSpace, TapSpec
-from latentreward.heads import DRMHead
-from latentreward.losses import BradleyTerryLoss
-from latentreward.noise import ContinuousFlow
+from latentreward.core.contracts import Conditioning, FeatureSpec, LatentSpace, TapSpec
+from latentreward.diffusion import ContinuousFlow, SD3DiTBackbone
+from latentreward.reward import BradleyTerryLoss, DRMHead
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
-from tests.heads.features import DIT_SPEC, random_features
-from tests.losses.pairs import scores_of
+from tests.reward.heads.features import DIT_SPEC, random_features
+from tests.reward.losses.pairs import scores_of
 
 every_case = pytest.mark.parametrize("case", cases("algos/drm_head"), ids=lambda case: case.name)
 

@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.losses import OutcomeProcessLoss, gaussian_step_kl
-from latentreward.noise.base import predicted_clean
-from latentreward.rollout import GroupAdvantage, RewardGuidance, Transition
+from latentreward.alignment import GroupAdvantage, OutcomeProcessLoss, RewardGuidance, Transition, gaussian_step_kl
+from latentreward.diffusion.noise.base import predicted_clean
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
 

@@ -7,16 +7,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.losses import ClippedPolicyLoss, FlowDPPO, GRPOGuard, RankGate, RatioRule, StepDrift, gaussian_step_kl
-from latentreward.losses.clipped_policy import clipped_objective, held_weights
-from latentreward.rollout import (
+from latentreward.alignment import (
     GDPO,
+    ClippedPolicyLoss,
     DiversityAdvantage,
+    FlowDPPO,
     FlowSDESampler,
     GroupAdvantage,
+    GRPOGuard,
+    RankGate,
+    RatioRule,
+    StepDrift,
     Transition,
     TurningPointCredit,
+    gaussian_step_kl,
+    held_weights,
 )
+from latentreward.alignment.losses.clipped_policy import clipped_objective
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
 

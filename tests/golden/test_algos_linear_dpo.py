@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from latentreward.losses.diffusion_dpo import implicit_rewards
-from latentreward.losses.linear_dpo import LinearDPO
+from latentreward.alignment import LinearDPO, implicit_rewards
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_within
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from latentreward.callbacks import TrainableEMA
 
-from latentreward.losses.nft import NFTLoss, optimality, self_normaliser
-from latentreward.policies.moving_average import DecayRamp, move_towards
-from latentreward.rollout.advantages import GroupAdvantage
+from latentreward.alignment import GroupAdvantage, NFTLoss
+from latentreward.alignment.losses.nft import optimality, self_normaliser
+from latentreward.alignment.policies.moving_average import DecayRamp, move_towards
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
 

@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.contracts import FeatureSpec, PairTargets, TapSpec
-from latentreward.heads import PAVRMHead
-from latentreward.losses import BradleyTerryLoss, LabelLoss, RewardLoss
-from latentreward.rollout import FlowSDESampler
+from latentreward.alignment import FlowSDESampler, RewardLoss
+from latentreward.core.contracts import FeatureSpec, PairTargets, TapSpec
+from latentreward.reward import BradleyTerryLoss, LabelLoss, PAVRMHead
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
-from tests.losses.pairs import scores_of
+from tests.reward.losses.pairs import scores_of
 
 every_case = pytest.mark.parametrize("case", cases("algos/pavrm_head"), ids=lambda case: case.name)
 HINGE = RewardLoss(scale=0.1, ceiling=2.0, sigmoid=True)

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentreward.contracts import PairTargets
-from latentreward.losses import LabelLoss, TieLoss
+from latentreward.core.contracts import PairTargets
+from latentreward.reward import LabelLoss, TieLoss
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_within
-from tests.losses.pairs import scores_of
+from tests.reward.losses.pairs import scores_of
 
 
 @pytest.mark.parametrize("case", cases("algos/tie_losses"), ids=lambda case: case.name)

@@ -8,8 +8,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from latentreward.contracts import Conditioning
-from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
+from latentreward.core.contracts import Conditioning
+from latentreward.reward import PublishedSettings, RewardModel, ScoringNoise
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_close
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentreward.core.errors import InputError
 from latentreward.data import DiffusionRMReader
 from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
 from latentreward.data.images import decode_latents
-from latentreward.errors import InputError
 from tests.golden.catalogue import Case, cases
 
 dataset = pytest.mark.parametrize("case", cases("dina/dataset"), ids=lambda case: case.name)

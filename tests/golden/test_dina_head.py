@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import Features, FeatureSpec, TapSpec
-from latentreward.heads import GatedQFormerHead
+from latentreward.core.contracts import Features, FeatureSpec, TapSpec
+from latentreward.reward import GatedQFormerHead
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_close
 

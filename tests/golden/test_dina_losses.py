@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PairScores
-from latentreward.losses import (
+from latentreward.core.contracts import PairScores
+from latentreward.reward import (
     BradleyTerryLoss,
     ConstantVarianceThurstoneLoss,
     PreferenceLoss,

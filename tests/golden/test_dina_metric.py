@@ -9,13 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.backbones.loading import load_weights
-from latentreward.contracts import ImageRef
-from latentreward.data.images import PixelLoader
-from latentreward.encoders.vae import LatentEncoder
-from latentreward.heads import LogisticSquash
-from latentreward.metrics import GroupPairAccuracy, PairwiseAccuracy
-from latentreward.scoring import normalise_score
+from latentreward.core.contracts import ImageRef
+from latentreward.data import PixelLoader
+from latentreward.diffusion.backbones.loading import load_weights
+from latentreward.diffusion.encoders.vae import LatentEncoder
+from latentreward.reward import GroupPairAccuracy, LogisticSquash, PairwiseAccuracy, normalise_score
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 

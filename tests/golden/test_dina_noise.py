@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from latentreward.noise import (
+from latentreward.diffusion import (
     BetaSigma,
     ConstantSigma,
     FlowMatching,

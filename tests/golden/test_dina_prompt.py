@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from latentreward.backbones.loading import load_weights
-from latentreward.encoders.sd3 import SD3PromptEncoder
+from latentreward.diffusion.backbones.loading import load_weights
+from latentreward.diffusion.encoders.sd3 import SD3PromptEncoder
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 

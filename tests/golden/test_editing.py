@@ -11,17 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.sd_unet import SDUNetBackbone
-from latentreward.contracts import Conditioning
-from latentreward.errors import InputError
-from latentreward.families import FlowFamily
-from latentreward.families.backbone import FamilyBackbone
-from latentreward.families.flux1_kontext import Flux1Kontext
-from latentreward.families.flux2_klein import Flux2Klein
-from latentreward.families.instruct_pix2pix import InstructPix2Pix
-from latentreward.families.qwen_image_edit import QwenImageEdit
-from latentreward.policies import Policy
-from tests.families.made_configs import MadeConfigs
+from latentreward.alignment import Policy
+from latentreward.core.contracts import Conditioning
+from latentreward.core.errors import InputError
+from latentreward.diffusion import FamilyBackbone, FlowFamily, SDUNetBackbone
+from latentreward.diffusion.families.flux1_kontext import Flux1Kontext
+from latentreward.diffusion.families.flux2_klein import Flux2Klein
+from latentreward.diffusion.families.instruct_pix2pix import InstructPix2Pix
+from latentreward.diffusion.families.qwen_image_edit import QwenImageEdit
+from tests.diffusion.families.made_configs import MadeConfigs
 from tests.golden.catalogue import Case, Tensors, cases
 
 SPACE = {"block_out_channels": [1, 1, 1, 1], "scaling_factor": 1.0, "shift_factor": 0.0}

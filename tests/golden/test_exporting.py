@@ -11,8 +11,8 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentreward.scoring import PublishedSettings, RewardModel
-from latentreward.scoring.layouts.exporting import export_reward
+from latentreward.reward import PublishedSettings, RewardModel
+from latentreward.reward.scoring.layouts.exporting import export_reward
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 from tests.golden.test_dina_backbone import FLOAT32_EPS, SCORE, column, model_of, score_at

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, Features
-from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
+from latentreward.core.contracts import Conditioning, Features
+from latentreward.reward import PublishedSettings, RewardModel, ScoringNoise
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_close
-from tests.scoring.models import load_lrm
+from tests.reward.scoring.models import load_lrm
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 HALF_TOLERANCE = {"rtol": 0.0, "atol": 0.05}

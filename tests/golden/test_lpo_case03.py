@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentreward.contracts import CrossScores, FeatureSpec, PairScores, TapSpec
-from latentreward.heads import CLIPProjectionHead
-from latentreward.losses import LRMLoss, gather_pair_scores, gather_with_grad
+from latentreward.core.contracts import CrossScores, FeatureSpec, PairScores, TapSpec
+from latentreward.reward import CLIPProjectionHead, LRMLoss, gather_pair_scores, gather_with_grad
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
-from tests.losses.two_ranks import on_ranks
+from tests.reward.losses.two_ranks import on_ranks
 
 SIDES = ("image_0", "image_1", "text")
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

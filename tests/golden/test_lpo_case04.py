@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from latentreward.rollout import (
+from latentreward.alignment import (
     CandidateStep,
     DDIMSampler,
     FixedThreshold,

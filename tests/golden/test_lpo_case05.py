@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentreward.rollout import DDIMSampler
+from latentreward.alignment import DDIMSampler
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.losses import StepDPO, clamped_log_ratio
-from latentreward.rollout import DDIMSampler
+from latentreward.alignment import DDIMSampler, StepDPO, clamped_log_ratio
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 

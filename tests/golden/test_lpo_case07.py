@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from latentreward.contracts import CrossScores, PairScores
-from latentreward.losses import LRMLoss
-from latentreward.noise import process_from_scheduler
-from latentreward.rollout import DDIMSampler
-from latentreward.scorers.step_aware_clip import StepAwareCLIP, prepare_pixels
+from latentreward.alignment import DDIMSampler
+from latentreward.core.contracts import CrossScores, PairScores
+from latentreward.diffusion import process_from_scheduler
+from latentreward.reward import LRMLoss
+from latentreward.reward.scorers.step_aware_clip import StepAwareCLIP, prepare_pixels
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 

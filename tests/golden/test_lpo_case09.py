@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.noise.schedules import static_levels
-from latentreward.rollout import FlowSDESampler, Transition
+from latentreward.alignment import FlowSDESampler, Transition
+from latentreward.diffusion.noise.schedules import static_levels
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_close
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from latentreward.losses import ClippedPolicyLoss, gaussian_step_kl
-from latentreward.rollout.advantages import GroupAdvantage, group_advantages
+from latentreward.alignment import ClippedPolicyLoss, GroupAdvantage, gaussian_step_kl, group_advantages
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_close
 

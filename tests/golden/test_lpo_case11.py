@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from latentreward.contracts import PairScores
-from latentreward.losses import BradleyTerryLoss, denoising_error, implicit_rewards
+from latentreward.alignment import denoising_error, implicit_rewards
+from latentreward.core.contracts import PairScores
+from latentreward.reward import BradleyTerryLoss
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 

@@ -7,10 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, NoisyStates, join_rows
-from latentreward.noise import NoiseProcess, process_from_scheduler
-from latentreward.rewards.latent import EncodedPrompts, LatentScorer
-from latentreward.rollout import (
+from latentreward.alignment import (
     Branching,
     LinearThreshold,
     Sampling,
@@ -19,11 +16,14 @@ from latentreward.rollout import (
     candidate_steps,
     step_pairs,
 )
-from latentreward.scoring import RewardModel
+from latentreward.alignment.rewards.latent import EncodedPrompts, LatentScorer
+from latentreward.core.contracts import Conditioning, NoisyStates, join_rows
+from latentreward.diffusion import NoiseProcess, process_from_scheduler
+from latentreward.reward import RewardModel
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_close
 from tests.golden.sampling_trace import SCHEDULER, Calls, RecordedDraws, checkpoint_of, policy_of, prompts_of
-from tests.scoring.models import load_lrm
+from tests.reward.scoring.models import load_lrm
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 SELECTIONS = {"sigma": SigmaThreshold, "variance": VarianceThreshold, "linear": LinearThreshold}

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.contracts import NoisyStates, join_rows
-from latentreward.rewards import Reward
-from latentreward.rollout import Branching, FixedThreshold, Sampling, candidate_steps, step_pairs
+from latentreward.alignment import Branching, FixedThreshold, Reward, Sampling, candidate_steps, step_pairs
+from latentreward.core.contracts import NoisyStates, join_rows
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 from tests.golden.sampling_trace import Calls, RecordedDraws, checkpoint_of, policy_of, prompts_of
-from tests.scoring.models import load_lrm
+from tests.reward.scoring.models import load_lrm
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 

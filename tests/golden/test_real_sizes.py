@@ -7,11 +7,10 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from latentreward.backbones import SD3DiTBackbone
-from latentreward.backbones.tuning import LoRA, tune
-from latentreward.contracts import LatentSpace
-from latentreward.heads import GatedQFormerHead
-from latentreward.noise import FlowMatching
+from latentreward.core.contracts import LatentSpace
+from latentreward.diffusion import FlowMatching, LoRA, SD3DiTBackbone
+from latentreward.diffusion.backbones.tuning import tune
+from latentreward.reward import GatedQFormerHead
 from tests.golden.catalogue import ROOT
 
 SIZES = sorted((ROOT / "dina").glob("real_sizes_sd35m_12layers.json"))

@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from latentreward.scoring import RewardModel
+from latentreward.reward import RewardModel
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 from tests.golden.test_dina_backbone import FLOAT32_EPS, SCORE, model_of, score_at
-from tests.scoring.models import load_dina_lrm, load_lrm
+from tests.reward.scoring.models import load_dina_lrm, load_lrm
 from tests.tiny_pipelines import pipeline_folder, vae
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"

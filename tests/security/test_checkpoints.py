@@ -19,12 +19,12 @@ import torch
 from torch.distributed import checkpoint as distributed_checkpoint
 
 from latentreward.apps.commands.fit import guard_loading
-from latentreward.checkpoints import files
-from latentreward.checkpoints.shards import INDEX, REST, read_checkpoint
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
+from latentreward.core.checkpoints import files
+from latentreward.core.checkpoints.shards import INDEX, REST, read_checkpoint
+from latentreward.core.errors import InputError
+from latentreward.reward import RewardModel
+from tests.alignment.rewards.stored import write_run
 from tests.marks import slow_after
-from tests.rewards.stored import write_run
 from tests.small_user import refusal, run
 from tests.source_code import parsed
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch.distributed import checkpoint as distributed_checkpoint
 
-from latentreward.cache.datamodule import CachedPreferenceDataModule, CachedSplit
-from latentreward.checkpoints.files import newest_intact
-from latentreward.checkpoints.shards import INDEX, INDEX_HASH, REST, read_checkpoint
+from latentreward.core.checkpoints.files import newest_intact
+from latentreward.core.checkpoints.shards import INDEX, INDEX_HASH, REST, read_checkpoint
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import file_hash
+from latentreward.core.storage.part_tables import WRITERS
 from latentreward.data.score_table import read_table
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
-from latentreward.scoring.layouts.model_folder import PretrainedReward
-from latentreward.storage.digests import file_hash
-from latentreward.storage.part_tables import WRITERS
-from tests.cache.written_caches import write_cache
+from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
+from latentreward.reward import RewardModel
+from latentreward.reward.scoring.layouts.model_folder import PretrainedReward
+from tests.alignment.rewards.stored import write_run
+from tests.diffusion.cache.written_caches import write_cache
 from tests.marks import slow_after
-from tests.rewards.stored import write_run
 from tests.tiny_pipelines import pipeline_folder
 
 

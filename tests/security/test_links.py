@@ -17,7 +17,10 @@ from datasets import Dataset
 from PIL import Image
 
 from latentreward.apps.steps.running import LOG, TOLD, TaskRunner
-from latentreward.cache.layout import KINDS, PLAN, SHARDS, read_plan
+from latentreward.core.errors import InputError
+from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.core.storage.digests import file_hash
+from latentreward.core.storage.part_tables import PartFiles
 from latentreward.data import (
     DatasetPairReader,
     EditPairReader,
@@ -31,12 +34,9 @@ from latentreward.data import (
 )
 from latentreward.data.images import decode_image
 from latentreward.data.readers.rows import RowReader
-from latentreward.errors import InputError
-from latentreward.ranks.shared_work import SharedWork
-from latentreward.storage.digests import file_hash
-from latentreward.storage.part_tables import PartFiles
+from latentreward.diffusion.cache.layout import KINDS, PLAN, SHARDS, read_plan
 from tests.apps.steps.test_running import toy
-from tests.cache.writing import run_cache, write_data
+from tests.diffusion.cache.writing import run_cache, write_data
 
 
 def run_step(folder: Path) -> None:

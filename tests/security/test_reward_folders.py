@@ -17,16 +17,15 @@ import yaml
 from PIL import Image
 from torch.distributed import checkpoint as distributed_checkpoint
 
-from latentreward.checkpoints.shards import INDEX, REST
-from latentreward.cli import main
-from latentreward.errors import InputError
-from latentreward.rewards import LatentReward
-from latentreward.scorers import RewardModelScorer
-from latentreward.scoring import RewardModel
+from latentreward.alignment import LatentReward
+from latentreward.apps.cli import main
+from latentreward.core.checkpoints.shards import INDEX, REST
+from latentreward.core.errors import InputError
+from latentreward.reward import RewardModel, RewardModelScorer
+from tests.alignment.rewards.stored import write_run
 from tests.formats.conftest import COMMITTED
 from tests.marks import slow_after
-from tests.rewards.stored import write_run
-from tests.scoring.test_published import write_dina, write_lrm
+from tests.reward.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import pipeline_folder
 
 SECRET = "hunter2"
@@ -91,8 +90,17 @@ def call(target: str, canary: Path) -> dict[str, Any]:
 TARGETS = (
     *("os.system", "os.popen", "subprocess.run", "subprocess.Popen", "builtins.exec", "builtins.eval"),
     *("builtins.open", "pathlib.Path.touch", "importlib.import_module", "runpy.run_path", "torch.load"),
-    *("shutil.copyfile", "evil_module.Head", "latentreward.evil_module.Head", "latentreward.heads.evil_module.Head"),
-    *("latentreward.heads.base.os.system", "latentreward.scoring.layouts.recipe.import_module", "__main__.os.system"),
+    *(
+        "shutil.copyfile",
+        "evil_module.Head",
+        "latentreward.evil_module.Head",
+        "latentreward.reward.heads.evil_module.Head",
+    ),
+    *(
+        "latentreward.reward.heads.base.os.system",
+        "latentreward.reward.scoring.layouts.recipe.import_module",
+        "__main__.os.system",
+    ),
 )
 """What a configuration may name that is no class of a reward."""
 
@@ -450,7 +458,7 @@ def test_every_command_refuses_and_names_the_option(
 def test_what_libraries_look_for_is_not_found_beside_a_model(good: Path, tmp_path: Path) -> None:
     """They try to import dozens of packages that are not installed, and the user may stand in the model's folder."""
     folder = shutil.copytree(good / "run", tmp_path / "run")
-    program = "import sys; from latentreward.cli import main; main(sys.argv[1:])"
+    program = "import sys; from latentreward.apps.cli import main; main(sys.argv[1:])"
     Image.new("RGB", (16, 16)).save(folder / "picture.png")
     for name in ("brotli", "scipy", "opt_einsum", "cloudpickle", "torchvision", "xformers", "sentencepiece"):
         (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n")

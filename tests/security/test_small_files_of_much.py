@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.contracts import ImageRef
-from latentreward.data.images import TOO_LARGE, UNKNOWN, ImageError, decode_image, png
+from latentreward.core.contracts import ImageRef
+from latentreward.core.errors import InputError
+from latentreward.data import ImageError, decode_image
+from latentreward.data.images import TOO_LARGE, UNKNOWN, png
 from latentreward.data.readers import archives, parquet_store
 from latentreward.data.readers.archives import ImageArchives
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, read_index
-from latentreward.errors import InputError
-from latentreward.scoring.files import read_tensors
+from latentreward.reward.scoring.files import read_tensors
 
 
 def test_a_member_of_a_zip_file_is_no_larger_than_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,15 @@ import torch
 import yaml
 from PIL import Image
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
+from latentreward.core.errors import InputError, printable
 from latentreward.data.image_sizes import ImageSizes, OneSize
-from latentreward.errors import InputError, printable
-from latentreward.scoring import RewardModel, ScoringNoise
-from latentreward.scoring.layouts.config import sizes_record
-from latentreward.scoring.layouts.run import SETTINGS
+from latentreward.reward import RewardModel, ScoringNoise
+from latentreward.reward.scoring.layouts.config import sizes_record
+from latentreward.reward.scoring.layouts.run import SETTINGS
+from tests.alignment.rewards.stored import write_run
 from tests.marks import slow_after
-from tests.rewards.stored import write_run
-from tests.scoring.test_published import write_dina, write_lrm
+from tests.reward.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import pipeline_folder
 
 ESCAPE = "\x1b]0;title\x07\x1b[31m"

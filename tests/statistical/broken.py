@@ -10,9 +10,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from latentreward.contracts import PairScores, StepPairs
-from latentreward.losses import StepDPOResult
-from latentreward.modules import LPOModule
+from latentreward.alignment import LPOModule, StepDPOResult
+from latentreward.core.contracts import PairScores, StepPairs
 
 Fault = Callable[[Any], AbstractContextManager[Any]]
 

@@ -20,12 +20,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader
 
-from latentreward.backbones import LoRA, sd35_tiny
-from latentreward.contracts import PreferenceBatch, StepPairs
-from latentreward.modules import DiNaLRMModule, LPOModule
-from latentreward.policies import PolicySource
-from latentreward.rewards import CallableReward
-from latentreward.rollout import FixedThreshold, Sampling
+from latentreward.alignment import CallableReward, FixedThreshold, LPOModule, PolicySource, Sampling
+from latentreward.core.contracts import PreferenceBatch, StepPairs
+from latentreward.diffusion import LoRA, sd35_tiny
+from latentreward.reward import DiNaLRMModule
 from latentreward.tinyworld import TinyWorldPromptDataModule
 from latentreward.tinyworld.oracle import utility_scores
 from latentreward.tinyworld.pairs import Picture, draw_pairs

@@ -10,11 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.contracts import sources_of
-from latentreward.data import JSONLPairReader
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
+from latentreward.data import JSONLPairReader, decode_image
 from latentreward.data.alignment.prompt_files import read_prompts
-from latentreward.data.images import decode_image
-from latentreward.errors import InputError
 from latentreward.tinyworld import TinyWorldDataModule, TinyWorldEditPromptDataModule
 from latentreward.tinyworld.edit_pairs import RESULTS, draw_edit, draw_edit_pairs, draw_results
 from latentreward.tinyworld.edits import (

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from latentreward.tinyworld.captions import draw_caption
 from latentreward.tinyworld.drawing import draw_scene
 from latentreward.tinyworld.oracle import detect_scene, judge, mean_verdict, utility_scores

@@ -1,6 +1,6 @@
 import pytest
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from latentreward.tinyworld import TinyWorldPromptDataModule
 from latentreward.tinyworld.captions import caption_splits
 

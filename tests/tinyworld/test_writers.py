@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from latentreward.tinyworld import TinyWorldDataModule, writers
 from latentreward.tinyworld.pairs import Pair, draw_pairs
 from latentreward.tinyworld.writers import PICKAPIC_SCHEMA, write_generated, write_hpdv3, write_pickapic

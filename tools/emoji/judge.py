@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from latentreward.errors import InputError
-from latentreward.scorers.base import ImageScorer
-from latentreward.storage.durable import replacing, write_file
-from latentreward.storage.json_files import read_config
+from latentreward.core.errors import InputError
+from latentreward.core.storage.durable import replacing, write_file
+from latentreward.core.storage.json_files import read_config
+from latentreward.reward import ImageScorer
 from latentreward.tinyworld.judge import COLUMNS
 from latentreward.tinyworld.scenes import picture_utility
 from latentreward.tinyworld.world import Sketch

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from latentreward.tinyworld.pairs import Mixed
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 from tools.emoji.world import EmojiWorld

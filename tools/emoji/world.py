@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from latentreward.errors import InputError, first_line
-from latentreward.storage.digests import digest
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.digests import digest
 from latentreward.tinyworld.captions import split_texts
 from latentreward.tinyworld.rendering import IMAGE_SIZE
 from latentreward.tinyworld.world import Sketch, World

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
 from latentreward.apps.generation.step_search import LoadedPipeline
-from latentreward.contracts import EditPrompt, sources_of
-from latentreward.data.images import decode_image
-from latentreward.encoders.clip import CLIPPromptEncoder
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.families.find import find_family
-from latentreward.families.flux1 import Flux1PromptEncoder
-from latentreward.families.instruct_pix2pix import widened
+from latentreward.core.contracts import EditPrompt, sources_of
+from latentreward.data import decode_image
+from latentreward.diffusion import find_family
+from latentreward.diffusion.encoders.clip import CLIPPromptEncoder
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.families.flux1 import Flux1PromptEncoder
+from latentreward.diffusion.families.instruct_pix2pix import widened
 from latentreward.tinyworld.datamodule import edit_prompts
 from latentreward.tinyworld.edit_pairs import draw_edit
 from latentreward.tinyworld.edits import edit_splits, edited, judge_edit

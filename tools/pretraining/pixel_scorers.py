@@ -25,8 +25,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from latentreward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP
-from latentreward.storage.progress import Progress
+from latentreward.core.storage.progress import Progress
+from latentreward.reward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP
 from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from latentreward.tinyworld.tokenizer import build_tokenizer, tokenize

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from latentreward.storage.progress import Progress
+from latentreward.core.storage.progress import Progress
 
 
 @dataclass(frozen=True)

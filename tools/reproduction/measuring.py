@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from pyarrow import csv, parquet
 
-from latentreward.errors import InputError
-from latentreward.storage.digests import digest
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
 from tools.reproduction.rows import Metric
 
 LEAST_GAP = 0.3

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from latentreward.reports.tables import NOTHING, Table, as_text, interval, markdown_table, plain, with_interval
-from latentreward.storage.durable import write_file
+from latentreward.core.reports.tables import NOTHING, Table, as_text, interval, markdown_table, plain, with_interval
+from latentreward.core.storage.durable import write_file
 from tools.reproduction.results import Result, judge_claim, read_results
 from tools.reproduction.rows import LEAST_SEEDS, MARGINS, MOST_SEEDS, WHOLE, Claim, Paper, Row
 from tools.reproduction.verdicts import FARTHEST, FIRST_LEVEL, LEVELS, RATE, Verdict, Word, with_discoveries

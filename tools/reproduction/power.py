@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 
-from latentreward.reports.tables import Table, as_text
+from latentreward.core.reports.tables import Table, as_text
 from tools.reproduction.rows import LEAST_SEEDS, MOST_SEEDS
 from tools.reproduction.verdicts import FIRST_LEVEL, Word, critical, level
 

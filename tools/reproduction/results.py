@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from latentreward.errors import InputError, first_line
-from latentreward.storage.durable import write_file
-from latentreward.storage.json_files import STRICT, checked, read_config
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.durable import write_file
+from latentreward.core.storage.json_files import STRICT, checked, read_config
 from tools.reproduction.measuring import Values
 from tools.reproduction.rows import LEAST_SEEDS, MOST_SEEDS, WHOLE, Claim, Row, Side
 from tools.reproduction.verdicts import UNKNOWN, Sample, Verdict, judge

@@ -10,9 +10,9 @@ from pydantic import BeforeValidator
 
 from latentreward.apps.steps.sources import CLONE
 from latentreward.apps.steps.tasks import Arguments, Step, Task, check_steps, load_yaml, resolve
-from latentreward.errors import InputError, did_you_mean
-from latentreward.storage.digests import digest
-from latentreward.storage.json_files import STRICT, checked
+from latentreward.core.errors import InputError, did_you_mean
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.json_files import STRICT, checked
 from tools.emoji.world import REMEDY, VARIABLE
 
 FOLDER = "reproduction/rows"

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from latentreward.metrics.bootstrap import RESAMPLES, Interval, resample_sums
+from latentreward.core.bootstrap import RESAMPLES, Interval, resample_sums
 from tools.reproduction.rows import LEAST_SEEDS
 
 FIRST_LEVEL = 0.02

@@ -7,8 +7,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from latentreward.apps.steps.sources import CLONE
-from latentreward.storage.durable import write_file
-from latentreward.storage.json_files import checked, read_config
+from latentreward.core.storage.durable import write_file
+from latentreward.core.storage.json_files import checked, read_config
 from tools.reproduction.results import Result
 from tools.reproduction.rows import FOLDER, Claim, Row
 

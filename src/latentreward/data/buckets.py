@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 MIN_PIXELS = 256 * 256
 ASPECT_TOLERANCE = 0.03

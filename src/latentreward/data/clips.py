@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import ImageRef
+from latentreward.core.contracts import ImageRef
+from latentreward.core.errors import InputError, check_at_least_one, check_range, errors_at
 from latentreward.data.images import (
     BOMB,
     BROKEN_FILE,
@@ -31,7 +32,6 @@ from latentreward.data.images import (
     image_error,
     open_source,
 )
-from latentreward.errors import InputError, check_at_least_one, check_range, errors_at
 
 FPS = 16.0
 """Frames per second of Wan 2.1's clips."""

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PairTargets, PreferenceBatch
+from latentreward.core.contracts import PairTargets, PreferenceBatch
+from latentreward.core.errors import InputError
 from latentreward.data.dataset import LoadedPair, SkippedPair
 from latentreward.data.images import ImageError
 from latentreward.data.readers.base import DATA_ON_ERROR
-from latentreward.errors import InputError
 
 NAMED = 5
 

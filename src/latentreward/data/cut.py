@@ -5,11 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentreward.contracts import PreferencePair
-from latentreward.data.readers import PairReader
-from latentreward.data.readers.base import OnError, normalise_prompt
-from latentreward.errors import InputError, check_at_least_one
-from latentreward.seeding import pair_generator
+from latentreward.core.contracts import PreferencePair
+from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.core.seeding import pair_generator
+from latentreward.data.readers.base import OnError, PairReader, normalise_prompt
 
 
 class ChosenRows(PairReader):

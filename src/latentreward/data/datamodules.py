@@ -13,20 +13,19 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from latentreward.contracts import taken_of_edits
+from latentreward.core.contracts import taken_of_edits
+from latentreward.core.errors import InputError, check_at_least_one, check_multiples
+from latentreward.core.seeding import run_seed
 from latentreward.data.clips import FPS, ClipLoader, check_clips, check_frames, require_pyav
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import PairDataset
 from latentreward.data.images import MAX_PIXELS, PixelLoader, ResizePolicy
 from latentreward.data.loading import ResumableBatchSampler, ResumableLoader, WorkerLoader, ignore_signals, shares_of
-from latentreward.data.readers import PairReader, count_text
-from latentreward.data.readers.base import OnError
+from latentreward.data.readers.base import OnError, PairReader, count_text
 from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
 from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing
 from latentreward.data.splits import SharedPrompts, select_rows
 from latentreward.data.targets import ScoreTargets, check_targets, label_remedy
-from latentreward.errors import InputError, check_at_least_one, check_multiples
-from latentreward.seeding import run_seed
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +255,6 @@ class PreferenceDataModule(PairLoaders):
                 logger.warning(text, name, clips, self._frames, int(dataset.unused.sum()))
 
     def evaluation_loading(self, dataset: PairDataset) -> dict[str, Any]:
-        """See :meth:`PairLoaders.evaluation_loading`."""
         shares = shares_of(self.trainer)
         collate = partial(collate_pairs, blanks=dataset is not self.datasets.get("predict"))
         if (sizes := self._unlike(dataset)) is not None:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentreward.contracts import EditPrompt, PreferencePair, seen_as, sources_of, sources_wanted
+from latentreward.core.contracts import EditPrompt, PreferencePair, seen_as, sources_of, sources_wanted
+from latentreward.core.errors import InputError
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import COUNT, IMAGE_PROBLEMS, REFUSED, ImageError, PixelLoader, grey_picture
-from latentreward.data.readers import PairReader
-from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR, OnError
-from latentreward.errors import InputError
+from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR, OnError, PairReader
 
 logger = logging.getLogger(__name__)
 

@@ -9,14 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.contracts import PreferencePair, sources_of
+from latentreward.core.contracts import PreferencePair, sources_of
+from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.core.storage.durable import replacing
+from latentreward.core.storage.progress import Progress
+from latentreward.core.storage.run_folder import RunFolder
 from latentreward.data.images import ImageError, image_bytes, read_header
-from latentreward.data.readers import PairReader
-from latentreward.data.readers.base import OWN_ON_ERROR
-from latentreward.errors import InputError, check_at_least_one
-from latentreward.storage.durable import replacing
-from latentreward.storage.progress import Progress
-from latentreward.storage.run_folder import RunFolder
+from latentreward.data.readers.base import OWN_ON_ERROR, PairReader
 
 SPLIT = r"\w+(\.\w+)*"
 """Pattern of the names of splits that ``datasets`` allows."""
@@ -43,7 +42,7 @@ def export_split(
     A file appears only when it is complete. Files that are there already are kept, so that a killed export goes on.
     Every image's header is read. A row with an image that cannot be read falls under the reader's ``on_error``;
     ``placeholder`` writes it without label and without that image. The columns are those of
-    :class:`~latentreward.data.readers.dataset_pairs.DatasetPairReader`.
+    :class:`~latentreward.data.DatasetPairReader`.
 
     Raises:
         InputError: If a setting is wrong, an image cannot be read under ``on_error: raise``, or ``output`` holds the

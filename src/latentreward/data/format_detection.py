@@ -10,16 +10,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from latentreward.data import readers
-from latentreward.data.readers import PairReader
-from latentreward.data.readers.edits import find_layout
-from latentreward.data.readers.folders import CAPTIONS_FILE
-from latentreward.data.readers.img2dataset import STATS
-from latentreward.data.readers.jsonl import check_no_csv
+from latentreward.core.errors import InputError, did_you_mean, quoted
+from latentreward.core.storage.user_files import find_files, whole_file
+from latentreward.data.readers.base import PairReader
+from latentreward.data.readers.dataset_pairs import DatasetPairReader
+from latentreward.data.readers.diffusion_rm import DiffusionRMReader
+from latentreward.data.readers.edits import EditPairReader, find_layout
+from latentreward.data.readers.folders import CAPTIONS_FILE, FolderPairReader
+from latentreward.data.readers.genai_bench import GenAIBenchReader
+from latentreward.data.readers.genai_bench_cmu import GenAIBenchCMUReader
+from latentreward.data.readers.hpdv2 import HPDv2Reader
+from latentreward.data.readers.hpdv3 import HPDv3Reader
+from latentreward.data.readers.imagereward import ImageRewardDBReader, ImageRewardReader
+from latentreward.data.readers.img2dataset import STATS, Img2DatasetReader
+from latentreward.data.readers.jsonl import JSONLPairReader, check_no_csv
 from latentreward.data.readers.parquet_store import ParquetPart, nested_pattern, open_part
+from latentreward.data.readers.pickapic import PickAPicReader
+from latentreward.data.readers.pickapic_tars import PickAPicTarReader
 from latentreward.data.readers.tables import SAVED, SAVED_SPLITS, saved_splits
-from latentreward.errors import InputError, did_you_mean, quoted
-from latentreward.storage.user_files import find_files, whole_file
 
 Splits = dict[str, Callable[..., PairReader]]
 """Split -> function that constructs the split's reader; takes further options of the reader."""
@@ -102,13 +110,13 @@ def choose_splits(splits: Splits, names: Iterable[str]) -> Splits:
 
 def _diffusion_rm(path: Path) -> Splits:
     if path.is_file() and path.suffix == ".parquet" and "latent1" in _columns(path):
-        return {path.stem: partial(readers.DiffusionRMReader, str(path), None, split=path.stem)}
+        return {path.stem: partial(DiffusionRMReader, str(path), None, split=path.stem)}
     parts = find_files(path, "part_rank*.parquet")
     indices = find_files(path, "bucket_index*.csv")
     if not parts and not indices:
         return {}
     index = indices[0].name if indices else None
-    return {"train": partial(readers.DiffusionRMReader, str(path), index)}
+    return {"train": partial(DiffusionRMReader, str(path), index)}
 
 
 def _tables(path: Path) -> Iterator[dict[str, set[str]]]:
@@ -130,25 +138,25 @@ def _table(path: Path) -> Splits:
         for split, names in found.items():
             if {"caption", "label_0", "label_1"} <= names:
                 images: Any = "read" if {"jpg_0", "jpg_1"} <= names else "none"
-                splits[split] = partial(readers.PickAPicReader, str(path), split, images=images)
+                splits[split] = partial(PickAPicReader, str(path), split, images=images)
             elif find_layout(names) is not None:
-                splits[split] = partial(readers.EditPairReader, str(path), split)
+                splits[split] = partial(EditPairReader, str(path), split)
             elif {"left_image", "right_image"} <= names:
-                splits[split] = partial(readers.GenAIBenchReader, str(path), split)
+                splits[split] = partial(GenAIBenchReader, str(path), split)
             elif any(name == "HumanRatings" or name.endswith("_HumanRating") for name in names):
-                splits[split] = partial(readers.GenAIBenchCMUReader, str(path), split)
+                splits[split] = partial(GenAIBenchCMUReader, str(path), split)
             elif "prompt" in names and ({"chosen", "rejected"} <= names or {"image_a", "image_b"} <= names):
-                splits[split] = partial(readers.DatasetPairReader, str(path), split)
+                splits[split] = partial(DatasetPairReader, str(path), split)
         if splits:
             return splits
     older = path / "GenAI-Bench.parquet"
-    return {"train": partial(readers.GenAIBenchCMUReader, str(path))} if older.is_file() else {}
+    return {"train": partial(GenAIBenchCMUReader, str(path))} if older.is_file() else {}
 
 
 def _imagereward_db(path: Path) -> Splits:
     splits = {file.stem.removeprefix("metadata-") for file in find_files(path, "metadata-*.parquet")}
     splits |= {file.parent.name for file in find_files(path, "images/*/*.zip")}
-    return {split: partial(readers.ImageRewardDBReader, str(path), split) for split in splits}
+    return {split: partial(ImageRewardDBReader, str(path), split) for split in splits}
 
 
 def _json(path: Path) -> Splits:
@@ -156,21 +164,21 @@ def _json(path: Path) -> Splits:
     inner = path / "data" / "test.json"
     ranked = {"generations", "ranking"}
     if ranked <= _keys(inner):
-        return {"test": partial(readers.ImageRewardReader, str(path))}
+        return {"test": partial(ImageRewardReader, str(path))}
     splits: Splits = {}
     for file in files:
         keys, root = _keys(file), str(file.parent)
         if find_layout(keys) is not None:
-            splits[file.stem] = partial(readers.EditPairReader, str(file), file.stem)
+            splits[file.stem] = partial(EditPairReader, str(file), file.stem)
         elif {"path1", "path2"} <= keys:
-            splits[file.stem] = partial(readers.HPDv3Reader, root, file.stem)
+            splits[file.stem] = partial(HPDv3Reader, root, file.stem)
         elif {"file_path", "human_preference"} <= keys or {"image_path", "rank"} <= keys:
-            splits[file.stem] = partial(readers.HPDv2Reader, root, file.stem)
+            splits[file.stem] = partial(HPDv2Reader, root, file.stem)
         elif file.name == "test.json" and ranked <= keys:
-            splits["test"] = partial(readers.ImageRewardReader, root)
+            splits["test"] = partial(ImageRewardReader, root)
     for file in find_files(path, "t[re]*/*.json"):  # HPDv3++: train/train_aes.json, test/test_aes.json
         if {"path1", "path2"} <= _keys(file) and file.parent.name in ("train", "test"):
-            splits[file.stem] = partial(readers.HPDv3Reader, str(path), f"{file.parent.name}/{file.stem}")
+            splits[file.stem] = partial(HPDv3Reader, str(path), f"{file.parent.name}/{file.stem}")
     return splits
 
 
@@ -184,23 +192,23 @@ def _keys(file: Path) -> set[str]:
 
 
 def _img2dataset(path: Path) -> Splits:
-    return {"train": partial(readers.Img2DatasetReader, str(path))} if find_files(path, STATS) else {}
+    return {"train": partial(Img2DatasetReader, str(path))} if find_files(path, STATS) else {}
 
 
 def _tars(path: Path) -> Splits:
     if path.is_file():
-        return {"train": partial(readers.PickAPicTarReader, str(path))} if path.suffix == ".tar" else {}
+        return {"train": partial(PickAPicTarReader, str(path))} if path.suffix == ".tar" else {}
     if find_files(path, "*.tar"):
-        return {"train": partial(readers.PickAPicTarReader, str(path))}
+        return {"train": partial(PickAPicTarReader, str(path))}
     splits = {tar.parent.name for tar in find_files(path, "*/*.tar")}
-    return {split: partial(readers.PickAPicTarReader, str(path), split) for split in splits}
+    return {split: partial(PickAPicTarReader, str(path), split) for split in splits}
 
 
 def _folders(path: Path) -> Splits:
     if (path / "chosen").is_dir() and (path / "rejected").is_dir():
-        return {"all": partial(readers.FolderPairReader, str(path))}
+        return {"all": partial(FolderPairReader, str(path))}
     splits = {folder.parent.name for folder in find_files(path, "*/chosen") if (folder.parent / "rejected").is_dir()}
-    return {split: partial(readers.FolderPairReader, str(path), split) for split in splits}
+    return {split: partial(FolderPairReader, str(path), split) for split in splits}
 
 
 def _jsonl(path: Path) -> Splits:
@@ -208,8 +216,8 @@ def _jsonl(path: Path) -> Splits:
     named = {file: _keys(file) for file in files if file.name != CAPTIONS_FILE}
     pairs = [file for file, keys in named.items() if {"chosen", "rejected"} <= keys or {"image_a", "image_b"} <= keys]
     edits = [file for file, keys in named.items() if find_layout(keys) is not None]
-    splits: Splits = {file.stem: partial(readers.EditPairReader, str(file), file.stem) for file in edits}
-    return splits | {file.stem: partial(readers.JSONLPairReader, str(file), split=file.stem) for file in pairs}
+    splits: Splits = {file.stem: partial(EditPairReader, str(file), file.stem) for file in edits}
+    return splits | {file.stem: partial(JSONLPairReader, str(file), split=file.stem) for file in pairs}
 
 
 def _saved_columns(folder: Path) -> set[str]:

@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from latentreward.contracts import EditPrompt, ImageRef
+from latentreward.core.contracts import EditPrompt, ImageRef
+from latentreward.core.errors import InputError
+from latentreward.core.storage.texts import UnreadableTextError
+from latentreward.core.storage.user_files import escapes, find_file, find_files, one_form, resolve_inside, split_pattern
 from latentreward.data.images import NO_IMAGE, OUTSIDE, file_image, outside
 from latentreward.data.list_rows import find_columns, read_objects
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
@@ -28,9 +31,6 @@ from latentreward.data.readers.json_rows import (
     parse_text,
     short,
 )
-from latentreward.errors import InputError
-from latentreward.storage.texts import UnreadableTextError
-from latentreward.storage.user_files import escapes, find_file, find_files, one_form, resolve_inside, split_pattern
 
 LISTS = (".jsonl", ".csv", ".tsv", ".json")
 PICTURES = (*SUFFIXES, *UNREAD)

@@ -31,7 +31,7 @@ class OneSize(ImageSizes):
 
     height: int  # pixels
     width: int  # pixels
-    resize: ResizePolicy = "stretch"  # see :class:`~latentreward.data.images.PixelLoader`; LRM stretches
+    resize: ResizePolicy = "stretch"  # see :class:`~latentreward.data.PixelLoader`; LRM stretches
     frames: int = 1  # number of frames of clips; 1 for images
     fps: float = FPS  # frames per second of clips
 
@@ -42,7 +42,6 @@ class OneSize(ImageSizes):
         return f"{self.height}x{self.width}{resized}{clips}"
 
     def loader(self, height: int, width: int) -> PixelLoader:
-        """See :meth:`ImageSizes.loader`."""
         sizes = self.height, self.width, self.resize
         return PixelLoader(*sizes) if self.frames == 1 else ClipLoader(*sizes, frames=self.frames, fps=self.fps)
 
@@ -57,7 +56,7 @@ class NearestBucket(ImageSizes):
     """
 
     buckets: Sequence[tuple[int, int]] = tuple((*bucket,) for bucket in PUBLISHED_BUCKETS)  # (height, width) in pixels
-    resize: ResizePolicy = "center_crop"  # see :class:`~latentreward.data.images.PixelLoader`
+    resize: ResizePolicy = "center_crop"  # see :class:`~latentreward.data.PixelLoader`
 
     def __str__(self) -> str:
         """Return the buckets as ``HEIGHTxWIDTH``, followed by ``stretched`` if images are not cropped."""
@@ -65,11 +64,9 @@ class NearestBucket(ImageSizes):
         return sizes + ("" if self.resize == "center_crop" else " stretched")
 
     def loader(self, height: int, width: int) -> PixelLoader:
-        """See :meth:`ImageSizes.loader`."""
         return PixelLoader(*nearest_bucket(height, width, self._sorted()), self.resize)
 
     def fits(self, height: int, width: int) -> bool:
-        """See :meth:`ImageSizes.fits`."""
         return assign_bucket(height, width, self._sorted(), min_pixels=0) is not None
 
     def _sorted(self) -> tuple[Bucket, ...]:

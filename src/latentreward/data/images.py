@@ -17,10 +17,10 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from latentreward.contracts import ImageRef
+from latentreward.core.contracts import ImageRef
+from latentreward.core.errors import InputError, quoted
+from latentreward.core.storage.user_files import IS_POINTER, POINTER, PULL, find_file, relative_path, resolve_inside
 from latentreward.data.image_structure import count_scans, drop_long_texts
-from latentreward.errors import InputError, quoted
-from latentreward.storage.user_files import IS_POINTER, POINTER, PULL, find_file, relative_path, resolve_inside
 
 ResizePolicy = Literal["stretch", "center_crop"]
 ExifOrientation = Literal["apply", "ignore"]

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from latentreward.contracts import ImageRef, PreferencePair, sources_of
+from latentreward.core.contracts import ImageRef, PreferencePair, sources_of
+from latentreward.core.errors import check_range
+from latentreward.core.reports.tables import NOTHING, Table, as_text
+from latentreward.core.storage.progress import Progress
 from latentreward.data.clips import clip_size
 from latentreward.data.images import (
     CLIP,
@@ -18,11 +21,8 @@ from latentreward.data.images import (
     decode_latents,
     read_header,
 )
-from latentreward.data.readers import PairReader
+from latentreward.data.readers.base import PairReader
 from latentreward.data.splits import normalise_prompt
-from latentreward.errors import check_range
-from latentreward.reports.tables import NOTHING, Table, as_text
-from latentreward.storage.progress import Progress
 
 LATENT_PIXELS = 8
 MOST_UNREADABLE = 5
@@ -248,7 +248,10 @@ def overview(splits: Sequence[SplitCounts]) -> dict[str, list[object]]:
     rows["distinct prompts"] = [split.distinct_prompts for split in splits]
     rows["rows whose images were looked at"] = [split.images.rows if split.images else NOTHING for split in splits]
     rows["distinct images, by name"] = [split.images.distinct if split.images else NOTHING for split in splits]
-    for title, name in (("same image on both sides", "same_image"), ("label contradicts an earlier row", "contradicted")):
+    for title, name in (
+        ("same image on both sides", "same_image"),
+        ("label contradicts an earlier row", "contradicted"),
+    ):
         if any(found := [getattr(split.images, name, 0) for split in splits]):
             rows[title] = found
     return rows

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentreward.core.errors import InputError, did_you_mean, errors_at
+from latentreward.core.storage.texts import read_table, read_text
 from latentreward.data.readers.folders import read_lines
 from latentreward.data.readers.json_rows import as_object, parse_rows, parse_value, short
-from latentreward.errors import InputError, did_you_mean, errors_at
-from latentreward.storage.texts import read_table, read_text
 
 IMAGE_COLUMNS = ("file_name", "file", "path", "image", "name")
 """Usual names of the column with paths, in order of preference.

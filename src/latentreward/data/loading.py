@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torch.utils.data._utils import signal_handling
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 DEAD_WORKER = re.compile(r"RuntimeError: (DataLoader worker \(pid|Pin memory)|(Connection\w+|EOF)Error: (?!Caught)")
 """Start of errors about a killed worker process; torch's errors about a worker that raised begin with "Caught"."""

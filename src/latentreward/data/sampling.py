@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.utils.data import DistributedSampler
 
+from latentreward.core.errors import InputError
+from latentreward.core.seeding import pair_generator
 from latentreward.data.loading import check_same_order
-from latentreward.errors import InputError
-from latentreward.seeding import pair_generator
 
 
 class PairSampler(DistributedSampler[int]):

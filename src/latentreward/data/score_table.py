@@ -11,9 +11,9 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
-from latentreward.data.readers import PairReader, count_text
-from latentreward.errors import InputError, first_line
-from latentreward.storage.user_files import whole_file
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.user_files import whole_file
+from latentreward.data.readers.base import PairReader, count_text
 
 PAIR_ID = "pair_id"
 FLAG = "different_flag"

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DistributedSampler
 
-from latentreward.errors import InputError
-from latentreward.seeding import pair_generator
+from latentreward.core.errors import InputError
+from latentreward.core.seeding import pair_generator
 
 SmallBuckets = Literal["fill", "short", "drop"]
 """Treatment of the last pairs of an image size, see :class:`BucketBatchSampler`."""
@@ -47,7 +47,7 @@ class BucketBatchSampler:
       fewer pairs than a full step is never used.
 
     The order depends on seed and epoch alone. With a single size, the order is that of
-    :class:`~latentreward.data.sampling.PairBatchSampler`. A resumed epoch continues with the pairs that it has not used
+    :class:`~latentreward.data.PairBatchSampler`. A resumed epoch continues with the pairs that it has not used
     yet, also with another world size or batch size.
 
     Args:

@@ -7,9 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from latentreward.data.readers import PairReader
-from latentreward.data.readers.base import normalise_prompt
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
+from latentreward.data.readers.base import PairReader, normalise_prompt
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,10 @@ import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
-from latentreward.contracts import ImageRef, PreferencePair, sources_of, sources_wanted
+from latentreward.core.contracts import ImageRef, PreferencePair, sources_of, sources_wanted
+from latentreward.core.errors import InputError, check_at_least_one, first_line
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.hub import is_hub_id
 from latentreward.data.collate import collate_pairs
 from latentreward.data.datamodules import PreferenceDataModule
 from latentreward.data.dataset import LoadedPair, SkippedPair, any_prompt, blank_pair, load_sources, refuse_lost
@@ -35,9 +38,6 @@ from latentreward.data.readers.tables import (
     set_folder,
     source_name,
 )
-from latentreward.errors import InputError, check_at_least_one, first_line
-from latentreward.storage.digests import digest
-from latentreward.storage.hub import is_hub_id
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -65,7 +65,7 @@ def files_between(rows: Any, start: int, stop: int) -> list[Any]:
 class PairStream(RowReader):
     """Source of pairs for :class:`StreamedPreferenceDataModule`, read in their order and never by number.
 
-    The columns are those of :class:`~latentreward.data.readers.dataset_pairs.DatasetPairReader`, but images must be
+    The columns are those of :class:`~latentreward.data.DatasetPairReader`, but images must be
     bytes. A pair without ``pair_id`` is named by a hash of its prompt and images. Only the first row is read by the
     constructor; later rows are checked when they are read. Unlabelled rows are left out, and ``on_error: placeholder``
     is as ``skip``, since no row has a number to keep. No code of a data set is run.
@@ -259,7 +259,7 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
     Attributes:
         share: Rank and world size, as ``{"rank": 0, "num_replicas": 1}``.
         exif: Treatment of EXIF orientation, as the stream has it.
-        taken, check_prompt: As those of :class:`~latentreward.data.dataset.PairDataset`.
+        taken, check_prompt: As those of :class:`~latentreward.data.PairDataset`.
         image_sizes: Rule by which images are resized.
     """
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PathText
-from latentreward.data.readers import PairReader
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, did_you_mean, errors_at
+from latentreward.data.readers.base import PairReader
 from latentreward.data.score_table import ScoreTable
-from latentreward.errors import InputError, did_you_mean, errors_at
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class ScoreTargets:
     """Columns of tables of scores, as ``latentreward score-pairs`` writes them, that a loss compares scores with.
 
     For each name NAME a table has two columns, with the values of images a and b as the reader gives them, NAME_a and
-    NAME_b, or NAME_chosen and NAME_rejected; see :class:`~latentreward.data.score_table.ScoreTable`. Images may lack a
+    NAME_b, or NAME_chosen and NAME_rejected; see :class:`~latentreward.data.ScoreTable`. Images may lack a
     value.
 
     Attributes:

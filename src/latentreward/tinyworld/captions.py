@@ -10,7 +10,7 @@ from itertools import product
 
 import numpy as np
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 COLORS = ("red", "yellow", "green", "cyan", "blue", "purple")
 BACKGROUNDS = ("black", "gray", "white")

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from PIL.Image import Resampling
 
-from latentreward.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, tile
+from latentreward.core.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, tile
 from latentreward.tinyworld.captions import judged_captions
 from latentreward.tinyworld.oracle import mean_verdict, utility_scores
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, quiet_libraries, sample_pictures

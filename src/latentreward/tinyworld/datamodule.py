@@ -6,12 +6,12 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import DataLoader
 
-from latentreward.contracts import EditPrompt, ImageRef, PathText
+from latentreward.core.contracts import EditPrompt, ImageRef, PathText
+from latentreward.core.errors import check_at_least_one, check_range
+from latentreward.core.storage.digests import digest
 from latentreward.data import HPDv3Reader, JSONLPairReader, PairReader, PickAPicReader, PreferenceDataModule
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.readers.base import Sources
-from latentreward.errors import check_at_least_one, check_range
-from latentreward.storage.digests import digest
 from latentreward.tinyworld.captions import caption_splits, draw_caption
 from latentreward.tinyworld.edit_pairs import draw_edit
 from latentreward.tinyworld.pairs import encode_jpeg

@@ -15,7 +15,7 @@ from itertools import combinations, permutations, product
 import numpy as np
 from PIL import Image
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from latentreward.tinyworld.captions import BACKGROUNDS, COLORS, POSITIONS, SHAPES, split_texts
 from latentreward.tinyworld.oracle import detect_scene
 from latentreward.tinyworld.rendering import IMAGE_SIZE

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import sources_of
-from latentreward.data.images import decode_image
-from latentreward.errors import InputError
-from latentreward.scorers.base import ImageScorer
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
+from latentreward.data import decode_image
+from latentreward.reward import ImageScorer
 from latentreward.tinyworld.edits import judge_edit
 from latentreward.tinyworld.oracle import judge
 
@@ -28,11 +28,9 @@ class TinyWorldJudge(ImageScorer):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """See :attr:`Scorer.columns`."""
         return COLUMNS
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`."""
         return type(self).__name__
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
@@ -52,11 +50,9 @@ class TinyWorldEditJudge(ImageScorer):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """See :attr:`Scorer.columns`."""
         return EDIT_COLUMNS
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`."""
         return type(self).__name__
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from latentreward.tinyworld.captions import SHAPES, parse_caption
 from latentreward.tinyworld.rendering import (
     BACKGROUND_LEVELS,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from latentreward.tinyworld.captions import all_captions, caption_splits, draw_caption, parse_caption
 from latentreward.tinyworld.oracle import judge
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from latentreward.contracts import PathText
+from latentreward.core.contracts import PathText
 from latentreward.data import PickAPicReader
 from latentreward.tinyworld.pairs import Mixed
 from latentreward.tinyworld.writers import write_generated, write_pickapic

@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.errors import InputError
-from latentreward.storage.digests import digest
-from latentreward.storage.durable import replacing
-from latentreward.storage.run_folder import RunFolder
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.durable import replacing
+from latentreward.core.storage.run_folder import RunFolder
 from latentreward.tinyworld.edit_pairs import draw_edit, draw_edit_pairs
 from latentreward.tinyworld.edits import scene_verdict
 from latentreward.tinyworld.pairs import Mixed, Pair, Picture, draw_pairs, encode_jpeg, generate_pairs

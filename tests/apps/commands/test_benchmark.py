@@ -13,13 +13,13 @@ import pytest
 import torch
 import yaml
 
+from latentreward.apps.cli import main
 from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
-from latentreward.cli import main
+from tests.alignment.rewards.stored import write_run
 from tests.formats.conftest import COMMITTED
 from tests.marks import rotated_after
 from tests.processes import kill_after_parts
-from tests.rewards.stored import write_run
-from tests.scorers.tiny_clip import write_aesthetic, write_clip
+from tests.reward.scorers.tiny_clip import write_aesthetic, write_clip
 
 if TYPE_CHECKING:
     from tests.browser import Pages

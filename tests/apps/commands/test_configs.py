@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from latentreward.cli import main
-from tests.settings.test_refusals import refusal
+from latentreward.apps.cli import main
+from tests.core.settings.test_refusals import refusal
 
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = {path.relative_to(ROOT / "configs").as_posix(): path for path in (ROOT / "configs").rglob("*.yaml")}
@@ -72,7 +72,7 @@ def test_a_policy_hardware_and_a_method_make_one_file(capsys) -> None:
     text = composed(capsys, "flux2_klein", "nft", "one_gpu")
     run = yaml.safe_load(text)
     assert list(run) == ["model", "data", "trainer"]
-    assert run["model"]["class_path"] == "latentreward.modules.DiffusionNFTModule"
+    assert run["model"]["class_path"] == "latentreward.alignment.DiffusionNFTModule"
     arguments, trainer = run["model"]["init_args"], run["trainer"]
     assert arguments["policy"]["source"] == "${oc.env:FLUX2_KLEIN_PATH,black-forest-labs/FLUX.2-klein-base-4B}"
     assert arguments["guidance_scale"] is None  # the method's, over the policy's 4

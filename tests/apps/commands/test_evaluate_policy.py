@@ -19,18 +19,16 @@ import torch
 import yaml
 from PIL import Image
 
+from latentreward.alignment import POLICY, PolicySource, TrainedLoRA
+from latentreward.alignment.policies.checkpoint import SOURCE
+from latentreward.apps.cli import main
 from latentreward.apps.generation.trained_policy import TrainedPolicy
-from latentreward.backbones import LoRA
-from latentreward.cli import main
-from latentreward.export import TrainedLoRA
-from latentreward.policies import PolicySource
-from latentreward.policies.checkpoint import SOURCE
-from latentreward.policies.policy import POLICY
+from latentreward.diffusion import LoRA
+from tests.alignment.policies.alignment import perturbed
 from tests.apps.evaluation.policy import toy_scorers
 from tests.marks import rotated_after
-from tests.policies.alignment import perturbed
 from tests.processes import start
-from tests.remote.judges import judging, plain
+from tests.reward.remote.judges import judging, plain
 from tests.tiny_pipelines import pipeline_folder
 
 FORMATS = Path(__file__).resolve().parents[2] / "formats" / "data"
@@ -43,7 +41,7 @@ Run = Callable[..., dict[str, Any]]
 
 def toy(function: str = "redness", name: str = "red") -> str:
     arguments = {"function": f"tests.apps.evaluation.policy.toy_scorers.{function}", "name": name}
-    return json.dumps({"class_path": "latentreward.scorers.CallableScorer", "init_args": arguments})
+    return json.dumps({"class_path": "latentreward.reward.CallableScorer", "init_args": arguments})
 
 
 RED = f"--scorers=[{toy()}]"
@@ -169,7 +167,7 @@ def test_scores_of_noisy_states_are_correlated_with_those_of_the_end(
     evaluate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """For both policies, step by step; the last states are nearly finished."""
-    reward = "--state_scores.reward=tests.modules.simple_reward.FirstChannelReward"
+    reward = "--state_scores.reward=tests.alignment.modules.simple_reward.FirstChannelReward"
     steps = "--sampling.num_inference_steps=4"
     report = evaluate(SD_TINY, "--against.pipeline=sd_tiny", reward, "--state_scores.samples=4", steps)
     found = {(row["policy"], row["after_steps"]): row["correlation"]["value"] for row in report["states"]}
@@ -282,7 +280,7 @@ def test_scores_of_a_file_that_was_written_anew_are_new(evaluate: Run, prompts: 
     main(["generate", str(prompts), str(tmp_path / "made"), "--policy.source=sd_tiny", *FAST])
     files = [path.name for path in (tmp_path / "made").glob("*.png")]
     scores = {"path": str(tmp_path / "{policy}.csv"), "column": "score", "name": "mine"}
-    scorer = {"class_path": "latentreward.scorers.tools.ScoreFile", "init_args": scores}
+    scorer = {"class_path": "latentreward.reward.scorers.tools.ScoreFile", "init_args": scores}
     for value in (0.25, 0.75):
         lines = ["file,score", *(f"{file},{value}" for file in files)]
         (tmp_path / "policy.csv").write_text("\n".join(lines))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentreward.cli import main
-from latentreward.policies import load_policy
-from latentreward.policies.checkpoint import SOURCE
-from tests.policies.alignment import perturbed, prediction, tiny_source
+from latentreward.alignment import load_policy
+from latentreward.alignment.policies.checkpoint import SOURCE
+from latentreward.apps.cli import main
+from tests.alignment.policies.alignment import perturbed, prediction, tiny_source
 
 
 @pytest.fixture(scope="module")

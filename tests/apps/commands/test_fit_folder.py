@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
+from latentreward.apps.cli import main
 from latentreward.apps.commands.fit_folder import result_lines
-from latentreward.cli import main
 from tests.marks import slow_after
 from tests.small_user import SEEN, SmallUserData, refusal, run
 

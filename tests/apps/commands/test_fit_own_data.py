@@ -7,7 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from tests.marks import rotated_after
 
 ROOT = Path(__file__).resolve().parents[3]

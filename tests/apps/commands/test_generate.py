@@ -16,19 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentreward.alignment import POLICY, PolicySource, PriorNoise, PromptedPolicy, Sampling, TrainedLoRA
+from latentreward.alignment.policies.checkpoint import SOURCE
+from latentreward.apps.cli import main
 from latentreward.apps.commands import generate as command
 from latentreward.apps.generation.image_folder import file_name
 from latentreward.apps.generation.trained_policy import plain
-from latentreward.cli import main
-from latentreward.contracts import PromptBatch
-from latentreward.export import TrainedLoRA
-from latentreward.families.sd import StableDiffusion
-from latentreward.interrupts import interrupts_held
-from latentreward.policies import POLICY, PolicySource
-from latentreward.policies.checkpoint import SOURCE
-from latentreward.rollout import PriorNoise, PromptedPolicy, Sampling
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.interrupts import interrupts_held
+from latentreward.diffusion.families.sd import StableDiffusion
+from tests.alignment.policies.alignment import perturbed
 from tests.marks import rotated_after
-from tests.policies.alignment import perturbed
 
 PROMPTS = ["a large red circle on a white background", "two blue crosss on a gray background", 'a «"/\\: ü, \t|?*']
 FAST = ["--policy.source=sd_tiny", "--sampling.num_inference_steps=3", "--guidance_scale=1", "--device=cpu"]

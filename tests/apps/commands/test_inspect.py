@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 
 SAMPLES = Path(__file__).parents[2] / "formats" / "data"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from latentreward.apps.cli import COMMANDS, main
 from latentreward.apps.commands.publish import Reference
 from latentreward.apps.serving.addresses import bind
-from latentreward.cli import COMMANDS, main
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from tests.marks import rotated_after
 
 

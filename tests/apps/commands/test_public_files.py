@@ -9,12 +9,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from latentreward.cli import main
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
+from latentreward.apps.cli import main
+from latentreward.core.errors import InputError
+from latentreward.reward import RewardModel
+from tests.alignment.rewards.stored import write_run
 from tests.apps.commands.test_evaluate_policy import FAST
 from tests.formats.conftest import COMMITTED
-from tests.rewards.stored import write_run
 from tests.tiny_pipelines import pipeline_folder
 
 PLACES = (b"secret-home", str(Path(pipeline_folder("sd35")).parent).encode(), str(COMMITTED).encode())
@@ -88,7 +88,7 @@ def test_a_benchmark(home: Path) -> None:
 def test_an_evaluation_of_a_policy(home: Path) -> None:
     shutil.copytree(pipeline_folder("sd15"), home / "generator")
     arguments = {"path": f"{home}/run", "device": "cpu"}
-    scorers = json.dumps([{"class_path": "latentreward.scorers.RewardModelScorer", "init_args": arguments}])
+    scorers = json.dumps([{"class_path": "latentreward.reward.RewardModelScorer", "init_args": arguments}])
     options = [f"--prompts={home}/prompts.txt", f"--policy.pipeline={home}/generator", f"--scorers={scorers}"]
     main(["evaluate-policy", str(home / "out"), *options, *FAST])
     assert not told_places(*(home / "out").glob("report.*"), home / "out/scores.csv")

@@ -13,14 +13,14 @@ import torch
 import yaml
 from PIL import Image
 
-from latentreward.cli import main
-from latentreward.scoring import RewardModel, ScoringNoise
-from latentreward.scoring.layouts import saving
-from latentreward.storage import durable
+from latentreward.apps.cli import main
+from latentreward.core.storage import durable
+from latentreward.reward import RewardModel, ScoringNoise
+from latentreward.reward.scoring.layouts import saving
+from tests.alignment.rewards.stored import write_run
 from tests.marks import slow_after
-from tests.rewards.stored import write_run
-from tests.scoring.stub_hub import StubHub, running_hub, set_hub
-from tests.scoring.test_published import write_lrm
+from tests.reward.scoring.stub_hub import StubHub, running_hub, set_hub
+from tests.reward.scoring.test_published import write_lrm
 from tests.tiny_pipelines import pipeline_folder
 
 pytestmark = pytest.mark.usefixtures("bases_here")
@@ -137,7 +137,7 @@ DATA = {
     ),
     "cached": (
         {
-            "class_path": "latentreward.cache.CachedPreferenceDataModule",
+            "class_path": "latentreward.diffusion.CachedPreferenceDataModule",
             "init_args": {"train": {"cache": "/secret/d"}},
         },
         "CachedPreferenceDataModule",

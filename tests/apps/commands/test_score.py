@@ -23,23 +23,22 @@ import pytest
 import torch
 from PIL import Image
 
+from latentreward.apps.cli import main
 from latentreward.apps.commands.score import PartScoring
-from latentreward.backbones import DiffusionBackbone
-from latentreward.cli import main
-from latentreward.contracts import Conditioning
+from latentreward.core.contracts import Conditioning
+from latentreward.core.storage import part_tables
+from latentreward.core.storage.part_tables import PartFiles
 from latentreward.data.image_lists import read_images
-from latentreward.scoring import ModelSource, RewardModel, ScoringNoise
-from latentreward.scoring.calibration import Calibration
-from latentreward.scoring.image_lists import ListedScoring
-from latentreward.scoring.layouts.find import find_reward
-from latentreward.scoring.scored_table import read_scores
-from latentreward.storage import part_tables
-from latentreward.storage.part_tables import PartFiles
+from latentreward.diffusion import DiffusionBackbone
+from latentreward.reward import Calibration, ModelSource, RewardModel, ScoringNoise
+from latentreward.reward.scoring.image_lists import ListedScoring
+from latentreward.reward.scoring.layouts.find import find_reward
+from latentreward.reward.scoring.scored_table import read_scores
+from tests.alignment.rewards.stored import write_run
 from tests.data.rotated import photograph, upright
 from tests.data.test_images import png_header
 from tests.marks import slow_after
 from tests.processes import finish, start
-from tests.rewards.stored import write_run
 from tests.tiny_pipelines import pipeline_folder
 
 
@@ -553,7 +552,7 @@ def test_an_image_without_a_finite_score_does_not_cost_the_others_theirs(
 @pytest.mark.slow
 def test_start_up_loads_neither_lightning_nor_networks() -> None:
     """They take seconds; networks' libraries load with the model."""
-    code = "import sys, latentreward.apps.commands.score, latentreward.scoring.layouts.find\n"
+    code = "import sys, latentreward.apps.commands.score, latentreward.reward.scoring.layouts.find\n"
     code += "print({'lightning', 'torchmetrics', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed == "set()\n"

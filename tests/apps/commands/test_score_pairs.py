@@ -15,12 +15,12 @@ import torch
 import yaml
 from PIL import Image
 
-from latentreward.cli import main
+from latentreward.apps.cli import main
 from latentreward.data import FilteredReader, PairDataset, PickAPicReader, PixelLoader, ScoreTable
-from latentreward.scorers import CLIPScorer
+from latentreward.reward import CLIPScorer
 from tests.data.conftest import SCHEMA, pickapic_row
 from tests.processes import kill_after_parts
-from tests.scorers.tiny_clip import write_aesthetic, write_clip
+from tests.reward.scorers.tiny_clip import write_aesthetic, write_clip
 
 PAIRS = 24
 MY_SCORER = """
@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scorers = [
         {"class_path": "CLIPScorer", "init_args": {"source": clip, "batch_size": 4, **device}},
         {"class_path": "AestheticScorer", "init_args": {"weights": weights, "source": clip, **device}},
-        {"class_path": "latentreward.scorers.PickScorer", "init_args": {"source": clip, "processor": clip, **device}},
+        {"class_path": "latentreward.reward.PickScorer", "init_args": {"source": clip, "processor": clip, **device}},
         {"class_path": "TableColumn", "init_args": {"path": str(root / "vqa.csv"), "column": "vqascore"}},
         {
             "class_path": "CallableScorer",

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from latentreward.apps.cli import main
 from latentreward.apps.commands import serve as command
-from latentreward.cli import main
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -8,13 +8,13 @@ from jsonargparse import Namespace
 
 from latentreward.apps.estimate.batches import pair_batch
 from latentreward.apps.estimate.shapes import ShapesOnly
-from latentreward.backbones import create_backbone
-from latentreward.cache import CachedPreferenceDataModule
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
 from latentreward.data import PreferenceDataModule
 from latentreward.data.size_sampling import Sizing
-from latentreward.errors import InputError
-from tests.cache.written_caches import spec, write_cache
-from tests.families.twins import TWINS
+from latentreward.diffusion import CachedPreferenceDataModule
+from tests.diffusion.cache.written_caches import spec, write_cache
+from tests.diffusion.families.twins import TWINS
 
 
 def data_of(kind: type, **settings: Any) -> Namespace:

@@ -10,11 +10,11 @@ import torch
 from jsonargparse import Namespace
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from latentreward.apps.cli import main
 from latentreward.apps.estimate.bounds import limits_text, remedies_of
 from latentreward.apps.estimate.estimate import Estimate
 from latentreward.apps.estimate.step_costs import TEXT, PartCosts, StepCosts
-from latentreward.cli import main
-from latentreward.peak_rates import LAUNCH, Limits, Work, find_limits, work_of
+from latentreward.core.peak_rates import LAUNCH, Limits, Work, find_limits, work_of
 from tests.apps.estimate.test_estimate import CONFIGS
 
 CARD = Limits("a card, bf16-mixed", tflops=2.0, bandwidth=0.5)
@@ -65,7 +65,7 @@ def found(work: Mapping[str, Work], data: str, trained: int = 0, **performance: 
     return Estimate(costs, settings, ())
 
 
-PIXELS, CACHED = "latentreward.data.PreferenceDataModule", "latentreward.cache.CachedPreferenceDataModule"
+PIXELS, CACHED = "latentreward.data.PreferenceDataModule", "latentreward.diffusion.CachedPreferenceDataModule"
 PROMPTS = "latentreward.data.PromptDataModule"
 MOVING, COUNTING = Work(bytes=TERA), Work(flops=TERA)
 STEP = {"encode": MOVING, "forward": MOVING, "backward": COUNTING, "recompute": COUNTING, "optimizer": MOVING}

@@ -7,18 +7,17 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from latentreward.apps.cli import main
 from latentreward.apps.estimate.sources import ConfigSources, unset_variables
-from latentreward.backbones.loading import tiny_pipeline
-from latentreward.cli import main
-from latentreward.errors import InputError
-from latentreward.families.sd3 import StableDiffusion3
-from latentreward.scoring import RewardModel
-from latentreward.scoring.calibration import Calibration
-from latentreward.settings.rewriting import expanded
-from tests.cache.written_caches import spec, write_cache
+from latentreward.core.errors import InputError
+from latentreward.core.settings.rewriting import expanded
+from latentreward.diffusion.backbones.loading import tiny_pipeline
+from latentreward.diffusion.families.sd3 import StableDiffusion3
+from latentreward.reward import Calibration, RewardModel
+from tests.alignment.rewards.stored import write_run
+from tests.diffusion.cache.written_caches import spec, write_cache
 from tests.hub_cache import cached_sd35
 from tests.marks import release_after, rotated_after
-from tests.rewards.stored import write_run
 from tests.tiny_pipelines import pipeline_folder
 
 
@@ -46,7 +45,7 @@ def _nothing_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder and a cache of the hub without files, no variables, and no network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("latentreward.storage.hub._asked_once", lambda question: pytest.fail("asked the hub"))
+    monkeypatch.setattr("latentreward.core.storage.hub._asked_once", lambda question: pytest.fail("asked the hub"))
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 

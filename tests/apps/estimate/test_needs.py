@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from latentreward.apps.estimate.needs import Card, TrainingNeeds, check_memory, told_hours
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 
 def test_too_little_memory_is_refused_and_hours_are_told() -> None:

@@ -7,10 +7,10 @@ import pytest
 from latentreward.callbacks import Performance
 from PIL import Image
 
+from latentreward.apps.cli import main
 from latentreward.apps.estimate.profile import WARM_UP, StepProfile
-from latentreward.cli import main
-from latentreward.errors import InputError
-from latentreward.peak_rates import Limits
+from latentreward.core.errors import InputError
+from latentreward.core.peak_rates import Limits
 from tests.callbacks.small_run import fit, make_trainer
 from tests.callbacks.test_performance import QUICK, RUNS
 from tests.marks import rotated_after

@@ -13,31 +13,36 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentreward.apps.estimate.batches import prompt_batch
-from latentreward.apps.estimate.rewards import UnreadReward
-from latentreward.apps.estimate.shapes import IN_FLOAT32, RECOMPUTE, SavedTensors, ShapesOnly, gpu_autocast
-from latentreward.apps.estimate.step_costs import StepCosts, step_costs
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import PromptBatch, take_rows
-from latentreward.modules import (
+from latentreward.alignment import (
+    AlignmentModule,
+    Branching,
+    CallableReward,
     DiffusionDPOModule,
+    LatentReward,
     LPOModule,
+    PixelReward,
+    PolicySource,
+    QuantileThreshold,
     ReFLModule,
+    RewardSource,
+    Sampling,
     SPOModule,
     StepAwarePixelModule,
     StepwiseGRPOModule,
     TrajectoryGRPOModule,
 )
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.based import stored_parts
-from latentreward.peak_rates import complete_flop_formulas
-from latentreward.policies import PolicySource
-from latentreward.rewards import CallableReward, LatentReward, PixelReward, RewardSource
-from latentreward.rollout import Branching, QuantileThreshold, Sampling
-from latentreward.scorers import StepAwareScorer
+from latentreward.apps.estimate.batches import prompt_batch
+from latentreward.apps.estimate.rewards import UnreadReward
+from latentreward.apps.estimate.shapes import IN_FLOAT32, RECOMPUTE, SavedTensors, ShapesOnly, gpu_autocast
+from latentreward.apps.estimate.step_costs import StepCosts, step_costs
+from latentreward.core.contracts import PromptBatch, take_rows
+from latentreward.core.peak_rates import complete_flop_formulas
+from latentreward.diffusion import LoRA
+from latentreward.reward import StepAwareScorer
+from latentreward.reward.modules.based import stored_parts
+from tests.alignment.modules import batches
+from tests.alignment.rewards.stored import write_run
 from tests.marks import rotated_after
-from tests.modules import batches
-from tests.rewards.stored import write_run
 from tests.tiny_pipelines import PIXELS, source_of
 
 PAIRS = Namespace(class_path="latentreward.data.PreferenceDataModule", init_args=Namespace(batch_size=4, size=PIXELS))

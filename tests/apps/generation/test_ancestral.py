@@ -3,7 +3,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
 from latentreward.apps.generation.step_search import levels_of
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = 10

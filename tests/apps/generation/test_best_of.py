@@ -3,10 +3,9 @@ from functools import partial
 import pytest
 import torch
 
+from latentreward.alignment import PolicySource, Sampling, sample_latents
 from latentreward.apps.generation import best_of_n
-from latentreward.contracts import PromptBatch
-from latentreward.policies import PolicySource
-from latentreward.rollout import Sampling, sample_latents
+from latentreward.core.contracts import PromptBatch
 from tests.apps.generation.toy_rewards import MeanLatent
 
 PROMPTS = PromptBatch(("a large red circle on a white background", "two blue crosss on a gray background"), ("0", "1"))

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from latentreward.apps.cli import main
 from latentreward.apps.generation.image_folder import ImageFolder
-from latentreward.cli import main
-from latentreward.errors import InputError
-from tests.families.twins import TWINS
-from tests.modules.test_edits import edits
-from tests.settings.test_refusals import refusal
+from latentreward.core.errors import InputError
+from tests.alignment.modules.test_edits import edits
+from tests.core.settings.test_refusals import refusal
+from tests.diffusion.families.twins import TWINS
 
 KLEIN = TWINS["klein_base"]
 SMALL = ("--sampling.num_inference_steps=2", "--sampling.height=32", "--sampling.width=48", "--guidance_scale=1")

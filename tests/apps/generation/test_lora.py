@@ -9,15 +9,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from latentreward.alignment import POLICY, Policy, PolicySource, TrainedLoRA, write_kohya
 from latentreward.apps.generation import load_lora
 from latentreward.apps.generation.lora import check_lora
 from latentreward.apps.generation.trained_policy import TrainedPolicy
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import Conditioning
-from latentreward.errors import InputError
-from latentreward.export import TrainedLoRA, write_kohya
-from latentreward.policies import POLICY, Policy, PolicySource
-from tests.families.twins import TWINS
+from latentreward.core.contracts import Conditioning
+from latentreward.core.errors import InputError
+from latentreward.diffusion import LoRA
+from tests.diffusion.families.twins import TWINS
 from tests.marks import rotated_after, slow_after
 from tests.tiny_pipelines import pipeline_folder
 
@@ -308,8 +307,9 @@ def test_nothing_is_said_while_one_is_loaded(tmp_path: Path) -> None:
     TrainedLoRA.of_policy(trained("sd_tiny")).write_diffusers(tmp_path)
     code = (
         "import sys; from pathlib import Path\n"
-        "from latentreward.apps.generation import load_lora\nfrom latentreward.policies import PolicySource\n"
-        "from latentreward.settings.library_messages import silence_libraries\nsilence_libraries()  # as commands do\n"
+        "from latentreward.apps.generation import load_lora\nfrom latentreward.alignment import PolicySource\n"
+        "from latentreward.core.settings.library_messages import silence_libraries\n"
+        "silence_libraries()  # as commands do\n"
         "load_lora(PolicySource('sd_tiny').load(), Path(sys.argv[1]))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -9,16 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentreward.alignment import LatentReward, Policy, PolicySource, RolloutDraws, Sampling, sample_latents
 from latentreward.apps.generation import Population, search_population
-from latentreward.contracts import NoisyStates, PromptBatch
-from latentreward.errors import InputError
-from latentreward.policies import Policy, PolicySource
-from latentreward.rewards import LatentReward
-from latentreward.rollout import RolloutDraws, Sampling, sample_latents
+from latentreward.core.contracts import NoisyStates, PromptBatch
+from latentreward.core.errors import InputError
+from tests.alignment.policies.alignment import tiny_source
+from tests.alignment.rewards.stored import write_run
 from tests.apps.generation.toy_rewards import MeanLatent
 from tests.marks import rotated_after
-from tests.policies.alignment import tiny_source
-from tests.rewards.stored import write_run
 
 PROMPTS = PromptBatch(("a large red circle on a white background", "two blue crosss on a gray background"), ("0", "1"))
 SAMPLING = Sampling(5)

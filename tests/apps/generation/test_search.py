@@ -1,10 +1,9 @@
 import pytest
 
+from latentreward.alignment import Policy, PolicySource, Sampling, sample_latents
 from latentreward.apps.generation import Candidates, search_latents
-from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError
-from latentreward.policies import Policy, PolicySource
-from latentreward.rollout import Sampling, sample_latents
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
 from tests.apps.generation.toy_rewards import MeanLatent
 from tests.marks import rotated_after
 

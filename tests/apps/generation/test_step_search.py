@@ -8,8 +8,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from peft import LoraConfig
 
 from latentreward.apps.generation import StepSearch, policy_of
-from latentreward.backbones.loading import tiny_pipeline
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
+from latentreward.diffusion.backbones.loading import tiny_pipeline
 from latentreward.tinyworld.sampling import load_pipeline
 from tests.apps.generation.toy_rewards import MeanLatent
 from tests.marks import rotated_after

@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentreward.alignment import PixelReward, Policy, PolicySource, Reward, Sampling, sample_latents
 from latentreward.apps.generation import Candidates, best_of_n, search_latents
-from latentreward.contracts import PromptBatch
-from latentreward.policies import Policy, PolicySource
-from latentreward.rewards import PixelReward, Reward
-from latentreward.rollout import Sampling, sample_latents
-from latentreward.scorers import StepAwareScorer
+from latentreward.core.contracts import PromptBatch
+from latentreward.reward import StepAwareScorer
 from latentreward.tinyworld.captions import held_out_captions
 from latentreward.tinyworld.oracle import utility_scores
 

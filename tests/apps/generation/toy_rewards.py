@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from latentreward.contracts import LatentSpace, NoisyStates
-from latentreward.policies import Policy
-from latentreward.rewards import Reward, RewardSource
+from latentreward.alignment import Policy, Reward, RewardSource
+from latentreward.core.contracts import LatentSpace, NoisyStates
 
 
 class MeanLatent(Reward):

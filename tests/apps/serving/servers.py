@@ -15,8 +15,8 @@ from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.served import ScoringService, ServedModel
 from latentreward.apps.serving.server import configuration
 from latentreward.apps.serving.settings import ServiceSettings
-from latentreward.scoring import RewardModel
-from tests.modules.batches import MODULES
+from latentreward.reward import RewardModel
+from tests.alignment.modules.batches import MODULES
 
 
 @cache

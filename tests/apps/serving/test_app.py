@@ -28,10 +28,8 @@ from latentreward.apps.serving.addresses import bind
 from latentreward.apps.serving.protocol import parse_request
 from latentreward.apps.serving.served import ScoringService, ServedModel, tried_shape
 from latentreward.apps.serving.tensors import Accepted
-from latentreward.scoring import RewardModel
-from latentreward.scoring.calibration import Calibration
-from latentreward.scoring.images import pixel_batches
-from latentreward.scoring.scoring_noise import ScoringNoise
+from latentreward.reward import Calibration, RewardModel, ScoringNoise
+from latentreward.reward.scoring.images import pixel_batches
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.servers import raw, served_model, serving, tiny_reward
 from tests.data.rotated import photograph, upright

@@ -11,7 +11,7 @@ import pytest
 
 from latentreward.apps.serving.batching import MicroBatcher
 from latentreward.apps.serving.errors import RequestError
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from tests.marks import slow_after
 
 

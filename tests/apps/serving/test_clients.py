@@ -19,8 +19,8 @@ from latentreward.apps.serving.errors import RequestError
 from latentreward.apps.serving.served import ServedModel
 from tests.apps.serving.prompted_requests import TIMES, latents_of
 from tests.apps.serving.servers import serving, tiny_reward
-from tests.remote.judges import breaks_off, judging, says
-from tests.scoring.models import pictures
+from tests.reward.remote.judges import breaks_off, judging, says
+from tests.reward.scoring.models import pictures
 from tests.tiny_pipelines import pipeline_folder
 
 FOLDER = Path(__file__).resolve().parents[3] / "docs" / "clients"

@@ -15,10 +15,10 @@ from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.routes import Route
 from latentreward.apps.serving.served import ScoringService, ServedModel
 from latentreward.apps.serving.settings import RewardToServe, ServiceSettings
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from tests.apps.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded
 from tests.apps.serving.servers import started, tiny_reward
-from tests.scoring.models import pictures
+from tests.reward.scoring.models import pictures
 
 
 class Names(Dialect):

@@ -16,24 +16,23 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+from latentreward.apps.cli import main
 from latentreward.apps.serving.errors import RequestError
 from latentreward.apps.serving.images import images_of_json
 from latentreward.apps.serving.prompted_latents import parse_latents
 from latentreward.apps.serving.served import ServedModel
-from latentreward.backbones import create_backbone
-from latentreward.cli import main
-from latentreward.contracts import Conditioning
+from latentreward.core.contracts import Conditioning
+from latentreward.core.registry import create_backbone
 from latentreward.data.image_sizes import OneSize
-from latentreward.heads import GatedQFormerHead
-from latentreward.scoring import RewardModel, edit_prompt
-from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
+from latentreward.reward import GatedQFormerHead, RewardModel, ScoringNoise, edit_prompt
+from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
 from tests.apps.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded
 from tests.apps.serving.latent_requests import tensors_of
 from tests.apps.serving.processes import forked_server
 from tests.apps.serving.prompted_requests import body_of
 from tests.apps.serving.servers import served_model, serving
-from tests.families.made_qwen_image_edit import qwen_image_edit_folder
-from tests.scoring.models import edit_reward, picture, png
+from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
+from tests.reward.scoring.models import edit_reward, picture, png
 
 EDITED = [picture(seed, 40, 60) for seed in range(3)]
 RED, BLUE = (Image.new("RGB", (60, 40), colour) for colour in ("red", "blue"))

@@ -5,13 +5,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from latentreward.backbones import create_backbone
+from latentreward.core.registry import create_backbone
 from latentreward.data.image_sizes import OneSize
-from latentreward.heads import CLIPProjectionHead
-from latentreward.scoring import RewardModel
+from latentreward.reward import CLIPProjectionHead, RewardModel
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.servers import serving
-from tests.families.twins import TWINS
+from tests.diffusion.families.twins import TWINS
 
 
 def reward(name: str, frames: int = 1) -> RewardModel:

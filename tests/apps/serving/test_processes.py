@@ -16,10 +16,10 @@ from torch import Tensor
 from latentreward.apps.serving.served import accepted_by
 from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.apps.serving.tensors import Accepted
+from tests.alignment.rewards.stored import write_run
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.processes import ServerProcess, forked_server, fuzz, load
 from tests.apps.serving.servers import tiny_reward
-from tests.rewards.stored import write_run
 
 pytestmark = pytest.mark.slow
 

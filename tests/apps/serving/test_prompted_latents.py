@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from latentreward.apps.serving.served import ServedModel
-from latentreward.scoring.scoring_noise import ScoringNoise
+from latentreward.reward import ScoringNoise
 from tests.apps.serving.prompted_requests import TIMES, body_of, latents_of
 from tests.apps.serving.servers import serving, tiny_reward
 

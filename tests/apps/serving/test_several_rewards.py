@@ -17,8 +17,8 @@ from latentreward.apps.serving.app import routes_of
 from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.served import ScoringService, ServedModel
 from latentreward.apps.serving.settings import RewardToServe, ServiceSettings, check_name
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
+from latentreward.core.errors import InputError
+from latentreward.reward import RewardModel
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.prompted_requests import body_of, latents_of
 from tests.apps.serving.servers import started, tiny_reward

@@ -17,9 +17,9 @@ from latentreward.apps.serving.errors import RequestError
 from latentreward.apps.serving.protocol import parse_request
 from latentreward.apps.serving.served import ServedModel
 from latentreward.apps.serving.tensors import Accepted, memory_bytes
-from latentreward.contracts import Conditioning
-from latentreward.scoring import RewardModel, ScoringNoise
-from latentreward.scoring.images import pixel_batches
+from latentreward.core.contracts import Conditioning
+from latentreward.reward import RewardModel, ScoringNoise
+from latentreward.reward.scoring.images import pixel_batches
 from tests.apps.serving.latent_requests import HEADERS, mutated, tensors_of
 from tests.apps.serving.servers import served_model, serving, tiny_reward
 from tests.unequal_prompts import SPACE, clip_reward, letter_states

@@ -10,7 +10,7 @@ import pytest
 
 from latentreward.apps.steps.running import LOG, RECORD, TaskRunner, progress, run_tasks
 from latentreward.apps.steps.tasks import Step, Task, resolve
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[3]
 MODULE = "tests.apps.steps.toy_step"

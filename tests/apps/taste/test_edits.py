@@ -8,8 +8,8 @@ import pytest
 
 from latentreward.apps.taste.pairs import RATINGS, RatingReader, collect, from_ratings
 from latentreward.apps.taste.ratings import Ratings
-from latentreward.contracts import sources_of
-from latentreward.errors import InputError
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
 from tests.apps.taste.folders import edited_folder
 from tests.apps.taste.rating_servers import rating_server
 

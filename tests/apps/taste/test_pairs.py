@@ -10,8 +10,8 @@ import pytest
 from latentreward.apps.taste.pairs import RATINGS, Pool, collect, from_ratings, lines
 from latentreward.apps.taste.pictures import Picture
 from latentreward.apps.taste.ratings import Ratings
+from latentreward.core.errors import InputError
 from latentreward.data import JSONLPairReader
-from latentreward.errors import InputError
 from tests.apps.taste.folders import draw, sorted_folder, unsorted_folder
 
 

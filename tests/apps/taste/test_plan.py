@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from latentreward.apps.cli import main
 from latentreward.apps.taste.pairs import RATINGS, RatedPair, collect
 from latentreward.apps.taste.pictures import Picture
 from latentreward.apps.taste.plan import (
@@ -27,15 +28,14 @@ from latentreward.apps.taste.plan import (
 )
 from latentreward.apps.taste.ratings import Ratings
 from latentreward.apps.taste.splitting import Split, split
-from latentreward.cli import main
-from latentreward.contracts import EditPrompt, ImageRef, sources_of
+from latentreward.core.contracts import EditPrompt, ImageRef, sources_of
+from latentreward.core.errors import InputError
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.data.images import image_bytes
-from latentreward.errors import InputError
-from latentreward.families.sd3 import StableDiffusion3
+from latentreward.diffusion.families.sd3 import StableDiffusion3
 from tests.apps.taste.folders import edited_folder, sorted_folder
-from tests.families.made_qwen_image_edit import qwen_image_edit_folder
-from tests.families.twins import TWINS
+from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
+from tests.diffusion.families.twins import TWINS
 from tests.tiny_pipelines import pipeline_folder
 
 PLAN = Plan(
@@ -165,7 +165,7 @@ def test_a_family_of_ones_own_reaches_every_step() -> None:
     }
     for name, settings in named.items():
         assert {f"--{setting}={family}" for setting in settings} <= {*commands[name]}
-    assert "--model.backbone=latentreward.families.load_family_backbone" in commands[REWARD]
+    assert "--model.backbone=latentreward.diffusion.load_family_backbone" in commands[REWARD]
     assert (
         "--model.reward.trust_remote_code=true" in commands[ALIGN] and "--model.guidance_scale=2.5" in commands[ALIGN]
     )

@@ -13,8 +13,8 @@ from latentreward.apps.taste.pairs import collect
 from latentreward.apps.taste.plan import PREFERENCES, Plan, write_pairs
 from latentreward.apps.taste.results import BEFORE_AFTER, HTML, JSON, SCORES, Measured, measure, spread, write_result
 from latentreward.apps.taste.splitting import PARTS, Split
-from latentreward.errors import InputError
-from latentreward.metrics.bootstrap import Interval
+from latentreward.core.bootstrap import Interval
+from latentreward.core.errors import InputError
 from tests.accessibility import PHONE, faults
 from tests.apps.taste.folders import draw, sorted_folder
 

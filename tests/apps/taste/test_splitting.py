@@ -8,7 +8,7 @@ import pytest
 from latentreward.apps.taste.pairs import Collection, Pool, RatedPair
 from latentreward.apps.taste.pictures import Picture
 from latentreward.apps.taste.splitting import PARTS, Split, split
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 PICTURES = [Picture(f"{number}.png", f"c{number}", "") for number in range(300)]
 

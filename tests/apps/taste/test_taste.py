@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from latentreward.apps.cli import main
 from latentreward.apps.steps.running import RECORD
 from latentreward.apps.taste.pairs import RATINGS
 from latentreward.apps.taste.plan import JUDGED, PROMPTS
 from latentreward.apps.taste.ratings import Ratings
 from latentreward.apps.taste.results import HTML, JSON
-from latentreward.cli import main
-from latentreward.contracts import sources_of
+from latentreward.core.contracts import sources_of
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.tinyworld.pairs import draw_pairs
 from tests.apps.serving.processes import forked_server
 from tests.apps.steps.forked_steps import ForkedSteps
 from tests.apps.taste.folders import edited_folder, unsorted_folder
-from tests.families.twins import TWINS
+from tests.diffusion.families.twins import TWINS
 from tests.processes import start
 from tests.tiny_pipelines import pipeline_folder
 

@@ -14,11 +14,10 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
 from PIL import Image as Pictures
 
-from latentreward.contracts import sources_of
-from latentreward.data import DatasetPairReader, PairDataset, PairStream, PickAPicReader, PixelLoader
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
+from latentreward.data import DatasetPairReader, ImageError, PairDataset, PairStream, PickAPicReader, PixelLoader
 from latentreward.data.format_detection import recognise
-from latentreward.data.images import ImageError
-from latentreward.errors import InputError
 from tests.data.edit_names import named
 
 disable_progress_bars()

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentreward.contracts import ImageRef
+from latentreward.core.contracts import ImageRef
+from latentreward.core.errors import InputError
 from latentreward.data import DiffusionRMReader, ImageError, PairDataset, PixelLoader
 from latentreward.data.images import decode_latents
-from latentreward.errors import InputError
 
 COLUMNS = ("global_id", "parquet_path", "row_group", "row_index", "width", "height", "bucket_id")
 DETAILS = "{'votes_chosen': 8, 'votes_rejected': 2, 'confidence': 0.98, 'orig_chosen_hw': [256, 256]}"

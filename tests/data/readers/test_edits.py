@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from latentreward.contracts import PreferencePair, sources_of
+from latentreward.core.contracts import PreferencePair, sources_of
+from latentreward.core.errors import InputError
 from latentreward.data import EditPairReader, PairDataset, PixelLoader, ScoreTargets
 from latentreward.data.format_detection import recognise
 from latentreward.data.readers.edits import LAYOUTS
-from latentreward.errors import InputError
 from tests.data.edit_names import named
 
 NAMES = ("src", "a", "b", "c")

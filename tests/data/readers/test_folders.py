@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.contracts import sources_of
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
 from latentreward.data import FolderPairReader, LoadedPair, PairDataset, PixelLoader, SkippedPair
-from latentreward.errors import InputError
 
 
 @pytest.fixture

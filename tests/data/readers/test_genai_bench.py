@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from latentreward.core.errors import InputError
 from latentreward.data import GenAIBenchCMUReader, GenAIBenchReader, PairDataset, PixelLoader
-from latentreward.errors import InputError
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 VOTES = ("leftvote", "rightvote", "tievote", "bothbad_vote", "elsewhere", None)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from latentreward.core.errors import InputError
 from latentreward.data import HPDv2Reader, PairDataset, PixelLoader
-from latentreward.errors import InputError
 
 PAIR = {"human_preference": [0, 1], "prompt": "two\n\nparagraphs", "file_path": ["a.jpg", "b.jpg"]}
 GROUP = {

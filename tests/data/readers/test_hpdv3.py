@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.contracts import sources_of
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
 from latentreward.data import HPDv3Reader, PairDataset, PixelLoader
 from latentreward.data.format_detection import recognise
-from latentreward.errors import InputError
 from tests.data.skipped_rows import skipped_rows
 
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from torch.utils.data import DataLoader
 
+from latentreward.core.errors import InputError
 from latentreward.data import ImageRewardDBReader, ImageRewardReader, PairDataset, PixelLoader
-from latentreward.errors import InputError
 
 ITEM = {"id": "005658-0040", "prompt": "a prompt", "generations": ["p/a.webp", "p/b.webp", "c.webp"]}
 ITEM = {**ITEM, "ranking": [2, 1, 2]}

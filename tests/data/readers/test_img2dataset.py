@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from latentreward.core.errors import InputError
 from latentreward.data import Img2DatasetReader, PairDataset, PixelLoader
 from latentreward.data.format_detection import recognise
-from latentreward.errors import InputError
 
 LOADER = PixelLoader(8, 8)
 FORMATS = ("webdataset", "files", "parquet")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.contracts import sources_of
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
 from latentreward.data import JSONLPairReader, LoadedPair, PairDataset, PixelLoader, SkippedPair
-from latentreward.errors import InputError
 
 PLAIN = {"prompt": "a cat", "image_a": "images/a.jpg", "image_b": "images/b.jpg", "label": 1}
 

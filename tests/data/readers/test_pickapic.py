@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from latentreward.core.errors import InputError
 from latentreward.data import PairDataset, PickAPicReader, PixelLoader
-from latentreward.errors import InputError
 
 NAME = "train-00000-of-00001-0123456789abcdef.parquet"
 

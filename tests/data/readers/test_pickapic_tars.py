@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from latentreward.core.errors import InputError
 from latentreward.data import PairDataset, PickAPicTarReader, PixelLoader, SkippedPair
-from latentreward.errors import InputError
 
 
 @pytest.fixture

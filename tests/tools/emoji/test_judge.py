@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.errors import InputError
-from latentreward.scorers import CLIPScorer
+from latentreward.core.errors import InputError
+from latentreward.reward import CLIPScorer
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from tests.marks import WITH_ITS_FILE
 from tools.emoji.judge import EmojiJudge, train_judge

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from latentreward.tinyworld.tokenizer import build_tokenizer
 from tools.emoji.world import KINDS, VARIABLE, EmojiWorld, caption_of, degrade, group_of
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from latentreward.backbones.loading import PipelineSource
-from latentreward.families.find import find_family
+from latentreward.diffusion import find_family
+from latentreward.diffusion.backbones.loading import PipelineSource
 from latentreward.tinyworld.captions import COLORS
 from tools.pretraining.editors import EDITORS, Recipe, draw_training_edits, main
 

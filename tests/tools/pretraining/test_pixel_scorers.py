@@ -12,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.contracts import NoisyStates
-from latentreward.policies import PolicySource
-from latentreward.rewards import PixelReward
-from latentreward.scorers import CLIPScorer, PickScorer, StepAwareScorer
+from latentreward.alignment import PixelReward, PolicySource
+from latentreward.core.contracts import NoisyStates
+from latentreward.reward import CLIPScorer, PickScorer, StepAwareScorer
 from latentreward.tinyworld.pairs import draw_pairs
 from tools.pretraining.pixel_scorers import RECIPES, PairTable, accuracy, main, predict_pictures
 from tools.pretraining.vae import normalize_pictures

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from tests.tools.reproduction.test_rows import TOY
 from tools.reproduction.measuring import Values
 from tools.reproduction.page import judge_rows, page, plot_name, write_page

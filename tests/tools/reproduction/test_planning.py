@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from tests.tools.reproduction.test_page import result
 from tests.tools.reproduction.test_rows import ROWS, TOY
 from tools.reproduce import reproduce

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from latentreward.apps.cli import main
 from latentreward.apps.steps.tasks import config_digest
-from latentreward.cli import main
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from tests.apps.steps.forked_steps import ForkedSteps
 from tests.marks import rotated_after
 from tools.reproduce import main as program

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from latentreward.apps.steps.running import TaskRunner
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from tools.reproduce import measure_rows, missing, spend, task_runner
 from tools.reproduction.page import status_table
 from tools.reproduction.planning import Planner
@@ -160,7 +160,7 @@ def test_a_failed_step_is_named_and_other_rows_are_measured(folder: Path) -> Non
 INTERRUPTED = """
 import sys
 from pathlib import Path
-from latentreward.interrupts import sigterm_interrupts
+from latentreward.core.interrupts import sigterm_interrupts
 from tools.reproduction.rows import read_row
 from tools.reproduce import measure_rows, missing
 from tests.tools.reproduction.test_running import TOY

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mpmath import betainc
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 from tests.tools.reproduction.test_page import result
 from tests.tools.reproduction.test_rows import TOY
 from tools.reproduction.measuring import Values

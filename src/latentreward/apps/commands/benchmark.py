@@ -12,14 +12,14 @@ from latentreward.apps.evaluation.benchmark.noise_columns import NoiseColumns
 from latentreward.apps.evaluation.benchmark.scoring import complete, open_scores
 from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE, sections
 from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
-from latentreward.contracts import PathText
-from latentreward.errors import InputError, check_at_least_one
-from latentreward.reports.report import HTML, JSON, MARKDOWN, versions, write_report
-from latentreward.reports.tables import Table, as_text, cell, interval, percent
-from latentreward.scorers import RewardModelScorer, Scorer
-from latentreward.scorers.reward_model import reward_names
-from latentreward.settings.functions import run_function
-from latentreward.storage.durable import check_writable
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.core.reports.report import HTML, JSON, MARKDOWN, versions, write_report
+from latentreward.core.reports.tables import Table, as_text, cell, interval, percent
+from latentreward.core.settings.functions import run_function
+from latentreward.core.storage.durable import check_writable
+from latentreward.reward import RewardModelScorer, Scorer
+from latentreward.reward.scorers.reward_model import reward_names
 
 LEVELS = (0.1, 0.2, 0.4, 0.6, 0.8)
 """Default noise levels, in [0, 1], at which latent rewards are evaluated one by one."""
@@ -63,7 +63,7 @@ def benchmark(
     Args:
         output_dir: Folder for the report and the scores.
         benchmarks: Data sets with their protocols, e.g. latentreward.apps.evaluation.benchmark.HPDv3Benchmark.
-        scorers: Models to compare, with distinct names, e.g. latentreward.scorers.RewardModelScorer.
+        scorers: Models to compare, with distinct names, e.g. latentreward.reward.RewardModelScorer.
         data: Folder or file of one more data set, whose format is detected.
         model: One or several more reward models, given like the path of RewardModelScorer. Each is named after its
             run or folder; ``--model A --model B`` compares two.

@@ -9,23 +9,31 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from latentreward.cache.check import check_cache, read_shards
-from latentreward.cache.encoding import ShardEncoding
-from latentreward.cache.layout import IMAGES, PAIRS, CacheDtype, CacheSpec, manifest_name, read_manifest, read_plan
-from latentreward.cache.plan import describe_data, fewest_sources
-from latentreward.cache.preparing import prepare_cache
-from latentreward.cache.sizing import ImageSettings
-from latentreward.cache.sources import Encoders, LatentSource
-from latentreward.contracts import PathText
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, errors_at
+from latentreward.core.interrupts import interrupts_told
+from latentreward.core.ranks.settings import TrainerSettings
+from latentreward.core.ranks.shared_work import SHARDS, SharedWork
+from latentreward.core.settings.functions import run_function
+from latentreward.core.storage.locks import locked
+from latentreward.core.storage.progress import Progress
+from latentreward.data import PairReader, count_text
 from latentreward.data.images import ExifOrientation
-from latentreward.data.readers import PairReader, count_text
-from latentreward.errors import InputError, errors_at
-from latentreward.interrupts import interrupts_told
-from latentreward.ranks.settings import TrainerSettings
-from latentreward.ranks.shared_work import SHARDS, SharedWork
-from latentreward.settings.functions import run_function
-from latentreward.storage.locks import locked
-from latentreward.storage.progress import Progress
+from latentreward.diffusion.cache.check import check_cache, read_shards
+from latentreward.diffusion.cache.encoding import ShardEncoding
+from latentreward.diffusion.cache.layout import (
+    IMAGES,
+    PAIRS,
+    CacheDtype,
+    CacheSpec,
+    manifest_name,
+    read_manifest,
+    read_plan,
+)
+from latentreward.diffusion.cache.plan import describe_data, fewest_sources
+from latentreward.diffusion.cache.preparing import prepare_cache
+from latentreward.diffusion.cache.sizing import ImageSettings
+from latentreward.diffusion.cache.sources import Encoders, LatentSource
 
 ENCODE = "encode"
 """Name of the task that writes one shard."""

@@ -3,10 +3,10 @@
 from functools import partial
 from pathlib import Path
 
-from latentreward.checkpoints.files import DurableCheckpointIO
-from latentreward.checkpoints.shards import read_checkpoint, require_finite
-from latentreward.errors import InputError
-from latentreward.settings.functions import run_function
+from latentreward.core.checkpoints.files import DurableCheckpointIO
+from latentreward.core.checkpoints.shards import read_checkpoint, require_finite
+from latentreward.core.errors import InputError
+from latentreward.core.settings.functions import run_function
 
 
 def consolidate(checkpoint: Path, output: Path, average: bool = False, overwrite: bool = False) -> None:

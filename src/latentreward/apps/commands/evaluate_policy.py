@@ -6,6 +6,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+from latentreward.alignment import Sampling
 from latentreward.apps.commands.notes import tell
 from latentreward.apps.evaluation.policy import imported, samples, scoring
 from latentreward.apps.evaluation.policy.results import PolicyReport, Protocol, published_scores, scores_csv
@@ -14,23 +15,22 @@ from latentreward.apps.evaluation.policy.state_scores import StateScores, check_
 from latentreward.apps.evaluation.policy.statistics import compare, in_common, policy_scores
 from latentreward.apps.generation.image_folder import DETERMINISTIC
 from latentreward.apps.generation.trained_policy import plain
-from latentreward.contracts import PathText
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError
+from latentreward.core.interrupts import interrupts_told
+from latentreward.core.ranks.settings import TrainerSettings
+from latentreward.core.ranks.shared_work import SHARDS, SharedWork, Task
+from latentreward.core.reports.report import HTML, versions, write_report
+from latentreward.core.reports.tables import as_text
+from latentreward.core.settings.functions import run_function
+from latentreward.core.storage.durable import write_file
+from latentreward.core.storage.locks import locked
+from latentreward.core.storage.run_folder import RunFolder
 from latentreward.data.alignment.prompt_files import PromptRow, read_prompt_set
-from latentreward.errors import InputError
-from latentreward.interrupts import interrupts_told
-from latentreward.ranks.settings import TrainerSettings
-from latentreward.ranks.shared_work import SHARDS, SharedWork, Task
-from latentreward.reports.report import HTML, versions, write_report
-from latentreward.reports.tables import as_text
-from latentreward.rollout import Sampling
-from latentreward.scorers import ImageScorer, Scorer
-from latentreward.scorers.fingerprints import public_identity
-from latentreward.scorers.tools import ToolScorer
-from latentreward.scoring.network import name_of
-from latentreward.settings.functions import run_function
-from latentreward.storage.durable import write_file
-from latentreward.storage.locks import locked
-from latentreward.storage.run_folder import RunFolder
+from latentreward.reward import ImageScorer, Scorer
+from latentreward.reward.scorers.fingerprints import public_identity
+from latentreward.reward.scorers.tools import ToolScorer
+from latentreward.reward.scoring.network import name_of
 from latentreward.tinyworld.captions import judged_captions, tuning_captions
 
 SCORES = "scores.csv"
@@ -75,8 +75,8 @@ def evaluate_policy(
 
     Args:
         output_dir: Folder for pictures, scores and reports.
-        scorers: Scorers of the pictures, e.g. latentreward.scorers.PickScorer or
-            latentreward.scorers.tools.CommandScorer.
+        scorers: Scorers of the pictures, e.g. latentreward.reward.PickScorer or
+            latentreward.reward.scorers.tools.CommandScorer.
         policy: Policy to evaluate: a generator (pipeline, checkpoint, lora) or a folder of existing images.
         against: Second policy to compare with; none by default.
         prompts: File of prompts: text, JSON, JSON lines, CSV, TSV or parquet with a column ``prompt`` or ``caption``.

@@ -6,14 +6,14 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from latentreward.contracts import PathText
-from latentreward.errors import InputError
-from latentreward.scoring import ModelSource, RewardModel
-from latentreward.scoring.layouts.exporting import RewardFormat, export_reward
-from latentreward.scoring.layouts.find import find_reward
-from latentreward.scoring.layouts.model_folder import is_model_folder
-from latentreward.settings.functions import run_function
-from latentreward.storage.durable import check_writable
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError
+from latentreward.core.settings.functions import run_function
+from latentreward.core.storage.durable import check_writable
+from latentreward.reward import ModelSource, RewardModel
+from latentreward.reward.scoring.layouts.exporting import RewardFormat, export_reward
+from latentreward.reward.scoring.layouts.find import find_reward
+from latentreward.reward.scoring.layouts.model_folder import is_model_folder
 
 PolicyFormat = Literal["diffusers", "kohya", "peft", "merged"]
 
@@ -47,7 +47,7 @@ def export(
         run_config: Reward: config file of its training run; by default the one beside the checkpoint.
         trust_remote_code: Whether to import classes outside this package that the reward's settings or the policy's
             checkpoint name; importing runs their code.
-        loading: Reward: see :class:`~latentreward.scoring.ModelSource`.
+        loading: Reward: see :class:`~latentreward.reward.ModelSource`.
 
     Raises:
         InputError: If the checkpoint is damaged or of the wrong kind for ``format``, the format cannot hold the reward,
@@ -68,7 +68,7 @@ def export(
         settings = {"base_name": base_name, "run_config": run_config, **loading}
         if given := [name for name, value in settings.items() if value is not None]:
             raise InputError(f"{given[0]} is for rewards, but format={format} is for policies; leave it out")
-        from latentreward.export import loading_call
+        from latentreward.alignment import loading_call
 
         precision = getattr(torch, dtype)
         written = export_policy(checkpoint, output, cast(PolicyFormat, format), precision, trust_remote_code)
@@ -81,8 +81,8 @@ def export_policy(
     checkpoint: Path, output: Path, format: PolicyFormat, precision: torch.dtype, trusted: bool = False
 ) -> Path:
     """Write the policy of an alignment run, and return the written file or folder."""
-    from latentreward.export import TrainedLoRA, write_kohya, write_merged
-    from latentreward.policies.checkpoint import read_policy_adapter
+    from latentreward.alignment import TrainedLoRA, write_kohya, write_merged
+    from latentreward.alignment.policies.checkpoint import read_policy_adapter
 
     try:
         saved = read_policy_adapter(checkpoint, trusted)

@@ -33,33 +33,34 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 import latentreward.callbacks as ours
+import latentreward.core.checkpoints.fsdp2  # noqa: F401 - registers the short names of its strategies
 from latentreward.apps.commands import fit_folder
 from latentreward.apps.commands.fit_folder import FOLDER
 from latentreward.apps.estimate.card import Card
-from latentreward.backbones.registry import backbone_names
 from latentreward.callbacks.resumed_settings import Override, log_folder, run_kind
-from latentreward.checkpoints import files as checkpoint_files
-from latentreward.checkpoints.shards import check_weights, checking_values, damaged, newest_first, read_sharded
+from latentreward.core.checkpoints import files as checkpoint_files
+from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, newest_first, read_sharded
+from latentreward.core.errors import InputError, check_at_least_one, errors_at, where
+from latentreward.core.interrupts import TERMINATED
+from latentreward.core.peak_rates import PEAKS, Limits, find_limits
+from latentreward.core.programs import of_framework
+from latentreward.core.promises import check_takes
+from latentreward.core.registry import backbone_names
+from latentreward.core.settings import functions
+from latentreward.core.settings.errors import summarise
+from latentreward.core.settings.ranges import check_ranges
+from latentreward.core.settings.rewriting import rewrite_arguments
+from latentreward.core.storage.durable import disk_full, write_file
+from latentreward.core.storage.locks import lock_run
+from latentreward.core.storage.shared_weights import sharing_between
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
 from latentreward.data.splits import tell_unopened
-from latentreward.errors import InputError, check_at_least_one, errors_at, where
-from latentreward.interrupts import TERMINATED
-from latentreward.peak_rates import PEAKS, Limits, find_limits
-from latentreward.programs import of_framework
-from latentreward.promises import check_takes
-from latentreward.settings import functions
-from latentreward.settings.errors import summarise
-from latentreward.settings.ranges import check_ranges
-from latentreward.settings.rewriting import rewrite_arguments
-from latentreward.storage.durable import disk_full, write_file
-from latentreward.storage.locks import lock_run
-from latentreward.storage.shared_weights import sharing_between
 
 if TYPE_CHECKING:
     from latentreward.apps.estimate.estimate import Estimate
-    from latentreward.families import Family
+    from latentreward.diffusion import Family
 
 CONFIG, SAVED = "config.yaml", "config*.yaml"
 LEFT_OUT = ("#", "ckpt_path:")
@@ -615,12 +616,14 @@ def with_rows(
 
 def named_family(model: Namespace | None) -> "Family | None":
     """Return the family of the pipeline that the settings of a module name; None if they name none that is known."""
-    from latentreward.backbones.loading import PipelineSource
-    from latentreward.families import find_family
+    from latentreward.diffusion import find_family
+    from latentreward.diffusion.backbones.loading import PipelineSource
 
     given = (model or Namespace()).get("init_args") or Namespace()
     part = given.get("policy") or given.get("backbone") or Namespace()
-    if not str(part.get("class_path", "latentreward.families.")).startswith("latentreward.families."):
+    if not str(part.get("class_path", "latentreward.diffusion.families.")).startswith(
+        "latentreward.diffusion.families."
+    ):
         return None  # a backbone of the user's own may take sources otherwise
     values = part.get("init_args") or part
     with suppress(InputError):  # which is raised when the network is loaded

@@ -17,13 +17,13 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from latentreward.apps.commands.notes import tell
-from latentreward.backbones.stored_adapters import CONFIG
 from latentreward.callbacks import PolicyLoRA, SampleGrid, ScoredPairGrid
 from latentreward.callbacks.graceful_stop import fallback_folder
 from latentreward.callbacks.resumed_settings import log_folder, output_path
-from latentreward.checkpoints.files import checkpoint_problem, holds_weights_alone, newest_intact
-from latentreward.errors import InputError
-from latentreward.storage.durable import check_writable
+from latentreward.core.checkpoints.files import checkpoint_problem, holds_weights_alone, newest_intact
+from latentreward.core.errors import InputError
+from latentreward.core.storage.durable import check_writable
+from latentreward.diffusion.backbones.stored_adapters import CONFIG
 
 FOLDER = "trainer.default_root_dir"
 """Setting that names the folder of a run."""

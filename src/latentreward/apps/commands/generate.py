@@ -8,21 +8,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from latentreward.alignment import (
+    PolicySource,
+    RewardGuidance,
+    RewardSource,
+    Sampling,
+    check_sigmas,
+    sample_guided,
+    sample_latents,
+)
 from latentreward.apps import generation
 from latentreward.apps.generation import image_folder
 from latentreward.apps.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
-from latentreward.contracts import PathText, PromptBatch, like_prompt
+from latentreward.core.contracts import PathText, PromptBatch, like_prompt
+from latentreward.core.errors import InputError
+from latentreward.core.interrupts import interrupts_told
+from latentreward.core.ranks.settings import TrainerSettings
+from latentreward.core.ranks.shared_work import SHARDS, SharedWork
+from latentreward.core.settings.functions import run_function
+from latentreward.core.storage.locks import locked
 from latentreward.data.alignment.prompt_files import read_prompt_rows
-from latentreward.errors import InputError
-from latentreward.interrupts import interrupts_told
-from latentreward.policies import PolicySource
-from latentreward.ranks.settings import TrainerSettings
-from latentreward.ranks.shared_work import SHARDS, SharedWork
-from latentreward.rewards import RewardSource
-from latentreward.rollout import RewardGuidance, Sampling, sample_guided, sample_latents
-from latentreward.rollout.finished import check_sigmas
-from latentreward.settings.functions import run_function
-from latentreward.storage.locks import locked
 
 PICTURES = "pictures"
 """Name of the task of the processes."""

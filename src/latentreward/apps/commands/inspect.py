@@ -6,13 +6,13 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from latentreward.contracts import PathText
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, printable
+from latentreward.core.settings.functions import run_function
+from latentreward.core.storage.durable import write_file
+from latentreward.data import PairReader
 from latentreward.data.format_detection import choose_splits, other_formats, recognise
 from latentreward.data.inspection import Report, inspect_reader, shared_prompts
-from latentreward.data.readers import PairReader
-from latentreward.errors import InputError, printable
-from latentreward.settings.functions import run_function
-from latentreward.storage.durable import write_file
 
 
 def inspect(

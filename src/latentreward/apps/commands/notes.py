@@ -4,7 +4,7 @@ import sys
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from latentreward.errors import printable
+from latentreward.core.errors import printable
 
 
 def tell(line: str) -> None:

@@ -10,24 +10,24 @@ from typing import Any
 import torch
 
 from latentreward.apps.commands.score import NoiseSettings
-from latentreward.contracts import PathText
+from latentreward.core.contracts import PathText
+from latentreward.core.devices import find_device
+from latentreward.core.errors import InputError, check_range, errors_at, printable
+from latentreward.core.interrupts import interrupts_told
+from latentreward.core.settings.functions import run_function
+from latentreward.core.settings.rewriting import expanded
+from latentreward.core.storage.durable import check_writable
+from latentreward.core.storage.json_files import read_config
 from latentreward.data.image_lists import ImageList, read_images
-from latentreward.devices import find_device
-from latentreward.errors import InputError, check_range, errors_at, printable
-from latentreward.interrupts import interrupts_told
-from latentreward.scoring import Calibration, Card, ModelSource, RewardModel
-from latentreward.scoring.calibration import FEWEST
-from latentreward.scoring.hub import upload
-from latentreward.scoring.image_lists import ListedScoring
-from latentreward.scoring.layouts.config import FolderConfig
-from latentreward.scoring.layouts.model_folder import CONFIG
-from latentreward.scoring.layouts.reopening import Probe
-from latentreward.scoring.layouts.saving import check_target, config_of, new_folder, paths_here, write_model
-from latentreward.scoring.scored_table import require_some
-from latentreward.settings.functions import run_function
-from latentreward.settings.rewriting import expanded
-from latentreward.storage.durable import check_writable
-from latentreward.storage.json_files import read_config
+from latentreward.reward import Calibration, Card, ModelSource, RewardModel
+from latentreward.reward.scoring.calibration import FEWEST
+from latentreward.reward.scoring.hub import upload
+from latentreward.reward.scoring.image_lists import ListedScoring
+from latentreward.reward.scoring.layouts.config import FolderConfig
+from latentreward.reward.scoring.layouts.model_folder import CONFIG
+from latentreward.reward.scoring.layouts.reopening import Probe
+from latentreward.reward.scoring.layouts.saving import check_target, config_of, new_folder, paths_here, write_model
+from latentreward.reward.scoring.scored_table import require_some
 
 FEW = 200
 """Number of distinct reference images below which quantiles have errors of a few hundredths, and a warning is shown."""
@@ -120,7 +120,7 @@ def publish(
         private: Whether the repository is private if the upload creates it; by default the owner's setting.
         batch_size: Images per forward pass.
         device: Device that scores the reference, e.g. cuda:1; auto takes an accelerator if there is one.
-        loading: See :class:`~latentreward.scoring.ModelSource`.
+        loading: See :class:`~latentreward.reward.ModelSource`.
 
     Raises:
         InputError: If a setting is wrong, the model cannot be saved, or the reference cannot be scored.

@@ -11,24 +11,24 @@ from typing import Any, Literal
 
 import torch
 
-from latentreward.contracts import PathText
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, check_once, first_line
+from latentreward.core.ranks.settings import TrainerSettings
+from latentreward.core.ranks.shared_work import SHARDS, SharedWork
+from latentreward.core.settings.functions import run_function
+from latentreward.core.storage.part_tables import PartFiles
+from latentreward.core.storage.progress import Progress
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
-from latentreward.errors import InputError, check_once, first_line
-from latentreward.ranks.settings import TrainerSettings
-from latentreward.ranks.shared_work import SHARDS, SharedWork
-from latentreward.scorers.fingerprints import fingerprint
-from latentreward.scoring import ModelSource, PublishedSettings, RewardModel, ScoringNoise
-from latentreward.scoring.gallery import Gallery
-from latentreward.scoring.image_lists import ListedScoring
-from latentreward.scoring.layouts.base import StoredReward
-from latentreward.scoring.layouts.find import find_reward
-from latentreward.scoring.network import own_sizes
-from latentreward.scoring.scored_table import images_identity, read_scores, require_some, summarise
-from latentreward.scoring.scoring_noise import NoiseKey
-from latentreward.settings.functions import run_function
-from latentreward.storage.part_tables import PartFiles
-from latentreward.storage.progress import Progress
+from latentreward.reward import ModelSource, PublishedSettings, RewardModel, ScoringNoise
+from latentreward.reward.scorers.fingerprints import fingerprint
+from latentreward.reward.scoring.gallery import Gallery
+from latentreward.reward.scoring.image_lists import ListedScoring
+from latentreward.reward.scoring.layouts.base import StoredReward
+from latentreward.reward.scoring.layouts.find import find_reward
+from latentreward.reward.scoring.network import own_sizes
+from latentreward.reward.scoring.scored_table import images_identity, read_scores, require_some, summarise
+from latentreward.reward.scoring.scoring_noise import NoiseKey
 
 PARTS = "parts"
 """Name of the task of the processes."""
@@ -123,7 +123,7 @@ def score(
         dtype: Precision of the model's backbone.
         device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
         trainer: Settings of several processes that share the work, on many GPUs or machines; by default one process.
-        loading: See :class:`~latentreward.scoring.ModelSource`.
+        loading: See :class:`~latentreward.reward.ModelSource`.
 
     Raises:
         InputError: If a setting is wrong, the output belongs to another run, or no image can be scored.

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from latentreward.data.readers import PairReader, count_text
-from latentreward.scorers import Scorer
-from latentreward.scorers.pair_scoring import PairScoring, require_images
-from latentreward.settings.functions import run_function
-from latentreward.storage.part_tables import PartFiles
-from latentreward.storage.progress import Progress
+from latentreward.core.settings.functions import run_function
+from latentreward.core.storage.part_tables import PartFiles
+from latentreward.core.storage.progress import Progress
+from latentreward.data import PairReader, count_text
+from latentreward.reward import Scorer
+from latentreward.reward.scorers.pair_scoring import PairScoring, require_images
 
 
 def score_pairs(
@@ -35,9 +35,9 @@ def score_pairs(
     Args:
         output: File to write, .parquet or .csv.
         reader: Reader of the pairs.
-        scorers: Scorers of the images, e.g. latentreward.scorers.CLIPScorer.
+        scorers: Scorers of the images, e.g. latentreward.reward.CLIPScorer.
         flush_every: Pairs per part of the table: a killed process loses at most one part; Ctrl-C loses no scored pair.
-        options: See :class:`~latentreward.scorers.pair_scoring.PairScoring`.
+        options: See :class:`~latentreward.reward.scorers.pair_scoring.PairScoring`.
 
     Raises:
         InputError: If a setting is wrong, the output belongs to another run, or a scorer returns invalid scores.

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from latentreward.apps.serving.settings import RewardToServe, ServiceSettings, check_name
-from latentreward.contracts import PathText
-from latentreward.errors import InputError
-from latentreward.scoring import ModelSource, PublishedSettings
-from latentreward.settings.functions import run_function
-from latentreward.storage.texts import checked_token, token_of_file
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError
+from latentreward.core.settings.functions import run_function
+from latentreward.core.storage.texts import checked_token, token_of_file
+from latentreward.reward import ModelSource, PublishedSettings
 
 if TYPE_CHECKING:
-    from latentreward.scoring import RewardModel
+    from latentreward.reward import RewardModel
 
 TOKEN_VARIABLE = "LATENTREWARD_TOKEN"
 
@@ -78,8 +78,8 @@ def serve(
     from latentreward.apps.serving.resources import Resources
     from latentreward.apps.serving.served import ScoringService, ServedModel
     from latentreward.apps.serving.server import serve as serve_until_stopped
-    from latentreward.devices import find_device
-    from latentreward.programs import import_class
+    from latentreward.core.devices import find_device
+    from latentreward.core.programs import import_class
 
     token = os.environ.get(TOKEN_VARIABLE)
     if token_file is not None:
@@ -121,8 +121,8 @@ def load_reward(source: ModelSource, device: str, dtype: str) -> RewardModel:
     """Load a reward to serve; raise InputError if it scores no images."""
     import torch
 
-    from latentreward.devices import find_device
-    from latentreward.scoring import RewardModel
+    from latentreward.core.devices import find_device
+    from latentreward.reward import RewardModel
 
     target = find_device(device)
     print(f"loading {source.path} on {target}", flush=True)

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from latentreward.apps.commands.notes import tell
 from latentreward.apps.estimate.card import Card
 from latentreward.apps.steps.tasks import Task
-from latentreward.contracts import PathText
-from latentreward.errors import InputError, check_at_least_one, check_multiples, check_range, errors_at
-from latentreward.interrupts import interrupts_told
-from latentreward.settings.functions import run_function
-from latentreward.storage.locks import locked
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, check_at_least_one, check_multiples, check_range, errors_at
+from latentreward.core.interrupts import interrupts_told
+from latentreward.core.settings.functions import run_function
+from latentreward.core.storage.locks import locked
 
 if TYPE_CHECKING:
     from latentreward.apps.taste.plan import Plan
-    from latentreward.backbones.tuning import Tuning
-    from latentreward.families.base import Family
+    from latentreward.diffusion import Family
+    from latentreward.diffusion.backbones.tuning import Tuning
 
 LARGEST = 4096
 """Largest ``size``: even an estimate of much larger images runs out of memory."""
@@ -125,7 +125,7 @@ def taste(
     from latentreward.apps.taste import plan as plans
     from latentreward.apps.taste.pairs import LEAST, collect
     from latentreward.apps.taste.splitting import TRAIN, split
-    from latentreward.devices import find_device
+    from latentreward.core.devices import find_device
 
     check_range(f"[{LEAST}, inf)", "fewer are not split", pairs=pairs)
     if device == "gpu" and not estimate:

@@ -14,10 +14,9 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 
+from latentreward.alignment import AlignmentModule, DiffusionDPOModule, Policy, ReFLModule, StepAwarePixelModule
 from latentreward.apps.estimate.shapes import ShapesOnly, is_stand_in
-from latentreward.cache.datamodule import CachedPreferenceDataModule
-from latentreward.cache.layout import PLAN, CacheSpec, read_plan
-from latentreward.contracts import (
+from latentreward.core.contracts import (
     Conditioning,
     EditPrompt,
     LatentSpace,
@@ -26,16 +25,15 @@ from latentreward.contracts import (
     map_tensors,
     take_rows,
 )
+from latentreward.core.devices import evaluating
+from latentreward.core.errors import InputError, check_multiples
 from latentreward.data import PromptsAndImages
 from latentreward.data.clips import FPS, check_clips, check_frames
 from latentreward.data.collate import stack_targets
-from latentreward.devices import evaluating
-from latentreward.encoders.sources import edit_of_grey
-from latentreward.errors import InputError, check_multiples
-from latentreward.modules import DiffusionDPOModule, ReFLModule, StepAwarePixelModule
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.reward import RewardModule
-from latentreward.policies import Policy
+from latentreward.diffusion import CachedPreferenceDataModule
+from latentreward.diffusion.cache.layout import PLAN, CacheSpec, read_plan
+from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.reward import RewardModule
 
 NETWORKS = {DiffusionDPOModule: "policy", StepAwarePixelModule: "generator", RewardModule: "model.backbone"}
 """Module that learns from pairs → its attribute with the network whose size and space the pairs have."""

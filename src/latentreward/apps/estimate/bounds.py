@@ -7,11 +7,11 @@ from types import MappingProxyType
 from latentreward.apps.estimate.estimate import Estimate
 from latentreward.apps.estimate.shapes import RECOMPUTE
 from latentreward.apps.estimate.step_costs import TEXT
-from latentreward.cache.datamodule import CachedPreferenceDataModule
+from latentreward.core.peak_rates import Limits, Work
+from latentreward.core.phases import PHASES
+from latentreward.core.reports.tables import Table, as_text
 from latentreward.data.datamodules import PairLoaders
-from latentreward.peak_rates import Limits, Work
-from latentreward.phases import PHASES
-from latentreward.reports.tables import Table, as_text
+from latentreward.diffusion import CachedPreferenceDataModule
 
 COMPILED = 0.3
 """Part of a step's time that compiled blocks save: 0.12 to 0.5 in docs/performance.md."""

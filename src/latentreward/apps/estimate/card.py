@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from latentreward.errors import check_range
+from latentreward.core.errors import check_range
 
 GB = 10**9
 

@@ -12,13 +12,13 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 
+from latentreward.alignment import PolicySource
+from latentreward.alignment.rewards.http import RemoteReward
+from latentreward.alignment.rewards.pixel import ImageReward
 from latentreward.apps.estimate.batches import largest_batch, sizes_of, written_caches
 from latentreward.apps.estimate.rewards import replace_rewards
 from latentreward.apps.estimate.sources import ConfigSources
 from latentreward.apps.estimate.step_costs import TEXT, StepCosts, step_costs
-from latentreward.policies import PolicySource
-from latentreward.rewards.http import RemoteReward
-from latentreward.rewards.pixel import ImageReward
 
 ASSUMED = (
     "Computed from shapes, nothing measured: GB are 10⁹ bytes, TFLOP 10¹² operations of matrix products, convolutions "

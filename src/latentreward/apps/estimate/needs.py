@@ -8,7 +8,7 @@ from pathlib import Path
 
 from latentreward.apps.estimate.card import GB, Card
 from latentreward.apps.estimate.estimate import Estimate
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 ALLOWANCE, CONTEXT = 1.1, GB
 """Factor for what the allocator holds beyond tensors, and bytes of a CUDA context and kernels' work space."""

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latentreward.apps.estimate.bounds import bounds_table
 from latentreward.callbacks import Performance
 from latentreward.callbacks.resumed_settings import log_folder
-from latentreward.errors import InputError, check_at_least_one
-from latentreward.peak_rates import Limits, Work, work_of
-from latentreward.phases import PHASES
-from latentreward.reports.tables import NOTHING, as_text, markdown_table
+from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.core.peak_rates import Limits, Work, work_of
+from latentreward.core.phases import PHASES
+from latentreward.core.reports.tables import NOTHING, as_text, markdown_table
 
 WARM_UP = 3
 """Optimiser steps before those that are measured. Work is counted in the first two, where blocks are not compiled."""

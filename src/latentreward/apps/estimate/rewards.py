@@ -10,21 +10,20 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
+from latentreward.alignment import HTTPReward, LatentReward, Policy, PolicySource
+from latentreward.alignment.rewards.http import RemoteLatentReward, RemoteReward
+from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.apps.estimate.sources import ConfigSources
-from latentreward.backbones import DiffusionBackbone
-from latentreward.errors import InputError, errors_at
-from latentreward.heads import RewardHead
-from latentreward.policies import Policy, PolicySource
-from latentreward.rewards import HTTPReward, LatentReward
-from latentreward.rewards.http import RemoteLatentReward, RemoteReward
-from latentreward.rewards.latent import LatentScorer
-from latentreward.scoring.layouts.base import Network, StoredReward
-from latentreward.scoring.layouts.find import checkpoint_of
-from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
-from latentreward.scoring.layouts.recipe import ModelRecipe, build_head
-from latentreward.scoring.layouts.run import TrainedReward
-from latentreward.settings.rewriting import shipped_configs
-from latentreward.storage.hub import cached_files
+from latentreward.core.errors import InputError, errors_at
+from latentreward.core.settings.rewriting import shipped_configs
+from latentreward.core.storage.hub import cached_files
+from latentreward.diffusion import DiffusionBackbone
+from latentreward.reward import RewardHead
+from latentreward.reward.scoring.layouts.base import Network, StoredReward
+from latentreward.reward.scoring.layouts.find import checkpoint_of
+from latentreward.reward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
+from latentreward.reward.scoring.layouts.recipe import ModelRecipe, build_head
+from latentreward.reward.scoring.layouts.run import TrainedReward
 
 OWN = "its own settings"
 """Origin of the settings of a stored reward, in words."""
@@ -39,22 +38,18 @@ class Unread(StoredReward):
         self.stored, self.recipe = stored, stored.recipe
 
     def backbone(self) -> DiffusionBackbone:
-        """See :meth:`StoredReward.backbone`."""
         return self.stored.backbone()
 
     def head(self, backbone: DiffusionBackbone) -> RewardHead:
-        """See :meth:`StoredReward.head`."""
         with torch.device("meta"):
             return build_head(self.recipe.head, backbone.feature_spec)
 
     def load(self, kind: type[Network]) -> Network:
-        """See :meth:`StoredReward.load`."""
         with torch.device("meta"):
             backbone = self.backbone()
         return kind(backbone, self.head(backbone)).requires_grad_(False).eval()
 
     def adapter(self, backbone: DiffusionBackbone) -> dict[str, Tensor]:
-        """See :meth:`StoredReward.adapter`."""
         network = backbone.get_submodule(backbone.network_name)
         return {name: weight for name, weight in network.named_parameters() if ".lora_" in name}
 
@@ -83,12 +78,10 @@ class UnreadReward(LatentReward):
             )
 
     def require_latents_of(self, policy: PolicySource) -> None:
-        """See :meth:`RewardSource.require_latents_of`."""
         with errors_at(self._place):
             super().require_latents_of(policy)
 
     def load(self, policy: Policy) -> LatentScorer:
-        """See :meth:`RewardSource.load`."""
         with errors_at(self._place):
             return super().load(policy)
 
@@ -103,7 +96,6 @@ class UnaskedReward(HTTPReward):
         """Compare nothing."""
 
     def load(self, policy: Policy) -> RemoteReward:
-        """See :meth:`RewardSource.load`."""
         if self.uses_sigmas:
             return RemoteLatentReward(self, self.schema, policy, {})
         return super().load(policy)

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from omegaconf.resolvers import oc
 
 from latentreward.apps.estimate.pipelines import CLIP_MODELS, HUB_IDS, PIPELINES, write_pipelines
-from latentreward.backbones import loading
-from latentreward.errors import InputError
-from latentreward.scorers import clip
-from latentreward.storage.hub import cached_files, is_hub_id
+from latentreward.core.errors import InputError
+from latentreward.core.storage.hub import cached_files, is_hub_id
+from latentreward.diffusion.backbones import loading
+from latentreward.reward.scorers import clip
 
 SOURCES = ("source", "processor", "text_projection_source", "base")
 """Names of settings whose value is a model: a folder or a hub id."""

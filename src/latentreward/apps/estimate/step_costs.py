@@ -19,27 +19,24 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from latentreward.alignment import AlignmentModule, Policy, ReFLModule, Reward
+from latentreward.alignment.rewards.callable import FunctionReward
+from latentreward.alignment.rewards.http import RemoteImageReward, RemoteReward
+from latentreward.alignment.rewards.latent import LatentScorer
+from latentreward.alignment.rewards.pixel import DecodingReward, ImageReward
 from latentreward.apps.estimate.batches import make_batch
 from latentreward.apps.estimate.shapes import CPU, SavedTensors, ShapesOnly, gpu_autocast, is_stand_in
-from latentreward.backbones.quantization import PLANNED, stored_bytes
 from latentreward.callbacks.performance import WORTH_COMPILING, blocks_of, worth_compiling
-from latentreward.contracts import NoisyStates, layout_of, map_tensors
-from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import LatentEncoder
-from latentreward.errors import InputError, first_line
-from latentreward.heads import RewardHead
-from latentreward.modules import ReFLModule
-from latentreward.modules.alignment import AlignmentModule
-from latentreward.peak_rates import Work
-from latentreward.phases import LISTENER, phase
-from latentreward.policies import Policy
-from latentreward.programs import of_this_package
-from latentreward.rewards import Reward
-from latentreward.rewards.callable import FunctionReward
-from latentreward.rewards.http import RemoteImageReward, RemoteReward
-from latentreward.rewards.latent import LatentScorer
-from latentreward.rewards.pixel import DecodingReward, ImageReward
-from latentreward.scorers.step_aware_clip import StepAwareCLIP
+from latentreward.core.contracts import NoisyStates, layout_of, map_tensors
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.peak_rates import Work
+from latentreward.core.phases import LISTENER, phase
+from latentreward.core.programs import of_this_package
+from latentreward.diffusion.backbones.quantization import PLANNED, stored_bytes
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.vae import LatentEncoder
+from latentreward.reward import RewardHead
+from latentreward.reward.scorers.step_aware_clip import StepAwareCLIP
 
 TEXT = "text encoders"
 PARTS = {

@@ -15,19 +15,18 @@ import torch
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
+from latentreward.alignment import Policy, PriorNoise, Sampling
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.interrupts import interrupts_held
+from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.core.reports.drawing import PLAIN, SHOWN_FRAMES, animate, draw_pair, strip, tile, to_images
+from latentreward.core.storage.durable import write_file
+from latentreward.core.storage.progress import Progress
+from latentreward.core.storage.run_folder import RunFolder
 from latentreward.data.alignment.prompt_files import source_files
 from latentreward.data.images import image_bytes, png
 from latentreward.data.readers.json_rows import parse_json, short
-from latentreward.errors import InputError, first_line
-from latentreward.interrupts import interrupts_held
-from latentreward.policies import Policy
-from latentreward.ranks.shared_work import SharedWork
-from latentreward.reports.drawing import PLAIN, SHOWN_FRAMES, animate, draw_pair, strip, tile, to_images
-from latentreward.rollout import PriorNoise, Sampling
-from latentreward.storage.durable import write_file
-from latentreward.storage.progress import Progress
-from latentreward.storage.run_folder import RunFolder
 
 SETTINGS = "generate.json"
 COLUMNS = ("file", "prompt", "place", "image", "seed", "score", "mean_score")

@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from latentreward.backbones.stored_adapters import CONFIG, PREFIX, check_settings, plain_name, stored_ranks
-from latentreward.errors import InputError, errors_at, first_line
-from latentreward.policies import POLICY, AdapterSwitch, Policy
-from latentreward.scoring.files import read_state_dict
-from latentreward.storage.json_files import parse, read_config
-from latentreward.storage.user_files import find_files
+from latentreward.alignment import POLICY, AdapterSwitch, Policy
+from latentreward.core.errors import InputError, errors_at, first_line
+from latentreward.core.storage.json_files import parse, read_config
+from latentreward.core.storage.user_files import find_files
+from latentreward.diffusion.backbones.stored_adapters import CONFIG, PREFIX, check_settings, plain_name, stored_ranks
+from latentreward.reward.scoring.files import read_state_dict
 
 LOADED = "lora"
 """Name in peft of an adapter loaded from a file."""
@@ -48,7 +48,7 @@ def load_lora(policy: Policy, path: Path) -> None:
     """Load a LoRA into ``policy`` and activate it, in place of the trainable adapter, without dropout.
 
     Args:
-        policy: Policy as returned by :meth:`PolicySource.load <latentreward.policies.PolicySource.load>`.
+        policy: Policy as returned by :meth:`PolicySource.load <latentreward.alignment.PolicySource.load>`.
         path: ``.safetensors`` file, or a folder with one. The names of the weights may follow any convention that
             diffusers reads, for SD3 only diffusers' own; or those of peft, beside an ``adapter_config.json``.
 

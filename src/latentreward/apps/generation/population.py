@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
-from latentreward.errors import InputError, check_range
-from latentreward.policies import Policy
-from latentreward.rewards import Reward
-from latentreward.rollout import PromptedPolicy, RolloutDraws, Sampling, score_states
+from latentreward.alignment import Policy, PromptedPolicy, Reward, RolloutDraws, Sampling, score_states
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError, check_range
 
 
 @dataclass
@@ -93,7 +91,7 @@ def search_population(
     """Sample finished latents ``(B, C, ...)``, float32, with a population search by ``reward`` for each prompt.
 
     A population of one member is not scored any more. The first start is the one of
-    :func:`~latentreward.rollout.sample_latents`.
+    :func:`~latentreward.alignment.sample_latents`.
 
     Args:
         policy: Policy in evaluation mode; its network evaluates up to B·N states at once.

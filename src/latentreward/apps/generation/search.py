@@ -9,10 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
-from latentreward.policies import Policy
-from latentreward.rewards import Reward
-from latentreward.rollout import Branching, RolloutDraws, Sampling, candidate_steps, score_finished
+from latentreward.alignment import Branching, Policy, Reward, RolloutDraws, Sampling, candidate_steps, score_finished
+from latentreward.core.contracts import PromptBatch
 
 
 @dataclass
@@ -52,9 +50,9 @@ def search_latents(
 ) -> Tensor:
     """Sample finished latents ``(B, C, ...)``, float32, with a search by ``reward`` at each step of the window.
 
-    The random numbers are those of :func:`~latentreward.rollout.candidate_steps`. For a reward with ``needs_clean`` the
-    network is evaluated on each of the K candidates. The output for the kept candidate is reused in the next step, so
-    that a searched step costs K evaluations instead of K + 1.
+    The random numbers are those of :func:`~latentreward.alignment.candidate_steps`. For a reward with ``needs_clean``
+    the network is evaluated on each of the K candidates. The output for the kept candidate is reused in the next step,
+    so that a searched step costs K evaluations instead of K + 1.
 
     Args:
         policy: Policy in evaluation mode.
@@ -101,7 +99,7 @@ def best_of_n(
         prompts: B prompts.
         number: Samples N per prompt, at least 1.
         seed: Seed of the noise that a latent reward adds before it scores, see
-            :func:`~latentreward.rollout.score_finished`; all samples of a prompt get the same noise.
+            :func:`~latentreward.alignment.score_finished`; all samples of a prompt get the same noise.
         sigmas: Noise levels in [0, 1] of a latent reward; rewards on pixels ignore them.
 
     Returns:

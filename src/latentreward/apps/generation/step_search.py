@@ -9,23 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from latentreward.alignment import AdapterSwitch, Policy, Reward, Transition
+from latentreward.alignment.rollout.samplers import inside_window
 from latentreward.apps.generation.search import Candidates
-from latentreward.contracts import NoisyStates
-from latentreward.errors import InputError, check_range
-from latentreward.families import find_family
-from latentreward.noise.base import ancestral_variance, predicted_clean
-from latentreward.policies import AdapterSwitch, Policy
-from latentreward.rewards import Reward
-from latentreward.rollout import Transition
-from latentreward.rollout.samplers import inside_window
-from latentreward.seeding import pair_generator
+from latentreward.core.contracts import NoisyStates
+from latentreward.core.errors import InputError, check_range
+from latentreward.core.seeding import pair_generator
+from latentreward.diffusion import find_family
+from latentreward.diffusion.noise.base import ancestral_variance, predicted_clean
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
 
 
 class LoadedPipeline:
-    """Configs of a diffusers pipeline in memory, as a :class:`~latentreward.families.PipelineConfigs`."""
+    """Configs of a diffusers pipeline in memory, as a :class:`~latentreward.diffusion.PipelineConfigs`."""
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self._pipeline = pipeline
@@ -33,18 +31,18 @@ class LoadedPipeline:
         self.index: dict[str, Any] = {"_class_name": self.source, **pipeline.config}
 
     def has(self, part: str) -> bool:
-        """See :meth:`PipelineConfigs.has`."""
+        """Tell whether the pipeline has a part."""
         return getattr(self._pipeline, part, None) is not None
 
     def config(self, part: str) -> dict[str, Any]:
-        """See :meth:`PipelineConfigs.config`."""
+        """Return the config of a part."""
         if not self.has(part):
             raise InputError(f"this {self.source} has no {part}; give a whole text-to-image pipeline")
         loaded = getattr(self._pipeline, part)
         return {"_class_name": type(loaded).__name__, **loaded.config}
 
     def tensors(self, part: str, names: Sequence[str]) -> list[Tensor]:
-        """See :meth:`PipelineConfigs.tensors`."""
+        """Return tensors of a part by name."""
         state = getattr(self._pipeline, part).state_dict()
         return [state[name].detach().cpu() for name in names]
 
@@ -93,7 +91,7 @@ class Levels:
 
         The network's prediction is recovered from the states ``(B, C, ...)`` before and after a first-order
         deterministic step: x = a x̂_0 + s ε̂ and x' = a' x̂_0 + s' ε̂ are two equations for x̂_0 and ε̂. The noise has
-        the variance of :func:`~latentreward.noise.base.ancestral_variance` for ``eta`` in [0, 1], as in DDIM.
+        the variance of :func:`~latentreward.diffusion.noise.base.ancestral_variance` for ``eta`` in [0, 1], as in DDIM.
         """
         determinant = self.signal * self.next_noise - self.next_signal * self.noise
         level, following = (self.signal**2, self.noise**2), (self.next_signal**2, self.next_noise**2)

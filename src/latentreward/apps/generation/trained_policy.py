@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 
+from latentreward.alignment import Policy, PolicySource, Reward, Sampling, load_policy
+from latentreward.alignment.policies.checkpoint import read_policy_adapter
+from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.apps.generation.lora import check_lora, load_lora
-from latentreward.contracts import like_prompt
-from latentreward.encoders.offloaded import OffloadedEncoder
-from latentreward.errors import InputError
-from latentreward.policies import Policy, PolicySource, load_policy
-from latentreward.policies.checkpoint import read_policy_adapter
-from latentreward.programs import of_this_package
-from latentreward.rewards import Reward
-from latentreward.rewards.latent import LatentScorer
-from latentreward.rollout import Sampling
-from latentreward.scorers.base import code_of
-from latentreward.scorers.plugins import settings_of
-from latentreward.storage.digests import digest
+from latentreward.core.contracts import like_prompt
+from latentreward.core.errors import InputError
+from latentreward.core.programs import of_this_package
+from latentreward.core.storage.digests import digest
+from latentreward.diffusion.encoders.offloaded import OffloadedEncoder
+from latentreward.reward.scorers.base import code_of
+from latentreward.reward.scorers.plugins import settings_of
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import socket
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from latentreward.errors import InputError
+from latentreward.core.errors import InputError
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, sources_of
-from latentreward.errors import InputError
-from latentreward.scoring import RewardModel
-from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
+from latentreward.core.contracts import Conditioning, sources_of
+from latentreward.core.errors import InputError
+from latentreward.reward import RewardModel, ScoringNoise
+from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
 
 TOKENS = 64  # number of which the length of padded prompts is a multiple
 

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from latentreward.errors import InputError, printable
+from latentreward.core.errors import InputError, printable
 
 LOGGED_EVERY_S = 60.0  # seconds after which a refusal of the same kind is printed again
 ROWS = 64  # greatest number of rows of a request, if the queue is not shorter

@@ -25,9 +25,10 @@ from latentreward.apps.serving.json_bodies import PROMPT_LENGTH, from_base64, re
 from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.routes import Route, fields
 from latentreward.apps.serving.served import Scores, ServedModel
-from latentreward.contracts import EditPrompt, ImageRef, sources_of
-from latentreward.data.images import TOO_LARGE, ExifOrientation, ImageError, decode_image, decoding_bytes
-from latentreward.scoring.images import source_ref
+from latentreward.core.contracts import EditPrompt, ImageRef, sources_of
+from latentreward.data import ImageError, decode_image
+from latentreward.data.images import TOO_LARGE, ExifOrientation, decoding_bytes
+from latentreward.reward.scoring.images import source_ref
 
 EXAMPLE = '{"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}'  # JSON of a request, for messages
 EDIT_EXAMPLE = f'{EXAMPLE[:-1]}, "source_images": [BASE64, ...] or a list of these for each image}}'

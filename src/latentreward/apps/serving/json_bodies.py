@@ -7,8 +7,8 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from latentreward.apps.serving.errors import RequestError
-from latentreward.errors import first_line
-from latentreward.storage.json_files import parse
+from latentreward.core.errors import first_line
+from latentreward.core.storage.json_files import parse
 
 PROMPT_LENGTH = 10_000  # greatest length of a prompt, in characters; text encoders truncate far earlier
 Content = TypeVar("Content", bound=BaseModel)

@@ -22,8 +22,8 @@ from latentreward.apps.serving.errors import RequestError, check_limit, fewer_ro
 from latentreward.apps.serving.json_bodies import PROMPT_LENGTH, parse_json
 from latentreward.apps.serving.routes import Route, fields
 from latentreward.apps.serving.tensors import Accepted, Expected, check_levels, read_tensors, safetensors_body
-from latentreward.errors import InputError
-from latentreward.noise import NoiseProcess
+from latentreward.core.errors import InputError
+from latentreward.diffusion import NoiseProcess
 
 HEADER_BYTES = 2**20  # greatest length of a safetensors header with prompts, in bytes
 FORM = '{"__metadata__": {"prompt": TEXT for all rows or "prompts": JSON of [TEXT, ...]}}'

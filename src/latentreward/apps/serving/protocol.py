@@ -26,7 +26,7 @@ from latentreward.apps.serving.dialects.base import Dialect
 from latentreward.apps.serving.errors import RequestError, check_limit, fewer_rows
 from latentreward.apps.serving.routes import Route, fields
 from latentreward.apps.serving.tensors import Accepted, Expected, check_levels, read_tensors, safetensors_body
-from latentreward.contracts import Conditioning
+from latentreward.core.contracts import Conditioning
 
 VERSION = "1"
 VERSION_HEADER = "x-drm-protocol-version"

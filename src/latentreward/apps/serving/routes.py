@@ -9,7 +9,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from pydantic import BaseModel, TypeAdapter, create_model
 
 from latentreward.apps.serving.bodies import JSON
-from latentreward.reports import render_page
+from latentreward.core.reports.page import render_page
 
 Handler = Callable[[Request], Awaitable[Response]]
 ERRORS = {

@@ -19,12 +19,12 @@ from latentreward.apps.serving.errors import ROWS, RequestError, ScoringError
 from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.apps.serving.tensors import Accepted
-from latentreward.contracts import Conditioning
+from latentreward.core.contracts import Conditioning
+from latentreward.core.errors import InputError, one_line
 from latentreward.data.readers.json_rows import MOST_SOURCES
-from latentreward.encoders.sources import edit_of_grey
-from latentreward.errors import InputError, one_line
-from latentreward.scoring import RewardModel
-from latentreward.scoring.scoring_noise import timesteps_of
+from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.reward import RewardModel
+from latentreward.reward.scoring.scoring_noise import timesteps_of
 
 
 class ServedModel:

@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from latentreward.contracts import PathText
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, check_range
 from latentreward.data.images import MAX_PIXELS
-from latentreward.errors import InputError, check_range
-from latentreward.scoring import PublishedSettings
+from latentreward.reward import PublishedSettings
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """Names of rewards, which stand in addresses and metrics, as a regular expression."""

@@ -14,9 +14,9 @@ from torch import Tensor
 from latentreward.apps.serving.bodies import SAFETENSORS, check_type
 from latentreward.apps.serving.errors import ROWS, RequestError, check_limit
 from latentreward.apps.serving.resources import Resources
-from latentreward.contracts import sources_wanted
+from latentreward.core.contracts import sources_wanted
+from latentreward.core.errors import InputError, check_multiples, one_line, quoted
 from latentreward.data.readers.json_rows import MOST_SOURCES
-from latentreward.errors import InputError, check_multiples, one_line, quoted
 
 HEADER_BYTES = 16 * 1024
 """Greatest length of a safetensors header without prompts, in bytes; five tensors need less than 500."""

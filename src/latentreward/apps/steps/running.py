@@ -13,9 +13,9 @@ from uuid import uuid4
 
 from latentreward.apps.steps import process
 from latentreward.apps.steps.tasks import Task
-from latentreward.errors import InputError
-from latentreward.storage.durable import discard, refuse_link, write_file
-from latentreward.storage.json_files import read_config
+from latentreward.core.errors import InputError
+from latentreward.core.storage.durable import discard, refuse_link, write_file
+from latentreward.core.storage.json_files import read_config
 
 RECORD, LOG, INPUTS, TOLD = "record.json", "log.txt", "inputs.json", "process.json"
 TOLD_EVERY_S = 15.0

@@ -19,15 +19,16 @@ from latentreward.apps.taste.pictures import (
     read_pictures,
     same_contents,
 )
-from latentreward.contracts import sources_of
-from latentreward.data.images import ImageError, decode_image, image_bytes
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
+from latentreward.data import ImageError, decode_image
+from latentreward.data.images import image_bytes
 from latentreward.data.readers.base import normalise_prompt
 from latentreward.data.readers.folders import SIDES, find_pictures, read_lines
 from latentreward.data.readers.json_rows import parse_line
 from latentreward.data.readers.pair_rows import PairRowParser
 from latentreward.data.readers.rows import RowReader
-from latentreward.errors import InputError
-from latentreward.storage.digests import digest
 
 RATINGS = "ratings.jsonl"
 LEAST = 20  # fewest pairs that are split and trained on; even these tell little

@@ -4,15 +4,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentreward.contracts import like_prompt, sources_of
+from latentreward.core.contracts import like_prompt, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.texts import UnreadableTextError
+from latentreward.data import ImageError, decode_image
 from latentreward.data.image_lists import ListedImage, read_images
-from latentreward.data.images import ImageError, decode_image, file_image, image_bytes
+from latentreward.data.images import file_image, image_bytes
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.folders import find_pictures, read_caption
 from latentreward.data.readers.json_rows import parse_text
-from latentreward.errors import InputError
-from latentreward.storage.digests import digest
-from latentreward.storage.texts import UnreadableTextError
 
 MOST_NAMED = 3  # files that a remark names; the rest are counted
 

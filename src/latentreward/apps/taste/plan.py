@@ -11,16 +11,15 @@ from latentreward.apps.steps.tasks import Step, Task, resolve
 from latentreward.apps.taste.pairs import LEAST, Collection, lines
 from latentreward.apps.taste.pictures import number_of
 from latentreward.apps.taste.splitting import HELD_OUT, STOP, TRAIN, Split
-from latentreward.backbones.loading import SHIPPED, PipelineSource
-from latentreward.backbones.tuning import Tuning
-from latentreward.contracts import sources_of, sources_wanted
+from latentreward.core.contracts import sources_of, sources_wanted
+from latentreward.core.errors import InputError, errors_at
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.durable import write_file
 from latentreward.data.alignment.prompt_files import read_prompts, source_files
 from latentreward.data.images import image_bytes
-from latentreward.errors import InputError, errors_at
-from latentreward.families.base import Family
-from latentreward.families.find import find_family
-from latentreward.storage.digests import digest
-from latentreward.storage.durable import write_file
+from latentreward.diffusion import Family, find_family
+from latentreward.diffusion.backbones.loading import SHIPPED, PipelineSource
+from latentreward.diffusion.backbones.tuning import Tuning
 
 CACHE, REWARD, SCORES, ALIGN, PICTURES = "cache", "train", "scores", "align", "pictures"
 FROZEN_BELOW = 300  # training pairs below which only the head trains; above, adapters train too
@@ -88,7 +87,7 @@ def find_base(source: str, family: str | None = None) -> Base:
             own = find_family(pipeline, family)
             settings = min(own.native_size), own.default_guidance
             if family is not None:
-                return Base("latentreward.families.load_family_backbone", *settings)
+                return Base("latentreward.diffusion.load_family_backbone", *settings)
             large = EDITING if pipeline.has("transformer") else ()
             return Base(EDITORS[kind], *settings, alignment=(*ALIGNMENT, *large))
     if kind not in BASES:

@@ -15,10 +15,11 @@ from typing import Any
 from PIL import Image
 
 from latentreward.apps.taste.ratings import Ratings
-from latentreward.contracts import sources_of
-from latentreward.data.images import ImageError, decode_image, file_image
-from latentreward.errors import InputError, one_line
-from latentreward.reports import render_page
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError, one_line
+from latentreward.core.reports.page import render_page
+from latentreward.data import ImageError, decode_image
+from latentreward.data.images import file_image
 
 HOST = "127.0.0.1"
 SIDE, QUALITY = 1024, 90  # longest side in pixels, and JPEG quality, of a picture on the page

@@ -13,12 +13,12 @@ import numpy as np
 
 from latentreward.apps.taste.pairs import FEWEST, RATINGS, RatedPair
 from latentreward.apps.taste.pictures import Picture, listed, number_of, read_pictures, same_contents
-from latentreward.contracts import sources_of
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.durable import write_file
 from latentreward.data.readers.base import normalise_prompt
 from latentreward.data.readers.json_rows import parse_line
-from latentreward.errors import InputError
-from latentreward.storage.digests import digest
-from latentreward.storage.durable import write_file
 
 BLOCK = 8  # pictures that are compared with each other only, so that the split finds parts without common pictures
 Answer = Literal["a", "b", "tie"]

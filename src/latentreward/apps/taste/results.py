@@ -13,15 +13,17 @@ from latentreward.apps.evaluation.policy.imported import find_pictures
 from latentreward.apps.taste.pictures import number_of
 from latentreward.apps.taste.plan import PREFERENCES, Plan
 from latentreward.apps.taste.splitting import HELD_OUT
-from latentreward.contracts import ImageRef, sources_of
-from latentreward.data.images import ImageError, decode_image, file_image
-from latentreward.errors import InputError
-from latentreward.metrics.bootstrap import Interval
-from latentreward.metrics.shared_pictures import picture_accuracy
-from latentreward.reports import picture_uri, write_page
-from latentreward.reports.tables import with_interval
-from latentreward.storage.durable import write_file
-from latentreward.storage.json_files import read_config
+from latentreward.core.bootstrap import Interval
+from latentreward.core.contracts import ImageRef, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.reports.drawing import picture_uri
+from latentreward.core.reports.page import write_page
+from latentreward.core.reports.tables import with_interval
+from latentreward.core.storage.durable import write_file
+from latentreward.core.storage.json_files import read_config
+from latentreward.data import ImageError, decode_image
+from latentreward.data.images import file_image
+from latentreward.reward.metrics.shared_pictures import picture_accuracy
 
 CHANCE = 0.5
 SCORES = "scores_rank0.parquet"

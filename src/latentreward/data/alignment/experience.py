@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import Dataset
 
-from latentreward.contracts import (
+from latentreward.core.contracts import (
     EditPrompt,
     ImageRef,
     PromptBatch,
@@ -26,10 +26,10 @@ from latentreward.contracts import (
     sources_of,
     take_rows,
 )
+from latentreward.core.errors import InputError
+from latentreward.core.promises import shown
+from latentreward.core.seeding import pair_generator
 from latentreward.data.loading import CountedBatches
-from latentreward.errors import InputError
-from latentreward.promises import shown
-from latentreward.seeding import pair_generator
 
 
 class Learner(Protocol):

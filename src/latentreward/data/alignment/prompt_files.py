@@ -12,7 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.contracts import EditPrompt, ImageRef, sources_of
+from latentreward.core.contracts import EditPrompt, ImageRef, sources_of
+from latentreward.core.errors import InputError, errors_at, first_line
+from latentreward.core.storage.texts import read_text
+from latentreward.core.storage.user_files import find_files, split_pattern, whole_file
 from latentreward.data.images import ImageError, file_image, read_header
 from latentreward.data.list_rows import read_rows
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
@@ -25,9 +28,6 @@ from latentreward.data.readers.json_rows import (
     short,
 )
 from latentreward.data.readers.rows import embedded_image
-from latentreward.errors import InputError, errors_at, first_line
-from latentreward.storage.texts import read_text
-from latentreward.storage.user_files import find_files, split_pattern, whole_file
 
 COLUMNS = ("prompt", "caption", "Prompt")
 """Names of the prompt column in order of preference: this project's, that of Pick-a-Pic and LPO, PartiPrompts'."""

@@ -8,13 +8,13 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import Dataset
 
-from latentreward.contracts import PathText, PromptBatch
+from latentreward.core.contracts import PathText, PromptBatch
+from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.core.seeding import pair_generator, run_seed
 from latentreward.data.alignment.experience import ExperienceSampler
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.data.loading import CountedBatches, ResumableLoader, as_is, shares_of
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
-from latentreward.errors import InputError, check_at_least_one
-from latentreward.seeding import pair_generator, run_seed
 
 
 class PromptOrder(Dataset[PromptBatch]):

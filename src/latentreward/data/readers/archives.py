@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from latentreward.contracts import ImageRef
+from latentreward.core.contracts import ImageRef
+from latentreward.core.errors import InputError
+from latentreward.core.storage.user_files import whole_file
 from latentreward.data.images import TOO_LARGE, ImageError, file_image
-from latentreward.errors import InputError
-from latentreward.storage.user_files import whole_file
 
 BITE, BEGINNING = 64, 2**16
 """Bytes read at once of a member that cannot be read whole, and bytes of it that are read."""

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentreward.contracts import ImageRef, PreferencePair, sources_of
+from latentreward.core.contracts import ImageRef, PreferencePair, sources_of
+from latentreward.core.errors import InputError, check_at_least_one, printable, quoted
+from latentreward.core.promises import Part, number, returns, shown
+from latentreward.core.storage.digests import digest, size_and_time
 from latentreward.data.images import ExifOrientation
-from latentreward.errors import InputError, check_at_least_one, printable, quoted
-from latentreward.promises import Part, number, returns, shown
-from latentreward.storage.digests import digest, size_and_time
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ Contents = Literal["images", "latents", "nothing"]
 Sources = Literal["read", "ignore"]
 MAX_PROMPT_CHARS, MAX_VOTES = 10_000, 10**9
 """Largest number of characters in a prompt, and of votes for an image; rows with more fall under ``on_error``."""
-NAMES_KEPT, OWN_NAMES_KEPT = 512, 2**20
-"""Number of rows whose names are compared with each other: of a reader of this package, and of a user's own."""
+NAMES_KEPT = 2**20
+"""Number of rows of a user's own reader whose names are compared with each other."""
 OWN_ON_ERROR, DATA_ON_ERROR = "the reader's on_error", "data.on_error (or the reader's own, which wins)"
 """Names of the setting in messages: for a reader used alone, and for one in a data module."""
 FILE_ROWS, TABLE_ROWS = 4096, 16
@@ -65,8 +65,7 @@ def _wrong_name(name: str, reader: "PairReader", index: int) -> str | None:
     if index == 0 and (before := vars(reader).setdefault("_first_name", name)) != name:
         return f"pair_id={before!r:.60} and then {name!r:.60} for row 0; it must be the same in each call and run"
     names = vars(reader).setdefault("_first_rows", {})
-    ours = type(reader).__module__.startswith("latentreward.")
-    if len(names) < (NAMES_KEPT if ours else OWN_NAMES_KEPT) and index >= 0:
+    if len(names) < NAMES_KEPT and index >= 0:
         names.setdefault(name, int(index))
     if index >= 0 and (first := names.get(name, index)) != index:
         return f"pair_id={name!r:.60} for rows {first} and {index}; it must be a name for each row"
@@ -92,8 +91,8 @@ class PairReader(Part):
             null takes the default of the class: ``apply`` for data of your own, ``ignore`` for published data sets,
             because the published models were trained without applying it.
         sources: What happens to the pictures of which a row's images are edits. ``read`` gives them with the prompt, an
-            :class:`~latentreward.contracts.EditPrompt`. ``ignore`` gives the text alone, with which a text-to-image
-            reward is trained on the same results.
+            :class:`~latentreward.core.contracts.EditPrompt`. ``ignore`` gives the text alone, with which a
+            text-to-image reward is trained on the same results.
 
     Raises:
         InputError: If ``max_prompt_chars`` is below 1.

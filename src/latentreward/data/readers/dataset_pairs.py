@@ -6,7 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef, PathText
+from latentreward.core.contracts import ImageRef, PathText
+from latentreward.core.errors import InputError, did_you_mean, quoted
 from latentreward.data.readers.base import Sources
 from latentreward.data.readers.json_rows import (
     SOURCES,
@@ -27,7 +28,6 @@ from latentreward.data.readers.tables import (
     source_name,
     warn_row_groups,
 )
-from latentreward.errors import InputError, did_you_mean, quoted
 
 OPTIONAL = ("label", "votes", "confidence", "weight", "pair_id", "group_id", *MODELS, *NOISES, SOURCES[0])
 KEYS = ("key_a", "key_b")
@@ -40,7 +40,7 @@ FIELDS = ("prompt", *WINNER_FIRST, *BY_LABEL, *OPTIONAL, *KEYS, SOURCE_KEYS)
 class DatasetPairReader(RowReader):
     """Reader of a table with columns ``prompt`` and ``chosen``, ``rejected`` or ``image_a``, ``image_b``, ``label``.
 
-    The columns mean what the keys of :class:`~latentreward.data.readers.jsonl.JSONLPairReader` mean, and are checked by
+    The columns mean what the keys of :class:`~latentreward.data.JSONLPairReader` mean, and are checked by
     the same rules. A column of images holds bytes, structs with ``bytes`` or ``path`` as ``datasets`` writes them for
     its feature ``Image``, or paths. Optional columns are ``votes``, ``confidence``, ``weight``, ``pair_id`` (default
     ``FILE:ROW``, or ``SPLIT:ROW`` of a ``Dataset``), ``group_id``, ``model_a``, ``model_b``, ``noise_a``, ``noise_b``

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef, PathText
+from latentreward.core.contracts import ImageRef, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.storage.texts import read_table, read_text
+from latentreward.core.storage.user_files import find_files
 from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, sort_buckets
 from latentreward.data.readers.base import MAX_VOTES, Contents
 from latentreward.data.readers.json_rows import parse_number
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, damage_named, open_part
 from latentreward.data.readers.rows import RowReader, pack
-from latentreward.errors import InputError
-from latentreward.storage.texts import read_table, read_text
-from latentreward.storage.user_files import find_files
 
 LATENTS = ("latent1", "latent2")
 SHAPES = ("latent1_shape", "latent2_shape")

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef, PathText
+from latentreward.core.contracts import ImageRef, PathText
+from latentreward.core.errors import InputError, did_you_mean, quoted
 from latentreward.data.readers.folders import read_lines
 from latentreward.data.readers.json_rows import (
     SOURCES,
@@ -23,12 +24,7 @@ from latentreward.data.readers.json_rows import (
 )
 from latentreward.data.readers.pair_rows import BY_LABEL, PairRowParser
 from latentreward.data.readers.rows import RowReader
-from latentreward.data.readers.tables import (
-    Source,
-    open_table,
-    source_name,
-)
-from latentreward.errors import InputError, did_you_mean, quoted
+from latentreward.data.readers.tables import Source, open_table, source_name
 
 Axis = Literal["overall", "instruction_following", "visual_quality"]
 HINT = "give the published files, or name the layout"
@@ -151,7 +147,7 @@ class EditPairReader(RowReader):
 
     Args:
         source: JSON file, or a file of JSON lines; folder that holds ``{split}.json`` or ``{split}.jsonl``; otherwise a
-            table, see :class:`~latentreward.data.readers.dataset_pairs.DatasetPairReader`.
+            table, see :class:`~latentreward.data.DatasetPairReader`.
         split: Name of the split.
         layout: Name of the layout; None recognises it by the fields.
         axis: ``overall`` labels pairs by the published verdict. The other axes label them by the published scores of

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef
+from latentreward.core.contracts import ImageRef
+from latentreward.core.errors import InputError
 from latentreward.data.readers.groups import UNRANKED, ImageGroup, pair_images
 from latentreward.data.readers.json_rows import parse_json, parse_number, short
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import Source, open_table, source_name
-from latentreward.errors import InputError
 
 HINT = "give the published files, with a column of images for each rated model"
 RATED = "_HumanRating"

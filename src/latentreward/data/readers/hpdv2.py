@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from latentreward.contracts import PathText
+from latentreward.core.contracts import PathText
+from latentreward.core.storage.hub import is_hub_id
 from latentreward.data.readers.groups import UNRANKED, ImageGroup, pair_images, parse_ranked
 from latentreward.data.readers.hub import fetch_files
 from latentreward.data.readers.json_rows import load_rows, parse_number
 from latentreward.data.readers.rows import RowReader
-from latentreward.storage.hub import is_hub_id
 
 
 class HPDv2Reader(RowReader):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentreward.contracts import PathText
+from latentreward.core.contracts import PathText
 from latentreward.data.readers.json_rows import load_rows, parse_json, short
 from latentreward.data.readers.pair_rows import PairRowParser
 from latentreward.data.readers.rows import RowReader

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentreward.errors import InputError, first_line
+from latentreward.core.errors import InputError, first_line
 
 LOCATION = "hf://datasets/{}@{}"
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from latentreward.contracts import ImageRef, PathText
+from latentreward.core.contracts import ImageRef, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.storage.hub import is_hub_id
+from latentreward.core.storage.user_files import find_files, whole_file
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.archives import ImageArchives
 from latentreward.data.readers.groups import UNRANKED, ImageGroup, check_ranks, pair_images, parse_ranked
@@ -17,9 +20,6 @@ from latentreward.data.readers.hub import fetch_files
 from latentreward.data.readers.json_rows import check_row, load_rows, parse_rows, parse_text, short
 from latentreward.data.readers.parquet_store import ParquetPart, damage_named
 from latentreward.data.readers.rows import RowReader
-from latentreward.errors import InputError
-from latentreward.storage.hub import is_hub_id
-from latentreward.storage.user_files import find_files, whole_file
 
 PARTS = {"train": 32, "validation": 2, "test": 2}
 """Number of zip files of each published split."""

@@ -10,7 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef, PathText
+from latentreward.core.contracts import ImageRef, PathText
+from latentreward.core.errors import InputError, did_you_mean
+from latentreward.core.storage.texts import UnreadableTextError
+from latentreward.core.storage.user_files import find_files
 from latentreward.data.readers.folders import read_caption
 from latentreward.data.readers.groups import UNRANKED, ImageGroup, pair_images
 from latentreward.data.readers.json_rows import parse_json, parse_number, parse_text, short
@@ -18,9 +21,6 @@ from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns
 from latentreward.data.readers.rows import ROWS_AT_ONCE, RowReader, pack
 from latentreward.data.readers.tables import holds_images
 from latentreward.data.readers.tars import read_extent, read_samples
-from latentreward.errors import InputError, did_you_mean
-from latentreward.storage.texts import UnreadableTextError
-from latentreward.storage.user_files import find_files
 
 ENCODED = ("jpg", "png", "webp")
 """Values of img2dataset's ``encode_format``, the suffixes of its images and the names of its column of images."""

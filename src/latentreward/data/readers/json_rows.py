@@ -9,10 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from latentreward.core.errors import InputError
+from latentreward.core.storage.json_files import parse
+from latentreward.core.storage.texts import decode_text, read_text
 from latentreward.data.readers.base import PairReader
-from latentreward.errors import InputError
-from latentreward.storage.json_files import parse
-from latentreward.storage.texts import decode_text, read_text
 
 EDIT_SOURCE = re.compile(
     r"(source|src|input|condition|conditioning)_(image|img)s?|path_src|prompt_images", re.IGNORECASE

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from latentreward.contracts import PathText
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError
 from latentreward.data.readers.folders import read_lines
 from latentreward.data.readers.json_rows import parse_line
 from latentreward.data.readers.pair_rows import PairRowParser
 from latentreward.data.readers.rows import RowReader
-from latentreward.errors import InputError
 
 
 class JSONLPairReader(RowReader):

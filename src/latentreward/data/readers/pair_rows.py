@@ -46,7 +46,7 @@ TEXTS = (*MODELS, *NOISES, "group_id", "split")
 NOT_LABELS = (*WINNER_FIRST, *BY_LABEL, *TEXTS, *SOURCES, "prompt", "label", "confidence", "weight", "pair_id")
 """Keys under which nobody looks for a label, beside the keys of labels themselves."""
 COLUMNS = {name: name for name in (*NOT_LABELS, "votes")}
-"""Field → column of pairs of your own; :class:`~latentreward.data.readers.jsonl.JSONLPairReader` describes them."""
+"""Field → column of pairs of your own; :class:`~latentreward.data.JSONLPairReader` describes them."""
 NO_LABEL = "unlabelled (no label)"
 MOST_KEYS = 3
 """Other keys of unlabelled rows that a remark names; the rest are counted."""

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.hub import is_hub_id
+from latentreward.core.storage.user_files import find_files, split_pattern, whole_file
 from latentreward.data.images import ImageError
 from latentreward.data.readers.hub import fetch_split
-from latentreward.errors import InputError, first_line
-from latentreward.storage.hub import is_hub_id
-from latentreward.storage.user_files import find_files, split_pattern, whole_file
 
 MAX_OPEN_FILES = 32
 VIEWS = {pa.binary_view(): pa.large_binary(), pa.string_view(): pa.large_string()}

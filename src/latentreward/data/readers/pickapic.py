@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentreward.contracts import ImageRef
+from latentreward.core.contracts import ImageRef
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import Source, empty_long_prompts, open_table, source_name, warn_row_groups
 

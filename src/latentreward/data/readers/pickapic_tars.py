@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef, PathText
+from latentreward.core.contracts import ImageRef, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.storage.hub import is_hub_id
+from latentreward.core.storage.user_files import find_files
 from latentreward.data.readers.base import content_key
 from latentreward.data.readers.hub import fetch_split
 from latentreward.data.readers.json_rows import encodable
 from latentreward.data.readers.rows import RowReader, pack
 from latentreward.data.readers.tars import ABSENT, Sample, read_extent, read_samples
-from latentreward.errors import InputError
-from latentreward.storage.hub import is_hub_id
-from latentreward.storage.user_files import find_files
 
 IMAGES = ("jpg_0.jpg", "jpg_1.jpg")
 LABELS = ("label_0.txt", "label_1.txt")

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentreward.contracts import EditPrompt, ImageRef, PathText, PreferencePair
+from latentreward.core.contracts import EditPrompt, ImageRef, PathText, PreferencePair
+from latentreward.core.errors import InputError
+from latentreward.core.seeding import coin_flips
+from latentreward.core.storage.user_files import escapes, relative_path, resolve_inside
 from latentreward.data.images import BASE64, NO_IMAGE, OUTSIDE, file_image, outside
 from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.json_rows import short
-from latentreward.errors import InputError
-from latentreward.seeding import coin_flips
-from latentreward.storage.user_files import escapes, relative_path, resolve_inside
 
 SCORED_AXES = ("overall", "instruction_following", "visual_quality")
 SIDED = (*SCORED_AXES, "model", "votes")

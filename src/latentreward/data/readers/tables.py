@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentreward.contracts import PathText
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.user_files import escapes, split_pattern
 from latentreward.data.readers.base import PairReader
 from latentreward.data.readers.parquet_store import (
     ParquetPart,
@@ -29,8 +31,6 @@ from latentreward.data.readers.parquet_store import (
 )
 from latentreward.data.readers.parquet_store import read_index as read_parquet
 from latentreward.data.readers.rows import RowReader
-from latentreward.errors import InputError, first_line
-from latentreward.storage.user_files import escapes, split_pattern
 
 if TYPE_CHECKING:
     from datasets import Dataset

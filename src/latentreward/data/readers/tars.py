@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from latentreward.errors import first_line
-from latentreward.storage.texts import UnreadableTextError, decode_text
-from latentreward.storage.user_files import is_ignored, whole_file
+from latentreward.core.errors import first_line
+from latentreward.core.storage.texts import UnreadableTextError, decode_text
+from latentreward.core.storage.user_files import is_ignored, whole_file
 
 ABSENT = (-1, 0)
 MAX_TEXT = 1 << 20

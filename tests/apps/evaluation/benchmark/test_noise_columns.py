@@ -8,10 +8,9 @@ import torch
 from PIL import Image
 
 from latentreward.apps.evaluation.benchmark.noise_columns import NoiseColumns
-from latentreward.errors import InputError
-from latentreward.scorers import RewardModelScorer
-from latentreward.scoring import ScoringNoise
-from tests.rewards.stored import write_run
+from latentreward.core.errors import InputError
+from latentreward.reward import RewardModelScorer, ScoringNoise
+from tests.alignment.rewards.stored import write_run
 
 PROMPTS = ["a cat", "two dogs"]
 

@@ -8,8 +8,8 @@ import pytest
 
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, VOTES, answers, fit_thresholds, judge
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
-from latentreward.errors import InputError
-from latentreward.metrics.bootstrap import two_folds
+from latentreward.core.bootstrap import two_folds
+from latentreward.core.errors import InputError
 from tests.apps.evaluation.benchmark.scored import LABELS, NAN, drawn, scored
 
 VOTED = {"vote": ("leftvote", "leftvote", "rightvote", "tievote", "rightvote")}

@@ -17,10 +17,10 @@ from latentreward.apps.evaluation.benchmark.base import Benchmark, band, subgrou
 from latentreward.apps.evaluation.benchmark.evaluate import LOOKED_INTO
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, judge
 from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
-from latentreward.data.readers import JSONLPairReader
-from latentreward.errors import InputError
-from latentreward.scorers import CallableScorer
-from latentreward.scorers.pair_scoring import PairScoring
+from latentreward.core.errors import InputError
+from latentreward.data import JSONLPairReader
+from latentreward.reward import CallableScorer
+from latentreward.reward.scorers.pair_scoring import PairScoring
 from tests.formats.conftest import COMMITTED, encode
 from tests.formats.test_benchmark_metrics import luminance, results, scores
 

@@ -21,9 +21,9 @@ from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, judge
 from latentreward.apps.evaluation.benchmark.published_numbers import AVERAGE, FOUR_BENCHMARKS, PUBLISHED, published_for
 from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
 from latentreward.apps.evaluation.benchmark.sections import sections
-from latentreward.errors import InputError
-from latentreward.metrics import PairCalibration, ScoreCorrelation
-from latentreward.metrics.bootstrap import Interval
+from latentreward.core.bootstrap import Interval
+from latentreward.core.errors import InputError
+from latentreward.reward import PairCalibration, ScoreCorrelation
 from tests.apps.evaluation.benchmark.scored import NAN, drawn, scored
 
 

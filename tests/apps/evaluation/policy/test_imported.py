@@ -7,15 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.apps.evaluation.policy.imported import (
-    ImportedPictures,
-    find_pictures,
-    import_pictures,
-)
+from latentreward.apps.evaluation.policy.imported import ImportedPictures, find_pictures, import_pictures
 from latentreward.apps.evaluation.policy.samples import complete_or_refuse
-from latentreward.contracts import EditPrompt, ImageRef, sources_of
+from latentreward.core.contracts import EditPrompt, ImageRef, sources_of
+from latentreward.core.errors import InputError
 from latentreward.data.alignment.prompt_files import PromptRow
-from latentreward.errors import InputError
 
 ROWS = [PromptRow("a cat"), PromptRow("two dogs, «x»"), PromptRow("a cat")]
 

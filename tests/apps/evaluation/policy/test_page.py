@@ -10,8 +10,8 @@ from PIL import Image
 from latentreward.apps.evaluation.policy.results import PolicyReport, ScoredPictures
 from latentreward.apps.evaluation.policy.sections import INTRODUCTION, sections, shown_rows, side_by_side
 from latentreward.apps.evaluation.policy.statistics import compare, policy_scores
-from latentreward.reports.report import write_report
-from latentreward.scorers.tools import JudgedPicture
+from latentreward.core.reports.report import write_report
+from latentreward.reward.scorers.tools import JudgedPicture
 from tests.accessibility import PHONE, faults
 
 HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror="document.title=1"> `| "\' & ü \u202e'

@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image
 
 from latentreward.apps.evaluation.policy.scoring import PictureScoring
-from latentreward.ranks.shared_work import SharedWork
-from latentreward.scorers.tools import JudgedPicture
+from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.reward.scorers.tools import JudgedPicture
 from tests.apps.evaluation.policy.toy_scorers import Channels
 
 

@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentreward.alignment import PixelReward, Sampling
 from latentreward.apps.evaluation.policy.samples import JudgedPolicy
 from latentreward.apps.evaluation.policy.state_scores import StateScores, check_states, within_prompts
-from latentreward.errors import InputError
-from latentreward.rewards import PixelReward
-from latentreward.rollout import Sampling
-from latentreward.scorers import CallableScorer
+from latentreward.core.errors import InputError
+from latentreward.reward import CallableScorer
+from tests.alignment.modules.simple_reward import FirstChannelReward
 from tests.apps.evaluation.policy.toy_scorers import redness
-from tests.modules.simple_reward import FirstChannelReward
 
 
 def test_prompts_means_do_not_count() -> None:

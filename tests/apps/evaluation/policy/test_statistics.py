@@ -7,9 +7,9 @@ import pytest
 
 from latentreward.apps.evaluation.policy.results import ScoredPictures
 from latentreward.apps.evaluation.policy.statistics import compare, headline, in_common, policy_scores
-from latentreward.metrics.bootstrap import wilson_ends
-from latentreward.reports.tables import Row
-from latentreward.scorers.tools import JudgedPicture
+from latentreward.core.bootstrap import wilson_ends
+from latentreward.core.reports.tables import Row
+from latentreward.reward.scorers.tools import JudgedPicture
 
 MEAN = {"score": "mean"}
 

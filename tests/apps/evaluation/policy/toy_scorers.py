@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.scorers import ImageScorer
+from latentreward.reward import ImageScorer
 
 CALLS: list[int] = []
 """Pictures of each call of :func:`redness`."""

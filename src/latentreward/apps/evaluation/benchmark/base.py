@@ -10,10 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
-from latentreward.contracts import PathText
-from latentreward.data import PairReader
-from latentreward.data.readers import OnError
-from latentreward.errors import InputError
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError
+from latentreward.data import OnError, PairReader
 
 Texts = tuple[str | None, ...]
 SUBGROUP_COLUMNS = ("models", "model", "prompt length", "vote share", "confidence", "skill", "style")
@@ -146,7 +145,8 @@ class Benchmark(ABC):
 
         Args:
             split: Name of the split.
-            table: Table written by :class:`~latentreward.scorers.pair_scoring.PairScoring` for the first rows of the
+            table: Table written by :class:`~latentreward.reward.scorers.pair_scoring.PairScoring` for the first rows of
+                the
                 split's reader. Columns: ``pair_id``, ``image_a``, ``image_b``, ``COLUMN_a``, ``COLUMN_b``,
                 ``problem_a``, ``problem_b``.
             column: Name of the scores without ``_a`` and ``_b``.

@@ -7,11 +7,10 @@ import numpy as np
 from PIL import Image
 
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
-from latentreward.contracts import sources_of
-from latentreward.data.images import ImageError, decode_image
-from latentreward.data.readers import PairReader
-from latentreward.reports import picture_uri
-from latentreward.reports.tables import Row
+from latentreward.core.contracts import sources_of
+from latentreward.core.reports.drawing import picture_uri
+from latentreward.core.reports.tables import Row
+from latentreward.data import ImageError, PairReader, decode_image
 
 LONGEST_PROMPT = 400
 """Most characters of a prompt shown on the page."""

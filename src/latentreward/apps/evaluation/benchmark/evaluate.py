@@ -15,13 +15,13 @@ from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
 from latentreward.apps.evaluation.benchmark.published_numbers import AVERAGE, FOUR_BENCHMARKS, published_for
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs, BenchmarkReport
 from latentreward.apps.evaluation.benchmark.scoring import TIMESTEPS, BenchmarkScores, data_counts
-from latentreward.errors import InputError
-from latentreward.metrics import bootstrap
-from latentreward.metrics.calibration import PairCalibration, bin_by_confidence, fit_temperature
-from latentreward.metrics.rank_correlation import clustered_correlation, same_order
-from latentreward.reports.tables import Row
-from latentreward.scorers import Scorer
-from latentreward.scorers.fingerprints import public_identity
+from latentreward.core import bootstrap
+from latentreward.core.errors import InputError
+from latentreward.core.reports.tables import Row
+from latentreward.reward import PairCalibration, Scorer
+from latentreward.reward.metrics.calibration import bin_by_confidence, fit_temperature
+from latentreward.reward.metrics.rank_correlation import clustered_correlation, same_order
+from latentreward.reward.scorers.fingerprints import public_identity
 
 LOOKED_INTO = (
     "imagereward/micro",
@@ -146,7 +146,7 @@ def calibration_result(key: str, pairs: BenchmarkPairs) -> Row:
 
     The prompt groups are cut into two halves. The temperature for one half is fitted on the other half by maximum
     likelihood, so the error is measured on unseen prompts. Bins and error are those of
-    :class:`~latentreward.metrics.calibration.PairCalibration`. The interval resamples prompt groups and does not refit
+    :class:`~latentreward.reward.PairCalibration`. The interval resamples prompt groups and does not refit
     the temperatures; it is centred on the error, because resampling inflates the error. With finitely many pairs the
     error is positive even for a calibrated scorer.
     """

@@ -7,9 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.errors import InputError
-from latentreward.scorers import ImageScorer, RewardModelScorer
-from latentreward.scoring import ScoringNoise
+from latentreward.core.errors import InputError
+from latentreward.reward import ImageScorer, RewardModelScorer, ScoringNoise
 
 
 class NoiseColumns(ImageScorer):
@@ -50,7 +49,6 @@ class NoiseColumns(ImageScorer):
         return f"{self.scorer.identity()}, {self.draws} draws, levels {list(self.levels)}"
 
     def prepare(self) -> None:
-        """See :meth:`ImageScorer.prepare`."""
         self.scorer.prepare()
 
     def timesteps(self) -> list[float]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from latentreward.reports.tables import Row, few_groups, grouped, percent
+from latentreward.core.reports.tables import Row, few_groups, grouped, percent
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette for colour-blind readers, without its yellow, which is too pale on white."""

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
-from latentreward.errors import InputError, did_you_mean
-from latentreward.metrics.bootstrap import clustered_accuracy, group_sums, ratio, two_folds
-from latentreward.metrics.calibration import fit_temperature
-from latentreward.reports.tables import Row
+from latentreward.core.bootstrap import clustered_accuracy, group_sums, ratio, two_folds
+from latentreward.core.errors import InputError, did_you_mean
+from latentreward.core.reports.tables import Row
+from latentreward.reward.metrics.calibration import fit_temperature
 
 NO_SCORE, NO_LABEL, TIE, NO_VOTE = "no score", "no label", "tie", "no vote"
 THRESHOLDS = np.arange(11) / 10

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from latentreward.reports.tables import Row
+from latentreward.core.reports.tables import Row
 
 AVERAGE = "four_benchmarks"
 """Key of the mean accuracy over :data:`FOUR_BENCHMARKS`, in the place of a protocol's key."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from latentreward.metrics.bootstrap import group_codes
-from latentreward.reports.tables import Row
+from latentreward.core.bootstrap import group_codes
+from latentreward.core.reports.tables import Row
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class BenchmarkReport:
     In every row ``benchmark`` names data set and split, e.g. ``hpdv3 test``; ``protocol`` is a key of
     :data:`~latentreward.apps.evaluation.benchmark.protocols.PROTOCOLS`; ``scorer``, ``first`` and ``second`` are names
     of scorers; ``pairs`` is the number of pairs that count, and ``estimate`` the protocol's number in [0, 1] on these
-    pairs with its :class:`~latentreward.metrics.bootstrap.Interval`.
+    pairs with its :class:`~latentreward.core.bootstrap.Interval`.
     """
 
     scorers: dict[str, str]  # name of a scorer → its identity, in one line

@@ -20,11 +20,11 @@ from latentreward.apps.evaluation.benchmark.base import Benchmark, Evaluation
 from latentreward.apps.evaluation.benchmark.noise_columns import NoiseColumns
 from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
-from latentreward.data.readers import PairReader
-from latentreward.scorers import ImageScorer, Scorer
-from latentreward.scorers.pair_scoring import PairScoring, require_images
-from latentreward.storage.part_tables import PartFiles
-from latentreward.storage.progress import Progress
+from latentreward.core.storage.part_tables import PartFiles
+from latentreward.core.storage.progress import Progress
+from latentreward.data import PairReader
+from latentreward.reward import ImageScorer, Scorer
+from latentreward.reward.scorers.pair_scoring import PairScoring, require_images
 
 TIMESTEPS = b"timesteps"
 """Key of a table's metadata with the timesteps of a :class:`NoiseColumns` scorer's noise levels."""

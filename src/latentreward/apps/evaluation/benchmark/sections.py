@@ -13,7 +13,7 @@ from latentreward.apps.evaluation.benchmark.disagreements import Pictures, disag
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS
 from latentreward.apps.evaluation.benchmark.published_numbers import AVERAGE
 from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
-from latentreward.reports.tables import (
+from latentreward.core.reports.tables import (
     NOTHING,
     Column,
     Row,

@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from latentreward.apps.evaluation.benchmark.base import Benchmark, Evaluation, Texts
-from latentreward.contracts import PathText
-from latentreward.data import readers
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, check_range
+from latentreward.data import (
+    DiffusionRMReader,
+    EditPairReader,
+    GenAIBenchCMUReader,
+    GenAIBenchReader,
+    HPDv2Reader,
+    HPDv3Reader,
+    ImageRewardDBReader,
+    ImageRewardReader,
+    OnError,
+    PairReader,
+    PickAPicReader,
+)
 from latentreward.data.format_detection import Splits, recognise
-from latentreward.data.readers import OnError, PairReader
-from latentreward.errors import InputError, check_range
 
 
 class ImageRewardBenchmark(Benchmark):
@@ -26,7 +37,7 @@ class ImageRewardBenchmark(Benchmark):
 
     def open(self, split: str) -> PairReader:
         """Open the test set by :class:`~latentreward.data.ImageRewardReader`, which has no other split."""
-        return readers.ImageRewardReader(self.root, on_error=self.on_error)
+        return ImageRewardReader(self.root, on_error=self.on_error)
 
 
 class ImageRewardDBBenchmark(Benchmark):
@@ -39,7 +50,7 @@ class ImageRewardDBBenchmark(Benchmark):
         on_error: See :class:`Benchmark`.
     """
 
-    name, keys, reader = "imagerewarddb", ImageRewardBenchmark.keys, readers.ImageRewardDBReader
+    name, keys, reader = "imagerewarddb", ImageRewardBenchmark.keys, ImageRewardDBReader
 
     def __init__(
         self, root: PathText, split: str = "test", *, parts: Sequence[int] | None = None, on_error: OnError = "skip"
@@ -59,7 +70,7 @@ class HPDv2Benchmark(Benchmark):
         on_error: See :class:`Benchmark`.
     """
 
-    name, keys, reader = "hpdv2", ("hpdv2/macro", "hpdv2/micro"), readers.HPDv2Reader
+    name, keys, reader = "hpdv2", ("hpdv2/macro", "hpdv2/micro"), HPDv2Reader
 
     def columns(self, reader: PairReader) -> dict[str, Texts]:
         """Return the columns of sub-groups, with ``style`` if the prompts of any pair have a style."""
@@ -86,7 +97,7 @@ class HPDv3Benchmark(Benchmark):
         on_error: See :class:`Benchmark`.
     """
 
-    name, keys, reader = "hpdv3", ("hpdv3",), readers.HPDv3Reader
+    name, keys, reader = "hpdv3", ("hpdv3",), HPDv3Reader
 
     def __init__(
         self, root: PathText, split: str = "test", *, min_confidence: float | None = None, on_error: OnError = "skip"
@@ -109,7 +120,7 @@ class PickAPicBenchmark(Benchmark):
         on_error: See :class:`Benchmark`.
     """
 
-    name, keys, reader = "pickapic", ("pickapic/lrm", "pickapic/strict"), readers.PickAPicReader
+    name, keys, reader = "pickapic", ("pickapic/lrm", "pickapic/strict"), PickAPicReader
 
     def __init__(
         self,
@@ -147,7 +158,7 @@ class GenAIBenchTigerBenchmark(Benchmark):
         on_error: See :class:`Benchmark`.
     """
 
-    name, reader = "genai_bench_tiger", readers.GenAIBenchReader
+    name, reader = "genai_bench_tiger", GenAIBenchReader
     keys = "genai_bench_tiger/no_tie", "genai_bench_tiger/4way"
 
     def __init__(
@@ -172,7 +183,7 @@ class GenAIBenchCMUBenchmark(Benchmark):
         on_error: See :class:`Benchmark`.
     """
 
-    name, keys, reader = "genai_bench_cmu", ("genai_bench_cmu",), readers.GenAIBenchCMUReader
+    name, keys, reader = "genai_bench_cmu", ("genai_bench_cmu",), GenAIBenchCMUReader
     split = "train"  # the data set's only split
 
 
@@ -187,7 +198,7 @@ class EditRewardBenchmark(Benchmark):
         on_error: See :class:`Benchmark`.
     """
 
-    name, reader = "editreward_bench", readers.EditPairReader
+    name, reader = "editreward_bench", EditPairReader
     keys = "editreward_bench/groups", *(f"editreward_bench/{one}" for one in (2, 3, 4, "pairs"))
 
     def __init__(self, root: PathText, split: str = "test", *, on_error: OnError = "skip") -> None:
@@ -245,9 +256,9 @@ def recognise_benchmark(data: str) -> Benchmark:
         raise InputError(text.replace("--reader", "--benchmarks.reader")) from error
     split = next((name for name in EVALUATED if name in splits), next(iter(splits)))
     build: Any = splits[split]
-    if build.func is readers.DiffusionRMReader:
+    if build.func is DiffusionRMReader:
         raise InputError(f"data: {data} holds latents of images; benchmarks score images, give the data set itself")
-    if build.func is readers.EditPairReader:
+    if build.func is EditPairReader:
         reader = build(on_error="skip")
         if reader.source.startswith("editreward_bench"):
             return EditRewardBenchmark(build.args[0], split)
@@ -260,16 +271,16 @@ def recognise_benchmark(data: str) -> Benchmark:
 
 
 PUBLISHED: dict[Any, Callable[[str, str, Splits], Benchmark]] = {
-    readers.ImageRewardReader: lambda root, split, splits: ImageRewardBenchmark(root),
-    readers.ImageRewardDBReader: lambda root, split, splits: ImageRewardDBBenchmark(root, split),
-    readers.HPDv2Reader: lambda root, split, splits: HPDv2Benchmark(root),
-    readers.HPDv3Reader: lambda root, split, splits: HPDv3Benchmark(root, split),
-    readers.PickAPicReader: lambda root, split, splits: PickAPicBenchmark(
+    ImageRewardReader: lambda root, split, splits: ImageRewardBenchmark(root),
+    ImageRewardDBReader: lambda root, split, splits: ImageRewardDBBenchmark(root, split),
+    HPDv2Reader: lambda root, split, splits: HPDv2Benchmark(root),
+    HPDv3Reader: lambda root, split, splits: HPDv3Benchmark(root, split),
+    PickAPicReader: lambda root, split, splits: PickAPicBenchmark(
         root, split, fitting_split=FITTING if FITTING in splits and split != FITTING else None
     ),
-    readers.GenAIBenchReader: lambda root, split, splits: GenAIBenchTigerBenchmark(
+    GenAIBenchReader: lambda root, split, splits: GenAIBenchTigerBenchmark(
         root, [name for name in ("test", "test_v1") if name in splits]
     ),
-    readers.GenAIBenchCMUReader: lambda root, split, splits: GenAIBenchCMUBenchmark(root),
+    GenAIBenchCMUReader: lambda root, split, splits: GenAIBenchCMUBenchmark(root),
 }
 """Reader class → function ``(root, split, splits)`` that builds the benchmark; ``splits`` are all splits found."""

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from latentreward.contracts import sources_of
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
+from latentreward.data import ImageError, decode_image
 from latentreward.data.alignment.prompt_files import PromptRow, read_prompt_rows
-from latentreward.data.images import ImageError, decode_image, file_image, image_bytes
+from latentreward.data.images import file_image, image_bytes
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
-from latentreward.errors import InputError
-from latentreward.scorers.tools import JudgedPicture
-from latentreward.storage.digests import digest
+from latentreward.reward.scorers.tools import JudgedPicture
 
 TABLES = ("images.csv", "images.jsonl")
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentreward.reports.tables import Row
-from latentreward.scorers.tools import JudgedPicture
+from latentreward.core.reports.tables import Row
+from latentreward.reward.scorers.tools import JudgedPicture
 
 Protocol = Literal["lpo_sd15", "lpo_sdxl"]
 """Base model, by whose protocol LPO's authors evaluate."""

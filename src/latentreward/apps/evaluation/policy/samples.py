@@ -10,19 +10,18 @@ from typing import Any, Literal
 
 import torch
 
+from latentreward.alignment import PolicySource, Sampling, sample_latents
+from latentreward.alignment.policies.checkpoint import read_policy_adapter
 from latentreward.apps.evaluation.policy.imported import ImportedPictures, judged
 from latentreward.apps.generation.image_folder import ImageFolder, Name, Row, decode_latents, make_pictures, write_batch
 from latentreward.apps.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
-from latentreward.contracts import PathText, PromptBatch
+from latentreward.core.contracts import PathText, PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.data import count_text
 from latentreward.data.alignment.prompt_files import PromptRow
-from latentreward.data.readers import count_text
-from latentreward.errors import InputError
-from latentreward.policies import PolicySource
-from latentreward.policies.checkpoint import read_policy_adapter
-from latentreward.ranks.shared_work import SharedWork
-from latentreward.rollout import Sampling, sample_latents
-from latentreward.scorers.tools import JudgedPicture
-from latentreward.scoring.network import name_of
+from latentreward.reward.scorers.tools import JudgedPicture
+from latentreward.reward.scoring.network import name_of
 
 NAME = re.compile(r"[\w .,+=-]{1,60}")
 PER_PROMPT, SHARED = "{}/{}", "{1}"

@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 
 from latentreward.apps.evaluation.policy.results import ScoredPictures
-from latentreward.contracts import ImageRef, sources_of
-from latentreward.data.images import decode_image, image_bytes
-from latentreward.errors import InputError, did_you_mean, first_line
-from latentreward.interrupts import interrupts_held
-from latentreward.ranks.shared_work import SharedWork
-from latentreward.scorers import ImageScorer, Scorer
-from latentreward.scorers.base import one_model
-from latentreward.scorers.fingerprints import scorer_fingerprints
-from latentreward.scorers.tools import JudgedPicture, ToolScorer
-from latentreward.storage.digests import digest
-from latentreward.storage.durable import write_file
-from latentreward.storage.progress import Progress
+from latentreward.core.contracts import ImageRef, sources_of
+from latentreward.core.errors import InputError, did_you_mean, first_line
+from latentreward.core.interrupts import interrupts_held
+from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.durable import write_file
+from latentreward.core.storage.progress import Progress
+from latentreward.data import decode_image
+from latentreward.data.images import image_bytes
+from latentreward.reward import ImageScorer, Scorer
+from latentreward.reward.scorers.base import one_model
+from latentreward.reward.scorers.fingerprints import scorer_fingerprints
+from latentreward.reward.scorers.tools import JudgedPicture, ToolScorer
 
 CHUNK = 64
 """Number of pictures decoded at a time; a killed process loses the scores of at most this many pictures."""
@@ -72,7 +73,7 @@ class ScoreStore:
 def score_names(scorers: Sequence[Scorer]) -> list[str]:
     """Return the names of all scores."""
     if not scorers:
-        raise InputError("there is no scorer; set scorers, e.g. to latentreward.scorers.PickScorer")
+        raise InputError("there is no scorer; set scorers, e.g. to latentreward.reward.PickScorer")
     for scorer in scorers:
         if not isinstance(scorer, (ImageScorer, ToolScorer)):
             kind = type(scorer).__name__

@@ -8,10 +8,10 @@ import numpy as np
 
 from latentreward.apps.evaluation.policy.results import PolicyReport, ScoredPictures
 from latentreward.apps.evaluation.policy.statistics import headline
-from latentreward.contracts import ImageRef, sources_of
-from latentreward.data.images import decode_image
-from latentreward.reports import picture_uri
-from latentreward.reports.tables import NOTHING, Row, Section, Table, grouped, with_interval, without_unset
+from latentreward.core.contracts import ImageRef, sources_of
+from latentreward.core.reports.drawing import picture_uri
+from latentreward.core.reports.tables import NOTHING, Row, Section, Table, grouped, with_interval, without_unset
+from latentreward.data import decode_image
 
 INTRODUCTION = (
     "Means over pictures, with 95 % intervals by resampling prompts (percentile bootstrap). With few prompts an "

@@ -8,17 +8,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentreward.alignment import (
+    RewardSource,
+    Sampling,
+    check_sigmas,
+    rows_of,
+    sample_trajectories,
+    score_finished,
+    score_states,
+)
+from latentreward.alignment.rollout.pruning import check_states_reward
 from latentreward.apps.evaluation.policy.samples import JudgedPolicy, SamplingPlan
 from latentreward.apps.generation.trained_policy import offload_text_encoders
-from latentreward.contracts import PromptBatch
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError, check_range
+from latentreward.core.ranks.shared_work import SharedWork, Task
+from latentreward.core.reports.tables import Row
 from latentreward.data.alignment.prompt_files import PromptRow
-from latentreward.errors import InputError, check_range
-from latentreward.metrics.rank_correlation import clustered_correlation
-from latentreward.ranks.shared_work import SharedWork, Task
-from latentreward.reports.tables import Row
-from latentreward.rewards import RewardSource
-from latentreward.rollout import Sampling, check_sigmas, rows_of, sample_trajectories, score_finished, score_states
-from latentreward.rollout.pruning import check_states_reward
+from latentreward.reward.metrics.rank_correlation import clustered_correlation
 
 STATES_OF = "states of {}"
 """Format of the name of the task that scores the states of a policy, from the name of the policy's folders."""

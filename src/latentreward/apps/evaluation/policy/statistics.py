@@ -6,8 +6,8 @@ from itertools import product
 import numpy as np
 
 from latentreward.apps.evaluation.policy.results import ScoredPictures
-from latentreward.metrics import bootstrap
-from latentreward.reports.tables import Row
+from latentreward.core import bootstrap
+from latentreward.core.reports.tables import Row
 
 
 def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: int = 1) -> list[Row]:

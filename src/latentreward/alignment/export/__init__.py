@@ -1,0 +1,1 @@
+"""Export of a trained policy to the formats of diffusers and kohya's scripts."""

@@ -1,0 +1,136 @@
+"""Export of a trained adapter as a LoRA for ``load_lora_weights`` of diffusers, or for peft."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentreward.alignment.policies.checkpoint import ADAPTER, SavedAdapter, network_name
+from latentreward.alignment.policies.policy import POLICY, Policy
+from latentreward.core.checkpoints.shards import require_finite, whole_tensor
+from latentreward.core.errors import InputError
+from latentreward.core.storage.durable import replacing, write_file
+from latentreward.diffusion import Family, LoRA
+from latentreward.diffusion.backbones.stored_adapters import CONFIG, PREFIX, WEIGHTS
+from latentreward.diffusion.families.base import Pair
+
+FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for in a folder
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # endings of the names of A and B in peft
+
+
+@dataclass(frozen=True)
+class TrainedLoRA:
+    """The weights of a trained adapter without its network, not sharded, on the CPU.
+
+    Attributes:
+        weights: Tensors by the names ``LAYER.lora_A.weight`` and ``LAYER.lora_B.weight``, with LAYER the name of the
+            layer in the network.
+        settings: Rank, alpha, dropout and target modules of the adapter.
+        family: Family of the network.
+
+    Raises:
+        InputError: If a weight is not finite.
+    """
+
+    weights: dict[str, Tensor]
+    settings: LoRA
+    family: Family
+
+    def __post_init__(self) -> None:
+        require_finite(self.weights, "the adapter")
+
+    @classmethod
+    def of_policy(cls, policy: Policy, dtype: torch.dtype = torch.float32) -> TrainedLoRA:
+        """Copy the adapter of ``policy``; if weights are sharded, all ranks must call this method."""
+        weights = {
+            network_name(name): whole_tensor(weight).to(dtype)
+            for name, weight in policy.named_parameters()
+            if ADAPTER in name
+        }
+        config = policy.network.peft_config[POLICY]
+        settings = LoRA(config.r, config.lora_alpha, config.lora_dropout, sorted(config.target_modules))
+        return cls(weights, settings, policy.family)
+
+    @classmethod
+    def of_checkpoint(cls, saved: SavedAdapter, dtype: torch.dtype = torch.float32) -> TrainedLoRA:
+        """Take the adapter of a checkpoint; only configs of the base pipeline are read."""
+        weights = {network_name(name): weight.to(dtype) for name, weight in saved.weights.items()}
+        return cls(weights, saved.source.lora, saved.source.resolve_family())
+
+    @cached_property
+    def pairs(self) -> dict[str, Pair]:
+        """A and B of each layer."""
+        layers = [name.removesuffix(DOWN) for name in self.weights if name.endswith(DOWN)]
+        return {layer: (self.weights[layer + DOWN], self.weights[layer + UP]) for layer in layers}
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A in a layer's weight: alpha / rank."""
+        return float(self.settings.alpha) / self.settings.rank
+
+    @property
+    def scaled(self) -> dict[str, Tensor]:
+        """The weights with B times :attr:`scale`, so that alpha = rank: right also for programs that read no alpha.
+
+        The product is exact if the scale is a power of two, and otherwise rounded to the weights' type.
+        """
+        return {name: tensor * self.scale if name.endswith(UP) else tensor for name, tensor in self.weights.items()}
+
+    def write(self, folder: Path) -> Path:
+        """Write the LoRA in diffusers' format, or in PEFT's if diffusers cannot read LoRAs of the family."""
+        return self.write_diffusers(folder) if self.family.lora_loader else self.write_peft(folder)
+
+    def write_diffusers(self, folder: Path) -> Path:
+        """Write :data:`FILE` into ``folder`` atomically, and return its path.
+
+        B is multiplied by alpha / rank, see :attr:`scaled`. The metadata hold only a few of peft's settings, so that
+        other versions of peft can read the file. Families without a LoRA loader in diffusers are refused.
+        """
+        from diffusers import loaders  # importing the pipeline classes takes seconds and prints warnings
+
+        if self.family.lora_loader is None:
+            raise InputError(f"format=diffusers: diffusers has no LoRA loader for {self.family.title}; use format=peft")
+        used = self.settings
+        targets = self.family.lora_targets if used.target_modules is None else used.target_modules
+        metadata: dict[str, Any] = {"r": used.rank, "lora_alpha": used.rank, "lora_dropout": used.dropout}
+        metadata |= {"target_modules": list(targets), "rank_pattern": {}, "alpha_pattern": {}}
+        layers = {
+            f"{self.family.part}_lora_layers": self.scaled,
+            f"{self.family.part}_lora_adapter_metadata": metadata,
+        }
+        with replacing(folder / FILE) as partial:
+            getattr(loaders, self.family.lora_loader).save_lora_weights(
+                partial.parent, weight_name=partial.name, **layers
+            )
+            sort_metadata(partial)
+        return folder / FILE
+
+    def write_peft(self, folder: Path) -> Path:
+        """Write the adapter as ``PeftModel.from_pretrained(network, folder)`` reads it, and return ``folder``.
+
+        B is multiplied by alpha / rank, see :attr:`scaled`.
+        """
+        rank = self.settings.rank
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": self.settings.dropout}
+        config |= {"target_modules": [*self.pairs], "bias": "none", "inference_mode": True}
+        write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        with replacing(folder / WEIGHTS) as partial:
+            save_file({PREFIX + name: tensor for name, tensor in self.scaled.items()}, partial, {"format": "pt"})
+        return folder
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, which are written in an order that varies, so that its bytes do not."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))

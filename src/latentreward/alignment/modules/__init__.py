@@ -1,0 +1,1 @@
+"""LightningModules that align policies, one file a method."""

@@ -1,0 +1,479 @@
+"""Base class of the alignment modules: loading, optimiser, checkpoints and rollouts of a policy; no formula."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import MISSING, asdict, fields
+from typing import Any, Self, TypeVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from latentreward.alignment.modules.sharded_policy import shard_policy, shard_reward
+from latentreward.alignment.policies.checkpoint import SOURCE
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.rewards.base import Reward, RewardSource
+from latentreward.alignment.rewards.http import RemoteReward
+from latentreward.alignment.rewards.latent import LatentScorer
+from latentreward.alignment.rollout.advantages import Advantage
+from latentreward.alignment.rollout.candidates import CandidateStep, candidate_steps
+from latentreward.alignment.rollout.pair_selection import gap_quantiles
+from latentreward.alignment.rollout.prompted import RolloutDraws
+from latentreward.alignment.rollout.samplers import Transition, reporting_steps
+from latentreward.alignment.rollout.settings import Sampling
+from latentreward.core.contracts import (
+    Conditioning,
+    NoisyStates,
+    PromptBatch,
+    RolloutStatistics,
+    SampledStates,
+    sources_of,
+)
+from latentreward.core.devices import evaluating
+from latentreward.core.errors import InputError
+from latentreward.core.phases import phase
+from latentreward.core.promises import place_of
+from latentreward.core.seeding import run_seed
+from latentreward.core.storage.progress import Progress
+from latentreward.data.alignment.experience import other_rows, wrong_rows
+from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.diffusion.encoders.stored_prompts import StoredPrompts
+from latentreward.reward import RemoteError
+from latentreward.reward.modules.based import FrozenBase, unseen_settings
+from latentreward.reward.modules.optimizers import OptimizerSteps, single_optimizer
+
+Kind = TypeVar("Kind", bound=nn.Module)
+HeldBuffer = tuple[nn.Module, str, Tensor | None, Tensor | None]
+"""Module and name of a buffer, its tensor, and a copy of its value; None for a buffer that is not set yet."""
+
+
+class AlignmentModule(LightningModule):
+    """Base of the modules that train a policy's adapter: by given pairs, by a reward, or by a reward of own rollouts.
+
+    A method that learns from its own rollouts sets :attr:`experience` and implements :meth:`make_experience`.
+    ``PromptDataModule`` calls :meth:`roll_out` when fewer rows are left than the next optimiser step needs. The rows of
+    all ranks are then split into batches of equal size on every rank.
+
+    The latent spaces of policy and reward are compared from their configs, before any weight is loaded.
+
+    Args:
+        policy: The generator.
+        reward: Source of the reward, which scores latents of the policy; None for a method without a reward.
+        guidance_scale: Guidance scale in sampling and in training, as the pipeline of the policy's family takes it. SD
+            and SD3: at least 1, which switches guidance off. None takes the family's own: 5 for SD and SD3, none for
+            distilled networks.
+        optimizer: Optimiser of the adapter. Vectors and scalars get no weight decay.
+        lr_scheduler: Learning rate schedule, stepped after each optimiser step; None keeps the rate constant.
+        seed: Seed of all random numbers; None takes the run's ``seed_everything``.
+
+    Attributes:
+        policy: The loaded :class:`~latentreward.alignment.Policy`.
+        reward: The loaded :class:`~latentreward.alignment.Reward`; None without one.
+        sampling: Settings of the sampler; a derived class sets its own.
+        lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
+            finder sets this attribute.
+        experience: Class of a rollout's rows: a frozen dataclass with
+            :class:`~latentreward.core.contracts.SampledStates` as
+            its base, whose fields are tensors ``(N, ...)``, tuples of N values, or None. Rows of a checkpoint are made
+            of it. None for a method without rollouts.
+        rollout_statistics: Statistics of the last rollout, for callbacks: of this rank until the first batch of the
+            rollout's rows, of all ranks from then on.
+        prompts_at_once: Prompts of a rollout that are sampled at once; None samples all of them.
+        rollout_values: Further values of the last rollout to log, by name.
+        rollout_progress: Function that makes the display of a rollout of so many steps in so many batches; None shows
+            nothing.
+
+    Raises:
+        InputError: If ``guidance_scale`` is out of range for the family, the policy cannot be loaded, the reward takes
+            latents of another space than the policy makes, or a method with rollouts has no ``experience``.
+    """
+
+    reward: Reward
+    sampling = Sampling()
+    experience: type[SampledStates] | None = None
+    rollout_statistics: RolloutStatistics | None = None
+    prompts_at_once: int | None = None
+    rollout_progress: Callable[[int, int], Progress] | None = None
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        reward: RewardSource | None = None,
+        guidance_scale: float | None = None,
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int | None = None,
+    ) -> None:
+        rolls_out = type(self).make_experience is not AlignmentModule.make_experience
+        if rolls_out and not issubclass(self.experience or object, SampledStates):
+            raise InputError(
+                f"{type(self).__name__}: set experience to the class of the rows that make_experience returns, a "
+                "dataclass derived from latentreward.core.contracts.SampledStates"
+            )
+        if self.experience is not None and not rolls_out:
+            raise InputError(f"{type(self).__name__} has experience, but no make_experience, which returns such rows")
+        # Before anything is loaded: a reward of another latent space would otherwise fail after minutes of loading.
+        if reward is not None:
+            reward.require_latents_of(policy)
+        super().__init__()
+        self.optimizer, self.lr_scheduler, self.seed = optimizer, lr_scheduler, run_seed(seed)
+        self.lr: float | None = None
+        self.configured_lr: float | None = None
+        self.guidance_scale = policy.resolve_family().guidance(guidance_scale)
+        self.policy_source, self.policy = policy, policy.load(self.seed)
+        unseen = unseen_settings("policy", vars(policy), self.policy.text_encoder)
+        self.frozen_base = FrozenBase(self.policy, self.policy.source, unseen, "policy.frozen_dtype")
+        self.reward = None if reward is None else reward.load(self.policy)  # type: ignore[assignment]
+        if self.reward is not None:
+            self.reward.train(False)
+            self.reward.requires_grad_(False)
+        self._began = self._rollout_seconds = 0.0
+        self._times: dict[str, float] = {}
+        self.rollout_values: dict[str, float] = {}
+        self._part_means: list[float] = []
+        self._seen: RolloutStatistics | tuple[()] | None = ()  # statistics that were logged; at first not even None
+        self._rows: dict[str, int] = {}
+        self._encoded: tuple[Conditioning, Conditioning | None] | None = None
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Build a module from ``kwargs`` and load a checkpoint's weights; only tensors and plain values are read."""
+        kwargs["_instantiator"] = None  # else Lightning takes the function that the checkpoint names
+        return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
+
+    def setup(self, stage: str) -> None:
+        """Read the reward's weights, under bf16-mixed in bfloat16, and check the trainer's precision.
+
+        See :meth:`Reward.set_precision` and :meth:`FrozenBase.prepare`.
+        """
+        if self.trainer.precision == "bf16-mixed" and self.reward is not None:
+            self.reward.set_precision(torch.bfloat16)
+        self.policy.edit_at(self.sampling.height, self.sampling.width)
+        if prompts := prompts_of(self.trainer):
+            self.policy.family.check_prompts(prompts, "data.prompts")
+            # Rows of a rollout are joined; without one, prompts may come one at a time.
+            alone = self.experience is None and getattr(self.trainer.datamodule, "batch_size", 1) == 1  # type: ignore[attr-defined]
+            if (encoder := self.policy.source_encoder) is not None and not alone:
+                encoder.check_sizes(prompts, "data.prompts")
+            if self.reward is not None:
+                self.reward.check_prompts(prompts)
+        for scorer in self._reward_parts(LatentScorer):
+            scorer.read_weights()
+        # After the reward is in place: the digest of frozen weights that ranks compare covers it too.
+        self.frozen_base.prepare(self)
+
+    def configure_model(self) -> None:
+        """Under FSDP2, shard the policy, then the reward's blocks and text encoders that are not the policy's."""
+        if self.device_mesh is not None:
+            shard_policy(self.policy, self.device_mesh["data_parallel"])
+            if self.reward is not None:
+                shard_reward(self.reward, self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        """Build one optimiser over the adapter, and its schedule, stepped after each optimiser step."""
+        self.configured_lr = self.lr
+        return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, lr=self.lr)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callback that checks and logs optimiser steps."""
+        return [OptimizerSteps()]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save where the policy was loaded from, so that the checkpoint alone is enough to load it again."""
+        self.frozen_base.save(self, checkpoint, ())
+        checkpoint[SOURCE] = asdict(self.policy_source)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint belongs to this policy's base, and fill in the weights that it leaves out."""
+        self.frozen_base.check(self, checkpoint)
+
+    def on_fit_start(self) -> None:
+        """Let the reward score random latents at three noise levels, so that a faulty reward fails before training.
+
+        Buffers that these scores change, such as running statistics, are restored, because a resumed run must find them
+        unchanged. Their modules are marked by ``changes_buffers``, so that checkpoints hold them.
+        """
+        if self.reward is None:
+            return
+        shape = self.sampling.latent_shape(self.policy.family)
+        self._compare_sizes(shape)
+        noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(self.seed)).to(self.device)
+        levels = self.policy.noise_process.timesteps
+        timesteps = levels[[0, len(levels) // 2, -1]].to(self.device)
+        # A mixture that normalises scores counts these random latents in its running statistics.
+        buffers = self._reward_buffers()
+        with torch.no_grad(), self.compute_precision(), self.failing_together():
+            # FSDP2 needs one call of the whole network before a reward that shares the network calls its blocks.
+            stored = isinstance(self.policy.text_encoder, StoredPrompts)  # of EncodeOnce, which has no other prompts
+            prompts = [""] * 3 if stored else ["", "a cat", "two dogs on a hill"]
+            first = next(iter(prompts_of(self.trainer)), edit_of_grey(number=self.policy.family.sources[0]))
+            prompts = [first] * 3 if sources_of(first) else prompts
+            self.policy.predict(noise, timesteps, self.policy.encode_prompts(prompts))
+            encoded = self.reward.encode_prompts(prompts[:1])
+            self.reward(NoisyStates(noise, timesteps, torch.zeros(3, dtype=torch.int64), noise), encoded)
+        for part, name, _, value in buffers:
+            if value is None and part._buffers[name] is not None:
+                raise InputError(
+                    f"reward: buffer {name} of {type(part).__name__} is None before the first score, so that no "
+                    "checkpoint could be resumed; register it with a tensor"
+                )
+            if not same(part._buffers[name], value):
+                with suppress(AttributeError):  # of a head, which tells itself whether it trains
+                    part.changes_buffers = True  # type: ignore[assignment]
+        restore(buffers)
+
+    def _compare_sizes(self, shape: tuple[int, ...]) -> None:
+        """Warn if the policy samples latents of a ``shape`` that a latent reward was not trained at."""
+        height, width = (side * self.policy.latent_space.downscale for side in shape[-2:])
+        for scorer in self._reward_parts(LatentScorer):
+            if (sizes := scorer.model.image_sizes) is None:
+                continue
+            loader = sizes.loader(height, width)
+            if sizes.frames != self.sampling.frames:
+                rank_zero_warn(
+                    f"model.reward: trained with frames={sizes.frames}, but the policy samples "
+                    f"frames={self.sampling.frames}; set model.sampling.frames, or train a reward on as many"
+                )
+            if (loader.height, loader.width) != (height, width):
+                rank_zero_warn(
+                    f"model.reward: trained on images of {sizes}, but the policy samples {height}x{width}; set "
+                    "model.sampling.height and width, or train a reward at this size"
+                )
+
+    def _reward_parts(self, kind: type[Kind]) -> list[Kind]:
+        """Return the modules of a class in the reward, itself included."""
+        return [] if self.reward is None else [part for part in self.reward.modules() if isinstance(part, kind)]
+
+    def _reward_buffers(self, changing: bool = False) -> list[HeldBuffer]:
+        """Return the buffers of the reward with copies of their values, or only those of modules that change them."""
+        parts = self._reward_parts(nn.Module)
+        return [
+            (part, name, buffer, None if buffer is None else buffer.clone())
+            for part in parts
+            for name, buffer in part._buffers.items()
+            if not changing or getattr(part, "changes_buffers", False)
+        ]
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let a failing reward server end the block on all ranks, with the reward's buffers as before the block.
+
+        All ranks must ask for scores equally often. A checkpoint saved afterwards is that of before the block.
+        """
+        # A rank whose server fails would leave the others waiting in a collective call until the timeout.
+        remote = self._reward_parts(RemoteReward)
+        before = self._reward_buffers(changing=True) if remote else []
+        for part in remote:
+            part.agree = self.trainer.strategy.reduce_boolean_decision  # type: ignore[assignment]
+        try:
+            yield
+        except RemoteError:
+            restore(before)
+            raise
+        finally:
+            for part in remote:
+                part.agree = bool  # type: ignore[assignment]
+
+    def compute_precision(self) -> AbstractContextManager[Any]:
+        """Return the context of the trainer's precision (autocast), for work outside training steps."""
+        return self.trainer.precision_plugin.forward_context()
+
+    def make_experience(self, prompts: PromptBatch) -> SampledStates | None:
+        """Roll out this rank's ``prompts`` and return the rows to train on, on the CPU; None if no row is kept.
+
+        Implementations also set :attr:`rollout_statistics`, on the CPU. :meth:`roll_out` calls this method on all ranks
+        at once with equally many prompts, without gradients, in evaluation mode and in the trainer's precision. Under
+        FSDP2 all ranks must call the networks equally often.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not learn from rollouts")
+
+    def candidate_steps(self, prompts: PromptBatch) -> Iterator[CandidateStep]:
+        """Sample and score candidates, in derived classes that set ``sampler``, ``sampling`` and ``candidates``."""
+        draws = RolloutDraws(self.seed, prompts.keys)
+        settings = (self.candidates, self.sampling, self.guidance_scale)
+        yield from candidate_steps(self.policy, self.sampler, self.reward, prompts, *settings, draws)
+
+    def transition(self, batch: Any) -> Transition:
+        """Return the distribution of the next latents of a batch, under the adapter that is active now."""
+        return self.sampler.transition(batch.latents, self.prediction(batch), batch.timesteps)
+
+    def prediction(self, batch: Any) -> Tensor:
+        """Return the guided output of the network for the states of a batch, under the adapter that is active now."""
+        conditioning, uncond = self.conditioning(batch.prompts)
+        return self.policy.predict_guided(batch.latents, batch.timesteps, conditioning, uncond, self.guidance_scale)
+
+    def advantages(self, rewards: Tensor, rule: Advantage, features: Tensor | None = None) -> Tensor:
+        """Compute advantages of this rank's rewards for K samples of P prompts, among those of all ranks.
+
+        Rewards are ``(P, K)``, ``(P, K, S)`` of S steps, or ``(P, K, R)`` for a rule that takes R rewards; features
+        ``(P, K, F)``.
+
+        Returns:
+            ``(P, K)``, or ``(P, K, S)``.
+        """
+        every = self.of_all_ranks(rewards)
+        flat = every.flatten(0, 1)
+        groups = torch.arange(len(every), device=every.device).repeat_interleave(every.shape[1])
+        given = (self.of_all_ranks(features).flatten(0, 1),) if rule.takes_features and features is not None else ()
+        advantages = rule(flat, groups, *given)
+        return self.of_this_rank(advantages.unflatten(0, every.shape[:2]), len(rewards))
+
+    def of_all_ranks(self, values: Tensor) -> Tensor:
+        """Return the rows of ``values`` ``(P, ...)`` of all ranks, by rank."""
+        return self.all_gather(values).reshape(-1, *values.shape[1:])
+
+    def of_this_rank(self, every: Tensor, count: int) -> Tensor:
+        """Return this rank's ``count`` rows of the rows of all ranks."""
+        # With one process all_gather adds no axis, and the rows are all this rank's.
+        start = self.trainer.global_rank * count if len(every) > count else 0
+        return every[start : start + count]
+
+    def optional_fields(self) -> set[str] | None:
+        """Return the fields of the rows that are None with other settings and given with these; None checks nothing."""
+        return None
+
+    def check_experience(self, rows: SampledStates) -> None:
+        """Raise InputError for a checkpoint's rows of another class, or with other fields than these settings need."""
+        given = {field.name for field in fields(rows) if getattr(rows, field.name) is not None}
+        always = {field.name for field in fields(rows) if field.default is MISSING}
+        if type(rows) is not self.experience or self.optional_fields() not in (None, given - always):
+            raise other_rows(type(rows).__name__, given)
+
+    def rollout_settings(self) -> dict[str, Any]:
+        """Return the settings that rows in store depend on, as plain values by the names of their fields."""
+        sampling = {f"sampling.{name}": value for name, value in asdict(self.sampling).items()}
+        return {**sampling, "guidance_scale": self.guidance_scale}
+
+    def describe_rollouts(self) -> str:
+        """Summarise the score gaps of the last rollout in one line, for the error of a run that keeps no rows."""
+        statistics = self.rollout_statistics
+        return gap_quantiles(
+            () if statistics is None else zip(statistics.timesteps.tolist(), statistics.gap, strict=True)
+        )
+
+    @phase("rollout")
+    def roll_out(self, prompts: PromptBatch) -> SampledStates | None:
+        """Call :meth:`make_experience` in evaluation mode without gradients, with autocast, and measure its time.
+
+        Raises:
+            InputError: If the rows are not of the class :attr:`experience`.
+            RemoteError: If a reward server fails; a rollout can then be made again from the same state.
+        """
+        wall, process = time.perf_counter(), time.process_time()
+        with evaluating(self), torch.no_grad(), self.compute_precision(), self.failing_together(), ExitStack() as shown:
+            if self.rollout_progress is not None:
+                batches = math.ceil(len(prompts) / (self.prompts_at_once or len(prompts)))
+                progress = self.rollout_progress(self.sampling.num_inference_steps, batches)
+                shown.enter_context(reporting_steps(shown.enter_context(progress).add))
+            # Means of what was scored outside rollouts, such as by callbacks, are not this rollout's.
+            if self.reward is not None:
+                self.reward.take_means()
+            statistics = self.rollout_statistics
+            try:
+                found = self.make_experience(prompts)
+            except RemoteError:
+                self.rollout_statistics = statistics
+                raise
+            if self.reward is not None and (means := self.reward.take_means()) is not None:
+                every = self.of_all_ranks(means[None].to(self.device, torch.float32))
+                self._part_means = every.mean(dim=0).tolist()
+        if found is not None and type(found) is not self.experience:
+            raise InputError(
+                f"{type(self).__name__}: make_experience returned a {type(found).__name__}, but experience is "
+                f"{self.experience.__name__}; set experience to the class of the rows"
+            )
+        if found is not None and (problem := wrong_rows(found)):
+            kind = type(self)
+            raise InputError(
+                f"{kind.__name__}.make_experience returned {type(found).__name__} with {problem}"
+                f"{place_of(kind.make_experience)}"
+            )
+        seconds = time.perf_counter() - wall
+        self._rollout_seconds += seconds
+        self._times = {"seconds": seconds, "process_seconds": time.process_time() - process}
+        return found
+
+    def prepare_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts of the next batches, and keep the result in CPU memory in place of the previous one.
+
+        All ranks pass the same list, without repeats, and each encodes the whole list: encoders that FSDP2 shards must
+        be called equally often on every rank.
+        """
+        with torch.no_grad(), self.compute_precision():
+            # One by one: the last bits can depend on the batch size, and a resumed run has fewer prompts left.
+            parts = [self.policy.encode_prompts([prompt]).to("cpu") for prompt in prompts]
+            if self.policy.require_text_encoder().sees_sources:
+                alone = [self.encode_uncond([prompt]) for prompt in prompts]
+                uncond = Conditioning.join([one.to("cpu") for one in alone if one is not None]) if alone[0] else None
+            else:
+                uncond = self.encode_uncond()
+        # Rows are trained on for many batches; encoding T5 anew in each would cost more than the step.
+        self._rows = {prompt: row for row, prompt in enumerate(prompts)}
+        self._encoded = Conditioning.join(parts), uncond
+
+    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
+        """Encode the empty prompt, see :meth:`Policy.encode_uncond`; None without guidance."""
+        return self.policy.encode_uncond(prompts) if self.policy.family.needs_uncond(self.guidance_scale) else None
+
+    def conditioning(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning | None]:
+        """Return the encoded prompts and, under guidance, the encoded empty prompt, on the module's device."""
+        if self._encoded is None or not self._rows.keys() >= set(prompts):
+            return self.policy.encode_prompts(prompts), self.encode_uncond(prompts)
+        encoded, uncond = self._encoded
+        rows = [self._rows[prompt] for prompt in prompts]
+        if uncond is not None and self.policy.require_text_encoder().sees_sources:
+            uncond = uncond.select(rows).trimmed().to(self.device)
+        # Text is padded to the longest prompt of the rollout; attention over the rest of the padding is wasted.
+        return encoded.select(rows).trimmed().to(self.device), uncond
+
+    def on_train_start(self) -> None:
+        """Start the clock from which the share of time spent in rollouts is computed."""
+        self._began, self._rollout_seconds = time.perf_counter(), 0.0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Log the last rollout: time, speed, share of the run's time in rollouts, scores, mean gap, share of rows kept.
+
+        Of a mixture also the mean score of each reward, as it is before normalisation. The progress line shows the mean
+        score. At the first batch after a rollout, and in steps that are logged: each value costs some kernels.
+        """
+        seen, self._seen = self._seen, self.rollout_statistics
+        if seen is self._seen and not self.trainer._logger_connector.should_update_logs:
+            return
+        values = self._times | self.rollout_values
+        # A resumed run begins with rows in store, before any rollout of its own.
+        if self._times:
+            values["time_share"] = self._rollout_seconds / (time.perf_counter() - self._began)
+        if (statistics := self.rollout_statistics) is not None and statistics.gap.numel():
+            self.log("rollout/score", statistics.scores.float().mean().item(), prog_bar=True, batch_size=len(batch))
+            spread = statistics.scores.float().std(dim=1, correction=0)
+            means = {"score_std": spread, "gap": statistics.gap, "kept_share": statistics.kept}
+            values |= {name: value.float().mean().item() for name, value in means.items()}
+            if values.get("seconds"):
+                values["samples_per_second"] = statistics.scores.numel() / values["seconds"]
+        values |= {f"reward_{number}": mean for number, mean in enumerate(self._part_means, 1)}
+        self.log_dict({f"rollout/{name}": value for name, value in values.items()}, batch_size=len(batch))
+
+
+def same(found: Tensor | None, value: Tensor | None) -> bool:
+    """Tell whether a buffer has a value, of its type and on its device."""
+    if found is None or value is None:
+        return found is value
+    return (found.dtype, found.device) == (value.dtype, value.device) and torch.equal(found, value)
+
+
+def restore(buffers: Sequence[HeldBuffer]) -> None:
+    """Give buffers their values of before; a module may have put a new tensor in a buffer's place."""
+    for part, name, buffer, value in buffers:
+        part._buffers[name] = buffer if buffer is None or value is None else buffer.copy_(value)
+
+
+def prompts_of(trainer: Trainer) -> tuple[str, ...]:
+    """Return the prompts that the data list before the run; none for data that list none."""
+    found = getattr(getattr(trainer, "datamodule", None), "prompts", ())
+    found = getattr(found, "prompts", found)  # of prompts and images
+    return found if isinstance(found, tuple) else ()

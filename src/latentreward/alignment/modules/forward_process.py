@@ -1,0 +1,403 @@
+"""Reinforcement learning on the forward process: finished samples are noised again, and the network learns from them.
+
+Neither the sampler's noise nor its log-probabilities take part, so that any deterministic sampler serves, and training
+needs no states of the rollout but the finished latents (DiffusionNFT, arXiv:2509.16117; AWM, arXiv:2509.25050; RAM,
+arXiv:2605.10759; DGPO, arXiv:2510.08425; CRD, arXiv:2603.14128).
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from latentreward.alignment.losses.matching import MatchingLoss, velocity_divergence
+from latentreward.alignment.losses.nft import NFTLoss
+from latentreward.alignment.losses.trust_region import Penalty, TrustRegion
+from latentreward.alignment.modules.alignment import AlignmentModule
+from latentreward.alignment.modules.grpo import LEAST_ADVANTAGE, group_statistics
+from latentreward.alignment.modules.pruned import PrunedRollouts
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.policies.moving_average import AVERAGE, OLD, DecayRamp, MovingCopy
+from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rollout.advantages import Advantage, GroupAdvantage
+from latentreward.alignment.rollout.finished import begin_finished, check_sigmas, rows_of
+from latentreward.alignment.rollout.pruning import Pruning
+from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
+from latentreward.alignment.rollout.trajectories import sample_latents
+from latentreward.core.contracts import PromptBatch, RenoisedGroups, RenoisedSamples, SampledStates, join_rows
+from latentreward.core.errors import InputError, check_at_least_one, check_range
+from latentreward.core.seeding import pair_generator
+
+FOLLOWED = "copies_followed"
+"""Key of a checkpoint with the optimiser step after which the copies last followed the policy."""
+
+
+class Renoised(NamedTuple):
+    """Noisy states of a batch, and what the network should predict for them.
+
+    Attributes:
+        latents: ``(B, C, ...)`` x_σ.
+        target: ``(B, C, ...)`` what the network should predict: ε − x₀ of a flow.
+        sigmas: ``(B,)`` σ.
+    """
+
+    latents: Tensor
+    target: Tensor
+    sigmas: Tensor
+
+
+class ForwardProcessModule(AlignmentModule):
+    """Base of the modules that learn from finished samples, with a copy of the adapter that samples.
+
+    Args:
+        policy: The generator: a rectified flow, unless :attr:`flows_only` is False.
+        reward: Source of a reward that scores finished latents.
+        copies: How each copy of the adapter follows the policy, by name.
+        sampling: Sampler settings of rollouts, without noise; None takes the method's number of steps: AWM 14, the
+            others 10.
+        steps: Choice of the sampler's noise levels to train at; each one is a row of a batch. None takes the method's:
+            DiffusionNFT and CRD a random 99 % of the steps, AWM 6, stratified, DGPO 4 of the noisiest 70 %.
+        num_samples: Samples K per prompt.
+        reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
+        advantage: Rule that turns rewards into advantages; None divides by the spread of all rewards of a rollout.
+        trust_region: A :class:`~latentreward.alignment.Penalty`, or None. The other rules need a sampler's steps.
+        prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; a reward on a server scores
+            them while the next are sampled. None takes all.
+        pruning: How many candidates of a prompt are sampled, of which a latent reward picks the ``num_samples`` that
+            are finished. None finishes all samples.
+        options: See :class:`~latentreward.alignment.AlignmentModule`. Neither sampling nor training uses
+            classifier-free guidance.
+
+    Attributes:
+        flows_only: Whether the method needs a flow.
+        usual_sampling: Sampler settings that None stands for.
+        usual_steps: Choice of steps that None stands for; None for a class with a :meth:`trained_timesteps` of its own.
+        compares: Whether samples of a prompt are compared, so that there must be two.
+        prunes: Whether ``pruning`` is allowed: the gradient must be linear in the advantages of compared samples.
+            DGPO's is but for a weight of each group, a function of products of advantages with errors.
+        experience: :class:`~latentreward.core.contracts.RenoisedGroups` for a method whose rows hold all samples of a
+            prompt, so that no batch, rank or optimiser step has a part of them.
+        row_passes: Passes of the policy in training on a sample at one noise level; forward and backward count as 3.
+
+    Raises:
+        InputError: If the policy is no flow and the method needs one, guidance or noise is asked for, a setting is out
+            of range, or the reward takes latents of another space.
+    """
+
+    experience: type[SampledStates] = RenoisedSamples
+    flows_only = compares = prunes = True
+    usual_sampling: ClassVar = Sampling(10)
+    usual_steps: ClassVar[StepChoice | None] = None
+    row_passes = 3
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        reward: RewardSource,
+        copies: dict[str, DecayRamp],
+        sampling: Sampling | None = None,
+        steps: StepChoice | None = None,
+        num_samples: int = 24,
+        reward_sigmas: Sequence[float] = (0.4,),
+        advantage: Advantage | None = None,
+        trust_region: TrustRegion | None = None,
+        prompts_at_once: int | None = None,
+        pruning: Pruning | None = None,
+        guidance_scale: float | None = None,
+        **options: Any,
+    ) -> None:
+        family, sampling, steps = policy.resolve_family(), sampling or self.usual_sampling, steps or self.usual_steps
+        if self.flows_only and not family.flow:
+            raise InputError(
+                f"policy.source={policy.source!r} is {family.title}, no rectified flow; {type(self).__name__} needs a "
+                "flow (SD3, FLUX.1, …); use RAM, LPO or GRPO"
+            )
+        if guidance_scale is None:
+            guidance_scale = family.unguided
+        if family.needs_uncond(family.guidance(guidance_scale)):
+            raise InputError(
+                f"guidance_scale={guidance_scale:g}: {type(self).__name__} samples and trains without guidance; leave "
+                f"it out or set it to {family.no_guidance:g}"
+            )
+        noise = "noise_level" if family.flow else "eta"
+        if value := getattr(sampling, noise):
+            raise InputError(
+                f"sampling.{noise}={value:g}: {type(self).__name__} samples without noise; leave it out or set it to 0"
+            )
+        if family.flow and (sampling.eta or sampling.flow_noise != "flow"):
+            raise InputError(
+                f"sampling: {type(self).__name__} samples a flow without noise, where eta and flow_noise have no "
+                "effect; leave them out"
+            )
+        if self.compares:
+            check_range("[2, inf)", "one leaves nothing to compare", num_samples=num_samples)
+        check_at_least_one(prompts_at_once=prompts_at_once)
+        check_sigmas(reward_sigmas)
+        if pruning is not None and not self.prunes:
+            raise InputError(
+                f"pruning: the gradient of {type(self).__name__} is not in proportion to advantages of samples of a "
+                "prompt, which pruning rescales; leave it out"
+            )
+        if pruning is not None:
+            pruning.check("num_samples", num_samples, sampling.num_inference_steps, reward)
+        if advantage is not None and (advantage.takes_parts or advantage.takes_features):
+            raise InputError(
+                f"advantage: {type(advantage).__name__} is for TrajectoryGRPOModule; {type(self).__name__} takes "
+                "GroupAdvantage"
+            )
+        if trust_region is not None and not isinstance(trust_region, Penalty):
+            raise InputError(
+                f"trust_region: {type(trust_region).__name__} needs a sampler's steps, from which "
+                f"{type(self).__name__} does not learn; take a Penalty such as NormGuard, or TrajectoryGRPOModule"
+            )
+        if steps is not None:
+            steps.choose(sampling.num_inference_steps, torch.Generator())
+        # Made before weights are loaded, so that a scheduler that cannot make the steps is refused at once.
+        sampler = sampling.sampler(family)
+        super().__init__(policy, reward, guidance_scale=guidance_scale, **options)
+        self.sampling, self.sampler, self.num_samples, self.steps = sampling, sampler, num_samples, steps
+        self.reward_sigmas, self.advantage = tuple(reward_sigmas), advantage or GroupAdvantage("all")
+        self.guard, self.prompts_at_once = trust_region, prompts_at_once
+        levels = len(reward_sigmas) if reward.uses_sigmas else 1
+        self.pruned = None if pruning is None else PrunedRollouts(pruning, num_samples, levels)
+        self.copies = [MovingCopy(self.policy, name, ramp) for name, ramp in copies.items()]
+        self.followed = 0
+        self._warned = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save beside the weights, those of the copies included, the step after which the copies last moved."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[FOLLOWED] = self.followed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the checkpoint; raise InputError if a copy is missing, as in that of another method."""
+        for copy in self.copies:
+            copy.check(checkpoint["state_dict"])
+        super().on_load_checkpoint(checkpoint)
+        self.followed = checkpoint.get(FOLLOWED, 0)
+
+    def make_experience(self, prompts: PromptBatch) -> SampledStates | None:
+        """See :meth:`AlignmentModule.make_experience`; the copies follow the policy first."""
+        self.move_copies()
+        repeated = prompts.times(self.num_samples)
+        if self.pruned is not None:
+            self.pruned.begin(self, self.row_passes * len(self.trained_timesteps(repeated.keys[0])[1]))
+        sampled, pending = [], []
+        for part in prompts.split(self.prompts_at_once):
+            finished = part
+            with self.policy.adapters.use(OLD):
+                if self.pruned is None:
+                    settings = (part.times(self.num_samples), self.sampling, self.guidance_scale, self.seed)
+                    sampled.append(sample_latents(self.policy, *settings))
+                else:
+                    trajectories, finished = self.pruned.sample(self, part, self.sampler)
+                    sampled.append(trajectories.finished.clone())
+            # A reward on a server scores these samples while the next are drawn.
+            pending.append(begin_finished(self.reward, sampled[-1], finished, self.seed, self.reward_sigmas))
+        latents = torch.cat(sampled)
+        if self.pruned is not None:
+            prompts, repeated = self.pruned.prompts, self.pruned.samples
+        rewards = self.reward.mix(torch.cat([wait() for wait in pending]), rows_of(prompts, latents))
+        rewards = rewards.view(len(prompts), self.num_samples)
+        self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
+        if self.pruned is None:
+            advantage = self.advantages(rewards, self.advantage)
+        else:
+            advantage = self.pruned.advantages(self, rewards, self.advantage)
+        learned = (advantage.abs() > LEAST_ADVANTAGE).any()
+        if not self.of_all_ranks(learned[None]).any():  # equal samples count beside others
+            return None
+        latents, advantage = latents.cpu(), advantage.cpu()
+        if self.experience is RenoisedGroups:
+            samples = join_rows(self._rows_of(prompts, latents.unflatten(0, advantage.shape), advantage))
+        else:
+            samples = join_rows(self._rows_of(repeated, latents, advantage.flatten()))
+        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        rows, step = len(samples), size and size * self.trainer.accumulate_grad_batches
+        if step and rows % step and step % rows and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"a rollout has {rows} rows on each rank, an optimiser step takes {step} (data.batch_size x "
+                "trainer.accumulate_grad_batches): rows that are left over are learned from after the adapter 'old' "
+                "has moved on; choose a divisor"
+            )
+        return samples
+
+    def move_copies(self) -> None:
+        """Let the copies follow the policy, once after each optimiser step."""
+        if self.trainer.global_step != self.followed:  # a rollout that follows an empty one would move them twice
+            self.followed = self.trainer.global_step
+            for copy in self.copies:
+                copy.follow(self.followed)
+
+    def rollout_settings(self) -> dict[str, Any]:
+        """Return no settings: finished samples are noised again, whatever sampled them."""
+        return {}
+
+    def guarded(self, loss: Tensor, velocity: Tensor, reference: Tensor | None) -> Tensor:
+        """Add the penalty of ``trust_region``, if there is one, to a loss, and log it."""
+        if self.guard is None or reference is None:
+            return loss
+        penalty = self.guard.penalty(velocity, reference)
+        self.log("train/penalty", penalty.detach(), batch_size=len(velocity))
+        return loss + penalty
+
+    def _rows_of(self, prompts: PromptBatch, latents: Tensor, advantage: Tensor) -> list[RenoisedSamples]:
+        """Return the rows of each sample, or of each prompt's samples: one for each of their timesteps."""
+        records, kind = [], cast("type[RenoisedSamples]", self.experience)
+        for row, (prompt, key) in enumerate(zip(prompts.prompts, prompts.keys, strict=True)):
+            names, timesteps = self.trained_timesteps(key)
+            count = len(timesteps)
+            records.append(
+                kind(
+                    keys=tuple(f"{key}/{name}" for name in names),
+                    prompts=(prompt,) * count,
+                    latents=latents[row].expand(count, *latents.shape[1:]),
+                    timesteps=timesteps,
+                    advantage=advantage[row].expand(count, *advantage.shape[1:]),
+                )
+            )
+        return records
+
+    def trained_timesteps(self, key: str) -> tuple[Sequence[int], Tensor]:
+        """Return the timesteps ``(n,)`` to train ``key`` at, a sample or a prompt, and a distinct number for each."""
+        assert self.steps is not None, "a class without steps has timesteps of its own"
+        chosen = self.steps.choose(len(self.sampler), pair_generator(self.seed, "trained steps", 0, key))
+        return chosen.tolist(), self.sampler.timesteps[chosen]
+
+    def renoise(self, batch: RenoisedSamples) -> Renoised:
+        """Noise the finished latents of a batch to its timesteps; the noise depends on seed and key alone."""
+        process, shape = self.policy.noise_process, batch.latents.shape[1:]
+        # By key alone, not by epoch: a row that is trained on twice meets the same noise, as in a resumed run.
+        generators = [pair_generator(self.seed, "forward noise", 0, key) for key in batch.keys]
+        noise = torch.stack([torch.randn(shape, generator=one) for one in generators]).to(batch.latents)
+        return Renoised(
+            process.add_noise(batch.latents, noise, batch.timesteps),
+            process.target(batch.latents, noise, batch.timesteps),
+            process.sigma(batch.timesteps).to(batch.latents.device),
+        )
+
+    def predict(self, batch: SampledStates, states: Renoised) -> Tensor:
+        """Return the network's output for a batch ``(B, C, ...)`` under the adapter that is active now."""
+        conditioning, uncond = self.conditioning(batch.prompts)
+        return self.policy.predict_guided(states.latents, batch.timesteps, conditioning, uncond, self.guidance_scale)
+
+    def predict_under(self, adapter: str | None, batch: SampledStates, states: Renoised) -> Tensor:
+        """Return the output for a batch under another adapter, or under none (the reference), without gradient."""
+        with torch.no_grad(), self.policy.adapters.use(adapter):
+            return self.predict(batch, states)
+
+    @abstractmethod
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+
+
+class DiffusionNFTModule(ForwardProcessModule):
+    """DiffusionNFT (arXiv:2509.16117): learn from good and bad finished samples by their forward process.
+
+    An older copy of the adapter samples. It follows the policy before each rollout. See
+    :class:`~latentreward.alignment.NFTLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``.
+
+    Args:
+        policy: See :class:`ForwardProcessModule`.
+        reward: See :class:`ForwardProcessModule`.
+        old: How slowly the copy that samples follows the policy.
+        loss: See :class:`~latentreward.alignment.NFTLoss`.
+        options: See :class:`ForwardProcessModule`.
+
+    Raises:
+        InputError: See :class:`ForwardProcessModule`.
+    """
+
+    usual_steps = RandomSteps()
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        reward: RewardSource,
+        old: DecayRamp | None = None,
+        loss: NFTLoss | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(policy, reward, copies={OLD: old or DecayRamp()}, **options)
+        self.loss = loss or NFTLoss()
+        self.row_passes = 4 + (self.loss.needs_reference or self.guard is not None)
+
+    def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        states = self.renoise(batch)
+        old = self.predict_under(OLD, batch, states)
+        held = self.loss.needs_reference or self.guard is not None
+        reference = self.predict_under(None, batch, states) if held else None
+        velocity = self.predict(batch, states)
+        result = self.loss(velocity, old, states.target, states.sigmas, batch.advantage, reference)
+        loss = self.guarded(result.loss, velocity, reference)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log_dict({"train/policy": result.policy, "train/kl": result.kl}, batch_size=len(batch))
+        return loss
+
+
+class AWMModule(ForwardProcessModule):
+    """Advantage weighted matching (AWM, arXiv:2509.25050): a policy gradient on the denoising error of samples.
+
+    The policy itself samples. A moving average of it is the second point that the policy is held to, beside the
+    reference. See :class:`~latentreward.alignment.MatchingLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``,
+    ``train/average_kl``, ``train/clipped``, ``train/ratio``.
+
+    Args:
+        policy: See :class:`ForwardProcessModule`.
+        reward: See :class:`ForwardProcessModule`.
+        average: How slowly the moving average follows the policy.
+        loss: See :class:`~latentreward.alignment.MatchingLoss`.
+        options: See :class:`ForwardProcessModule`.
+
+    Raises:
+        InputError: See :class:`ForwardProcessModule`.
+    """
+
+    usual_sampling = Sampling(14)
+    usual_steps = StratifiedSteps()
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        reward: RewardSource,
+        average: DecayRamp | None = None,
+        loss: MatchingLoss | None = None,
+        **options: Any,
+    ) -> None:
+        loss = loss or MatchingLoss()
+        if average is not None and not loss.average_weight:
+            raise InputError("average has no effect with loss.average_weight=0; leave it out, or raise the weight")
+        copies = {OLD: DecayRamp(most=0.0)}
+        if loss.average_weight:
+            copies[AVERAGE] = average or DecayRamp(most=0.3)
+        super().__init__(policy, reward, copies=copies, **options)
+        self.loss = loss
+        self.row_passes = 4 + bool(loss.kl_weight or self.guard is not None) + bool(loss.average_weight)
+
+    def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        states, loss = self.renoise(batch), self.loss
+        kl = average_kl = old = None
+        if self.trainer.global_step != self.followed:  # before the first optimiser step the policy equals its copy
+            old = loss.log_prob(self.predict_under(OLD, batch, states), states.target, states.sigmas)
+        held = loss.kl_weight or self.guard is not None
+        reference = self.predict_under(None, batch, states) if held else None
+        average = self.predict_under(AVERAGE, batch, states) if loss.average_weight else None
+        velocity = self.predict(batch, states)
+        log_prob = loss.log_prob(velocity, states.target, states.sigmas)
+        if reference is not None and loss.kl_weight:
+            kl = velocity_divergence(velocity, reference, states.sigmas, loss.divergence)
+        if average is not None:
+            average_kl = velocity_divergence(velocity, average, states.sigmas, loss.divergence)
+        result = loss(log_prob, log_prob.detach() if old is None else old, batch.advantage, kl, average_kl)
+        total = self.guarded(result.loss, velocity, reference)
+        self.log("train/loss", total, prog_bar=True, batch_size=len(batch))
+        values = {name: getattr(result, name) for name in ("policy", "kl", "average_kl", "clipped", "ratio")}
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(batch))
+        return total

@@ -1,0 +1,239 @@
+"""On-policy distillation: frozen teachers correct a policy's outputs at the states of its own samples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.alignment.losses.on_policy import OnPolicyLoss
+from latentreward.alignment.modules.alignment import AlignmentModule
+from latentreward.alignment.policies.checkpoint import SavedAdapter, network_name, read_policy_adapter
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.policies.policy import Policy, add_frozen_adapter
+from latentreward.alignment.rewards.shared_base import leave_out
+from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.step_choice import StepChoice
+from latentreward.alignment.rollout.trajectories import sample_trajectories
+from latentreward.core.checkpoints.base_weights import BaseSample
+from latentreward.core.contracts import Conditioning, PathText, PromptBatch, SampledStates, join_rows
+from latentreward.core.errors import InputError, check_at_least_one, errors_at
+from latentreward.core.seeding import pair_generator
+from latentreward.diffusion import Family
+from latentreward.diffusion.backbones.loading import set_attention_backend
+from latentreward.diffusion.backbones.stored_adapters import plain_name, stored_ranks
+from latentreward.diffusion.backbones.weights import settle
+
+SHARED_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Parts of a pipeline whose results a teacher gets from the policy; of a network without a flow also its scheduler."""
+COMPARED = ("hidden_size", "d_model", "projection_dim", "num_hidden_layers", "num_layers", "vocab_size",
+            "prediction_type", "beta_start", "beta_end", "beta_schedule")  # fmt: skip
+"""Fields of these parts' configs that must be equal."""
+
+
+@dataclass
+class Teacher:
+    """A frozen network that a policy learns from.
+
+    Attributes:
+        checkpoint: Checkpoint of an alignment run on the policy's base. Its adapter is added to the policy's network.
+        pipeline: Folder or hub id of another pipeline, of the policy's family and with its text encoders; null with
+            ``checkpoint``. Without both, the teacher is the policy's base, which is of use with a guidance scale.
+        guidance_scale: Guidance scale, as the pipeline takes it; None takes the policy's.
+    """
+
+    checkpoint: PathText | None = None
+    pipeline: PathText | None = None
+    guidance_scale: float | None = None
+
+    def check(self, policy: PolicySource, guidance_scale: float | None) -> None:
+        """Raise InputError for a teacher that the policy cannot learn from, before weights are loaded."""
+        family = policy.resolve_family()
+        if self.checkpoint is not None and self.pipeline is not None:
+            raise InputError(
+                "teachers: a teacher has checkpoint and pipeline; give one of them, and two teachers for both"
+            )
+        if self.checkpoint is not None and not Path(self.checkpoint).exists():
+            raise InputError(f"teachers: checkpoint={self.checkpoint} does not exist; give that of an alignment run")
+        with errors_at("teachers: " if self.pipeline is None else f"teachers: pipeline={self.pipeline}: "):
+            other = self.family(policy)
+            same = self.scale(other, guidance_scale) == guidance_scale
+        if same and self.checkpoint is None and self.pipeline is None:
+            raise InputError(
+                "teachers: without checkpoint, pipeline and a guidance_scale unlike the policy's, a teacher is the "
+                "policy at its start; give it one of them"
+            )
+        if self.pipeline is None:
+            return
+        if type(other) is not type(family) or other.latent_space != family.latent_space:
+            raise InputError(
+                f"teachers: pipeline={self.pipeline} is {other.title}, the policy {family.title}, of another family or "
+                "latent space; give a pipeline of the policy's"
+            )
+        for part in (*SHARED_PARTS, *(() if family.flow else ("scheduler",))):
+            pipelines = [one.pipeline for one in (family, other) if one.pipeline.has(part)]
+            configs = [one.config(part) for one in pipelines]  # of models that see pictures, their language model's
+            found = [[one.get("text_config", one).get(name) for name in COMPARED] for one in configs]
+            if len(found) == 2 and found[0] != found[1]:
+                raise InputError(
+                    f"teachers: pipeline={self.pipeline} has another {part} than the policy; give one with the same"
+                )
+
+    def family(self, policy: PolicySource) -> Family:
+        """Return the family of the teacher's network."""
+        source = policy if self.pipeline is None else replace(policy, source=self.pipeline, revision=None, variant=None)
+        return source.resolve_family()
+
+    def scale(self, family: Family, guidance_scale: float | None) -> float | None:
+        """Return the guidance scale of a teacher of this ``family`` for a policy's."""
+        return guidance_scale if self.guidance_scale is None else family.guidance(self.guidance_scale)
+
+    def saved(self) -> SavedAdapter | None:
+        """Read the adapter of ``checkpoint``; only its weights and rank are used, so that no family is imported."""
+        return None if self.checkpoint is None else read_policy_adapter(self.checkpoint, trusted=True)
+
+
+def add_teacher(policy: Policy, saved: SavedAdapter, number: int, checkpoint: PathText | None) -> str:
+    """Add the adapter of an alignment run to a policy's network, frozen and left out of its state dict.
+
+    Returns:
+        Name of the adapter in the network.
+
+    Raises:
+        InputError: If the adapter is of another base.
+    """
+    from peft import LoraConfig
+
+    name = f"teacher{number}"
+    if saved.base is not None:
+        BaseSample.of(policy, policy.source).check(saved.base)
+    weights = {network_name(key): tensor for key, tensor in saved.weights.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    layers = [*stored_ranks(policy.network, shapes, f"teachers: checkpoint={checkpoint}")]
+    config = LoraConfig(r=saved.source.lora.rank, lora_alpha=saved.source.lora.alpha, target_modules=layers)
+    for key, parameter in add_frozen_adapter(policy.network, config, name).items():
+        # As trained, also where frozen weights are stored in bfloat16.
+        parameter.data = weights[plain_name(key)].to(parameter.device, torch.float32)
+    policy.adapters.refresh()
+    leave_out(policy.network, name)
+    return name
+
+
+def load_teacher(source: PolicySource, family: Family) -> Policy:
+    """Load the network of another pipeline's ``family``, frozen, in the storage type of the policy's."""
+    network = family.load_network().requires_grad_(False)
+    settle(network, getattr(torch, source.frozen_dtype), torch.float32, family.float32_parts)
+    if source.attention_backend is not None:
+        set_attention_backend(network, source.attention_backend)
+    return Policy(network, family).eval()
+
+
+class OnPolicyDistillationModule(AlignmentModule):
+    """On-policy distillation: learn from frozen teachers at the states of one's own samples, without a reward.
+
+    The policy samples; at each state of the sampling, its output is pulled to those of the teachers for the same state
+    and prompt (mean over the teachers). For flows and networks that predict noise or v. See
+    :class:`~latentreward.alignment.OnPolicyLoss`; logs ``train/loss``.
+
+    Args:
+        policy: The generator.
+        teachers: At least one :class:`Teacher`.
+        sampling: Sampler settings of rollouts; None takes 10 steps without noise.
+        steps: Choice of the sampler's steps whose states are learned from, for each sample; None takes all.
+        loss: See :class:`~latentreward.alignment.OnPolicyLoss`.
+        prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory. None takes all.
+        guidance_scale: Guidance scale of the policy, in sampling and training; None switches guidance off.
+        options: See :class:`~latentreward.alignment.AlignmentModule`.
+
+    Raises:
+        InputError: If there is no teacher, a teacher does not fit the policy, ``kl_exact`` has no noise, or a setting
+            is out of range.
+    """
+
+    experience = SampledStates
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        teachers: list[Teacher],
+        sampling: Sampling | None = None,
+        steps: StepChoice | None = None,
+        loss: OnPolicyLoss | None = None,
+        prompts_at_once: int | None = None,
+        guidance_scale: float | None = None,
+        **options: Any,
+    ) -> None:
+        if not teachers:
+            raise InputError("teachers is empty; give at least one")
+        check_at_least_one(prompts_at_once=prompts_at_once)
+        family, sampling, loss = policy.resolve_family(), sampling or Sampling(10), loss or OnPolicyLoss()
+        guidance_scale = family.guidance(family.unguided if guidance_scale is None else guidance_scale)
+        sampler = sampling.sampler(family)
+        if loss.factor == "kl_exact":
+            sampler.require_noise()
+        if steps is not None:
+            steps.choose(len(sampler), torch.Generator())
+        for teacher in teachers:
+            teacher.check(policy, guidance_scale)
+        adapters = [teacher.saved() for teacher in teachers]
+        super().__init__(policy, None, guidance_scale=guidance_scale, **options)
+        self.sampling, self.sampler, self.steps, self.loss = sampling, sampler, steps, loss
+        self.prompts_at_once = prompts_at_once
+        families = [teacher.family(policy) for teacher in teachers]
+        self.scales = [one.scale(own, guidance_scale) for one, own in zip(teachers, families, strict=True)]
+        scales = zip((family, *families), (guidance_scale, *self.scales), strict=True)
+        self.guided = any(own.needs_uncond(scale) for own, scale in scales)
+        self.adapters = [
+            None if saved is None else add_teacher(self.policy, saved, number, teacher.checkpoint)
+            for number, (teacher, saved) in enumerate(zip(teachers, adapters, strict=True))
+        ]
+        others = {str(number): families[number] for number, one in enumerate(teachers) if one.pipeline is not None}
+        self.networks = nn.ModuleDict({number: load_teacher(policy, family) for number, family in others.items()})
+
+    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
+        """See :meth:`AlignmentModule.encode_uncond`; a teacher may be guided where the policy is not."""
+        return self.policy.encode_uncond(prompts) if self.guided else None
+
+    def make_experience(self, prompts: PromptBatch) -> SampledStates:
+        """See :meth:`AlignmentModule.make_experience`: the states of a sample, each a row."""
+        rows = []
+        for part in prompts.split(self.prompts_at_once):
+            settings = (part, self.sampling, self.guidance_scale, self.seed)
+            found = sample_trajectories(self.policy, self.sampler, *settings)
+            for number, key in enumerate(part.keys):
+                chosen = self.chosen(key)
+                keys = tuple(f"{key}/{index}" for index in chosen.tolist())
+                states = found.latents[chosen.to(found.latents.device), number].cpu()
+                rows.append(SampledStates(keys, (part.prompts[number],) * len(keys), states, found.timesteps[chosen]))
+        return join_rows(rows)
+
+    def chosen(self, key: str) -> Tensor:
+        """Return the indices of the steps whose states the sample ``key`` is learned from, int64."""
+        every = torch.arange(len(self.sampler))
+        if self.steps is not None:
+            every = self.steps.choose(len(self.sampler), pair_generator(self.seed, "trained steps", 0, key))
+        # A step without noise, such as DDIM's last, has no density.
+        return every if self.loss.factor != "kl_exact" else every[self.sampler.noise_std[every] > 0]
+
+    @torch.no_grad()
+    def corrections(self, batch: SampledStates) -> Tensor:
+        """Return the outputs ``(J, B, C, ...)`` of the teachers for the states of a batch."""
+        encoded, outputs = self.conditioning(batch.prompts), []
+        networks = dict(self.networks.items())
+        for number, (adapter, scale) in enumerate(zip(self.adapters, self.scales, strict=True)):
+            network: Any = networks.get(str(number), self.policy)
+            with network.adapters.use(adapter):
+                outputs.append(network.predict_guided(batch.latents, batch.timesteps, *encoded, scale))
+        return torch.stack(outputs)
+
+    def training_step(self, batch: SampledStates, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        zeros = batch.latents.new_zeros(len(batch), *[1] * (batch.latents.ndim - 1))
+        # Means are linear in the output.
+        step = self.sampler.transition(zeros, zeros + 1, batch.timesteps)
+        rows = self.loss(self.prediction(batch), self.corrections(batch), step.mean.flatten(), step.std)
+        loss = rows.mean().float()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss

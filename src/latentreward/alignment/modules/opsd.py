@@ -1,0 +1,127 @@
+"""DiffusionOPSD: learn from a reward's gradient at predicted clean latents, without a graph through the sampler."""
+
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentreward.alignment.losses.nft import NFTLoss
+from latentreward.alignment.losses.opsd import reward_ascent
+from latentreward.alignment.modules.forward_process import ForwardProcessModule, Renoised
+from latentreward.alignment.policies.loading import PolicySource
+from latentreward.alignment.policies.moving_average import OLD, DecayRamp
+from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rollout.finished import score_finished
+from latentreward.alignment.rollout.prompted import PromptedPolicy, RolloutDraws
+from latentreward.alignment.rollout.reward_guidance import refuse_float16, require_finite, require_gradient
+from latentreward.core.contracts import PromptBatch, SampledStates
+from latentreward.core.errors import check_at_least_one, check_range
+
+
+class DiffusionOPSDModule(ForwardProcessModule):
+    """DiffusionOPSD (released code: worldbench/DiffusionOPSD) with one sample a prompt and r = ½, for any network.
+
+    The older copy of the adapter samples to the step nearest to ``query_sigma``, no further. There the clean latents
+    that the copy predicts are moved up and down the reward's gradient, and the policy learns to predict them; see
+    :func:`~latentreward.alignment.reward_ascent`. Finished samples are neither made nor scored. Logs
+    ``train/loss``, ``train/kl`` and ``train/reward``, that of the prediction.
+
+    Args:
+        policy: The generator, of any family.
+        reward: Source of a differentiable reward that judges each sample by itself.
+        query_sigma: Noise level of the states, in (0, 1) and among those of the sampler's steps. Published: 0.278 for
+            SD3.5-M, with pixel rewards.
+        radius: ρ, largest distance of a target from the prediction, as a share of the prediction's norm; 0.1 as
+            published.
+        ascent_steps: Steps n of the climb, at least 1. Published: 2.
+        old: How slowly the copy that samples follows the policy; the default is the published one.
+        loss: Loss with its reference term ``kl_weight``; None takes a weight of 1. Without the term nothing holds the
+            policy, since the predictions that targets lie around move with it.
+        options: See :class:`ForwardProcessModule`; ``reward_sigmas`` are the levels at which a latent reward scores.
+
+    Raises:
+        InputError: See :class:`ForwardProcessModule`; or if the reward has no gradient, or compares samples.
+    """
+
+    experience = SampledStates
+    flows_only = compares = prunes = False
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        reward: RewardSource,
+        query_sigma: float = 0.6,
+        radius: float = 0.1,
+        ascent_steps: int = 2,
+        old: DecayRamp | None = None,
+        loss: NFTLoss | None = None,
+        **options: Any,
+    ) -> None:
+        check_range("(0, 1)", "0.6 is the default", query_sigma=query_sigma)
+        check_range("(0, inf)", "DiffusionOPSD uses 0.1", radius=radius)
+        check_at_least_one(ascent_steps=ascent_steps)
+        reward.require_gradient(type(self).__name__)
+        reward.require_alone(f"{type(self).__name__} has one sample a prompt")
+        family, sampling = policy.resolve_family(), options.get("sampling") or self.usual_sampling
+        levels = family.noise_process.sigma(sampling.sampler(family).timesteps)
+        known = f"these are the levels of the {len(levels)} steps"
+        check_range(f"[{levels[-1]:g}, {levels[0]:g}]", known, query_sigma=query_sigma)
+        copies = {OLD: old or DecayRamp()}
+        super().__init__(policy, reward, copies=copies, steps=None, num_samples=1, advantage=None, **options)
+        require_gradient(self.reward, type(self).__name__)
+        self.radius, self.ascent_steps, self.loss = radius, ascent_steps, loss or NFTLoss(kl_weight=1.0)
+        self.query = int((levels - query_sigma).abs().argmin())
+
+    def setup(self, stage: str) -> None:
+        """Check the precision; raise InputError for float16, where the reward's unscaled gradients vanish."""
+        super().setup(stage)
+        refuse_float16(self.trainer.precision)
+
+    def make_experience(self, prompts: PromptBatch) -> SampledStates:
+        """See :meth:`AlignmentModule.make_experience`; the copies follow the policy first."""
+        self.move_copies()
+        shape, states = self.sampling.latent_shape(self.policy.family), []
+        for part in prompts.split(self.prompts_at_once):
+            network = PromptedPolicy.of(self.policy, part, self.guidance_scale)
+            latents = RolloutDraws(self.seed, part.keys).initial(shape).to(self.device)
+            with self.policy.adapters.use(OLD):
+                for _, timestep in islice(self.sampler.steps(), self.query):
+                    output = network(latents, timestep)
+                    latents = self.sampler.transition(latents, output, torch.full((len(part),), timestep)).mean
+            states.append(latents.cpu())
+        timesteps = self.sampler.timesteps[self.query].expand(len(prompts))
+        return SampledStates(prompts.keys, prompts.prompts, torch.cat(states), timesteps)
+
+    def targets(self, batch: SampledStates, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the clean latents y⁺ and y⁻ ``(B, C, ...)``, and the rewards ``(B,)`` of their common start."""
+        prompts, rewards = PromptBatch(batch.prompts, batch.keys), []
+
+        def slope_of(latents: Tensor) -> Tensor:
+            leaf = latents.detach().requires_grad_()
+            with torch.enable_grad():
+                rewards.append(score_finished(self.reward, leaf, prompts, self.seed, self.reward_sigmas))
+            return require_finite(torch.autograd.grad(rewards[-1].sum(), leaf)[0], self.reward)
+
+        anchor = self.sampler.clean(batch.latents, old, batch.timesteps)
+        radius = self.radius * anchor.flatten(1).norm(dim=1)
+        return *reward_ascent(anchor, slope_of, radius, self.ascent_steps), rewards[0].detach()
+
+    def training_step(self, batch: SampledStates, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        zeros = torch.zeros_like(batch.latents)
+        # Predicted clean latents are linear in the output: a velocity's σ, a noise's s/a.
+        without = self.sampler.clean(batch.latents, zeros, batch.timesteps)
+        level = self.sampler.clean(zeros, zeros - 1, batch.timesteps)
+        states = Renoised(batch.latents, zeros, level.flatten(1)[:, 0])
+        old = self.predict_under(OLD, batch, states)
+        above, below, rewards = self.targets(batch, old)
+        held = self.loss.needs_reference or self.guard is not None
+        reference = self.predict_under(None, batch, states) if held else None
+        output = self.predict(batch, states)
+        ends = (without - above) / level, (without - below) / level
+        result = self.loss(output, old, ends, states.sigmas, torch.zeros(len(batch)), reference)
+        loss = self.guarded(result.loss, output, reference)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log_dict({"train/kl": result.kl, "train/reward": rewards.mean()}, batch_size=len(batch))
+        return loss

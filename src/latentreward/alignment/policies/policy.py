@@ -1,0 +1,353 @@
+"""The policy that alignment trains: a frozen diffusion network, a trainable adapter, text encoders and VAE.
+
+Adapters are those of peft, by name: the policy's, which trains, and others on the same network, as of a reward.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.core.contracts import Conditioning, LatentSpace, PreferenceBatch, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.programs import of_this_package
+from latentreward.diffusion import Family, NoiseProcess
+from latentreward.diffusion.encoders.prompts import PromptEncoder, empty_prompts, encode_texts
+from latentreward.diffusion.encoders.sources import encode_edits, reading_pictures
+
+if TYPE_CHECKING:
+    from latentreward.diffusion.encoders.vae import LatentEncoder
+
+POLICY = "policy"
+"""Name of the trainable adapter in peft."""
+
+
+class Policy(nn.Module):
+    """A text-to-image network with a trainable adapter. Without the adapter, the network is the reference model.
+
+    Args:
+        network: diffusers network, frozen, with an adapter named :data:`POLICY`.
+        family: Family of the network, which knows its conventions.
+        text_encoder: Frozen prompt encoder; None if prompts are encoded elsewhere.
+        vae: Frozen VAE; None if latents are never decoded, and no picture is edited.
+
+    Attributes:
+        source: Folder or hub id of the weights, for messages.
+        adapters: Switch between the policy's adapter, a reward's adapter, and no adapter.
+        source_encoder: Encoder of the pictures that prompts edit; None for a network that edits none.
+        source_size: See :class:`~latentreward.alignment.PolicySource`.
+        moving_adapters: Names of frozen adapters that training changes, so that checkpoints hold them.
+    """
+
+    source: str = ""
+    moving_adapters: tuple[str, ...] = ()
+    source_size: str = "made"
+    network: Any
+
+    def __init__(
+        self,
+        network: nn.Module,
+        family: Family,
+        text_encoder: PromptEncoder | None = None,
+        vae: LatentEncoder | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.family = network, family
+        self.text_encoder, self.vae = text_encoder, vae
+        self.source_encoder = None if vae is None else family.source_encoder(vae)
+        self.adapters = AdapterSwitch(network, POLICY)
+        self._gradient_seen = self._compared = False
+        self._uncond: tuple[Any, Conditioning] | None = None
+
+    @property
+    def noise_process(self) -> NoiseProcess:
+        """Forward process that the network was trained with."""
+        return self.family.noise_process
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """Latent space that the network works in."""
+        return self.family.latent_space
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the dropout of the trainable adapter, and the network where :attr:`Family.train_mode` says so."""
+        # T5 has dropout, and Lightning sets every module to training.
+        super().train(False)
+        self.training = mode
+        self.network.train(mode and self.family.train_mode)
+        for name, module in self.network.named_modules():
+            if name.endswith(f".lora_dropout.{POLICY}"):
+                module.train(mode)
+        return self
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Return a context in which all adapters are off, so that the network predicts as before alignment."""
+        return self.adapters.use(None)
+
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None = None
+    ) -> Tensor:
+        """Predict noise, v or velocity ``(B, C, ...)`` as :meth:`Family.predict`, by default with its own guidance.
+
+        Of a user's own family the first batch is compared by
+        :func:`~latentreward.reward.scoring.apart.check_predictions`.
+        """
+        users_family = not of_this_package(type(self.family).__module__)  # shipped families need no check
+        if users_family and not self._compared:
+            from latentreward.reward.scoring.apart import check_predictions  # only a family of one's own needs it
+
+            self._compared = True
+            check_predictions(self.family, self.network, latents, timesteps, conditioning, guidance)
+        first = users_family and torch.is_grad_enabled() and not self._gradient_seen
+        self._gradient_seen |= first
+        with warn_of_lost_gradient(self.family, self.network) if first else nullcontext():
+            return self.family.predict(self.network, latents, timesteps, conditioning, guidance)
+
+    def predict_guided(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        uncond: Conditioning | None,
+        guidance_scale: float | None,
+    ) -> Tensor:
+        """Predict with the family's guidance, in one forward pass: of B rows, or B for each of :attr:`Family.passes`.
+
+        Args:
+            latents: ``(B, C, ...)``.
+            timesteps: ``(B,)``.
+            conditioning: Encoded prompts, B rows.
+            uncond: The encoded empty prompt, one row, or B where it depends on a row's sources; not used without
+                classifier-free guidance.
+            guidance_scale: Scale as checked by :meth:`Family.guidance`; None for networks without guidance.
+
+        Raises:
+            InputError: If the guidance needs the empty prompt and ``uncond`` is None.
+        """
+        prompts = self.with_uncond(conditioning, uncond, guidance_scale)
+        return self.predict_packed(latents, timesteps, prompts, guidance_scale)
+
+    def with_uncond(
+        self, conditioning: Conditioning, uncond: Conditioning | None, guidance_scale: float | None
+    ) -> Conditioning:
+        """Return B prompts as :meth:`predict_packed` takes them; see :meth:`predict_guided`."""
+        if guidance_scale is None or not self.family.needs_uncond(guidance_scale):
+            return conditioning
+        if uncond is None:
+            raise InputError(
+                f"guidance_scale={guidance_scale:g} needs the encoded empty prompt; give it, or set it to "
+                f"{self.family.no_guidance:g}"
+            )
+        return Conditioning.join(self.family.guided_prompts(conditioning, uncond))
+
+    def predict_packed(
+        self, latents: Tensor, timesteps: Tensor, prompts: Conditioning, guidance_scale: float | None
+    ) -> Tensor:
+        """Predict as :meth:`predict_guided` for ``prompts`` as :meth:`with_uncond` returns them."""
+        if guidance_scale is None or not self.family.needs_uncond(guidance_scale):
+            return self.predict(latents, timesteps, prompts, guidance_scale)
+        # One pass of all rows: FSDP2 gathers each block once, and a GPU is filled better.
+        passes = self.family.passes
+        output = self.predict(torch.cat([latents] * passes), torch.cat([timesteps] * passes), prompts)
+        without, with_prompt, *others = output.chunk(passes)
+        return self.family.guide(with_prompt, without, guidance_scale, *others)
+
+    def encode_prompts(
+        self, prompts: Sequence[str], sources: Sequence[Tensor] = (), latents: bool = False
+    ) -> Conditioning:
+        """Encode B prompts and the pictures that they edit without gradient, each distinct prompt once.
+
+        ``sources`` and ``latents`` are as those of :meth:`DiffusionBackbone.encode_prompts`.
+
+        Raises:
+            InputError: If the policy has no text encoder, or the prompts edit pictures, which its network does not.
+            ImageError: If a picture cannot be read.
+        """
+        with torch.no_grad(), reading_pictures():
+            return encode_edits(self.require_text_encoder(), prompts, self.source_encoder, sources, latents)
+
+    def conditioning_of(self, batch: PreferenceBatch) -> Conditioning:
+        """Return the encoded prompts of a batch, from a cache or by the text encoder, with the latents of sources."""
+        sources = tuple(source.float() for source in batch.sources)  # bfloat16 of a cache, as the latents of pairs
+        if batch.conditioning is None:
+            return self.encode_prompts(batch.prompts, sources, batch.latent_space is not None)
+        return replace(batch.conditioning, source_latents=sources) if sources else batch.conditioning
+
+    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning:
+        """Encode the prompt for classifier-free guidance: the empty one, or zeros, as the family does.
+
+        It is one row, encoded once for a frozen encoder in one place and precision; where the text encoder sees the
+        pictures that ``prompts`` edit, it is a row for each of them.
+        """
+        encoder = self.require_text_encoder()
+        if any(map(sources_of, empty := empty_prompts(encoder, prompts, self.family.uncond_prompt))):
+            with torch.no_grad():
+                return encode_texts(encoder, empty)
+        weights = [*encoder.parameters()]
+        # Without weights it is a table of encoded prompts; what trains or has no version may have changed unseen.
+        if not weights or any(weight.requires_grad or weight.is_inference() for weight in weights):
+            return self.family.encode_uncond(encoder)
+        weight = weights[0]
+        device = weight.device.type
+        precision = weight.dtype, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        # What inference mode made cannot be part of a graph.
+        state = encoder, weight.device, *precision, weight._version, torch.is_inference_mode_enabled()
+        if self._uncond is None or self._uncond[0] != state:
+            self._uncond = state, self.family.encode_uncond(encoder)
+        return self._uncond[1]
+
+    def require_text_encoder(self) -> PromptEncoder:
+        """Return the text encoder; raise InputError if the policy has none."""
+        if self.text_encoder is None:
+            raise InputError("this policy was built without a text encoder; load it from a full pipeline folder")
+        return self.text_encoder
+
+    def edit_at(self, height: int | None, width: int | None) -> None:
+        """Resize pictures that are edited to the size of those that are made, by default the network's native size.
+
+        Nothing changes for a network that edits none, or if ``source_size`` is ``pipeline``.
+        """
+        if self.source_encoder is not None and self.source_size == "made":
+            native = self.native_size
+            self.source_encoder.resize_to(height or native[0], width or native[1])
+
+    @contextmanager
+    def editing_at(self, height: int | None, width: int | None) -> Iterator[None]:
+        """Call :meth:`edit_at` for the block; afterwards pictures are resized as before."""
+        before = None if self.source_encoder is None else self.source_encoder.loader
+        self.edit_at(height, width)
+        try:
+            yield
+        finally:
+            if self.source_encoder is not None:
+                self.source_encoder.loader = before
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that the network was trained on."""
+        return self.family.native_size
+
+    @property
+    def side_multiple(self) -> int:
+        """Number of pixels of which both sides of an image must be multiples."""
+        return self.family.side_multiple
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """Return the shape of one image's latents; see :meth:`Family.latent_shape`."""
+        return self.family.latent_shape(height, width)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Yield the network's blocks in order, for compiling, gradient checkpointing and sharding one by one."""
+        return self.family.blocks(self.network)
+
+
+@contextmanager
+def warn_of_lost_gradient(family: Family, network: nn.Module) -> Iterator[None]:
+    """Warn of a user's own family whose network runs layers with weights without gradient inside the block.
+
+    diffusers' mixtures of experts do so in evaluation mode: the prediction is right, and its gradient is not.
+    """
+    found: list[str] = []
+
+    def look(name: str) -> None:
+        if not torch.is_grad_enabled():
+            found.append(name)
+
+    layers = [(name, layer) for name, layer in network.named_modules() if layer._parameters]
+    hooks = [layer.register_forward_pre_hook(lambda *_, name=name: look(name)) for name, layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if found:
+        warnings.warn(
+            f"{type(family).__name__}: {found[0]} and {len(found) - 1} more layers run without gradient while the "
+            "policy trains, so the gradient lacks their part; if they do so in evaluation mode alone, set "
+            "train_mode = True in the family",
+            stacklevel=2,
+        )
+
+
+class AdapterSwitch:
+    """A switch that activates the peft adapters of a network and leaves ``requires_grad`` alone.
+
+    peft's own switches (``set_adapter``, ``disable_adapters``) change ``requires_grad`` and take milliseconds. This
+    class sets only the two private fields of peft's layers that decide the forward pass.
+
+    Args:
+        network: Network with adapters. Call :meth:`refresh` after an adapter is added later.
+        default: Name of the adapter, or names of the adapters, active outside any :meth:`use`.
+    """
+
+    def __init__(self, network: nn.Module, default: str | Sequence[str]) -> None:
+        self._network = network
+        self._default = [default] if isinstance(default, str) else list(default)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find the adapter layers again, and activate the default adapters."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self._layers = [module for module in self._network.modules() if isinstance(module, BaseTunerLayer)]
+        self._names = {
+            name for layer in self._layers for names in layer.adapter_layer_names for name in getattr(layer, names)
+        }
+        for layer in self._layers:
+            layer._active_adapter, layer._disable_adapters = list(self._default), False
+
+    @property
+    def working(self) -> tuple[str, ...]:
+        """Adapters that are at work."""
+        layer = next(iter(self._layers), None)
+        return () if layer is None or layer._disable_adapters else tuple(layer._active_adapter)
+
+    @contextmanager
+    def use(self, name: str | None) -> Iterator[None]:
+        """Activate adapter ``name`` alone, or no adapter if ``name`` is None; on exit restore what was active before.
+
+        With gradient checkpointing, call ``backward`` inside the context: checkpointed blocks are computed again with
+        the adapter that is active at that time.
+
+        Raises:
+            ValueError: If no layer has an adapter ``name``; peft would silently run the network without adapters.
+        """
+        if name is not None and name not in self._names:
+            raise ValueError(
+                f"the network has no adapter {name!r}, only {sorted(self._names)}; call refresh() after adding"
+            )
+        # Layer by layer: adapters of a reward may be active on some layers alone.
+        before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._layers]
+        try:
+            for layer in self._layers:
+                layer._active_adapter, layer._disable_adapters = [] if name is None else [name], name is None
+            yield
+        finally:
+            for layer, active, disabled in before:
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def add_frozen_adapter(network: nn.Module, config: Any, name: str) -> dict[str, nn.Parameter]:
+    """Add an adapter to a network whose other adapters stay as they are, active or not, trainable or not.
+
+    Call :meth:`AdapterSwitch.refresh` afterwards.
+
+    Returns:
+        The new adapter's parameters by their names in ``network``, frozen, with peft's initial values, in the types of
+        the layers' weights.
+    """
+    from peft import inject_adapter_in_model
+
+    trains = {parameter for parameter in network.parameters() if parameter.requires_grad}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, network, name)
+    for parameter in network.parameters():  # peft has made the new adapter the one that trains
+        parameter.requires_grad_(parameter in trains)
+    return {key: parameter for key, parameter in network.named_parameters() if f".{name}." in key}

@@ -1,0 +1,1 @@
+"""Rewards for alignment: latent reward models, pixel scorers, own functions, random controls, and mixtures."""

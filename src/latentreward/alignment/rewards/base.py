@@ -1,0 +1,260 @@
+"""Interfaces of rewards: the source, which knows the latent space before loading, and the loaded reward."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.core.contracts import LatentSpace, NoisyStates
+from latentreward.core.errors import InputError
+from latentreward.core.promises import Part, detached, of_class, returns, shown, tensor, unchanged, wrong_tensor
+
+if TYPE_CHECKING:
+    from latentreward.alignment.policies.loading import PolicySource
+    from latentreward.alignment.policies.policy import Policy
+
+
+class Reward(nn.Module, Part):
+    """A loaded, frozen reward that scores sampling states; a higher score is better.
+
+    A reward must not register modules of the policy as its own submodules.
+
+    Attributes:
+        needs_clean: Whether the reward needs :attr:`NoisyStates.clean`, the policy's prediction of the clean latents.
+        differentiable: Whether scores carry a gradient to ``states.latents`` (or ``states.clean``).
+        changes_buffers: Whether scoring changes buffers of the reward; checkpoints of trainable weights then hold
+            these buffers too. Alignment sets it for a module whose buffers the first scores change.
+        answers_later: Whether :meth:`begin_parts` returns before the scores are there.
+        name: Name in messages; empty for that of the class.
+    """
+
+    needs_clean: bool = False
+    differentiable: bool = False
+    changes_buffers: bool = False
+    answers_later: bool = False
+    name: str = ""
+
+    def train(self, mode: bool = True) -> Self:
+        """Keep evaluation mode, also when the surrounding module is set to training mode."""
+        return super().train(False)
+
+    def take_means(self) -> Tensor | None:
+        """Return the mean score of each reward of a mixture since the last call, ``(R,)``; None for other rewards."""
+        return None
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise InputError if the reward does not take one of a run's prompts; the weights may not be read yet."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Any:
+        """Encode P raw prompts once, for many calls of :meth:`score`; each reward chooses the type of the result."""
+
+    @abstractmethod
+    def score(self, states: NoisyStates, encoded: Any) -> Tensor:
+        """Score N states.
+
+        Args:
+            states: N states; ``states.rows`` holds the index of each state's prompt in ``encoded``.
+            encoded: Result of :meth:`encode_prompts`.
+
+        Returns:
+            Scores ``(N,)``, float32.
+        """
+
+    @returns(
+        lambda found, reward, latents, *given: (
+            wrong_tensor(found, (len(latents),)) or ((reward.differentiable or None) and detached(found, latents))
+        ),
+        keeps=True,
+    )
+    def score_clean(
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
+    ) -> Tensor:
+        """Score finished latents.
+
+        Args:
+            latents: ``(N, C, ...)`` clean and scaled; scores of a differentiable reward carry a gradient to them.
+            rows: ``(N,)`` int64 index of each latent's prompt in ``encoded``.
+            encoded: Result of :meth:`encode_prompts`.
+            noise: ``(N, C, ...)`` standard normal noise that a latent reward adds to ``latents`` before it scores;
+                rewards on pixels ignore it.
+            sigmas: Noise levels in [0, 1] of the reward model's noise process; several give one ensemble score. Rewards
+                on pixels ignore them.
+
+        Returns:
+            Scores ``(N,)``, float32.
+        """
+        return self(NoisyStates(latents, torch.zeros(len(latents), device=latents.device), rows, latents), encoded)
+
+    @returns(tensor(lambda reward, latents, *given: (len(latents), -1)))
+    def score_parts(
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
+    ) -> Tensor:
+        """Score finished latents by each reward of a mixture, not weighted: ``(N, R)``; see :meth:`score_clean`."""
+        return self.score_clean(latents, rows, encoded, noise, sigmas)[:, None]
+
+    def begin_parts(
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
+    ) -> Callable[[], Tensor]:
+        """Begin to score finished latents, and return a function that waits for the result of :meth:`score_parts`.
+
+        Only a reward with :attr:`answers_later` works in the meantime. The functions are to be called in the order of
+        the calls of this method.
+        """
+        parts = self.score_parts(latents, rows, encoded, noise, sigmas)
+        return lambda: parts
+
+    def mix(self, parts: Tensor, rows: Tensor) -> Tensor:
+        """Compute the score ``(N,)`` from those of :meth:`score_parts`; ``rows`` ``(N,)`` are the states' prompts."""
+        return parts[:, 0]
+
+    def mix_apart(self, parts: Tensor, spread: Tensor) -> Tensor:
+        """Compute scores ``(N,)`` from parts of states of different prompts, which are compared with another time's.
+
+        ``spread`` ``(R,)`` is the standard deviation of each part; only a mixture that normalises divides by it.
+        """
+        return self.mix(parts, torch.arange(len(parts)))
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Set the type in which frozen weights are stored and multiplied; scores stay float32.
+
+        Alignment calls this with ``torch.bfloat16`` under ``trainer.precision: bf16-mixed``, before the reward is moved
+        to its device. By default nothing happens: the trainer's autocast decides.
+        """
+
+    def forward(self, states: NoisyStates, encoded: Any) -> Tensor:
+        """Call :meth:`score` and check the result, see :meth:`checked`; the states must stay as they are."""
+        with unchanged(f"reward {self.name or type(self).__name__}", states):
+            scores = self.score(states, encoded)
+        return self.checked(scores, states.timesteps, states.latents)
+
+    def checked(self, scores: Tensor, timesteps: Tensor, latents: Tensor) -> Tensor:
+        """Check ``scores`` and return them in float32.
+
+        What was scored, ``latents`` ``(N, C, ...)`` at ``timesteps`` ``(N,)``, tells the cause of a score that is not
+        finite.
+
+        Raises:
+            InputError: If the scores are not a tensor ``(N,)``, or a score or what was scored is not finite.
+        """
+        count, name = len(timesteps), self.name or type(self).__name__
+        if not isinstance(scores, Tensor) or scores.shape != (count,):
+            raise InputError(
+                f"reward {name} returned {shown(scores)} for {count} states; it must be a tensor ({count},)"
+            )
+        if self.differentiable and (problem := detached(scores, latents)):
+            raise InputError(f"reward {name} with differentiable = True returned {problem}")
+        if not scores.isfinite().all():
+            bad = scores[~scores.isfinite()][0].item()
+            if not latents.isfinite().all():
+                raise InputError(
+                    "the policy's sampler gave latents that are not finite, before any reward; lower the learning "
+                    "rate, or compute the policy in bfloat16 or float32"
+                )
+            raise InputError(
+                f"reward {name} returned {bad} at timestep {timesteps[~scores.isfinite()][0].item():g}; look at its "
+                "weights, or compute it in float32"
+            )
+        return scores.float()
+
+
+def _wrong_reward(found: Reward, source: RewardSource, policy: Policy) -> str | None:
+    if problem := of_class(Reward)(found):
+        return problem
+    if source.parts != len(source.part_weights):
+        return f"a reward of parts={source.parts}, but {len(source.part_weights)} part_weights; it must be one for each"
+    return None
+
+
+class RewardSource(Part):
+    """Settings of a reward, as given in YAML. Weights are loaded by :meth:`load` only.
+
+    Attributes:
+        parts: Number of rewards that a mixture holds; 1 for any other reward.
+        part_weights: Weights of the rewards of a mixture.
+        uses_sigmas: Whether the reward scores finished latents at noise levels, as latent rewards do.
+    """
+
+    parts: int = 1
+    part_weights: Sequence[float] = (1.0,)
+    uses_sigmas: bool = False
+
+    def has_gradient(self) -> bool:
+        """Tell whether scores carry a gradient to the states, as far as that is known before loading."""
+        return True
+
+    def remembers(self) -> bool:
+        """Tell whether a score depends on what was scored before."""
+        return False
+
+    @abstractmethod
+    @returns(of_class(LatentSpace, also_none=True))
+    def latent_space(self) -> LatentSpace | None:
+        """Read the latent space that the reward takes from its configs; None if any policy's latents will do."""
+
+    def require_latents_of(self, policy: PolicySource) -> None:
+        """Raise InputError, before any weight is loaded, if the reward does not take the latents of ``policy``."""
+        theirs = self.latent_space()  # first: a missing checkpoint is named before diffusers is imported
+        if theirs is not None and (ours := policy.latent_space()) != theirs:
+            raise InputError(
+                f"the policy {policy.source} makes latents of the space [{ours}], but the reward takes [{theirs}]; use "
+                "a reward trained on latents of the policy's VAE, or one that scores pixels"
+            )
+
+    def scores_states(self) -> bool:
+        """Tell whether the reward scores a noisy state as it is, without the policy's prediction of clean latents."""
+        return True
+
+    def judges_alone(self) -> bool:
+        """Tell whether the score of a state depends on this state alone, and not on others of the same call."""
+        return True
+
+    def require_guidance(self) -> None:
+        """Raise InputError, before any weight is loaded, if the reward cannot guide a rollout by its gradient."""
+        self.require_step_scores("reward_guidance")
+        self.require_alone("reward_guidance follows the gradient of each state's own score")
+        self.require_gradient("reward_guidance")
+
+    def require_alone(self, reason: str) -> None:
+        """Raise InputError, before any weight is loaded, if a score depends on others; ``reason`` begins the line."""
+        if not self.judges_alone():
+            raise InputError(
+                f"{reason}, and {type(self).__name__} normalises scores within a prompt; set normalise: none or running"
+            )
+
+    def require_gradient(self, field: str) -> None:
+        """Raise InputError, before any weight is loaded, if scores lack the gradient that ``field`` needs."""
+        if not self.has_gradient():
+            raise InputError(
+                f"{field} needs the gradient of the reward, and {type(self).__name__} has none with these settings; "
+                "take a LatentReward"
+            )
+
+    def require_step_scores(self, field: str) -> None:
+        """Raise InputError, before any weight is loaded, if ``field`` is set and the reward scores no noisy states."""
+        if not self.scores_states():
+            raise InputError(
+                f"{field} needs the score of a noisy state, which {type(self).__name__} does not give, because it "
+                "scores predicted clean latents; take a LatentReward, or leave that setting out"
+            )
+
+    @abstractmethod
+    @returns(_wrong_reward)
+    def load(self, policy: Policy) -> Reward:
+        """Load the reward, frozen, to score states of ``policy``.
+
+        Raises:
+            InputError: If the reward cannot be loaded, or cannot score states of this policy.
+        """
+
+
+def check_edits(name: str, reward: tuple[int, int | None], policy: tuple[int, int | None]) -> None:
+    """Raise InputError if one of reward and policy, of which these are the ``sources``, must edit and one cannot."""
+    if (0, 0) in (reward, policy) and (reward[0] or policy[0]):
+        text, edits = "pictures made from text alone", "edits of pictures"
+        judged, made = (edits, text) if reward[0] else (text, edits)
+        raise InputError(f"{name}: it judges {judged}, and the policy makes {made}; give a reward trained on those")

@@ -1,0 +1,225 @@
+"""Weighted sum of several rewards, each normalised first so that weights do not depend on the rewards' scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.alignment.rewards.base import Reward, RewardSource
+from latentreward.core.contracts import LatentSpace, NoisyStates
+from latentreward.core.errors import InputError
+
+if TYPE_CHECKING:
+    from latentreward.alignment.policies.loading import PolicySource
+    from latentreward.alignment.policies.policy import Policy
+
+Normalise = Literal["group", "running", "none"]
+SMALLEST_STD = 1e-4  # constant added to a standard deviation before dividing, as in the advantages of Flow-GRPO
+
+
+class RewardMixture(RewardSource):
+    """A weighted sum of rewards.
+
+    Args:
+        rewards: Rewards to add, at least one.
+        weights: One weight per reward, applied after normalisation; a negative weight makes a penalty. None gives each
+            of n rewards the weight 1 / n.
+        normalise: ``group`` shifts and scales each reward's scores to mean 0 and standard deviation 1 over the states
+            of a prompt in one call, that is, over the candidates to compare; a prompt with a single state is refused.
+            ``running`` uses mean and standard deviation of all scores that a reward has given so far on this process;
+            checkpoints hold the values of rank 0. ``none`` adds the raw scores. No gradient flows into means and
+            standard deviations.
+
+    Raises:
+        InputError: If there is no reward, the number of weights is not that of the rewards, or all weights are 0.
+
+    Note:
+        Under ``group`` and ``running`` the unit of scores is a standard deviation. A threshold of pair selection that
+        was tuned to the raw scores of one reward must be tuned again.
+
+    Example:
+        .. code-block:: yaml
+
+            reward:
+              class_path: RewardMixture
+              init_args:
+                rewards:
+                  - {class_path: LatentReward, init_args: {path: runs/lrm/reward.ckpt}}
+                  - {class_path: CallableReward, init_args: {function: my_rewards.saturation}}
+                weights: [1.0, 0.2]
+    """
+
+    def __init__(
+        self, rewards: Sequence[RewardSource], weights: Sequence[float] | None = None, normalise: Normalise = "group"
+    ) -> None:
+        weights = [1 / max(len(rewards), 1)] * len(rewards) if weights is None else list(weights)
+        if not rewards or len(weights) != len(rewards) or not any(weights) or not all(map(math.isfinite, weights)):
+            raise InputError(
+                f"reward mixture: weights={weights} for {len(rewards)} rewards; give at least one reward, a weight for "
+                "each, and one that is not 0; all must be finite"
+            )
+        self.rewards, self.weights, self.normalise = list(rewards), weights, normalise
+
+    @property
+    def parts(self) -> int:  # type: ignore[override]  # no attribute: recorded settings hold those
+        """Number of rewards."""
+        return len(self.rewards)
+
+    @property
+    def part_weights(self) -> Sequence[float]:  # type: ignore[override]
+        """Weights of the rewards."""
+        return self.weights
+
+    @property
+    def uses_sigmas(self) -> bool:  # type: ignore[override]
+        """Whether one of the rewards scores finished latents at noise levels."""
+        return any(reward.uses_sigmas for reward in self.rewards)
+
+    def latent_space(self) -> LatentSpace | None:
+        """Return the common latent space of the rewards that need one; raises InputError if these differ."""
+        spaces = {space for reward in self.rewards if (space := reward.latent_space()) is not None}
+        if len(spaces) > 1:
+            raise InputError(
+                f"the rewards of a mixture take latents of different spaces ({'; '.join(sorted(map(str, spaces)))}); "
+                "mix rewards of one VAE, or rewards that score pixels"
+            )
+        return next(iter(spaces), None)
+
+    def scores_states(self) -> bool:
+        """Tell whether each reward of the mixture scores noisy states as they are."""
+        return all(reward.scores_states() for reward in self.rewards)
+
+    def has_gradient(self) -> bool:
+        """Tell whether each reward of the mixture has a gradient."""
+        return all(reward.has_gradient() for reward in self.rewards)
+
+    def remembers(self) -> bool:
+        """Tell whether a score depends on what was scored before, as under ``normalise: running``."""
+        return self.normalise == "running" or any(reward.remembers() for reward in self.rewards)
+
+    def judges_alone(self) -> bool:
+        """Tell whether the score of a state depends on this state alone; not under ``normalise: group``."""
+        return self.normalise != "group" and all(reward.judges_alone() for reward in self.rewards)
+
+    def require_latents_of(self, policy: PolicySource) -> None:
+        """See :meth:`RewardSource.require_latents_of`; checks each reward of the mixture."""
+        for reward in self.rewards:
+            reward.require_latents_of(policy)
+
+    def load(self, policy: Policy) -> MixedReward:
+        return MixedReward([reward.load(policy) for reward in self.rewards], self.weights, self.normalise)
+
+
+class MixedReward(Reward):
+    """A loaded :class:`RewardMixture`, of loaded rewards."""
+
+    seen: Tensor
+    """Count, sum and sum of squares of each reward's scores so far: ``(rewards, 3)`` float64; only for ``running``."""
+
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float], normalise: Normalise) -> None:
+        super().__init__()
+        self.rewards, self.weights, self.normalise = nn.ModuleList(rewards), tuple(weights), normalise
+        self.needs_clean = any(reward.needs_clean for reward in rewards)
+        self.differentiable = all(reward.differentiable for reward in rewards)
+        self.changes_buffers = normalise == "running"
+        self.answers_later = any(reward.answers_later for reward in rewards)
+        self._sums, self._count = torch.zeros(len(rewards), dtype=torch.float64), 0
+        if self.changes_buffers:
+            self.register_buffer("seen", torch.zeros(len(rewards), 3, dtype=torch.float64))
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Set the precision of each reward."""
+        for reward in self.rewards:
+            reward.set_precision(dtype)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        for reward in self.rewards:
+            reward.check_prompts(prompts)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Any, ...]:
+        """Encode the prompts for each reward."""
+        return tuple(reward.encode_prompts(prompts) for reward in self.rewards)
+
+    def score(self, states: NoisyStates, encoded: tuple[Any, ...]) -> Tensor:
+        parts = [reward(states, known) for reward, known in zip(self.rewards, encoded, strict=True)]
+        return self.mix(torch.stack(parts, dim=1), states.rows)
+
+    def score_clean(
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
+    ) -> Tensor:
+        return self.mix(self.score_parts(latents, rows, encoded, noise, sigmas), rows)
+
+    def score_parts(
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
+    ) -> Tensor:
+        """See :meth:`Reward.score_parts`; one column for each reward, neither weighted nor normalised."""
+        pairs = zip(self.rewards, encoded, strict=True)
+        return torch.stack([reward.score_clean(latents, rows, known, noise, sigmas) for reward, known in pairs], dim=1)
+
+    def begin_parts(
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
+    ) -> Callable[[], Tensor]:
+        """See :meth:`Reward.begin_parts`; rewards that answer later are asked first."""
+        order = sorted(range(len(self.rewards)), key=lambda number: not self.rewards[number].answers_later)
+        given = {number: (latents, rows, encoded[number], noise, sigmas) for number in order}
+        begun = {number: self.rewards[number].begin_parts(*given[number]) for number in order}
+        return lambda: torch.stack([one.mix(begun[place](), rows) for place, one in enumerate(self.rewards)], dim=1)
+
+    def mix(self, parts: Tensor, rows: Tensor) -> Tensor:
+        """See :meth:`Reward.mix`; under ``running`` the parts count as seen."""
+        rows = rows.to(parts.device)
+        self._sums += parts.detach().cpu().double().sum(dim=0)
+        self._count += len(parts)
+        columns = list(parts.unbind(dim=1))
+        if self.normalise == "group":
+            columns = [standardise(scores, rows) for scores in columns]
+        elif self.normalise == "running":
+            # By mean and standard deviation of all scores of a reward so far, including these.
+            for index, scores in enumerate(columns):
+                seen = self.seen[index]
+                values = scores.detach().to(seen)
+                seen += torch.stack([values.new_tensor(len(values)), values.sum(), (values**2).sum()])
+                count, total, squares = seen.tolist()
+                mean = total / count
+                std = max(squares / count - mean**2, 0.0) ** 0.5
+                columns[index] = (scores - mean) / (std + SMALLEST_STD)
+        return torch.stack([weight * part for weight, part in zip(self.weights, columns, strict=True)]).sum(dim=0)
+
+    def mix_apart(self, parts: Tensor, spread: Tensor) -> Tensor:
+        scales = torch.ones_like(spread) if self.normalise == "none" else spread + SMALLEST_STD
+        return (parts / scales) @ parts.new_tensor(self.weights)
+
+    def take_means(self) -> Tensor | None:
+        means = self._sums / self._count if self._count else None
+        self._sums, self._count = torch.zeros_like(self._sums), 0
+        return means
+
+
+def standardise(scores: Tensor, groups: Tensor) -> Tensor:
+    """Shift and scale scores to mean 0 and standard deviation 1 within each group.
+
+    ``groups`` ``(N,)`` int64 are the numbers of the groups of scores ``(N,)``.
+
+    Returns:
+        ``(N,)``; no gradient flows into means and standard deviations.
+
+    Raises:
+        InputError: If a group has a single member.
+    """
+    _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
+    if sizes.min() < 2:
+        raise InputError(
+            "a mixture of rewards with normalise: group compares the states of a prompt, but got a single one; draw "
+            "several candidates, or set normalise: running"
+        )
+
+    def mean(values: Tensor) -> Tensor:
+        return (values.new_zeros(len(sizes)).index_add(0, group, values) / sizes)[group]
+
+    average = mean(scores.detach())
+    std = mean((scores.detach() - average) ** 2).sqrt()
+    return (scores - average) / (std + SMALLEST_STD)

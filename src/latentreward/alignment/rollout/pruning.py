@@ -1,0 +1,208 @@
+"""Pruning: candidates are scored once, at a noisy state, and only some of them are sampled to the end."""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rollout.advantages import Advantage
+from latentreward.core.devices import to_float64
+from latentreward.core.errors import InputError, check_at_least_one, check_range
+from latentreward.core.promises import Part, has_values, returns, wrong_tensor
+
+SMALLEST = torch.finfo(torch.float64).tiny
+"""Least divisor, for predictions or rewards that are all equal: their correlation is then 0."""
+
+
+def _wrong_choice(found: Tensor, rule: "PruningRule", predicted: Tensor, count: int, *given: object) -> str | None:
+    if problem := wrong_tensor(found, (count,), "indices", 0, len(predicted) - 1):
+        return problem
+    if not has_values(found) or len(found.unique()) == count:
+        return None
+    return f"candidates {found.tolist()}; it must be {count}, each once"
+
+
+class PruningRule(Part):
+    """Rule that picks the candidates of one prompt that are sampled to the end."""
+
+    @abstractmethod
+    @returns(_wrong_choice, each=True)
+    def choose(self, predicted: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Return the indices of the candidates to keep, int64 ``(count,)``, each once, in any order.
+
+        Args:
+            predicted: ``(N,)`` rewards of the candidates' noisy states, on the CPU.
+            count: Number K of candidates to keep, at most N.
+            generator: Generator of the prompt.
+        """
+
+
+class BestAndWorst(PruningRule):
+    """Rule that keeps the ⌈K/2⌉ candidates with the highest and the ⌊K/2⌋ with the lowest prediction."""
+
+    def choose(self, predicted: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`PruningRule.choose`; of equal predictions, later candidates count as higher."""
+        order, worst = predicted.argsort(stable=True), count // 2
+        return torch.cat([order[:worst], order[len(order) - count + worst :]])
+
+
+def check_states_reward(field: str, reward: RewardSource) -> None:
+    """Raise InputError, before any weight is loaded, if a reward cannot score noisy states beside finished samples."""
+    reward.require_step_scores(field)
+    check_scored_once(f"{field} scores noisy states too", reward)
+
+
+def check_scored_once(more: str, reward: RewardSource) -> None:
+    """Raise InputError for a reward with running statistics where there are ``more`` scores than the rewards."""
+    if reward.remembers():
+        raise InputError(
+            f"{more}, which a RewardMixture with normalise: running would count among the rewards; set normalise: "
+            "group or none"
+        )
+
+
+@dataclass
+class Pruning:
+    """Settings of pruned rollouts, for methods that learn from finished samples.
+
+    Attributes:
+        candidates: Number N of candidates of each prompt. The number K of samples of a prompt (``num_samples`` or
+            ``num_trajectories``) of them are sampled to the end, scored and trained on. N = K prunes nothing and
+            measures ρ.
+        after_steps: Number of finished steps, from 1 on, after which the noisy states are scored, once.
+        rule: Rule that picks the K candidates; None takes :class:`BestAndWorst`.
+        min_spread: Least standard deviation of the scores of a prompt's candidates, in units of the reward; a prompt
+            below it is not sampled to the end. The prompt with the largest one in each batch of prompts always is.
+
+    Raises:
+        InputError: If a number is out of range.
+    """
+
+    candidates: int
+    after_steps: int
+    rule: PruningRule | None = None
+    min_spread: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_at_least_one("pruning.", candidates=self.candidates, after_steps=self.after_steps)
+        check_range("[0, inf)", "0 leaves no prompt out", **{"pruning.min_spread": self.min_spread})
+
+    def check(self, samples: str, count: int, steps: int, reward: RewardSource) -> None:
+        """Raise InputError, before any weight is loaded, if the settings do not fit a module or its reward.
+
+        Args:
+            samples: Name of the module's number of samples of a prompt.
+            count: That number, K.
+            steps: Steps of the sampler.
+            reward: Source of the reward.
+        """
+        if self.candidates < count:
+            raise InputError(
+                f"pruning.candidates={self.candidates} is less than {samples}={count}, the samples that are finished; "
+                "raise it, or finish fewer"
+            )
+        if self.after_steps >= steps:
+            raise InputError(
+                f"pruning.after_steps={self.after_steps} goes beyond step {steps - 1}, the last one that leaves noise "
+                f"when sampling.num_inference_steps={steps}; lower it"
+            )
+        check_states_reward("pruning", reward)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    r"""Agreement of predictions with the rewards of the kept samples, within prompts.
+
+    Kept samples differ more than all candidates do, so their own correlation :math:`\rho_k` is too high. With M the
+    variance of the kept predictions of a prompt over that of all its candidates' predictions, both without bias:
+
+    .. math:: \rho^2 = \frac{\rho_k^2}{M - \rho_k^2 (M - 1)}, \qquad C = 1 + \rho^2 (M - 1),
+
+    where C is the variance of the kept rewards of a prompt over that of all candidates' rewards. Both hold, for any
+    rule, where rewards follow predictions along a line, with noise that does not depend on them.
+
+    Attributes:
+        sums: ``(6,)`` float64, which add up over prompts and rollouts: squares of the kept predictions' deviations
+            from their prompt's mean, squares of the rewards' deviations, their products, squares of all candidates'
+            deviations, and degrees of freedom of the kept and of all candidates, K − 1 and N − 1 for each prompt.
+    """
+
+    sums: Tensor
+
+    @classmethod
+    def of(cls, predicted: Tensor, kept: Tensor, rewards: Tensor) -> Self:
+        """Compare predictions ``(P, N)`` with the ``rewards`` ``(P, K)`` of the ``kept``, indices ``(P, K)`` int64."""
+        predicted, rewards = to_float64(predicted), to_float64(rewards)
+        chosen = predicted.gather(1, kept.to(predicted.device))
+        own, theirs, every = (one - one.mean(dim=1, keepdim=True) for one in (chosen, rewards, predicted))
+        parts = own.square(), theirs.square(), own * theirs, every.square()
+        free = (torch.ones_like(one[:, 1:]) for one in (own, every))
+        return cls(torch.stack([part.sum() for part in (*parts, *free)]))
+
+    def __add__(self, other: "Agreement") -> "Agreement":
+        return Agreement(self.sums + other.sums)
+
+    @property
+    def spread(self) -> Tensor:
+        """Return M, at least 0; 1 if all candidates are kept."""
+        own, every, kept_free, free = self.sums[[0, 3, 4, 5]]
+        return own * free / (every * kept_free).clamp(min=SMALLEST)
+
+    @property
+    def correlation_kept(self) -> Tensor:
+        """Return ρ_k, the correlation of the kept samples."""
+        own, theirs, products = self.sums[:3]
+        return products / (own * theirs).sqrt().clamp(min=SMALLEST)
+
+    @property
+    def correlation(self) -> Tensor:
+        """Return ρ, the correlation of all candidates."""
+        kept, spread = self.correlation_kept, self.spread
+        return kept / (spread - kept**2 * (spread - 1)).clamp(min=SMALLEST).sqrt()
+
+    @property
+    def contrast(self) -> Tensor:
+        """Return C, 1 for a ρ_k that chance explains.
+
+        The square of a correlation is too high on average, by chance alone 1 / ν for ν degrees of freedom.
+        """
+        free, more = self.sums[4], self.spread - 1
+        kept = ((self.correlation_kept**2 * free - 1) / (free - 1).clamp(min=1)).clamp(min=0)
+        return 1 + kept / (1 + more - kept * more).clamp(min=SMALLEST) * more
+
+    def least_correlation(self, pruning: Pruning, count: int, steps: int, trained: float) -> float:
+        r"""Return the ρ above which pruning pays, from :math:`\rho^2 (M - 1)(1 + u) = f (N / K - 1)`.
+
+        Above 1 it pays at no ρ.
+
+        Args:
+            pruning: Settings: N, and f as ``after_steps`` / T.
+            count: Samples K of a prompt.
+            steps: Steps T of the sampler.
+            trained: Passes of the policy in training on one sample, u · T.
+        """
+        gain = (self.spread.item() - 1) * (1 + trained / steps)
+        cost = pruning.after_steps / steps * (pruning.candidates / count - 1)
+        return math.sqrt(cost / gain) if gain > 0 else math.inf
+
+
+def scaled_advantages(rule: Advantage, rewards: Tensor, contrast: Tensor | None) -> Tensor:
+    """Compute advantages ``(P, K)`` of kept samples whose gradient is as large as that of samples without selection.
+
+    Deviations from a prompt's mean are divided by √C before the rule, since the kept ``rewards`` ``(P, K)`` differ √C
+    times as much as those of all candidates, and the advantages by √C once more: the gradient is a product of
+    advantages with what differs like the rewards. Thus prompts keep their weights under any rule. C is ``contrast``,
+    see :class:`Agreement`; None is exactly 1.
+    """
+    root: Tensor | float = 1.0
+    device = rewards.device
+    if contrast is not None:
+        rewards, root = to_float64(rewards), contrast.sqrt()
+        mean = rewards.mean(dim=1, keepdim=True)
+        rewards = mean + (rewards - mean) / root
+    groups = torch.arange(len(rewards), device=rewards.device).repeat_interleave(rewards.shape[1])
+    return (rule(rewards.flatten(), groups).view_as(rewards) / root).to(device)

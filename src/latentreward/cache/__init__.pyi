@@ -1,3 +1,0 @@
-from .datamodule import CachedPreferenceDataModule, CachedSplit
-
-__all__ = ["CachedPreferenceDataModule", "CachedSplit"]

@@ -1,0 +1,1 @@
+"""What every room uses: records, errors, seeds, settings, durable files, checkpoints, processes and pages."""

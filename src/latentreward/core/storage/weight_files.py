@@ -1,0 +1,180 @@
+"""Tensors of safetensors files by memory map: nothing is read from the disk before a tensor's values are used."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.hub import cached_files, model_info, read_locally, silence
+from latentreward.core.storage.json_files import read_config
+from latentreward.core.storage.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+ALIGNMENT = 64  # bytes to which PyTorch aligns its own memory; CPU kernels round differently at other addresses
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Place of a tensor's values in a file."""
+
+    path: Path  # Safetensors file
+    offset: int  # Byte at which the values begin
+    dtype: torch.dtype  # Type of the values
+    shape: torch.Size  # Shape of the tensor
+
+    def read(self) -> Tensor:
+        """Read the values into new memory; unlike a copy of the mapped tensor, this maps no page of the file."""
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        if tensor.numel():
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                values = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+                while values:
+                    if not (count := file.readinto(values)):
+                        raise InputError(f"cannot load {self.path}: the file ends too early; download it again")
+                    values = values[count:]
+        return tensor
+
+
+@dataclass(frozen=True)
+class MappedWeights:
+    """Tensors of a model's safetensors files, mapped into memory."""
+
+    tensors: dict[str, Tensor]  # Name → tensor whose values are read from the disk when they are used
+    places: dict[int, StoredTensor]  # Address of a tensor's values → their place in the files
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating point type that most bytes of the files have."""
+        sizes: Counter[torch.dtype] = Counter()
+        for tensor in self.tensors.values():
+            if tensor.is_floating_point():
+                sizes[tensor.dtype] += tensor.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+    def read(self, name: str) -> Tensor | None:
+        """Read one tensor into new memory; return None if the files hold no tensor of that name."""
+        tensor = self.tensors.get(name)
+        return None if tensor is None else self.places[tensor.data_ptr()].read()
+
+
+def map_weights(paths: Iterable[Path]) -> MappedWeights:
+    """Map safetensors files into memory; raises InputError if one is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    weights = MappedWeights({}, {})
+    for path in paths:
+        try:
+            entries, start, _ = read_header(path)
+            mapped = load_file(path)
+        except (SafetensorError, ValueError, OSError, RecursionError) as error:
+            raise InputError(f"cannot load {path}: {first_line(error)}; download it again") from error
+        for name, tensor in mapped.items():
+            if tensor.numel():
+                place = StoredTensor(path, start + entries[name].data_offsets[0], tensor.dtype, tensor.shape)
+                weights.places[tensor.data_ptr()] = place
+        weights.tensors.update(mapped)
+    return weights
+
+
+def find_weights(
+    source: str,
+    stem: str = "model",
+    subfolder: str = "",
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> tuple[Path, ...]:
+    """Find a model's safetensors files, a single one or shards with an index, in a folder or on the hub.
+
+    Args:
+        source: Folder or hub id.
+        stem: Beginning of the files' names: ``model`` (transformers) or ``diffusion_pytorch_model`` (diffusers).
+        subfolder: Folder inside ``source``.
+        variant: File variant, such as ``fp16``.
+        revision: Branch, tag or commit of a hub id.
+        local_files_only: Whether to read a hub id from the local cache alone.
+
+    Raises:
+        InputError: If the files are missing, cannot be fetched, or the index is damaged.
+    """
+    suffix = f".{variant}" if variant else ""
+    place = f"{subfolder}/" if subfolder else ""
+    single, index = f"{stem}{suffix}.safetensors", f"{stem}.safetensors.index{suffix}.json"
+    where = f"{source}/{subfolder}" if subfolder else source
+    # Without an answer of the hub, the cache alone tells whether the weights are in one file or in shards.
+    local_files_only = local_files_only or read_locally(source, revision)
+
+    def file(name: str) -> Path | None:
+        return stored_file(source, place + name, revision, local_files_only)
+
+    if path := file(single):
+        return (path,)
+    if (path := file(index)) is None:
+        remedy = _remedy(source, place, stem, variant, None if local_files_only else model_info(source, revision))
+        raise InputError(f"cannot load {where}: no file named {single} or {index}; {remedy}")
+    places = read_config(path).get("weight_map")
+    named = [*places.values()] if isinstance(places, dict) else []
+    if not named or not all(isinstance(name, str) and name == Path(name).name for name in named):
+        raise InputError(f"cannot load {path}: its weight_map does not name files beside it; download it again")
+    shards = tuple(file(name) for name in sorted({*named}))
+    if None in shards:
+        raise InputError(f"cannot load {where}: a shard that {index} names is missing; get the files again")
+    return shards  # type: ignore[return-value]
+
+
+def _remedy(source: str, place: str, stem: str, variant: str | None, told: ModelInfo | None) -> str:
+    """Return what to do about weights that are not there, by the other files; ``told`` is the hub's list of them."""
+    folder = (Path(source) if Path(source).is_dir() else cached_files(source) or Path(source)) / place
+    listed = folder.iterdir() if folder.is_dir() else ()
+    names = sorted(
+        (path.name for path in listed)
+        if told is None
+        else (file.rfilename.removeprefix(place) for file in told.siblings or () if file.rfilename.startswith(place))
+    )
+    weights = [re.fullmatch(rf"{stem}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", name) for name in names]
+    others = {found[1] for found in weights if found} - {variant}
+    if None in others:
+        return f"its weights have no variant {variant}; leave variant out"
+    if others:
+        other = sorted(map(str, others))[0]
+        return f"its weights are of the variant {other}; set variant: {other}, or rename them without it"
+    if pickles := [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack"))]:
+        return (
+            f"it has {pickles[0]}, but only safetensors files are read, because pickles can run code; load the model "
+            "in the library that wrote it and call save_pretrained"
+        )
+    if whole := sorted(Path(source).glob("*.safetensors")) if place and Path(source).is_dir() else []:
+        return f"if {whole[0].name} in {source} holds the whole model, give this file in place of the folder"
+    return "get the files again"
+
+
+def stored_file(source: str, name: str, revision: str | None, local_files_only: bool) -> Path | None:
+    """Return the path of a file in a folder or on the hub, from where it is fetched; None if it is absent."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, name, revision=revision, local_files_only=local_files_only))
+    except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError
+        if local_files_only:
+            return None
+        raise InputError(f"cannot load {source}: {silence()}, and {name} is not in the local cache") from None
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(f"cannot load {source}: {first_line(error)}") from error

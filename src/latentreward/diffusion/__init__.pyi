@@ -1,0 +1,62 @@
+from .backbones.base import DiffusionBackbone, check_taps
+from .backbones.sd3_dit import SD3DiTBackbone
+from .backbones.sd_unet import SDUNetBackbone
+from .backbones.transformer import TransformerBackbone
+from .backbones.tuning import LoRA
+from .cache.datamodule import CachedPreferenceDataModule, CachedSplit
+from .families.backbone import FamilyBackbone, load_family_backbone
+from .families.base import Family, PipelineConfigs
+from .families.find import find_family, import_family, is_foreign
+from .families.flow import FlowFamily
+from .noise.base import NoiseProcess
+from .noise.ddpm import DDPM
+from .noise.flow import ContinuousFlow, FlowMatching
+from .noise.from_scheduler import process_from_scheduler
+from .noise.levels import (
+    BetaSigma,
+    ConstantSigma,
+    LevelSampler,
+    LogitNormalSigma,
+    ModeSigma,
+    PowerSigma,
+    TargetSigma,
+    TimestepGrid,
+    UniformSigma,
+)
+from .noise.schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS, fits_kind
+
+__all__ = [
+    "DDPM",
+    "DDPM_SCHEDULERS",
+    "FLOW_SCHEDULERS",
+    "BetaSigma",
+    "CachedPreferenceDataModule",
+    "CachedSplit",
+    "ConstantSigma",
+    "ContinuousFlow",
+    "DiffusionBackbone",
+    "Family",
+    "FamilyBackbone",
+    "FlowFamily",
+    "FlowMatching",
+    "LevelSampler",
+    "LoRA",
+    "LogitNormalSigma",
+    "ModeSigma",
+    "NoiseProcess",
+    "PipelineConfigs",
+    "PowerSigma",
+    "SD3DiTBackbone",
+    "SDUNetBackbone",
+    "TargetSigma",
+    "TimestepGrid",
+    "TransformerBackbone",
+    "UniformSigma",
+    "check_taps",
+    "find_family",
+    "fits_kind",
+    "import_family",
+    "is_foreign",
+    "load_family_backbone",
+    "process_from_scheduler",
+]

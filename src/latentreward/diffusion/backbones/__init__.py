@@ -1,0 +1,1 @@
+"""Backbones: parts of diffusion networks that compute features from noisy latents."""

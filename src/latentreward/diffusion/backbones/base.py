@@ -1,0 +1,287 @@
+"""Base class of all backbones, and checks of their taps and features."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.core.construction import Construction
+from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
+from latentreward.core.errors import InputError
+from latentreward.core.promises import Kind, Part, place_of, returns, shown, wrong_tensor
+from latentreward.diffusion.backbones.tuning import ATTENTION
+from latentreward.diffusion.encoders.sources import SourceEncoder, encode_edits
+from latentreward.diffusion.noise.base import NoiseProcess
+
+if TYPE_CHECKING:
+    from latentreward.diffusion.encoders.prompts import PromptEncoder
+    from latentreward.diffusion.encoders.vae import LatentEncoder
+
+
+def _wrong_features(
+    found: Features, backbone: DiffusionBackbone, latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+) -> str | None:
+    if not isinstance(found, Features):
+        return f"{shown(found)}; it must be Features"
+    spec = getattr(backbone, "feature_spec", None)  # a backbone without a text encoder may not know its widths
+    return None if spec is None else features_problem(found, spec, len(latents), "numbers")
+
+
+def features_problem(features: Features, spec: FeatureSpec, rows: int, values: Kind = "floats") -> str | None:
+    """Return the first difference of features from the ``spec`` that a head was built from; None without one."""
+    promised: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+    for kind, taps, specs in (("visual", features.visual, spec.visual), ("text", features.text, spec.text)):
+        if len(taps) != len(specs):
+            return f"{len(taps)} {kind} taps; it must be the {len(specs)} of feature_spec"
+        promised |= {f"{kind} tap {n}": (tap, (rows, -1, specs[n].width)) for n, tap in enumerate(taps)}
+    if len(features.visual_grids) != len(features.visual):
+        return f"{len(features.visual_grids)} visual_grids; it must be one for each of {len(features.visual)} taps"
+    for number, grid in enumerate(features.visual_grids):
+        name = f"visual tap {number}"
+        promised[name] = features.visual[number], (rows, math.prod(grid), spec.visual[number].width)
+    promised["temb"] = features.temb, (rows, spec.temb_dim)
+    promised["pooled_text"] = features.pooled_text, (rows, spec.pooled_text_dim)
+    for name, (tensor, shape) in promised.items():
+        if problem := wrong_tensor(tensor, shape, values):
+            return f"{name} {problem} as feature_spec and visual_grids say"
+    channels = None if features.output is None else features.output.shape[1]
+    if channels != (None if spec.output is None else spec.output.width):
+        return f"an output map of {channels} channels; it must be as feature_spec says, {spec.output}"
+    return None
+
+
+class LatentNetwork(Protocol):
+    """Network of latents with the encoders of its input: a backbone or a policy."""
+
+    vae: LatentEncoder | None
+    text_encoder: PromptEncoder | None
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """Latents that the network takes."""
+        ...
+
+    @property
+    def source_encoder(self) -> SourceEncoder | None:
+        """Encoder of the pictures that prompts edit."""
+        ...
+
+
+class DiffusionBackbone(nn.Module, Part):
+    """Part of a diffusion network that computes features for a reward head, with its encoders and noise process.
+
+    A feature is read at a *tap*: the output of one block of the network. A subclass implements :meth:`read`,
+    :attr:`feature_spec` and :meth:`blocks`. Latents may have any number of axes after the channels, for example a time
+    axis for video.
+
+    Args:
+        noise_process: Forward process of the network.
+        latent_space: Latents that the network takes.
+        text_encoder: Prompt encoder; None if conditioning comes from elsewhere.
+        vae: Encoder of pixels into latents; None if latents come from elsewhere.
+        output_map: Whether the features have the network's output too, ``(B, C, ...)``, for a head that reads it (DRM).
+            Of a transformer the output layers read the visual tokens of the last tapped block, the last block or not; a
+            U-Net is run as a whole.
+
+    Attributes:
+        source: Folder or hub id of the weights, with the revision, as the user gave it; for messages.
+        network_name: Name of the attribute that holds the diffusers network; empty if :meth:`with_network` is not
+            possible.
+        takes_aspects: Whether the network was trained on images of several aspect ratios.
+        max_side: Largest side of the latents for which the network has position embeddings; None for any.
+        max_prompt: Largest number of tokens of a prompt for which the network has them; None for any.
+        lora_targets: Name endings of the layers that get adapters where the settings name none.
+        sources: Least and largest number of pictures that the network edits or refers to; None for any number.
+        source_encoder: Encoder of the pictures that prompts edit; None for a network that edits none.
+        built_by: Record of the factory or class call that made the backbone; None if an argument cannot be written as
+            JSON.
+    """
+
+    counts = "max_side", "max_prompt", "side_multiple"
+    source: str = ""
+    network_name: str = ""
+    takes_aspects: bool = False
+    max_side: int | None = None
+    max_prompt: int | None = None
+    sources: tuple[int, int | None] = (0, 0)
+    lora_targets: Sequence[str] = ATTENTION
+    built_by: Construction | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Record the arguments in :attr:`built_by`, which a registered factory replaces by its own call."""
+        backbone = super().__new__(cls)
+        # nn.Module.__setattr__ works only after nn.Module.__init__.
+        object.__setattr__(backbone, "built_by", Construction.of(cls, args, kwargs))
+        return backbone
+
+    def __init__(
+        self,
+        noise_process: NoiseProcess,
+        latent_space: LatentSpace,
+        text_encoder: PromptEncoder | None = None,
+        vae: LatentEncoder | None = None,
+        output_map: bool = False,
+    ) -> None:
+        super().__init__()
+        self.noise_process, self.latent_space, self.output_map = noise_process, latent_space, output_map
+        self.text_encoder, self.vae = text_encoder, vae
+        self.source_encoder: SourceEncoder | None = None
+        self._compared = False
+
+    @property
+    @abstractmethod
+    def feature_spec(self) -> FeatureSpec:
+        """Widths and token grids of the features that :meth:`read` returns."""
+
+    @property
+    def native_size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels of the images that the network was trained on; None if unknown."""
+        return None
+
+    @property
+    def side_multiple(self) -> int:
+        """Number of pixels of which both sides of an image must be multiples."""
+        return self.latent_space.downscale
+
+    @abstractmethod
+    @returns(_wrong_features)
+    def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
+        """Compute the features of ``latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``, with ``uncond`` None."""
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None = None
+    ) -> Features:
+        """Compute features for the prompts and, if ``uncond`` is given, for the empty prompt too.
+
+        Both are computed in one forward pass with a batch of 2 B.
+
+        Args:
+            latents: ``(B, C, ...)`` scaled noisy latents.
+            timesteps: ``(B,)`` timesteps of :attr:`noise_process`.
+            conditioning: Encoded prompts, B rows.
+            uncond: Encoded empty prompt, one row.
+
+        Raises:
+            InputError: If the latents do not have the number of channels that the network takes.
+        """
+        if latents.shape[1] != self.latent_space.channels:
+            found, remedy = f"{latents.shape[1]} channels", "encode the images with the VAE of its own pipeline"
+            if latents.ndim == 3:  # as pipelines of FLUX and Qwen-Image return them
+                found = f"shape {tuple(latents.shape)}, which is that of packed tokens"
+                remedy = "unpack them by the pipeline's _unpack_latents"
+            raise InputError(
+                f"latents have {found}, but this backbone takes latents of the space [{self.latent_space}]; {remedy}"
+            )
+        timesteps = timesteps.to(latents.device)
+        size = len(latents)
+        if uncond is not None:
+            conditioning = Conditioning.join([conditioning, uncond.beside(conditioning)])
+            latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
+        features = self.read(latents, timesteps, conditioning)
+        if not self._compared:  # shapes, once: a head takes its layer sizes from the spec
+            if problem := features_problem(features, self.feature_spec, len(latents)):
+                raise InputError(f"{type(self).__name__}.read returned {problem}{place_of(type(self).read)}")
+            self._compared = True
+        if uncond is None:
+            return features
+        return replace(rows_of(features, slice(size)), uncond=rows_of(features, slice(size, None)))
+
+    def encode_prompts(
+        self, prompts: Sequence[str], sources: Sequence[Tensor] = (), latents: bool = False
+    ) -> Conditioning:
+        """Encode B prompts and the pictures that they edit to B rows, repeated prompts once.
+
+        Args:
+            prompts: B prompts.
+            sources: Pixels ``(B, 3, H, W)`` of each picture that the prompts edit; empty reads those of the prompts.
+            latents: Whether ``sources`` are latents ``(B, C, ...)`` instead.
+
+        Raises:
+            InputError: If there is no text encoder, or the prompts edit pictures, which the network does not.
+        """
+        if self.text_encoder is None:
+            raise InputError("this backbone was built without a text encoder; load it from a full pipeline folder")
+        return encode_edits(self.text_encoder, prompts, self.source_encoder, sources, latents)
+
+    def drop_unread(self, text: bool, temb: bool) -> None:
+        """Stop reading what a head does not use, and freeze what only that needs.
+
+        Args:
+            text: Whether the head reads text taps.
+            temb: Whether it reads the timestep embedding.
+        """
+        if not (text and self.feature_spec.text):
+            self.drop_text_taps()
+        if not temb:
+            self.drop_time_embedding()
+
+    def drop_text_taps(self) -> None:
+        """Stop reading text taps, for a head that uses none, and freeze parameters that only text taps need.
+
+        Without gradients such parameters would make DDP fail. The base class does nothing.
+        """
+
+    def drop_time_embedding(self) -> None:
+        """Freeze parameters that only the timestep embedding in the features needs, for a head that does not use it.
+
+        The base class does nothing.
+        """
+
+    def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> Self | None:
+        """Return a copy without a VAE that reads the taps of this backbone from ``network``; None if not possible.
+
+        A class whose attributes refer to the network besides :attr:`network_name` needs a method of its own.
+
+        Args:
+            network: Whole diffusers network with the config of this backbone's network. Other code uses it too, so that
+                no block is dropped; blocks after the last tap are not run.
+            text_encoder: Prompt encoder of the new backbone.
+        """
+        if not self.network_name or type(network) is not type(getattr(self, self.network_name)):
+            return None
+        others = self._modules.keys() - {self.network_name, "text_encoder", "vae"}
+        if {*self._parameters, *self._buffers} or any(
+            True for name in others for _ in getattr(self, name).parameters()
+        ):
+            return None  # weights of its own have no values where this backbone was built without
+        backbone = copy(self)
+        backbone._modules = {**self._modules}  # which copy shares
+        setattr(backbone, self.network_name, network)
+        backbone.text_encoder, backbone.vae, backbone.built_by = text_encoder, None, None
+        return backbone
+
+    @abstractmethod
+    def blocks(self) -> Iterator[nn.Module]:
+        """Yield the kept blocks of the network in order: the units of compilation, checkpointing and sharding."""
+
+
+def rows_of(features: Features, rows: slice) -> Features:
+    """Return the given rows of a batch of features."""
+    return map_tensors(features, lambda tensor: tensor[rows])
+
+
+def check_taps(name: str, taps: Sequence[int], last: int, least: int = 0) -> tuple[int, ...]:
+    """Check block numbers to read features at, and return them as a tuple.
+
+    Raises:
+        InputError: If there are fewer than ``least`` taps, they do not ascend, or one is not in 0..``last``.
+    """
+    taps = tuple(taps)
+    if len(taps) < least:
+        raise InputError(f"{name}={list(taps)} is empty; name at least one block from 0 to {last}")
+    if list(taps) != sorted(set(taps)):
+        raise InputError(f"{name}={list(taps)} must ascend without repeats")
+    outside = [tap for tap in taps if not 0 <= tap <= last]
+    if outside:
+        raise InputError(
+            f"{name}={list(taps)} reaches block {outside[-1]}, but this network has blocks 1 to {last} (0 reads before "
+            "the first one)"
+        )
+    return taps

@@ -1,0 +1,491 @@
+"""Weights of diffusers and transformers models: mapped from safetensors, then stored in the type that they need.
+
+:func:`map_model` builds a model on the meta device and maps the files' tensors into it. Nothing is read yet, so that
+parts of the network that nothing needs can be removed. :func:`settle` then reads what is left, tensor by tensor,
+straight into its final type. A weight that needs no conversion stays mapped, and the processes of a machine share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.json_files import read_config
+from latentreward.core.storage.shared_weights import processes_here, shared
+from latentreward.core.storage.weight_files import ALIGNMENT, MappedWeights, StoredTensor, find_weights, map_weights
+
+OWN_ATTENTION = (None, "eager", "sdpa")
+"""Values of transformers' ``attn_implementation`` that need PyTorch alone."""
+MOST_LAYERS = 100
+"""Largest number of layers that a config may name; the deepest block of Stable Diffusion XL has 10, SD3 38."""
+MOST_POSITIONS = {
+    "max_position_embeddings": 2**20,
+    "pos_embed_max_size": 1024,
+    "axes_lens": 65536,
+    "rope_max_seq_len": 65536,
+}
+"""Largest values of a config; SD3.5 has 384 positions a side, CLIP 77 tokens, OmniGen 131072, Z-Image 1536, Wan 1024.
+
+Rotary tables may be longer, as they take little memory: a long one lets the network make larger images.
+"""
+REFUSED = ("missing", "unexpected", "mismatched")
+"""Kinds of mismatch between a model and its files that are errors."""
+POSITIONS = ".position_ids"
+"""End of the name of a tensor of integers that old CLIP files hold."""
+SPARE = "lm_head.weight"
+"""Tensor of language models that text encoders do not need; transformers leaves it out too."""
+COUNTED = (POSITIONS, ".num_batches_tracked")
+"""Ends of the names of tensors that may be integers; the second is of batch norms, as FLUX.2's VAE has one."""
+PLACES = "_stored_places"
+"""Name of the attribute in which a mapped model keeps the places of its values; :func:`settle` removes it."""
+_postponed: ContextVar[list[Callable[[], None]] | None] = ContextVar("postponed", default=None)
+_unread: ContextVar[dict[int, Reading] | None] = ContextVar("unread", default=None)
+_undrawn: ContextVar[bool] = ContextVar("undrawn", default=False)
+
+
+class Reading(NamedTuple):
+    """Weight that :func:`settle` has listed.
+
+    Attributes:
+        tensor: The weight.
+        place: Place of its values if they are mapped.
+        wanted: Type in which it is to be stored.
+        state: :func:`state_of` the weight when it was listed.
+    """
+
+    tensor: Tensor
+    place: StoredTensor | None
+    wanted: torch.dtype
+    state: tuple[int, int]
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the weight still has the values of its place; changes through ``.data`` in place are not seen."""
+        place, tensor = self.place, self.tensor
+        if place is None or tensor.device.type != "cpu" or state_of(tensor) != self.state:
+            return False
+        return (place.shape, place.dtype) == (tensor.shape, tensor.dtype)
+
+
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """Return the address of a tensor's values, 0 on the meta device, and the number of its changes in place.
+
+    PyTorch does not count the changes of inference tensors: they are 0.
+    """
+    return 0 if tensor.is_meta else tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def load_weights(
+    family: type[Any],
+    source: str,
+    refused: Sequence[str] = REFUSED,
+    *,
+    torch_dtype: torch.dtype = torch.float32,
+    **place: Any,
+) -> Any:
+    """Load a model in evaluation mode, and check that the files' tensors match those of the model.
+
+    Weights are read from safetensors, never from pickles. Under ``torch.device("meta")`` only the config is read: the
+    model then has shapes but no weights.
+
+    Args:
+        family: diffusers or transformers model class.
+        source: Folder or hub id.
+        refused: Kinds of mismatch that are errors: tensors ``missing`` in the files, ``unexpected`` ones in the files,
+            and ``mismatched`` shapes.
+        torch_dtype: Type of the weights.
+        place: ``subfolder``, ``revision``, ``variant`` and ``local_files_only``.
+
+    Raises:
+        InputError: If the files cannot be read, or have a mismatch of a kind in ``refused``.
+    """
+    model = map_model(family, source, refused, **place)
+    settle(model, torch_dtype)
+    return model
+
+
+def map_model(
+    family: type[Any],
+    source: str,
+    refused: Sequence[str] = REFUSED,
+    *,
+    variant: str | None = None,
+    checkpoint: Path | None = None,
+    **place: Any,
+) -> Any:
+    """Build a model whose weights are mapped from its files, in the files' own types; :func:`settle` must follow.
+
+    Args:
+        family: diffusers or transformers model class.
+        source: Folder or hub id.
+        refused: See :func:`load_weights`.
+        variant: File variant of the weights, such as ``fp16``.
+        checkpoint: Single-file checkpoint whose weights take the place of those in ``source``, if it has this model's.
+        place: ``subfolder``, ``revision`` and ``local_files_only``.
+
+    Raises:
+        InputError: See :func:`load_weights`.
+    """
+    if torch.get_default_device().type == "meta":
+        return from_config(family, source, None, **place).eval()
+    where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
+    of_diffusers = hasattr(family, "load_config")
+    config = network_config(family, source, **place) if of_diffusers else encoder_config(family, source, **place)
+    stem = "diffusion_pytorch_model" if of_diffusers else "model"
+    weights = None
+    if checkpoint is not None:
+        from latentreward.diffusion.backbones.single_file import weights_of_part  # few sources are single files
+
+        weights = weights_of_part(checkpoint, family, config, source, place["subfolder"])
+        where = where if weights is None else f"{place['subfolder']} of {checkpoint}"
+    weights = weights or map_weights(find_weights(source, stem, variant=variant, **place))
+    for name, tensor in weights.tensors.items():
+        if not tensor.is_floating_point() and not name.endswith(COUNTED):
+            raise InputError(
+                f"cannot load {where}: tensor {name} has type {str(tensor.dtype).removeprefix('torch.')}; get files "
+                "with weights in floating point, not quantised ones"
+            )
+    try:
+        if of_diffusers:
+            model, report = _fill_network(family, config, {**weights.tensors})
+        else:
+            model, report = _fill_encoder(family, config, {**weights.tensors}, weights.dtype)
+    except Exception as error:  # for wrong values in a config the libraries raise errors of many types
+        raise InputError(f"cannot load {where}: {first_line(error)}") from error
+    for kind in refused:
+        spare = {SPARE} if kind == "unexpected" else set()
+        names = sorted(name for name in report[kind] - spare if not name.endswith(COUNTED))
+        if names:
+            remedy = "get the files again" if checkpoint is None else f"its configs, of {source}, are of another model"
+            named = [config.get("_class_name")] if of_diffusers else config.architectures or []
+            if named and named[0] and family.__name__ not in named:
+                remedy = f"its config is of a {named[0]}, not a {family.__name__}; give a pipeline of the family"
+            raise InputError(f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); {remedy}")
+    if of_diffusers:
+        model.register_to_config(_name_or_path=source)
+    setattr(model, PLACES, weights.places)
+    return model.eval()
+
+
+def _fill_network(
+    family: type[Any], config: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> tuple[Any, dict[str, set[str]]]:
+    """Build a diffusers model from ``tensors``; return it with the names of missing and other tensors.
+
+    ``from_pretrained`` of diffusers would copy what it converts into memory, also of blocks that are not kept.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():  # parameters on the meta device; buffers get their values
+        model = family.from_config(config)
+    model._fix_state_dict_keys_on_load(tensors)  # old names of attention layers, as in the VAE of SD1.5
+    own = model.state_dict()
+    reshaped = {name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape}
+    fitting = {name: tensor for name, tensor in tensors.items() if name not in reshaped}
+    model.load_state_dict(fitting, strict=False, assign=True)
+    return model, {
+        "missing": own.keys() - tensors.keys(),
+        "unexpected": tensors.keys() - own.keys(),
+        "mismatched": reshaped,
+    }
+
+
+def _fill_encoder(
+    family: type[Any], config: Any, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[Any, dict[str, set[str]]]:
+    """Build a transformers model from ``tensors``; return it with the names of missing and other tensors."""
+    with no_progress_bar(), without_float32_layers(family):
+        model, report = family.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # they are reported by name
+            output_loading_info=True,
+        )
+    for name, weight in model.named_parameters():  # of files with several types, the library has rounded some
+        stored = tensors.get(name, tensors.get(f"{model.base_model_prefix}.{name}"))
+        if stored is not None and stored.dtype != weight.dtype and stored.shape == weight.shape:
+            weight.data = stored
+    kinds = ("missing", "unexpected", "mismatched")
+    return model, {
+        kind: {str(name[0] if isinstance(name, tuple) else name) for name in report[f"{kind}_keys"]} for kind in kinds
+    }
+
+
+@contextmanager
+def without_float32_layers(family: type[Any]) -> Iterator[None]:
+    """Make transformers keep all layers of a model in the type of its files inside the block.
+
+    Of T5 in float16 the library would convert one layer of each block to float32 in memory; :func:`settle` decides.
+    """
+    name = "_keep_in_fp32_modules"
+    kept = {kind: vars(kind)[name] for kind in family.__mro__ if name in vars(kind)}
+    for kind in kept:
+        setattr(kind, name, None)
+    try:
+        yield
+    finally:
+        for kind, value in kept.items():
+            setattr(kind, name, value)
+
+
+def part_of(model: Any, name: str) -> Any:
+    """Return the part ``name`` of a mapped model for :func:`settle`, without the rest, whose weights are never read."""
+    part = model.get_submodule(name)
+    part.__dict__[PLACES] = model.__dict__.pop(PLACES, {})
+    return part
+
+
+def settle(
+    network: nn.Module, dtype: torch.dtype, trained: torch.dtype | None = None, float32_parts: Sequence[str] = ()
+) -> None:
+    """Store the weights of a model in their final types, in place, reading those that are still mapped.
+
+    A mapped weight is read from its file straight into the new type. One that has the type already, and lies at an
+    aligned address, stays mapped. If several processes of the machine load the same weights, one of them converts the
+    rest into a file that all map (:mod:`~latentreward.core.storage.shared_weights`). Inside :func:`settling_later`
+    nothing happens before the end of the block, and inside :func:`reading_later` the weights are only listed.
+
+    Args:
+        network: Module, mapped or not.
+        dtype: Floating point type of parameters that do not train.
+        trained: Type of parameters that train and of buffers; None takes ``dtype``.
+        float32_parts: Parts of the dotted names of parameters that are float32 whatever ``dtype`` is.
+    """
+    waiting = _postponed.get()
+    if waiting is not None:
+        waiting.append(partial(settle, network, dtype, trained, float32_parts))
+        return
+    places: dict[int, StoredTensor] = {}
+    for module in network.modules():
+        places |= module.__dict__.pop(PLACES, {})
+    listed: list[Reading] = []
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        wanted = (dtype if frozen else trained or dtype) if tensor.is_floating_point() else tensor.dtype
+        if frozen and not set(float32_parts).isdisjoint(name.split(".")):
+            wanted = torch.float32
+        state = state_of(tensor)
+        listed.append(Reading(tensor, places.get(state[0]), wanted, state))
+    unread = _unread.get()
+    if unread is None:
+        read_weights(listed)
+        return
+    for reading in listed:
+        first = unread.get(id(reading.tensor), reading)  # which knows the place; the last one knows the type
+        unread[id(reading.tensor)] = first._replace(wanted=reading.wanted)
+
+
+def read_weights(listed: Iterable[Reading]) -> None:
+    """Store listed weights in their types, in place; see :func:`settle`."""
+    stored: list[tuple[Tensor, StoredTensor, torch.dtype]] = []
+    for reading in listed:
+        tensor, place, wanted = reading[:3]
+        # The address in a mapped file depends on the length of its header, and CPU kernels round differently at
+        # addresses that are not aligned.
+        if tensor.dtype == wanted and (tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0):
+            continue
+        if place is not None and reading.mapped:
+            stored.append((tensor, place, wanted))
+        else:
+            tensor.data = tensor.data.to(wanted, copy=True)
+    values = shared([(place, wanted) for _, place, wanted in stored]) if stored and processes_here() > 1 else None
+    for number, (tensor, place, wanted) in enumerate(stored):
+        tensor.data = place.read().to(wanted) if values is None else values[number]
+
+
+@contextmanager
+def settling_later(undrawn: bool = False) -> Iterator[None]:
+    """Postpone :func:`settle` to the end of the block: pretrained weights that are replaced inside it are never read.
+
+    Args:
+        undrawn: Whether models with initial weights stay on the meta device. All their weights must be replaced by
+            :func:`fill` inside the block.
+    """
+    waiting: list[Callable[[], None]] = []
+    tokens = _postponed.set(waiting), _undrawn.set(undrawn)
+    try:
+        yield
+    finally:
+        _postponed.reset(tokens[0])
+        _undrawn.reset(tokens[1])
+    for task in waiting:
+        task()
+
+
+def after_settling(task: Callable[[], None]) -> None:
+    """Call ``task`` now, or at the end of :func:`settling_later`, once all weights before it are read."""
+    waiting, unread = _postponed.get(), _unread.get()
+    if waiting is not None:
+        waiting.append(partial(after_settling, task))
+        return
+    if unread is not None:
+        read_weights(unread.values())
+        unread.clear()
+    task()
+
+
+@contextmanager
+def reading_later() -> Iterator[dict[int, Reading]]:
+    """List weights by their ids instead of reading them in :func:`settle`.
+
+    They stay mapped, in the files' types. :func:`read_weights` must follow once the final types are known.
+    """
+    listed: dict[int, Reading] = {}
+    token = _unread.set(listed)
+    try:
+        yield listed
+    finally:
+        _unread.reset(token)
+
+
+def fill(module: nn.Module, weights: MappedWeights) -> None:
+    """Replace weights of ``module`` by mapped ones of the same names and shapes; :func:`settle` must follow."""
+    assign(module, weights.tensors)
+    for part in (module, *module.children()):  # of which settle gets one
+        part.__dict__[PLACES] = part.__dict__.get(PLACES, {}) | weights.places
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make ``tensors`` the weights of the same names in ``module``, without a copy; tied parameters stay tied.
+
+    ``load_state_dict(assign=True)`` would give each name of a tied parameter a tensor of its own, as T5's embedding.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    module.load_state_dict(tensors, strict=False, assign=True)
+    for tied in (group for group in names.values() if len(group) > 1):
+        taken = next((name for name in tied if name in tensors), tied[0])
+        for name in tied:
+            owner, _, last = name.rpartition(".")
+            setattr(module.get_submodule(owner), last, module.get_parameter(taken))
+
+
+def from_config(family: type[Any], source: str, dtype: torch.dtype | None, **place: Any) -> Any:
+    """Build a model with initial weights from the config in ``source``; raise InputError if its class rejects that."""
+    from accelerate import init_empty_weights
+
+    where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
+    try:
+        with init_empty_weights() if _undrawn.get() else nullcontext():
+            if hasattr(family, "load_config"):
+                network = family.from_config(network_config(family, source, **place))
+            else:
+                network = family(encoder_config(family, source, **place))
+    except InputError:
+        raise
+    except Exception as error:  # for wrong values the libraries raise errors of many types
+        raise InputError(f"cannot load {where}: {first_line(error)}") from error
+    # Not its own `to`: diffusers' warns, whether a type changes or not.
+    return network if dtype is None else nn.Module.to(network, dtype)
+
+
+def network_config(family: type[Any], source: str, **place: Any) -> dict[str, Any]:
+    """Read the config of a diffusers model; raise InputError for too many layers, or quantised weights."""
+    where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
+    if (path := Path(source) / place.get("subfolder", "") / "config.json").is_file():
+        check_depth(read_config(path, f"{where}: {path.name}"), where)
+    try:
+        config = family.load_config(source, **place)
+    except Exception as error:  # for wrong values the library raises errors of many types
+        raise InputError(f"cannot load {where}: {first_line(error)}") from error
+    check_depth(config, where)
+    check_unquantized(config, where)
+    return config
+
+
+def check_depth(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a config with more layers or positions than any network has; they would take hours, or GBs.
+
+    Entries whose names contain ``layers`` are numbers of layers or lists of them. ``where`` is for the message.
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            check_depth(value, where)
+        elif "layers" in str(name) and any(number > MOST_LAYERS for number in numbers_in(value)):
+            raise InputError(f"cannot load {where}: its config.json names more than {MOST_LAYERS} layers ({name})")
+        elif name in MOST_POSITIONS and any(number > MOST_POSITIONS[name] for number in numbers_in(value)):
+            raise InputError(f"cannot load {where}: its config.json has a {name} above {MOST_POSITIONS[name]}")
+        elif (str(name).startswith("num_") and any(number < 0 for number in numbers_in(value))) or (
+            str(name).endswith(("norm_eps", "norm_epsilon")) and type(value) not in (int, float)
+        ):  # no library looks before the first pass
+            raise InputError(f"cannot load {where}: its config.json has {name} = {value!r:.60}; get it as published")
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """Yield the numbers in a value and in nested lists."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from numbers_in(item)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def check_unquantized(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a config of quantised weights, before files are downloaded or a library asks for its own."""
+    if (stored := config.get("quantization_config")) is not None:
+        method = stored.get("quant_method") if isinstance(stored, Mapping) else None
+        named = f" of {method!r:.40}" if method is not None else ""
+        raise InputError(
+            f"cannot load {where}: its config.json has a quantization_config{named}; get files with weights in "
+            "floating point, not quantised ones"
+        )
+
+
+def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
+    """Read the config of a transformers model, and refuse an ``attn_implementation`` whose code would be downloaded.
+
+    Raises:
+        InputError: If the config cannot be read, is of quantised weights, or names an attention that is not in
+            :data:`OWN_ATTENTION`.
+    """
+    where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
+    try:
+        config = family.config_class.from_pretrained(source, **place)
+    except Exception as error:  # for wrong values the library raises errors of many types
+        raise InputError(f"cannot load {where}: {first_line(error)}") from error
+    check_depth(with_tables(config), where)
+    check_unquantized(config.to_dict(), where)
+    attention = config._attn_implementation
+    if attention not in OWN_ATTENTION:
+        raise InputError(
+            f"cannot load {where}: its config.json names attn_implementation {attention!r}, whose code may be "
+            "downloaded and run; remove the entry"
+        )
+    return config
+
+
+def with_tables(config: Any) -> dict[str, Any]:
+    """Return a transformers config as plain values; without the number of positions where the class has no table.
+
+    Classes with rotary positions name far more of them (Qwen3 40960), and compute each when it is used. Published files
+    of Qwen2.5-VL have the language model's entries beside ``text_config`` too.
+    """
+    values: dict[str, Any] = config.to_dict()
+    if any(hasattr(kind, "rope_parameters") for kind in (type(config), *config.sub_configs.values())):
+        values.pop("max_position_embeddings", None)
+    return values | {name: with_tables(getattr(config, name)) for name in config.sub_configs}
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Switch off transformers' loading bar inside the block: it fills two lines of a log for milliseconds of work."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Latents and text embeddings on disk: written once by ``latentreward cache``, read in training."""

@@ -1,0 +1,580 @@
+"""Interface of the families of generators: the one object that knows the conventions of a family's networks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cached_property
+from inspect import unwrap
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.core.contracts import Conditioning, LatentSpace, sources_of, sources_wanted
+from latentreward.core.errors import InputError, check_range, errors_at
+from latentreward.core.programs import of_this_package
+from latentreward.core.promises import COUNT, Part, finite, is_count, of_class, returns, shown, tensor, wrong_tensor
+from latentreward.core.storage.json_files import Kind, entry
+from latentreward.diffusion.backbones.tuning import ATTENTION, StorageDtype
+from latentreward.diffusion.backbones.weights import settle
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.sources import SourceEncoder, SourceSize
+from latentreward.diffusion.encoders.vae import LatentEncoder
+from latentreward.diffusion.noise.base import NoiseProcess
+from latentreward.diffusion.noise.ddpm import DDPM
+from latentreward.diffusion.noise.flow import FlowMatching
+from latentreward.diffusion.noise.schedules import fits_kind
+
+Pair = tuple[Tensor, Tensor]  # A ``(rank, in)`` and B ``(out, rank)`` of a layer's adapter
+
+
+class PipelineConfigs(Protocol):
+    """Configs of a pipeline's parts; of a folder, a hub id or a pipeline in memory.
+
+    Attributes:
+        source: Folder, hub id or class name, for messages.
+        index: Content of ``model_index.json``.
+    """
+
+    source: str
+    index: dict[str, Any]
+
+    def has(self, part: str) -> bool:
+        """Tell whether the pipeline has ``part``."""
+        ...
+
+    def config(self, part: str) -> dict[str, Any]:
+        """Return the config of ``part``; raise InputError if it is missing."""
+        ...
+
+    def tensors(self, part: str, names: Sequence[str]) -> list[Tensor]:
+        """Return weights of ``part`` by name; raise InputError if one is missing."""
+        ...
+
+
+def wrong_prediction(found: Tensor, family: Family, network: Any, latents: Tensor, *given: Any) -> str | None:
+    """Return what is wrong with a prediction for ``latents``, see :data:`~latentreward.core.promises.Check`."""
+    if family.flow and isinstance(family.noise_process, DDPM):
+        return "a prediction with flow = True, but noise_process is DDPM; it must be FlowMatching, or flow = False"
+    if family.clips and family.latent_space.frame_downscale is None:
+        return "a prediction of clips (clips = True), but latent_space has no time axis; it must have a frame_downscale"
+    return wrong_tensor(found, latents.shape) if finite(latents) else None
+
+
+def _wrong_levels(found: tuple[Tensor, Tensor], family: Family, steps: int, shape: Sequence[int]) -> str | None:
+    if not isinstance(found, tuple) or len(found) != 2:
+        return f"{shown(found)}; it must be two tensors, timesteps and noise levels"
+    timesteps, sigmas = found
+    problem = wrong_tensor(timesteps, (steps,), low=0, high=1000) or wrong_tensor(sigmas, (steps + 1,), low=0, high=1)
+    if problem:
+        return problem
+    if sigmas[-1] or (sigmas.diff() > 0).any():
+        return f"noise levels from {sigmas[0]:g} to {sigmas[-1]:g}; they must fall, the last one to 0"
+    error = (family.noise_process.sigma(timesteps) - sigmas[:-1]).abs()
+    if error.max() <= 0.01:  # rounded to whole timesteps
+        return None
+    timestep, sigma = timesteps[error.argmax()], sigmas[error.argmax()]
+    return f"timestep {timestep:g} for the noise level {sigma:g}; it must be 1000 times that, as in noise_process"
+
+
+def _wrong_network(found: nn.Module, family: Family, pretrained: bool = True) -> str | None:
+    problem = of_class(nn.Module)(found)
+    for names in ("lists", "idle") if problem is None else ():
+        family.require_parts(names, getattr(family, names, ()), found)
+    if problem is None and not of_this_package(type(family).__module__):
+        kinds = {type(block).__name__ for block in family.blocks(found)} - {*family.block_classes}
+        family._require("block_classes", not kinds, f"lacks {', '.join(sorted(kinds))}, of the blocks of the network")
+    return problem
+
+
+class Family(Part):
+    """Conventions of one family of generators: latents, text, noise levels, guidance, network, adapters.
+
+    Backbones, policies, caches, export, generation and the server ask this object. Outside a family there are latents
+    in canonical form (4-D, or 5-D with a time axis; scaled, never packed), timesteps of :attr:`noise_process` (1000·σ
+    for flows) and :class:`~latentreward.core.contracts.Conditioning` only.
+
+    An object describes one pipeline. It reads configs only; weights are loaded by the methods ``load_…``.
+
+    Args:
+        pipeline: Configs of the pipeline; a :class:`~latentreward.diffusion.backbones.loading.PipelineSource` if
+            weights are to
+            be loaded.
+
+    Attributes:
+        name: Name of the family: that of its file and of its settings.
+        title: Name in messages and documents.
+        part: Name of the network in a pipeline.
+        network_class: Class of the network in diffusers.
+        block_classes: Classes of the network's blocks in diffusers, which FSDP1 wraps as units.
+        refused: Classes of pipelines in diffusers with the family's networks that are refused, each with the reason.
+        text_layers: Classes of the text encoders' layers in transformers, which FSDP1 wraps as units.
+        vae_class: Class of the VAE in diffusers.
+        latent_encoder: Class that encodes and decodes with the VAE.
+        flow: Whether the network is a rectified flow; else it predicts noise or v of a DDPM process.
+        train_mode: Whether the network is in training mode while a policy trains. False, as a frozen network has no use
+            for its dropout; True for a network that in evaluation mode computes a part of its output without gradient.
+        clips: Whether the network makes clips; others make images, also in a latent space with a time axis.
+        default_guidance: ``guidance_scale`` where none is given, as a rule that of the family's pipeline; None for
+            networks without guidance.
+        no_guidance: ``guidance_scale`` that switches guidance off.
+        image_guidance_scale: Scale of the guidance towards the pictures to edit, which the policy's settings can
+            change; None for networks whose guidance has one scale.
+        passes: Number of predictions of a picture that classifier-free guidance combines.
+        uncond_prompt: Prompt that is encoded for classifier-free guidance.
+        lora_targets: Default name endings of the layers that get adapters.
+        idle: Names of layers whose output never reaches the network's, so that an adapter would not train.
+        float32_parts: Parts of the names of the network's weights that are float32 also where frozen weights are
+            stored in another type, as diffusers loads them.
+        lora_loader: Class in ``diffusers.loaders`` that reads and writes LoRA files of the family, or None.
+        sources: Least and largest number of pictures that the network edits or refers to; None for any number.
+        sees_sources: Whether the text encoder reads these pictures too, as its :attr:`PromptEncoder.sees_sources` says.
+        kohya_module: Name of the network module of kohya's scripts, for the metadata of their format.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    part: ClassVar[str] = "transformer"
+    network_class: ClassVar[str] = ""
+    block_classes: ClassVar[Sequence[str]] = ()
+    refused: ClassVar[Mapping[str, str]] = {}
+    text_layers: ClassVar[Sequence[str]] = ()
+    vae_class: ClassVar[str] = "AutoencoderKL"
+    latent_encoder: ClassVar[type[LatentEncoder]] = LatentEncoder
+    flow: ClassVar[bool] = True
+    train_mode: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
+    no_guidance: ClassVar[float] = 1.0
+    image_guidance_scale: float | None = None
+    passes: ClassVar[int] = 2
+    uncond_prompt: ClassVar[str] = ""
+    lora_targets: ClassVar[Sequence[str]] = ATTENTION
+    idle: Sequence[str] = ()
+    float32_parts: ClassVar[Sequence[str]] = ()
+    sources: tuple[int, int | None] = (0, 0)
+    sees_sources: ClassVar[bool] = False
+    kohya_module: ClassVar[str] = "networks.lora"
+
+    def __init__(self, pipeline: PipelineConfigs) -> None:
+        self.pipeline: Any = pipeline
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, pipeline: PipelineConfigs) -> bool:
+        """Tell whether a pipeline's network is of this family, from its configs."""
+
+    def check(self) -> None:
+        """Check that this variant of the family is supported, and that network and VAE belong together.
+
+        Raises:
+            InputError: With the reason if not.
+        """
+
+    def check_names(self) -> None:
+        """Check attributes of a family of one's own, and that what it names is there, before anything is loaded.
+
+        Raises:
+            InputError: If an attribute is missing or of another type, or a name is that of nothing.
+        """
+        import diffusers
+        from diffusers import loaders
+
+        for field in ("name", "title", "network_class"):
+            self._require(field, isinstance(value := getattr(self, field), str) and value, "must be a text")
+        for field in (
+            "block_classes", "text_layers", "lora_targets", "idle", "float32_parts", "lists", "tail", "time_embedding",
+        ):  # fmt: skip
+            names = getattr(self, field, ())
+            right = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+            self._require(field, right, "must be a tuple of names")
+        guidance = type(self.default_guidance) in (int, float, type(None))
+        self._require("default_guidance", guidance, "must be a number or None")
+        known = self.lora_loader is None or hasattr(loaders, self.lora_loader)
+        self._require("lora_loader", known, "is not in diffusers.loaders")
+        kind = getattr(diffusers, str(self.pipeline.index.get("_class_name")), None)
+        reads = self.lora_loader is None or kind is None or issubclass(kind, getattr(loaders, self.lora_loader))
+        self._require("lora_loader", reads, f"{getattr(kind, '__name__', kind)} is not derived from; set it to None")
+        if type(self).load_latent_encoder is Family.load_latent_encoder:
+            self._require("vae_class", hasattr(diffusers, self.vae_class), "is not in diffusers")
+        if unwrap(type(self).load_network) is Family.load_network:
+            self._require("network_class", hasattr(diffusers, self.network_class), "is not in diffusers")
+        found = [part for part in ("unet", "transformer") if self.pipeline.has(part)]  # none: the source of a cache
+        right = self.part in found or not found
+        self._require("part", right, f"source={self.pipeline.source!r} lacks; set part = {''.join(found[:1])!r}")
+        size = self.native_size
+        right = isinstance(size, list | tuple) and [type(side) for side in size] == [int, int]
+        self._require("native_size", right, "must be (height, width) in pixels")
+        for field, default in {"packing": 1, "positions": 1, "max_side": None, "max_prompt": None}.items():
+            value = getattr(self, field, default)
+            self._require(field, is_count(value) and (value or not default), COUNT + ", or None" * (not default))
+        for field in ("unread", "unread_outside", "mu"):
+            self._require(field, callable(getattr(self, field, print)), "must be a method")
+        config = self.pipeline.config("scheduler") if self.pipeline.has("scheduler") else {}
+        scheduler, other = config.get("_class_name"), f"set flow = {not self.flow}"
+        right = fits_kind(config, self.flow)
+        self._require("flow", right, f"is not so of a network with a {scheduler} ({self.named('scheduler')}); {other}")
+        process = self.noise_process
+        right = isinstance(process, FlowMatching) == self.flow
+        self._require("flow", right, f"contradicts noise_process, a {type(process).__name__}; change one of the two")
+        self._warn_of_misspelt()
+
+    def _warn_of_misspelt(self) -> None:
+        """Warn of attributes of the user's classes whose names are nearly those of a family's members."""
+        classes = type(self).__mro__
+        known = {name for kind in classes if of_this_package(kind.__module__) for name in dir(kind)}
+        own = {name for kind in classes if not of_this_package(kind.__module__) for name in vars(kind)} - known
+        for name in sorted(name for name in own if not name.startswith("_")):
+            if near := get_close_matches(name, known, n=1, cutoff=0.85):
+                warnings.warn(
+                    f"family: {type(self).__name__}.{name} is no member of a family; did you mean {near[0]}?",
+                    stacklevel=2,
+                )
+
+    def require_parts(self, field: str, names: Sequence[str], module: nn.Module) -> None:
+        """Check that modules or weights have the ``names`` (endings) that a family of one's own gives as ``field``."""
+        known = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
+        for name in () if of_this_package(type(self).__module__) else names:
+            if not any(f".{one}".endswith(f".{name}") for one in known):
+                place = type(module).__name__
+                raise InputError(f"family: {type(self).__name__}.{field} names {name!r:.200}, which is not in {place}")
+
+    def _require(self, field: str, right: Any, wanted: str) -> None:
+        if not right:
+            value = getattr(self, field)
+            raise InputError(f"family: {type(self).__name__}.{field} is {value!r:.200}, which {wanted}")
+
+    def assumption(self) -> str | None:
+        """Return what is assumed about the variant where the configs do not tell, for a line of the run's output."""
+        return None
+
+    def report_assumption(self, part: str) -> None:
+        """Write :meth:`assumption` to the run's output; ``part`` says what the pipeline is loaded for."""
+        if assumption := self.assumption():
+            from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
+
+            rank_zero_info(f"{part} of {self.model}: {assumption}")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Config of the network."""
+        return self.pipeline.config(self.part)
+
+    def named(self, part: str) -> str:
+        """Return the name of the config of ``part`` in messages."""
+        return f"source={self.pipeline.source!r}: {part}"
+
+    def entry(self, part: str, field: str, kind: type[Kind], default: Kind | None = None) -> Kind:
+        """Return an entry of the config of ``part``; see :func:`~latentreward.core.storage.json_files.entry`."""
+        return entry(self.pipeline.config(part), field, kind, self.named(part), default)
+
+    @property
+    def model(self) -> str:
+        """Name of the model within the family, such as ``SDXL``."""
+        return self.title
+
+    @property
+    def usual_reward(self) -> str:
+        """NAME of ``configs/model/NAME.yaml``: the reward usually trained for this model."""
+        return f"dina_lrm_{self.name}"
+
+    @property
+    def usual_reward_is_own(self) -> bool:
+        """Whether :attr:`usual_reward` is built on this model's own network; otherwise on that of another model."""
+        return True
+
+    # Latents
+
+    @cached_property
+    def latent_space(self) -> LatentSpace:
+        """Space of the latents, from the VAE's config.
+
+        Raises:
+            InputError: If the config describes none, or the VAE is of a class that the family's encoder does not read.
+        """
+        config, name = self.pipeline.config("vae"), self.named("vae")
+        found, encoder = config.get("_class_name", self.vae_class), self.latent_encoder
+        try:
+            return encoder.space_of(config, name)
+        except InputError as error:
+            if found == self.vae_class and (encoder is not LatentEncoder or found == Family.vae_class):
+                raise
+            raise InputError(
+                f"{name} is of class {str(found)[:100]!r}, which {encoder.__name__} does not read; give a family of "
+                "your own the vae_class and a latent_encoder, see docs/families.md, Another VAE"
+            ) from error
+
+    @property
+    @abstractmethod
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that the network was trained on."""
+
+    @property
+    def side_multiple(self) -> int:
+        """Number of pixels of which both sides of an image must be multiples."""
+        return self.latent_space.downscale
+
+    @property
+    def max_side(self) -> int | None:
+        """Largest side of the latents for which the network has positions; None for any."""
+        return None
+
+    def latent_shape(self, height: int | None = None, width: int | None = None, frames: int = 1) -> tuple[int, ...]:
+        """Return the shape ``(C, h, w)``, or ``(C, T, h, w)`` with a time axis, of the latents of one sample.
+
+        Args:
+            height: Height in pixels; None takes the native height.
+            width: Width in pixels; None takes the native width.
+            frames: Number of frames; 1 for an image.
+
+        Raises:
+            InputError: If a side is not a multiple of :attr:`side_multiple` or over :attr:`max_side`, or the family
+                makes no such clips.
+        """
+        sides, space = [], self.latent_space
+        for name, side, native in zip(("height", "width"), (height, width), self.native_size, strict=True):
+            pixels = native if side is None else side
+            if type(pixels) is not int or pixels < 1 or pixels % self.side_multiple:
+                raise InputError(f"{name}={pixels!r} must be a positive multiple of {self.side_multiple} pixels")
+            if self.max_side is not None and pixels > self.max_side * space.downscale:
+                most = self.max_side * space.downscale
+                raise InputError(
+                    f"{name}={pixels} is over {most} pixels, for which this network has positions; set {most}"
+                )
+            sides.append(pixels)
+        if frames != 1 and not self.clips:
+            raise InputError(f"frames={frames}: {self.title} makes images; leave frames out")
+        space.check_frames(frames)
+        return space.shape(sides[0], sides[1], frames)
+
+    def check_sources(self, number: int) -> None:
+        """Raise InputError if the network does not take this number of pictures to edit."""
+        wanted = sources_wanted(number, self.sources)
+        if wanted == "0":
+            given = f"{number} to edit were given; leave them out"
+            raise InputError(f"{self.title} makes pictures from text alone, and {given}")
+        if wanted:
+            plural = "s" * (wanted != "1")
+            raise InputError(f"{self.title} takes {wanted} picture{plural} to edit, and {number} were given")
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise InputError if a text encoder that sees pictures does not take the prompt, whatever their number."""
+
+    def check_prompts(self, prompts: Sequence[str], setting: str) -> None:
+        """Raise InputError if a prompt of a ``setting`` is not taken, or they edit unlike numbers of pictures."""
+        for prompt in prompts:
+            with errors_at(f"{setting}: {prompt[:60]!r}: "):
+                self.check_sources(len(sources_of(prompt)))
+                self.check_prompt(prompt)
+        firsts = {len(sources_of(prompt)): prompt for prompt in reversed(prompts)}
+        if len(firsts) > 1:
+            told = ", ".join(f"{number} ({firsts[number][:60]!r})" for number in sorted(firsts)[:3])
+            raise InputError(
+                f"{setting}: the prompts edit unlike numbers of pictures, first {told}; give a list for each number"
+            )
+
+    def source_size(self, height: int, width: int) -> SourceSize:
+        """Return the size for a picture to edit, as the family's pipeline in diffusers has it.
+
+        Args:
+            height: Height of the picture in pixels.
+            width: Width of the picture in pixels.
+
+        Raises:
+            InputError: If the pipeline refuses such a picture, or the family takes none.
+        """
+        self.check_sources(1)
+        raise NotImplementedError(f"{type(self).__name__} gives no size for sources")
+
+    def source_encoder(self, vae: LatentEncoder) -> SourceEncoder | None:
+        """Return the encoder of the pictures that the network edits; None for a network that edits none."""
+        if self.sources == (0, 0):
+            return None
+        return SourceEncoder(vae, self.source_size)
+
+    def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
+        """Load the VAE in ``dtype``; constants stored beside its weights (FLUX.2) stay float32."""
+        import diffusers
+
+        vae = self.pipeline.load(getattr(diffusers, self.vae_class), "vae").requires_grad_(False)
+        settle(vae, getattr(torch, dtype), torch.float32)
+        return self.wrap_vae(vae)
+
+    def wrap_vae(self, vae: Any) -> LatentEncoder:
+        """Return the encoder of a diffusers VAE in memory."""
+        return self.latent_encoder(vae, self.latent_space)
+
+    # Text
+
+    @abstractmethod
+    @returns(of_class(PromptEncoder))
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """Load tokenizers and text encoders, whose weights stay unread for ``settle``.
+
+        Args:
+            t5_length: Number of T5 tokens per prompt, for families with T5; None takes the pipeline's own.
+            load_t5: False leaves T5 out, for families that allow it.
+            pretrained: False initialises the text encoders at random, as a control.
+        """
+
+    def encode_uncond(self, encoder: PromptEncoder) -> Conditioning:
+        """Encode the prompt for classifier-free guidance, one row."""
+        with torch.no_grad():
+            return encoder([self.uncond_prompt])
+
+    # Noise
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """Config of the scheduler, as the family's pipeline in diffusers uses it."""
+        config: dict[str, Any] = self.pipeline.config("scheduler")
+        return config
+
+    @property
+    @abstractmethod
+    def noise_process(self) -> NoiseProcess:
+        """Forward process of the network."""
+
+    @returns(_wrong_levels, each=True)
+    def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the timesteps ``(n,)`` and noise levels ``(n + 1,)`` of the pipeline's sampler, for flows.
+
+        Args:
+            num_inference_steps: Number of steps n.
+            shape: Shape of one sample's latents, on which some families' levels depend.
+
+        Raises:
+            InputError: If the scheduler cannot make these steps, or its config has settings that are not supported.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not a flow")
+
+    # Guidance
+
+    def set_image_guidance(self, scale: float) -> None:
+        """Set :attr:`image_guidance_scale`; raise InputError if it is below 1 or the family's guidance has none."""
+        if self.image_guidance_scale is None:
+            raise InputError(
+                f"image_guidance_scale={scale:g}, but guidance of {self.title} has one scale; leave it out"
+            )
+        check_range("[1, inf)", "set guidance_scale: 1 to switch both off", image_guidance_scale=scale)
+        self.image_guidance_scale = scale
+
+    @property
+    @abstractmethod
+    def default_guidance(self) -> float | None:
+        """``guidance_scale`` of the family's pipeline; None for networks without guidance."""
+
+    def guidance(self, scale: float | None) -> float | None:
+        """Check a ``guidance_scale`` and return it; None is replaced by the family's own.
+
+        Raises:
+            InputError: If the network takes no guidance, or the value is out of range.
+        """
+        if scale is None:
+            return self.default_guidance
+        if self.default_guidance is None and scale != self.no_guidance:
+            raise InputError(
+                f"guidance_scale={scale:g}, but {self.model} was distilled to sample without guidance; leave it out "
+                "or set it to null"
+            )
+        if not self.no_guidance <= scale < math.inf:
+            raise InputError(
+                f"guidance_scale={scale:g} must be at least {self.no_guidance:g}, which switches guidance of "
+                f"{self.title} off, and finite"
+            )
+        return scale
+
+    @property
+    def unguided(self) -> float | None:
+        """``guidance_scale`` without classifier-free guidance; None, the family's own, where that needs none."""
+        return self.no_guidance if self.needs_uncond(self.guidance(None)) else None
+
+    def needs_uncond(self, scale: float | None) -> bool:
+        """Tell whether a prediction with this checked ``guidance_scale`` needs the encoded empty prompt."""
+        return scale is not None and scale != self.no_guidance
+
+    def guided_prompts(self, conditioning: Conditioning, uncond: Conditioning) -> list[Conditioning]:
+        """Return the prompts of the :attr:`passes` that :meth:`guide` combines: empty ones, the given ones, others.
+
+        Args:
+            conditioning: Encoded prompts, B rows.
+            uncond: Encoded empty prompt, one row, or B.
+        """
+        return [uncond.beside(conditioning), conditioning]
+
+    @returns(tensor(lambda family, with_prompt, *given: with_prompt.shape))
+    def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
+        """Combine the predictions with and without the prompt: u + s·(c − u)."""
+        return without + scale * (with_prompt - without)
+
+    # Network
+
+    @returns(_wrong_network)
+    def load_network(self, pretrained: bool = True) -> Any:
+        """Load the network, whose weights stay unread for ``settle``; initial weights without ``pretrained``."""
+        import diffusers
+
+        return self.pipeline.load(getattr(diffusers, self.network_class), self.part, pretrained)
+
+    @abstractmethod
+    @returns(wrong_prediction)
+    def predict(
+        self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """Predict noise, v or velocity ``(B, C, ...)`` with one pass of the network.
+
+        Args:
+            network: Network of the family.
+            latents: ``(B, C, ...)`` canonical latents.
+            timesteps: ``(B,)`` timesteps of :attr:`noise_process`.
+            conditioning: Encoded prompts, B rows.
+            guidance: Checked ``guidance_scale``, for networks that take it as an input (FLUX.1-dev).
+        """
+
+    @abstractmethod
+    def blocks(self, network: Any) -> Iterator[nn.Module]:
+        """Yield the network's blocks in order: the units of compilation, checkpointing and sharding."""
+
+    # Adapters
+
+    @property
+    def lora_loader(self) -> str | None:
+        """Class in ``diffusers.loaders`` that reads and writes LoRA files of the family; None if there is none."""
+        return None
+
+    def kohya_layers(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[Pair | None]]:
+        """Group adapters by the layers' names in the programs that read kohya's format.
+
+        Returns:
+            For each layer the A and B of its parts in order; a part without a trained adapter is None.
+
+        Raises:
+            InputError: If the format has no names for the family.
+        """
+        other = "peft" if self.lora_loader is None else "diffusers"
+        raise InputError(
+            f"format=kohya has no names for {self.title}; use format={other} or merged; docs/families.md tells which "
+            "programs read them"
+        )
+
+    # Search inside diffusers' pipelines
+
+    def search_inputs(self) -> list[str]:
+        """Return the names of the tensors that a callback needs from the pipeline to predict clean latents.
+
+        Raises:
+            InputError: If the pipeline's states are not canonical latents.
+        """
+        raise InputError(
+            f"StepSearch cannot read the states of {self.title}'s pipeline; use `latentreward generate` with a reward, "
+            "or search_latents"
+        )
+
+    def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
+        """Make the conditioning of a pipeline's states from the tensors that :meth:`search_inputs` names."""
+        raise NotImplementedError

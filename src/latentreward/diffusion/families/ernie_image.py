@@ -1,0 +1,112 @@
+"""ERNIE-Image: one stream of image and text tokens in FLUX.2's latents, Ministral as text encoder, static shift."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentreward.core.contracts import Conditioning, LatentSpace, PathText
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.backbones.weights import part_of
+from latentreward.diffusion.encoders.language_model import LanguageModelEncoder, without_last_layer
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.flow import FlowFamily
+from latentreward.diffusion.families.flux2_klein import normalised_space
+from latentreward.diffusion.families.z_image import lengths_of
+
+TEXT_LENGTH = 1024  # greatest number of tokens of a prompt; the pipeline's is that of the tokenizer, which has none
+
+
+class ErnieImage(FlowFamily):
+    """Family of ERNIE-Image: a transformer with one modulation for all blocks, which takes tokens before rows.
+
+    The position of the image on the first axis is the number of the prompt's tokens.
+    """
+
+    name = "ernie_image"
+    title = "ERNIE-Image"
+    network_class = "ErnieImageTransformer2DModel"
+    block_classes = ("ErnieImageSharedAdaLNBlock",)
+    text_layers = ("MistralDecoderLayer", "Ministral3DecoderLayer")
+    vae_class = "AutoencoderKLFlux2"
+    latent_encoder = PatchedLatentEncoder
+    lists = ("layers",)
+    tail = ("final_norm", "final_linear")
+    packing = 1
+    time_embedding = ("time_embedding",)
+    text_field = "text_in_dim"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_loader = "ErnieImageLoraLoaderMixin"
+    default_guidance = 4.0
+
+    @cached_property
+    def latent_space(self) -> LatentSpace:
+        """See :attr:`Family.latent_space`; equal to FLUX.2's where the VAE's statistics are."""
+        return normalised_space(self)
+
+    def assumption(self) -> str | None:
+        return (
+            "ERNIE-Image and ERNIE-Image-Turbo have equal configs; taken for the former, which samples with guidance; "
+            "for Turbo set guidance_scale to 1. Prompts are encoded as given, without the pipeline's prompt enhancer"
+        )
+
+    # Text
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`; of Mistral 3 only the language model is kept."""
+        from transformers import Mistral3Model
+
+        whole = self.pipeline.load(Mistral3Model, "text_encoder", pretrained)
+        model = without_last_layer(part_of(whole, "language_model"))
+        return self.fitting(ErnieImagePromptEncoder(model, self.pipeline.tokenizer("tokenizer"), TEXT_LENGTH))
+
+    # Network
+
+    def velocity(
+        self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        dtype = network.x_embedder.proj.weight.dtype
+        lengths = torch.tensor(lengths_of(conditioning), device=latents.device)
+        text = conditioning.prompt_embeds.to(dtype)
+        output: Tensor = network(latents.to(dtype), 1000 * sigma, text, lengths, return_dict=False)[0]
+        return output
+
+    # Features
+
+    def split(self, number: int, found: Any, visual: int, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """See :meth:`FlowFamily.split`; blocks take the image and then the text, ``(tokens, B, D)``."""
+        image, text = found.transpose(0, 1).tensor_split([visual], dim=1)
+        return image, text
+
+    @property
+    def width(self) -> int:
+        return self.entry(self.part, "hidden_size", int)
+
+    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """See :meth:`FlowFamily.unread_outside`; the modulation of blocks that are not there."""
+        return () if number else ("adaLN_modulation", *(() if text else ("text_proj",)))
+
+
+class ErnieImagePromptEncoder(LanguageModelEncoder):
+    """Prompt encoder with Ministral, which gets each prompt as it is."""
+
+    def text(self, prompt: str) -> str:
+        return prompt
+
+
+@register_backbone
+def ernie_image(source: PathText, **options: Any) -> FamilyBackbone:
+    """Load the first blocks of ERNIE-Image or ERNIE-Image-Turbo (Baidu, Apache-2.0), 8 billion parameters in 36 blocks.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
+    """
+    return load_family_backbone(source, "ernie_image", **options)

@@ -1,0 +1,242 @@
+"""FLUX.1: FLUX.1-dev, FLUX.1-schnell and checkpoints with the same networks, such as FLUX.1-Krea-dev.
+
+The network takes 2×2 patches of the latents as tokens. Its blocks first keep image and text apart and then join them.
+FLUX.1-dev was distilled from classifier-free guidance: it takes ``guidance_scale`` as an input and runs once per step.
+FLUX.1-schnell was distilled further and takes none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from latentreward.core.contracts import Conditioning, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.backbones.tuning import ATTENTION
+from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids, token_ids
+from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.diffusion.families.base import PipelineConfigs
+from latentreward.diffusion.families.flow import FlowFamily
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+
+EDITOR = "FluxKontextPipeline"  # class of FLUX.1-Kontext's pipeline
+MOST_TOKENS = 512  # largest number of T5 tokens per prompt that FLUX.1's pipeline takes
+
+
+class Flux1PromptEncoder(PromptEncoder):
+    """Prompt encoder of FLUX.1: the last hidden states of T5, and CLIP-L's EOS feature without projection as pooled.
+
+    Prompts are padded to ``t5_length`` tokens. T5 gets no attention mask, and the network no mask: padding tokens take
+    part, as in FLUX.1's pipeline.
+
+    Args:
+        text_encoder: CLIP-L.
+        text_encoder_2: T5 encoder.
+        tokenizer: Tokenizer of CLIP-L; None if only token ids are encoded.
+        tokenizer_2: Tokenizer of T5; None if only token ids are encoded.
+        t5_length: Number of T5 tokens per prompt.
+    """
+
+    tokens_only = ("text_encoder_2",)
+
+    def __init__(
+        self,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: T5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        *,
+        t5_length: int = MOST_TOKENS,
+    ) -> None:
+        super().__init__()
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+        self.clip_length = text_encoder.config.max_position_embeddings
+        self.num_tokens = t5_length
+        self.token_dim = text_encoder_2.config.d_model
+        self.pooled_dim = text_encoder.config.hidden_size
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        tokens, _ = masked_ids(self, self.tokenizer_2, prompts, self.num_tokens)
+        return token_ids(self.tokenizer, prompts, self.clip_length), tokens
+
+    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
+        pooled = self.text_encoder(input_ids[0]).pooler_output
+        return Conditioning(self.text_encoder_2(input_ids[1]).last_hidden_state, pooled)
+
+
+class Flux1(FlowFamily):
+    """Family of FLUX.1: dual and single blocks, T5 and a pooled CLIP vector, guidance as an input or none."""
+
+    name = "flux1"
+    title = "FLUX.1"
+    network_class = "FluxTransformer2DModel"
+    block_classes = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    text_layers = ("CLIPEncoderLayer", "T5Block")
+    refused: ClassVar[Mapping[str, str]] = {
+        "FluxFillPipeline": "it fills a given image",
+        "FluxKontextInpaintPipeline": "it edits a given image",
+        "FluxControlPipeline": "it takes a control image",
+        "FluxControlImg2ImgPipeline": "it takes a control image",
+        "FluxControlInpaintPipeline": "it takes a control image",
+        "FluxControlNetPipeline": "it takes a control image",
+        "FluxControlNetImg2ImgPipeline": "it takes a control image",
+        "FluxControlNetInpaintPipeline": "it takes a control image",
+        "VisualClozePipeline": "it takes images as examples",
+        "VisualClozeGenerationPipeline": "it takes images as examples",
+    }
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    positions = 4
+    sinusoids = ("time_text_embed.time_proj", 1000.0)
+    time_embedding = ("time_text_embed",)
+    # Those of diffusers' training script and of Flow-GRPO for FLUX.1.
+    lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+    lora_loader = "FluxLoraLoaderMixin"
+
+    @classmethod
+    def recognises(cls, pipeline: PipelineConfigs) -> bool:
+        """See :meth:`Family.recognises`; FLUX.1-Kontext has the same network, and another class of pipeline."""
+        return super().recognises(pipeline) and (pipeline.index.get("_class_name") == EDITOR) == bool(cls.sources[1])
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the network takes ``guidance_scale`` as an input (FLUX.1-dev)."""
+        return bool(self.config.get("guidance_embeds"))
+
+    @property
+    def model(self) -> str:
+        return "FLUX.1-dev" if self.takes_guidance else "FLUX.1-schnell"
+
+    # Text
+
+    @property
+    def pooled_dim(self) -> int:
+        """See :attr:`FlowFamily.pooled_dim`; that of CLIP-L."""
+        return self.entry(self.part, "pooled_projection_dim", int)
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`; ``t5_length`` None takes 512 for FLUX.1-dev and 256 for schnell."""
+        from transformers import CLIPTextModel, T5EncoderModel
+
+        length = t5_tokens(self, t5_length, load_t5, usual=512 if self.takes_guidance else 256)
+        encoder = Flux1PromptEncoder(
+            self.pipeline.load(CLIPTextModel, "text_encoder", pretrained),
+            self.pipeline.load(T5EncoderModel, "text_encoder_2", pretrained),
+            self.pipeline.tokenizer("tokenizer"),
+            self.pipeline.tokenizer("tokenizer_2"),
+            t5_length=length,
+        )
+        return self.fitting(encoder)
+
+    # Noise
+
+    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
+        """See :meth:`FlowFamily.mu`; linear in the number of tokens."""
+        return self.linear_mu(shape[-2] // 2 * (shape[-1] // 2))
+
+    # Guidance
+
+    @property
+    def default_guidance(self) -> float | None:
+        return 3.5 if self.takes_guidance else None
+
+    def guidance(self, scale: float | None) -> float | None:
+        """See :meth:`Family.guidance`; any number from 0 is an input that FLUX.1-dev's network takes."""
+        if scale is None or not self.takes_guidance:
+            return super().guidance(scale)
+        if not 0 <= scale < math.inf:
+            raise InputError(
+                f"guidance_scale={scale:g} must be at least 0 and finite; {self.model} was made for about 3.5"
+            )
+        return scale
+
+    def needs_uncond(self, scale: float | None) -> bool:
+        """See :meth:`Family.needs_uncond`; there is no second pass."""
+        return False
+
+    # Network
+
+    def velocity(
+        self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        assert conditioning.pooled_prompt_embeds is not None
+        dtype, grids = network.x_embedder.weight.dtype, self.grids(latents, conditioning)
+        text = conditioning.prompt_embeds.to(dtype)
+        text_ids, image_ids = positions(text.shape[1], grids, latents.device)
+        output = network(
+            hidden_states=self.sequence(latents, conditioning).to(dtype),
+            encoder_hidden_states=text,
+            pooled_projections=conditioning.pooled_prompt_embeds.to(dtype),
+            timestep=sigma,
+            img_ids=image_ids,
+            txt_ids=text_ids,
+            guidance=self._scales(sigma, guidance),
+        ).sample
+        return self.unpack(output, grids[0])
+
+    def _scales(self, sigma: Tensor, guidance: float | None) -> Tensor | None:
+        """Return the guidance scale of each sample, float32; None for a network without the input."""
+        scale = self.default_guidance if guidance is None else guidance
+        return torch.full_like(sigma, scale) if self.takes_guidance and scale is not None else None
+
+    # Features
+
+    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        return unread_of_dual(visual, text) if 1 <= number <= self.dual_blocks else ()
+
+    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        return () if number or text else ("context_embedder",)
+
+
+def t5_tokens(family: FlowFamily, t5_length: int | None, load_t5: bool, usual: int = MOST_TOKENS) -> int:
+    """Return the number of T5 tokens per prompt of a family that cannot do without T5: ``t5_length``, or the usual one.
+
+    Raises:
+        InputError: If T5 is to be left out, or the number is out of range.
+    """
+    if not load_t5:
+        raise InputError(f"load_t5=false: {family.title} takes a prompt's tokens from T5; leave load_t5 out")
+    length = usual if t5_length is None else t5_length
+    if type(length) is not int or not 1 <= length <= MOST_TOKENS:
+        raise InputError(f"t5_length={length!r} must be a whole number from 1 to {MOST_TOKENS} for {family.title}")
+    return length
+
+
+def positions(length: int, grids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the positions ``(n, 3)`` of text and visual tokens: all 0 for text, (k, row, column) for picture k.
+
+    Picture 0 is the one that is made.
+    """
+    ids = []
+    for picture, grid in enumerate(grids):
+        ranges = ((picture, picture + 1), *((0, side) for side in grid))
+        ids.append(torch.cartesian_prod(*(torch.arange(*one, device=device) for one in ranges)).float())
+    return torch.zeros(length, 3, device=device), torch.cat(ids) if len(ids) > 1 else ids[0]
+
+
+def unread_of_dual(visual: bool, text: bool) -> tuple[str, ...]:
+    """Return the modules of a dual block of FLUX.1 or FLUX.2 that its read outputs do not depend on."""
+    if visual and text:
+        return ()
+    of_text = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
+    return of_text if visual else ("attn.to_q", "attn.norm_q", "attn.to_out", "ff")
+
+
+@register_backbone
+def flux1(source: PathText, **options: Any) -> FamilyBackbone:
+    """Load the first blocks of FLUX.1-dev (FLUX.1 [dev] Non-Commercial License) or FLUX.1-schnell (Apache-2.0).
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`~latentreward.diffusion.load_family_backbone`.
+    """
+    return load_family_backbone(source, "flux1", **options)

@@ -1,0 +1,285 @@
+"""Stable Diffusion 3 and 3.5.
+
+The names of layers in sd-scripts' MMDiT follow ``library/sd3_models.py`` and ``networks/lora_sd3.py`` (Apache-2.0,
+commit 48d368f); ComfyUI reads these names too. This MMDiT has one layer for queries, keys and values, where diffusers
+has three. The three adapters become one, with stacked A and block-diagonal B, as in sd-scripts'
+``LoRANetwork.state_dict`` under ``split_qkv``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.core.contracts import Conditioning, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion.backbones.loading import SHIPPED, check_channels, tiny_pipeline
+from latentreward.diffusion.backbones.sd3_dit import SD3DiTBackbone
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.families.backbone import TransformerOptions
+from latentreward.diffusion.families.base import Family, Pair, PipelineConfigs
+from latentreward.diffusion.noise.base import NoiseProcess
+from latentreward.diffusion.noise.from_scheduler import process_from_scheduler
+from latentreward.diffusion.noise.schedules import FLOW_SCHEDULERS, static_levels
+
+LAYERS = {
+    "pos_embed.proj": "x_embedder.proj",
+    "context_embedder": "context_embedder",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+"""Name of a layer in diffusers' SD3 transformer → its name in sd-scripts' MMDiT; within a block, without the block."""
+JOINED = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+}
+"""Name of an MMDiT layer → the layers of diffusers' SD3 transformer whose outputs, concatenated, are its output."""
+SCALE_FIRST = ("norm_out.linear", "norm1_context.linear")
+"""Layers that, if they output scale and shift only, output scale first in diffusers and shift first in the MMDiT."""
+
+
+class StableDiffusion3(Family):
+    """Family of SD3 and SD3.5: a transformer with two streams, two CLIP text encoders and T5, static shift."""
+
+    name = "sd3"
+    title = "Stable Diffusion 3 (SD3, SD3.5)"
+    network_class = "SD3Transformer2DModel"
+    lora_loader = "SD3LoraLoaderMixin"
+    block_classes = ("JointTransformerBlock",)
+    text_layers = ("CLIPEncoderLayer", "T5Block")
+    kohya_module = "networks.lora_sd3"
+    default_guidance = 5.0  # Flow-GRPO's and this project's, instead of the pipeline's 7.0
+
+    @classmethod
+    def recognises(cls, pipeline: PipelineConfigs) -> bool:
+        if not pipeline.has("transformer"):
+            return False
+        return pipeline.config("transformer").get("_class_name", cls.network_class) == cls.network_class
+
+    def check(self) -> None:
+        check_channels(self.pipeline.source, "transformer", self.config, self.latent_space)
+
+    @property
+    def model(self) -> str:
+        large = " Large" if self.is_large else ""
+        return f"SD3.5{large}" if self.config.get("qk_norm") else "SD3"
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the transformer has as many blocks as SD3.5-Large's."""
+        return self.config.get("num_layers") == 38
+
+    @property
+    def usual_reward(self) -> str:
+        if self.pipeline.named in SHIPPED:
+            return "dina_lrm_tiny"
+        if self.is_large:
+            return "dina_lrm_sd35_large"
+        return "dina_lrm_sd35" if self.config.get("qk_norm") else "lrm_sd3"
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        side = self.entry(self.part, "sample_size", int) * self.latent_space.downscale
+        return side, side
+
+    @property
+    def side_multiple(self) -> int:
+        """See :attr:`Family.side_multiple`; the side of a token in pixels."""
+        return self.latent_space.downscale * self.entry(self.part, "patch_size", int, 2)
+
+    @property
+    def max_side(self) -> int:
+        """See :attr:`Family.max_side`; the table of positions."""
+        positions = self.entry(self.part, "pos_embed_max_size", int, 96)
+        return positions * self.entry(self.part, "patch_size", int, 2)
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`; zeros stand for T5's tokens without T5.
+
+        ``t5_length`` None takes 256, or 0 for a shipped pipeline.
+        """
+        shipped = self.pipeline.named in SHIPPED
+        length = (0 if shipped else 256) if t5_length is None else t5_length
+        encoder: PromptEncoder = self.pipeline.sd3_prompts(
+            self.entry(self.part, "joint_attention_dim", int), length, load_t5, mapped=True
+        )
+        if encoder.pooled_dim != (taken := self.entry(self.part, "pooled_projection_dim", int)):
+            raise InputError(
+                f"source={self.pipeline.source!r}: the text encoders' pooled vector is {encoder.pooled_dim} wide, but "
+                f"the transformer takes {taken}; network and text encoders must come from one pipeline"
+            )
+        return encoder
+
+    @cached_property
+    def noise_process(self) -> NoiseProcess:
+        return process_from_scheduler(self.scheduler_config, FLOW_SCHEDULERS)
+
+    def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return static_levels(self.scheduler_config, num_inference_steps)
+
+    def predict(
+        self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        assert conditioning.pooled_prompt_embeds is not None
+        dtype = network.pos_embed.proj.weight.dtype
+        output: Tensor = network(
+            hidden_states=latents.to(dtype),
+            encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
+            pooled_projections=conditioning.pooled_prompt_embeds.to(dtype),
+            timestep=timesteps.to(latents.device),
+        ).sample
+        return output
+
+    def blocks(self, network: Any) -> Iterator[nn.Module]:
+        yield from network.transformer_blocks
+
+    def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
+        """See :meth:`Family.kohya_layers`; the layers of sd-scripts' MMDiT.
+
+        A layer that joins three of diffusers' has three parts: query, key and value.
+        """
+        found: dict[str, list[Pair | None]] = {}
+        for layer, (down, up) in layers.items():
+            block, rest = "", layer
+            if layer.startswith("transformer_blocks."):
+                _, number, rest = layer.split(".", 2)
+                block = f"joint_blocks.{number}."
+            swapped = rest in SCALE_FIRST and len(up) == 2 * down.shape[1]
+            pair = down, torch.cat(up.chunk(2)[::-1]) if swapped else up
+            joined = next((name for name, parts in JOINED.items() if rest in parts), None)
+            if joined is None:
+                found[block + LAYERS[rest]] = [pair]
+            else:
+                parts = JOINED[joined]
+                found.setdefault(block + joined, [None] * len(parts))[parts.index(rest)] = pair
+        return found
+
+    def search_inputs(self) -> list[str]:
+        return ["prompt_embeds", "pooled_prompt_embeds"]
+
+    def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
+        return Conditioning(inputs["prompt_embeds"], inputs["pooled_prompt_embeds"])
+
+
+def load_sd3(
+    source: str,
+    model: str | None = None,
+    num_layers: int | None = None,
+    visual_taps: Sequence[int] = (4, 8, 12),
+    text_taps: Sequence[int] = (4, 8, 12),
+    pooled_text: Literal["clip", "t5"] = "clip",
+    output_map: bool = False,
+    **options: Any,
+) -> SD3DiTBackbone:
+    """Load a backbone from the first blocks of the transformer of a Stable Diffusion 3 or 3.5 pipeline.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        model: ``SD3`` or ``SD3.5``, which the pipeline must be; None takes both.
+        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
+        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
+        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
+        pooled_text: Pooled text vector for heads: ``clip`` or ``t5``; see :class:`SD3DiTBackbone`.
+        output_map: Whether to return the network's output after the last tapped block too, for a head that reads it.
+        options: See :class:`~latentreward.diffusion.families.backbone.TransformerOptions`.
+
+    Raises:
+        InputError: If the source is not a pipeline of that model, its parts do not fit together, or a tap is not one
+            of the network's blocks.
+    """
+    chosen = TransformerOptions(**options)
+    family = chosen.family(source, "sd3", model)
+    (network, encoders), taps = chosen.parts(family), (num_layers, visual_taps, text_taps)
+    space = family.noise_process, family.latent_space
+    backbone = SD3DiTBackbone(network, *space, *taps, pooled_text, output_map=output_map, **encoders)
+    return chosen.finish(backbone, family, backbone.unread())
+
+
+@register_backbone
+def sd3_medium(source: PathText, **options: Any) -> SD3DiTBackbone:
+    """Load Stable Diffusion 3 Medium (Stability AI Community License): 24 blocks without QK normalisation.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`load_sd3`.
+    """
+    return load_sd3(source, "SD3", **options)
+
+
+@register_backbone
+def sd35_medium(source: PathText, **options: Any) -> SD3DiTBackbone:
+    """Load Stable Diffusion 3.5 Medium (Stability AI Community License); DiNa-LRM uses 12 of its 24 blocks.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`load_sd3`.
+    """
+    return load_sd3(source, "SD3.5", **options)
+
+
+@register_backbone
+def sd35_large(
+    source: PathText,
+    visual_taps: Sequence[int] = (6, 13, 19),
+    text_taps: Sequence[int] = (6, 13, 19),
+    **options: Any,
+) -> SD3DiTBackbone:
+    """Load Stable Diffusion 3.5 Large (Stability AI Community License): half of its 38 blocks, as DiNa-LRM of Medium's.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        visual_taps: Numbers of the blocks whose visual tokens are read; by default thirds of the first 19 blocks.
+        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
+        options: See :func:`load_sd3`.
+    """
+    return load_sd3(source, "SD3.5", visual_taps=visual_taps, text_taps=text_taps, **options)
+
+
+@register_backbone
+def sd35_tiny(
+    source: PathText | None = None,
+    num_layers: int | None = 3,
+    visual_taps: Sequence[int] = (1, 2, 3),
+    text_taps: Sequence[int] = (1, 2, 3),
+    t5_length: int = 0,
+    **options: Any,
+) -> SD3DiTBackbone:
+    """Load the tiny SD3.5-like pipeline that is shipped with the package for tests and tutorials: 4 blocks, no T5.
+
+    Args:
+        source: Pipeline folder; None takes the shipped one.
+        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
+        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
+        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
+        t5_length: Number of zero tokens in the place of T5's; the shipped pipeline was trained with none.
+        options: See :func:`load_sd3`.
+    """
+    return load_sd3(
+        source or tiny_pipeline("sd35_tiny"),
+        num_layers=num_layers,
+        visual_taps=visual_taps,
+        text_taps=text_taps,
+        t5_length=t5_length,
+        **options,
+    )

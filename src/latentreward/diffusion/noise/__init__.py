@@ -1,0 +1,1 @@
+"""Noise processes (latents to noisy latents) and samplers of noise levels."""

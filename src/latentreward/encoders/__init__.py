@@ -1,5 +1,0 @@
-"""Encoders of pixels into latents and of prompts into embeddings.
-
-This package exports nothing: import from its modules, e.g. ``latentreward.encoders.vae``. They import diffusers and
-transformers, which takes seconds.
-"""

@@ -1,0 +1,1 @@
+"""Heads: networks that compute a score from a backbone's features."""

@@ -1,0 +1,179 @@
+r"""Losses against given values of the images: labels of single images, and scores of a teacher (distillation).
+
+A value NaN means that the image has none: its term is left out. A pair without values has loss 0.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from latentreward.core.contracts import PairScores, PairTargets
+from latentreward.core.errors import InputError, check_range
+from latentreward.reward.losses.base import PreferenceLoss, mean_over_outputs
+from latentreward.reward.losses.bradley_terry import bradley_terry_nll
+
+
+def gaussian_nll(score: Tensor, target: Tensor, std: Tensor | None = None) -> Tensor:
+    r"""Compute the squared error of a score or, with a standard deviation u, the Gaussian negative log-likelihood.
+
+    .. math:: l = (r - s)^2, \qquad l = \frac{(r - s)^2}{2u^2} + \log u
+
+    Args:
+        score: Score r, any shape.
+        target: The teacher's score s.
+        std: The teacher's uncertainty u, positive; None for the squared error.
+
+    Returns:
+        Loss in the shape of ``score``, float64. The constant ½ log 2π is left out.
+    """
+    error = (score.double() - target.double()).square()
+    return error if std is None else error / (2 * std.double().square()) + std.double().log()
+
+
+def teacher_preference(targets: PairTargets, temperature: float = 1.0) -> Tensor:
+    r"""Compute the teacher's probability that the chosen image is the better one.
+
+    .. math:: \Phi\Bigl(\frac{s_a - s_b}{\sqrt{u_a^2 + u_b^2}}\Bigr), \quad
+        \text{without uncertainties } \sigma\Bigl(\frac{s_a - s_b}{\tau}\Bigr)
+
+    Args:
+        targets: The teacher's scores s and, if it gives them, uncertainties u.
+        temperature: τ, positive; ignored if there are uncertainties.
+
+    Returns:
+        Probabilities in the shape of the scores, float64.
+    """
+    gap = targets.chosen.double() - targets.rejected.double()
+    if targets.chosen_std is None or targets.rejected_std is None:
+        return torch.sigmoid(gap / temperature)
+    return torch.special.ndtr(gap / torch.hypot(targets.chosen_std.double(), targets.rejected_std.double()))
+
+
+class TargetLoss(PreferenceLoss):
+    """Base class of losses that compare each score of the head with a column of given values."""
+
+    def targets_of(self, scores: PairScores) -> PairTargets:
+        """Return the given values of a batch; raise InputError if there are none, or not one for each score."""
+        if scores.targets is None:
+            raise InputError(
+                f"{type(self).__name__} needs given values of the images, and the batch has none; set data.targets"
+            )
+        if scores.targets.chosen.shape != scores.chosen.shape:
+            columns, outputs = (1 if t.ndim == 1 else t.shape[1] for t in (scores.targets.chosen, scores.chosen))
+            raise InputError(f"data.targets: {columns} columns for {outputs} scores of the head; let them agree")
+        return scores.targets
+
+    def check_targets(self, values: Tensor | None) -> None:
+        """Check the values ``(N, 2, T, K)`` of a split before the first batch; raise InputError if there are none."""
+        if values is None:
+            raise InputError(f"{type(self).__name__} needs given values of this split's images; name a table of them")
+
+    def win_probability(self, scores: PairScores) -> Tensor:
+        """Return ``sigmoid(d)``, as under Bradley–Terry."""
+        return torch.sigmoid(scores.margin)
+
+
+class LabelLoss(TargetLoss):
+    r"""Binary cross-entropy of single images' labels, :math:`-y\log\sigma(r) - (1-y)\log\sigma(-r)`.
+
+    The loss of a pair is the mean over its labelled images. Unlike a loss on pairs it fixes the zero of the scores:
+    σ(r) is the probability that an image is good (PAVRM, arXiv:2511.21541).
+
+    Args:
+        label_smoothing: e in [0, ½]; a label y counts as y(1 − e) + e/2.
+
+    Raises:
+        InputError: If ``label_smoothing`` is out of range.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        check_range("[0, 0.5]", "0 takes labels as given", label_smoothing=label_smoothing)
+        self.label_smoothing = label_smoothing
+
+    def check_targets(self, values: Tensor | None) -> None:
+        """See :meth:`TargetLoss.check_targets`; labels must lie in [0, 1] too."""
+        super().check_targets(values)
+        if values is not None:
+            check_labels(values[:, :, 0])
+
+    def per_pair(self, scores: PairScores) -> Tensor:
+        """See :meth:`PreferenceLoss.per_pair`; of each image :func:`bradley_terry_nll` of its score and label.
+
+        Raises:
+            InputError: If a label is not in [0, 1].
+        """
+        return mean_over_outputs(label_loss(scores, self.targets_of(scores), self.label_smoothing))
+
+
+class RegressionDistillation(TargetLoss):
+    """Mean squared error to a teacher's scores; with the teacher's uncertainties, the Gaussian likelihood.
+
+    The loss of a pair is the mean over its images with a value; see :func:`gaussian_nll`. Give the teacher's scores
+    z-scored (``data.targets.standardise``), so that a head's scores begin near them.
+    """
+
+    def per_pair(self, scores: PairScores) -> Tensor:
+        targets = self.targets_of(scores)
+        sides = [
+            (scores.chosen, targets.chosen, targets.chosen_std),
+            (scores.rejected, targets.rejected, targets.rejected_std),
+        ]
+        return mean_over_outputs(mean_over_images(*(masked_loss(gaussian_nll, *side) for side in sides)))
+
+
+class RankingDistillation(TargetLoss):
+    """Cross-entropy of σ(margin) to the teacher's probability that chosen wins, :func:`teacher_preference`.
+
+    Args:
+        temperature: τ, positive, in units of the given scores; used if the teacher gives no uncertainties.
+
+    Raises:
+        InputError: If ``temperature`` is not positive and finite.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        check_range("(0, inf)", "1 suits z-scored scores", temperature=temperature)
+        self.temperature = temperature
+
+    def per_pair(self, scores: PairScores) -> Tensor:
+        preference = teacher_preference(self.targets_of(scores), self.temperature)
+        return mean_over_outputs(masked_loss(bradley_terry_nll, scores.margin, preference)[0])
+
+
+def check_labels(values: Tensor) -> None:
+    """Raise InputError if a value is not in [0, 1]; NaN is no label."""
+    inside = ((values >= 0) & (values <= 1)) | values.isnan()
+    if not inside.all():  # also of an estimate's stand-ins, which have no values
+        raise InputError(
+            f"data.targets holds {values[~inside][0]:g}, which is no label; give columns in [0, 1] and "
+            "standardise: false"
+        )
+
+
+def label_loss(scores: PairScores, targets: PairTargets, smoothing: float) -> Tensor:
+    """Compute the mean cross-entropy of a pair's labelled images, in the shape of the scores.
+
+    Raises:
+        InputError: If a label is not in [0, 1].
+    """
+    for values in (targets.chosen, targets.rejected):
+        check_labels(values)
+    sides = (scores.chosen, targets.chosen), (scores.rejected, targets.rejected)
+    smooth = ((score, label * (1 - smoothing) + smoothing / 2) for score, label in sides)
+    return mean_over_images(*(masked_loss(bradley_terry_nll, *side) for side in smooth))
+
+
+def masked_loss(loss: Callable[..., Tensor], score: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute ``loss(score, *given)``, and where no given value is NaN; elsewhere the loss is 0, without a gradient."""
+    known = torch.stack([~values.isnan() for values in given if values is not None]).all(dim=0)
+    # torch.where alone is not enough: NaN times 0 is NaN in the backward pass of the branch not taken.
+    safe = [None if values is None else torch.where(known, values, 1.0) for values in (score, *given)]
+    return torch.where(known, loss(*safe), 0.0), known
+
+
+def mean_over_images(chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor]) -> Tensor:
+    """Average the losses of a pair's two images, as :func:`masked_loss` gives them, over the known ones; 0 if none."""
+    return (chosen[0] + rejected[0]) / (chosen[1].long() + rejected[1]).clamp_min(1)

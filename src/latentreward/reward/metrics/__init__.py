@@ -1,0 +1,1 @@
+"""Metrics of preference models, as torchmetrics classes."""

@@ -1,0 +1,198 @@
+"""The frozen base model under trained weights: checked and shared before training, recorded in checkpoints."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import FSDPPrecision
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from latentreward.core.checkpoints.base_weights import BaseSample, is_quantized, quantized_names
+from latentreward.core.checkpoints.shards import check_weights, frozen_names
+from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.shared_weights import release_shared
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+
+
+def unseen_settings(place: str, given: Mapping[str, Any], encoder: PromptEncoder | None) -> dict[str, Any]:
+    """Return the settings of a base that are not seen in the samples of its weights, for :class:`FrozenBase`.
+
+    ``place`` is the name of the base in the run's settings; ``encoder`` knows the ``t5_length`` that null stands for.
+    """
+    found = {f"{place}.{name}": given.get(name) for name in ("quantization", "family")}
+    if encoder is not None:  # encoders whose tokens are T5's alone have no number of their own for T5
+        found[f"{place}.t5_length"] = getattr(encoder, "t5_length", encoder.num_tokens)
+    return found
+
+
+class FrozenBase:
+    """Frozen base model on which a module trains weights.
+
+    Args:
+        weights: The module, or its part, that holds the base's weights.
+        source: Folder or hub id that they come from.
+        settings: Settings of the base that are not seen in its weights and that a resumed run must not change, by the
+            names of the run's settings.
+        dtype_setting: Name of the setting that stores frozen weights in bfloat16, for messages.
+    """
+
+    def __init__(
+        self, weights: nn.Module, source: str, settings: Mapping[str, Any], dtype_setting: str = "frozen_dtype"
+    ) -> None:
+        self.weights, self.source, self.settings, self.dtype_setting = weights, source, settings, dtype_setting
+        self._sample: BaseSample | None = None
+
+    @property
+    def sample(self) -> BaseSample:
+        """Values of the frozen weights: those that :meth:`prepare` sampled before weights were sharded."""
+        return self._sample or BaseSample.of(self.weights, self.source)
+
+    def prepare(self, module: LightningModule) -> None:
+        """Prepare ``module`` for its trainer, in ``setup``: weights that train stay float32, frozen ones are shared.
+
+        In bfloat16, an update that is small beside its weight would be lost.
+
+        Raises:
+            InputError: If ``trainer.precision`` is not 32-true, 16-mixed or bf16-mixed, or FSDP1 is to shard quantised
+                weights.
+        """
+        if module.trainer.precision not in ("32-true", "16-mixed", "bf16-mixed"):
+            raise InputError(
+                f"trainer.precision={module.trainer.precision}: what trains must be float32; use bf16-mixed (with "
+                f"{self.dtype_setting}: bfloat16 for the frozen weights), 16-mixed or 32-true"
+            )
+        strategy = module.trainer.strategy
+        # Lightning's precision of FSDP1 converts frozen dataclasses, and does not clip by norm.
+        if isinstance(strategy, FSDPStrategy):
+            refuse_quantized(module, "FSDP1")
+            strategy.precision_plugin = FSDP1Precision(strategy.precision_plugin, strategy)
+        # Once, in the first stage: afterwards weights are sharded, and a shard's values are no sample of the whole.
+        if self._sample is None:
+            self._sample = self.sample
+            share_frozen(module, module.trainer)
+
+    def save(self, module: nn.Module, checkpoint: dict[str, Any], saved: Collection[str]) -> None:
+        """Record the base in a checkpoint of ``module``, as far as frozen weights are not among the ``saved`` names.
+
+        Quantised layers are left out, because only their library can read them.
+        """
+        # Popped first: what the checkpoint does not hold is recorded as a sample of the base below.
+        for name in quantized_names(module):
+            checkpoint["state_dict"].pop(name, None)
+        checkpoint["base_settings"], checkpoint["base"] = dict(self.settings), self.sample.record(saved)
+
+    def check(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint belongs to this base, and fill in the weights that it leaves out.
+
+        Quantised layers are filled in from this base. So are all frozen weights that the checkpoint leaves out, if it
+        is of a quantised run, or outside a Trainer, where ``load_from_checkpoint`` calls the hook.
+
+        Raises:
+            InputError: If the checkpoint belongs to another base, or a resumed run has other ``settings``.
+        """
+        if "base" in checkpoint:
+            self.sample.check(checkpoint["base"])
+        trained = checkpoint.get("base_settings", {})
+        if names := quantized_names(module):
+            checkpoint["state_dict"] |= own_values(module, names)
+        elif any(value for name, value in trained.items() if name.endswith("quantization")):  # which left them out
+            checkpoint["state_dict"] = {**own_values(module, frozen_names(module)), **checkpoint["state_dict"]}
+        try:
+            fitting = module.trainer.state.fn == TrainerFn.FITTING
+        except RuntimeError:  # of a module without a trainer
+            check_weights(module, {name: value.shape for name, value in checkpoint["state_dict"].items()})
+            left_out = own_values(module, frozen_names(module)) if "base" in checkpoint else {}
+            checkpoint["state_dict"] = {**left_out, **checkpoint["state_dict"]}
+            return
+        for name, ours in self.settings.items() if fitting else ():
+            theirs = trained.get(name, ours)
+            if theirs != ours:
+                raise InputError(
+                    f"the checkpoint was trained with {name}={theirs}, not {ours}; give {name} as it was, or start a "
+                    "new run"
+                )
+
+
+def own_values(module: nn.Module, names: Collection[str]) -> dict[str, Any]:
+    """Return those of the named entries that ``load_state_dict`` takes: not what a library of quantisation adds."""
+    own = (*module.named_parameters(remove_duplicate=False), *module.named_buffers())
+    state = module.state_dict()
+    return {name: state[name] for name, _ in own if name in names and name in state}
+
+
+class FSDP1Precision(FSDPPrecision):
+    """Precision of FSDP1 that takes our batches, and clips gradients by their norm over all ranks.
+
+    Args:
+        plain: Lightning's precision of the run: 32-true, 16-mixed or bf16-mixed.
+        strategy: Strategy of the run, which wraps the module later.
+    """
+
+    def __init__(self, plain: FSDPPrecision, strategy: FSDPStrategy) -> None:
+        super().__init__(plain.precision, plain.scaler)
+        self._strategy = strategy
+
+    def convert_input(self, data: Any) -> Any:
+        """Return a batch as it is: Lightning writes into records, which ours refuse, only to make float32 of them."""
+        return data
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float, *_: Any, **__: Any) -> None:
+        """Clip gradients by their norm over all ranks, which Lightning leaves to the user."""
+        assert isinstance(self._strategy.model, FullyShardedDataParallel)
+        self._strategy.model.clip_grad_norm_(clip_val)
+
+
+def share_frozen(module: LightningModule, trainer: Trainer) -> None:
+    """Check that all ranks have loaded the same frozen weights, and keep DDP from sending them.
+
+    At its start DDP writes the weights of rank 0 into those of the other ranks. Of weights that are mapped from a file,
+    each process would then get a copy of its own. A digest is compared instead. The module must not be wrapped or
+    sharded yet.
+
+    Raises:
+        InputError: On all ranks, if a rank has other frozen weights than rank 0.
+    """
+    if trainer.world_size == 1:
+        release_shared(remove=True)
+        return
+    names = frozen_names(module)
+    found = digest(frozen_values(module, names))
+    strategy = trainer.strategy
+    if not strategy.reduce_boolean_decision(found == strategy.broadcast(found), all=True):
+        raise InputError(
+            "the ranks have loaded different frozen weights; give all machines the same files of the base models"
+        )
+    release_shared(remove=trainer.local_rank == 0)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
+def refuse_quantized(module: nn.Module, strategy: str) -> None:
+    """Raise InputError if a parameter is quantised, which the named strategy cannot shard."""
+    for name, parameter in module.named_parameters():
+        if is_quantized(parameter):
+            raise InputError(
+                f"parameter {name} is quantised, which {strategy} cannot shard; use ddp, or no quantization"
+            )
+
+
+def frozen_values(module: nn.Module, names: set[str]) -> Iterator[memoryview | str]:
+    """Yield names and bytes of the named parameters and buffers of a module, in the module's order."""
+    tensors: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in tensors:
+        if name in names:
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+            for part in stored_parts(tensor.detach()):
+                yield memoryview(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def stored_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors in which a tensor is stored: itself, or codes and scales of torchao's quantised ones."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    yield from [getattr(tensor, name) for name in names] or [tensor]

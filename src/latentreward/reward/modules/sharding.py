@@ -1,0 +1,100 @@
+"""FSDP2: each rank keeps a shard of every weight, and gathers whole weights only for the block that is computed.
+
+Weights are gathered by groups. Groups are: each block of the network; each layer of the text encoder, and the rest of
+the text encoder; the VAE; and the remaining modules (embeddings, norms, head, temperature). When a reward is trained,
+the remaining modules are one group, whole for the length of a step. Frozen weights are sharded too. A group may hold
+frozen bfloat16 weights beside trainable float32 weights, because FSDP2 requires one dtype among trainable weights only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from latentreward.core.errors import InputError
+from latentreward.diffusion import DiffusionBackbone
+from latentreward.diffusion.backbones.base import LatentNetwork
+from latentreward.diffusion.families.find import families
+from latentreward.reward.modules.based import refuse_quantized
+
+if TYPE_CHECKING:
+    from latentreward.diffusion.encoders.prompts import PromptEncoder
+    from latentreward.diffusion.encoders.vae import LatentEncoder
+
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+"""Methods that Lightning calls in place of ``forward``; FSDP2 must gather weights for these too."""
+
+
+def shard(module: nn.Module, backbone: DiffusionBackbone, mesh: DeviceMesh) -> None:
+    """Apply ``fully_shard`` to a reward module, in place; a second call changes nothing.
+
+    The module is built whole first, so each process needs CPU memory for the whole module once. The blocks of
+    ``backbone`` become groups of their own. All ranks must hold the same weights.
+
+    Raises:
+        InputError: If a parameter is a scalar, which has no axis to shard.
+    """
+    if isinstance(module, FSDPModule):
+        return
+    check_axes(module)
+    for block in backbone.blocks():
+        fully_shard(block, mesh=mesh)
+    shard_encoders(backbone.text_encoder, called_equally(backbone), mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)  # else whole between evaluation steps and in an EMA swap
+    for step in STEPS:
+        register_fsdp_forward_method(module, step)
+
+
+def called_equally(network: LatentNetwork) -> LatentEncoder | None:
+    """Return the VAE, which all ranks must call equally often once it is sharded; None for an editor.
+
+    An editor's VAE encodes the pictures to edit that a rank has not kept, unlike many on each rank.
+    """
+    return network.vae if network.source_encoder is None else None
+
+
+def shard_encoders(text_encoder: PromptEncoder | None, vae: LatentEncoder | None, mesh: DeviceMesh) -> None:
+    """Shard text encoders by layer, and a VAE as a whole; None leaves one out.
+
+    Without ``reshard_after_forward`` an encoder that is called by itself, as in a policy, would stay whole after the
+    call, and a checkpoint that Lightning loads afterwards would not fit.
+    """
+    if text_encoder is not None:
+        for layer in repeated_layers(text_encoder):
+            fully_shard(layer, mesh=mesh)
+        # Not its text towers: fully_shard changes a module's class, by which transformers finds the outputs to record.
+        fully_shard(text_encoder, mesh=mesh, reshard_after_forward=True)
+    if vae is not None:
+        fully_shard(vae, mesh=mesh, reshard_after_forward=True)
+        register_fsdp_forward_method(vae, "encode")
+        register_fsdp_forward_method(vae, "decode")
+
+
+def check_axes(module: nn.Module) -> None:
+    """Raise InputError if a parameter is a scalar, which has no axis to shard, or quantised."""
+    refuse_quantized(module, "FSDP2")
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 0:
+            raise InputError(f"parameter {name} is a scalar, which FSDP2 cannot shard; give it the shape (1,)")
+
+
+def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the members of the outermost module lists in ``module``: the layers of its text towers."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from repeated_layers(child)
+
+
+def wraps_block(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """Tell FSDP1's auto-wrap whether ``module`` becomes a unit of its own: one unit per block, as in :func:`shard`.
+
+    FSDP1 also asks, by ``recurse``, whether to descend into the module's children: always.
+    """
+    named = (name for kind in families().values() for name in (*kind.block_classes, *kind.text_layers))
+    return recurse or type(module).__name__ in named

@@ -1,0 +1,1 @@
+"""Scores from servers of others: connection, forms of requests and replies, batches and cache."""

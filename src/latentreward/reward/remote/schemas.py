@@ -1,0 +1,225 @@
+"""Forms in which servers take images or latents with prompts, and return scores."""
+
+import base64
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from typing import Any, Literal
+
+from PIL import Image
+from pydantic import BaseModel
+
+from latentreward.core.contracts import ImageRef, sources_of
+from latentreward.core.errors import InputError, check_range
+from latentreward.core.promises import Part, of_class, returns
+from latentreward.core.storage.digests import digest
+from latentreward.core.storage.json_files import checked, shown
+from latentreward.data import decode_image
+from latentreward.data.images import image_bytes, read_header
+
+ANSWER, REMEDY = "the answer: ", "look at the schema"
+"""Name of a reply in messages, and what to do about one of another form."""
+
+
+class Schema(Part):
+    """Form of requests and replies of a server.
+
+    Attributes:
+        path: Path of requests.
+    """
+
+    needs = ("path",)
+    path: str
+
+
+class ImageSchema(Schema):
+    """Form of requests and replies of a server that scores images, each for its prompt.
+
+    Derive a frozen dataclass from this class for a server with a form of its own.
+    """
+
+    @abstractmethod
+    @returns(of_class(dict))
+    def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
+        """Return the JSON of a request for B images.
+
+        Args:
+            prompts: B prompts. The prompt of an edit carries the pictures that were edited, see :func:`source_texts`.
+            images: B PNG files, as base64.
+        """
+
+    @abstractmethod
+    @returns(of_class(Sequence))
+    def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the scores of a reply, in the order of the images; a higher score is better.
+
+        Number, type and finiteness of the scores are checked by the caller.
+
+        Args:
+            reply: JSON of the reply.
+            request: JSON of the request that it answers.
+
+        Raises:
+            InputError: If the reply has another form.
+        """
+
+    def model(self, reply: Mapping[str, Any]) -> str | None:
+        """Return the model that a reply names, which must be the same in all replies; None if it names none."""
+        name = reply.get("model")
+        return name if isinstance(name, str) else None
+
+
+def source_texts(prompts: Sequence[str]) -> list[list[str]]:
+    """Return the pictures that each of B prompts edits, as base64 of PNG or JPEG files; equal pictures are read once.
+
+    A file that every reader decodes alike is sent as it is: a photograph as PNG is several times as large.
+    """
+
+    @cache
+    def read(source: ImageRef) -> str:
+        if read_header(source).plain:
+            return base64.b64encode(image_bytes(source)).decode()
+        return png_text(decode_image(source, exif="apply"))
+
+    return [[*map(read, sources_of(prompt))] for prompt in prompts]
+
+
+def png_text(image: Image.Image) -> str:
+    """Encode an image as PNG in base64; higher levels of compression take longer than they save on a fast network."""
+    content = BytesIO()
+    image.convert("RGB").save(content, "png", compress_level=1)
+    return base64.b64encode(content.getvalue()).decode()
+
+
+class PlainReply(BaseModel):
+    """JSON of a reply with scores."""
+
+    scores: list[Any]
+
+
+@dataclass(frozen=True)
+class PlainJSON(ImageSchema):
+    """The plainest form, for a judge of one's own: ``{"prompts", "images"}`` → ``{"scores"}``.
+
+    ``prompts`` are B texts, ``images`` B PNG files in base64, ``scores`` B numbers. A text ``model`` beside the scores
+    names the judge, and must be the same in all replies. Requests for edits also have ``source_images``, for each image
+    the list of the pictures that were edited, as PNG or JPEG files.
+
+    Attributes:
+        path: Path of requests.
+    """
+
+    path: str = "/score"
+
+    def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
+        sources = source_texts(prompts)
+        request: dict[str, Any] = {"prompts": list(prompts), "images": list(images)}
+        return request | {"source_images": sources} if any(sources) else request
+
+    def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
+        return list(checked(PlainReply, reply, ANSWER, REMEDY).scores)
+
+
+@dataclass(frozen=True)
+class ServedImages(PlainJSON):
+    """Form of ``latentreward serve`` for images, ``POST /v1/score_images``: the server encodes them with its VAE.
+
+    Attributes:
+        path: Path of requests.
+    """
+
+    path: str = "/v1/score_images"
+
+    def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
+        """See :meth:`ImageSchema.request`; pictures that all images are edits of are sent once."""
+        request = super().request(prompts, images)
+        first, *others = request.get("source_images", ((),))
+        return request | {"source_images": first} if first and all(row == first for row in others) else request
+
+
+@dataclass(frozen=True)
+class UniRL(ImageSchema):
+    """Form of UniRL's reward service, protocol version 1 (unirl/reward/remote.py of Tencent-Hunyuan/UniRL, Apache-2.0).
+
+    A request asks for one reward. A reward of the service has one or several metrics. The pictures that an image is an
+    edit of are turns before that of the image, with the same text, as the service's EditReward expects.
+
+    Attributes:
+        reward: Name of the reward, such as ``hpsv3``; ``GET /health`` of the service lists the names.
+        metric: Name of the metric; None for a reward that has a single one.
+        path: Path of requests.
+    """
+
+    reward: str
+    metric: str | None = None
+    path: str = "/score"
+
+    def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
+        requests = [
+            {
+                "history": [{"text": prompt, "image_b64": turn} for turn in (*sources, image)],
+                "required_rewards": [self.reward],
+                "metadata": None,
+                "request_id": digest([prompt, "\n", *sources, image]),
+            }
+            for prompt, sources, image in zip(prompts, source_texts(prompts), images, strict=True)
+        ]
+        return {"protocol_version": "1", "requests": requests}
+
+    def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
+        """See :meth:`ImageSchema.scores`; an error of a single request is one of all."""
+        told = checked(UniRLReply, reply, ANSWER, REMEDY)
+        for failed in told.errors or ():
+            if failed:
+                raise InputError(f"an image could not be scored: {shown(failed)}")
+        asked = [one["request_id"] for one in request["requests"]]
+        if told.identities and [one.get("request_id") for one in told.identities] != asked:
+            raise InputError("identities are not those of the request, in its order")
+        return [self._score(result) for result in told.results]
+
+    def _score(self, result: Mapping[str, Mapping[str, Any]]) -> Any:
+        metrics = result.get(self.reward)
+        if not metrics:
+            raise InputError(f"a result has no {self.reward!r}, but {shown(result)}; set schema.reward")
+        if self.metric is None and len(metrics) > 1:
+            raise InputError(f"{self.reward} has the metrics {shown(', '.join(metrics))}; set schema.metric to one")
+        metric = self.metric or next(iter(metrics))
+        if metric not in metrics:
+            raise InputError(f"{self.reward} has no metric {metric!r}, but {shown(', '.join(metrics))}")
+        return metrics[metric]
+
+
+class UniRLReply(BaseModel):
+    """JSON of a reply of UniRL's reward service; a service may leave errors and identities out."""
+
+    protocol_version: Literal["1"] = "1"
+    results: list[dict[str, dict[str, Any]]]
+    errors: list[Any] | None = None
+    identities: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class ServedLatents(Schema):
+    """Form of ``latentreward serve`` for latents, ``POST /v1/score``: verl-omni's protocol version 1, no VAE at all.
+
+    The server gets the policy's own embeddings of the prompts. So the served model must have been trained on the
+    policy's text encoders, as an adapter on the same pipeline was; latent space and widths of embeddings are compared.
+    All latents of a prompt get the same noise.
+
+    Attributes:
+        sigma: Noise level in [0, 1] at which predicted clean latents of noisy states are scored. Finished latents are
+            scored at the method's ``reward_sigmas``; of several levels the mean counts.
+        path: Path of requests.
+
+    Raises:
+        InputError: If ``sigma`` is out of range.
+    """
+
+    sigma: float = 0.4
+    path: str = "/v1/score"
+
+    def __post_init__(self) -> None:
+        """Check the noise level."""
+        check_range("[0, 1]", **{"schema.sigma": self.sigma})

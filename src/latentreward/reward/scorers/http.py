@@ -1,0 +1,69 @@
+"""Scorer of images by a server."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentreward.core.errors import check_at_least_one
+from latentreward.core.promises import check_needs
+from latentreward.reward.remote.images import RemoteImages
+from latentreward.reward.remote.schemas import ImageSchema, PlainJSON
+from latentreward.reward.remote.server import RemoteServer
+from latentreward.reward.scorers.base import ImageScorer
+
+
+class HTTPScorer(ImageScorer):
+    """A scorer that sends images to a server: a VLM judge, UniRL's reward service, or ``latentreward serve``.
+
+    Use the scorer as the held-out scorer of :class:`~latentreward.callbacks.HackingMonitor`, and in
+    ``evaluate-policy``, ``benchmark`` and ``score-pairs``. For training see
+    :class:`~latentreward.alignment.HTTPReward`.
+
+    Args:
+        server: Address, limits, token, and what happens when the server fails.
+        schema: Form of requests and replies; None is :class:`~latentreward.reward.PlainJSON`.
+        name: Name of the scores in tables.
+        batch_size: Images of a request.
+
+    Raises:
+        InputError: If ``batch_size`` is below 1, or the name is not allowed.
+
+    Example:
+        .. code-block:: yaml
+
+            held_out:
+              class_path: HTTPScorer
+              init_args:
+                server: {url: "http://judge:8080"}
+                schema: {class_path: UniRL, init_args: {reward: hpsv3}}
+                name: hpsv3
+    """
+
+    def __init__(
+        self, server: RemoteServer, schema: ImageSchema | None = None, *, name: str = "http", batch_size: int = 16
+    ) -> None:
+        check_at_least_one(batch_size=batch_size)
+        super().__init__(name, batch_size * server.parallel)
+        self.server, self.schema, self.request_size = server, schema or PlainJSON(), batch_size
+        check_needs(self.schema)
+        self._images: RemoteImages | None = None
+
+    def identity(self) -> str:
+        """See :meth:`Scorer.identity`: class, address and schema. The server's model is not known before it answers."""
+        return f"{type(self).__name__} {self.server.url} {self.schema}"
+
+    @property
+    def served_model(self) -> str | None:
+        return None if self._images is None else self._images.model
+
+    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
+        """See :meth:`ImageScorer.score`.
+
+        Raises:
+            RemoteError: If the server gives no scores.
+        """
+        if self._images is None:  # not earlier: it has locks, which cannot be copied to another process
+            self._images = RemoteImages(self.server, self.schema, self.request_size)
+        return torch.tensor(self._images.begin(prompts, images)())

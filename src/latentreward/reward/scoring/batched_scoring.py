@@ -1,0 +1,290 @@
+"""Scoring of images or latents in batches, under one or several noise settings."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentreward.core.contracts import Conditioning, EditPrompt, Features, seen_as, sources_of
+from latentreward.core.errors import InputError, check_multiples
+from latentreward.data import PixelLoader
+from latentreward.diffusion.backbones.base import rows_of
+from latentreward.diffusion.encoders.prompts import empty_prompts
+from latentreward.reward.scoring.images import Images, content_key, even_parts, pixel_batches
+from latentreward.reward.scoring.network import RewardNetwork
+from latentreward.reward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
+
+ROWS = 4
+"""Number of rows of which a batch on a CPU holds a multiple: :func:`~latentreward.reward.scoring.images.even_parts`.
+
+Widths of features are multiples of 8 and CPU vectors hold at most 32 numbers, so that 4 rows fill them evenly.
+"""
+PROMPTS_KEPT = 32  # number of encoded prompts that are kept for later batches; an encoded prompt of SD3 takes 5 MB
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Encoded images and prompts of one batch."""
+
+    latents: Tensor  # ``(B, C, ...)`` clean, scaled latents
+    prompts: Sequence[str]  # B prompts, which seed the noise
+    conditioning: Conditioning  # encoded prompts, B rows
+    uncond: Conditioning | None  # encoded empty prompt, one row; None if the head does not need it
+    # B hashes of the images, which seed the noise with ``noise_key="image"``; None hashes the latents
+    image_keys: Sequence[str] | None = None
+    draws: Tensor | None = None  # ``(B, C, ...)`` noise to add at all levels in place of seeded noise
+
+
+class PromptMemory:
+    """Least-recently-used cache of up to ``capacity`` prompts, encoded by the text encoder of ``model``.
+
+    Prompts are encoded one at a time, so that rounding does not depend on the other prompts of a batch.
+    """
+
+    def __init__(self, model: RewardNetwork, capacity: int) -> None:
+        self._model, self._capacity = model, capacity + model.head.needs_uncond  # the empty prompt comes beside them
+        self._kept: OrderedDict[str | tuple[tuple[Any, ...], PixelLoader | None], Conditioning] = OrderedDict()
+
+    def resize_sources(self, height: int, width: int) -> None:
+        """Resize the pictures that prompts edit to the size of the images to score, as in training."""
+        if (encoder := self._model.backbone.source_encoder) is not None:
+            sizes = self._model.image_sizes
+            loader = PixelLoader(height, width, "center_crop") if sizes is None else sizes.loader(height, width)
+            encoder.loader = replace(loader, height=height, width=width, exif=self._model.exif)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the encoded prompts, one row per prompt."""
+        rows = {prompt: self._encoded(prompt) for prompt in dict.fromkeys(prompts)}
+        return Conditioning.join([rows[prompt] for prompt in prompts])
+
+    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
+        """Return the encoded empty prompt, see :func:`empty_prompts`; None if the head does not need it."""
+        needed = self._model.head.needs_uncond
+        return self.encode(empty_prompts(self._model.backbone.text_encoder, prompts)) if needed else None
+
+    def __contains__(self, prompt: str) -> bool:
+        """Tell whether the encoded prompt is kept."""
+        return self._key(prompt) in self._kept
+
+    def _key(self, prompt: str) -> str | tuple[Any, ...]:
+        """Return a key of a prompt and the size of its pictures that does not hold their bytes."""
+        sources = self._model.backbone.source_encoder
+        if isinstance(prompt, EditPrompt) and sources is not None:
+            return str(prompt), *map(sources.key, prompt.sources)
+        return prompt
+
+    def _encoded(self, prompt: str) -> Conditioning:
+        key = self._key(prompt)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        encoded = self._kept[key] = self._model.backbone.encode_prompts([seen_as(prompt, exif=self._model.exif)])
+        if len(self._kept) > self._capacity:
+            self._kept.popitem(last=False)
+        return encoded
+
+
+def score_images(
+    model: RewardNetwork,
+    prompts: Sequence[str],
+    images: Images,
+    levels: Sequence[ScoringNoise],
+    batch_size: int,
+    memory: PromptMemory | None = None,
+) -> Tensor:
+    """Score N images under K noise settings: ``(N, K)`` or ``(N, K, out_dim)``, at least float32, on the CPU."""
+    for noise in levels:  # raises for a level out of range before images are decoded
+        timesteps_of(noise, model.backbone.noise_process)
+    memory = memory or PromptMemory(model, max(batch_size, PROMPTS_KEPT))
+    by_content = any(noise.noise_key == "image" for noise in levels)
+    rows: list[int] = []
+    scores: list[Tensor] = []
+    unfitting: list[int] = []
+    numbers = [len(sources_of(prompt)) for prompt in prompts]
+    for batch in pixel_batches(images, model.image_sizes, batch_size, even_step(model), model.exif, numbers):
+        check_multiples("images", batch.pixels.shape[-2:], model.backbone.side_multiple)
+        memory.resize_sources(*batch.pixels.shape[-2:])
+        of_batch = [prompts[row] for row in batch.rows]
+        wanted = torch.is_grad_enabled() and batch.pixels.requires_grad
+        with torch.set_grad_enabled(wanted):
+            encoded = EncodedBatch(
+                model.encode_images(batch.pixels.to(model.device), differentiable=wanted),
+                of_batch,
+                memory.encode(of_batch),
+                memory.encode_uncond(of_batch),
+                [content_key(pixels) for pixels in batch.pixels] if by_content else None,
+            )
+            scored = torch.stack([score_encoded(model, encoded, noise) for noise in levels], dim=1).cpu()
+        check_finite(scored, of_batch, batch.rows)
+        rows += batch.rows
+        unfitting += batch.unfitting
+        scores.append(scored)
+    if not scores:
+        return torch.zeros(0, len(levels), *outputs_of(model))
+    if unfitting:
+        model.warn_once(
+            "aspect",
+            f"{len(unfitting)} of {len(rows)} images, first number {min(unfitting)}, have an aspect ratio that the "
+            "model was not trained on; they are cropped to the nearest trained one",
+        )
+    return torch.cat(scores)[torch.tensor(rows).argsort()]
+
+
+def score_given_latents(
+    model: RewardNetwork,
+    prompts: Sequence[str],
+    latents: Tensor,
+    noise: ScoringNoise,
+    draws: Tensor | None,
+    conditioning: tuple[Conditioning, Conditioning | None] | None,
+    batch_size: int,
+) -> Tensor:
+    """Add noise to N clean latents and score them: ``(N,)`` or ``(N, out_dim)``, at least float32."""
+
+    def score(batch: EncodedBatch, part: slice) -> Tensor:
+        return score_encoded(model, replace(batch, draws=None if draws is None else draws[part]), noise)
+
+    return _score_parts(model, prompts, range(len(latents)), latents, conditioning, batch_size, score)
+
+
+def score_given_states(
+    model: RewardNetwork,
+    prompts: Sequence[str],
+    latents: Tensor,
+    timesteps: Tensor,
+    conditioning: tuple[Conditioning, Conditioning | None] | None,
+    batch_size: int,
+) -> Tensor:
+    """Score the S noisy states of N trajectories: ``(N, S)`` or ``(N, S, out_dim)``, at least float32."""
+    count, steps = latents.shape[:2]
+    times = timesteps.flatten().to(model.device)
+
+    def score(batch: EncodedBatch, part: slice) -> Tensor:
+        features = _features(model, batch.latents, times[part], batch.conditioning, batch.uncond)
+        return _head_scores(model, [features], len(batch.latents))
+
+    rows = [state // steps for state in range(count * steps)]
+    flat = _score_parts(model, prompts, rows, latents.flatten(0, 1), conditioning, batch_size, score)
+    return flat.unflatten(0, (count, steps))
+
+
+def _score_parts(
+    model: RewardNetwork,
+    prompts: Sequence[str],
+    rows: Sequence[int],
+    latents: Tensor,
+    given: tuple[Conditioning, Conditioning | None] | None,
+    batch_size: int,
+    score: Callable[[EncodedBatch, slice], Tensor],
+) -> Tensor:
+    """Score latents batch by batch with ``score``, which also gets the batch's slice of the latents.
+
+    ``rows`` are the indices of the latents' prompts; ``given`` are encoded prompts, which are encoded here if None.
+    """
+    memory, scores = PromptMemory(model, max(batch_size, PROMPTS_KEPT)), []
+    texts, uncond = given or (None, None)
+    sides, downscale = latents.shape[-2:], model.backbone.latent_space.downscale
+    check_multiples("latents", sides, model.backbone.side_multiple // downscale)
+    memory.resize_sources(*(side * downscale for side in sides))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
+        for part in even_parts(len(latents), batch_size, even_step(model)):
+            of_batch = [prompts[row] for row in rows[part]]
+            encoded = memory.encode(of_batch) if texts is None else texts.select(rows[part]).to(model.device)
+            empty = memory.encode_uncond(of_batch) if uncond is None else uncond.empty_for(rows[part]).to(model.device)
+            moved = latents[part].to(model.device, torch.promote_types(latents.dtype, torch.float32))
+            scored = score(EncodedBatch(moved, of_batch, encoded, empty), part)
+            check_finite(scored, of_batch, rows[part])
+            scores.append(scored)
+    return torch.cat(scores) if scores else latents.new_zeros(0, *outputs_of(model))
+
+
+def score_encoded(model: RewardNetwork, batch: EncodedBatch, noise: ScoringNoise) -> Tensor:
+    """Score one encoded batch: ``(B,)`` or ``(B, out_dim)``, at least float32, averaged over the seeds."""
+    process = model.backbone.noise_process
+    timesteps = timesteps_of(noise, process)
+    if batch.draws is not None:
+        return _score_draw(model, batch, timesteps, [batch.draws] * len(timesteps))
+    keys = None
+    if noise.noise_key == "image":
+        keys = batch.image_keys or [content_key(latents) for latents in batch.latents]
+    scores = []
+    for seed in noise.seeds:
+        draws = [
+            draw_noise(batch.prompts, keys, seed, sigma, batch.latents.shape[1:])
+            for sigma in process.sigma(timesteps).tolist()
+        ]
+        scores.append(_score_draw(model, batch, timesteps, draws))
+    return torch.stack(scores).mean(dim=0)
+
+
+def _score_draw(model: RewardNetwork, batch: EncodedBatch, timesteps: Tensor, draws: Sequence[Tensor]) -> Tensor:
+    """Score a batch at ``timesteps`` ``(K,)`` with K noise tensors ``(B, C, ...)``; the head gets float32."""
+    process, levels = model.backbone.noise_process, []
+    for timestep, draw in zip(timesteps.to(batch.latents.device), draws, strict=True):
+        repeated = timestep.repeat(len(batch.latents))
+        noisy = process.add_noise(batch.latents, draw.to(batch.latents), repeated)
+        levels.append(_features(model, noisy, repeated, batch.conditioning, batch.uncond))
+    return _head_scores(model, levels, len(batch.latents))
+
+
+def _features(
+    model: RewardNetwork, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None
+) -> Features:
+    """Compute the features of noisy latents ``(B, C, ...)`` at ``timesteps`` ``(B,)``, at least float32."""
+    features = model.read(noisy, timesteps, conditioning, uncond)
+    return features.to(torch.promote_types(noisy.dtype, torch.float32))
+
+
+def _head_scores(model: RewardNetwork, levels: Sequence[Features], count: int) -> Tensor:
+    """Score ``count`` rows from their features at each level, on a CPU one row at a time."""
+    rows = even_parts(count, 1 if even_step(model) > 1 else count, 1)
+    parts = [[rows_of(features, part) for features in levels] for part in rows]
+    scores = torch.cat([model.head.score_ensemble(part) if len(part) > 1 else model.head(part[0]) for part in parts])
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def outputs_of(model: RewardNetwork) -> tuple[int, ...]:
+    """Return the shape of an image's outputs: ``(2,)`` of a head with two axes, else empty."""
+    return (len(model.axes),) if model.axes else ()
+
+
+def even_step(model: RewardNetwork) -> int:
+    """Return the number of rows of which a batch should hold a multiple on the model's device.
+
+    See :func:`~latentreward.reward.scoring.images.even_parts`. It is 1 on an accelerator. A head has arrays, such as
+    one number per token, for which :data:`ROWS` rows are not enough; on a CPU heads therefore score one row at a time.
+    """
+    return ROWS if model.device.type == "cpu" else 1
+
+
+def prompt_of_each(prompts: str | Sequence[str], count: int) -> Sequence[str]:
+    """Return a prompt for each of ``count`` images, a single text repeated; raise InputError if there are others."""
+    if isinstance(prompts, str):
+        prompts = [prompts] * count
+    if not isinstance(prompts, Sized):
+        raise InputError(f"prompts is a {type(prompts).__name__}; give a text for each image, or a single text for all")
+    if len(prompts) != count:
+        raise InputError(f"prompts: {len(prompts)} for {count} images; give one for each, or a single text for all")
+    wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if wrong:
+        raise InputError(f"prompts hold a {type(wrong[0]).__name__}; give texts, the empty one where there is none")
+    for number, prompt in enumerate(prompts):
+        if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InputError(f"prompt number {number} {prompt[:60]!a} holds half a character; decode its file as UTF-8")
+    return list(prompts)
+
+
+def check_finite(scores: Tensor, prompts: Sequence[str], rows: Sequence[int]) -> None:
+    """Raise InputError if a score is NaN or infinite; names the first such image."""
+    finite = scores.detach().isfinite().flatten(1).all(dim=1) if scores.ndim > 1 else scores.detach().isfinite()
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        raise InputError(
+            f"the score of image number {rows[first]} for the prompt {prompts[first][:60]!r} is not finite; look for "
+            "NaN in the image or latents, try dtype float32, or get the model's weights again"
+        )

@@ -1,0 +1,243 @@
+"""Model folder, this program's own layout of a reward model: all weights but the pretrained ones of the base pipeline.
+
+=====================================  ================================================================================
+``config.json``                        classes and settings of backbone and head, base, noise, image sizes, calibration
+``head.safetensors``                   weights of the head
+``adapter/``                           LoRA of the network, in PEFT's format
+``adapter_text_encoder[_2|_3]/``       LoRA of a text encoder, in PEFT's format
+``backbone.safetensors``               modules of the backbone that were trained in full
+``base.safetensors``                   four values of each weight that comes from the base, to recognise the base
+``README.md``                          model card
+=====================================  ================================================================================
+
+Loading runs no code from the folder: it holds only safetensors and JSON, and :mod:`.trust` decides which classes
+``config.json`` may name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentreward.core.checkpoints.base_weights import VALUES, same_values, sample_in, without_adapters
+from latentreward.core.errors import InputError, errors_at
+from latentreward.core.storage.digests import check_hash, checking_meanwhile
+from latentreward.core.storage.json_files import read_config
+from latentreward.core.storage.weight_files import map_weights
+from latentreward.diffusion import DiffusionBackbone
+from latentreward.diffusion.backbones.weights import fill, settling_later
+from latentreward.reward.heads.base import RewardHead
+from latentreward.reward.scoring.files import compare_tensors, existing_folder, load_exactly, read_safetensors
+from latentreward.reward.scoring.layouts.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from latentreward.reward.scoring.layouts.adapters import (
+    fill_adapter,
+    inject_adapter,
+    lora_layers,
+    names_in_file,
+    read_lora,
+)
+from latentreward.reward.scoring.layouts.base import Network, StoredReward
+from latentreward.reward.scoring.layouts.config import FORMAT, FolderConfig
+from latentreward.reward.scoring.layouts.recipe import (
+    ONLY_IN_TRAINING,
+    ModelRecipe,
+    build_backbone,
+    build_head,
+    is_ours,
+)
+from latentreward.reward.scoring.layouts.trust import check_class, check_family
+
+CONFIG, HEAD, BACKBONE, BASE = "config.json", "head.safetensors", "backbone.safetensors", "base.safetensors"
+
+
+def is_model_folder(place: Path) -> bool:
+    """Tell whether ``place`` is a model folder; one of its files is enough, and loading reports missing files."""
+    if (place / HEAD).is_file():
+        return True
+    if not (place / CONFIG).is_file() or any(place.glob("*.ckpt")):
+        return False
+    try:
+        return read_config(place / CONFIG).get("format") == FORMAT
+    except InputError:
+        return True  # a damaged config.json: loading reports the damage
+
+
+class PretrainedReward(StoredReward):
+    """Stored reward in a folder that :meth:`~latentreward.reward.RewardModel.save_pretrained` wrote.
+
+    ``base`` is loaded in place of the base pipeline that ``config.json`` names; its weights must be equal. ``trusted``
+    is whether ``config.json`` may name classes that are not registered; see :mod:`.trust`.
+
+    Raises:
+        InputError: If a file is missing, damaged, unexpected or of a newer version, or names a class that is not
+            allowed.
+    """
+
+    recipe: ModelRecipe
+
+    def __init__(self, folder: Path, base: str | None = None, trusted: bool = False) -> None:
+        self.folder = existing_folder(folder, CONFIG, HEAD, BASE)
+        path = folder / CONFIG
+        try:
+            self.config = config = FolderConfig.of_record(read_config(path), base)
+            check_class("backbone", config.recipe.backbone.name, trusted)
+            check_class("head", config.recipe.head.name, trusted)
+            check_family(config.recipe.backbone.init_args, trusted)
+        except InputError as error:
+            raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        self.recipe, self.exif, self.image_sizes = config.recipe, config.exif, config.image_sizes
+        self.edits = config.edits
+        adapters = {*adapter_folders(self.config.adapters).values()}
+        for name in sorted(adapters):
+            existing_folder(folder / name, "adapter_config.json", ADAPTER_WEIGHTS)
+        if self.recipe.own:
+            existing_folder(folder, BACKBONE)
+        wanted = adapters | ({BACKBONE} if self.recipe.own else set())
+        extra = {path.name for pattern in ("adapter*", BACKBONE) for path in folder.glob(pattern)} - wanted
+        if extra:
+            raise InputError(f"{path} does not name {min(extra)}, which lies beside it; download the folder again")
+
+    def _intact(self, name: str) -> Path:
+        """Return the path of a file of weights, after comparing it with the checksum in ``config.json``."""
+        return check_hash(self.folder / name, self.config.sha256.get(name), "download it again")
+
+    @property
+    def _stores_networks(self) -> bool:
+        """Whether the folder holds network and text encoders in full."""
+        return is_ours(self.recipe.backbone) and {"text_encoder"} < {*self.recipe.own}
+
+    def backbone(self) -> DiffusionBackbone:
+        """See :meth:`StoredReward.backbone`; parameters that were trained are trainable, all others are frozen."""
+        recipe = self.recipe
+        self.check_base_is_here()
+        with errors_at(f"{self.folder / CONFIG}: "):
+            for name in ONLY_IN_TRAINING:
+                if is_ours(recipe.backbone) and name in recipe.backbone.init_args:
+                    raise InputError(f"backbone.init_args.{name} is for training alone; remove it")
+            # The base's weights are not read, nor need they be there, if the folder stores all networks.
+            given = {"pretrained": False} if self._stores_networks else {}
+            backbone = build_backbone(recipe.backbone, self.folder, **given)
+        backbone.requires_grad_(False)
+        modules = {name for name, _ in backbone.named_modules()}
+        known = modules | {*backbone.state_dict()}
+        if unknown := [*({*self.config.adapters} - modules), *({*recipe.own} - known)]:
+            raise InputError(f"{self.folder / CONFIG}: the backbone has no part {unknown[0]!r}")
+        for name, place in adapter_folders(self.config.adapters).items():
+            network = backbone.get_submodule(name)
+            if not lora_layers(network):
+                inject_adapter(network, self.folder / place)
+            for adapter in names_in_file(network).values():
+                network.get_parameter(adapter).requires_grad_(True)
+        for name, weight in backbone.named_parameters():
+            weight.requires_grad_(weight.requires_grad or name.partition(".")[0] in recipe.own)
+        if adapters_of(backbone) != self.config.adapters:
+            raise InputError(
+                f"{self.folder / CONFIG}: the backbone has adapters in {list(adapters_of(backbone))}, but the folder "
+                f"holds {list(self.config.adapters)}"
+            )
+        return backbone
+
+    def check_base_is_here(self) -> None:
+        """Raise InputError if the base is the name of a folder on the author's machine, which does not exist here."""
+        recipe = self.recipe
+        if is_ours(recipe.backbone) and recipe.local_name and not Path(recipe.local_name).exists():
+            raise InputError(
+                f"{self.folder / CONFIG}: the base {recipe.local_name!r} is the name of a folder of whoever published "
+                "the model; give your copy as --base FOLDER (in Python base=FOLDER)"
+            )
+
+    def head(self, backbone: DiffusionBackbone) -> RewardHead:
+        """See :meth:`StoredReward.head`; the text taps of ``backbone`` must not be dropped yet."""
+        stored = read_safetensors(self._intact(HEAD))
+        with errors_at(f"{self.folder / CONFIG}: "):
+            head = build_head(self.recipe.head, backbone.feature_spec, self.folder, stored)
+        load_exactly(head, stored, self.folder / HEAD)
+        return head
+
+    def load(self, kind: type[Network]) -> Network:
+        adapters = {name: f"{at}/{ADAPTER_WEIGHTS}" for name, at in adapter_folders(self.config.adapters).items()}
+        # No other file that a stranger's config names is read.
+        read = {HEAD, BASE, BACKBONE, *adapters.values()} & {*self.config.sha256}
+        with checking_meanwhile(self.folder / name for name in read):
+            # Initial values are random but overwritten below.
+            with torch.random.fork_rng(devices=[]), settling_later(undrawn=self._stores_networks):
+                backbone = self.backbone()
+                model = kind(backbone, self.head(backbone))
+                if self.recipe.own:
+                    weights = map_weights([path := self._intact(BACKBONE)])
+                    compare_tensors(dict(own_weights(backbone, self.recipe.own)), weights.tensors, path)
+                    fill(backbone, weights)
+            self._check_base(backbone)
+            for name, file in adapters.items():
+                network = backbone.get_submodule(name)
+                fill_adapter(network, read_lora(self._intact(file).parent, network))
+        backbone.drop_unread(model.head.reads_text, model.head.reads_temb)
+        calibration, axes = self.config.calibration, model.head.axis_weights
+        if calibration is not None and calibration.axes != axes:
+            logging.getLogger(__name__).warning(
+                "%s: the calibration is of scores with the axes weighed %s, and these are %s now; it is left out, "
+                "publish calibrates again", self.folder, list(calibration.axes or ()), list(axes or ()),
+            )  # fmt: skip
+            calibration = None
+        model.noise, model.calibration = self.config.noise, calibration
+        return self.finished(model, self.recipe)
+
+    def _check_base(self, backbone: DiffusionBackbone) -> None:
+        """Compare the base's weights with ``base.safetensors``; raise InputError if one is missing or differs."""
+        recorded, path = self.base_values(), self.folder / BASE
+        ours, factory = dict(base_samples(backbone, self.recipe.own)), self.recipe.backbone
+        random = "" if is_ours(factory) else f", unless {factory.name} draws it at random at each start"
+        for kind, names in (("lacks", recorded.keys() - ours), ("has another weight,", ours.keys() - recorded.keys())):
+            if names:
+                raise InputError(
+                    f"{path}: the base {backbone.source or self.recipe.source!r} {kind} {min(names)} "
+                    f"({len(names)} in all); give the base that the model was trained on as base"
+                )
+        for name, values in recorded.items():
+            if values.shape != (VALUES,) or not same_values(ours[name], values):
+                raise InputError(
+                    f"{path}: the model belongs to the base {self.config.trained_on or 'of its backbone'}, whose "
+                    f"{name} differs from that of {backbone.source or 'this one'}; give that base as base{random}"
+                )
+
+    def adapter(self, backbone: DiffusionBackbone) -> dict[str, Tensor]:
+        place = adapter_folders(self.config.adapters).get(backbone.network_name)
+        if place is None:
+            return {}
+        network = backbone.get_submodule(backbone.network_name)
+        return read_lora(self._intact(f"{place}/{ADAPTER_WEIGHTS}").parent, network)
+
+    def base_values(self) -> Mapping[str, Tensor]:
+        return read_safetensors(self._intact(BASE))
+
+
+def adapter_folders(parts: Sequence[str]) -> dict[str, str]:
+    """Return the folder name of each module's adapter.
+
+    It is ``adapter`` for the first of the backbone's own modules, and ``adapter_NAME`` for others.
+    """
+    networks = [part for part in parts if "." not in part]
+    return {part: "adapter" if part in networks[:1] else f"adapter_{part.rpartition('.')[2]}" for part in parts}
+
+
+def adapters_of(backbone: DiffusionBackbone) -> tuple[str, ...]:
+    """Return the names of the backbone's modules that have a LoRA adapter; text encoders are listed one by one."""
+    parts = [name for name, _ in backbone.named_children() if name not in ("vae", "text_encoder")]
+    if backbone.text_encoder is not None:
+        parts += [f"text_encoder.{name}" for name, _ in backbone.text_encoder.named_children()]
+    return tuple(part for part in parts if lora_layers(backbone.get_submodule(part)))
+
+
+def own_weights(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and persistent buffers that the model stores in full, by their names in the backbone."""
+    return (item for item in backbone.state_dict().items() if item[0].partition(".")[0] in own)
+
+
+def base_samples(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Yield samples of the parameters that come from the base pipeline, by their names without adapters."""
+    names = [name for name, _ in backbone.named_parameters() if name.partition(".")[0] not in own]
+    return without_adapters((name, sample_in(backbone, name)) for name in names)

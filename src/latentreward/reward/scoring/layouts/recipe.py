@@ -1,0 +1,262 @@
+"""Recipe of a reward model: classes and settings of backbone and head, from which the model is built again.
+
+Callers must check with :mod:`.trust` that a class is allowed before it is built here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from latentreward.core.construction import Construction
+from latentreward.core.contracts import FeatureSpec
+from latentreward.core.errors import InputError, errors_at, first_line, where
+from latentreward.core.programs import find_modules_here, of_this_package
+from latentreward.core.registry import backbone_names
+from latentreward.core.settings.functions import reworded
+from latentreward.core.settings.ranges import leaves
+from latentreward.core.storage.json_files import check_arguments
+from latentreward.diffusion import DiffusionBackbone, LoRA, import_family, is_foreign
+from latentreward.diffusion.backbones.loading import SHIPPED
+from latentreward.reward.heads.base import RewardHead
+from latentreward.reward.scoring.layouts.trust import guarded_imports, registered_heads, registered_name
+
+ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "quantization")
+"""Settings of this package's factories that do not change the features of a trained backbone."""
+BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, OSError)
+"""Errors by which constructors reject settings."""
+SETTINGS = "reward_settings"
+"""Key of a checkpoint with the settings of backbone and head, for runs without a ``config.yaml``."""
+SMALL = 10_000_000
+"""Number of weights up to which a head is built whatever its file holds; comparing names and shapes refuses it."""
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """Class or factory with its settings."""
+
+    name: str  # short name of a registered class or factory; import path of any other
+    init_args: dict[str, Any] = field(default_factory=dict)  # settings, in types that JSON has
+
+    def record(self) -> dict[str, Any]:
+        """Return the part as values for JSON."""
+        return {"class": self.name, "init_args": self.init_args}
+
+    @classmethod
+    def of_record(cls, name: str, record: Any) -> Self:
+        """Build a part from an entry of ``config.json``; raise InputError if it has not the form of :meth:`record`."""
+        known = isinstance(record, Mapping) and isinstance(record.get("class"), str)
+        if not known or not isinstance(record.get("init_args", {}), dict) or set(record) - {"class", "init_args"}:
+            raise InputError(f'{name} is not of the form {{"class": ..., "init_args": {{...}}}}')
+        return cls(record["class"], record.get("init_args", {}))
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """All that is needed beside the weights to build a reward model again."""
+
+    backbone: ModelPart  # factory of the backbone; ``source`` and ``revision`` in its settings name the base pipeline
+    head: ModelPart  # class of the head
+    # Names of the backbone's modules, parameters and buffers that the model stores in full (``unet``, ``transformer``,
+    # ``text_encoder``, ...). Of all other modules the model stores only LoRA adapters; their pretrained weights come
+    # from the base pipeline
+    own: tuple[str, ...] = ()
+    # Information on the training for the model card: module, data, steps
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """Base pipeline as ``source`` or ``source@revision``; empty if the factory's settings name none."""
+        source, revision = (self.backbone.init_args.get(name) for name in ("source", "revision"))
+        return "" if source is None else str(source) if revision is None else f"{source}@{revision}"
+
+    @property
+    def local_name(self) -> str:
+        """Base pipeline if it is the bare name of a local folder, which means nothing elsewhere; otherwise empty."""
+        source = str(self.backbone.init_args.get("source") or "")
+        return "" if "/" in source or source in SHIPPED else source
+
+    def with_own(self, own: Iterable[str]) -> Self:
+        """Return a recipe with more names in :attr:`own`, and the backbone's tuning settings changed accordingly."""
+        if not {*own} - {*self.own}:
+            return self
+        parts = in_order({*self.own, *own})
+        settings = without_training(self.backbone.init_args, parts) if is_ours(self.backbone) else None
+        backbone = self.backbone if settings is None else replace(self.backbone, init_args=settings)
+        return replace(self, backbone=backbone, own=parts)
+
+    def on(self, base: str, revision: str | None = None) -> Self:
+        """Return a copy whose base pipeline is the folder or hub id ``base`` at ``revision`` (None: default)."""
+        settings = {**self.backbone.init_args, "source": base, "revision": revision}
+        if revision is None and not is_ours(self.backbone):  # another package's factory may lack this parameter
+            del settings["revision"]
+        return replace(self, backbone=replace(self.backbone, init_args=settings))
+
+
+def backbone_part(name: str, init_args: Mapping[str, Any], own: tuple[str, ...]) -> ModelPart:
+    """Return factory and settings that rebuild a trained backbone for scoring, from a short name or import path."""
+    factory = imported(backbone_names().get(name, name))
+    path = f"{factory.__module__}.{factory.__qualname__}"
+    # A plug-in's short name is known only after its module was imported; its path works in any process.
+    name = registered_name("backbone", path) if of_this_package(path) else path
+    part = ModelPart(name, dict(init_args))
+    return replace(part, init_args=without_training(init_args, own)) if is_ours(part) else part
+
+
+def without_training(init_args: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
+    """Return settings of one of this package's factories without LoRA and other settings for training.
+
+    ``tuning`` and ``text_encoder_tuning`` become ``full`` for modules in ``own`` and ``frozen`` for others.
+    """
+    settings = {name: value for name, value in init_args.items() if name not in ONLY_IN_TRAINING}
+    settings["tuning"] = "full" if {"unet", "transformer"} & {*own} else "frozen"
+    settings["text_encoder_tuning"] = "full" if "text_encoder" in own else "frozen"
+    return settings
+
+
+def recipe_in_python(backbone: DiffusionBackbone, head: RewardHead) -> ModelRecipe:
+    """Return the recipe of a model that was built in Python; raise InputError if a part has no record of its call."""
+    built, made = built_from_plain_values("backbone", backbone), built_from_plain_values("head", head)
+    own = own_parts(backbone, built.init_args.get("pretrained") is False)
+    return ModelRecipe(backbone_part(built.class_path, built.init_args, own), head_part(head, made.init_args), own)
+
+
+def built_from_plain_values(part: str, module: DiffusionBackbone | RewardHead) -> Construction:
+    """Return the recorded call that built a part; raise InputError without one that can be imported by name."""
+    if module.built_by is None or "<locals>" in module.built_by.class_path:
+        raise InputError(
+            f"how the {part} {type(module).__qualname__} was made cannot be written to a file; make it from numbers, "
+            "texts, lists and dictionaries, with a class or function that can be imported from a module (for a "
+            "backbone: one with @register_backbone)"
+        )
+    return module.built_by
+
+
+def head_part(head: RewardHead, init_args: Mapping[str, Any]) -> ModelPart:
+    """Return class and settings that rebuild a trained head without reading other files than its own weights."""
+    kind, settings = type(head), dict(init_args)
+    if settings.pop("text_projection_source", None) is not None:  # it set the width and the initial weights
+        settings["embed_dim"] = len(head.get_submodule("visual_projection").weight)
+    registered = registered_heads().get(kind.__name__) is kind
+    return ModelPart(kind.__name__ if registered else f"{kind.__module__}.{kind.__qualname__}", settings)
+
+
+def is_ours(backbone: ModelPart) -> bool:
+    """Tell whether a backbone's factory belongs to this package, so that its settings are known here."""
+    return of_this_package(backbone_names().get(backbone.name))
+
+
+def own_parts(backbone: DiffusionBackbone, untrained: bool = False) -> tuple[str, ...]:
+    """Return the names of a backbone's modules that the model must store in full; see :attr:`ModelRecipe.own`.
+
+    These are the modules with trainable weights other than LoRA, so that this must be called before the backbone is
+    frozen. Parameters and persistent buffers of the backbone itself are included, because no base pipeline has them.
+    ``untrained`` is whether the backbone started without pretrained weights (``pretrained=False``): no base has its
+    weights then, and every module but the VAE is included.
+    """
+    named = [name for name, weight in backbone.named_parameters() if untrained or weight.requires_grad]
+    own = {name.partition(".")[0] for name in named if ".lora_" not in name} - ({"vae"} if untrained else set())
+    own |= {name for name in backbone.state_dict() if "." not in name}
+    return in_order(own)
+
+
+def in_order(parts: Iterable[str]) -> tuple[str, ...]:
+    """Return names of modules in alphabetical order, with ``text_encoder`` last."""
+    return tuple(sorted(parts, key=lambda part: (part == "text_encoder", part)))
+
+
+def build_backbone(part: ModelPart, folder: Path | None = None, **overrides: Any) -> DiffusionBackbone:
+    """Build the backbone of a recipe with the base pipeline's weights.
+
+    Under ``torch.device("meta")`` the backbone has shapes but no weights. ``overrides`` replace settings of a
+    registered factory. Nothing may be imported from ``folder``, the model's.
+
+    Raises:
+        InputError: If the factory rejects the settings, or the base pipeline cannot be loaded.
+    """
+    path = backbone_names().get(part.name)
+    settings = {**part.init_args, **overrides}
+    with errors_at("backbone: "):
+        if path is None:
+            return instantiated(DiffusionBackbone, part, folder)
+        if isinstance(settings.get("lora"), Mapping):
+            with errors_at("init_args.lora: "):
+                settings["lora"] = called(LoRA, settings["lora"])
+        if is_foreign(family := settings.get("family")):
+            with guarded_imports(folder):
+                import_family(family)
+        return called(imported(path), settings)
+
+
+def build_head(
+    part: ModelPart, spec: FeatureSpec, folder: Path | None = None, stored: Mapping[str, Tensor] | None = None
+) -> RewardHead:
+    """Build the head of a recipe with initial weights; raise InputError if the class rejects the settings.
+
+    Nothing may be imported from ``folder``, the model's. ``stored`` are the weights that the head is going to load, by
+    name, if there are any yet: a registered class then allocates no memory for a head that is far larger.
+    """
+    kind = registered_heads().get(part.name)
+    with errors_at("head: "):
+        if kind is None:
+            return instantiated(Callable[[FeatureSpec], RewardHead], part, folder)(spec)
+        settings = {"spec": spec, **part.init_args}
+        if stored is not None:
+            with torch.device("meta"):
+                numbers = sum(weight.numel() for weight in called(kind, settings).state_dict().values())
+            if numbers > SMALL + 4 * (held := sum(weight.numel() for weight in stored.values())):
+                raise InputError(f"its settings make {numbers} weights, but the file holds {held}")
+        return called(kind, settings)
+
+
+def called(target: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
+    """Call ``target(**settings)``, and turn an error about the settings into a one-line InputError."""
+    with build_errors():
+        check_arguments(target, settings)
+        return target(**settings)
+
+
+@contextmanager
+def build_errors(place: str = "") -> Iterator[None]:
+    """Turn an error about settings inside the block into a one-line InputError that begins with ``place``."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BUILD_ERRORS as error:
+        raise InputError(f"{place}{first_line(error)}{where(error)}") from error
+
+
+def instantiated(kind: Any, part: ModelPart, folder: Path | None) -> Any:
+    """Import and build a class that is not registered, with jsonargparse, as from a run's ``config.yaml``.
+
+    Raises:
+        InputError: If the class lies in ``folder`` or the hub's cache, or rejects the settings.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--part", type=kind)
+    settings = {"part": {"class_path": part.name, "init_args": part.init_args}}
+    try:
+        with guarded_imports(folder):
+            find_modules_here([part.name, *(value for _, value in leaves(part.init_args))])
+            return parser.instantiate(parser.parse_object(settings))["part"]
+    except (ArgumentError, ValueError, ImportError, OSError) as error:
+        raise InputError(reworded(error)) from error
+
+
+def imported(path: str) -> Any:
+    """Import the class or function with the import path ``path``; raise InputError if it cannot be imported."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"class path {path!r} cannot be imported ({first_line(error)}){where(error)}") from error

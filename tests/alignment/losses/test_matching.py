@@ -1,0 +1,72 @@
+"""AWM's log-probability, divergences and loss against numbers worked out by hand."""
+
+import pytest
+import torch
+
+from latentreward.alignment import MatchingLoss, velocity_divergence
+from latentreward.alignment.losses.matching import matching_log_prob
+from latentreward.core.errors import InputError
+
+VELOCITY, TARGET = torch.full((1, 1, 2, 2), 2.5), torch.full((1, 1, 2, 2), 0.5)  # m = 4
+SIGMA = torch.tensor([0.3])
+
+
+@pytest.mark.parametrize(
+    ("weighting", "expected"),
+    [("uniform", -4.0), ("t", -4 * 0.3), ("t2", -4 * 0.09), ("huber", -(2 - 1e-5) * 0.3)],
+)
+def test_log_prob_is_the_weighted_error(weighting: str, expected: float) -> None:
+    assert matching_log_prob(VELOCITY, TARGET, SIGMA, weighting).item() == pytest.approx(expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
+def test_the_power_form_is_a_power_over_its_power(power: float) -> None:
+    """d ℓ / d m = −m^(p − 1) σ: 1 / p takes the power's factor away."""
+    expected = -(4**power - 1e-10**power) / power * 0.3
+    assert matching_log_prob(VELOCITY, TARGET, SIGMA, "ghuber", power).item() == pytest.approx(expected, rel=1e-6)
+    velocity = VELOCITY.clone().requires_grad_()
+    matching_log_prob(velocity, TARGET, SIGMA, "ghuber", power).sum().backward()
+    slope = -(4 ** (power - 1)) * 0.3 * 2 * 2.0 / 4  # dm/dv of one of four elements is 2 (v − u) / 4
+    torch.testing.assert_close(velocity.grad, torch.full_like(VELOCITY, slope), rtol=1e-5, atol=0)
+
+
+def test_divergence_by_elbo_divides_by_twice_the_steps_variance() -> None:
+    """s² = 0.49 σ / (1 − σ)."""
+    assert velocity_divergence(VELOCITY, TARGET, SIGMA).item() == pytest.approx(4.0)
+    variance = 0.49 * 0.3 / 0.7
+    assert velocity_divergence(VELOCITY, TARGET, SIGMA, "elbo").item() == pytest.approx(4 / (2 * variance))
+    near_one = velocity_divergence(VELOCITY, TARGET, torch.tensor([1.0]), "elbo").item()
+    assert near_one == pytest.approx(4 * 0.01 / (2 * 0.49))  # σ of 0.99 in 1 − σ
+
+
+def test_a_divergence_has_no_gradient_to_the_other_velocity() -> None:
+    velocity, other = VELOCITY.clone().requires_grad_(), TARGET.clone().requires_grad_()
+    velocity_divergence(velocity, other, SIGMA).sum().backward()
+    assert velocity.grad is not None
+    assert other.grad is None
+
+
+def test_at_ratio_1_the_gradient_is_minus_the_scaled_advantage() -> None:
+    log_prob = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    loss = MatchingLoss(kl_weight=0, average_weight=0)
+    result = loss(log_prob, log_prob.detach(), torch.tensor([2.5, -20.0]))
+    result.loss.backward()
+    assert log_prob.grad.tolist() == pytest.approx([-0.5 / 2, 1.0 / 2])  # 2.5 / 5, and −20 held at −5
+    assert (result.ratio.item(), result.clipped.item()) == (1.0, 0.0)
+
+
+def test_divergences_are_added_with_their_weights() -> None:
+    zero = torch.zeros(2, dtype=torch.float64)
+    loss = MatchingLoss(kl_weight=0.1, average_weight=2.0)
+    result = loss(zero, zero, torch.zeros(2), kl=torch.tensor([1.0, 3.0]), average_kl=torch.tensor([0.5, 0.5]))
+    assert result.loss.item() == pytest.approx(0.1 * 2 + 2 * 0.5)
+    with pytest.raises(ValueError, match="divergence"):
+        loss(zero, zero, torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    "setting", [{"power": 0.0}, {"clip_range": 2.0}, {"kl_weight": -1.0}, {"scale_to": 0.0}], ids=str
+)
+def test_what_is_out_of_range_is_refused(setting: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=next(iter(setting))):
+        MatchingLoss(**setting)

@@ -1,0 +1,218 @@
+"""Trust regions: closed forms, and what they leave alone."""
+
+import math
+
+import pytest
+import torch
+
+from latentreward.alignment import (
+    ClippedPolicyLoss,
+    FlowDPPO,
+    GRPOGuard,
+    NormGuard,
+    RankGate,
+    StepDrift,
+    UncertaintyGate,
+    held_weights,
+)
+from latentreward.core.errors import InputError
+
+SHAPE = (6, 4, 3, 3)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drift_of(mean: torch.Tensor, old_mean: torch.Tensor) -> StepDrift:
+    spread = torch.linspace(0.5, 1.0, len(mean))
+    return StepDrift.between(mean, old_mean, spread * 0.3, spread)
+
+
+@pytest.mark.parametrize("rule", [GRPOGuard(), GRPOGuard(per_step=True), FlowDPPO()], ids=["batch", "step", "dppo"])
+def test_without_a_change_of_the_policy_the_ratio_is_1_and_nothing_is_held_back(rule: GRPOGuard | FlowDPPO) -> None:
+    mean, advantage = normal(*SHAPE), normal(6, seed=1)
+    rows, ratio, held = rule.objective(torch.zeros(6), advantage, 1e-4, drift_of(mean, mean))
+    torch.testing.assert_close(ratio.double(), torch.ones(6, dtype=torch.float64))
+    assert not held.any()
+    assert torch.equal(rows.sign(), -advantage.sign().to(rows))
+
+
+def test_the_guard_cancels_the_quadratic_term() -> None:
+    """With x' = μ_old + s̄·z, log ρ is exactly ⟨z·(μ − μ_old)⟩, whatever the size of the step."""
+    mean, old_mean, noise = (normal(*SHAPE, seed=seed).double() for seed in (0, 1, 2))
+    std = torch.full((6,), 0.4, dtype=torch.float64)
+    following = old_mean + 0.4 * noise
+
+    def log_prob(mu: torch.Tensor) -> torch.Tensor:
+        return -((following - mu) ** 2).flatten(1).mean(dim=1) / (2 * 0.4**2)
+
+    drift = StepDrift.between(mean, old_mean, std, std)
+    ratio = GRPOGuard(per_step=True).objective(log_prob(mean) - log_prob(old_mean), std, 1e-4, drift)[1]
+    torch.testing.assert_close(ratio.log(), (noise * (mean - old_mean)).flatten(1).mean(dim=1))
+
+
+def test_dppo_leaves_out_a_step_that_has_moved_too_far_and_would_move_further() -> None:
+    old_mean = normal(*SHAPE)
+    far = torch.tensor([True, True, True, False, False, True]).view(-1, 1, 1, 1)
+    mean = torch.where(far, old_mean + 1.0, old_mean)
+    log_ratio = torch.tensor([0.5, -0.5, -0.5, 0.5, -0.5, 2000.0]).requires_grad_()
+    advantage = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, 1.0])
+    rows, _, left_out = FlowDPPO(1e-3).objective(log_ratio, advantage, 1e-4, drift_of(mean, old_mean))
+    assert left_out.tolist() == [True, False, True, False, False, True]
+    (slope,) = torch.autograd.grad(rows.sum(), log_ratio)
+    assert slope.isfinite().all()
+    assert (slope == 0).tolist() == left_out.tolist()
+
+
+def test_dppo_that_never_leaves_out_is_the_plain_policy_gradient() -> None:
+    mean, old_mean, advantage = normal(*SHAPE), normal(*SHAPE, seed=1), normal(6, seed=2)
+    log_ratio = 0.1 * normal(6, seed=3)
+    rows, _, _ = FlowDPPO(math.inf).objective(log_ratio, advantage, 1e-4, drift_of(mean, old_mean))
+    torch.testing.assert_close(rows, -advantage * log_ratio.exp())
+
+
+def test_norm_guard_acts_on_predictions_above_the_reference_alone() -> None:
+    reference = normal(*SHAPE)
+    scale = torch.tensor([0.5, 1.0, 1.5, 2.0, 0.0, 1.0]).view(-1, 1, 1, 1)
+    prediction = (scale * reference).requires_grad_()
+    value = NormGuard(3.0).penalty(prediction, reference)
+    assert value.item() == pytest.approx(3.0 * (0.25 + 1.0) / 6, rel=1e-4)
+    (slope,) = torch.autograd.grad(value, prediction)
+    graph = reference.clone().requires_grad_()
+    assert not NormGuard().penalty(prediction.detach(), graph).requires_grad
+    assert slope.isfinite().all()
+    assert (slope.flatten(1).norm(dim=1) > 1e-6).tolist() == [False, False, True, True, False, False]
+
+
+def test_norm_guard_in_float64_is_its_formula() -> None:
+    scale = torch.linspace(0.5, 1.5, 6, dtype=torch.float64).view(-1, 1, 1, 1)
+    prediction, reference = scale * normal(*SHAPE, seed=4), normal(*SHAPE, seed=5).double()
+    terms = []
+    for ours, theirs in zip(prediction.flatten(1).tolist(), reference.flatten(1).tolist(), strict=True):
+        ratio = math.sqrt(math.fsum(x * x for x in ours)) / math.sqrt(math.fsum(x * x for x in theirs))
+        terms.append(max(ratio - 1, 0.0) ** 2)
+    found = NormGuard(0.3).penalty(prediction, reference)
+    assert found.dtype == torch.float64
+    assert found.item() == pytest.approx(0.3 * math.fsum(terms) / len(terms), rel=1e-12)
+    assert 0.0 in terms and len(set(terms)) > 2
+    halves = NormGuard(0.3).penalty(300 * prediction.half(), 300 * reference.half())  # squares overflow in float16
+    assert halves.dtype == torch.float32
+    assert halves.item() == pytest.approx(found.item(), rel=1e-2)
+
+
+def test_uncertainty_in_float64_is_its_formula() -> None:
+    rewards = normal(3, 2, 5, seed=6).double() * torch.tensor([1.0, 50.0, 0.02]).view(3, 1, 1)
+    rewards[1, 1] = 7.0  # a level at which all samples of a prompt score equally says nothing: z-scores 0
+    expected = []
+    for prompt in range(2):
+        scores = []
+        for level in range(3):
+            values = rewards[level, prompt].tolist()
+            mean = math.fsum(values) / 5
+            std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / 5)
+            scores.append([(value - mean) / std if std else 0.0 for value in values])
+        for sample in zip(*scores, strict=True):
+            mean = math.fsum(sample) / 3
+            expected.append(math.sqrt(math.fsum((score - mean) ** 2 for score in sample) / 3))
+    found = UncertaintyGate().uncertainty(rewards)
+    assert found.dtype == torch.float64
+    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_uncertain_are_those_whose_levels_disagree() -> None:
+    agreed = torch.arange(8.0).view(1, 1, 8).repeat(3, 2, 1) * torch.tensor([1.0, 4.0, 0.25]).view(3, 1, 1)
+    gate = UncertaintyGate(0.2)
+    assert gate.uncertainty(agreed).abs().max() < 1e-9
+    agreed[1, 0, [2, 7]] = agreed[1, 0, [7, 2]]
+    uncertainty = gate.uncertainty(agreed)
+    assert sorted(uncertainty[0].topk(2).indices.tolist()) == [2, 7]
+    opened = gate.opens(agreed.permute(1, 2, 0))
+    assert opened.shape == (2, 8)
+    assert opened[0, [2, 7]].all()
+    assert opened.sum() <= 0.2 * 16
+    constant = gate.uncertainty(torch.ones(3, 2, 8))
+    assert not constant.any()
+    assert not gate.opens(torch.ones(2, 8, 3)).any()
+
+
+def test_the_rank_gate_opens_where_rewards_disagree_and_continues_from_a_checkpoint() -> None:
+    main = torch.arange(40.0)
+    others = torch.stack([main, main], dim=1)
+    others[3], others[36] = 100.0, -100.0
+    rewards = torch.cat([main[:, None], others], dim=1)[None]
+    released, reverse = RankGate(), RankGate(reversed=True)
+    assert released.opens(rewards)[0, 3]
+    assert reverse.opens(rewards)[0, 36]
+    assert not released.opens(rewards)[0, 36]
+    again = RankGate()
+    again.restore(released.state())
+    assert torch.equal(again.opens(rewards), released.opens(rewards))
+    assert again.state() == released.state()
+
+
+def test_the_share_of_the_rank_gate_follows_the_last_20_rollouts() -> None:
+    def rollout(reversed_rows: int) -> torch.Tensor:
+        main, other = torch.arange(8.0), torch.arange(8.0)
+        other[:reversed_rows] = main[:reversed_rows].flip(0)
+        return torch.stack([main, other], dim=1)[None]
+
+    def shares(gate: RankGate, *rollouts: int) -> list[float]:
+        return [(gate.opens(rollout(rows)), gate.share)[1] for rows in rollouts]
+
+    gate = RankGate()  # mean u: 1.8 with 6 rows reversed, 4 with 8, 2/3 with 4
+    assert shares(gate, 6, 8, 8, 4) == pytest.approx([0.1, 0.11, 0.11, 0.099])
+    assert shares(gate, *[6] * 20, 8)[-2:] == pytest.approx([0.099, 0.1089])  # the earlier 4 is forgotten
+    assert shares(RankGate(0.2), 6, 8) == [0.2, 0.2]
+    assert shares(RankGate(0.02), 6, 4) == [0.02, 0.02]
+
+
+def test_equal_rewards_share_a_rank() -> None:
+    main = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    others = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    found = RankGate().uncertainty(torch.stack([main, others], dim=1))
+    assert found.tolist() == [0.5, -1.5, 0.5, 0.5]
+
+
+def test_the_divergence_acts_on_held_rows_alone_and_is_0_without_any() -> None:
+    log_prob, kl = 0.01 * normal(6), normal(6, seed=1).square()
+    loss = ClippedPolicyLoss(kl_weight=0.5)
+    held = torch.tensor([True, False, False, True, False, False])
+    some = loss(log_prob, log_prob, torch.zeros(6), kl, kl_weights=held_weights(held))
+    assert some.loss.item() == pytest.approx(0.5 * kl[held].mean().item())
+    assert loss(log_prob, log_prob, torch.zeros(6), kl, kl_weights=held_weights(~held & held)).loss.item() == 0.0
+
+
+def test_the_mean_over_ranks_of_the_divergence_is_that_over_all_held_rows() -> None:
+    kl, held = normal(6, seed=1).square(), torch.tensor([True, False, False, True, True, False])
+    loss = ClippedPolicyLoss(kl_weight=1.0)
+    every = held.view(2, 3)
+    of_ranks = [
+        loss(*[torch.zeros(3)] * 3, kl[rows], kl_weights=held_weights(held[rows], every)).kl
+        for rows in (slice(0, 3), slice(3, 6))
+    ]
+    torch.testing.assert_close(sum(of_ranks) / 2, kl[held].mean())
+
+
+def test_what_is_out_of_range_is_refused() -> None:
+    with pytest.raises(InputError, match=r"share=1 must lie in \(0, 1\)"):
+        UncertaintyGate(1.0)
+    with pytest.raises(InputError, match=r"share=0\.5 must lie in \[0\.02, 0\.2\]"):
+        RankGate(0.5)
+    with pytest.raises(InputError, match="weight=0 must be positive"):
+        NormGuard(0.0)
+    with pytest.raises(InputError, match="threshold=-1 must be at least 0"):
+        FlowDPPO(-1.0)
+
+
+def test_the_guards_objective_is_divided_by_the_square_of_the_mean_length() -> None:
+    """Two steps of spread 0.3, 0.5 and √Δ 0.2, 0.6: s̄ = 0.4 · 0.4, and the objective is −A ρ / 0.4²."""
+    mean = normal(2, 1, 2, 2)
+    spread, length = torch.tensor([0.3, 0.5]), torch.tensor([0.2, 0.6])
+    drift = StepDrift.between(mean, mean - 0.1, spread * length, spread)
+    log_ratio, advantage = torch.tensor([0.01, -0.02]), torch.tensor([1.0, -2.0])
+    rows, ratio, _ = GRPOGuard().objective(log_ratio, advantage, 10.0, drift)
+    scale = 0.4 * 0.4
+    expected = ((log_ratio.double() + 0.01 / (2 * scale**2)) * scale).exp()
+    torch.testing.assert_close(ratio.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(rows.double(), -advantage.double() * expected / 0.4**2, rtol=1e-5, atol=0)

@@ -1,0 +1,173 @@
+"""DiffusionOPSD: states, targets, gradients, refusals, and a reward that rises."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentreward.alignment import (
+    DiffusionOPSDModule,
+    NFTLoss,
+    Penalty,
+    PolicySource,
+    RewardMixture,
+    Sampling,
+    sample_latents,
+    sample_trajectories,
+)
+from latentreward.alignment.policies.moving_average import OLD
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.diffusion import LoRA
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.alignment.modules.simple_reward import FirstChannelReward
+from tests.alignment.modules.test_forward_process import adapter, moved
+from tests.alignment.modules.test_grpo import attached
+from tests.alignment.modules.toy_rewards import Brightness, BrightnessSource
+from tests.marks import slow_after
+from tests.tiny_pipelines import source_of
+
+PROMPTS = ("a red circle", "two blue squares on a white background")
+BATCH = PromptBatch(PROMPTS, ("0/0", "0/1"))
+both_kinds = pytest.mark.parametrize("name", slow_after(1, ["sd15", "sd35_tiny"]))
+
+
+def make(name: str = "sd35_tiny", reward: Any = None, **options: Any) -> DiffusionOPSDModule:
+    settings: dict[str, Any] = {"sampling": Sampling(5), "seed": 1, **options}
+    policy = PolicySource(source_of(name), lora=LoRA(rank=4, alpha=4))
+    return DiffusionOPSDModule(policy, reward or BrightnessSource(), **settings)
+
+
+@both_kinds
+def test_states_are_those_of_the_copy_at_the_nearest_level(name: str) -> None:
+    module = attached(make(name))
+    moved(module)
+    found = module.roll_out(BATCH)
+    levels = module.policy.noise_process.sigma(module.sampler.timesteps)
+    index = module.query
+    assert (levels - 0.6).abs().min() == (levels[index] - 0.6).abs()
+    assert set(found.timesteps.tolist()) == {module.sampler.timesteps[index].item()}
+    with module.policy.adapters.use(OLD):
+        settings = (module.policy.eval(), module.sampler, BATCH, module.sampling, module.guidance_scale, 1)
+        want = sample_trajectories(*settings).latents[index]
+    torch.testing.assert_close(found.latents, want)
+
+
+@both_kinds
+def test_the_policy_regresses_on_the_prediction_moved_along_the_gradient(name: str) -> None:
+    """With one step, where the targets are mirror images; the toy reward's gradient is known."""
+    module = attached(make(name, ascent_steps=1, radius=0.3, reward_sigmas=(0.0,), loss=NFTLoss(kl_weight=0.0)))
+    moved(module)
+    batch = module.roll_out(BATCH)
+    states = module.renoise(batch)._replace(latents=batch.latents)
+    old, output = (module.predict_under(adapter, batch, states) for adapter in (OLD, "policy"))
+    before, now = (module.sampler.clean(batch.latents, one, batch.timesteps) for one in (old, output))
+    above, below, rewards = module.targets(batch, old)
+    away = torch.tensor([len(prompt) / 10 for prompt in PROMPTS]).view(-1, 1, 1, 1) - before  # to the best latents
+    torch.testing.assert_close(rewards, -away.square().flatten(1).mean(dim=1))
+    radius, length = (rows.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for rows in (0.3 * before, away))
+    torch.testing.assert_close(above, before + radius / length * away)
+    torch.testing.assert_close(above + below, 2 * before, rtol=1e-4, atol=1e-5)
+    error = (now - above).flatten(1)
+    want = 5 * (error.square().mean(dim=1) / error.abs().mean(dim=1)).mean()
+    loss = module.training_step(batch, 0)
+    torch.testing.assert_close(loss.detach(), want, rtol=1e-4, atol=1e-6)
+    loss.backward()
+    assert any(weight.grad.any() for weight in adapter(module).values())
+    assert all(weight.grad is None for weight in adapter(module, OLD).values())
+
+
+class Apart(Penalty):
+    """Mean squared difference from the reference."""
+
+    def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
+        return (prediction - reference).square().mean()
+
+
+def test_a_penalty_is_added() -> None:
+    """Also where the loss itself has no reference."""
+    module = attached(make(trust_region=Apart(), loss=NFTLoss(kl_weight=0.0)))
+    moved(module)
+    batch = module.roll_out(BATCH)
+    states = module.renoise(batch)._replace(latents=batch.latents)
+    penalty = Apart().penalty(*(module.predict_under(adapter, batch, states) for adapter in ("policy", None))).item()
+    held = module.training_step(batch, 0).item()
+    module.guard = None
+    assert held - module.training_step(batch, 0).item() == pytest.approx(penalty, rel=1e-3)
+    assert penalty > 0
+
+
+def test_the_copy_follows_before_a_rollout() -> None:
+    module = attached(make())
+    moved(module)
+    module.followed = -1
+    module.roll_out(BATCH)
+    assert all(torch.equal(adapter(module, OLD)[name], weight) for name, weight in adapter(module).items())
+
+
+@pytest.mark.slow
+def test_rewards_rise(tmp_path: Path) -> None:
+    module = make(optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-2))
+    data = PromptLoaders(PROMPTS, batch_size=8, prompts_per_rollout=8, batches_per_epoch=15, seed=1)
+    make_trainer(tmp_path, max_steps=15, max_epochs=-1).fit(module, datamodule=data)
+    fixed = PromptBatch((PROMPTS[0],) * 16, tuple(f"fixed/{number}" for number in range(16)))
+    new, old = (
+        sample_latents(module.policy.eval(), fixed, module.sampling, module.guidance_scale, 0, reference)
+        for reference in (False, True)
+    )
+    rises = (new - old).flatten(1).mean(dim=1)
+    assert rises.mean() > 3 * rises.std() / 4, rises
+
+
+@pytest.mark.slow
+def test_a_resumed_run_equals_the_whole_one(tmp_path: Path) -> None:
+    results = []
+    for stop, resumed in ((4, None), (2, None), (4, tmp_path / "2.ckpt")):
+        module = make(optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05))
+        trainer = make_trainer(tmp_path, max_steps=stop)
+        data = PromptLoaders(PROMPTS, batch_size=2, prompts_per_rollout=3, batches_per_epoch=6, seed=1)
+        trainer.fit(module, datamodule=data, ckpt_path=resumed)
+        trainer.save_checkpoint(tmp_path / f"{stop}.ckpt")
+        results.append({key: weight.detach().clone() for key, weight in adapter(module).items()})
+    assert all(torch.equal(results[2][key], weight) for key, weight in results[0].items())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"query_sigma": 1.0}, r"query_sigma=1 must lie in \(0, 1\); 0.6 is the default"),
+        ({"query_sigma": 0.004}, r"query_sigma=0.004 must lie in \[0.0089\d*, 1\]; these are the levels of the 5"),
+        ({"query_sigma": 0.99, "name": "sd15"}, r"query_sigma=0.99 must lie in \[0.0412\d*, 0.98\d*\]; these are"),
+        ({"radius": 0.0}, "radius=0 must be positive and finite; DiffusionOPSD uses 0.1"),
+        ({"ascent_steps": 0}, "ascent_steps is 0; it must be at least 1"),
+        ({"sampling": Sampling(4, noise_level=0.7)}, "sampling.noise_level=0.7: DiffusionOPSDModule samples without"),
+        (
+            {"reward": RewardMixture([BrightnessSource(), BrightnessSource()], normalise="group")},
+            "one sample a prompt, and RewardMixture normalises scores within a prompt; set normalise: none or running",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_loaded(
+    options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PolicySource, "load", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=words):
+        make(**options)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_gradient_that_is_not_finite_is_the_rewards(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets of later steps would else be blamed on the sampler."""
+    plain = Brightness.score
+    monkeypatch.setattr(Brightness, "score", lambda *given: plain(*given) + (0 * given[1].latents[:, 0, 0, 0]).sqrt())
+    module = attached(make(ascent_steps=steps))
+    with pytest.raises(InputError, match="reward Brightness has a gradient that is not finite; look at its formula"):
+        module.training_step(module.roll_out(BATCH), 0)
+
+
+def test_a_reward_without_gradient_is_refused() -> None:
+    with pytest.raises(InputError, match="FirstChannel gives no gradient, which DiffusionOPSDModule needs"):
+        make(reward=FirstChannelReward())

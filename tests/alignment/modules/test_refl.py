@@ -1,0 +1,464 @@
+"""ReFL and PRFL: the gradient against full differentiation and differences, what holds a graph, terms, training."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from latentreward.alignment import (
+    AlignmentModule,
+    CallableReward,
+    LatentReward,
+    PixelReward,
+    PolicySource,
+    ReFLModule,
+    RewardLoss,
+    RewardMixture,
+    RewardSource,
+    RolloutDraws,
+    Sampling,
+)
+from latentreward.core.contracts import LatentSpace, NoisyStates, PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.data import PairBatchSampler, PromptsAndImages, collate_pairs
+from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.data.loading import ResumableLoader
+from latentreward.reward import StepAwareScorer
+from tests.alignment.modules.batches import loaded_pairs
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.alignment.modules.test_opsd import make as opsd
+from tests.alignment.modules.toy_rewards import BrightnessSource
+from tests.alignment.policies.alignment import tiny_source
+from tests.alignment.rewards.stored import write_run
+from tests.marks import rotated_after
+
+PROMPTS = PromptBatch(("a cat", "two dogs"), ("0/0", "0/1"))
+POLICIES = ("sd15", "sd21", "sd35")
+
+
+def refl(
+    name: str = "sd15", policy: dict[str, Any] | None = None, reward: RewardSource | None = None, **options: Any
+) -> ReFLModule:
+    defaults: dict[str, Any] = {
+        "sampling": Sampling(num_inference_steps=4),
+        "stop_range": (1, 3),
+        "kl_weight": 0.0,
+        "guidance_scale": 1.0,
+        "seed": 1,
+    }
+    module = ReFLModule(tiny_source(name, **(policy or {})), reward or BrightnessSource(), **{**defaults, **options})
+    torch.manual_seed(0)
+    with torch.no_grad():  # B = 0 has no gradient in A, and policy = reference has no drift
+        for parameter in adapter(module):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    module.log = lambda *args, **kwargs: None
+    return module
+
+
+def adapter(module: ReFLModule) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in module.policy.network.parameters() if parameter.requires_grad]
+
+
+def gradient(module: ReFLModule, loss: Tensor) -> Tensor:
+    gradients = torch.autograd.grad(loss, adapter(module), allow_unused=True, materialize_grads=True)
+    return torch.cat([value.flatten() for value in gradients])
+
+
+def in_full(module: ReFLModule, stop: int, from_step: int) -> Tensor:
+    """Loss of PROMPTS with everything from ``from_step`` on in one graph, written without the module's loop."""
+    policy, sampler, draws = module.policy, module.sampler, RolloutDraws(module.seed, PROMPTS.keys)
+    shape = policy.latent_shape()
+    conditioning, uncond = policy.encode_prompts(PROMPTS.prompts), module.encode_uncond()
+    latents, drifts = draws.initial(shape), []
+    for index in range(stop + 1):
+        latents = latents.detach() if index <= from_step else latents
+        timesteps = sampler.timesteps[index].repeat(len(PROMPTS))
+        output = policy.predict_guided(latents, timesteps, conditioning, uncond, module.guidance_scale)
+        with policy.reference():  # differentiated too: it reads latents that depend on the policy
+            reference = policy.predict_guided(latents, timesteps, conditioning, uncond, module.guidance_scale)
+        if index >= from_step:
+            drifts.append((output - reference).square().mean())
+        if index == stop and module.scored == "clean":
+            break
+        transition = sampler.transition(latents, output, timesteps)
+        noise = draws.noise(index, 1, shape)[0] if sampler.noise_std[index] else torch.zeros_like(latents)
+        latents = transition.mean + transition.std.view(-1, 1, 1, 1) * noise
+    encoded, rows = module.reward.encode_prompts(PROMPTS.prompts), torch.arange(2)
+    if module.scored == "state":
+        rewards = module.reward.score(NoisyStates(latents, sampler.timesteps[stop + 1].repeat(2), rows), encoded)
+    else:
+        clean = sampler.clean(latents, output, timesteps)
+        rewards = module.reward.score_clean(clean, rows, encoded, reward_noise(module), module.reward_sigmas)
+    return module.loss(rewards) + module.kl_weight * torch.stack(drifts).mean()
+
+
+def reward_noise(module: ReFLModule) -> Tensor:
+    """The noise that the module draws for the reward."""
+    seen: list[Tensor] = []
+    original = module.reward.score_clean
+
+    def spy(latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor, sigmas: Any) -> Tensor:
+        seen.append(noise)
+        return original(latents, rows, encoded, noise, sigmas)
+
+    module.reward.score_clean = spy
+    module.reward_term(PROMPTS, torch.zeros(2, *module.policy.latent_shape(), requires_grad=True))
+    module.reward.score_clean = original
+    return seen[0]
+
+
+# the gradient
+
+
+PRFL = {"scored": "state", "stop_range": (2, 4), "loss": RewardLoss(0.1, 2.0, sigmoid=True)}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_steps": 3, "kl_weight": 0.7}, PRFL], ids=["refl", "draft_k", "prfl"]
+)
+@pytest.mark.parametrize("name", rotated_after(1, POLICIES))
+def test_gradient_equals_that_of_one_graph(name: str, options: dict[str, Any]) -> None:
+    module = refl(name, guidance_scale=2.0, reward_sigmas=(0.2, 0.6), **options)
+    stop = module.stop_index(0)
+    loss = module.training_step(PROMPTS, 0)
+    expected = in_full(module, stop, stop + 1 - module.gradient_steps)
+    torch.testing.assert_close(loss.detach(), expected.detach())
+    torch.testing.assert_close(gradient(module, loss), gradient(module, expected), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gradient_steps", "scored"),
+    rotated_after(2, [(2, "clean"), (1, "state"), (1, "clean"), (3, "clean"), (2, "state")]),
+)
+def test_gradient_is_the_slope_of_the_loss(gradient_steps: int, scored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Central differences in float64; the first step with a graph is the very first one, so that nothing is cut off."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # what the module casts to float32 stays float64
+    left = 5 - gradient_steps
+    options = {"stop_range": (left, left), "gradient_steps": gradient_steps, "guidance_scale": 2.0}
+    module = refl(kl_weight=30.0, scored=scored, **options)
+    module.policy.network.double()
+    module.zero_grad()
+    module.training_step(PROMPTS, 0).backward()
+    parameters = adapter(module)
+    slopes, differences = [], []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+        slopes.append(sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True)).item())
+        values = []
+        for step in (1e-5, -2e-5):
+            for parameter, part in zip(parameters, direction, strict=True):
+                parameter.data.add_(part, alpha=step)
+            values.append(module.training_step(PROMPTS, 0).item())
+        for parameter, part in zip(parameters, direction, strict=True):
+            parameter.data.add_(part, alpha=1e-5)
+        differences.append((values[0] - values[1]) / 2e-5)
+    assert slopes == pytest.approx(differences, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sd35"]))
+def test_checkpointing_changes_no_gradient(name: str) -> None:
+    options = {"gradient_steps": 2, "kl_weight": 0.3, "guidance_scale": 2.0}
+    plain, frugal = refl(name, **options), refl(name, policy={"gradient_checkpointing": True}, **options)
+    results = []
+    for module in (plain, frugal):
+        module.zero_grad()
+        module.training_step(PROMPTS, 0).backward()
+        results.append(torch.cat([parameter.grad.flatten() for parameter in adapter(module)]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-8)
+
+
+def test_only_the_last_steps_hold_a_graph() -> None:
+    module = refl(gradient_steps=2, stop_range=(1, 1))
+    passes: list[bool] = []
+    module.policy.network.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    module.training_step(PROMPTS, 0)
+    assert passes == [False] * 2 + [True] * 2
+
+
+@pytest.mark.slow
+def test_kept_activations_grow_with_the_gradient_steps_alone() -> None:
+    def kept(**options: Any) -> int:
+        module, sizes = refl(**options), []
+        gc.collect()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            module.training_step(PROMPTS, 0)
+        return sum(sizes)
+
+    one, late, two = kept(stop_range=(1, 1)), kept(stop_range=(3, 3)), kept(stop_range=(1, 1), gradient_steps=2)
+    assert late == one
+    assert 1.8 < two / one < 2.2
+
+
+def test_training_mode_comes_back_and_sampling_has_no_dropout() -> None:
+    module = refl()
+    module.policy.network.train()
+    modes: list[bool] = []
+    module.policy.network.register_forward_hook(lambda network, *_: modes.append(network.training))
+    module.training_step(PROMPTS, 0)
+    assert modes == [False] * (len(modes) - 1) + [True]
+    assert module.policy.network.training
+    assert not module.policy.text_encoder.training
+
+
+SMALL = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4.0}, "text_encoder_tuning": "frozen"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "name", "options"),
+    rotated_after(
+        2,
+        [
+            ("lrm", "sd15", {"reward_sigmas": (0.3,)}),
+            ("dina", "sd35", {"reward_sigmas": (0.2, 0.5, 0.7)}),
+            ("dina", "sd35", {"reward_sigmas": (0.4,)}),
+            ("lrm", "sd15", PRFL),
+            ("dina", "sd35", PRFL),
+        ],
+    ),
+)
+def test_a_reward_on_the_policys_own_network_under_checkpointing(
+    method: str, name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its gradient is that of a reward with a network of its own, without checkpointing."""
+    write_run(tmp_path, method, name, **SMALL)
+    grads = []
+    for share, checkpointing in (("never", False), ("auto", True)):
+        reward = LatentReward(str(tmp_path), share=share)
+        policy = {"gradient_checkpointing": checkpointing}
+        module = refl(name, policy, reward, kl_weight=0.1, gradient_steps=2, **options)
+        module.training_step(PROMPTS, 0).backward()
+        grads.append(torch.cat([parameter.grad.flatten() for parameter in adapter(module)]))
+        assert all(p.grad is None for key, p in module.named_parameters() if not p.requires_grad)
+    assert grads[0].norm() > 0
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6 * grads[0].abs().max().item())
+
+
+# what is drawn
+
+
+def test_stop_covers_its_range() -> None:
+    module = refl(stop_range=(2, 4))
+    assert {module.stop_index(number) for number in range(40)} == {0, 1, 2}  # of 4 steps, so many left
+
+
+def test_stops_of_an_epoch_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, drawn = refl(), []
+    for epoch in (0, 1, 0):
+        monkeypatch.setattr(ReFLModule, "current_epoch", epoch)
+        drawn.append([module.stop_index(number) for number in range(20)])
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_a_prompt_is_sampled_alike_in_any_batch() -> None:
+    module = refl(guidance_scale=2.0)
+    whole = module.sample(PROMPTS, 3).latents
+    alone = module.sample(PromptBatch(PROMPTS.prompts[1:2], PROMPTS.keys[1:2]), 3).latents
+    torch.testing.assert_close(whole[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+# the state as it is
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", rotated_after(1, ["sd35", "sd15"]))
+def test_any_step_is_learned_from_at_its_own_noise_level(name: str) -> None:
+    """m is uniform over {0, ..., N - 2}; the reward is told the timestep of the state after step m."""
+    module = refl(name, **PRFL)
+    assert {module.stop_index(number) for number in range(40)} == {0, 1, 2}
+    told: list[Tensor] = []
+    original = module.reward.score
+    module.reward.score = lambda states, encoded: told.append(states.timesteps) or original(states, encoded)
+    for number in range(20):
+        module.training_step(PROMPTS, number)
+        assert told.pop().tolist() == [module.sampler.timesteps[module.stop_index(number) + 1].item()] * 2
+
+
+def test_states_are_scored_without_guidance_unless_it_is_asked_for() -> None:
+    assert refl(guidance_scale=None).guidance_scale == 5.0
+    assert refl(guidance_scale=None, **PRFL).guidance_scale == 1.0
+    assert refl(guidance_scale=2.0, **PRFL).guidance_scale == 2.0
+
+
+def test_a_reward_that_scores_no_states_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PolicySource, "load", lambda *_: pytest.fail("loaded the policy"))
+    clean = CallableReward(lambda latents, timesteps, prompts, clean: clean.sum(), needs_clean=True)
+    for reward in (PixelReward(StepAwareScorer()), clean, RewardMixture([BrightnessSource(), clean])):
+        with pytest.raises(InputError, match=f"scored=state needs the score of .*{type(reward).__name__}"):
+            refl(reward=reward, **PRFL)
+
+
+def test_finished_latents_have_no_noise_level_of_their_own() -> None:
+    with pytest.raises(InputError, match=r"stop_range=\[1, 4\] with scored=state ends at finished latents"):
+        refl(**{**PRFL, "stop_range": (1, 4)})
+
+
+# terms and limits
+
+
+def test_ceiling_stops_samples_that_score_above_it() -> None:
+    loss = RewardLoss(scale=0.5, ceiling=1.0)
+    rewards = torch.tensor([2.0, 0.0], requires_grad=True)
+    value = loss(rewards)
+    value.backward()
+    assert value.item() == 0.25
+    assert rewards.grad.tolist() == [0.0, -0.25]
+
+
+def test_hinge_on_the_logistic_function_never_switches_off() -> None:
+    rewards = torch.tensor([-3.0, 0.0, 9.0], requires_grad=True)
+    value = RewardLoss(scale=0.1, ceiling=2.0, sigmoid=True)(rewards)
+    value.backward()
+    chance = rewards.detach().sigmoid()
+    torch.testing.assert_close(value.detach(), (0.1 * (2 - chance)).mean())
+    torch.testing.assert_close(rewards.grad, -0.1 * chance * (1 - chance) / 3)
+
+
+@pytest.mark.slow
+def test_pretraining_steps_alternate_with_steps_of_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = refl(pretraining_weight=2.0, alternate_pretraining=True)
+    batch = {"prompts": PROMPTS, "images": collate_pairs(loaded_pairs(3))}
+    plain = refl().training_step(PROMPTS, 0)
+    for step in range(4):
+        monkeypatch.setattr(ReFLModule, "global_step", step)
+        wanted = 2 * module.pretraining_term(batch["images"]) if step % 2 else plain
+        torch.testing.assert_close(module.training_step(batch, 0), wanted, rtol=0, atol=0)
+    with pytest.raises(InputError, match="pretraining_weight=2 needs images beside the prompts"):
+        module.training_step(PROMPTS, 0)
+    with pytest.raises(InputError, match="alternate_pretraining=true alternates with a term of weight 0"):
+        refl(alternate_pretraining=True)
+
+
+def test_prompts_without_images_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    module = refl(pretraining_weight=2.0, alternate_pretraining=True)
+    data = PromptLoaders(PROMPTS.prompts, batch_size=2)
+    with pytest.raises(InputError, match="pretraining_weight=2 needs images too, and PromptLoaders has prompts alone"):
+        Trainer(accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path).fit(module, datamodule=data)
+
+
+def test_pretraining_term_is_the_denoising_error_of_the_chosen_images() -> None:
+    module = refl(pretraining_weight=2.0)
+    images = collate_pairs(loaded_pairs(3))
+    batch = {"prompts": PROMPTS, "images": images}
+    reward = module.reward_term(PROMPTS, module.sample(PROMPTS, module.stop_index(0)).latents)[0]
+    error = module.pretraining_term(images)
+    torch.testing.assert_close(module.training_step(batch, 0), reward + 2 * error)
+    assert error.requires_grad
+    assert 0.1 < error.item() < 10
+    torch.testing.assert_close(module.pretraining_term(replace(images, rejected=images.rejected * 0)), error)
+    assert module.pretraining_term(replace(images, chosen=images.chosen * 0)).item() != pytest.approx(error.item())
+    with pytest.raises(InputError, match="pretraining_weight=2 needs images beside the prompts"):
+        module.training_step(PROMPTS, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop_range": (0, 3)}, r"stop_range=\[0, 3\] must satisfy 1 <= low <= high"),
+        ({"stop_range": (1, 5)}, r"which is 4"),
+        ({"gradient_steps": 0}, r"gradient_steps=0 must lie in \[1, 4\]"),
+        ({"reward_sigmas": (1.5,)}, r"reward_sigmas=\[1.5\] must be at least one noise level"),
+        ({"reward_sigmas": ()}, r"reward_sigmas=\[\] must be"),
+        ({"reward_sigmas": (0.4, 0.4)}, r"reward_sigmas=\[0.4, 0.4\] must be .*, each once"),
+        ({"kl_weight": -1.0}, "kl_weight=-1 must be at least 0"),
+    ],
+)
+def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        refl(**options)
+
+
+def test_rewards_without_gradient_or_of_another_space_are_refused() -> None:
+    with pytest.raises(InputError, match="Brightness gives no gradient, which ReFLModule needs"):
+        ReFLModule(tiny_source("sd15"), BrightnessSource(differentiable=False))
+    with pytest.raises(InputError, match="but the reward takes"):
+        ReFLModule(tiny_source("sd15"), BrightnessSource(LatentSpace(4, 8, 0.13025)))
+    with pytest.raises(InputError, match="ReFLModule has one sample a prompt, and RewardMixture normalises scores wit"):
+        ReFLModule(tiny_source("sd15"), RewardMixture([BrightnessSource()], normalise="group"))
+
+
+# training
+
+
+def trainer(**options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(**{"accelerator": "cpu", "max_epochs": 1, **quiet, "enable_model_summary": False, **options})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sd35"]))
+def test_training_raises_the_reward_and_touches_the_adapter_alone(name: str) -> None:
+    optimizer = lambda groups: torch.optim.AdamW(groups, lr=5e-3)  # noqa: E731
+    module = refl(name, optimizer=optimizer, reward_sigmas=(0.1,))
+    del module.log
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    rewards: list[float] = []
+    original = module.reward_term
+
+    def spy(*arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, values = original(*arguments)
+        rewards.append(values.mean().item())
+        return loss, values
+
+    module.reward_term = spy
+    data = PromptLoaders(["a cat", "two dogs", "sun"], batch_size=3, batches_per_epoch=12, seed=0)
+    trainer().fit(module, data)
+    assert sum(rewards[-4:]) > sum(rewards[:4])
+    changed = {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed
+    assert all("lora" in key for key in changed)
+
+
+class Pairs(LightningDataModule):
+    """Eight pairs in batches of two, in another order each epoch."""
+
+    def train_dataloader(self) -> ResumableLoader:
+        places = PairBatchSampler(8, batch_size=2, seed=0)
+        return ResumableLoader(loaded_pairs(8), places, collate_fn=collate_pairs)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_with_steps_of_its_own_for_images_equals_the_whole_one(tmp_path: Path) -> None:
+    """Resumed in the middle of an epoch, after a step of the reward: the next one is one of the images."""
+    results: list[dict[str, Tensor]] = []
+    steps: list[list[str]] = []
+    for resumed in (None, tmp_path / "step=3.ckpt"):
+        options = {**PRFL, "pretraining_weight": 0.5, "alternate_pretraining": True}
+        module = refl("sd35", optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05), **options)
+        del module.log
+        taken: list[str] = []
+        for name in ("pretraining_term", "reward_term"):
+            setattr(module, name, noted(getattr(module, name), name, taken))
+        prompts = PromptLoaders(["a cat", "two dogs", "sun"], batch_size=2, batches_per_epoch=9, seed=0)
+        keep = [] if resumed else [ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)]
+        run = make_trainer(tmp_path, callbacks=keep, enable_checkpointing=not resumed, max_steps=6, max_epochs=-1)
+        run.fit(module, datamodule=PromptsAndImages(prompts, Pairs()), ckpt_path=resumed)
+        results.append({name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad})
+        steps.append(taken)
+    assert steps == [["reward_term", "pretraining_term"] * 3, ["pretraining_term", "reward_term", "pretraining_term"]]
+    saved = torch.load(tmp_path / "step=3.ckpt", weights_only=True)["state_dict"]
+    assert any(not torch.equal(saved[name], weight) for name, weight in results[0].items())
+    assert all(torch.equal(results[1][name], weight) for name, weight in results[0].items())
+
+
+def noted(function: Callable[..., Any], name: str, taken: list[str]) -> Callable[..., Any]:
+    """The function, which writes its name down at each call."""
+    return lambda *given: taken.append(name) or function(*given)
+
+
+@pytest.mark.parametrize("make", [refl, opsd])
+def test_float16_is_refused(make: Callable[[], AlignmentModule]) -> None:
+    module: Any = make()
+    module._trainer = type("Stub", (), {"precision": "16-mixed", "world_size": 1, "strategy": None})()  # needs a GPU
+    with pytest.raises(InputError, match="use bf16-mixed"):
+        module.setup("fit")

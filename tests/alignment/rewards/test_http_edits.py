@@ -1,0 +1,89 @@
+"""A served reward of edits and a policy that edits: pictures and latents travel with their sources."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from PIL import Image
+
+from latentreward.alignment import HTTPReward, Policy
+from latentreward.alignment.rewards.base import check_edits
+from latentreward.core.contracts import NoisyStates
+from latentreward.core.errors import InputError
+from latentreward.core.reports.drawing import to_image
+from latentreward.reward import RemoteServer, RewardModel, ScoringNoise, ServedImages, ServedLatents, edit_prompt
+from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
+from tests.apps.serving.servers import serving
+from tests.diffusion.families.twins import TWINS
+from tests.reward.scoring.models import edit_reward
+
+RED, BLUE = (Image.new("RGB", (60, 40), colour) for colour in ("red", "blue"))
+PROMPTS = [edit_prompt("make it red", source) for source in (RED, BLUE)]
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    policy = TWINS["klein_base"].source().load()
+    assert policy.source_encoder is not None
+    policy.source_encoder.resize_to(32, 48)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, RewardModel]]:
+    model = edit_reward()
+    with serving(model, max_wait_ms=1) as (url, _):
+        yield url, model
+
+
+LATENTS = torch.randn(3, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+ROWS = torch.tensor([0, 1, 1])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_latents_travel_with_latents_of_their_sources(policy: Policy, served: tuple[str, RewardModel]) -> None:
+    url, model = served
+    reward = HTTPReward(RemoteServer(url), ServedLatents(), batch_size=2).load(policy)
+    known = reward.encode_prompts(PROMPTS)
+    assert [row.source_latents[0].shape for row in known.rows] == [(1, 16, 8, 12)] * 2
+    found = reward.score_clean(LATENTS[[0, 0, 1]], torch.tensor([0, 1, 1]), known, None, (0.4,))
+    assert found[0] != found[1]
+    noise, process = ScoringNoise(sigmas=(0.4,)), model.backbone.noise_process
+    level = process.sigma(timesteps_of(noise, process)).item()
+    for row, latents, score in zip((0, 1, 1), LATENTS[[0, 0, 1]], found, strict=True):
+        draws = draw_noise([""], None, known.seed(row), level, latents.shape)
+        options = {"noise": noise, "draws": draws, "conditioning": (policy.encode_prompts([PROMPTS[row]]), None)}
+        torch.testing.assert_close(score, model.score_latents("", latents[None], **options)[0], atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_pictures_travel_with_their_sources(policy: Policy, served: tuple[str, RewardModel]) -> None:
+    url, model = served
+    reward = HTTPReward(RemoteServer(url), ServedImages()).load(policy)
+    found = reward.score_clean(LATENTS, ROWS, reward.encode_prompts(PROMPTS))
+    decoded = reward.decode(NoisyStates(LATENTS, torch.zeros(3), ROWS, LATENTS))
+    images = [to_image(pixels) for batch in decoded for pixels in batch]
+    wanted = model.score([PROMPTS[row] for row in ROWS], images)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_server_tells_that_its_reward_judges_edits_before_weights_are_read() -> None:
+    model = edit_reward()
+    model.backbone.sources = (1, None)  # as that of a reward which was trained on edits
+    with serving(model, max_wait_ms=1) as (url, _):
+        reward = HTTPReward(RemoteServer(url), ServedImages())
+        reward.require_latents_of(TWINS["klein_base"].source())
+        with pytest.raises(InputError, match=f"^reward server {url}: it judges edits of pictures, and the policy"):
+            reward.require_latents_of(TWINS["flux1_dev"].source())
+
+
+def test_a_reward_of_edits_and_a_policy_without_are_refused_before_the_run() -> None:
+    edits, plain, both = (1, 16), (0, 0), (0, 16)
+    with pytest.raises(InputError, match=r"^judge: it judges edits of pictures, and the policy makes pictures"):
+        check_edits("judge", edits, plain)
+    with pytest.raises(InputError, match="it judges pictures made from text alone, and the policy makes edits"):
+        check_edits("judge", plain, (1, 1))
+    for reward, policy in ((edits, (1, None)), (plain, plain), (both, plain), (plain, (0, None)), (both, (1, 1))):
+        check_edits("judge", reward, policy)

@@ -1,0 +1,125 @@
+"""A frozen reward under bf16-mixed: its products in bfloat16, its head and scores in float32, outside autocast."""
+
+from collections import Counter
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from latentreward.alignment import LatentReward, LPOModule, PolicySource, RewardMixture
+from latentreward.alignment.rewards.latent import LatentScorer
+from latentreward.core.storage.weight_files import StoredTensor
+from latentreward.reward import RewardModel
+from tests.alignment.rewards.stored import PROMPTS, states_of, tiny_policy, write_run
+from tests.tiny_pipelines import source_of
+
+SMALL = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4.0}}
+
+
+@pytest.mark.parametrize(("method", "name"), [("lrm", "sd15"), ("dina", "sd35")])
+def test_scores_are_those_of_the_model_at_this_precision(method: str, name: str, tmp_path: Path) -> None:
+    write_run(tmp_path, method, name, **(SMALL if method == "dina" else {}))
+    policy = tiny_policy(name)
+    reward = LatentReward(str(tmp_path), share="never").load(policy)
+    reward.set_precision(torch.bfloat16)
+    states, model = states_of(policy), RewardModel.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
+    conditioning, uncond = model.encode_prompts(PROMPTS)
+    expected = model(states.latents, states.timesteps, conditioning.select(states.rows), uncond)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores = reward(states, reward.encode_prompts(PROMPTS))
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, expected.detach())
+    assert {weight.dtype for weight in reward.model.head.parameters()} == {torch.float32}
+    halved = sum(weight.numel() for weight in reward.parameters() if weight.dtype == torch.bfloat16)
+    assert halved > 0.5 * sum(weight.numel() for weight in reward.model.backbone.parameters())
+
+
+def published(folder: Path) -> str:
+    """A model folder, whose tensors are mapped from safetensors."""
+    write_run(folder / "run", "lrm", "sd15")
+    RewardModel.from_pretrained(str(folder / "run")).save_pretrained(folder / "reward")
+    return str(folder / "reward")
+
+
+@pytest.mark.slow
+def test_weights_are_read_once_and_straight_in_their_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read, places = published(tmp_path), StoredTensor.read, Counter[StoredTensor]()
+
+    def counted(place: StoredTensor) -> torch.Tensor:
+        places[place] += 1
+        return read(place)
+
+    policy = tiny_policy("sd15")
+    monkeypatch.setattr(StoredTensor, "read", counted)
+    reward = LatentReward(path, base=source_of("sd15"), share="never").load(policy)
+    assert not places
+    reward.set_precision(torch.bfloat16)
+    assert places and {*places.values()} == {1}
+    expected = RewardModel.from_pretrained(path, base=source_of("sd15"), dtype=torch.bfloat16).state_dict()
+    assert reward.model.state_dict().keys() == {name for name in expected if not name.startswith("backbone.vae.")}
+    for name, value in reward.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.slow
+def test_weights_given_before_the_first_use_stay(tmp_path: Path) -> None:
+    rewards = [LatentReward(published(tmp_path), base=source_of("sd15")).load(tiny_policy("sd15")) for _ in range(2)]
+    given = {name: value + 0.1 for name, value in rewards[0].state_dict().items() if value.is_floating_point()}
+    rewards[1].load_state_dict(given, strict=False)
+    copied = deepcopy(rewards[1])
+    for name, value in [*rewards[1].model.state_dict().items(), *copied.model.state_dict().items()]:
+        if (key := f"_owned.{name.removeprefix('backbone.')}") in given:
+            assert torch.equal(value, given[key]), name
+
+
+@pytest.mark.slow
+def test_a_type_given_before_the_first_use_stays(tmp_path: Path) -> None:
+    reward = LatentReward(published(tmp_path), base=source_of("sd15")).load(tiny_policy("sd15")).to(torch.float64)
+    assert {weight.dtype for weight in reward.model.head.parameters()} == {torch.float64}
+
+
+@pytest.mark.slow
+def test_gradients_reach_the_latents(tmp_path: Path) -> None:
+    write_run(tmp_path, "dina", "sd35", **SMALL)
+    policy = tiny_policy("sd35")
+    states, slopes = states_of(policy), []
+    for dtype in (torch.float32, torch.bfloat16):
+        reward = LatentReward(str(tmp_path), share="never").load(policy)
+        reward.set_precision(dtype)
+        latents = states.latents.clone().requires_grad_()
+        scores = reward(type(states)(latents, states.timesteps, states.rows), reward.encode_prompts(PROMPTS))
+        slopes.append(torch.autograd.grad(scores.sum(), latents)[0])
+    assert torch.nn.functional.cosine_similarity(*(slope.flatten() for slope in slopes), dim=0) > 0.99
+
+
+@pytest.mark.slow
+def test_what_the_policy_shares_keeps_its_precision(tmp_path: Path) -> None:
+    write_run(tmp_path, "dina", "sd35", **SMALL)
+    policy = tiny_policy("sd35")
+    reward = LatentReward(str(tmp_path)).load(policy)
+    assert reward.model.backbone.transformer is policy.network
+    states = states_of(policy)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = reward(states, reward.encode_prompts(PROMPTS))
+        reward.set_precision(torch.bfloat16)
+        assert torch.equal(reward(states, reward.encode_prompts(PROMPTS)), before)
+    assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+def test_the_trainer_s_precision_sets_that_of_the_reward(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    write_run(tmp_path, "lrm", "sd15")
+    source = RewardMixture([LatentReward(str(tmp_path), share="never")], [1.0])
+    module = LPOModule(PolicySource(source_of("sd15")), source, seed=0)
+    module.trainer = Trainer(
+        accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    for stage in ("fit", "test"):
+        module.setup(stage)
+    (scorer,) = (part for part in module.reward.modules() if isinstance(part, LatentScorer))
+    assert scorer.model.dtype == dtype
+    assert scorer.model.backbone.unet.conv_in.weight.dtype == dtype
+    assert {weight.dtype for weight in module.policy.parameters()} == {torch.float32}

@@ -1,0 +1,98 @@
+"""Rewards relative to those of the same group (golden case 10 holds more)."""
+
+from typing import Literal
+
+import pytest
+import torch
+
+from latentreward.alignment import GDPO, Advantage, GroupAdvantage, group_advantages
+from latentreward.core.errors import InputError
+
+SCORES = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_candidates_of_a_state_by_hand() -> None:
+    advantages = group_advantages(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    torch.testing.assert_close(advantages, torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), rtol=1e-3, atol=0)
+
+
+def test_advantages_have_mean_0_and_spread_1_whatever_the_scale() -> None:
+    for scale, shift in ((1.0, 0.0), (50.0, -7.0)):
+        advantages = group_advantages(scale * SCORES + shift)
+        torch.testing.assert_close(advantages.mean(dim=0), torch.zeros(3), rtol=0, atol=1e-6)
+        torch.testing.assert_close(advantages.std(dim=0, correction=0), torch.ones(3), rtol=0, atol=1e-3)
+
+
+def test_tracking_by_prompt_is_the_same_sum_in_another_order() -> None:
+    """Column b of the candidates' scores is the group of prompt b."""
+    rows = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    groups = torch.arange(3).repeat(4)[rows]
+    tracked = GroupAdvantage()(SCORES.flatten()[rows], groups)
+    torch.testing.assert_close(tracked, group_advantages(SCORES).flatten()[rows])
+
+
+def test_global_spread() -> None:
+    groups = torch.arange(3).repeat(4)
+    tracked = GroupAdvantage("all")(SCORES.flatten(), groups)
+    expected = (SCORES - SCORES.mean(dim=0)) / (SCORES.flatten().std(correction=0) + 1e-4)
+    torch.testing.assert_close(tracked, expected.flatten())
+
+
+def test_half_precision_scores_far_from_0() -> None:
+    scores = torch.tensor([[1000.0], [1001.0]], dtype=torch.float16)
+    assert group_advantages(scores).dtype == torch.float32
+    torch.testing.assert_close(group_advantages(scores), torch.tensor([[-1.0], [1.0]]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.1, 25.3, -1e4 / 3])
+@pytest.mark.parametrize("samples", [2, 3, 7, 24])
+def test_gdpo_of_equal_rewards_is_0(value: float, samples: int) -> None:
+    """Exactly: a mean that is off by rounding would be divided by the least standard deviation, twice."""
+    groups = torch.arange(2).repeat_interleave(samples)
+    equal = torch.full((2 * samples, 2), value)
+    assert not GDPO()(equal, groups).any()
+    equal[:samples, 1] = torch.arange(float(samples))  # one reward of one prompt tells its samples apart
+    advantages = GDPO()(equal, groups)
+    assert advantages.isfinite().all()
+    assert not advantages[samples:].abs().max() > 1e-6
+    assert advantages[:samples].diff().min() > 0
+
+
+def test_gdpo_of_a_group_of_one_is_0() -> None:
+    rewards, alone = torch.randn(4, 2, generator=torch.Generator().manual_seed(2)), torch.tensor([0, 0, 0, 1])
+    advantages = GDPO([1.0, 0.5])(rewards, alone)
+    assert advantages[3].abs() < 1e-6
+    torch.testing.assert_close(advantages.std(correction=0), torch.tensor(1.0))
+    assert not GDPO()(rewards, torch.arange(4)).any()
+    assert not GDPO()(rewards[:1], alone[:1]).any()
+
+
+@pytest.mark.parametrize(("ddof", "spread"), [(0, (8 / 3) ** 0.5), (1, 2.0)])
+def test_ddof_divides_by_n_or_by_one_less(ddof: Literal[0, 1], spread: float) -> None:
+    advantages = GroupAdvantage(ddof=ddof)(torch.tensor([1.0, 3.0, 5.0]), torch.zeros(3, dtype=torch.int64))
+    assert advantages.tolist() == pytest.approx([-2 / (spread + 1e-4), 0, 2 / (spread + 1e-4)])
+
+
+def test_trim_leaves_the_least_and_the_largest_rewards_out_of_mean_and_spread() -> None:
+    rewards = [9.0, 1.0, 100.0, 3.0, -50.0]
+    advantages = GroupAdvantage(trim=0.2)(
+        torch.tensor(rewards), torch.zeros(5, dtype=torch.int64)
+    )  # of 1, 3 and 9: mean 13/3, variance 104/9
+    assert advantages.tolist() == pytest.approx([(reward - 13 / 3) / ((104 / 9) ** 0.5 + 1e-4) for reward in rewards])
+
+
+def test_a_trimmed_share_counts_as_it_is_written() -> None:
+    rewards = torch.cat([torch.full((29,), -9.0), torch.zeros(42), torch.full((29,), 8.0)])  # 100 · 0.29 is 28.999…
+    advantages = GroupAdvantage(std="none", trim=0.29)(rewards, torch.zeros(100, dtype=torch.int64))
+    assert torch.equal(advantages, rewards)
+
+
+class Centred(Advantage):
+    def __call__(self, rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        rewards -= rewards.mean()
+        return rewards
+
+
+def test_a_rule_that_changes_the_rewards_which_are_logged_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^Centred\.__call__ changes a tensor \(2,\) that it is given, which is used"):
+        Centred()(rewards=torch.tensor([1.0, 2.0]), groups=torch.zeros(2, dtype=torch.int64))

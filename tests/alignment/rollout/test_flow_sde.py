@@ -1,0 +1,123 @@
+"""Stochastic steps of flow matching: diffusers' Euler step, the marginals of the flow, and what is refused."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from latentreward.alignment import FlowSDESampler
+from latentreward.core.errors import InputError
+from latentreward.diffusion.noise.schedules import static_levels
+
+CONFIG: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 3.0}
+SHAPE = (2, 4, 3, 3)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20])
+@pytest.mark.parametrize("config", [CONFIG, CONFIG | {"shift": 1.0}, CONFIG | {"use_karras_sigmas": True}], ids=str)
+def test_without_noise_it_is_diffusers_euler_step(config: dict[str, Any], steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(steps)
+    sampler = FlowSDESampler(*static_levels(config, steps), 0.0)
+    assert torch.equal(sampler.timesteps, scheduler.timesteps)
+    for timestep in scheduler.timesteps:
+        generator = torch.Generator().manual_seed(int(timestep))
+        latents, output = (torch.randn(SHAPE, generator=generator) for _ in range(2))
+        expected = scheduler.step(output, timestep, latents).prev_sample
+        torch.testing.assert_close(sampler.transition(latents, output, timestep.expand(2)).mean, expected)
+
+
+def test_noise_level_scales_the_noise() -> None:
+    one, two = FlowSDESampler(*static_levels(CONFIG, 10), 0.5), FlowSDESampler(*static_levels(CONFIG, 10), 1.0)
+    torch.testing.assert_close(2 * one.noise_std, two.noise_std)
+    assert not FlowSDESampler(*static_levels(CONFIG, 10), 0.0).noise_std.any()
+
+
+def test_one_step_by_hand() -> None:
+    sampler = FlowSDESampler(*static_levels({"shift": 1.0}, 2), 0.7)
+    before, after = sampler.timesteps[1].item() / 1000, 0.0
+    latents, velocity = torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), -0.5)
+    transition = sampler.transition(latents, velocity, sampler.timesteps[1:])
+    w, d = 0.7 * math.sqrt(before / (1 - before)), after - before
+    mean = 2.0 * (1 + w**2 / (2 * before) * d) - 0.5 * (1 + w**2 * (1 - before) / (2 * before)) * d
+    assert transition.mean.item() == pytest.approx(mean, rel=1e-5)
+    assert transition.spread.item() == pytest.approx(w, rel=1e-5)
+    assert transition.std.item() == pytest.approx(w * math.sqrt(-d), rel=1e-5)
+    assert sampler.clean(latents, velocity, sampler.timesteps[1:]).item() == pytest.approx(2.0 + 0.5 * before)
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(3, 5.0), (10, 3.0)])
+def test_noise_is_that_of_the_released_code(steps: int, shift: float) -> None:
+    """Flow-GRPO's code takes the second level in the denominator where σ is 1, and nowhere else."""
+    timesteps, sigmas = static_levels({"shift": shift}, steps)
+    sigmas[0] -= 1e-6  # as UniPC's, where the released code would add a thousand times the noise
+    sigma = sigmas[:-1].double()
+    denominator = 1 - torch.where(torch.arange(steps) == 0, sigma[1], sigma)
+    wanted = 0.7 * (sigma / denominator * -sigmas.double().diff()).sqrt()
+    torch.testing.assert_close(FlowSDESampler(timesteps, sigmas).noise_std, wanted.float(), rtol=1e-4, atol=0)
+
+
+def test_many_small_steps_keep_the_marginals() -> None:
+    """Clean data N(0, s²) have the velocity E[ε − x_0 | x] = x·(σ − (1 − σ)s²)/((1 − σ)²s² + σ²); with it the standard
+    deviation at the end is s, with noise as without."""
+    spread, draws = 0.5, 20_000
+    for noise_level in (0.0, 0.7):
+        sampler = FlowSDESampler(*static_levels({"shift": 1.0}, 200), noise_level)
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(1, draws, generator=generator)
+        for timestep in sampler.timesteps:
+            sigma = timestep / 1000
+            variance = (1 - sigma) ** 2 * spread**2 + sigma**2
+            velocity = latents * (sigma - (1 - sigma) * spread**2) / variance
+            transition = sampler.transition(latents, velocity, timestep.expand(1))
+            latents = transition.sample(torch.randn(1, draws, generator=generator))
+        assert latents.std().item() == pytest.approx(spread, rel=0.05), noise_level
+        assert latents.mean().item() == pytest.approx(0.0, abs=0.02), noise_level
+
+
+def test_float32_whatever_comes_in() -> None:
+    sampler = FlowSDESampler(*static_levels(CONFIG, 10))
+    generator = torch.Generator().manual_seed(0)
+    latents, output = (torch.randn(SHAPE, generator=generator).bfloat16() for _ in range(2))
+    expected = sampler.transition(latents.float(), output.float(), sampler.timesteps[[0, 9]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sampler.transition(latents, output, sampler.timesteps[[0, 9]])
+    assert torch.equal(found.mean, expected.mean)
+    assert found.mean.dtype == found.std.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "message"),
+    [
+        ({}, 0, r"num_inference_steps=0 must lie in \[1, 1000\]"),
+        ({}, 1001, r"num_inference_steps=1001 must lie in \[1, 1000\]"),
+        ({"use_dynamic_shifting": True}, 10, "use_dynamic_shifting=true"),
+        ({"invert_sigmas": True}, 10, "invert_sigmas=true"),
+    ],
+)
+def test_refused(config: dict[str, Any], steps: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FlowSDESampler(*static_levels(CONFIG | config, steps))
+
+
+def test_deterministic_samplers_have_no_log_probability() -> None:
+    with pytest.raises(InputError, match=r"sampling.noise_level=0 none of the 10 steps adds noise"):
+        FlowSDESampler(*static_levels(CONFIG, 10), 0.0).require_noise()
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 0.5, 1.0])
+def test_a_step_of_cps_is_its_formula(noise_level: float) -> None:
+    """x̂_0 = x − σ v and ε̂ = x + (1 − σ) v: the velocity is ε − x_0."""
+    timesteps, sigmas = static_levels(CONFIG, 4)
+    sampler = FlowSDESampler(timesteps, sigmas, noise_level, "cps")
+    latents, velocity = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for step in range(4):
+        sigma, after = sigmas[step].item(), sigmas[step + 1].item()
+        spread = after * math.sin(noise_level * math.pi / 2)
+        clean, noise = latents - sigma * velocity, latents + (1 - sigma) * velocity
+        found = sampler.transition(latents, velocity, timesteps[step].expand(2))
+        mean = (1 - after) * clean + math.sqrt(max(after**2 - spread**2, 0)) * noise
+        torch.testing.assert_close(found.mean, mean, rtol=1e-4, atol=1e-4)
+        assert found.std.tolist() == pytest.approx([spread] * 2, abs=1e-6)

@@ -1,0 +1,236 @@
+"""What pruning keeps, how good its predictions are, and what selection does to advantages, by simulation."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentreward.alignment import (
+    Agreement,
+    BestAndWorst,
+    DGPOLoss,
+    GroupAdvantage,
+    PixelReward,
+    Pruning,
+    PruningRule,
+    RewardMixture,
+    RolloutDraws,
+    Sampling,
+    sample_pruned,
+    sample_trajectories,
+    scaled_advantages,
+)
+from latentreward.core.errors import InputError
+from latentreward.reward import CallableScorer
+from tests.alignment.modules.simple_reward import FirstChannelReward
+from tests.alignment.rollout.tiny_rollout import PROMPTS, NetworkRows, tiny_policy
+from tests.marks import slow_after
+
+NONE = torch.Generator()
+
+
+def sameness(prompts: Any, images: Any) -> Tensor:
+    return torch.zeros(len(images))
+
+
+def kept(predicted: Tensor, count: int, rule: PruningRule | None = None) -> Tensor:
+    return torch.stack([(rule or BestAndWorst()).choose(one, count, NONE) for one in predicted])
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2, {1, 3}), (3, {1, 3, 4}), (4, {0, 1, 3, 4}), (6, set(range(6)))])
+def test_best_and_worst(count: int, expected: set[int]) -> None:
+    """Of an odd number, one more from above."""
+    assert set(BestAndWorst().choose(torch.tensor([1.0, 0.0, 2.0, 9.0, 8.0, 3.0]), count, NONE).tolist()) == expected
+
+
+def simulated(rho: float, prompts: int = 1500, candidates: int = 24) -> tuple[Tensor, Tensor]:
+    """Predictions and rewards with a correlation within prompts, whose means differ."""
+    drawn = torch.randn(3, prompts, candidates, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    predicted = 3 * drawn[0] + 10 * drawn[2, :, :1]
+    return predicted, 0.5 * (rho * drawn[0] + (1 - rho**2) ** 0.5 * drawn[1]) - 4 * drawn[2, :, :1]
+
+
+@pytest.mark.parametrize("count", [6, 12, 24])
+@pytest.mark.parametrize("rho", [0.0, 0.5, -0.9])
+def test_correlation_is_that_of_all_candidates(rho: float, count: int) -> None:
+    predicted, rewards = simulated(rho)
+    chosen = kept(predicted, count)
+    agreement = Agreement.of(predicted, chosen, rewards.gather(1, chosen))
+    assert agreement.spread.item() == pytest.approx({6: 3.16, 12: 1.90, 24: 1.0}[count], abs=0.02)
+    assert agreement.correlation.item() == pytest.approx(rho, abs=0.02)
+    variance = rewards.gather(1, chosen).var(dim=1).mean() / rewards.var(dim=1).mean()
+    assert agreement.contrast.item() == pytest.approx(variance.item(), rel=0.03)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+@pytest.mark.parametrize("rho", [0.3, 0.7])
+def test_few_kept_samples_do_not_bias(rho: float, count: int) -> None:
+    predicted, rewards = simulated(rho, prompts=20000, candidates=8)
+    chosen = predicted.argsort(dim=1)[:, [*range(count // 2), *range(8 - count + count // 2, 8)]]
+    own = rewards.gather(1, chosen)
+    agreement = Agreement.of(predicted, chosen, own)
+    assert agreement.correlation.item() == pytest.approx(rho, abs=0.015)
+    variance = own.var(dim=1).mean() / rewards.var(dim=1).mean()
+    assert agreement.contrast.item() == pytest.approx(variance.item(), rel=0.02)
+
+
+def test_agreement_of_two_prompts_by_hand() -> None:
+    """The kept have variance 8, all have 10 / 3; rewards are the predictions, and noise of variance 2 beside these."""
+    predicted = torch.tensor([[0.0, 1.0, 3.0, 4.0]]).expand(2, 4)
+    agreement = Agreement.of(predicted, torch.tensor([[0, 3]] * 2), torch.tensor([[-1.0, 5.0], [1.0, 3.0]]))
+    assert agreement.spread.item() == pytest.approx(8 / (10 / 3))
+    assert agreement.correlation.item() ** 2 == pytest.approx((10 / 3) / (10 / 3 + 2))
+
+
+@pytest.mark.parametrize(("rho", "prompts", "count"), [(0.0, 1, 2), (0.0, 4, 8), (0.7, 4, 8)])
+def test_few_samples_do_not_raise_the_contrast(rho: float, prompts: int, count: int) -> None:
+    """On average of many rollouts of few prompts, where correlations are high by chance."""
+    predicted, rewards = simulated(rho, prompts=400 * prompts)
+    chosen = kept(predicted, count)
+    own = rewards.gather(1, chosen)
+    parts = [slice(at, at + prompts) for at in range(0, len(own), prompts)]
+    found = torch.stack([Agreement.of(predicted[at], chosen[at], own[at]).contrast for at in parts])
+    wanted = Agreement.of(predicted, chosen, own).contrast.item()
+    assert found.mean().item() == pytest.approx(wanted, rel=0.12)
+    assert (found >= 1).all() and found.isfinite().all()
+
+
+def test_agreements_of_rollouts_add_up() -> None:
+    predicted, rewards = simulated(0.6, prompts=40)
+    chosen = kept(predicted, 6)
+    parts = [Agreement.of(predicted[at], chosen[at], rewards.gather(1, chosen)[at]) for at in (slice(9), slice(9, 40))]
+    whole = Agreement.of(predicted, chosen, rewards.gather(1, chosen))
+    assert (parts[0] + parts[1]).correlation.item() == pytest.approx(whole.correlation.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("predicted", "rewards"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_equal_scores_correlate_with_nothing(predicted: float, rewards: float) -> None:
+    drawn = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
+    first, second = predicted * drawn[0], rewards * drawn[1]
+    agreement = Agreement.of(first, kept(first, 4), second.gather(1, kept(first, 4)))
+    assert agreement.contrast.isfinite() and (agreement.correlation == 0 or (predicted and rewards))
+
+
+@pytest.mark.parametrize("std", ["group", "all", "none"])
+def test_the_gradient_is_as_large_as_without_pruning(std: Any) -> None:
+    """The mean of advantage times reward is that of 12 random samples; without scaling it is larger."""
+    predicted, rewards = simulated(0.9, prompts=300)
+    chosen = kept(predicted, 12)
+    own, rule = rewards.gather(1, chosen), GroupAdvantage(std)
+    contrast = Agreement.of(predicted, chosen, own).contrast
+    sizes = [
+        (scaled_advantages(rule, of, scale) * of).mean().item()
+        for of, scale in ((rewards[:, :12], None), (own, contrast), (own, None))
+    ]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.08)
+    assert sizes[2] == pytest.approx(sizes[0] * contrast.item() ** (0.5 if std == "group" else 1), rel=0.08)
+
+
+@pytest.mark.parametrize("slope", [-0.02, 0.005])
+def test_dgpo_weighs_groups_as_without_pruning(slope: float) -> None:
+    """Errors fall, or rise, with the reward since the reference; without scaling w is further from ½."""
+    predicted, rewards = simulated(0.9, prompts=300)
+    chosen, reference = kept(predicted, 12), torch.full_like(rewards, 0.5)
+    own, contrast = rewards.gather(1, chosen), Agreement.of(predicted, chosen, rewards.gather(1, chosen)).contrast
+    errors, found = reference + slope * (rewards - rewards.mean(dim=1, keepdim=True)), []
+    for of, error, scale in (
+        (rewards[:, :12], errors[:, :12], None),
+        *((own, errors.gather(1, chosen), scale) for scale in (contrast, None)),
+    ):
+        velocity = error.sqrt().reshape(-1, 1).requires_grad_()
+        advantage = scaled_advantages(GroupAdvantage("all"), of, scale)
+        zeros, held = torch.zeros_like(velocity), reference[:, :12].sqrt().reshape(-1, 1)
+        result = DGPOLoss(clip_range=None, kl_weight=0.0)(velocity, None, zeros, advantage, held)
+        (gradient,) = torch.autograd.grad(result.loss, velocity)
+        found.append((result.weight.mean().item(), ((gradient / velocity).view_as(of) * of).sum().item()))
+    assert found[1] == pytest.approx(found[0], rel=0.08)
+    assert found[2] != pytest.approx(found[0], rel=0.08)
+
+
+@pytest.mark.parametrize(("ratio", "share", "needed"),
+    [(2, 0.2, 0.47), (2, 0.4, 0.67), (2, 0.6, 0.82), (4, 0.2, 0.53), (4, 0.4, 0.74), (4, 0.6, 0.91)])  # fmt: skip
+def test_pruning_pays_above_a_correlation(ratio: int, share: float, needed: float) -> None:
+    """Rollouts alone, u = 0; training makes it pay earlier, by √(1 + u)."""
+    predicted, rewards = simulated(0.5)
+    chosen = kept(predicted, 24 // ratio)
+    agreement = Agreement.of(predicted, chosen, rewards.gather(1, chosen))
+    pruning = Pruning(24, round(10 * share))
+    assert agreement.least_correlation(pruning, 24 // ratio, 10, 0.0) == pytest.approx(needed, abs=0.02)
+    assert agreement.least_correlation(pruning, 24 // ratio, 10, 30.0) == pytest.approx(needed / 2, abs=0.02)
+
+
+@pytest.mark.parametrize("name", slow_after(1, ["sd35_tiny", "sd_tiny"]))
+def test_kept_trajectories_are_those_of_a_whole_sampling(name: str) -> None:
+    """Noise and log-probabilities too; the network sees all samples up to the step, the kept ones after it."""
+    policy, steps = tiny_policy(name), Sampling(5).with_noise()
+    sampler, asked = steps.sampler(policy.family), []
+
+    def keep(states: Tensor, timestep: float) -> Tensor:
+        asked.append((states, timestep))
+        return torch.tensor([0, 2])
+
+    whole = sample_trajectories(policy, sampler, PROMPTS, steps, 1.0, 3, keep_means=True)
+    with NetworkRows(policy) as calls:
+        taken, rows = sample_pruned(policy, sampler, PROMPTS, steps, 1.0, 3, (2, keep), True)
+    assert [rows for rows, _ in calls] == [3, 3, 2, 2, 2]
+    assert rows.tolist() == [0, 2]
+    assert asked[0][1] == sampler.timesteps[2].item()
+    torch.testing.assert_close(asked[0][0], whole.latents[2])
+    for field in ("latents", "log_prob", "means"):
+        torch.testing.assert_close(getattr(taken, field), getattr(whole, field)[:, [0, 2]], rtol=1e-4, atol=1e-4)
+
+
+def test_keeping_all_is_a_whole_sampling_to_the_bit() -> None:
+    policy, steps = tiny_policy("sd35_tiny"), Sampling(4).with_noise()
+    sampler = steps.sampler(policy.family)
+    whole = sample_trajectories(policy, sampler, PROMPTS, steps, 1.0, 3)
+    taken, _ = sample_pruned(policy, sampler, PROMPTS, steps, 1.0, 3, (1, lambda *_: torch.arange(3)))
+    assert torch.equal(taken.latents, whole.latents) and torch.equal(taken.log_prob, whole.log_prob)
+    assert torch.equal(taken.latents[0], RolloutDraws(3, PROMPTS.keys).initial(policy.latent_shape()))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"candidates": 3}, "pruning.candidates=3 is less than num_samples=4, the samples that are finished; raise it"),
+        (
+            {"after_steps": 10},
+            "pruning.after_steps=10 goes beyond step 9, the last one that leaves noise when sampling",
+        ),
+        ({"after_steps": 0}, "pruning.after_steps is 0; it must be at least 1"),
+        ({"candidates": 0}, "pruning.candidates is 0; it must be at least 1"),
+        ({"min_spread": -1.0}, "^pruning.min_spread=-1 must be at least 0 and finite; 0 leaves no prompt out"),
+        (
+            {"reward": PixelReward(CallableScorer(sameness, name="same"))},
+            "pruning needs the score of a noisy state, which PixelReward",
+        ),
+        (
+            {"reward": RewardMixture([FirstChannelReward()], normalise="running")},
+            "pruning scores noisy states too, which a RewardMixture with normalise: running would count among the",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: dict[str, Any], said: str) -> None:
+    reward = options.pop("reward", FirstChannelReward())
+    with pytest.raises(InputError, match=said.replace("(", r"\(")) as error:
+        Pruning(**{"candidates": 8, "after_steps": 4, **options}).check("num_samples", 4, 10, reward)
+    assert "\n" not in str(error.value)
+
+
+class Wrong(PruningRule):
+    """Returns what it was given."""
+
+    def __init__(self, found: Tensor) -> None:
+        self.found = found
+
+    def choose(self, predicted: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [([0], "must be a tensor"), ([0, 0], "2, each once"), ([0, 4], "from 0 to 3")]
+)
+def test_a_rule_that_returns_something_else_is_named(found: list[int], said: str) -> None:
+    with pytest.raises(InputError, match=f"Wrong.choose returned .*{said}"):
+        Wrong(torch.tensor(found)).choose(torch.arange(4.0), 2, NONE)

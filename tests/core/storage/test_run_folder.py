@@ -1,0 +1,112 @@
+"""Record of a run's settings: the same settings go on, and everything else is refused in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentreward.apps.evaluation.policy.scoring import ScoreStore
+from latentreward.apps.generation.image_folder import ImageFolder
+from latentreward.core.errors import InputError
+from latentreward.core.storage.run_folder import RunFolder
+
+SPEC: dict[str, Any] = {"policy": {"source": "sd15", "lora": None}, "seed": 0, "sizes": (512, 512)}
+
+
+def run(output: Path, **changes: Any) -> RunFolder:
+    return RunFolder(output, output / "run.json", SPEC | changes, "output_dir", "choose another output_dir")
+
+
+def test_equal_settings_go_on(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "folder"
+    assert not run(output).exists()
+    run(output).claim()
+    (output / "picture.png").touch()
+    run(output).claim()
+    run(output).compare()
+    assert json.loads((output / "run.json").read_text()) == SPEC | {"sizes": [512, 512]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "was begun with seed 0, now it is 1; choose another output_dir"),
+        ({"policy": {"source": "sdxl", "lora": None}}, 'was begun with policy.source "sd15", now it is "sdxl"; choose'),
+        ({"policy": {"source": "sd15"}}, 'was begun with policy "source, lora", now it is "source"; choose'),
+        ({"more": 1}, "was begun with more none, now it is 1; choose"),
+        ({"seed": "x" * 999}, f'was begun with seed 0, now it is "{"x" * 76}...; choose'),
+    ],
+)
+def test_other_settings_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    run(tmp_path / "out").claim()
+    with pytest.raises(InputError) as error:
+        run(tmp_path / "out", **changes).claim()
+    assert message in str(error.value)
+    run(tmp_path / "out").compare()
+
+
+def test_a_setting_that_only_the_record_has_is_named(tmp_path: Path) -> None:
+    run(tmp_path, more=1).claim()
+    with pytest.raises(InputError, match="was begun with more 1, now it is none; choose"):
+        run(tmp_path).claim()
+
+
+def test_a_run_that_has_made_nothing_binds_nobody(tmp_path: Path) -> None:
+    run(tmp_path).claim()
+    run(tmp_path, seed=1).claim(made=False)
+    run(tmp_path, seed=1).compare()
+
+
+def test_files_without_a_record_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds other files and no run\.json; choose another output_dir"):
+        run(tmp_path).claim(made=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+DAMAGE = ["", "{", "[]", "1", "[" * 100_000, '{"scorer": "\ud800'.encode("utf-8", "surrogatepass").decode("latin-1")]
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+def test_damage_is_one_line_and_what_is_computed_stays(tmp_path: Path, content: str) -> None:
+    """Records of settings, tables of pictures and files of scores: all give one answer."""
+
+    def record() -> None:
+        run(tmp_path / "run").claim()
+
+    def pictures() -> ImageFolder:
+        return ImageFolder(tmp_path / "pictures", {}, "jsonl")
+
+    def scores() -> ScoreStore:
+        return ScoreStore(tmp_path / "scorer.jsonl", "one")
+
+    record()
+    row = {"file": "0.png", "prompt": "a cat", "place": 0, "image": 0, "seed": 0}
+    pictures().add([((), [row])])
+    scores().add({"key": (1.0,)})
+    for name, open_again in (
+        ("run/run.json", record),
+        ("pictures/generate.json", pictures),
+        ("pictures/images.jsonl", pictures),
+        ("scorer.jsonl", scores),
+    ):
+        path = tmp_path / name
+        sound = path.read_bytes()
+        path.write_text(content)
+        if (name, content) != ("pictures/images.jsonl", ""):
+            with pytest.raises(InputError, match=rf"{path.name} is damaged \(.*\); (choose|restore|delete) ") as error:
+                open_again()
+            assert "\n" not in str(error.value)
+        assert path.read_text() == content
+        path.write_bytes(sound)
+    assert pictures().rows == {(0, 0): row}
+    assert scores().scores == {"key": (1.0,)}
+
+
+@pytest.mark.parametrize("text", ['{"place": 0, "image": 0}', '{"place": 0, "image": 0, "file": null, "prompt": ""}'])
+def test_a_row_of_no_picture_is_damage(tmp_path: Path, text: str) -> None:
+    ImageFolder(tmp_path, {}, "jsonl")
+    (tmp_path / "images.jsonl").write_text(text)
+    with pytest.raises(InputError, match=r"images\.jsonl is damaged \(.*file.*\); restore it"):
+        ImageFolder(tmp_path, {}, "jsonl")

@@ -1,0 +1,54 @@
+"""Public names are found without an import, and paths from before there were rooms are answered with today's."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from latentreward.apps.cli import main
+from latentreward.core.public_names import new_path, public_names, public_path
+
+
+def test_each_name_is_handed_out_by_its_room() -> None:
+    for name, module in public_names().items():
+        room, _, _ = public_path(name).rpartition(".")
+        assert getattr(import_module(room), name) is getattr(import_module(module), name), name
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("latentreward.modules.LRMModule", "latentreward.reward.LRMModule"),
+        ("latentreward.modules.lpo.LPOModule", "latentreward.alignment.LPOModule"),
+        ("latentreward.losses.NFTLoss", "latentreward.alignment.NFTLoss"),
+        ("latentreward.backbones.sd15", "latentreward.diffusion.families.sd.sd15"),
+        ("latentreward.checkpoints.fsdp2.FSDP2Strategy", "latentreward.core.checkpoints.fsdp2.FSDP2Strategy"),
+        ("latentreward.data.HPDv3Reader", "latentreward.data.HPDv3Reader"),
+        ("latentreward.reward.LRMModule", "latentreward.reward.LRMModule"),
+    ],
+)
+def test_todays_path(old: str, new: str) -> None:
+    assert new_path(old) == new
+
+
+def test_an_old_path_in_settings_is_told_the_new_one(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("model: {class_path: latentreward.modules.LRMModule}\n")
+    for arguments in (["--config", str(path)], ["--model=latentreward.modules.LRMModule"]):
+        with pytest.raises(SystemExit):
+            main(["fit", *arguments])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("latentreward.modules.LRMModule has moved; say latentreward.reward.LRMModule")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["score", "serve", "publish"])
+def test_commands_whose_settings_name_no_class_do_not_import_lightning(command: str) -> None:
+    code = (
+        "import sys; from latentreward.apps.cli import main\n"
+        f"try: main([{command!r}, '--help'])\nexcept SystemExit: pass\n"
+        "print(*sys.modules, sep='\\n')"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "lightning" not in loaded

@@ -1,0 +1,341 @@
+"""Sources that cannot be used, each refused in one line that names field, value and remedy; old files that can."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latentreward.alignment import PolicySource
+from latentreward.core.contracts import LatentSpace
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion.backbones.loading import PipelineSource, load_weights
+from tests.diffusion.backbones.networks import FACTORIES, inputs_of, tiny_backbone
+from tests.tiny_pipelines import pipeline_folder
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[str], Path]:
+    """A pipeline that a test may damage."""
+    return lambda name: Path(shutil.copytree(pipeline_folder(name), tmp_path / name))
+
+
+def test_a_config_is_read_once(copied: Callable[[str], Path]) -> None:
+    """A rollout asks for entries several times, and of a hub id each reading asks the hub."""
+    source = PipelineSource(copied("sd15"))
+    first = source.config("vae")
+    (Path(source.source) / "vae" / "config.json").unlink()
+    kept = json.dumps(first)
+    first["block_out_channels"].clear()
+    assert json.dumps(source.config("vae")) == kept
+
+
+def refused(name: str, source: Path | str, message: str) -> str:
+    with pytest.raises(InputError, match=message) as caught:
+        create_backbone(FACTORIES[name], source=str(source))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_parts_come_from_the_pipeline(name: str) -> None:
+    backbone = tiny_backbone(name)
+    shift = 0.0609 if name.startswith("sd3") else 0.0
+    scale = {"sd15": 0.18215, "sd21": 0.18215, "sdxl": 0.13025}.get(name, 1.5305)
+    assert backbone.latent_space == LatentSpace(4, 2, scale, shift) == backbone.vae.space
+    if name == "sd21":
+        assert backbone.noise_process.prediction_type == "v_prediction"
+        assert backbone.feature_spec.pooled_text_dim == 1024
+    assert all(parameter.dtype == torch.float32 for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("factory", "folder", "message"),
+    [
+        (
+            "sd15",
+            "sdxl",
+            "is SDXL, but this backbone is of SD1.5; choose the backbone of that model, or another source",
+        ),
+        ("sd15", "sd21", "is SD2.1, but"),
+        ("sd21", "sd15", "is SD1.5, but"),
+        ("sdxl", "sd15", "is SD1.5, but"),
+        ("sd15", "sd35", "is SD3.5, but this backbone is of SD1.5"),
+        ("sd35", "sd15", "is SD1.5, but this backbone is of SD3.5"),
+        ("sd35", "sd3", "is SD3, but this backbone is of SD3.5"),
+        ("sd3", "sd35", "is SD3.5, but this backbone is of SD3;"),
+    ],
+)
+def test_pipeline_of_another_family(factory: str, folder: str, message: str) -> None:
+    refused(factory, pipeline_folder(folder), message)
+
+
+def test_path_that_is_no_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(
+        "sd15", tmp_path / "nowhere", "source='.*nowhere' does not exist; give a diffusers pipeline folder or a hub id"
+    )
+    refused("sd15", tmp_path, "is not a diffusers pipeline: .* give the folder that holds them")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refused("sd15", tmp_path / "model.safetensors", r"cannot load .*model.safetensors: its header has no valid length")
+    refused("sd15", "not a/hub id", "is not here and cannot be fetched from the hub")
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refused("sd15", "models/sd15", r"does not exist: models holds no sd15, and .*HF_HUB_OFFLINE.*; check the path")
+    (tmp_path / "models" / "dream.safetensors").write_bytes(b"")
+    refused("sd15", str(tmp_path / "models"), r"or the file of a whole model \(dream.safetensors\)")
+
+
+@pytest.mark.slow
+def test_hub_id_without_network_fails_fast() -> None:
+    """A port where nothing listens stands for the hub; huggingface_hub alone would retry for half a minute."""
+    code = "from latentreward.diffusion import create_backbone; create_backbone('sd15', source='nobody/nothing')"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert "InputError: source='nobody/nothing' is not here and cannot be fetched from the hub" in last
+    assert "Retrying" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/config.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+        "text_encoder/model.safetensors",
+        "text_encoder/config.json",
+        "tokenizer",
+    ],
+)
+def test_half_downloaded_folder(copied: Callable[[str], Path], missing: str) -> None:
+    folder = copied("sd15")
+    shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
+    assert str(folder) in refused("sd15", folder, missing.split("/", maxsplit=1)[0])
+
+
+@pytest.mark.parametrize(("factory", "name"), [("sd15", "sd15"), ("sd35", "sd35")])
+def test_a_folder_that_lacks_only_its_index_is_told_so(copied: Callable[[str], Path], factory: str, name: str) -> None:
+    folder = copied(name)
+    (folder / "model_index.json").unlink()
+    refused(factory, folder, "lacks model_index.json, without which its vae/ is not read; download the whole pipeline")
+    shutil.rmtree(folder / "vae")
+    refused(factory, folder, "is a pipeline without a vae")
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"])
+def test_truncated_weights(copied: Callable[[str], Path], part: str) -> None:
+    path = copied("sd15") / f"{part}.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused("sd15", path.parents[1], f"cannot load .*{path.parent.name}")
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_truncated_config(copied: Callable[[str], Path], name: str) -> None:
+    path = copied("sd15") / name
+    path.write_text(path.read_text()[:-10])
+    refused("sd15", path.parents[name.count("/")], f"{name} is damaged .*; download it again")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("text_encoder", "num_attention_heads", -1),
+        ("text_encoder", "layer_norm_eps", None),
+        ("unet", "norm_eps", "1e-5"),
+        ("text_encoder_2", "num_attention_heads", -4),
+    ],
+)
+def test_values_that_fail_in_the_first_pass_alone(
+    copied: Callable[[str], Path], part: str, name: str, value: object
+) -> None:
+    factory = "sdxl" if part.endswith("2") else "sd15"
+    path = copied(factory) / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    refused(factory, path.parents[1], rf"cannot load .*{part}: its config.json has {name} = {value!r}; get it as")
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor"),
+    [
+        ("unet/diffusion_pytorch_model", "mid_block.resnets.0.conv1.weight"),
+        ("text_encoder/model", None),
+        ("vae/diffusion_pytorch_model", "encoder.conv_in.weight"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "misshapen"])
+def test_tensors_that_do_not_fit_are_named(
+    copied: Callable[[str], Path], part: str, tensor: str | None, damage: str
+) -> None:
+    path = copied("sd15") / f"{part}.safetensors"
+    state = load_file(path)
+    tensor = tensor or next(name for name in state if name.endswith("final_layer_norm.weight"))
+    if damage == "missing":
+        del state[tensor]
+    elif damage == "unexpected":
+        tensor = "surplus.weight"
+        state[tensor] = torch.zeros(1)
+    else:
+        state[tensor] = torch.zeros(3)
+    save_file(state, path, metadata={"format": "pt"})
+    message = refused("sd15", path.parents[1], f"cannot load .*{path.parent.name}")
+    assert tensor.removeprefix("text_model.") in message
+
+
+def test_pickles_are_not_read(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd15")
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+    refused("sd15", folder, "unet")
+
+
+def test_text_encoder_of_another_width(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd15")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.rmtree(folder / part)
+        shutil.copytree(Path(pipeline_folder("sd21")) / part, folder / part)
+    refused("sd15", folder, "the text encoder is 1024 wide, but the U-Net takes 16; .* from one pipeline")
+
+
+def test_sd3_text_encoder_of_another_width(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd35")
+    edit_json(folder / "transformer" / "config.json", pooled_projection_dim=48)
+    refused("sd35", folder, "pooled vector is 32 wide, but the transformer takes 48")
+
+
+@pytest.mark.parametrize(("name", "part"), [("sd15", "unet"), ("sd35", "transformer")])
+def test_network_that_takes_other_latents_than_the_vae_makes(
+    copied: Callable[[str], Path], name: str, part: str
+) -> None:
+    folder = copied(name)
+    edit_json(folder / part / "config.json", in_channels=9)
+    refused(name, folder, "takes 9 channels, but the VAE makes latents of .*4 channels")
+
+
+@pytest.mark.usefixtures("package_backbones")
+def test_unknown_backbone() -> None:
+    with pytest.raises(InputError, match=re.escape("unknown backbone 'sd35_medum'; did you mean 'sd35_medium'?")):
+        create_backbone("sd35_medum", source="x")
+    with pytest.raises(InputError, match=r"unknown backbone 'zzz'; choose from .*sd15, "):
+        create_backbone("zzz")
+
+
+def test_old_clip_files_load(copied: Callable[[str], Path]) -> None:
+    """SD1.5's own text encoder was saved with a prefix and with position ids."""
+    folder = copied("sd15")
+    path = folder / "text_encoder" / "model.safetensors"
+    state = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+    state["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    save_file(state, path, metadata={"format": "pt"})
+    old, new = create_backbone("sd15", source=str(folder)), tiny_backbone("sd15")
+    torch.testing.assert_close(
+        old.encode_prompts(["a cat"]).prompt_embeds, new.encode_prompts(["a cat"]).prompt_embeds, rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd35"])
+def test_half_precision_files_load_as_float32(copied: Callable[[str], Path], name: str) -> None:
+    folder = copied(name)
+    for path in folder.rglob("*.safetensors"):
+        save_file({key: value.half() for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    options = {"visual_taps": (1,), "text_taps": (1,)} if name == "sd35" else {}
+    backbone = create_backbone(FACTORIES[name], source=str(folder), **options)
+    assert all(parameter.dtype == torch.float32 for parameter in backbone.parameters())
+    assert backbone(*inputs_of(backbone)).visual[-1].dtype == torch.float32
+
+
+def test_variant_selects_its_files(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd15")
+    for path in folder.rglob("*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+    refused("sd15", folder, "weights are of the variant fp16; set variant: fp16, or rename them without it")
+    backbone = create_backbone("sd15", source=str(folder), variant="fp16")
+    torch.testing.assert_close(backbone.unet.conv_in.weight, tiny_backbone("sd15").unet.conv_in.weight)
+
+
+def test_each_cause_of_missing_weights_has_its_remedy(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd15")
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(InputError, match=r"its weights have no variant fp16; leave variant out"):
+        create_backbone("sd15", source=str(folder), variant="fp16")
+    whole = Path(shutil.move(unet, folder / "dream.safetensors"))
+    refused("sd15", folder, r"if dream.safetensors in .* holds the whole model, give this file in place of the folder")
+    unet.with_name("diffusion_pytorch_model.fp16-00001-of-00002.safetensors").touch()
+    refused("sd15", folder, "set variant: fp16")
+    unet.with_name("diffusion_pytorch_model.fp16-00001-of-00002.safetensors").rename(unet.with_suffix(".bin"))
+    refused(
+        "sd15", folder, r"it has diffusion_pytorch_model.bin, but only safetensors .*; load the model in the library"
+    )
+    unet.with_suffix(".bin").unlink(), whole.unlink()
+    refused("sd15", folder, "get the files again")
+
+
+def test_parts_of_other_models_are_named_as_such(copied: Callable[[str], Path]) -> None:
+    """Kolors has a ChatGLM in the place of CLIP, LCM a U-Net that takes the guidance scale."""
+    folder = copied("sd15")
+    path = folder / "text_encoder" / "model.safetensors"
+    save_file({f"encoder.{name}": tensor for name, tensor in load_file(path).items()}, path)
+    edit_json(folder / "text_encoder" / "config.json", architectures=["ChatGLMModel"])
+    refused("sd15", folder, "its config is of a ChatGLMModel, not a CLIPTextModel; give a pipeline of the family")
+    edit_json(folder / "model_index.json", _class_name="KolorsPipeline")
+    with pytest.raises(InputError, match="is a KolorsPipeline: its text encoder is a ChatGLM; give a pipeline of"):
+        PolicySource(str(folder)).resolve_family()
+    edit_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
+    edit_json(folder / "unet" / "config.json", time_cond_proj_dim=8)
+    for use in (PolicySource(str(folder)).resolve_family, lambda: create_backbone("sd15", source=str(folder))):
+        with pytest.raises(
+            InputError, match=r"time_cond_proj_dim, distilled to few steps .* give the model that it was"
+        ):
+            use()
+
+
+def test_plain_values_of_an_index_are_no_parts(copied: Callable[[str], Path]) -> None:
+    folder = copied("sdxl")
+    values = {
+        "requires_aesthetics_score": True,
+        "is_distilled": False,
+        "boundary_ratio": 0.9,
+        "expand_timesteps": [1, 2],
+    }
+    edit_json(folder / "model_index.json", force_zeros_for_empty_prompt=True, **values)
+    with pytest.raises(InputError, match="is a StableDiffusionXLPipeline without a transformer") as caught:
+        PipelineSource(str(folder)).config("transformer")
+    message = str(caught.value)
+    assert "unet" in message and not any(name in message for name in (*values, "force_zeros"))
+    assert PolicySource(str(folder)).resolve_family().model == "SDXL"
+
+
+def test_bare_network_folder_is_a_pipeline_without_encoders(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd35")
+    for entry in folder.iterdir():
+        if entry.name not in ("transformer", "scheduler"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    source = PipelineSource(str(folder))
+    assert source.has("transformer")
+    assert not source.has("vae")
+    with pytest.raises(InputError, match="without a vae"):
+        source.latent_space()
+    assert len(source.transformer().transformer_blocks) == 4
+
+
+def test_load_weights_names_the_place(tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    with pytest.raises(InputError, match=re.escape(f"cannot load {tmp_path}/unet: ")):
+        load_weights(UNet2DConditionModel, str(tmp_path), subfolder="unet")

@@ -1,0 +1,424 @@
+"""Training from a cache: the same as from images, checked before it starts, dealt out to ranks by our samplers."""
+
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from latentreward.callbacks import EncodeOnce, ExactResume, TrainableCheckpoint
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from latentreward.alignment import DiffusionDPOModule, PolicySource
+from latentreward.apps.cli import main
+from latentreward.core.contracts import PreferenceBatch
+from latentreward.core.errors import InputError
+from latentreward.data import HPDv3Reader, PreferenceDataModule
+from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit, sd35_tiny, sd_tiny
+from latentreward.diffusion.cache.layout import PLAN, read_plan
+from latentreward.reward import (
+    CLIPProjectionHead,
+    DiNaLRMModule,
+    GatedQFormerHead,
+    LRMLoss,
+    LRMModule,
+    RewardModel,
+    ThurstoneLoss,
+)
+from latentreward.tinyworld.writers import write_hpdv3
+from tests.diffusion.cache.written_caches import spec, write_cache
+from tests.distributed.ranks import on_ranks
+from tests.marks import rotated_after
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+class Losses(Callback):
+    """Every training loss, and the pairs that gave it."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.pairs: list[tuple[str, ...]] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: PreferenceBatch, _: int) -> None:
+        self.values.append(float(outputs["loss"]))
+        self.pairs.append(batch.pair_ids)
+
+
+def cache_world(output: Path, data: Path, *settings: str) -> Path:
+    """Cache the tiny world's pairs at ``data`` as the shipped YAML says, with the mode of the posterior."""
+    common = [f"--config={CONFIGS}/cache/tinyworld.yaml", f"--reader.root={data}", "--encoder.posterior=mode"]
+    main(["cache", str(output), *common, *settings])
+    return output
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of the tiny world, and their caches."""
+    folder = tmp_path_factory.mktemp("world")
+    write_hpdv3(folder / "hpdv3", {"train": 20, "test": 12})
+    cache_world(folder / "train", folder / "hpdv3")
+    cache_world(folder / "test", folder / "hpdv3", "--reader.split=test")
+    cache_world(folder / "half", folder / "hpdv3", "--dtype=float16")
+    cache_world(folder / "sd", folder / "hpdv3", "--encoder.source=sd_tiny", "--encoder.t5_length=256")
+    return folder
+
+
+def dina() -> DiNaLRMModule:
+    return DiNaLRMModule(sd35_tiny(), GatedQFormerHead, ThurstoneLoss(), eval_sigmas=[0.5], posterior="mode", seed=0)
+
+
+def lrm() -> LRMModule:
+    return LRMModule(sd_tiny(), CLIPProjectionHead, LRMLoss(), eval_timesteps=[1], posterior="mode", seed=0)
+
+
+def fit(module: Any, data: LightningDataModule, **options: Any) -> Losses:
+    losses = Losses()
+    settings = {"max_epochs": 2, "num_sanity_val_steps": 0, **QUIET, **options}
+    Trainer(accelerator="cpu", callbacks=[losses], **settings).fit(module, data)
+    return losses
+
+
+def pixels(world: Path) -> PreferenceDataModule:
+    train = HPDv3Reader(str(world / "hpdv3"), "train")
+    return PreferenceDataModule(32, train=train, batch_size=8, num_workers=0, seed=0)
+
+
+def cached(folder: Path, **options: Any) -> CachedPreferenceDataModule:
+    settings = {"batch_size": 8, "num_workers": 0, "seed": 0, **options}
+    return CachedPreferenceDataModule(train=CachedSplit(str(folder)), **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("folder", "options", "tolerance"),
+    rotated_after(
+        1, [("train", {}, 1e-5), ("train", {"cached_text": False, "num_workers": 1}, 1e-5), ("half", {}, 2e-3)]
+    ),
+    ids=["with text", "latents only, one worker", "float16"],
+)
+def test_training_from_the_cache_gives_the_losses_of_training_from_images(
+    world: Path, folder: str, options: dict[str, Any], tolerance: float
+) -> None:
+    seed_everything(0, verbose=False)
+    wanted = fit(dina(), pixels(world))
+    seed_everything(0, verbose=False)
+    got = fit(dina(), cached(world / folder, **options))
+    assert got.pairs == wanted.pairs
+    assert len(got.values) == 6
+    torch.testing.assert_close(torch.tensor(got.values), torch.tensor(wanted.values), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lrm", "dina"])
+def test_text_encoders_are_freed_where_prompts_are_cached(method: str, world: Path, tmp_path: Path) -> None:
+    def reward() -> DiNaLRMModule | LRMModule:
+        seed_everything(0)
+        module = dina() if method == "dina" else lrm()
+        module.model.backbone.text_encoder.requires_grad_(False)
+        return module
+
+    modules = []
+    for once in ([], [EncodeOnce()]):
+        module = reward()
+        data = cached(world / ("train" if method == "dina" else "sd"))
+        trainer = Trainer(
+            accelerator="cpu", max_steps=3, callbacks=[TrainableCheckpoint(), *once], **QUIET, num_sanity_val_steps=0
+        )
+        trainer.fit(module, datamodule=data)
+        modules.append(module)
+    whole, freed = (module.model.state_dict() for module in modules)
+    assert freed.keys() == {name for name in whole if not name.startswith("backbone.text_encoder.")} < whole.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in freed.items())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    reward().on_load_checkpoint(content := torch.load(tmp_path / "last.ckpt", weights_only=True))
+    assert any(name.startswith("model.backbone.text_encoder.") for name in content["base"]["names"])
+    with pytest.raises(InputError, match=r"'a purple cow' was not encoded .*; use cached prompts, or"):
+        modules[1].model.encode_prompts(["a purple cow"])
+    with pytest.raises(InputError, match="EncodeOnce has freed the model's text encoders; load a checkpoint of"):
+        RewardModel.of(modules[1].model).save_pretrained(tmp_path / "folder")
+
+
+@pytest.mark.slow
+def test_a_head_that_asks_for_the_empty_prompt_takes_it_from_the_cache(world: Path) -> None:
+    module = LRMModule(
+        sd_tiny(text_encoder_tuning="frozen"), CLIPProjectionHead, LRMLoss(), eval_timesteps=[1], posterior="mode"
+    )
+    assert module.model.head.needs_uncond
+    wanted = fit(module, pixels(world), max_epochs=1, limit_train_batches=1)
+    module = LRMModule(
+        sd_tiny(text_encoder_tuning="frozen"), CLIPProjectionHead, LRMLoss(), eval_timesteps=[1], posterior="mode"
+    )
+    module.model.backbone.text_encoder.forward = None  # would fail if it were asked
+    got = fit(module, cached(world / "sd"), max_epochs=1, limit_train_batches=1)
+    assert got.pairs == wanted.pairs
+    assert len(got.values) == 1
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_evaluates_and_predicts_from_the_cache(world: Path, tmp_path: Path) -> None:
+    settings = [
+        f"--config={CONFIGS}/model/dina_lrm_tiny.yaml",
+        f"--config={CONFIGS}/data/tinyworld_cached.yaml",
+        f"--config={CONFIGS}/trainer/cpu.yaml",
+        f"--data.train.cache={world / 'train'}",
+        f"--data.val={{cache: {world / 'test'}}}",
+        f"--data.predict={{cache: {world / 'test'}, split: test}}",
+        "--data.batch_size=8",
+        "--trainer.max_steps=3",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.logger.save_dir={tmp_path}",
+        "--trainer.logger.name=run",
+        "--trainer.logger.version=",
+    ]
+    main(["fit", *settings])
+    checkpoint = f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
+    main(["validate", f"--config={tmp_path / 'run' / 'config.yaml'}", checkpoint])
+    scores = f"--predictions.output_dir={tmp_path / 'scores'}"
+    main(["predict", f"--config={tmp_path / 'run' / 'config.yaml'}", checkpoint, scores])
+    from pyarrow import parquet
+
+    assert len(set(parquet.read_table(tmp_path / "scores")["pair_id"].to_pylist())) == 12
+
+
+def test_a_cache_of_another_latent_space_is_refused_before_training(tmp_path: Path) -> None:
+    folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
+    with pytest.raises(InputError, match="the cache holds latents of the space") as error:
+        fit(dina(), cached(folder))
+    assert "\n" not in str(error.value)
+
+
+def dpo() -> DiffusionDPOModule:
+    return DiffusionDPOModule(PolicySource("sd35_tiny"), posterior="mode", seed=0)
+
+
+@pytest.mark.slow
+def test_a_policy_learns_from_the_cache_as_from_images(world: Path) -> None:
+    wanted, got = fit(dpo(), pixels(world), max_steps=3), fit(dpo(), cached(world / "train"), max_steps=3)
+    assert got.pairs == wanted.pairs
+    torch.testing.assert_close(torch.tensor(got.values), torch.tensor(wanted.values), rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_of_another_space_or_vae_is_refused_for_a_policy(world: Path, tmp_path: Path) -> None:
+    folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
+    with pytest.raises(InputError, match="the cache holds latents of the space"):
+        fit(dpo(), cached(folder))
+    module = dpo()
+    with torch.no_grad():
+        next(module.policy.vae.vae.encoder.parameters()).mul_(1.5)
+    with pytest.raises(InputError, match="the cache was written with VAE"):
+        fit(module, cached(world / "train"))
+
+
+def test_cached_prompts_are_refused_if_the_text_encoder_trains(world: Path) -> None:
+    with pytest.raises(InputError, match="prompt embeddings are cached, but the model trains its text encoder"):
+        fit(lrm(), cached(world / "sd"))
+
+
+def test_another_vae_and_another_text_encoder_of_the_same_shape_are_refused(world: Path) -> None:
+    module = dina()
+    with torch.no_grad():
+        next(module.model.backbone.vae.vae.encoder.parameters()).mul_(1.5)
+    with pytest.raises(InputError, match="the cache was written with VAE"):
+        fit(module, cached(world / "train"))
+    module = dina()
+    with torch.no_grad():
+        next(module.model.backbone.text_encoder.parameters()).mul_(1.5)
+    with pytest.raises(InputError, match="the cache holds embeddings of text encoder"):
+        fit(module, cached(world / "train"))
+    fit(module, cached(world / "train", cached_text=False), max_steps=1)
+
+
+def test_splits_of_one_cache_share_no_prompt_and_only_prediction_sees_unlabelled_pairs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = [
+        {"image_a": 0, "image_b": 1, "prompt": 1, "split": "train"},
+        {"image_a": 2, "image_b": 3, "prompt": 2, "split": "train"},
+        {"image_a": 2, "image_b": 1, "prompt": 2, "split": "train", "label_a": None},
+        {"image_a": 4, "image_b": 5, "prompt": 1, "split": "val"},
+        {"image_a": 4, "image_b": 0, "prompt": 1, "split": "val", "label_a": None},
+        {"image_a": 4, "image_b": 6, "prompt": 1, "split": "val"},
+    ]
+    folder = write_cache(tmp_path / "cache", pairs, [(16, 16)] * 7, unreadable=[6])
+    parts = {name: CachedSplit(str(folder), split) for name, split in (("train", "train"), ("val", "val"))}
+    data = CachedPreferenceDataModule(**parts, predict=CachedSplit(str(folder)), batch_size=2, num_workers=0)
+    seen = {
+        name: [pair for batch in loader for pair in batch.pair_ids]
+        for name, loader in {
+            "train": data.train_dataloader(),
+            "val": data.val_dataloader(),
+            "predict": data.predict_dataloader(),
+        }.items()
+    }
+    assert seen == {"train": ["pair01"], "val": ["pair03"], "predict": [f"pair{n:02d}" for n in range(5)]}
+    assert "data.train: 1 of 3 rows have a prompt that val has too" in caplog.text
+    assert "data.val: 2 rows kept; left out: 1 unreadable image" in caplog.text
+    kept = CachedPreferenceDataModule(**parts, shared_prompts="keep", batch_size=2, num_workers=0)
+    assert [len(kept.datasets[name]) for name in ("train", "val")] == [2, 1]
+
+
+def test_splits_without_pairs_left_do_not_stop_the_others(tmp_path: Path) -> None:
+    folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
+    every = dict.fromkeys(("train", "val", "test", "predict"), CachedSplit(str(folder)))
+    data = CachedPreferenceDataModule(**every, batch_size=2, num_workers=0)
+    for loader in (data.test_dataloader(), data.predict_dataloader()):
+        assert [pair for batch in loader for pair in batch.pair_ids] == ["pair00"]
+    for name, later in (("train", "val or test"), ("val", "test")):
+        with pytest.raises(InputError, match=rf"data\.{name}: none of 1 rows left: .* have a prompt that {later} has"):
+            getattr(data, f"{name}_dataloader")()
+
+
+def test_training_goes_on_without_the_cache_that_it_is_only_kept_apart_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = CachedSplit(str(write_cache(tmp_path / "one", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)))
+    absent = CachedSplit(str(tmp_path / "absent"))
+    assert list(CachedPreferenceDataModule(train=train, test=absent, num_workers=0).datasets) == ["train"]
+    assert "data.test is not opened" in caplog.text
+    for splits in ({"test": absent}, {"train": absent}, {"train": train, "test": absent, "shared_prompts": "raise"}):
+        with pytest.raises(InputError, match=r"data\.(test|train): .* is not a cache"):
+            CachedPreferenceDataModule(**splits, num_workers=0)
+
+
+def test_settings_and_caches_are_looked_at_in_the_constructor(tmp_path: Path) -> None:
+    one = write_cache(tmp_path / "one", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
+    other = write_cache(tmp_path / "other", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2, spec=spec(vae="vae-2"))
+    with pytest.raises(InputError, match="hold latents of different VAEs"):
+        CachedPreferenceDataModule(train=CachedSplit(str(one)), val=CachedSplit(str(other)))
+    clips, slower = (
+        write_cache(tmp_path / name, [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2, spec=spec(frames=5, fps=fps))
+        for name, fps in (("clips", 16.0), ("slower", 8.0))
+    )
+    for folder, held in ((one, "images"), (slower, "clips of 5 frames at 8 per second")):
+        with pytest.raises(InputError, match=f"hold {held} and clips of 5 frames at 16 per second; write one of them"):
+            CachedPreferenceDataModule(train=CachedSplit(str(folder)), val=CachedSplit(str(clips)))
+    with pytest.raises(InputError, match=r"data.batch_size is 0"):
+        cached(one, batch_size=0)
+    with pytest.raises(InputError, match="has no split 'test'; it has 'train'"):
+        CachedPreferenceDataModule(train=CachedSplit(str(one), "test"))
+    with pytest.raises(InputError, match="all unset"):
+        CachedPreferenceDataModule()
+    with pytest.raises(InputError, match=f"is not a cache: it has no {PLAN}"):
+        cached(tmp_path)
+    assert read_plan(one).spec.vae == "vae-1"
+
+
+def test_caches_that_treat_exif_differently_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pairs, sizes = [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2
+    caches = {
+        exif: CachedSplit(str(write_cache(tmp_path / str(exif), pairs, sizes, spec=spec(exif=exif))))
+        for exif in ("apply", "ignore")
+    }
+    data = CachedPreferenceDataModule(train=caches["ignore"], predict=caches["ignore"])
+    assert (data.datasets["train"].exif, data.datasets["predict"].exif) == ("ignore", "ignore")
+    assert not caplog.records
+    data = CachedPreferenceDataModule(train=caches["apply"], predict=caches["ignore"])
+    assert data.datasets["train"].exif == "apply"
+    [record] = caplog.records
+    assert record.message.endswith("treat EXIF orientation differently (exif: apply and ignore)")
+
+
+@pytest.mark.slow
+def test_a_loader_goes_on_after_another_one_of_its_split(tmp_path: Path) -> None:
+    pairs = [{"image_a": number, "image_b": number + 1} for number in range(5)]
+    split = CachedSplit(str(write_cache(tmp_path / "cache", pairs, [(16, 16)] * 6)))
+    data = CachedPreferenceDataModule(train=split, val=split, shared_prompts="keep", batch_size=2, num_workers=1)
+    for make in (data.train_dataloader, data.val_dataloader):
+        loader = make()
+        before = {name for batch in loader for name in batch.pair_ids}
+        make()
+        assert {name for batch in loader for name in batch.pair_ids} == before  # by the same worker as before
+
+
+@pytest.mark.slow
+def test_a_finished_program_ends_though_workers_still_wait(tmp_path: Path) -> None:
+    folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}] * 8, [(16, 16)] * 2)
+    script = (
+        "from latentreward.diffusion.cache.datamodule import *\n"
+        f"data = CachedPreferenceDataModule(train=CachedSplit({str(folder)!r}), batch_size=2, num_workers=1)\n"
+        "loader = data.train_dataloader()\n"
+        "print(len([batch for batch in loader]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "4\n", "")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_bits_of_the_uninterrupted_one(world: Path, tmp_path: Path) -> None:
+    def fit(keeper: ModelCheckpoint | None, checkpoint: Path | None = None) -> Trainer:
+        callbacks = [ExactResume(seed=1), *([keeper] if keeper else [])]
+        options = {"max_epochs": 2, **QUIET, "enable_checkpointing": keeper is not None}
+        trainer = Trainer(accelerator="cpu", devices=1, callbacks=callbacks, **options)
+        split = CachedSplit(str(world / "train"))
+        data = CachedPreferenceDataModule(train=split, batch_size=3, num_workers=1, seed=2)
+        trainer.fit(dina(), data, ckpt_path=checkpoint, weights_only=True)
+        return trainer
+
+    whole = fit(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1))
+    for step in (2, whole.global_step // 2, whole.global_step // 2 + 1, whole.global_step - 1):
+        resumed = fit(None, tmp_path / f"step={step}.ckpt")
+        assert resumed.global_step == whole.global_step
+        for name, value in resumed.lightning_module.state_dict().items():
+            assert torch.equal(value, whole.lightning_module.state_dict()[name]), (step, name)
+
+
+class PairsToFiles(Callback):
+    """Writes which pairs each rank saw."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _write(self, stage: str, trainer: Trainer, batch: PreferenceBatch) -> None:
+        with (self.folder / f"{stage}{trainer.global_rank}").open("a") as file:
+            file.write(" ".join(batch.pair_ids) + "\n")
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._write("train", trainer, batch)
+
+    def on_validation_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._write("val", trainer, batch)
+
+
+def fit_on_two_ranks(folder: Path) -> int:
+    """One rank; returns its number of pairs."""
+    data, options = train_and_validate(folder / "world"), {"max_epochs": 1, "num_sanity_val_steps": 0, **QUIET}
+    runner = Trainer(accelerator="cpu", devices=2, strategy="ddp", callbacks=[PairsToFiles(folder)], **options)
+    runner.fit(dina(), data)
+    return len(data.datasets["train"])
+
+
+def train_and_validate(world: Path) -> CachedPreferenceDataModule:
+    train, val = CachedSplit(str(world / "train")), CachedSplit(str(world / "test"))
+    return CachedPreferenceDataModule(train=train, val=val, batch_size=4, num_workers=1)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pairs_whatever_lightning_would_do(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "world").symlink_to(world)
+    on_ranks("tests.diffusion.cache.test_datamodule:fit_on_two_ranks", tmp_path)
+    data = train_and_validate(world)
+    lines = {path.name: [line.split() for line in path.read_text().splitlines()] for path in tmp_path.glob("[tv]*[01]")}
+    assert [len(batch) for batch in lines["train0"]] == [len(batch) for batch in lines["train1"]]
+    for stage, dataset in (("train", data.datasets["train"]), ("val", data.datasets["val"])):
+        seen = [pair for rank in "01" for batch in lines[f"{stage}{rank}"] for pair in batch]
+        assert len(seen) == len(set(seen)) == len(dataset)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="slots are shared with forked workers")
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_that_are_kept_are_never_overwritten(workers: int, tmp_path: Path) -> None:
+    pairs = [{"image_a": n, "image_b": (n + 1) % 12} for n in range(12)]
+    folder = write_cache(tmp_path / "cache", pairs, [(16, 16)] * 12)
+    data = cached(folder, batch_size=2, num_workers=workers, prefetch_factor=1, shuffle=False)
+    loader = data.train_dataloader()
+    kept = [batch for _ in range(4) for batch in loader]
+    fresh = list(cached(folder, batch_size=2, shuffle=False).train_dataloader()) * 4
+    for batch, wanted in zip(kept, fresh, strict=True):
+        assert batch.pair_ids == wanted.pair_ids
+        assert torch.equal(batch.chosen, wanted.chosen)
+        assert torch.equal(batch.conditioning.prompt_embeds, wanted.conditioning.prompt_embeds)

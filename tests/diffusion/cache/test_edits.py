@@ -1,0 +1,399 @@
+"""Caches of edits: every source is encoded once, to the posterior's mode, and read beside the images."""
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from latentreward.alignment import DiffusionDPOModule
+from latentreward.apps.cli import main
+from latentreward.core.contracts import EditPrompt, ImageRef, PreferencePair, sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.data import JSONLPairReader, OnError, PairReader, PixelLoader, PreferenceDataModule
+from latentreward.diffusion import find_family
+from latentreward.diffusion.cache.datamodule import check_sources
+from latentreward.diffusion.cache.dataset import CachedPairDataset
+from latentreward.diffusion.cache.index import CachedPairs, CacheIndex
+from latentreward.diffusion.cache.layout import IMAGES, PAIRS, PROMPTS, SHARDS, SOURCES, read_plan
+from latentreward.diffusion.encoders.vae import LatentEncoder
+from latentreward.diffusion.families.flux2_klein import Flux2Klein
+from latentreward.reward import DiNaLRMModule, GatedQFormerHead, ThurstoneLoss
+from latentreward.reward.modules.pairs import PairDraws
+from tests.data.edit_names import named
+from tests.diffusion.cache.test_datamodule import cached, fit
+from tests.diffusion.cache.writing import contents, write_image
+from tests.diffusion.cache.written_caches import write_cache
+from tests.diffusion.families.twins import TWINS
+from tests.marks import rotated_after
+from tests.processes import start_ranks
+
+KLEIN = TWINS["klein_base"]
+TEXTS = ("make it red", "remove the dog", "make it red", "add a cat")
+SOURCES_OF = ((0, 1), (1, 2), (1, 0), (2, 2), (0, 1), (2, 1), (0, 2), (1, 0))
+"""Numbers of the pictures that each pair's images are edits of."""
+
+
+class Edits(PairReader):
+    """Eight pairs with up to two sources, of three pictures.
+
+    Args:
+        root: Folder of the pictures.
+        pictures: Number of sources of each pair; 3 gives every other pair one and the others two.
+        on_error: See :class:`PairReader`.
+    """
+
+    def __init__(self, root: str, pictures: int = 1, on_error: OnError | None = None) -> None:
+        super().__init__(on_error)
+        self.root, self.pictures = Path(root), pictures
+
+    def __len__(self) -> int:
+        return len(SOURCES_OF)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        count = 1 + index % 2 if self.pictures == 3 else self.pictures
+        sources = [self.ref(f"source {number}") for number in SOURCES_OF[index][:count]]
+        images = self.ref(f"{index}a"), self.ref(f"{index}b")
+        prompt = EditPrompt(TEXTS[index % len(TEXTS)], sources) if sources else TEXTS[index % len(TEXTS)]
+        return PreferencePair(f"pair {index}", prompt, *images, label_a=float(index % 2))
+
+    def ref(self, name: str) -> ImageRef:
+        return ImageRef(name, path=self.root / f"{name}.jpg")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("edits")
+    names = [f"{number}{side}" for number in range(len(SOURCES_OF)) for side in "ab"]
+    for number, name in enumerate([*names, *(f"source {number}" for number in range(3))]):
+        write_image(folder / f"{name}.jpg", number, (48, 64 if "source" in name else 48))
+    return folder
+
+
+def arguments(output: Path, root: Path, *settings: str) -> list[str]:
+    return [
+        "cache",
+        str(output),
+        f"--reader={__name__}.Edits",
+        f"--reader.root={root}",
+        "--encoder=PipelineEncoders",
+        f"--encoder.source={KLEIN.folder}",
+        "--encoder.batch_size=4",
+        "--images.size=32",
+        "--images_per_shard=2",
+        "--num_workers=0",
+        "--dtype=float32",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        *settings,
+    ]
+
+
+SETTINGS = {
+    "sample": ("--encoder.text=states", "--reader.pictures=2"),
+    "mode": ("--encoder.text=states", "--encoder.posterior=mode"),
+    "half": ("--encoder.text=states", "--encoder.posterior=mode", "--dtype=float16"),
+    "uneven": ("--reader.pictures=3",),
+    "plain": ("--reader.pictures=0", "--encoder.text=states", "--encoder.posterior=mode"),
+}
+
+
+@pytest.fixture(scope="module")
+def written(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches that fast tests read."""
+    folder = tmp_path_factory.mktemp("caches")
+    for name in ("sample", "uneven"):
+        main(arguments(folder / name, pictures, *SETTINGS[name]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_on(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches that slow tests train on."""
+    folder = tmp_path_factory.mktemp("trained_on")
+    for name in ("mode", "half", "plain"):
+        main(arguments(folder / name, pictures, *SETTINGS[name]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae() -> LatentEncoder:
+    """The family's own VAE."""
+    return find_family(KLEIN.source().pipeline()).load_latent_encoder()
+
+
+def table(folder: Path, name: str) -> list[dict[str, Any]]:
+    return pq.read_table(folder / name).to_pylist()
+
+
+def mode_of(vae: LatentEncoder, path: Path) -> Tensor:
+    """Latents ``(C, h, w)`` of a picture, without noise."""
+    return vae.encode(PixelLoader(32, 32, "center_crop")(ImageRef(path.stem, path=path))[None])[0]
+
+
+def check_sources_of(cache: Path, count: int, folder: str, vae: LatentEncoder, pictures: Path) -> None:
+    """Each of three sources is there once, in shards of ``folder``; pairs have ``count`` of them."""
+    images, shards = table(cache, IMAGES), table(cache, SHARDS)
+    keys = [image["image_key"] for image in images]
+    assert len(keys) == len(set(keys)) == 16 + 3 == read_plan(cache).images
+    for row, pair in enumerate(table(cache, PAIRS)):
+        assert [keys[number] for number in pair["source_images"]] == [f"source {n}" for n in SOURCES_OF[row][:count]]
+    for image, place in zip(images, table(cache, SOURCES), strict=True):
+        if not image["image_key"].startswith("source"):
+            continue
+        assert place["side"] in "01"
+        shard = shards[image["shard"]]["name"]
+        assert shard.split("/")[0] == folder
+        expected = mode_of(vae, pictures / f"{image['image_key']}.jpg")
+        torch.testing.assert_close(load_file(cache / shard)["latents"][image["row"]], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_source_is_encoded_once_to_the_mode(written: Path, vae: LatentEncoder, pictures: Path) -> None:
+    check_sources_of(written / "sample", 2, "source_latents", vae, pictures)
+
+
+@pytest.mark.slow
+def test_sources_are_as_other_images_where_these_are_modes_too(
+    trained_on: Path, vae: LatentEncoder, pictures: Path
+) -> None:
+    check_sources_of(trained_on / "mode", 1, "latents", vae, pictures)
+
+
+def test_a_text_is_encoded_once_whatever_its_pictures(written: Path) -> None:
+    assert [row["prompt"] for row in table(written / "sample", PROMPTS)] == ["", *dict.fromkeys(TEXTS)]
+
+
+def test_batches_hold_sources_place_by_place(written: Path, vae: LatentEncoder, pictures: Path) -> None:
+    reader, index = Edits(str(pictures), 2), CacheIndex(written / "sample")
+    pairs = CachedPairs(index)
+    assert pairs.prompts() == [pairs[number].prompt for number in range(len(pairs))]
+    assert named(pairs.prompts()) == named(reader.prompts())
+    batch = CachedPairDataset(index, pairs.rows).__getitems__([4, 0, 3])
+    assert named(batch.prompts) == named(reader[row].prompt for row in (4, 0, 3))
+    assert [len(sources_of(prompt)) for prompt in batch.prompts] == [2, 2, 2]
+    assert [one.shape for one in batch.sources] == [batch.chosen.shape] * 2
+    for place, latents in enumerate(batch.sources):
+        for found, row in zip(latents, (4, 0, 3), strict=True):
+            expected = mode_of(vae, pictures / f"source {SOURCES_OF[row][place]}.jpg")
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not batch.conditioning.source_latents and len(batch.uncond) == 1
+
+
+@pytest.mark.slow
+def test_json_lines_become_a_cache_of_edits(pictures: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": text, "source_images": [f"source {number}.jpg"], "chosen": f"{number}a.jpg", "rejected": "3b.jpg"}
+        for number, text in enumerate(TEXTS[:3])
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = ("--reader=JSONLPairReader", f"--reader.file={file}", f"--reader.root={pictures}")
+    settings = [one for one in arguments(tmp_path / "cache", pictures) if not one.startswith("--reader")]
+    main([*settings, *reader, "--encoder.text=states"])
+    data = cached(tmp_path / "cache", batch_size=3, shuffle=False)
+    [batch] = data.train_dataloader()
+    assert named(batch.prompts) == named(JSONLPairReader(str(file), str(pictures)).prompts())
+    assert len(batch.sources) == 1 and not torch.equal(batch.sources[0], batch.chosen)
+    learner = policy()
+    assert len(fit(learner, data, max_epochs=1).values) == 1
+
+
+@pytest.mark.parametrize("workers", rotated_after(1, [0, 1]))
+def test_a_batch_has_one_number_of_sources(workers: int, written: Path) -> None:
+    data = cached(written / "uneven", batch_size=3, num_workers=workers, prefetch_factor=1 if workers else 4)
+    seen = list(data.train_dataloader())
+    assert sorted(pair for batch in seen for pair in batch.pair_ids) == [f"pair {number}" for number in range(8)]
+    for batch in seen:
+        assert {len(sources_of(prompt)) for prompt in batch.prompts} == {len(batch.sources)}
+        assert {1 + int(pair.split()[1]) % 2 for pair in batch.pair_ids} == {len(batch.sources)}
+
+
+@pytest.mark.slow
+def test_a_cache_of_pairs_without_sources_has_none(trained_on: Path) -> None:
+    cache = trained_on / "plain"
+    assert "source_images" not in pq.read_schema(cache / PAIRS).names
+    batch = CachedPairDataset(CacheIndex(cache), [0, 1]).__getitems__([0, 1])
+    assert batch.sources == () and {type(prompt) for prompt in batch.prompts} == {str}
+
+
+def reward() -> DiNaLRMModule:
+    torch.manual_seed(0)
+    backbone = create_backbone("flux2_klein", source=KLEIN.folder, num_layers=3, visual_taps=[2, 3], text_taps=[2])
+    return DiNaLRMModule(backbone, GatedQFormerHead, ThurstoneLoss(), eval_sigmas=[0.5], posterior="mode", seed=0)
+
+
+def policy() -> DiffusionDPOModule:
+    return DiffusionDPOModule(KLEIN.source(), posterior="mode", seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name", "options", "tolerance"),
+    rotated_after(
+        1,
+        [
+            (reward, "mode", {}, 1e-5),
+            (policy, "mode", {}, 1e-4),
+            (reward, "mode", {"cached_text": False, "num_workers": 1}, 1e-5),
+            (reward, "half", {}, 2e-3),
+        ],
+    ),
+)
+def test_training_from_the_cache_gives_the_losses_of_training_from_pictures(
+    module: Any, name: str, options: dict[str, Any], tolerance: float, trained_on: Path, pictures: Path
+) -> None:
+    settings = {"batch_size": 4, "num_workers": 0, "seed": 0}
+    data = (
+        PreferenceDataModule(32, resize="center_crop", train=Edits(str(pictures)), **settings),
+        cached(trained_on / name, **{**settings, **options}),
+    )
+    wanted, got = (fit(module(), one, max_epochs=1) for one in data)
+    assert got.pairs == wanted.pairs and len(got.values) == 2
+    torch.testing.assert_close(torch.tensor(got.values), torch.tensor(wanted.values), rtol=tolerance, atol=tolerance)
+    # The tiny network's losses hardly depend on the sources.
+    learner, batches = module(), [next(iter(one.train_dataloader())) for one in data]
+    found = [learner.encode(batch, PairDraws(batch, 0, 0)).conditioning.source_latents for batch in batches]
+    assert [len(latents) for latents in found] == [1, 1]
+    torch.testing.assert_close(found[1], found[0], rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.slow
+def test_two_processes_and_resumed_runs_write_the_same_bytes(written: Path, pictures: Path, tmp_path: Path) -> None:
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp")
+    for run in start_ranks(arguments(tmp_path / "two", pictures, *SETTINGS["sample"], *two), 2, threads=1):
+        assert run.wait(300) == 0, run.stderr
+    expected = contents(written / "sample")
+    assert contents(tmp_path / "two") == expected
+    for name in [*(name for name in expected if "source_latents/0032x0032-00001" in name), PAIRS]:
+        (tmp_path / "two" / name).unlink()
+    main(arguments(tmp_path / "two", pictures, *SETTINGS["sample"]))
+    assert contents(tmp_path / "two") == expected
+
+
+@pytest.mark.slow
+def test_unreadable_sources_follow_on_error(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    (root / "source 0.jpg").write_bytes((pictures / "source 0.jpg").read_bytes()[:300])
+    with pytest.raises(SystemExit):
+        main(arguments(tmp_path / "raised", root))
+    assert "'source 0'" in capsys.readouterr().err.strip().splitlines()[-1]
+    main(arguments(tmp_path / "skipped", root, "--reader.on_error=skip"))
+    lost = [number for number, (first, _) in enumerate(SOURCES_OF) if first == 0]
+    assert f"('source 0'); {len(lost)} pairs have such an image" in capsys.readouterr().out
+    kept = CachedPairs(CacheIndex(tmp_path / "skipped"))
+    assert kept.pair_ids() == [f"pair {number}" for number in range(8) if number not in lost]
+    assert dict(kept.skipped) == {"unreadable image": len(lost)}
+
+
+def kontext(folder: Path) -> Path:
+    """A folder with the configs of a tiny FLUX.1-Kontext, and its VAE."""
+    shutil.copytree(TWINS["flux1_dev"].folder, folder, ignore=shutil.ignore_patterns("text_encoder*", "tokenizer*"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxKontextPipeline"}))
+    return folder
+
+
+@pytest.mark.slow
+def test_pairs_with_another_number_of_sources_follow_on_error(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(kontext(tmp_path / "kontext"))
+    settings = ("--reader.pictures=3", f"--encoder.source={source}")
+    with pytest.raises(SystemExit):
+        main(arguments(tmp_path / "raised", pictures, *settings))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "reader: pair 1: FLUX.1-Kontext takes 0 to 1 pictures to edit, and 2 were given" in error
+    main(arguments(tmp_path / "skipped", pictures, *settings, "--reader.on_error=skip"))
+    assert read_plan(tmp_path / "skipped").dropped == {"wrong number of pictures to edit": 4}
+    assert {len(row["source_images"]) for row in table(tmp_path / "skipped", PAIRS)} == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pictures_of_pair", [1, 2])
+def test_a_network_that_edits_nothing_is_refused_before_its_weights_are_read(
+    pictures_of_pair: int, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(TWINS["flux1_dev"].folder, tmp_path / "flux", ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = (f"--reader.pictures={pictures_of_pair}", f"--encoder.source={tmp_path / 'flux'}")
+    with pytest.raises(SystemExit):
+        main(arguments(tmp_path / "cache", pictures, *settings))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"reader: FLUX.1 makes pictures from text alone, and {pictures_of_pair} to edit were given" in error
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("counts", "takes", "message"),
+    [
+        ((1, 1), (0, 0), "have 1 sources, but the model's network makes pictures from text alone; write"),
+        ((0, 0), (1, 1), "have 0 sources, but the model's network takes 1 .source_images"),
+        ((1, 2), (0, 1), "have 1 to 2 sources, but the model's network takes 0 to 1 "),
+        ((0, 0), (1, None), "have 0 sources, but the model's network takes at least 1 "),
+        ((1, 2), (1, None), None),
+        ((0, 0), (0, 1), None),
+    ],
+)
+def test_a_network_must_take_the_cache_s_numbers_of_sources(
+    counts: tuple[int, ...], takes: tuple[int, int | None], message: str | None, tmp_path: Path
+) -> None:
+    pairs = [{"image_a": 0, "image_b": 1, "source_images": [2] * count} for count in counts]
+    index = CacheIndex(write_cache(tmp_path / "cache", pairs, [(16, 16)] * 3))
+    with nullcontext() if message is None else pytest.raises(InputError, match=message):
+        check_sources(index, takes)
+
+
+class Seeing(Flux2Klein):
+    """A family whose text encoder sees the pictures too."""
+
+    sees_sources = True
+
+
+def test_a_text_encoder_that_sees_the_pictures_needs_its_states_cached(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments(tmp_path / "cache", pictures, f"--encoder.family={__name__}.Seeing"))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "reader: the text encoder of FLUX.2-klein reads the 1 sources of a pair too" in error
+    assert error.endswith("set encoder.text: states")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["policy", "backbone"])
+def test_training_refuses_a_cache_of_edits_before_weights_are_read(
+    part: str, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flux = shutil.copytree(TWINS["flux1_dev"].folder, tmp_path / "flux", ignore=shutil.ignore_patterns("*.safetensors"))
+    network = {"source": str(flux)}
+    model = {
+        "policy": {"class_path": "DiffusionDPOModule", "init_args": {"policy": network}},
+        "backbone": {
+            "class_path": "DiNaLRMModule",
+            "init_args": {
+                "backbone": {"class_path": "flux1", "init_args": network},
+                "head": {"class_path": "GatedQFormerHead"},
+                "loss": {"class_path": "ThurstoneLoss"},
+            },
+        },
+    }[part]
+    data = {"class_path": "CachedPreferenceDataModule", "init_args": {"train": {"cache": str(written / "sample")}}}
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": model, "data": data}))
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={tmp_path / 'run.yaml'}", f"--trainer.default_root_dir={tmp_path}"])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "have 2 sources, but the model's network makes pictures from text alone; write" in error
+
+
+def test_a_pair_misses_what_its_sources_miss(tmp_path: Path) -> None:
+    pairs = [{"image_a": 0, "image_b": 1, "source_images": sources} for sources in ([2], [2, 3], [3], [1, 2])]
+    index = CacheIndex(write_cache(tmp_path / "cache", pairs, [(16, 16)] * 4, unreadable=[3]))
+    assert CachedPairs(index).pair_ids() == ["pair00", "pair03"]
+    assert index.sources(np.array([3, 1])).tolist() == [[1, 2], [2, 3]]

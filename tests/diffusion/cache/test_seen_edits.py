@@ -1,0 +1,236 @@
+"""Caches for a text encoder that sees the pictures to edit: the embeddings belong to a text with its pictures."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from latentreward.alignment import DiffusionDPOModule, PolicySource, StepAwarePixelModule
+from latentreward.apps.cli import main
+from latentreward.core.contracts import EditPrompt, PreferencePair, like_prompt
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.data import PreferenceDataModule
+from latentreward.diffusion import find_family
+from latentreward.diffusion.cache.dataset import CachedPairDataset
+from latentreward.diffusion.cache.index import CachedPairs, CacheIndex
+from latentreward.diffusion.cache.layout import PROMPTS, SHARDS
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.reward import CLIPProjectionHead, DiNaLRMModule, GatedQFormerHead, LRMLoss, LRMModule, ThurstoneLoss
+from latentreward.reward.modules.pairs import PairDraws
+from tests.diffusion.cache.test_datamodule import cached, fit
+from tests.diffusion.cache.test_edits import SOURCES_OF, TEXTS, Edits, arguments, pictures, table
+from tests.diffusion.cache.writing import contents, write_image
+from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
+from tests.marks import rotated_after
+from tests.reward.scorers.tiny_clip import write_clip
+
+__all__ = ["pictures"]
+DISTINCT = list(dict.fromkeys((TEXTS[row % len(TEXTS)], SOURCES_OF[row]) for row in range(len(SOURCES_OF))))
+"""Text and pictures of each prompt, in the order of the pairs; a text is there with several pictures."""
+
+
+def write(output: Path, root: Path, *settings: str) -> Path:
+    own = (f"--encoder.source={qwen_image_edit_folder()}", "--encoder.posterior=mode", "--encoder.text=states")
+    main(arguments(output, root, *own, "--reader.pictures=2", *settings))
+    return output
+
+
+@pytest.fixture(scope="module")
+def written(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("seen")
+    caches = {"float32": (), "float16": ("--dtype=float16",), "uneven": ("--reader.pictures=3", "--num_workers=1")}
+    return {name: write(folder / name, pictures, *settings) for name, settings in caches.items()}
+
+
+@pytest.fixture(scope="module")
+def encoder() -> PromptEncoder:
+    return find_family(PolicySource(qwen_image_edit_folder()).pipeline()).load_prompt_encoder().eval()
+
+
+def states(cache: Path) -> list[Tensor]:
+    """Embeddings of each row of the prompts' table, of a cache with one shard of text."""
+    (shard,) = (row["name"] for row in table(cache, SHARDS) if row["kind"] == "text")
+    tensors = load_file(cache / shard)
+    return [*tensors["prompt_embeds"].split(tensors["prompt_lengths"].tolist())]
+
+
+@pytest.mark.slow
+def test_a_text_is_encoded_once_with_each_of_its_pictures(
+    written: dict[str, Path], encoder: PromptEncoder, pictures: Path
+) -> None:
+    rows = table(written["float32"], PROMPTS)
+    assert [row["prompt"] for row in rows] == ["", *(text for text, _ in DISTINCT)]
+    reader, stored = Edits(str(pictures), 2), states(written["float32"])
+    for row, found in zip(rows[1:], stored[1:], strict=True):
+        prompt = reader[row["reader_row"]].prompt
+        with torch.no_grad():
+            torch.testing.assert_close(found, encoder([prompt]).prompt_embeds[0], rtol=1e-5, atol=1e-5)
+    reds = [found for row, found in zip(rows, stored, strict=True) if row["prompt"] == TEXTS[0]]
+    assert len(reds) == 3 and not torch.allclose(reds[0], reds[1], atol=1e-2)
+
+
+def reward() -> DiNaLRMModule:
+    torch.manual_seed(0)
+    backbone = create_backbone(
+        "qwen_image_edit", source=qwen_image_edit_folder(), num_layers=2, visual_taps=[1, 2], text_taps=[2]
+    )
+    return DiNaLRMModule(backbone, GatedQFormerHead, ThurstoneLoss(), eval_sigmas=[0.5], posterior="mode", seed=0)
+
+
+def policy() -> DiffusionDPOModule:
+    torch.manual_seed(0)
+    return DiffusionDPOModule(PolicySource(qwen_image_edit_folder()), posterior="mode", seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name", "tolerance"),
+    rotated_after(
+        2, [(reward, "float32", 1e-5), (reward, "uneven", 1e-5), (policy, "float32", 1e-4), (reward, "float16", 2e-3)]
+    ),
+)
+def test_training_from_the_cache_gives_the_losses_of_training_from_pictures(
+    module: Any, name: str, tolerance: float, written: dict[str, Path], pictures: Path
+) -> None:
+    settings = {"batch_size": 4, "num_workers": 0, "seed": 0}
+    data = (
+        PreferenceDataModule(32, resize="center_crop", train=Edits(str(pictures), 2 + (name == "uneven")), **settings),
+        cached(written[name], **settings),
+    )
+    wanted, got = (fit(module(), one, max_epochs=1) for one in data)
+    assert got.pairs == wanted.pairs and len(got.values) == 2
+    torch.testing.assert_close(torch.tensor(got.values), torch.tensor(wanted.values), rtol=tolerance, atol=tolerance)
+    learner, batches = module(), [next(iter(one.train_dataloader())) for one in data]
+    encoded = [learner.encode(batch, PairDraws(batch, 0, 0)).conditioning for batch in batches]
+    assert batches[1].uncond is None and batches[1].conditioning is not None
+    for field in ("prompt_embeds", "prompt_mask", "source_latents"):
+        want, found = (getattr(one, field) for one in encoded)
+        torch.testing.assert_close(found, want, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.slow
+def test_pairs_of_unlike_numbers_of_pictures_and_runs_that_go_on(
+    written: dict[str, Path], encoder: PromptEncoder, pictures: Path, tmp_path: Path
+) -> None:
+    reader = Edits(str(pictures), 3)
+    pairs = CachedPairs(index := CacheIndex(written["uneven"]))
+    for row in range(4):
+        batch = CachedPairDataset(index, pairs.rows).__getitems__([row])
+        with torch.no_grad():
+            want = encoder([reader[row].prompt]).prompt_embeds
+        torch.testing.assert_close(batch.conditioning.prompt_embeds, want, rtol=1e-5, atol=1e-5)
+    again = Path(shutil.copytree(written["uneven"], tmp_path / "again"))
+    for path in [*(again / "text").iterdir(), again / PROMPTS]:
+        path.unlink()
+    write(again, pictures, "--reader.pictures=3")
+    assert contents(again) == contents(written["uneven"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", ["header", "end"])
+def test_unreadable_pictures_follow_on_error(
+    damaged: str, written: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    whole = (pictures / "source 0.jpg").read_bytes()
+    (root / "source 0.jpg").write_bytes(b"no picture" if damaged == "header" else whole[: len(whole) // 2])
+    with pytest.raises(SystemExit):
+        write(tmp_path / "raised", root)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "'source 0'" in error and "set the reader's on_error to skip" in error
+    write(tmp_path / "skipped", root, "--reader.on_error=skip")
+    lost = [f"pair {row}" for row, numbers in enumerate(SOURCES_OF) if 0 in numbers]
+    told = {"header": f"dropped pairs: {len(lost)} unknown", "end": f"('source 0'); {len(lost)} pairs have such an"}
+    assert told[damaged] in capsys.readouterr().out
+    kept = CachedPairs(CacheIndex(tmp_path / "skipped"))
+    assert {*kept.pair_ids()} == {f"pair {row}" for row in range(len(SOURCES_OF))} - {*lost}
+    whole_rows, rows = (table(cache, PROMPTS) for cache in (written["float32"], tmp_path / "skipped"))
+    wanted = dict(zip((row["reader_row"] for row in whole_rows), states(written["float32"]), strict=True))
+    for row, found in zip(rows[1:], states(tmp_path / "skipped")[1:], strict=True):
+        if f"pair {row['reader_row']}" not in lost:
+            torch.testing.assert_close(found, wanted[row["reader_row"]], rtol=1e-5, atol=1e-5)
+
+
+class Odd(Edits):
+    """Pairs of which two have what the text encoder does not take: a narrow picture, and a picture's token as text."""
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        pair = super().__getitem__(index)
+        if index == 1:
+            return replace(pair, prompt=EditPrompt(pair.prompt, [self.ref("narrow")] * 2))
+        return replace(pair, prompt=like_prompt("draw <|image_pad|>", pair.prompt)) if index == 4 else pair
+
+
+@pytest.mark.slow
+def test_what_the_text_encoder_does_not_take_follows_on_error(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    write_image(root / "narrow.jpg", 9, (500, 2))
+    told = "pair 1: image 'narrow': a picture to edit has 2×500 pixels, and a side must be at most 200 times the other"
+    with pytest.raises(SystemExit):
+        write(tmp_path / "raised", root, f"--reader={__name__}.Odd")
+    assert told in capsys.readouterr().err.strip().splitlines()[-1]
+    left = {f"pair {row}" for row in range(len(SOURCES_OF))} - {"pair 1", "pair 4"}
+    write(tmp_path / "skipped", root, f"--reader={__name__}.Odd", "--reader.on_error=skip", "--num_workers=1")
+    assert "2 edit that the text encoder does not take" in capsys.readouterr().out
+    assert {*CachedPairs(CacheIndex(tmp_path / "skipped")).pair_ids()} == left
+    settings = {"resize": "center_crop", "batch_size": 4, "num_workers": 1, "seed": 0}
+    with pytest.raises(InputError, match=rf"^data\.train: {told}"):
+        fit(reward(), PreferenceDataModule(32, train=Odd(str(root), 2), **settings), max_epochs=1)
+    for on_error in ("skip", "placeholder"):
+        data = PreferenceDataModule(32, train=Odd(str(root), 2, on_error), **settings)
+        assert {name for names in fit(reward(), data, max_epochs=1).pairs for name in names} >= left
+        assert data.datasets["train"].skipped() == {"edit that the text encoder does not take": 2}
+
+
+class Repeated(Edits):
+    """The pairs five times; ``renamed`` changes the prompt of a row that the record of the data does not sample."""
+
+    def __init__(self, root: str, pictures: int = 2, renamed: bool = False) -> None:
+        super().__init__(root, pictures)
+        self.renamed = renamed
+
+    def __len__(self) -> int:
+        return 5 * len(SOURCES_OF)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        pair = replace(super().__getitem__(index % len(SOURCES_OF)), pair_id=f"pair {index}")
+        return replace(pair, prompt=like_prompt("add a dog", pair.prompt)) if self.renamed and index == 3 else pair
+
+
+@pytest.mark.slow
+def test_other_prompts_are_refused(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = write(tmp_path / "cache", pictures, f"--reader={__name__}.Repeated")
+    shutil.rmtree(cache / "text")
+    with pytest.raises(SystemExit):
+        write(cache, pictures, f"--reader={__name__}.Repeated", "--reader.renamed=true")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "reader: the prompt of row 3 is 'add a dog', but was 'add a cat' when the cache was planned" in error
+
+
+@pytest.mark.slow
+def test_training_refuses_a_cache_that_lacks_what_the_model_reads_of_the_pictures(
+    written: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="the cache holds latents alone; write it with"):
+        fit(reward(), cached(written["float32"], cached_text=False), max_epochs=1)
+    taps = {"visual_taps": [2], "text_taps": [2]}
+    backbone = create_backbone("qwen_image_edit", source=qwen_image_edit_folder(), **taps)
+    guided = LRMModule(backbone, CLIPProjectionHead, LRMLoss(), eval_sigmas=[0.5], seed=0)
+    with pytest.raises(InputError, match=r"the head needs the empty prompt with each picture to edit, .* guidance: 1"):
+        fit(guided, cached(written["float32"]), max_epochs=1)
+    clip = write_clip(tmp_path / "clip")
+    scorer = StepAwarePixelModule(PolicySource(qwen_image_edit_folder()), clip, posterior="mode", seed=0)
+    with pytest.raises(InputError, match=r"guidance_scale=4 needs the empty prompt with each picture .* set it to 1,"):
+        fit(scorer, cached(written["float32"]), max_epochs=1)
+    trained = reward()
+    trained.model.backbone.text_encoder.requires_grad_(True)
+    with pytest.raises(InputError, match="the model trains its text encoder; train from the images"):
+        fit(trained, cached(written["float32"]), max_epochs=1)

@@ -1,0 +1,237 @@
+"""Families outside the package, as their authors would write them, each with a tiny pipeline.
+
+Chroma is a flow with T5 alone, whose padding tokens take part: the pipeline adds its mask of zeros and ones to the
+attention's logits. SANA is a flow with linear attention and a deterministic VAE that divides sides by 32. PixArt-Sigma
+predicts noise.
+"""
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
+from torch.nn import functional as F
+from transformers import Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
+
+from latentreward.core.contracts import Conditioning, LatentSpace
+from latentreward.core.registry import register_backbone
+from latentreward.diffusion import FamilyBackbone, FlowFamily, load_family_backbone
+from latentreward.diffusion.encoders.language_model import LanguageModelEncoder
+from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.vae import LatentEncoder
+from latentreward.diffusion.noise.schedules import static_levels
+from tests.tiny_pipelines import t5_tokenizer, vae
+
+
+class T5Prompts(PromptEncoder):
+    """T5 tokens of the prompts up to the longest."""
+
+    masked, pooled_dim = True, 0
+
+    def __init__(self, text_encoder, tokenizer, num_tokens):
+        super().__init__()
+        self.text_encoder, self.tokenizer, self.num_tokens = text_encoder, tokenizer, num_tokens
+        self.token_dim = text_encoder.config.d_model
+
+    def padded(self, prompts, padding):
+        settings = {"padding": padding, "truncation": True, "max_length": self.num_tokens}
+        with torch.device("cpu"):
+            made = self.tokenizer(list(prompts), return_tensors="pt", **settings)
+        return made.input_ids, made.attention_mask
+
+    def tokenize(self, prompts):
+        return self.padded(prompts, "longest")
+
+    def encode_ids(self, *ids):
+        states = self.text_encoder(input_ids=ids[0], attention_mask=ids[1]).last_hidden_state
+        return Conditioning(states, prompt_mask=ids[1].bool())
+
+
+class ChromaPrompts(T5Prompts):
+    """T5 tokens of a fixed number, all of which count; the pooled vector is 1 for the prompt's own and one more."""
+
+    masked = False
+
+    def __init__(self, text_encoder, tokenizer, num_tokens):
+        super().__init__(text_encoder, tokenizer, num_tokens)
+        self.pooled_dim = num_tokens
+
+    def tokenize(self, prompts):
+        return self.padded(prompts, "max_length")
+
+    def encode_ids(self, *ids):
+        states = self.text_encoder(input_ids=ids[0], attention_mask=ids[1]).last_hidden_state
+        return Conditioning(states, F.pad(ids[1], (1, 0), value=1)[:, :-1].to(states.dtype))
+
+
+class Chroma(FlowFamily):
+    """Family of Chroma1-HD: FLUX's blocks, modulated by an approximator instead of layers of their own."""
+
+    name, title = "own_chroma", "Chroma"
+    network_class = "ChromaTransformer2DModel"
+    block_classes = ("ChromaTransformerBlock", "ChromaSingleTransformerBlock")
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    lora_loader = "FluxLoraLoaderMixin"
+    time_embedding, positions, default_guidance = ("distilled_guidance_layer",), 4, 5.0
+
+    def load_prompt_encoder(self, t5_length=None, load_t5=True, pretrained=True):
+        text = self.pipeline.load(T5EncoderModel, "text_encoder", pretrained)
+        return ChromaPrompts(text, self.pipeline.tokenizer("tokenizer"), t5_length or 512)
+
+    def mu(self, num_inference_steps, shape):
+        return self.linear_mu(shape[-1] * shape[-2] // 4)
+
+    def inputs(self, network, latents, conditioning):
+        grid, kind = self.token_grid(latents), network.x_embedder.weight
+        rows, columns = (torch.arange(side, device=latents.device) for side in grid)
+        places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
+        text = conditioning.prompt_embeds.to(kind.dtype)
+        ids = F.pad(places, (1, 0)).to(kind.dtype), torch.zeros(text.shape[1], 3, device=latents.device)
+        mask = F.pad(conditioning.pooled_prompt_embeds.to(kind.dtype), (0, len(places)), value=1.0)
+        return self.pack(latents.to(kind.dtype)), text, ids, mask
+
+    def velocity(self, network, latents, sigma, conditioning, guidance):
+        visual, text, (places, words), mask = self.inputs(network, latents, conditioning)
+        made = network(visual, text, sigma.to(visual.dtype), places, words, mask, return_dict=False)
+        return self.unpack(made[0], self.token_grid(latents))
+
+    def temb(self, *found):
+        return found[0].mean(dim=1)
+
+
+class DCEncoder(LatentEncoder):
+    """AutoencoderDC, whose latents are not random."""
+
+    @classmethod
+    def space_of(cls, vae_config, name="the VAE's config"):
+        downscale = 2 ** (len(vae_config["encoder_block_out_channels"]) - 1)
+        return LatentSpace(vae_config["latent_channels"], downscale, float(vae_config["scaling_factor"]))
+
+    def encode(self, pixels, noise=None, *, differentiable=False):
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            return self.scale(self.vae.encode(pixels.to(self.vae.dtype)).latent.float())
+
+
+class Gemma(LanguageModelEncoder):
+    """Gemma's last states of a prompt, without SANA's instruction."""
+
+    def text(self, prompt):
+        return prompt
+
+
+class Sana(FlowFamily):
+    """Family of SANA: linear attention over tokens of 32 × 32 pixels."""
+
+    name, title = "sana", "SANA"
+    network_class = "SanaTransformer2DModel"
+    block_classes = ("SanaTransformerBlock",)
+    lists = ("transformer_blocks",)
+    lora_loader = "SanaLoraLoaderMixin"
+    lora_targets, time_embedding = ("to_q", "to_k", "to_v"), ("time_embed",)
+    vae_class, latent_encoder = "AutoencoderDC", DCEncoder
+    text_field, packing, default_guidance, constant_text = "caption_channels", 1, 4.5, True
+
+    def load_prompt_encoder(self, t5_length=None, load_t5=True, pretrained=True):
+        text = self.pipeline.load(Gemma2Model, "text_encoder", pretrained)
+        return self.fitting(Gemma(text, self.pipeline.tokenizer("tokenizer"), 300))
+
+    def levels(self, num_inference_steps, shape):
+        return static_levels(self.pipeline.config("scheduler"), num_inference_steps)
+
+    def velocity(self, network, latents, sigma, conditioning, guidance):
+        dtype = network.patch_embed.proj.weight.dtype
+        given = conditioning.prompt_embeds.to(dtype), sigma.to(dtype) * 1000
+        return network(latents.to(dtype), *given, encoder_attention_mask=conditioning.prompt_mask).sample
+
+
+class PixArt(FlowFamily):
+    """Family of PixArt-Sigma: a transformer that predicts noise."""
+
+    name, title, flow = "pixart", "PixArt-Sigma", False
+    network_class = "PixArtTransformer2DModel"
+    block_classes = ("BasicTransformerBlock",)
+    lists = ("transformer_blocks",)
+    lora_targets, time_embedding = ("to_q", "to_k", "to_v"), ("adaln_single",)
+    text_field, default_guidance, constant_text = "caption_channels", 4.5, True
+
+    def load_prompt_encoder(self, t5_length=None, load_t5=True, pretrained=True):
+        text = self.pipeline.load(T5EncoderModel, "text_encoder", pretrained)
+        return self.fitting(T5Prompts(text, self.pipeline.tokenizer("tokenizer"), t5_length or 300))
+
+    def velocity(self, network, latents, sigma, conditioning, guidance):
+        dtype = network.pos_embed.proj.weight.dtype
+        made = network(
+            latents.to(dtype), conditioning.prompt_embeds.to(dtype), sigma * 1000,
+            {"resolution": None, "aspect_ratio": None}, encoder_attention_mask=conditioning.prompt_mask,
+        ).sample  # fmt: skip
+        return made.chunk(2, dim=1)[0]
+
+
+def t5(width: int = 32) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=128, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
+
+
+def chroma_pipeline() -> DiffusionPipeline:
+    network = ChromaTransformer2DModel(
+        in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 6, 6), approximator_num_channels=16,
+        approximator_hidden_dim=16, approximator_layers=1,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return ChromaPipeline(scheduler, vae(0.3611, 16, 0.1159), t5(), t5_tokenizer(), network)
+
+
+def sana_vae() -> AutoencoderDC:
+    side = {"block_types": "ResBlock", "block_out_channels": (8, 8, 8, 8, 32, 32), "layers_per_block": (1,) * 6}
+    sides = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in side.items()}
+    return AutoencoderDC(
+        **sides, encoder_qkv_multiscales=((),) * 6, decoder_qkv_multiscales=((),) * 6, scaling_factor=0.41407
+    )
+
+
+def sana_pipeline() -> DiffusionPipeline:
+    network = SanaTransformer2DModel(
+        in_channels=32, out_channels=32, num_attention_heads=4, attention_head_dim=8, num_layers=4,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=32,
+        sample_size=32,
+    )  # fmt: skip
+    text = Gemma2Config(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return SanaPipeline(t5_tokenizer(), Gemma2Model(text).eval(), sana_vae(), network, scheduler)
+
+
+def pixart_pipeline() -> DiffusionPipeline:
+    network = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=4, cross_attention_dim=32, sample_size=32,
+        caption_channels=32,
+    )  # fmt: skip
+    return PixArtSigmaPipeline(t5_tokenizer(), t5(), vae(0.13025), network, DDIMScheduler(clip_sample=False))
+
+
+@register_backbone
+def own_chroma(source: str, **options) -> FamilyBackbone:
+    """Chroma as a reward's backbone."""
+    return load_family_backbone(source, family=f"{__name__}.Chroma", **options)
+
+
+@register_backbone
+def own_sana(source: str, **options) -> FamilyBackbone:
+    """SANA as a reward's backbone."""
+    return load_family_backbone(source, family=f"{__name__}.Sana", **options)
+
+
+@register_backbone
+def own_pixart(source: str, **options) -> FamilyBackbone:
+    """PixArt-Sigma as a reward's backbone."""
+    return load_family_backbone(source, family=f"{__name__}.PixArt", **options)

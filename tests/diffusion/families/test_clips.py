@@ -1,0 +1,259 @@
+"""Clips on Wan's twin: rewards train on pairs of clips, methods on their latents, and commands take or refuse them."""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageSequence
+from torch.utils.data import DataLoader
+
+from latentreward.alignment import Sampling
+from latentreward.apps.cli import main
+from latentreward.apps.commands.cache import TrainerSettings, cache
+from latentreward.apps.generation.image_folder import ImageFolder, write_images
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.core.reports.drawing import strip, to_image, to_images
+from latentreward.data import JSONLPairReader, PreferenceDataModule
+from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.data.image_sizes import OneSize
+from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
+from latentreward.diffusion.cache.layout import CacheSpec, read_plan
+from latentreward.diffusion.cache.sizing import ImageSettings
+from latentreward.diffusion.cache.sources import PipelineEncoders
+from latentreward.reward import DiNaLRMModule, GatedQFormerHead, RewardModel, ThurstoneLoss
+from latentreward.reward.scoring.layouts.config import sizes_of, sizes_record
+from tests.alignment.modules.lpo_runs import make_trainer
+from tests.apps.evaluation.policy.toy_scorers import redness
+from tests.clips import write_clip
+from tests.data.test_clips import pairs
+from tests.diffusion.families.test_every_command import QUIET, run
+from tests.diffusion.families.test_methods import METHODS
+from tests.diffusion.families.twins import PROMPTS, TWINS
+from tests.marks import rotated_after
+
+WAN = TWINS["wan21"]
+SIZE, FRAMES = 32, 5
+SAMPLING = Sampling(3, height=SIZE, width=SIZE, frames=FRAMES)
+LATENTS = (16, 2, SIZE // 8, SIZE // 8)
+
+
+def reward_module() -> DiNaLRMModule:
+    backbone = create_backbone("wan21", source=WAN.folder, visual_taps=[1, 2], text_taps=[1], tuning="lora")
+    torch.manual_seed(0)
+    return DiNaLRMModule(
+        backbone, lambda spec: GatedQFormerHead(spec, num_queries=2, num_heads=2), ThurstoneLoss(), posterior="mode"
+    )
+
+
+def write_cache(folder: Path, file: str) -> None:
+    encoder = PipelineEncoders(WAN.folder, posterior="mode", batch_size=4)
+    images = ImageSettings(SIZE, resize="stretch", frames=FRAMES)
+    one = TrainerSettings("cpu", 1)
+    cache(str(folder), JSONLPairReader(file), encoder, images, "float32", num_workers=0, trainer=one)
+
+
+@pytest.mark.slow
+def test_a_reward_trains_alike_on_clips_and_on_their_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, module = pairs(tmp_path), reward_module()
+    write_cache(tmp_path / "cache", file)
+    assert "clips longer than frames=5: 16 frames were not used" in capsys.readouterr().out
+    shared: dict[str, Any] = {"batch_size": 4, "num_workers": 0, "shuffle": False}
+    direct = PreferenceDataModule(SIZE, train=JSONLPairReader(file), frames=FRAMES, **shared)
+    cached = CachedPreferenceDataModule(train=CachedSplit(str(tmp_path / "cache")), **shared)
+    losses = []
+    for data in (direct, cached):
+        (batch,) = data.train_dataloader()
+        losses.append(module.training_step(batch, 0)["loss"])
+        assert str(data.datasets["train"].image_sizes) == "32x32, clips of 5 frames at 16 per second"
+    assert batch.chosen.shape == (4, *LATENTS)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+    make_trainer(tmp_path / "run", max_steps=2).fit(module, datamodule=direct)
+    assert module.model.image_sizes == OneSize(SIZE, SIZE, "stretch", FRAMES)
+
+
+@pytest.mark.parametrize("method", rotated_after(1, ["lpo", "grpo_stepwise", "grpo_trajectory", "refl"]))
+def test_methods_take_two_steps_on_clips(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.diffusion.families.test_methods.sampling", lambda twin: SAMPLING)
+    module = METHODS[method](WAN, WAN.source())
+    shapes, predict = set(), module.policy.predict
+
+    def spy(latents: torch.Tensor, *others: Any) -> torch.Tensor:
+        shapes.add(tuple(latents.shape[1:]))
+        return predict(latents, *others)
+
+    monkeypatch.setattr(module.policy, "predict", spy)
+    before = {name: weight.detach().clone() for name, weight in module.policy.named_parameters() if "lora_B" in name}
+    data: Any = PromptLoaders(PROMPTS, batch_size=2, prompts_per_rollout=2, batches_per_epoch=2, seed=1)
+    if method == "refl":
+        data = DataLoader([PromptBatch(PROMPTS, ("0/0", "0/1"))] * 2, batch_size=None)
+    keys = {"train_dataloaders": data} if isinstance(data, DataLoader) else {"datamodule": data}
+    make_trainer(tmp_path, max_steps=2, max_epochs=-1).fit(module, **keys)
+    assert shapes == {LATENTS}
+    after = dict(module.policy.named_parameters())
+    assert before and all(not torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_clips_are_written_as_animated_webp(tmp_path: Path) -> None:
+    folder = ImageFolder(tmp_path / "made", {"seed": 0}, "csv")
+    pixels = torch.rand(2, 3, FRAMES, 24, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    folder.add([((), write_images(folder.folder, [(0, 0), (1, 0)], ["a cat", "a dog"], pixels, None, 0))])
+    with Image.open(tmp_path / "made" / "00000_0_a-cat.webp") as clip:
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(clip)]
+        assert clip.n_frames == FRAMES and clip.is_animated and clip.info["loop"] == 0
+    assert [frame.tobytes() for frame in frames] == [frame.tobytes() for frame in to_images(pixels[0])]
+    folder.write_grid([(0, 0), (1, 0)])
+    assert Image.open(tmp_path / "made" / "grid.png").width > 2 * 4 * 32
+    again = ImageFolder(tmp_path / "made", {"seed": 0}, "csv")
+    assert again.missing([(0, 0), (1, 0)], ["a cat", "a dog"]) == []
+
+
+def test_grids_show_four_frames() -> None:
+    frames = [Image.new("RGB", (4, 4), (10 * number, 0, 0)) for number in range(13)]
+    picture = strip(frames)
+    assert [picture.getpixel((4 * place, 0))[0] for place in range(4)] == [0, 40, 80, 120]
+    image = to_image(torch.zeros(3, 4, 6))
+    assert strip([image]).tobytes() == image.tobytes()
+
+
+def test_records_of_clips_are_read_again() -> None:
+    assert sizes_of(sizes_record(OneSize(8, 8))) == OneSize(8, 8)
+    clips = OneSize(8, 8, "stretch", 5, 8.0)
+    assert sizes_of(sizes_record(clips)) == clips
+    with pytest.raises(InputError, match=r"image_sizes\.fps=0 must lie in"):
+        sizes_of({"class": "OneSize", "init_args": {"height": 8, "width": 8, "frames": 5, "fps": 0.0}})
+    spec = CacheSpec(
+        "vae", "v", "float32", WAN.source().resolve_family().latent_space, "mode", 0, "float16", (8, 8), None,
+        "stretch", "shared", 0, 1, 1,
+    )  # fmt: skip
+    for one in (spec, replace(spec, frames=5)):
+        assert CacheSpec.from_json(json.loads(json.dumps(one.record()))) == one
+
+
+def refusals(folder: Path) -> dict[str, tuple[Callable[[], Any], str]]:
+    clip = PreferenceDataModule(SIZE, train=JSONLPairReader(pairs(folder)), frames=4, num_workers=0)
+    images = TWINS["qwen_image"].source()
+    model = RewardModel.of(reward_module().model)
+    model.image_sizes = OneSize(SIZE, SIZE, frames=FRAMES)
+    trainer = make_trainer(folder, max_steps=1)
+    pixels = torch.zeros(1, 3, SIZE, SIZE)
+    return {
+        "policy": (lambda: SAMPLING.sampler(images.resolve_family()), "frames=5: Qwen-Image makes images"),
+        "count": (lambda: Sampling(frames=4).latent_shape(WAN.source().resolve_family()), "multiple of 4 plus 1"),
+        "data": (lambda: trainer.fit(reward_module(), datamodule=clip), "data.frames=4 must be a multiple of 4 plus 1"),
+        "buckets": (lambda: ImageSettings(frames=5), "images.frames=5: clips come to one size"),
+        "judge": (
+            lambda: SAMPLING.require_images("evaluate-policy"),
+            "sampling.frames=5: evaluate-policy takes images",
+        ),
+        "pixel reward": (
+            pixel_reward,
+            "sampling.frames makes clips, but a reward on pixels scores images",
+        ),
+        "monitor": (
+            lambda: SAMPLING.require_images("HackingMonitor"),
+            "sampling.frames=5: HackingMonitor takes images",
+        ),
+        "serve": (lambda: model.require_images("serve"), "was trained on clips of 5 frames, but serve takes images"),
+        "score": (lambda: model.score("a", pixels), "images are given, but the model was trained on clips of 5 frames"),
+        "length": (
+            lambda: model.score("a", pixels.unsqueeze(2).repeat(1, 1, 9, 1, 1)),
+            "clips of 9 frames are given, but the model was trained on clips of 5 frames",
+        ),
+    }
+
+
+def pixel_reward() -> None:
+    from latentreward.alignment import PixelReward
+    from latentreward.core.contracts import NoisyStates
+    from latentreward.reward import CallableScorer
+
+    policy = WAN.source().load()
+    scorer = CallableScorer(redness, "red")
+    reward = PixelReward(scorer).load(policy)
+    noise = torch.zeros(1, *LATENTS)
+    reward(NoisyStates(noise, torch.zeros(1), torch.zeros(1, dtype=torch.int64), noise), reward.encode_prompts(["a"]))
+
+
+def test_refusals(tmp_path: Path) -> None:
+    for name, (call, told) in refusals(tmp_path).items():
+        with pytest.raises(InputError, match=re.escape(told)) as caught:
+            call()
+        assert "\n" not in str(caught.value), name
+
+
+def score_rows(table: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(Path(table).read_text().splitlines()))
+
+
+@pytest.mark.rotated
+@pytest.mark.slow
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cache, fit, score, publish, align and generate clips."""
+    monkeypatch.chdir(tmp_path)
+    file = pairs(Path("pairs"))
+    reader = {"class_path": "latentreward.data.JSONLPairReader", "init_args": {"file": file}}
+    encoder = {"class_path": "PipelineEncoders", "init_args": {"source": WAN.folder, "batch_size": 4}}
+    images = {"size": SIZE, "resize": "stretch", "frames": FRAMES}
+    run("cache", {"reader": reader, "encoder": encoder, "images": images, "num_workers": 0,
+                  "trainer": {"accelerator": "cpu", "devices": 1}}, "cache")  # fmt: skip
+    assert read_plan(Path("cache")).spec.frames == FRAMES
+    main(["cache", "cache", "--check"])
+    backbone = {"source": WAN.folder, "visual_taps": [1, 2], "text_taps": [1, 2], "tuning": "lora"}
+    head = {"class_path": "GatedQFormerHead", "init_args": {"num_queries": 2, "num_heads": 2}}
+    arguments = {"backbone": {"class_path": "wan21", "init_args": backbone}, "head": head,
+                 "loss": {"class_path": "ThurstoneLoss"}}  # fmt: skip
+    trainer = {"accelerator": "cpu", "devices": 1, "max_steps": 2, **QUIET}
+    keep = ["TrainableCheckpoint", "LastCheckpoint"]
+    run("fit", {"model": {"class_path": "latentreward.reward.DiNaLRMModule", "init_args": arguments},
+                "data": {"class_path": "latentreward.diffusion.CachedPreferenceDataModule",
+                         "init_args": {"train": {"cache": "cache"}, "batch_size": 4, "num_workers": 0}},
+                "trainer": {**trainer, "default_root_dir": "reward", "callbacks": keep}})  # fmt: skip
+    Image.new("RGB", (SIZE, SIZE)).save("pairs/a.png")
+    write_clip(Path("pairs/short.mp4"), [0, 10])
+    names = ("good0.mp4", "bad0.mp4", "a.png", "short.mp4")
+    Path("pairs/list.csv").write_text("image,prompt\n" + "".join(f"{name},a red clip\n" for name in names))
+    main(["publish", "reward", "published", "--licence=mit"])
+    base = f"--base={WAN.folder}"
+    for model, options in (("reward", ["--gallery=page.html"]), ("published", [base])):
+        main(["score", "pairs/list.csv", f"{model}.csv", f"--model={model}", "--device=cpu", *options])
+    first, second = score_rows("reward.csv"), score_rows("published.csv")
+    assert [float(row["score"]) for row in first[:2]] == pytest.approx([float(row["score"]) for row in second[:2]])
+    assert "no whole mp4" in first[2]["problem"] and "2 of frames=5" in first[3]["problem"]
+    assert "4 frames of clips longer than the training's were not used" in capsys.readouterr().out
+    assert Path("page.html").read_text().count("data:image/webp") == 2
+    with pytest.raises(SystemExit):
+        main(["serve", "published", base, "--port=0", "--device=cpu"])
+    assert "was trained on clips of 5 frames, but serve takes images" in capsys.readouterr().err
+    sampling = {"num_inference_steps": 2, "height": SIZE, "width": SIZE, "frames": FRAMES}
+    stored = {"class_path": "LatentReward", "init_args": {"path": "published", "base": WAN.folder}}
+    policy = {"source": WAN.folder, "lora": {"rank": 2, "alpha": 4}}
+    grid = {"class_path": "SampleGrid", "init_args": {"prompts": list(PROMPTS), "every_n_steps": 1}}
+    arguments = {"policy": policy, "reward": stored, "sampling": {**sampling, "num_inference_steps": 3},
+                 "candidates": {"num_candidates": 2}, "selection": "QuantileThreshold"}  # fmt: skip
+    data = {"captions": 8, "batch_size": 2, "prompts_per_rollout": 2, "batches_per_epoch": 2}
+    run("fit", {"model": {"class_path": "latentreward.alignment.LPOModule", "init_args": arguments},
+                "data": {"class_path": "latentreward.tinyworld.TinyWorldPromptDataModule", "init_args": data},
+                "trainer": {**trainer, "default_root_dir": "aligned", "callbacks": [*keep, grid]}})  # fmt: skip
+    with Image.open(next(Path("aligned").rglob("samples/step_000001.png"))) as picture:
+        assert picture.width > 2 * 4 * 128
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    checkpoint = next(Path("aligned").rglob("last.ckpt"))
+    options = [f"--sampling.{name}={value}" for name, value in sampling.items()]
+    reward = f"--reward={json.dumps(stored)}"
+    main(["generate", "prompts.txt", "made", f"--checkpoint={checkpoint}", *options, "--best_of=2", reward])
+    for clip in sorted(Path("made").glob("0*.webp")):
+        assert Image.open(clip).n_frames == FRAMES and Image.open(clip).size == (SIZE, SIZE)
+    assert len(list(Path("made").glob("0*.webp"))) == len(PROMPTS)
+    with pytest.raises(SystemExit):
+        main(["evaluate-policy", "judged", "--prompts=prompts.txt", f"--policy.pipeline.source={WAN.folder}", *options,
+              '--scorers=[{"class_path": "latentreward.reward.CallableScorer", "init_args": {"function": '
+              '"tests.apps.evaluation.policy.toy_scorers.redness", "name": "red"}}]', "--device=cpu"])  # fmt: skip
+    assert "sampling.frames=5: evaluate-policy takes images, not clips; set it to 1" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+"""Damaged pipelines of every family: one clear line, before a weight is used."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree, rmtree
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latentreward.alignment import PolicySource
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion.backbones.loading import PipelineSource
+from tests.diffusion.families.twins import TWINS, Twin, one_per_family
+
+every_family = pytest.mark.parametrize("twin", one_per_family(), ids=lambda twin: twin.family)
+
+
+@pytest.mark.parametrize("part", ["scheduler", "vae", "tokenizer", "text_encoder"])
+@every_family
+def test_a_missing_part_is_named(twin: Twin, part: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copytree(twin.folder, copy)
+    rmtree(copy / part)
+    index = json.loads((copy / "model_index.json").read_text())
+    del index[part]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=part) as caught:
+        policy = replace(twin.source(), source=str(copy)).load()
+        policy.family.levels(4, policy.latent_shape(*twin.size))
+    assert "\n" not in str(caught.value)
+
+
+@every_family
+def test_stored_quantised_weights_are_refused(twin: Twin, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copytree(twin.folder, copy)
+    path = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, path)
+    for tuning in ("full", "lora"):
+        with pytest.raises(InputError, match=f"tensor {name} has type int8; .* not quantised ones"):
+            create_backbone(twin.backbone, source=str(copy), visual_taps=[1], text_taps=[], tuning=tuning)
+
+
+def test_a_stored_head_of_the_language_model_is_left_out(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copytree(TWINS["z_image"].folder, copy)
+    path = copy / "text_encoder" / "model.safetensors"
+    save_file({**load_file(path), "lm_head.weight": torch.zeros(8, 8)}, path)
+    found, wanted = (
+        PolicySource(str(source)).load().encode_prompts(["a cat"]) for source in (copy, TWINS["z_image"].folder)
+    )
+    assert torch.equal(found.prompt_embeds, wanted.prompt_embeds)
+
+
+@pytest.mark.parametrize("nested", [None, 5, [1]])
+def test_a_text_config_that_is_none_counts_as_missing(nested: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copytree(TWINS["z_image"].folder, copy)
+    path = copy / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    del config["vocab_size"]
+    path.write_text(json.dumps({**config, "text_config": nested}))
+    with pytest.raises(InputError, match="text_encoder lacks vocab_size"):
+        PipelineSource(str(copy)).tokenizer("tokenizer")
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+@every_family
+def test_a_config_of_quantised_weights_is_refused_before_they_are_read(twin: Twin, part: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copytree(twin.folder, copy)
+    for weights in (copy / part).glob("*.safetensors"):
+        weights.unlink()
+    path = copy / part / "config.json"
+    stored = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | stored))
+    with pytest.raises(InputError, match=rf"{part}: its config.json has a quantization_config of 'bitsandbytes'; get"):
+        replace(twin.source(), source=str(copy)).load()
+
+
+@pytest.mark.parametrize("twin", one_per_family(without="sd3"), ids=lambda twin: twin.family)
+def test_search_inside_the_pipeline_is_refused(twin: Twin) -> None:
+    with pytest.raises(InputError, match=r"StepSearch cannot read the states of .*; use `latentreward generate`"):
+        twin.source().resolve_family().search_inputs()

@@ -1,0 +1,247 @@
+"""FLUX.2-klein: latents of the VAE, levels, text encoder, guidance, joint sequences, and what is refused."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.diffusion import find_family
+from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
+from latentreward.diffusion.families.flux2_klein import Flux2Klein
+from latentreward.diffusion.noise.schedules import EULER
+from tests.diffusion.families.flux2_vae import CHANNELS, statistics
+from tests.diffusion.families.made_configs import MadeConfigs
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
+
+BASE, DISTILLED = TWINS["klein_base"], TWINS["klein_distilled"]
+DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
+VAE = {"latent_channels": 32, "block_out_channels": (128, 256, 512, 512), "batch_norm_eps": 1e-4}
+
+
+class WithStatistics(MadeConfigs):
+    """Configs of FLUX.2-klein, and the two tensors of its VAE that are read."""
+
+    def tensors(self, part: str, names: Any) -> list[Tensor]:
+        assert (part, list(names)) == ("vae", ["bn.running_mean", "bn.running_var"])
+        return [torch.zeros(128), torch.ones(128)]
+
+
+def family(index: Mapping[str, Any] | None = None, **network: Any) -> Any:
+    transformer = {"_class_name": "Flux2Transformer2DModel", "in_channels": 128, "guidance_embeds": False, **network}
+    parts = {"transformer": transformer, "vae": VAE, "scheduler": {"_class_name": EULER, **DYNAMIC}}
+    return find_family(WithStatistics(parts, **{"_class_name": "Flux2KleinPipeline", **(index or {})}))
+
+
+def copied(folder: Path, twin: Any = BASE) -> Flux2Klein:
+    """The family of a copy of a twin, which may be changed."""
+    copytree(twin.folder, folder, dirs_exist_ok=True)
+    found = twin.source(source=str(folder)).resolve_family()
+    assert isinstance(found, Flux2Klein)
+    return found
+
+
+def pixels(seed: int = 0) -> Tensor:
+    return 2 * torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(seed)) - 1
+
+
+# Latents
+
+
+def test_encoded_images_equal_the_pipelines() -> None:
+    encoder = BASE.source().resolve_family().load_latent_encoder()
+    assert isinstance(encoder, PatchedLatentEncoder)
+    with torch.no_grad():
+        want = BASE.pipeline()._encode_vae_image(pixels(), None)
+    found = encoder.encode(pixels())
+    assert found.shape == want.shape == (2, *encoder.latent_shape(pixels()))
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
+def test_noise_of_the_posterior_has_the_shape_of_latents() -> None:
+    encoder = BASE.source().resolve_family().load_latent_encoder()
+    raw = noise_for((CHANNELS, 16, 24))
+    with torch.no_grad():
+        posterior = encoder.vae.encode(pixels()).latent_dist
+    sample = posterior.mean + posterior.std * raw
+    pipeline, (mean, variance) = BASE.pipeline(), statistics()
+    noise = pipeline._patchify_latents(raw)
+    want = pipeline._patchify_latents(sample) - mean.view(1, -1, 1, 1)
+    found = encoder.encode(pixels(), noise) * (variance + 1e-4).sqrt().view(1, -1, 1, 1)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_is_differentiable_and_undoes_the_codec() -> None:
+    encoder = BASE.source().resolve_family().load_latent_encoder()
+    raw = noise_for((CHANNELS, 16, 24))
+    latents = encoder.scale(raw).requires_grad_()
+    torch.testing.assert_close(encoder.unscale(latents), raw, rtol=0, atol=1e-5)
+    decoded = encoder.decode(latents)
+    torch.testing.assert_close(decoded, encoder.vae.decode(raw).sample, rtol=1e-4, atol=1e-4)
+    decoded.square().mean().backward()
+    assert latents.grad is not None
+    assert latents.grad.abs().amax(dim=(0, 2, 3)).min() > 0
+
+
+def test_statistics_stay_float32_in_a_bfloat16_vae() -> None:
+    encoder = BASE.source().resolve_family().load_latent_encoder("bfloat16")
+    assert encoder.vae.dtype == torch.bfloat16
+    mean, variance = statistics()
+    assert torch.equal(encoder.vae.bn.running_mean, mean)
+    assert torch.equal(encoder.vae.bn.running_var, variance)
+
+
+def test_space_is_told_by_the_statistics_and_epsilon(tmp_path: Path) -> None:
+    same, weights = copied(tmp_path / "same").latent_space, tmp_path / "other" / "vae"
+    assert same == DISTILLED.source().resolve_family().latent_space
+    assert (same.channels, same.downscale, same.codec) == (16, 4, "batch_norm")
+    other = copied(tmp_path / "other")
+    path = weights / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["bn.running_var"][3] += 1e-3
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    assert copied_again(other).latent_space != same
+    config = tmp_path / "same" / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "batch_norm_eps": 1e-5}))
+    assert BASE.source(source=str(tmp_path / "same")).resolve_family().latent_space != same
+
+
+def copied_again(found: Flux2Klein) -> Any:
+    """The family of the same folder, read anew."""
+    return BASE.source(source=found.pipeline.source).resolve_family()
+
+
+def test_missing_weights_of_the_vae_are_named(tmp_path: Path) -> None:
+    copytree(BASE.folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors.pop("bn.running_var")
+    save_file(tensors, path)
+    with pytest.raises(InputError, match=r"vae has no weight bn\.running_var"):
+        BASE.source(source=str(tmp_path)).resolve_family()
+    path.unlink()
+    with pytest.raises(InputError, match=r"no file named diffusion_pytorch_model\.safetensors"):
+        BASE.source(source=str(tmp_path)).resolve_family()
+
+
+# Levels and guidance
+
+
+@pytest.mark.parametrize(
+    ("size", "steps"), [((1024, 1024), 28), ((512, 768), 4), ((1024, 1088), 10), ((2048, 1024), 4)]
+)
+def test_levels_equal_those_of_the_pipeline(size: tuple[int, int], steps: int) -> None:
+    found = family()
+    scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    mu = compute_empirical_mu(size[0] // 16 * (size[1] // 16), steps)
+    want, _ = retrieve_timesteps(scheduler, sigmas=torch.linspace(1, 1 / steps, steps).numpy(), mu=mu)
+    timesteps, sigmas = found.levels(steps, found.latent_shape(*size))
+    torch.testing.assert_close(timesteps, want, rtol=0, atol=1e-3)
+    torch.testing.assert_close(sigmas, scheduler.sigmas)
+
+
+def test_native_size() -> None:
+    found = family()
+    assert (found.native_size, found.side_multiple, found.latent_shape()) == ((1024, 1024), 16, (128, 64, 64))
+    assert found.grid((1024, 512)) == (64, 32)
+
+
+def test_distilled_models_take_no_guidance() -> None:
+    base, distilled = family({"is_distilled": False}), family({"is_distilled": True})
+    assert (base.guidance(None), base.needs_uncond(4.0), base.needs_uncond(1.0)) == (4.0, True, False)
+    assert (distilled.guidance(None), distilled.needs_uncond(None)) == (None, False)
+    with pytest.raises(InputError, match=r"FLUX.2-klein \(distilled\) was distilled to sample without guidance"):
+        distilled.guidance(4.0)
+
+
+def test_models_of_unknown_kind_count_as_base_with_a_note() -> None:
+    assert "taken as a base model" in family().assumption()
+    assert family().default_guidance == 4.0
+    assert family({"is_distilled": True}).assumption() is None
+
+
+# Text
+
+
+def test_layers_of_the_text_encoder_that_are_not_read_are_removed() -> None:
+    cut, whole = (twin.source().resolve_family().load_prompt_encoder() for twin in (BASE, DISTILLED))
+    for encoder in (cut, whole):
+        assert len(encoder.text_encoder.model.layers) == 27
+        assert not list(encoder.text_encoder.lm_head.parameters())
+    assert isinstance(cut.text_encoder.model.norm, nn.Identity)
+    assert not isinstance(whole.text_encoder.model.norm, nn.Identity)
+
+
+def test_prompts_are_padded_on_the_tokenizers_side_without_a_mask() -> None:
+    for twin, column in ((BASE, 0), (DISTILLED, -1)):
+        encoder = twin.source().resolve_family().load_prompt_encoder()
+        ids, mask = encoder.tokenize(PROMPTS)
+        assert ids.shape == mask.shape == (2, 512)
+        assert mask[:, column].all()
+        text = encoder.tokenizer.decode(ids[0][mask[0].bool()])
+        assert text == "<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        encoded = encoder(PROMPTS)
+        assert encoded.prompt_embeds.shape == (2, 512, encoder.token_dim)
+        assert encoded.prompt_mask is None
+        own = encoded.prompt_embeds[0][mask[0].bool()]
+        torch.testing.assert_close(encoded.pooled_prompt_embeds[0], own.mean(dim=0))
+
+
+def test_tokenizers_without_their_template_are_refused(tmp_path: Path) -> None:
+    found = copied(tmp_path)
+    (tmp_path / "tokenizer" / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="tokenizer has no chat template"):
+        found.load_prompt_encoder()
+
+
+def test_text_encoders_with_too_few_layers_are_refused(tmp_path: Path) -> None:
+    found = copied(tmp_path)
+    config = tmp_path / "text_encoder" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "num_hidden_layers": 26, "layer_types": values["layer_types"][:26]}))
+    with (
+        torch.device("meta"),
+        pytest.raises(InputError, match="reads layer 27 of its text encoder, but this one has 26"),
+    ):
+        found.load_prompt_encoder()
+
+
+# Network
+
+
+def test_joint_sequence_of_a_single_block_is_text_and_then_image() -> None:
+    policy, taps = BASE.source().load().eval(), [3]
+    backbone = create_backbone(BASE.backbone, source=BASE.folder, visual_taps=taps, text_taps=taps, tuning="frozen")
+    seen: list[Tensor] = []
+    policy.network.single_transformer_blocks[0].register_forward_hook(lambda *call: seen.append(call[-1]))
+    latents, timesteps = noise_for(policy.latent_shape(*BASE.size)), torch.tensor([300.0, 800.0])
+    with torch.no_grad():
+        conditioning = policy.encode_prompts(PROMPTS)
+        policy.predict(latents, timesteps, conditioning)
+        features = backbone(latents, timesteps, conditioning)
+    torch.testing.assert_close(torch.cat([*features.text, *features.visual], dim=1), seen[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("index", [{}, {"_class_name": "Flux2Pipeline"}])
+def test_dev_is_refused(index: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"FLUX.2-dev.*use FLUX.2-klein"):
+        family(index, guidance_embeds=True, num_attention_heads=48)
+
+
+def test_editing_pipelines_are_refused() -> None:
+    with pytest.raises(InputError, match="is a Flux2KleinKVPipeline: it edits given images"):
+        family({"_class_name": "Flux2KleinKVPipeline"})
+
+
+def test_networks_of_other_latents_are_refused() -> None:
+    with pytest.raises(InputError, match="transformer takes 64 channels"):
+        family(in_channels=64)

@@ -1,0 +1,260 @@
+"""docs/families.md: its family, trained and aligned as a user would."""
+
+import importlib
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from lightning.pytorch import LightningModule
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from latentreward.alignment import PolicySource, Sampling, sample_latents
+from latentreward.apps.cli import main
+from latentreward.apps.commands.fit import Parser
+from latentreward.core.contracts import PromptBatch
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.core.settings.functions import MODE, prepare_parsing
+from latentreward.diffusion.cache.layout import read_plan
+from latentreward.reward import GatedQFormerHead, RewardModel, edit_prompt
+from tests.diffusion.cache.writing import SETTINGS, SQUARE, write_data
+from tests.diffusion.families.own_families import sana_vae
+from tests.diffusion.families.twins import PROMPTS, TWINS, GivenNoise, noise_for
+from tests.processes import finish
+from tests.tiny_pipelines import pipeline_folder, randomise, vae
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "families.md"
+ROWS = ["row 0 alone", "row 1 alone"]
+SHORT = {
+    "aura_flow_reward.yaml": ["--data.train_pairs=16", "--data.val_pairs=8"],
+    "aura_flow_lpo.yaml": ["--model.sampling.num_inference_steps=4", "--data.batches_per_epoch=2"],
+}
+
+
+def words() -> LlamaTokenizerFast:
+    pieces = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *map(chr, range(32, 127))])}
+    tokenizer = Tokenizer(models.WordLevel(pieces, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return LlamaTokenizerFast(tokenizer_object=tokenizer, pad_token="</s>")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The page's files beside a tiny pipeline."""
+    for name, text in re.findall(r"<!-- (\S+) -->\n```\w+\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):
+        (tmp_path / name).write_text(text)
+    torch.manual_seed(0)
+    tokenizer = words()
+    text = UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    network = AuraFlowTransformer2DModel(
+        sample_size=16, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=32, pos_embed_max_size=64,
+    )  # fmt: skip
+    pipeline = AuraFlowPipeline(
+        tokenizer, UMT5EncoderModel(text), vae(0.13025), network, FlowMatchEulerDiscreteScheduler(shift=1.73)
+    )
+    for part in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
+        randomise(part)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    monkeypatch.setenv("AURA_FLOW", str(tmp_path / "pipeline"))
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_its_check_finds_rounding_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(folder / "check_aura_flow.py"))
+    printed = capsys.readouterr().out.splitlines()
+    assert_rounding(printed, 32, ["text tokens"])
+    assert {"guidance: 3.5, of the pipeline 3.5", "idle: none"} <= {*printed}
+
+
+WRONG_NAMES = """
+class AuraFlow(AuraFlow):
+    default_guidance = 1.5
+    idle = ("joint_transformer_blocks.0.attn.to_q",)
+"""
+
+
+@pytest.mark.slow
+def test_its_check_names_layers_that_are_read_and_another_guidance(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "aura_flow.py").write_text((folder / "aura_flow.py").read_text() + WRONG_NAMES)
+    monkeypatch.delitem(sys.modules, "aura_flow", raising=False)
+    runpy.run_path(str(folder / "check_aura_flow.py"))
+    printed = capsys.readouterr().out.splitlines()
+    assert "guidance: 1.5, of the pipeline 3.5" in printed
+    (idle,) = [line for line in printed if line.startswith("idle")]
+    assert idle.startswith("idle: joint_transformer_blocks.0.attn.to_q.")
+
+
+def assert_rounding(printed: list[str], side: int, tokens: list[str]) -> None:
+    """Check the lines that the page's check of a family prints; ``side`` is its native height in pixels."""
+    found = [line.rsplit(": ", 1) for line in printed if re.match("latents|image|encoded|text|row|gradient", line)]
+    prompts = ("a cat", 'Two Dogs (brown) on a Hill, in the Rain: "Woof!"')
+    latents = [f"latents of {prompt!r} at {size}" for size in ((side, side), (side // 2, side)) for prompt in prompts]
+    assert [name for name, _ in found] == [*latents, "image", "encoded", *tokens, *ROWS, "gradient"]
+    assert all(float(difference) <= (1e-2 if name == "gradient" else 1e-5) for name, difference in found)
+
+
+OTHER_SCALE = """
+from latentreward.core.contracts import LatentSpace
+
+class PlainUNet(PlainUNet):
+    latent_space = LatentSpace(4, 2, 0.25)
+"""
+UNSCALED = """
+from latentreward.diffusion.encoders.vae import LatentEncoder
+
+class Unscaled(LatentEncoder):
+    def encode(self, pixels, noise=None, *, differentiable=False):
+        return self.vae.encode(pixels).latent_dist.mean
+
+class PlainUNet(PlainUNet):
+    latent_encoder = Unscaled
+"""
+OTHER_PREDICTION = """
+class PlainUNet(PlainUNet):
+    def predict(self, *given):
+        return 1.1 * super().predict(*given)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("added", "differs"),
+    [("", "nothing"), (OTHER_SCALE, "image"), (UNSCALED, "encoded"), (OTHER_PREDICTION, "latents")],
+    ids=["right", "other scale", "encodes unscaled", "other prediction"],
+)
+def test_its_check_takes_a_unet_and_names_what_differs(
+    added: str, differs: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AURA_FLOW", pipeline_folder("sd15"))
+    (folder / "plain_unet.py").write_text((folder / "plain_unet.py").read_text() + added)
+    check = folder / "check_aura_flow.py"
+    check.write_text(check.read_text().replace("aura_flow.AuraFlow", "plain_unet.PlainUNet"))
+    monkeypatch.delitem(sys.modules, "plain_unet", raising=False)
+    runpy.run_path(str(check))
+    printed = capsys.readouterr().out.splitlines()
+    wrong = [number for number, line in enumerate(printed) if line.startswith(differs)]
+    assert bool(wrong) == bool(added) and all(float(printed[number].rsplit(": ")[-1]) > 1e-2 for number in wrong)
+    for number in wrong:
+        printed[number] = printed[number].rsplit(": ", 1)[0] + ": 0"
+    assert_rounding(printed, 16, [])
+
+
+def test_its_editor_is_led_by_the_picture(folder: Path) -> None:
+    family, picture = "aura_flow_edit.AuraFlowEdit", Image.new("RGB", (32, 16), "red")
+    policy = PolicySource(str(folder / "pipeline"), family=family).load().eval()
+    policy.edit_at(32, 16)
+    edits = [edit_prompt("make it blue", one) for one in (picture, picture, ImageOps.invert(picture))]
+    drawn = PromptBatch(tuple(edits), keys=("a",) * 3), Sampling(2, height=32, width=16), 3.5, 0
+    latents = sample_latents(policy, *drawn)
+    same, other = ((latents[0] - latents[row]).abs().max() for row in (1, 2))
+    assert latents.shape == (3, 4, 16, 8) and same < 1e-6 and other > 1e-5
+    with torch.no_grad():
+        backbone = create_backbone("aura_flow_edit", source=str(folder / "pipeline"), visual_taps=[0, 2], text_taps=[2])
+        model = RewardModel(backbone, GatedQFormerHead(backbone.feature_spec, num_queries=2, num_heads=2)).eval()
+        scores = model.score_latents(edits, latents[:1].expand(3, -1, -1, -1))
+        assert abs(scores[0] - scores[1]) < 1e-6 < abs(scores[0] - scores[2])
+        with pytest.raises(InputError, match=r"^reward: it takes 1 picture to edit, and a prompt edits 0"):
+            model.score_latents(["make it blue"], latents[:1])
+
+
+LEFT = """
+class Left(AuraFlowPrompts):
+    masked = True
+
+    def tokenize(self, prompts):
+        made = self.tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
+        return made.input_ids, made.attention_mask
+
+    def encode_ids(self, *ids):
+        states = self.text_encoder(input_ids=ids[0], attention_mask=ids[1]).last_hidden_state
+        return Conditioning(states, prompt_mask=ids[1].bool())
+"""
+
+
+def test_its_check_refuses_padding_before_a_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (folder / "aura_flow.py").read_text().replace("return AuraFlowPrompts(", "return Left(")
+    (folder / "aura_flow.py").write_text(text + LEFT)
+    monkeypatch.delitem(sys.modules, "aura_flow", raising=False)
+    with pytest.raises(InputError, match=r"Left.encode_ids returned prompt_mask with \[4, 39\] tokens; .* come first"):
+        runpy.run_path(str(folder / "check_aura_flow.py"))
+
+
+@pytest.mark.slow
+def test_an_lrm_on_flux1_is_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUX1_PATH", TWINS["flux1_dev"].folder)
+    prepare_parsing([], classes=True)
+    parser = Parser(parser_mode=MODE)
+    parser.add_subclass_arguments(LightningModule, "model")
+    text = (folder / "lrm_flux1.yaml").read_text().partition("trainer:")[0]
+    module = parser.instantiate(parser.parse_string(text.replace("[19, 28]", "[2, 4]"))).model
+    assert type(module.model.head).__name__ == "CLIPProjectionHead" and module.model.backbone.visual_taps == (2, 4)
+
+
+def test_its_encoder_of_another_vae_scales_as_the_config_says(folder: Path) -> None:
+    encoder = importlib.import_module("dc_encoder").DCEncoder(sana_vae())
+    assert (encoder.space.channels, encoder.space.downscale, encoder.space.scaling_factor) == (32, 32, 0.41407)
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        raw = encoder.vae.encode(pixels).latent
+        torch.testing.assert_close(encoder.encode(pixels), raw * 0.41407)
+        torch.testing.assert_close(encoder.decode(raw * 0.41407), encoder.vae.decode(raw).sample)
+    assert not encoder.encode(pixels.requires_grad_()).requires_grad
+    assert encoder.encode(pixels, differentiable=True).requires_grad
+
+
+def test_its_latents_and_prompts_are_cached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    write_data(folder / "pairs", pairs=2, sizes=[SQUARE])
+    source = ["--encoder.source=pipeline", "--encoder.family=aura_flow.AuraFlow", "--encoder.text=true"]
+    main(["cache", "cache", *SETTINGS, "--reader.root=pairs", *source])
+    spec = read_plan(folder / "cache").spec
+    assert spec.text is not None and (spec.text.num_tokens, spec.text.token_dim) == (256, 32)
+    assert spec.latent_space.channels == 4
+
+
+def test_a_plain_unet_samples_as_stable_diffusion(folder: Path) -> None:
+    sources = [PolicySource(pipeline_folder("sd15"), family=path) for path in ("plain_unet.PlainUNet", None)]
+    policies = [source.load().eval() for source in sources]
+    noise = noise_for(policies[0].latent_shape(32, 32))
+    drawn = (PromptBatch(PROMPTS, keys=PROMPTS), Sampling(3, height=32, width=32), 5.0, 0)
+    found, wanted = (sample_latents(policy, *drawn, draws=GivenNoise(noise)) for policy in policies)
+    torch.testing.assert_close(found, wanted)
+    assert policies[0].family.noise_process.sigmas.equal(policies[1].family.noise_process.sigmas)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["GatedQFormerHead", "own_head.OwnHead"])
+def test_its_memory_is_estimated(
+    head: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (
+        "from latentreward.reward import GatedQFormerHead",
+        "class OwnHead(GatedQFormerHead):",
+        '    """My head."""',
+    )
+    (folder / "own_head.py").write_text("\n".join(lines))
+    monkeypatch.chdir(folder)
+    main(["fit", "--config=aura_flow_reward.yaml", f"--model.head={head}", "--trainer.accelerator=cpu", "--estimate"])
+    assert "memory: fit" in capsys.readouterr().out
+
+
+@pytest.mark.rotated
+@pytest.mark.slow
+def test_it_trains_a_reward_and_aligns_a_policy(folder: Path) -> None:
+    commands = [shlex.split(line) for line in (folder / "commands").read_text().splitlines() if "fit" in line]
+    for command in commands:
+        options = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", *SHORT[command[-1]]]
+        run = finish([*command[1:], *options], cwd=folder)
+        assert run.returncode == 0, run.stderr[-3000:]
+    assert list((folder / "runs" / "aura_flow_lpo").rglob("*.ckpt"))

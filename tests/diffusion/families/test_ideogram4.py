@@ -1,0 +1,118 @@
+"""Facts of Ideogram 4 that the tests of all families cannot see."""
+
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
+from safetensors.torch import load_file, save_file
+
+from latentreward.core.errors import InputError
+from latentreward.core.registry import create_backbone
+from latentreward.reward.scoring.precision import halve_products
+from tests.diffusion.families.qwen3_vl import text_encoder
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
+
+TWIN = TWINS["ideogram4"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Any:
+    return TWIN.source().resolve_family().load_prompt_encoder()
+
+
+def test_prompts_are_encoded_as_by_the_pipeline_which_pads_before_them(encoder: Any) -> None:
+    prompts = [*PROMPTS, ""]
+    with torch.no_grad():
+        found = encoder(prompts)
+    want, _, _, roles = TWIN.pipeline().encode_prompt(prompts, 1, 1, 80, torch.device("cpu"))
+    mask = roles == 3
+    assert found.prompt_mask.sum(dim=1).tolist() == mask.sum(dim=1).tolist()
+    assert len(set(mask.sum(dim=1).tolist())) == 3
+    torch.testing.assert_close(found.prompt_embeds[found.prompt_mask], want[mask], rtol=0, atol=1e-5)
+
+
+def test_the_last_layer_that_is_read_has_no_norm_after_it_and_none_follows(encoder: Any, tmp_path: Path) -> None:
+    folder = Path(copytree(TWIN.folder, tmp_path / "pipeline"))
+    text_encoder(262, 38).save_pretrained(folder / "text_encoder")
+    longer = TWIN.source(source=str(folder)).resolve_family().load_prompt_encoder()
+    for one in (encoder, longer):
+        assert len(one.text_encoder.layers) == 36 and isinstance(one.text_encoder.norm, torch.nn.Identity)
+    text_encoder(262, 35).save_pretrained(folder / "text_encoder")
+    with pytest.raises(InputError, match="reads layer 36 of its text encoder, but this one has 35; get the pipeline"):
+        TWIN.source(source=str(folder)).resolve_family().load_prompt_encoder()
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (2048, 1024), (256, 256)])
+@pytest.mark.parametrize("steps", [1, 12, 48])
+def test_levels_are_the_pipelines_and_depend_on_the_size(steps: int, size: tuple[int, int]) -> None:
+    family = TWIN.source().resolve_family()
+    want = _logit_normal_sigmas(steps, _resolution_aware_mu(*size, base_mu=0.0), std=1.5)
+    _, sigmas = family.levels(steps, family.latent_shape(*size))
+    torch.testing.assert_close(sigmas, torch.cat([want, torch.zeros(1)]), rtol=0, atol=1e-7)
+
+
+def test_guidance_is_refused_but_for_the_scale_that_is_off() -> None:
+    family = TWIN.source().resolve_family()
+    assert family.guidance(None) is None
+    assert not family.needs_uncond(family.guidance(1.0))
+    for scale in (0.0, 7.0):
+        with pytest.raises(InputError, match=f"guidance_scale={scale:g}, but .* second network .*; leave it out, or"):
+            family.guidance(scale)
+
+
+def test_statistics_are_compared_in_the_order_of_flux2(tmp_path: Path) -> None:
+    """Those of FLUX.2's VAE as they are would normalise other channels."""
+    folder = Path(copytree(TWIN.folder, tmp_path / "pipeline"))
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes((Path(TWINS["klein_base"].folder) / "vae" / path.name).read_bytes())
+    flux2 = TWINS["klein_base"].source().latent_space()
+    assert TWIN.source().latent_space() == flux2 != TWIN.source(source=str(folder)).latent_space()
+    weights = load_file(path)
+    for name in ("bn.running_mean", "bn.running_var"):
+        weights[name] = weights[name].view(-1, 4).T.flatten()
+    save_file(weights, path)
+    assert TWIN.source(source=str(folder)).latent_space() == flux2
+
+
+def test_layers_of_text_run_on_the_tokens_of_the_prompt_alone() -> None:
+    policy, seen = TWIN.source().load(), []
+    policy.network.llm_cond_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    conditioning = policy.encode_prompts(PROMPTS)
+    with torch.no_grad():
+        policy.predict(noise_for(policy.latent_shape(*TWIN.size)), torch.tensor([300.0, 800.0]), conditioning)
+    assert seen == [conditioning.prompt_embeds.shape]
+
+
+def test_queries_and_keys_get_the_type_of_values_where_scoring_is_in_bfloat16() -> None:
+    """The rotation raises bfloat16 to its own type, and attention on an accelerator takes one type."""
+    backbone, found = (
+        create_backbone("ideogram4", source=TWIN.folder, visual_taps=[1], text_taps=[], tuning="frozen"),
+        [],
+    )
+    halve_products(backbone.transformer)
+    attention = backbone.transformer.layers[0].attention
+    attention.register_forward_pre_hook(lambda module, inputs, named: found.append(named), with_kwargs=True)
+    latents, conditioning = noise_for(backbone.family.latent_shape(*TWIN.size)), backbone.encode_prompts(PROMPTS)
+    features = backbone(latents, torch.tensor([300.0, 800.0]), conditioning)
+    assert {part.dtype for part in found[0]["image_rotary_emb"]} == {torch.bfloat16}
+    assert features.visual[0].dtype == features.temb.dtype == torch.float32
+
+
+def test_times_and_positions_stay_exact_in_bfloat16() -> None:
+    """Of bfloat16, 1 − 0.001 and 1 − 0.0015 are one number, and the positions of an image's rows too."""
+    policy = TWIN.source(frozen_dtype="bfloat16").load()
+    network = policy.network
+    assert network.input_proj.weight.dtype == torch.bfloat16
+    latents, sigmas = noise_for(policy.latent_shape(*TWIN.size))[:1].expand(2, -1, -1, -1), torch.tensor([1e-3, 1.5e-3])
+    conditioning, found = policy.encode_prompts([PROMPTS[0]] * 2), []
+    network.adaln_proj.register_forward_hook(lambda module, inputs, output: found.append(output))
+    network.layers[0].register_forward_pre_hook(lambda block, inputs: found.append(inputs[2]))
+    with torch.no_grad():
+        one, two = policy.predict(latents, 1000 * sigmas, conditioning)
+    assert not torch.equal(*found[0]) and not torch.equal(one, two)
+    assert network.rotary_emb.inv_freq.dtype == torch.float32
+    rotary = torch.cat(found[1], dim=-1)[0, -96:]
+    assert len(rotary.unique(dim=0)) == 96

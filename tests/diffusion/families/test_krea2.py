@@ -1,0 +1,73 @@
+"""Facts of Krea 2 that the tests of all families cannot see."""
+
+import json
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+
+from latentreward.core.errors import InputError
+from latentreward.diffusion.families.krea2 import DISTILLED_MU, LAYERS
+from tests.diffusion.families.twins import PROMPTS, TWINS
+
+TWIN, TURBO = TWINS["krea2"], TWINS["krea2_turbo"]
+LONG = "two dogs on a hill " * 300
+
+
+@pytest.fixture(scope="module")
+def encoded() -> tuple[Any, Any, Any, Any]:
+    """The pipeline's states and mask, which have padding before the end of the template, and ours."""
+    encoder, pipeline = TWIN.source().resolve_family().load_prompt_encoder(), TWIN.pipeline()
+    # The pipeline drops as many tokens as Qwen's own tokenizer makes of the template.
+    pipeline.prompt_template_encode_start_idx = encoder.dropped_tokens
+    end = pipeline.tokenizer(pipeline.prompt_template_encode_suffix).input_ids
+    pipeline.prompt_template_encode_num_suffix_tokens = len(end)
+    prompts = [*PROMPTS, "", LONG]
+    with torch.no_grad():
+        return (*pipeline.encode_prompt(prompts, torch.device("cpu")), encoder(prompts), encoder)
+
+
+def test_prompts_are_encoded_as_by_the_pipeline_with_the_end_of_the_template_also_after_a_cut(encoded: Any) -> None:
+    want, mask, found, encoder = encoded
+    assert found.prompt_mask.sum(dim=1).tolist() == mask.sum(dim=1).tolist()
+    assert found.prompt_mask[-1].sum() == encoder.num_tokens == 512
+    for row in range(len(mask)):
+        ours = found.prompt_embeds[row][found.prompt_mask[row]]
+        torch.testing.assert_close(ours, want[row][mask[row]].flatten(1), rtol=0, atol=1e-5)
+
+
+def test_layers_after_the_last_one_read_are_removed(encoded: Any) -> None:
+    encoder = encoded[-1]
+    assert encoder.layers == (1, 3) and len(encoder.text_encoder.layers) == 3
+    assert isinstance(encoder.text_encoder.norm, torch.nn.Identity)
+
+
+def test_layers_are_those_of_the_published_model_where_none_are_named(tmp_path: Path) -> None:
+    copytree(TWIN.folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "text_encoder_select_layers": None}))
+    family = TWIN.source(source=str(tmp_path / "copy")).resolve_family()
+    assert family.layers == LAYERS and len(LAYERS) == 12
+    with pytest.raises(InputError, match=r"text_encoder_select_layers=\[2, .* but the text encoder has 4 layers"):
+        family.load_prompt_encoder()
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (512, 768)])
+def test_the_shift_depends_on_the_size_but_not_of_turbo(size: tuple[int, int]) -> None:
+    raw, turbo = (twin.source().resolve_family() for twin in (TWIN, TURBO))
+    shape, tokens = raw.latent_shape(*size), size[0] // 16 * (size[1] // 16)
+    assert raw.mu(8, shape) == pytest.approx(0.5 + 0.65 * (tokens - 256) / (6400 - 256))
+    assert turbo.mu(8, shape) == DISTILLED_MU == 1.15
+
+
+def test_guidance_is_off_at_zero_and_turbo_takes_none() -> None:
+    raw, turbo = (twin.source().resolve_family() for twin in (TWIN, TURBO))
+    assert (raw.guidance(None), turbo.guidance(None)) == (4.5, None)
+    assert raw.needs_uncond(1.0) and not raw.needs_uncond(0.0)
+    one, two = torch.ones(1), torch.full((1,), 3.0)
+    assert raw.guide(two, one, 4.5).item() == 12.0
+    with pytest.raises(InputError, match=r"guidance_scale=4.5, but Krea 2 Turbo was distilled to sample without"):
+        turbo.guidance(4.5)

@@ -1,0 +1,79 @@
+"""Velocities mean what samplers and losses take them for, and windows pick the same noise levels in every family."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentreward.alignment import Branching, Sampling
+from latentreward.core.errors import InputError
+from latentreward.diffusion import ContinuousFlow
+from tests.diffusion.families.twins import Twin, every_twin, noise_for
+
+
+def sampler(twin: Twin, steps: int, noise_level: float = 0.7):
+    height, width = twin.size
+    return Sampling(steps, noise_level=noise_level, height=height, width=width).sampler(twin.source().resolve_family())
+
+
+@every_twin
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 0.95, 1.0])
+def test_a_true_velocity_gives_the_latents_back(twin: Twin, sigma: float) -> None:
+    family = twin.source().resolve_family()
+    clean, noise = (noise_for(family.latent_shape(*twin.size), seed=seed) for seed in (1, 2))
+    process = family.noise_process
+    timesteps = process.timesteps_at(torch.tensor([sigma, sigma]))  # SD3's are those of its table
+    sigma = process.sigma(timesteps)[0].item()
+    noisy, velocity = process.add_noise(clean, noise, timesteps), process.target(clean, noise, timesteps)
+    torch.testing.assert_close(process.clean(noisy, velocity, timesteps), clean, rtol=0, atol=2e-6)
+    torch.testing.assert_close(noisy + (1 - sigma) * velocity, noise, rtol=0, atol=2e-6)
+
+
+@every_twin
+def test_a_window_up_to_500_picks_noise_levels_up_to_one_half(twin: Twin) -> None:
+    for count in (12, 28):  # of 28, shift 6 has a level of 1/2, rounded to 500.00006
+        made = sampler(twin, count)
+        steps = Branching(2, low=0, high=500).steps(made)
+        sigmas: Tensor = twin.source().resolve_family().noise_process.sigma(made.timesteps)
+        assert steps == [index for index, sigma in enumerate(sigmas.tolist()) if sigma <= 0.5 + 1e-6], count
+
+
+@every_twin
+def test_levels_run_from_the_noisiest_to_zero(twin: Twin) -> None:
+    family = twin.source().resolve_family()
+    timesteps, sigmas = family.levels(6, family.latent_shape(*twin.size))
+    assert len(timesteps) == 6 and len(sigmas) == 7 and sigmas[-1] == 0 and sigmas[0] > 0.99
+    assert (sigmas.diff() < 0).all()
+    torch.testing.assert_close(timesteps, 1000 * sigmas[:-1], rtol=0, atol=1.0)
+
+
+@every_twin
+@pytest.mark.parametrize("steps", [10, 40])
+def test_noise_keeps_the_spread_of_the_states(twin: Twin, steps: int) -> None:
+    """At native size: for pictures as small as twins', Ideogram 4's first step goes down to a level of a third."""
+    family = twin.source().resolve_family()
+    made = Sampling(steps, noise_level=0.7).sampler(family)
+    sigmas = family.noise_process.sigma(made.timesteps)
+    noise = torch.randn(1, 10000, generator=torch.Generator().manual_seed(0))
+    step = made.transition(sigmas[0] * noise, noise, made.timesteps[:1])  # the velocity towards a picture of zeros
+    assert (step.mean.var() + step.std**2).sqrt().item() == pytest.approx(sigmas[1].item(), rel=0.15)
+
+
+def test_timesteps_of_a_continuous_flow_are_not_rounded_to_a_table() -> None:
+    process = ContinuousFlow()
+    times = torch.tensor([0.0, 123.456, 1000.0])
+    assert torch.equal(process.sigma(times), times / 1000)
+    assert process.timesteps_at(torch.tensor([0.0, 0.2345, 1.0])).tolist() == pytest.approx([1.0, 234.5, 1000.0])
+    with pytest.raises(InputError, match="timestep 1001 is out of range"):
+        process.sigma(torch.tensor([1001.0]))
+    with torch.device("meta"):
+        assert ContinuousFlow().timesteps.device.type == "cpu"
+
+
+def test_training_needs_two_steps_with_noise() -> None:
+    from latentreward.alignment import FlowSDESampler
+    from latentreward.diffusion.noise.schedules import static_levels
+
+    few = FlowSDESampler(*static_levels({"shift": 3.0}, 4))
+    with pytest.raises(InputError, match=r"only the step at timestep 602.151 has noise .* training needs at least 2"):
+        Branching(2, low=600, high=800).training_steps(few)
+    assert Branching(2, low=600, high=900).training_steps(few) == [1, 2]

@@ -1,0 +1,208 @@
+"""Facts of Qwen-Image that sampling small images does not show: refusals, levels, the template, what is loaded."""
+
+import json
+import pickle
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+from safetensors.torch import load_file, save_file
+
+from latentreward.alignment import PolicySource
+from latentreward.core.contracts import Conditioning
+from latentreward.core.errors import InputError
+from latentreward.diffusion import find_family
+from latentreward.diffusion.families.qwen_image import (
+    PREFIX,
+    TEMPLATE,
+    QwenImage,
+    QwenImagePromptEncoder,
+    prefix_length,
+)
+from latentreward.diffusion.noise.schedules import EULER
+from tests.diffusion.families.made_configs import MadeConfigs
+from tests.diffusion.families.made_qwen_image import scheduler, text_encoder, tokenizer, transformer
+from tests.diffusion.families.made_wan21 import vae
+from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
+
+
+def configs(**network: Any) -> MadeConfigs:
+    parts = {
+        "transformer": {**transformer().config, "_class_name": "QwenImageTransformer2DModel", **network},
+        "vae": dict(vae().config),
+        "scheduler": {**scheduler().config, "_class_name": EULER},
+    }
+    return MadeConfigs(parts, _class_name="QwenImagePipeline")
+
+
+@pytest.mark.parametrize("field", ["use_layer3d_rope", "use_additional_t_cond", "guidance_embeds"])
+def test_other_networks_are_refused_by_name(field: str) -> None:
+    assert isinstance(find_family(configs()), QwenImage)
+    with pytest.raises(InputError, match=f"{field}=true"):
+        find_family(configs(**{field: True}))
+    for channels in (48, 65):
+        with pytest.raises(InputError, match=f"takes {channels} channels, .* 4 positions have 64"):
+            find_family(configs(in_channels=channels))
+
+
+@pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 50), ((1328, 1328), 20), ((512, 768), 8)])
+def test_levels_are_those_of_the_pipeline(size: tuple[int, int], steps: int) -> None:
+    family, made = QwenImage(configs()), scheduler()
+    shape = family.latent_shape(*size)
+    length = size[0] // 16 * (size[1] // 16)
+    mu = calculate_shift(length, 256, 8192, 0.5, 0.9)
+    assert family.mu(steps, shape) == pytest.approx(mu)
+    made.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    timesteps, sigmas = family.levels(steps, shape)
+    assert torch.equal(timesteps, made.timesteps)
+    assert torch.equal(sigmas, made.sigmas)
+    assert sigmas[-2].item() == pytest.approx(0.02)
+
+
+def test_levels_without_entries_in_the_config_have_the_pipelines_defaults() -> None:
+    parts = {**configs()._parts, "scheduler": {"_class_name": EULER, "use_dynamic_shifting": True}}
+    family, made = QwenImage(MadeConfigs(parts)), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    made.set_timesteps(sigmas=np.linspace(1.0, 0.25, 4), mu=calculate_shift(4096))
+    assert torch.equal(family.levels(4, family.latent_shape(1024, 1024))[1], made.sigmas)
+
+
+def test_the_templates_prefix_is_counted_with_the_tokenizer() -> None:
+    words, plain = tokenizer(), tokenizer(words=False)
+    pipeline = TWINS["qwen_image"].pipeline()
+    assert pipeline.prompt_template_encode == TEMPLATE
+    assert prefix_length(words) == PREFIX == pipeline.prompt_template_encode_start_idx
+    assert prefix_length(plain) == len(plain(TEMPLATE.split("{}")[0]).input_ids) > PREFIX
+    family = TWINS["qwen_image"].source().resolve_family()
+    assert family.assumption() == "Qwen-Image and Qwen-Image-2512 have equal configs and are treated alike"
+    family.tokenizer = plain
+    assert str(family.assumption()).endswith(
+        f"begins with {prefix_length(plain)} tokens of this tokenizer instead of 34, all dropped"
+    )
+
+
+def test_a_prompt_has_at_most_512_tokens_and_states_that_later_ones_do_not_change() -> None:
+    twin = TWINS["qwen_image"]
+    pipeline, encoder = twin.pipeline(), twin.source().load().text_encoder
+    assert encoder is not None
+    prompts = ["x" * 700, "a cat"]
+    with torch.no_grad():
+        want, mask = pipeline.encode_prompt(prompts, max_sequence_length=512)
+        found = encoder(prompts)
+    assert found.prompt_embeds.shape[1] == encoder.num_tokens == 512
+    assert torch.equal(found.prompt_mask, mask.bool())
+    torch.testing.assert_close(found.prompt_embeds, want, rtol=0, atol=1e-6)
+    assert not found.prompt_embeds[1, mask[1] == 0].any()
+
+
+@pytest.mark.parametrize("names", ["model.language_model", "model"])
+def test_only_the_language_model_is_kept(names: str, tmp_path: Path) -> None:
+    """Under the names of files that are written now, and of those that were published."""
+    twin = TWINS["qwen_image"]
+    want = twin.source().load().text_encoder
+    folder = tmp_path / "pipeline"
+    shutil.copytree(twin.folder, folder)
+    file = folder / "text_encoder" / "model.safetensors"
+    old = "model." if names == "model" else "model.language_model."
+    weights = {}
+    for name, weight in load_file(file).items():
+        short = name.replace("model.language_model.", "").replace("model.visual.", "visual.").removeprefix("model.")
+        visual, head = short.startswith("visual."), short == "lm_head.weight"
+        prefix = ("" if names == "model" else "model.") if visual else "" if head else old
+        weights[prefix + short] = weight
+    save_file(weights, file, {"format": "pt"})
+    encoder = PolicySource(str(folder)).load().text_encoder
+    assert want is not None and encoder is not None
+    assert {name.split(".")[1] for name, _ in encoder.named_parameters()} == {"embed_tokens", "layers", "norm"}
+    assert torch.equal(encoder(PROMPTS).prompt_embeds, want(PROMPTS).prompt_embeds)
+
+
+@pytest.mark.parametrize("form", ["nested", "flat", "both"])
+def test_the_text_encoders_config_is_read_in_each_published_form(form: str, tmp_path: Path) -> None:
+    """Published files have the language model's 128000 positions in ``text_config``, beside it, or in both places."""
+    folder = Path(shutil.copytree(TWINS["qwen_image"].folder, tmp_path / "pipeline"))
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    text = config["text_config"] if form != "flat" else config.pop("text_config")
+    own = ("architectures", "dtype", "model_type")
+    path.write_text(json.dumps(config if form == "nested" else {**text, **{key: config[key] for key in own}, **config}))
+    assert (form != "nested") == (json.loads(path.read_text()).get("max_position_embeddings") == 128000)
+    encoder = PolicySource(str(folder)).load().text_encoder
+    want = TWINS["qwen_image"].source().load().text_encoder
+    assert encoder is not None and want is not None
+    assert torch.equal(encoder(PROMPTS).prompt_embeds, want(PROMPTS).prompt_embeds)
+
+
+def test_guidance_keeps_the_norm_of_each_token() -> None:
+    family = QwenImage(configs())
+    prompt, without = (noise_for((16, 2, 4, 6), 2, seed) for seed in (0, 1))
+    guided = family.guide(prompt, without, 4.0)
+    tokens, wanted, plain = (family.pack(values) for values in (guided, prompt, without + 4.0 * (prompt - without)))
+    torch.testing.assert_close(tokens.norm(dim=-1), wanted.norm(dim=-1))
+    torch.testing.assert_close(tokens, plain * (wanted.norm(dim=-1) / plain.norm(dim=-1)).unsqueeze(-1))
+    grid = family.token_grid(prompt)
+    assert grid == (2, 2, 3)
+    assert torch.equal(family.unpack(family.pack(prompt), grid), prompt)
+
+
+def test_guidance_of_predictions_in_16_bits_is_that_of_float32_rounded() -> None:
+    family = QwenImage(configs())
+    prompt, without = (noise_for((16, 2, 4, 6), 2, seed).bfloat16() for seed in (0, 1))
+    guided = family.guide(prompt, without, 4.0)
+    assert guided.dtype == torch.bfloat16
+    torch.testing.assert_close(guided.float(), family.guide(prompt.float(), without.float(), 4.0), rtol=0.03, atol=0.03)
+
+
+def test_a_mask_that_is_true_everywhere_is_left_out() -> None:
+    policy = TWINS["qwen_image"].source().load()
+    seen = []
+    policy.network.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["encoder_hidden_states_mask"]), with_kwargs=True
+    )
+    latents, at = noise_for((16, 1, 4, 6)), torch.tensor([300.0, 800.0])
+    with torch.no_grad():
+        policy.predict(latents, at, policy.encode_prompts(["a cat", "a dog"]))
+        mixed: Conditioning = policy.encode_prompts(PROMPTS)
+        policy.predict(latents, at, mixed)
+    assert seen[0] is None
+    assert torch.equal(seen[1], mixed.prompt_mask)
+
+
+def test_a_step_can_train_after_a_validation_under_inference_mode() -> None:
+    """The network keeps its positions on the device of the first call: on a CPU they are not copied, on meta they are.
+
+    A copy made under inference mode could not be saved for a backward pass.
+    """
+    policy = TWINS["qwen_image"].source().load()
+    with torch.no_grad():
+        prompts = policy.encode_prompts(PROMPTS).to("meta")
+    network = policy.network.to("meta").train()
+    latents, at = noise_for((16, 1, 4, 6)).to("meta"), torch.tensor([300.0, 800.0], device="meta")
+    with torch.inference_mode():
+        policy.predict(latents, at, prompts)
+    policy.predict(latents, at, prompts).sum().backward()
+    assert all(weight.grad is not None for weight in network.parameters() if weight.requires_grad)
+
+
+def test_a_copy_of_the_network_has_positions_of_its_own() -> None:
+    network = TWINS["qwen_image"].source().load().network
+    for copy in (deepcopy(network), pickle.loads(pickle.dumps(network))):
+        made = copy.pos_embed([[(1, 2, 3)]], max_txt_seq_len=4, device=torch.device("meta"))
+        assert {part.device.type for part in made} == {"meta"}
+        want = network.pos_embed([[(1, 2, 3)]], max_txt_seq_len=4, device=torch.device("cpu"))
+        assert {part.device.type for part in want} == {"cpu"}
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(TWINS["qwen_image"].folder, folder)
+    text_encoder(3 * len(tokenizer())).save_pretrained(folder / "text_encoder")
+    with pytest.raises(InputError, match="tokens, but its text encoder has"):
+        PolicySource(str(folder)).load()
+    wrong = QwenImagePromptEncoder(text_encoder(len(tokenizer())).model.language_model, tokenizer())
+    assert wrong.token_dim == 24 and wrong.dropped_tokens == 34

@@ -1,0 +1,172 @@
+"""DiNa-LRM's head on any spec: shapes, what it starts as, ensembles, grids, precision, refusals."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from latentreward.core.errors import InputError
+from latentreward.reward import GatedQFormerHead, LogisticSquash
+from latentreward.reward.heads.gated_qformer import FiLMAdapter, RMSNorm
+from tests.reward.heads.features import DIT_SPEC, SPECS, UNET_SPEC, random_features
+
+
+def randomised(head: nn.Module) -> nn.Module:
+    """Zero-initialised layers would hide what they multiply."""
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return head
+
+
+@pytest.mark.parametrize("out_dim", [1, 3])
+@pytest.mark.parametrize("name", SPECS)
+def test_shape_and_gradient(name: str, out_dim: int) -> None:
+    head = GatedQFormerHead(SPECS[name], num_heads=4, out_dim=out_dim)
+    scores = head(random_features(SPECS[name]))
+    assert scores.shape == ((3,) if out_dim == 1 else (3, out_dim))
+    scores.sum().backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_every_feature_matters(name: str) -> None:
+    spec = SPECS[name]
+    head = randomised(GatedQFormerHead(spec, num_heads=4))
+    features = random_features(spec)
+    score = head(features)
+    for index in range(len(spec.visual)):
+        visual = tuple(v + (i == index) for i, v in enumerate(features.visual))
+        assert not torch.allclose(head(replace(features, visual=visual)), score)
+    for index in range(len(spec.text)):
+        text = tuple(t + (i == index) for i, t in enumerate(features.text))
+        assert not torch.allclose(head(replace(features, text=text)), score)
+    assert not torch.allclose(head(replace(features, temb=features.temb + 1)), score)
+    torch.testing.assert_close(head(replace(features, pooled_text=features.pooled_text + 1)), score, rtol=0, atol=0)
+
+
+def test_time_has_no_say_at_the_start() -> None:
+    head = GatedQFormerHead(DIT_SPEC, num_heads=4)
+    features = random_features(DIT_SPEC)
+    torch.testing.assert_close(head(replace(features, temb=features.temb + 1)), head(features), rtol=0, atol=0)
+
+
+def test_tokens_are_a_set_once_mixed() -> None:
+    """The queries see no positions: the same permutation of all taps' tokens changes nothing."""
+    head = randomised(GatedQFormerHead(DIT_SPEC, num_heads=4))
+    features = random_features(DIT_SPEC)
+    order = torch.randperm(16)
+    turned = replace(features, visual=tuple(tokens[:, order] for tokens in features.visual))
+    torch.testing.assert_close(head(turned), head(features), rtol=1e-5, atol=1e-6)
+
+
+def test_width_comes_from_the_taps_or_is_stated() -> None:
+    assert GatedQFormerHead(DIT_SPEC).query_tokens.shape == (1, 4, 16)
+    assert not any("proj_in" in name for name in GatedQFormerHead(DIT_SPEC).state_dict())
+    assert any("proj_in" in name for name in GatedQFormerHead(DIT_SPEC, use_proj_in=True).state_dict())
+    unet = GatedQFormerHead(UNET_SPEC)
+    assert unet.query_tokens.shape == (1, 4, 24)
+    narrow = {n for n in unet.state_dict() if "proj_in" in n and "visual" in n and "weight" in n}
+    assert narrow == {f"layer_adapters_visual.{i}.proj_in.weight" for i in (0, 1)}
+    assert GatedQFormerHead(DIT_SPEC, width=32, num_queries=2).query_tokens.shape == (1, 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("grid", "tokens"), [("smallest", 4), ("largest", 64), ((4, 4), 16), ([1, 1], 1), ((3, 5), 15)]
+)
+def test_grid_on_which_taps_meet(grid: object, tokens: int) -> None:
+    head = GatedQFormerHead(UNET_SPEC, num_heads=4, grid=grid)
+    visual, text = head.tokens(random_features(UNET_SPEC))
+    assert visual.shape == (3, tokens, 24)
+    assert text.shape == (3, 5, 24)
+
+
+def test_ensemble_of_one_level_is_the_score() -> None:
+    head = randomised(GatedQFormerHead(UNET_SPEC, num_heads=4))
+    features = random_features(UNET_SPEC)
+    torch.testing.assert_close(head.score_ensemble([features]), head(features), rtol=0, atol=0)
+    torch.testing.assert_close(head.score_ensemble([features] * 3), head(features), rtol=1e-4, atol=1e-5)
+
+
+def test_ensemble_joins_tokens_and_differs_from_the_mean() -> None:
+    head = randomised(GatedQFormerHead(DIT_SPEC, num_heads=4))
+    levels = [random_features(DIT_SPEC) for _ in range(3)]
+    score = head.score_ensemble(levels)
+    visual, text = zip(*(head.tokens(level) for level in levels), strict=True)
+    torch.testing.assert_close(score, head.pool(torch.cat(visual, 1), torch.cat(text, 1)).squeeze(-1), rtol=0, atol=0)
+    torch.testing.assert_close(head.score_ensemble(levels[::-1]), score, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(score, sum(head(level) for level in levels) / 3)
+
+
+def test_an_ensemble_does_not_read_padding() -> None:
+    head, mask = randomised(GatedQFormerHead(DIT_SPEC, num_heads=4)), (torch.arange(7) < 4).expand(3, 7)
+    levels = [replace(random_features(DIT_SPEC), text_mask=mask) for _ in range(2)]
+    others = [replace(one, text=tuple(text + 9.0 * ~mask[..., None] for text in one.text)) for one in levels]
+    torch.testing.assert_close(head.score_ensemble(others), head.score_ensemble(levels))
+
+
+def test_dropout_is_on_in_training_alone() -> None:
+    head = randomised(GatedQFormerHead(DIT_SPEC, num_heads=4, dropout=0.5))
+    features = random_features(DIT_SPEC)
+    assert not torch.equal(head(features), head(features))
+    head.eval()
+    torch.testing.assert_close(head(features), head(features), rtol=0, atol=0)
+
+
+def test_logistic_bounds_the_score() -> None:
+    head = randomised(GatedQFormerHead(DIT_SPEC, num_heads=4, use_logistic=True))
+    scores = head(random_features(DIT_SPEC, batch=50))
+    assert (scores.abs() < 2).all()
+    assert {"logistic.eta3", "logistic.eta4"} <= set(head.state_dict())
+
+
+@pytest.mark.parametrize(("x", "expected"), [(0.0, 0.0), (0.15, 0.92423), (-0.15, -0.92423), (1e9, 2.0), (-1e9, -2.0)])
+def test_logistic_hand_values(x: float, expected: float) -> None:
+    squash, value = LogisticSquash(), torch.tensor([x], requires_grad=True)
+    score = squash(value)
+    assert score.item() == pytest.approx(expected, abs=1e-4)
+    score.sum().backward()
+    assert value.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("eps", [1.1920928955078125e-07, 2.0**-7])
+def test_rms_norm_hand_value_and_option(eps: float) -> None:
+    x = 0.02 * torch.randn(2, 5, 8)
+    torch.testing.assert_close(RMSNorm(8, eps)(x), x / (x.square().mean(-1, keepdim=True) + eps).sqrt())
+    assert RMSNorm(8, eps)(x.bfloat16()).dtype == torch.bfloat16
+    head = GatedQFormerHead(DIT_SPEC, rms_eps=eps)
+    assert {module.eps for module in head.modules() if isinstance(module, RMSNorm)} == {eps}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_features_meet_float32_parameters(dtype: torch.dtype) -> None:
+    head = randomised(GatedQFormerHead(UNET_SPEC, num_heads=4))
+    features = random_features(UNET_SPEC, dtype=dtype)
+    expected = head(features.to(torch.float32))
+    torch.testing.assert_close(head(features), expected, rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (head(features).float() - expected).abs().max() < 0.1 * expected.abs().max()
+    whole = head.to(torch.bfloat16)
+    assert whole(features.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputError, match="num_heads=5 must divide the head's width 24"):
+        GatedQFormerHead(UNET_SPEC, num_heads=5)
+    with pytest.raises(InputError, match="width is 0; it must be at least 1"):
+        GatedQFormerHead(UNET_SPEC, width=0)
+    for grid in ("middle", (4,), (0, 4), (1, 2, 3)):
+        with pytest.raises(InputError, match=r"grid=.* must be 'smallest', 'largest' or 2 positive whole numbers"):
+            GatedQFormerHead(UNET_SPEC, grid=grid)
+
+
+@pytest.mark.parametrize("in_dim", [6, 4])
+def test_film_scales_by_one_plus_gamma_and_adds_beta(in_dim: int) -> None:
+    """γ is the first half of the MLP's output, β the second."""
+    film = FiLMAdapter(in_dim, 6, 3, 5, use_proj_in=False)
+    tokens, temb = torch.randn(2, 7, in_dim), torch.randn(2, 5)
+    with torch.no_grad():
+        film.cond_mlp[2].bias.copy_(torch.tensor([0.5] * 6 + [-2.0] * 6))  # its weight is 0: γ = 0.5, β = −2
+    inside = tokens if in_dim == 6 else film.proj_in(tokens)
+    torch.testing.assert_close(film.modulate(tokens, temb), 1.5 * inside - 2.0 + film.layer_embed)

@@ -1,0 +1,54 @@
+"""PAVRM's head on any spec: what it reads, its weights at the start, and what it refuses. Numbers: tests/golden."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from latentreward.core.errors import InputError
+from latentreward.reward import PAVRMHead
+from tests.reward.heads.features import DIT_SPEC, SPECS, random_features
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("name", SPECS)
+def test_shape_and_gradient(name: str, queries: int) -> None:
+    head = PAVRMHead(SPECS[name], num_queries=queries, widths=(16,))
+    scores = head(random_features(SPECS[name]))
+    assert scores.shape == (3,)
+    scores.sum().backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+def test_reads_the_last_tap_alone_and_in_any_order() -> None:
+    head, given = PAVRMHead(DIT_SPEC), random_features(DIT_SPEC)
+    score, last = head(given), given.visual[-1]
+    earlier = replace(random_features(DIT_SPEC), visual=(*random_features(DIT_SPEC).visual[:-1], last))
+    torch.testing.assert_close(head(earlier), score, rtol=0, atol=0)
+    torch.testing.assert_close(head(replace(given, visual=(*given.visual[:-1], last.flip(1)))), score)
+
+
+def test_a_row_scores_as_it_does_alone() -> None:
+    head, given = PAVRMHead(DIT_SPEC), random_features(DIT_SPEC, batch=4)
+    alone = [head(replace(given, visual=tuple(tap[row : row + 1] for tap in given.visual))) for row in range(4)]
+    torch.testing.assert_close(torch.cat(alone), head(given))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"num_heads": 5}, "num_heads=5"), ({"num_queries": 0}, "num_queries"), ({"widths": (0,)}, "widths")],
+)
+def test_refuses_sizes_that_do_not_fit(settings: dict, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        PAVRMHead(DIT_SPEC, **settings)
+
+
+@pytest.mark.parametrize("add_query", [True, False])
+def test_the_query_is_added_to_what_it_attended_to(add_query: bool) -> None:
+    """Of equal tokens, attention returns out(value(token)), whatever its weights."""
+    head, given = PAVRMHead(DIT_SPEC, num_queries=2, add_query=add_query), random_features(DIT_SPEC)
+    token = given.visual[-1][:, :1]
+    attention, width = head.attention, head.queries.shape[1]
+    value = token @ attention.in_proj_weight[2 * width :].T + attention.in_proj_bias[2 * width :]
+    expected = attention.out_proj(value).squeeze(1) + (head.queries.mean(dim=0) if add_query else 0)
+    torch.testing.assert_close(head.pool(token.expand(-1, 16, -1)), expected)

@@ -1,0 +1,193 @@
+"""Scores of pictures: forms of requests and replies, batches, cache, and replies that are none."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from latentreward.core.errors import InputError
+from latentreward.core.interrupts import stop_asked
+from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, UniRL
+from latentreward.reward.remote.images import RemoteImages
+from tests.reward.remote.judges import judged, judging, plain, says, unirl
+
+PROMPTS = ["a red circle", "two blue squares", "a cross", "a red circle", "à la carte 🙂"]
+IMAGES = [Image.new("RGB", (8 + number, 8), (40 * number, 0, 0)) for number in range(4)] + [Image.new("RGB", (8, 8))]
+EXPECTED = [judged(*row) for row in zip(PROMPTS, IMAGES, strict=True)]
+
+
+def images(url: str, schema: ImageSchema | None = None, batch_size: int = 2, **settings: Any) -> RemoteImages:
+    server = RemoteServer(url, **{"timeout_s": 10.0, "retry_s": 0.0, **settings})
+    return RemoteImages(server, schema or PlainJSON(), batch_size)
+
+
+@pytest.mark.parametrize(
+    ("answer", "schema"),
+    [(plain, PlainJSON()), (unirl, UniRL("redness")), (unirl, UniRL("two", metric="red"))],
+)
+def test_both_forms_give_the_judges_scores_in_order(answer, schema: ImageSchema) -> None:
+    with judging(answer) as judge:
+        assert images(judge.url, schema).begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
+        assert sorted(judge.sizes) == [1, 2, 2]
+
+
+def test_equal_rows_are_asked_once_and_remembered() -> None:
+    with judging() as judge:
+        source = images(judge.url, batch_size=8)
+        twice = source.begin(PROMPTS * 2, [image.copy() for image in IMAGES * 2])()
+        assert twice == pytest.approx(EXPECTED * 2)
+        assert judge.sizes == [5]
+        assert source.begin(PROMPTS, IMAGES)() == twice[:5]
+        source.begin(["another prompt"], IMAGES[:1])()
+        assert judge.sizes == [5, 1]
+
+
+def test_the_cache_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentreward.reward.remote.scores.CACHED", 2)
+    with judging() as judge:
+        source = images(judge.url, batch_size=8)
+        assert source.begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
+        source.begin(PROMPTS[-2:], IMAGES[-2:])()
+        assert judge.sizes == [5]
+        assert source.begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
+        assert judge.sizes == [5, 3]
+
+
+@pytest.mark.parametrize(("parallel", "least"), [(1, 0.6), (3, 0.2)])
+def test_no_more_requests_at_a_time_than_set(parallel: int, least: float) -> None:
+    with judging() as judge:
+        judge.delay_s = 0.2
+        began = time.monotonic()
+        assert images(judge.url, parallel=parallel).begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
+        assert time.monotonic() - began >= least
+        ends = sorted([(begin, 1) for begin, _ in judge.times] + [(end, -1) for _, end in judge.times])
+        running = [sum(step for _, step in ends[: place + 1]) for place in range(len(ends))]
+        assert max(running) == parallel
+
+
+def test_no_more_threads_than_requests_at_a_time() -> None:
+    """A rollout of many samples with small requests would else start a thread for each of them."""
+    with judging() as judge:
+        judge.delay_s = 0.3
+        source, before = images(judge.url, batch_size=1, parallel=2), {*threading.enumerate()}
+        pending = source.begin([str(number) for number in range(6)], IMAGES[:1] * 6)
+        started = {*threading.enumerate()} - before
+        assert [thread.name for thread in started].count("reward request") == 2
+        assert len(pending()) == 6
+        assert source.begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
+
+
+def test_scores_are_asked_for_before_they_are_waited_for() -> None:
+    with judging() as judge:
+        pending = images(judge.url, batch_size=8).begin(PROMPTS, IMAGES)
+        until = time.monotonic() + 600
+        while not judge.times and time.monotonic() < until:
+            time.sleep(0.01)
+        assert judge.sizes == [5]
+        assert pending() == pytest.approx(EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("schema", "reply", "told"),
+    [
+        (PlainJSON(), {"scores": [0.5]}, "1 scores came for 2 rows"),
+        (PlainJSON(), {"scores": [0.5, 0.5, 0.5]}, "3 scores came for 2 rows"),
+        (PlainJSON(), b'{"scores": [0.5, NaN]}', r"score \[1\]: it must be a finite number, not nan"),
+        (PlainJSON(), b'{"scores": [0.5, 1e39]}', r"score \[1\]: it must be less than or equal to .*, not 1e\+39"),
+        (PlainJSON(), b'{"scores": [0.5, 1' + b"0" * 400 + b"]}", r"score \[1\]: "),
+        (PlainJSON(), {"scores": [0.5, "0.5"]}, r"score \[1\]: it must be a valid number, not '0.5'"),
+        (PlainJSON(), {"scores": [0.5, None]}, r"score \[1\]: it must be a valid number, not None"),
+        (PlainJSON(), {"scores": [0.5, True]}, r"score \[1\]: it must be a valid number, not True"),
+        (PlainJSON(), {"scores": {"a": 1}}, "scores: it must be a valid array, not {'a': 1}; look at the schema"),
+        (PlainJSON(), {"rewards": [0.5, 0.5]}, r"scores: it is missing in {'rewards': \[0.5, 0.5\]}"),
+        (PlainJSON(), [0.5, 0.5], "the answer is no JSON object"),
+        (UniRL("r"), {"results": [{"r": {"s": 1.0}}]}, "1 scores came for 2 rows"),
+        (UniRL("r"), {"results": [{"r": {"s": 1.0}}, {"q": {"s": 1.0}}]}, "a result has no 'r', but {'q'"),
+        (UniRL("r"), {"results": [{"r": {"s": 1.0, "t": 2.0}}] * 2}, "r has the metrics s, t; set schema.metric"),
+        (UniRL("r", "u"), {"results": [{"r": {"s": 1.0}}] * 2}, "r has no metric 'u', but s"),
+        (UniRL("r"), {"results": [{}, {}], "errors": [{}, {"r": "out of memory"}]}, "could not be scored: .*memory"),
+        (UniRL("r"), {"results": [], "protocol_version": "2"}, "protocol_version: it must be '1', not '2'"),
+        (UniRL("r"), {"results": [{"r": {"s": 1}}] * 2, "identities": [{"request_id": "x"}] * 2}, "identities are not"),
+        (
+            UniRL("r"),
+            {"results": [{"r": {"s": 1}}] * 2, "identities": 3},
+            "identities: it must be a valid array, not 3",
+        ),
+        (UniRL("r"), {"results": [3, 4]}, r"results\[0\]: it must be an object, not 3"),
+    ],
+)
+def test_a_wrong_reply_is_told_in_one_line(schema: ImageSchema, reply: Any, told: str) -> None:
+    with judging(faults=[says(200, reply)]) as judge, pytest.raises(RemoteError, match=told) as raised:
+        images(judge.url, schema).begin(PROMPTS[:2], IMAGES[:2])()
+    assert str(raised.value).startswith(f"reward server {judge.url}: ")
+    assert str(raised.value).isprintable()
+    assert len(judge.headers) == 1
+
+
+def test_a_failed_request_leaves_the_others_scores_and_gives_up_what_waits() -> None:
+    """The source can be asked again afterwards."""
+    with judging(faults=[says(200, {"scores": []})]) as judge:
+        source = images(judge.url, parallel=1)
+        with pytest.raises(RemoteError, match="0 scores came for"):
+            source.begin(PROMPTS, IMAGES)()
+        assert source.begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
+
+
+def test_a_signal_ends_the_wait_for_a_try_under_way() -> None:
+    with judging() as judge:
+        judge.delay_s = 60.0
+        pending, began = images(judge.url, timeout_s=60.0).begin(PROMPTS, IMAGES), time.monotonic()
+        timer = threading.Timer(0.3, stop_asked.set)
+        timer.start()
+        try:
+            with pytest.raises(RemoteError, match="a signal ended the wait for its answer"):
+                pending()
+        finally:
+            timer.join()
+            stop_asked.clear()
+        assert time.monotonic() - began < 30
+
+
+def test_another_model_behind_the_same_address_is_noticed() -> None:
+    names = iter(["first", "first", "second"])
+    with judging(lambda request: {**plain(request), "model": next(names)}) as judge:
+        source = images(judge.url, parallel=1)
+        source.begin(PROMPTS[:3], IMAGES[:3])()
+        with pytest.raises(RemoteError, match="the model is now second, but was first before"):
+            source.begin(PROMPTS[3:], IMAGES[3:])()
+
+
+def test_a_schema_of_ones_own() -> None:
+    class Sums(PlainJSON):
+        def scores(self, reply, request):
+            if "answers" not in reply:
+                raise InputError("no answers")
+            return [sum(one) for one in reply["answers"]]
+
+    with judging(lambda request: {"answers": [[1, 2], [3, 4]]}) as judge:
+        assert images(judge.url, Sums()).begin(PROMPTS[:2], IMAGES[:2])() == [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        ({"answer": []}, r"Best cannot read the answer {'answer': \[\]} \(KeyError: 'best'\)"),
+        ({"best": 3}, r"Best.scores returned 3; it must be a Sequence \(test_images.py"),
+        ({"best": [1, 2], "judge": 3}, r"Best cannot read .* \(AttributeError: 'int' object has no attribute 'name'\)"),
+    ],
+)
+def test_an_error_of_a_schema_of_ones_own_is_a_refusal(reply: dict[str, Any], told: str) -> None:
+    """Other ranks wait for scores or a refusal; any other error would leave them waiting."""
+
+    class Best(PlainJSON):
+        def scores(self, reply, request):
+            return reply["best"]
+
+        def model(self, reply):
+            return reply["judge"].name if "judge" in reply else None
+
+    with judging(faults=[says(200, reply)]) as judge, pytest.raises(RemoteError, match=told) as raised:
+        images(judge.url, Best()).begin(PROMPTS[:2], IMAGES[:2])()
+    assert str(raised.value).startswith(f"reward server {judge.url}: ")

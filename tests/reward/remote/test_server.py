@@ -1,0 +1,275 @@
+"""What a connection does with servers that fail, are late, refuse or answer something else."""
+
+import gzip
+import json
+import logging
+import socket
+import sys
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from latentreward.core.errors import InputError
+from latentreward.core.interrupts import stop_asked
+from latentreward.reward import PlainJSON, RemoteError, RemoteServer
+from latentreward.reward.remote import server as remote_server
+from latentreward.reward.remote.images import RemoteImages
+from latentreward.reward.remote.server import Connection, seconds_of
+from tests.reward.remote.judges import Judge, breaks_off, drips_headers, hangs_up, judging, says, trickles
+
+REQUEST = json.dumps({"prompts": [], "images": []}).encode()
+DEAD = "http://127.0.0.1:9"
+"""Nobody listens there."""
+PACKED = gzip.compress(gzip.compress(bytes(2**20)))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_server, "FIRST_PAUSE_S", 0.01)
+
+
+def ask(judge: Judge, **settings: Any) -> Any:
+    return Connection(RemoteServer(judge.url, **{"retry_s": 5.0, "timeout_s": 5.0, **settings})).ask(
+        "POST", "/score", REQUEST
+    )
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [says(503), says(429, {"error": "busy"}), says(500), says(504), hangs_up, breaks_off, trickles, drips_headers],
+)
+def test_a_failed_try_is_followed_by_another(fault, caplog: pytest.LogCaptureFixture) -> None:
+    with judging(faults=[fault, fault]) as judge, caplog.at_level(logging.WARNING):
+        assert ask(judge, timeout_s=0.5) == {"scores": []}
+        assert len(judge.headers) == 3
+    assert caplog.records[0].message.startswith(f"reward server {judge.url}: ")
+    assert "answers again after" in caplog.records[1].message
+    assert len(caplog.records) == 2
+
+
+def test_the_end_of_an_outage_is_told_by_another_request_than_its_beginning(caplog: pytest.LogCaptureFixture) -> None:
+    began = time.monotonic()
+    with judging(faults=[says(503, retry_after="1")]) as judge, caplog.at_level(logging.WARNING):
+        connection = Connection(RemoteServer(judge.url))
+        thread = threading.Thread(target=connection.ask, args=("POST", "/score", REQUEST))
+        thread.start()
+        while not caplog.records:
+            time.sleep(0.01)
+        assert connection.ask("POST", "/score", REQUEST) == {"scores": []}
+        thread.join()
+    (told,) = (record.message.partition(" answers again after ")[2] for record in caplog.records[1:])
+    assert float(told.removesuffix(" seconds")) <= time.monotonic() - began + 0.5
+
+
+@pytest.mark.parametrize("fault", [trickles, drips_headers])
+def test_a_server_that_answers_without_end_is_an_outage(fault) -> None:
+    """Also on a connection that gave good answers before, as then no other is opened."""
+    with judging(faults=[None, None] + [fault] * 50) as judge:
+        connection = Connection(RemoteServer(judge.url, timeout_s=0.2, retry_s=0.3))
+        for _ in range(2):
+            assert connection.ask("POST", "/score", REQUEST) == {"scores": []}
+        began = time.monotonic()
+        with pytest.raises(RemoteError, match=r"no scores after \d tries .* no answer within timeout_s=0.2 seconds"):
+            connection.ask("POST", "/score", REQUEST)
+    assert time.monotonic() - began < 5
+
+
+def test_a_server_that_reads_slowly_is_an_outage() -> None:
+    """Each part that it reads would start httpx's own limit of time anew."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def read() -> None:
+            with server.accept()[0] as connection:
+                while connection.recv(2**17):
+                    time.sleep(0.1)
+
+        threading.Thread(target=read, daemon=True).start()
+        connection = Connection(RemoteServer(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.3, retry_s=0))
+        began = time.monotonic()
+        with pytest.raises(RemoteError, match=r"no answer within timeout_s=0\.3 seconds"):
+            connection.ask("POST", "/score", b" " * 2**25)  # takes it 25 seconds
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no 127.0.0.2, or a full queue refuses")
+@pytest.mark.parametrize("last", ["127.0.0.1", "127.0.0.2"])
+def test_the_addresses_of_a_host_share_the_time_of_a_try(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up, named = socket.getaddrinfo, {"judge": ["127.0.0.2", "127.0.0.2", last]}
+
+    def found(host: str, *given: Any, **options: Any) -> list[Any]:
+        return [one for address in named.get(host, [host]) for one in look_up(address, *given, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    with (
+        judging() as judge,
+        socket.create_server(("127.0.0.2", port := int(judge.url.rpartition(":")[2])), backlog=0) as full,
+        socket.create_connection(full.getsockname()),  # the queue is full: others wait for an answer
+    ):
+        connection, began = (
+            Connection(RemoteServer(f"http://judge:{port}", timeout_s=0.6, retry_s=0.0)),
+            time.monotonic(),
+        )
+        if last == "127.0.0.1":
+            assert connection.ask("POST", "/score", REQUEST) == {"scores": []}
+        else:
+            with pytest.raises(RemoteError, match=r"no answer within timeout_s=0\.6 seconds"):
+                connection.ask("POST", "/score", REQUEST)
+    assert time.monotonic() - began < 1.2
+
+
+def test_the_servers_own_pause_is_kept() -> None:
+    with judging(faults=[says(503, retry_after="1")]) as judge:
+        began = time.monotonic()
+        ask(judge)
+        assert time.monotonic() - began >= 1
+
+
+def test_forms_of_retry_after() -> None:
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    assert 55 < seconds_of(soon) <= 60
+    assert seconds_of("7") == 7
+    assert seconds_of("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    far = f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"
+    assert [seconds_of(text) for text in (None, "", "soon", "-1", "²", far)] == [None] * 6
+
+
+def test_a_server_that_asks_for_no_pause_is_not_asked_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_server, "FIRST_PAUSE_S", 0.2)
+    with judging(faults=[says(503, retry_after="0")] * 50) as judge, pytest.raises(RemoteError, match="HTTP 503"):
+        ask(judge, retry_s=0.5)
+    assert len(judge.headers) <= 4
+
+
+def test_a_pause_beyond_the_limit_is_not_waited_for() -> None:
+    told = r"no scores after 1 try .* HTTP 503: maintenance; the server asks for a pause of 3600 seconds; go on after"
+    fault = says(503, {"error": "maintenance"}, retry_after="3600")
+    with judging(faults=[fault]) as judge, pytest.raises(RemoteError, match=told):
+        ask(judge)
+
+
+@pytest.mark.parametrize(("mode", "limit"), [("stop", "retry_s"), ("wait", "wait_s")])
+def test_an_outage_ends_after_its_limit(mode: str, limit: str) -> None:
+    server = RemoteServer(DEAD, on_outage=mode, **{limit: 0.3})
+    began = time.monotonic()
+    with pytest.raises(
+        RemoteError, match=rf"reward server {DEAD}: no scores after \d+ tr(y|ies) .*server\.{limit}=0\.3\)"
+    ):
+        Connection(server).ask("POST", "/score", REQUEST)
+    assert 0.3 <= time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (says(401, {"error": "no token"}), "HTTP 401: no token; set token_file or token_env"),
+        (says(404), r"HTTP 404: \(no text\); look at server.url and the schema"),
+        (says(422, {"detail": [{"msg": "image 0 is none\n\x1b[2J"}]}), r"HTTP 422: .*image 0 is none"),
+        (
+            says(302, location="http://127.0.0.1:9/"),
+            "HTTP 302: .* redirects are not followed: set server.url to the final address; it leads to http://127.0.0.1:9/$",
+        ),
+        (says(200, b"<html>hello</html>"), r"the answer is no JSON \(JSONDecodeError\): <html>hello</html>"),
+        (says(200, b"[" * 100_000), r"the answer is no JSON \(RecursionError\)"),
+        (says(200, b" " * (16 * 2**20 + 1)), "the answer is longer than 16 MiB"),
+        (
+            says(200, PACKED, content_encoding="gzip, gzip"),
+            "the answer is compressed, which was not asked for; look at",
+        ),
+        (says(403, PACKED, content_encoding="gzip, gzip"), r"HTTP 403: \(compressed\)"),
+    ],
+)
+def test_a_refusal_is_told_at_once_in_one_line(fault, told: str) -> None:
+    with judging(faults=[fault]) as judge, pytest.raises(RemoteError, match=told) as raised:
+        ask(judge)
+    assert len(judge.headers) == 1
+    assert str(raised.value).isprintable()
+
+
+def test_a_signal_ends_the_wait() -> None:
+    timer = threading.Timer(0.2, stop_asked.set)
+    timer.start()
+    try:
+        with pytest.raises(RemoteError, match="a signal ended the wait"):
+            Connection(RemoteServer(DEAD, on_outage="wait")).ask("POST", "/score", REQUEST)
+    finally:
+        stop_asked.clear()
+
+
+def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "token"
+    file.write_text("from-file\n")
+    monkeypatch.setenv("JUDGE_TOKEN", "from-env")
+    with judging() as judge:
+        ask(judge, token_file=str(file))
+        ask(judge, token_env="JUDGE_TOKEN")
+        ask(judge)
+        assert [one.get("authorization") for one in judge.headers] == ["Bearer from-file", "Bearer from-env", None]
+        assert "from-env" not in repr(RemoteServer(judge.url, token_env="JUDGE_TOKEN"))
+
+
+TOKEN = "ab/cd+eF9secret"
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (401, b'{"error": "unknown token ab\\/cd+eF9secret"}'),
+        (401, b'{"error": "unknown token \\u0061b/cd+eF9secret"}'),
+        (401, b'{"other": ["ab\\/cd+eF9secret"]}'),
+        (503, b"ab/cd+eF9secret"),
+        (200, b'{"scores": ["ab/cd+eF9secret"]}'),
+        (200, b'{"Bearer ab/cd+eF9secret": 1}'),
+        (200, json.dumps({"x" * 90 + TOKEN: 1}).encode()),
+        (200, json.dumps({"scores": [], "model": TOKEN}).encode()),
+    ],
+)
+def test_a_token_that_the_server_repeats_is_not_shown(
+    status: int, body: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
+    with judging(faults=[says(status, body)] * 9) as judge:
+        server = RemoteServer(judge.url, token_env="JUDGE_TOKEN", retry_s=0.1)
+        with pytest.raises(RemoteError) as raised:
+            RemoteImages(server, PlainJSON(), 1).begin(["a cat"], [Image.new("RGB", (8, 8))])()
+    told = f"{raised.value}{caplog.text}"
+    assert "ab/cd" not in told and "secret" not in told
+
+
+def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", DEAD)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with judging() as judge:
+        assert ask(judge) == {"scores": []}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"url": "judge:8080"}, "is no HTTP address"),
+        ({"url": "ftp://judge"}, "is no HTTP address"),
+        ({"url": "http://judge:99999"}, "is no HTTP address"),
+        ({"url": "http://[judge"}, "is no HTTP address"),
+        ({"url": "http://judge/\x00"}, "is no HTTP address"),
+        ({"url": "http://me:secret@judge"}, "token_file or token_env"),
+        ({"url": "ftp://me:secret@judge:99999"}, "token_file or token_env"),
+        ({"url": "http://judge?key=secret"}, "token_file or token_env"),
+        ({"url": "http://judge#secret"}, "token_file or token_env"),
+        ({"timeout_s": 0}, "server.timeout_s=0 must be"),
+        ({"retry_s": -1}, "server.retry_s=-1 must be"),
+        ({"wait_s": float("inf")}, "server.wait_s=inf must be"),
+        ({"parallel": 0}, "server.parallel is 0"),
+        ({"token_env": "NOT_SET_AT_ALL"}, "server.token_env=NOT_SET_AT_ALL must hold a token"),
+        ({"token_file": "/nowhere/token"}, "server.token_file=/nowhere/token cannot be read"),
+        ({"token_file": "a", "token_env": "b"}, "either token_file or token_env"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told) as raised:
+        RemoteServer(**{"url": "http://judge", **settings})
+    assert "secret" not in str(raised.value)

@@ -1,0 +1,143 @@
+"""Reward models on the hub, by its real client against a hub on this machine; and what is said without one."""
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+from latentreward.core.errors import InputError
+from latentreward.core.storage.hub import TIMEOUT
+from latentreward.reward import Card, RewardModel
+from tests.alignment.rewards.stored import write_run
+from tests.marks import rotated_after
+from tests.reward.scoring.stub_hub import StubHub, running_hub, set_hub
+from tests.reward.scoring.test_pretrained import scores
+from tests.reward.scoring.test_published import write_lrm
+from tests.tiny_pipelines import pipeline_folder
+
+pytestmark = pytest.mark.usefixtures("bases_here")
+
+LORA = {"rank": 2, "alpha": 3.0}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StubHub]:
+    with running_hub(monkeypatch, tmp_path / "cache") as stub:
+        yield stub
+
+
+def trained(folder: Path) -> RewardModel:
+    write_run(folder / "run", "dina", "sd35", lora=LORA)
+    return RewardModel.from_pretrained(folder / "run")
+
+
+@pytest.mark.slow
+def test_push_and_fetch(hub: StubHub, tmp_path: Path) -> None:
+    model = trained(tmp_path)
+    card = Card(licence="apache-2.0", datasets=("owner/pairs",))
+    address = model.push_to_hub("owner/reward", card, private=True, token="hf_secret", commit_message="First")
+    assert address.startswith(f"{hub.address}/owner/reward/commit/")
+    files = hub.repositories["owner/reward", "main"]
+    model.save_pretrained(tmp_path / "saved", card)
+    written = {path.relative_to(tmp_path / "saved").as_posix(): path for path in (tmp_path / "saved").rglob("*.*")}
+    assert set(files) == set(written)
+    assert all(files[name] == path.read_bytes() for name, path in written.items() if name != "README.md")
+    assert b"from_pretrained('owner/reward', base=" in files["README.md"]
+    assert hub.created[0].get("visibility") == "private" or hub.created[0].get("private")
+    assert hub.messages == ["First"]
+    assert hub.tokens - {None} == {"Bearer hf_secret"}
+    again = RewardModel.from_pretrained("owner/reward")
+    assert torch.equal(scores(again), scores(model))
+    assert again.source == "owner/reward"
+
+
+@pytest.mark.slow
+def test_a_branch(hub: StubHub, tmp_path: Path) -> None:
+    model = trained(tmp_path)
+    model.push_to_hub("owner/reward", token="hf_secret", revision="v2")
+    assert not hub.repositories["owner/reward", "main"]
+    assert "config.json" in hub.repositories["owner/reward", "v2"]
+    again = RewardModel.from_pretrained("owner/reward", revision="v2")
+    assert again.source == "owner/reward@v2"
+    assert "GET /api/models/owner/reward/revision/v2" in hub.requests
+    with pytest.raises(InputError, match=r"'owner/reward' at revision 'v3' is .*hub .RevisionNotFoundError.") as caught:
+        RewardModel.from_pretrained("owner/reward", revision="v3")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_a_repository(hub: StubHub, tmp_path: Path) -> None:
+    write_lrm(tmp_path / "lrm_sd15", "sd15")
+    files = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    hub.repositories["owner/LRM", "main"] = {**files, "huge.bin": b"0" * 1000}
+    base = pipeline_folder("sd15")
+    model = RewardModel.from_pretrained("owner/LRM/lrm_sd15", base=base)
+    assert torch.equal(scores(model), scores(RewardModel.from_pretrained(tmp_path / "lrm_sd15", base=base)))
+    assert not any("huge.bin" in request for request in hub.requests)
+    before = len(hub.requests)
+    for name in ("owner/LRM", "owner/LRM/lrm_sdxl"):
+        with pytest.raises(InputError, match=r"add one of its folders: lrm_sd15$"):
+            RewardModel.from_pretrained(name)
+    assert not any("resolve" in request for request in hub.requests[before:])
+
+
+def test_a_repository_without_a_reward_is_not_downloaded(hub: StubHub) -> None:
+    hub.repositories["owner/sdxl", "main"] = {"model_index.json": b"{}", "unet/huge.safetensors": b"0" * 1000}
+    with pytest.raises(InputError, match=r"'owner/sdxl' does not point to a reward model; check the name$"):
+        RewardModel.from_pretrained("owner/sdxl")
+    assert not any("resolve" in request for request in hub.requests)
+
+
+def test_no_such_repository(hub: StubHub) -> None:
+    with pytest.raises(InputError, match=r"'owner/none' is not here .*hub .RepositoryNotFoundError.") as caught:
+        RewardModel.from_pretrained("owner/none")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", rotated_after(2, ["nothing", "./owner/name", "/none/at/all", "x.ckpt", "~/reward"]))
+def test_names_that_are_no_hub_ids_ask_nobody(name: str, hub: StubHub) -> None:
+    with pytest.raises(InputError, match=f"reward model '{name}' does not exist"):
+        RewardModel.from_pretrained(name)
+    assert not hub.requests
+
+
+@pytest.mark.slow
+def test_without_a_network_the_cache_will_do(hub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = trained(tmp_path)
+    model.push_to_hub("owner/reward", token="hf_secret")
+    RewardModel.from_pretrained("owner/reward")
+    set_hub(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")  # nobody listens there
+    assert torch.equal(scores(RewardModel.from_pretrained("owner/reward")), scores(model))
+    with pytest.raises(InputError, match=r"'owner/other' is not here and cannot be .* .the hub does not answer"):
+        RewardModel.from_pretrained("owner/other")
+    with pytest.raises(InputError, match="'owner/reward': the hub does not answer") as caught:
+        model.push_to_hub("owner/reward", token="hf_secret")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_hub_that_says_nothing_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        set_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
+        start = time.monotonic()
+        with pytest.raises(InputError, match="the hub does not answer"):
+            RewardModel.from_pretrained("owner/reward")
+        assert time.monotonic() - start < 2 * TIMEOUT + 3  # connecting and reading have it each
+
+
+@pytest.mark.slow
+def test_names_and_tokens_that_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, hub: StubHub, tmp_path: Path) -> None:
+    model = trained(tmp_path)
+    with pytest.raises(InputError, match=r"'no/hub/id' is not a hub id .*; give owner/name"):
+        model.push_to_hub("no/hub/id", token="hf_secret")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(InputError, match="'owner/reward': the hub refuses"):
+        model.push_to_hub("owner/reward", token="hf_wrong")
+
+
+def refuse(self: huggingface_hub.HfApi, *args: object, **options: object) -> None:
+    """What the client does without a token."""
+    raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required, but no token found")

@@ -1,0 +1,227 @@
+"""What the files of a published layout do not hold: given by an argument, told, recorded, refused elsewhere."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from latentreward.alignment import LatentReward
+from latentreward.apps.cli import main
+from latentreward.core.errors import InputError
+from latentreward.core.settings.functions import parse_function
+from latentreward.reward import CLIPProjectionHead, ModelSource, PublishedSettings, RewardModel, RewardModelScorer
+from latentreward.reward.scoring.layouts.find import find_reward
+from latentreward.reward.scoring.scored_table import read_scores
+from tests.alignment.rewards.stored import states_of, tiny_policy, write_run
+from tests.diffusion.backbones.networks import tiny_backbone
+from tests.marks import rotated_after
+from tests.reward.scoring.models import PROMPTS, load_lrm, pictures
+from tests.reward.scoring.test_published import write_dina, write_lrm
+from tests.tiny_pipelines import pipeline_folder
+
+BASE = pipeline_folder("sd15")
+
+
+def scores_of(model: RewardModel) -> torch.Tensor:
+    return model.score(PROMPTS, pictures(len(PROMPTS)))
+
+
+def write_single_scale(folder: Path, name: str = "sd15") -> RewardModel:
+    """A checkpoint of the authors' ``multi_scale: False``, and the model behind it."""
+    write_lrm(folder, name)
+    head = CLIPProjectionHead(tiny_backbone(name).feature_spec, 7.5, "single", project_text=name != "sdxl")
+    state = torch.load(folder / "state_dict.pt", weights_only=True)
+    state |= {"visual_projection": head.visual_projection.state_dict(), "logit_scale": head.logit_scale.item()}
+    if name != "sdxl":
+        state["text_projection"] = head.text_projection.state_dict()
+    torch.save(state, folder / "state_dict.pt")
+    return RewardModel(tiny_backbone(name), head).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "head"),
+    [
+        ({}, {}),
+        ({"guidance": 1.0}, {"guidance": 1.0}),
+        ({"guidance": 3.0, "multi_scale": "enhanced"}, {"guidance": 3.0, "multi_scale": "enhanced"}),
+    ],
+)
+def test_settings_of_lrm(settings: dict[str, Any], head: dict[str, Any], tmp_path: Path, caplog: Any) -> None:
+    written = write_lrm(tmp_path, "sd15").eval()
+    expected = RewardModel(written.backbone, CLIPProjectionHead(written.backbone.feature_spec, **head))
+    expected.head.load_state_dict(written.head.state_dict())
+    model = RewardModel.from_pretrained(tmp_path, base=BASE, published=PublishedSettings(**settings))
+    torch.testing.assert_close(scores_of(model), scores_of(expected.requires_grad_(False)), rtol=1e-5, atol=1e-6)
+    used = {"guidance": 7.5, "multi_scale": "plain", **settings}
+    assert model.published == used
+    told = f"guidance {used['guidance']}, multi_scale {used['multi_scale']}"
+    assert told in model.identity
+    (line,) = [record.getMessage() for record in caplog.records if "scored with" in record.getMessage()]
+    assert f"scored with {told}, which its files do not hold" in line
+
+
+@pytest.mark.slow
+def test_settings_of_dina_lrm(tmp_path: Path) -> None:
+    written = write_dina(tmp_path)
+    model = RewardModel.from_pretrained(tmp_path, published=PublishedSettings(rms_eps=1e-7, t5_length=9))
+    assert model.published == {"rms_eps": 1e-7, "t5_length": 9}
+    assert model.backbone.text_encoder.t5_length == 9
+    assert {model.head.attn1.norm_q.eps, model.head.attn2.norm_v.eps, model.head.norm_ff.eps} == {1e-7}
+    assert "rms_eps 1e-07, t5_length 9" in model.identity
+    default = RewardModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(scores_of(default), scores_of(written.eval().requires_grad_(False)))
+    assert (scores_of(model) - scores_of(default)).abs().max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sdxl"]))
+def test_a_checkpoint_of_the_mid_block_alone(name: str, tmp_path: Path) -> None:
+    expected, base = write_single_scale(tmp_path / "single", name), pipeline_folder(name)
+    for model in (RewardModel.from_pretrained(tmp_path / "single", base=base), load_lrm(tmp_path / "single", base)):
+        assert model.published["multi_scale"] == "single"
+        torch.testing.assert_close(scores_of(model), scores_of(expected), rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match=r"multi_scale='plain' does not fit .* reads the mid block alone; .* single"):
+        load_lrm(tmp_path / "single", base, multi_scale="plain")
+    write_lrm(tmp_path / "wide", name)
+    with pytest.raises(InputError, match=r"multi_scale='single' does not fit .* plain or enhanced"):
+        load_lrm(tmp_path / "wide", base, multi_scale="single")
+
+
+@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sdxl"]))
+def test_text_encoders_frozen_in_training_are_the_base_s(name: str, tmp_path: Path) -> None:
+    expected, folder, base = (
+        write_lrm(tmp_path / "published", name).eval(),
+        tmp_path / "published",
+        pipeline_folder(name),
+    )
+    for part in folder.glob("text_encoder*"):
+        shutil.rmtree(part)
+    model = RewardModel.from_pretrained(folder, base=base)
+    torch.testing.assert_close(scores_of(model), scores_of(expected.requires_grad_(False)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match=r"has no text_encoder/: it was frozen in training .* give the base as base"):
+        RewardModel.from_pretrained(folder)
+    assert model.recipe.own == ("unet",)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(scores_of(RewardModel.from_pretrained(tmp_path / "saved", base=base)), scores_of(model))
+
+
+def test_a_saved_folder_keeps_the_settings_and_takes_no_others(tmp_path: Path) -> None:
+    write_lrm(tmp_path / "published", "sd15")
+    settings = PublishedSettings(guidance=2.0, multi_scale="enhanced")
+    model = RewardModel.from_pretrained(tmp_path / "published", base=BASE, published=settings)
+    model.save_pretrained(tmp_path / "saved")
+    again = RewardModel.from_pretrained(tmp_path / "saved", base=BASE)
+    assert torch.equal(scores_of(again), scores_of(model))
+    with pytest.raises(InputError, match=r"published is set, but reward model .* has neither published layout"):
+        RewardModel.from_pretrained(tmp_path / "saved", base=BASE, published=settings)
+
+
+@pytest.mark.parametrize("published", [None, PublishedSettings(rms_eps=1e-7)])
+def test_what_the_training_of_diffusion_rm_writes_is_named(tmp_path: Path, published: PublishedSettings | None) -> None:
+    write_dina(tmp_path / "dina")
+    (tmp_path / "dina" / "checkpoints").mkdir()
+    (tmp_path / "dina" / "checkpoint").rename(tmp_path / "dina" / "checkpoints" / "epoch_001")
+    with pytest.raises(InputError, match=r"holds checkpoints/epoch_001/rm_head.pt, which the .* in checkpoint/ beside"):
+        find_reward(ModelSource(str(tmp_path / "dina"), published=published))
+
+
+def test_settings_of_another_layout_are_refused(tmp_path: Path) -> None:
+    write_lrm(tmp_path / "lrm", "sd15")
+    write_dina(tmp_path / "dina")
+    write_run(tmp_path / "run", "lrm", "sd15")
+    for name, settings, message in (
+        ("dina", {"guidance": 1.0}, r"published\.guidance=1\.0 does not concern .* takes rms_eps and t5_length"),
+        ("lrm", {"rms_eps": 1e-7}, r"published\.rms_eps=1e-07 does not concern .* takes guidance and multi_scale"),
+        ("run", {}, "published is set, but .* leave it out"),
+    ):
+        with pytest.raises(InputError, match=message):
+            LatentReward(str(tmp_path / name), published=PublishedSettings(**settings)).latent_space()
+
+
+def test_serve_and_publish_take_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dina(tmp_path / "dina")
+    for command in (["serve", "--port=0"], ["publish", f"--output={tmp_path / 'new'}"]):
+        with pytest.raises(SystemExit):
+            main([*command, f"--model={tmp_path / 'dina'}", "--published.guidance=1", "--device=cpu"])
+        assert "published.guidance=1.0 does not concern" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_score_notes_them_and_does_not_go_on_with_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lrm(tmp_path / "lrm", "sd15")
+    (tmp_path / "pics").mkdir()
+    for place, image in enumerate(pictures(3)):
+        Image.Image.save(image, tmp_path / "pics" / f"{place}.png")
+    output = tmp_path / "scores.csv"
+
+    def score(*options: str) -> torch.Tensor:
+        words = [str(tmp_path / "pics"), str(output), f"--model={tmp_path / 'lrm'}", f"--base={BASE}", "--prompt=a cat"]
+        main(["score", *words, "--device=cpu", *options])
+        return torch.tensor(read_scores(output)["score"].to_pylist())
+
+    own = score("--published.guidance=1")
+    files = sorted((tmp_path / "pics").iterdir())
+    model = RewardModel.from_pretrained(tmp_path / "lrm", base=BASE, published=PublishedSettings(guidance=1.0))
+    torch.testing.assert_close(own, model.score("a cat", files), rtol=0, atol=2e-5)
+    assert torch.equal(score("--published.guidance=1"), own)
+    assert json.loads(Path(f"{output}.json").read_text())["published"]["guidance"] == 1.0
+    for options in (["--published.guidance=2"], []):
+        with pytest.raises(SystemExit):
+            score(*options)
+        assert "was begun with" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        score("--published.rms_eps=-1")
+    assert "published.rms_eps: -1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", rotated_after(1, ["auto", "never"]))
+def test_latent_reward_takes_and_tells_them(share: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_dina(tmp_path)
+    policy, prompts = tiny_policy("sd35", t5_length=256), ["a cat", "two dogs"]
+    reward = LatentReward(str(tmp_path), share=share, published=PublishedSettings(rms_eps=1e-7)).load(policy)
+    assert reward.model.head.norm_ff.eps == 1e-7
+    assert [r.levelno for r in caplog.records if "rms_eps 1e-07, t5_length 256" in r.getMessage()] == [logging.WARNING]
+    other = LatentReward(str(tmp_path), share=share).load(policy)
+    states = states_of(policy)
+    scores = [scorer(states, scorer.encode_prompts(prompts)) for scorer in (reward, other)]
+    assert (scores[0] - scores[1]).abs().max() > 0
+
+
+def test_yaml_and_flags(tmp_path: Path) -> None:
+    def take(reward: LatentReward) -> None:
+        """Take a reward.
+
+        Args:
+            reward: One.
+        """
+
+    flags = [
+        "--reward=LatentReward",
+        "--reward.path=x",
+        "--reward.published.guidance=1",
+        "--reward.published.t5_length=8",
+    ]
+    reward = parse_function(take, "take", flags)["reward"]
+    assert reward.model_source.published == PublishedSettings(guidance=1.0, t5_length=8)
+    (tmp_path / "c.yaml").write_text(
+        "reward: {class_path: LatentReward, init_args: {path: x, published: {multi_scale: single}}}"
+    )
+    reward = parse_function(take, "take", [f"--config={tmp_path / 'c.yaml'}"])["reward"]
+    assert reward.model_source.published == PublishedSettings(multi_scale="single")
+
+
+def test_a_scorer_takes_them_and_is_another_one_then(tmp_path: Path) -> None:
+    write_lrm(tmp_path, "sd15")
+    plain, other = (
+        RewardModelScorer(str(tmp_path), base=BASE, device="cpu", published=settings)
+        for settings in (None, PublishedSettings(guidance=1.0))
+    )
+    assert other.model.published["guidance"] == 1.0
+    assert "published" not in plain.identity().lower()
+    assert plain.identity() != other.identity()

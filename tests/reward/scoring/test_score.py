@@ -1,0 +1,420 @@
+"""Images in whatever form, each with its prompt, to one score each; what cannot be scored is named."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from latentreward.core.contracts import ImageRef
+from latentreward.core.errors import InputError
+from latentreward.data import ImageError
+from latentreward.data.image_sizes import NearestBucket, OneSize
+from latentreward.reward import RewardModel, ScoringNoise
+from latentreward.reward.scoring.images import pixel_batches
+from tests.reward.scoring.models import PROMPTS, picture, pictures, png, scoring_model
+from tests.tiny_pipelines import PIXELS
+
+
+@pytest.fixture(scope="module")
+def lrm() -> RewardModel:
+    return scoring_model("sd15")
+
+
+@pytest.fixture(scope="module")
+def dina() -> RewardModel:
+    return scoring_model("sd35")
+
+
+def test_the_form_of_an_image_does_not_matter(lrm: RewardModel, tmp_path: Path) -> None:
+    image = picture(1)
+    path = tmp_path / "a b ö.png"
+    path.write_bytes(png(image))
+    forms: list[Any] = [image, str(path), path, png(image), ImageRef("x", data=png(image)), Image.open(path)]
+    scores = lrm.score("a cat", forms, batch_size=1)
+    assert scores.shape == (6,)
+    assert scores.dtype == torch.float32
+    assert not scores.requires_grad
+    assert torch.equal(scores, scores[:1].expand(6))
+
+
+def grey16(values: np.ndarray) -> Image.Image:
+    return Image.fromarray((values.astype(np.uint32) * 257).astype(np.uint16))
+
+
+MODES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    **{mode: lambda image, mode=mode: image.convert(mode) for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "F", "I")},
+    "I;16": lambda image: grey16(np.asarray(image.convert("L"))),
+    "transparent": lambda image: Image.merge("RGBA", (*image.split(), Image.new("L", image.size))),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_pillow_is_converted_as_a_file_is(lrm: RewardModel, mode: str, tmp_path: Path) -> None:
+    image = MODES[mode](picture(2))
+    scores = lrm.score("a cat", [image])
+    if mode not in ("F", "I", "CMYK"):  # PNG has none of these
+        image.save(tmp_path / "image.png")
+        assert torch.equal(scores, lrm.score("a cat", [tmp_path / "image.png"]))
+    if mode in ("L", "I;16"):
+        assert torch.equal(scores, lrm.score("a cat", [picture(2).convert("L")]))
+    if mode == "transparent":
+        assert torch.equal(scores, lrm.score("a cat", [picture(2)]))
+
+
+def test_floats_up_to_1_are_not_read_as_black(lrm: RewardModel) -> None:
+    with pytest.raises(
+        InputError, match=r"^image number 0 has mode F, of which 255 is white, and no value above 0\.5;"
+    ):
+        lrm.score("a cat", [Image.new("F", (8, 8), 0.5)])
+    black = Image.new("F", (8, 8), 0.0)
+    assert torch.equal(lrm.score("a cat", [black]), lrm.score("a cat", [Image.new("L", (8, 8))]))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 7), (640, 480), (1000, 3000)])
+@pytest.mark.parametrize("name", ["lrm", "dina"])
+def test_any_size_is_brought_to_the_models_own(name: str, size: tuple[int, int], request: Any) -> None:
+    model = request.getfixturevalue(name)
+    assert model.score("a cat", [picture(0, *size)]).isfinite().all()
+
+
+def test_sizes_follow_the_network(lrm: RewardModel, dina: RewardModel) -> None:
+    assert lrm.image_sizes == OneSize(PIXELS, PIXELS)
+    assert isinstance(dina.image_sizes, NearestBucket)
+    multiple = dina.backbone.side_multiple
+    assert multiple == 4  # VAE 2, patch 2
+    assert all(side % multiple == 0 and side > 0 for size in dina.image_sizes.buckets for side in size)
+    assert (PIXELS, PIXELS) in dina.image_sizes.buckets
+    portrait, landscape = (dina.image_sizes.loader(*size) for size in ((480, 320), (320, 480)))
+    assert (portrait.height, portrait.width) == (landscape.width, landscape.height)
+    assert portrait.height > portrait.width
+
+
+@pytest.mark.slow
+def test_buckets_at_full_size_are_the_published_ones() -> None:
+    import tempfile
+
+    from latentreward.apps.estimate.pipelines import write_pipelines
+    from latentreward.core.registry import create_backbone
+    from latentreward.reward.scoring.network import own_sizes
+
+    with tempfile.TemporaryDirectory() as folder:
+        folders = write_pipelines(Path(folder))
+        with torch.device("meta"):
+            sd35 = create_backbone("sd35_medium", source=folders["sd35"], load_t5=False)
+            sd15 = create_backbone("sd15", source=folders["sd15"])
+    assert own_sizes(sd35) == NearestBucket()
+    assert sd35.side_multiple == 16
+    assert own_sizes(sd15) == OneSize(512, 512)
+
+
+def test_results_keep_the_order_given_though_sizes_are_scored_together(dina: RewardModel) -> None:
+    images = pictures(7, mixed=True)
+    prompts = [f"prompt {number}" for number in range(7)]
+    together = dina.score(prompts, images, batch_size=2)
+    alone = torch.cat([dina.score([prompt], [image]) for prompt, image in zip(prompts, images, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
+    assert len(set(together.tolist())) == 7
+
+
+def test_one_text_serves_all_images(lrm: RewardModel) -> None:
+    images = pictures(3)
+    assert torch.equal(lrm.score("a cat", images), lrm.score(["a cat"] * 3, images))
+    with pytest.raises(InputError, match="prompts: 1 for 3 images; give one for each, or a single text for all"):
+        lrm.score(["a cat"], images)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 6, 9])
+def test_pairs_are_pairs(lrm: RewardModel, count: int) -> None:
+    """Three images get three scores or a refusal; never scores of every prompt with every image."""
+    prompts = [f"prompt {number}" for number in range(count)]
+    with pytest.raises(InputError, match=f"prompts: {count} for 3 images"):
+        lrm.score(prompts, pictures(3))
+    with pytest.raises(InputError, match=f"prompts: {count} for 3 images"):
+        lrm.score_latents(prompts, torch.zeros(3, 4, 8, 8))
+    assert lrm.score(["a", "b", "c"], pictures(3)).shape == (3,)
+
+
+def test_nothing_gives_nothing(lrm: RewardModel) -> None:
+    noise = lrm.noise
+    assert lrm.score([], []).shape == (0,)
+    assert lrm.score_levels("a cat", [], [noise, noise]).shape == (0, 2)
+    assert lrm.score_latents([], torch.zeros(0, 4, 8, 8)).shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["lrm", "dina"])
+@pytest.mark.parametrize(
+    "prompt", ["", "word " * 2000, "🐈🦊✨" * 5, "a\0cat\0", "\n\t ", "<|endoftext|>", "ｗｉｄｅ ́"]
+)
+def test_any_text_is_a_prompt(name: str, prompt: str, request: Any) -> None:
+    assert request.getfixturevalue(name).score(prompt, pictures(1)).isfinite().all()
+
+
+def test_pixels_are_taken_as_they_are(lrm: RewardModel, dina: RewardModel) -> None:
+    image = picture(3, PIXELS, PIXELS)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    torch.testing.assert_close(lrm.score("a cat", pixels), lrm.score("a cat", [image]))
+    assert lrm.score("a cat", pixels.repeat(3, 1, 1, 2)).shape == (3,)
+    with pytest.raises(InputError, match=r"images: 15 is no multiple of the 2 .*; make it 14 or 16"):
+        lrm.score("a cat", pixels[..., :15])
+    with pytest.raises(InputError, match=r"latents: 7 is no multiple of the 2 .*; make it 6 or 8"):
+        dina.score_latents("a cat", torch.zeros(1, dina.backbone.latent_space.channels, 8, 7))
+    with pytest.raises(InputError, match=r"pixel of magnitude 255, not in \[-1, 1\]; scale them"):
+        lrm.score("a cat", torch.full((1, 3, PIXELS, PIXELS), 255.0))
+    with pytest.raises(InputError, match=r"uint8 tensor of shape \(1, 3, 4, 4\); give floating point"):
+        lrm.score("a cat", torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (b"", "image 'number 1': empty image"),
+        (b"no image at all", "image 'number 1': unknown image format"),
+        (png(picture(0))[:200], "image 'number 1': truncated or damaged image"),
+        (Path("there/is/none.png"), "image 'there/is/none.png': missing file"),
+        ("a\0b.png", "missing file"),
+        (Image.new("RGB", (0, 4)), "image 'number 1': empty image"),
+        (None, "image number 1 is a NoneType; give a PIL image, a path, encoded bytes, an ImageRef or a uint8"),
+        (np.zeros((4, 4, 3)), r"image number 1 is a float64 array of shape \(4, 4, 3\); give uint8 \(H, W, 3\), or a"),
+        (np.zeros((4, 4), np.uint8), r"image number 1 is a uint8 array of shape \(4, 4\)"),
+        (torch.zeros(3, 4, 4), "image number 1 is a Tensor"),
+        (ImageRef("key", data=b"x", holds="latents"), "holds latents"),
+    ],
+)
+def test_what_is_no_image_is_named(lrm: RewardModel, image: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        lrm.score("a cat", [picture(0), image, picture(1)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_pixels_with_a_time_axis_need_latents_with_one(
+    lrm: RewardModel, frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = rf"images are a tensor of shape \(2, 3, {frames}, 16, 16\), .* no time axis; give \(N, 3, H, W\)"
+    with pytest.raises(InputError, match=message):
+        lrm.score("a cat", torch.zeros(2, 3, frames, 16, 16))
+    monkeypatch.setattr(lrm, "image_sizes", None)
+    with pytest.raises(InputError, match=message):
+        lrm.score("a cat", torch.zeros(2, 3, frames, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "message"),
+    [
+        (None, [picture(0)], "prompts is a NoneType; give a text for each image, or a single text for all"),
+        ("a cat", None, "images is a NoneType; give a list of images, each a PIL image, .*"),
+        ("a cat", np.zeros((4, 4)), r"images are an array of shape \(4, 4\); give uint8 \(N, H, W, 3\), .*"),
+        (["a cat"] * 2, picture(0), "prompts: 2 for 1 images; .*"),
+    ],
+)
+def test_what_is_no_list_is_named(lrm: RewardModel, prompts: Any, images: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}$"):
+        lrm.score(prompts, images)
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(device: str) -> None:
+    with pytest.raises(InputError, match=f"^device is '{device}': .*; give one that is here, e.g. cpu$") as caught:
+        RewardModel.from_pretrained("nowhere", device=device)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lazily_opened_file_may_turn_out_damaged(lrm: RewardModel, tmp_path: Path) -> None:
+    path = tmp_path / "cut.png"
+    path.write_bytes(png(picture(0, 200, 200))[:-500])
+    with pytest.raises(ImageError, match="image 'number 0': truncated or damaged"):
+        lrm.score("a cat", [Image.open(path)])
+
+
+def test_a_single_image_gives_one_score(lrm: RewardModel, tmp_path: Path) -> None:
+    image = picture(1, PIXELS, PIXELS)
+    (tmp_path / "a.png").write_bytes(png(image))
+    forms = [image, tmp_path / "a.png", str(tmp_path / "a.png"), png(image), ImageRef("x", png(image)), np.array(image)]
+    expected = lrm.score("a cat", [image])
+    for form in forms:
+        assert torch.equal(lrm.score("a cat", form), expected)
+        assert torch.equal(lrm.score(["a cat"], form), expected)
+    assert lrm.score_levels("a cat", image, [lrm.noise] * 2).shape == (1, 2)
+    torch.testing.assert_close(lrm.score("a cat", to_tensor(image)[0], value_range=(0, 1)), expected)
+
+
+def test_uint8_arrays_are_pictures(lrm: RewardModel) -> None:
+    images = pictures(3)
+    expected = lrm.score("a cat", images)
+    arrays = [np.array(image) for image in images]
+    assert torch.equal(lrm.score("a cat", arrays), expected)
+    assert torch.equal(lrm.score("a cat", np.stack(arrays)), expected)
+    assert lrm.score("a cat", np.zeros((0, 4, 4, 3), np.uint8)).shape == (0,)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """(1, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+
+
+def test_the_range_of_a_tensor_can_be_given_and_is_doubted(lrm: RewardModel, caplog: Any) -> None:
+    model = RewardModel.of(lrm)
+    pixels = to_tensor(picture(3, PIXELS, PIXELS))
+    expected = model.score("a cat", 2 * pixels - 1)
+    for scale in (1, 255):
+        given = model.score("a cat", scale * pixels, value_range=(0, scale))
+        torch.testing.assert_close(given, expected)
+    assert not caplog.records
+    unscaled = model.score("a cat", pixels)
+    assert (unscaled - expected).abs() > 1e-3
+    assert torch.equal(model.score("a cat", pixels), unscaled)
+    [record] = caplog.records
+    assert "all values of the image tensor lie in [0, 1]" in record.message
+    assert "value_range=(0, 1)" in record.message
+    RewardModel.of(lrm).score("a cat", pixels, value_range=(-1, 1))
+    assert len(caplog.records) == 1
+    larger = to_tensor(picture(3, PIXELS, 2 * PIXELS))
+    model.score("a cat", larger, value_range=(0, 1))
+    assert f"{PIXELS}×{2 * PIXELS} pixels and scored at that size" in caplog.records[1].message
+    with pytest.raises(InputError, match=r"value_range is \(1, 0\); give the lowest and the highest value"):
+        model.score("a cat", pixels, value_range=(1, 0))
+    with pytest.raises(InputError, match=r"magnitude 255, not within value_range=\(0, 1\)"):
+        model.score("a cat", 255 * torch.ones_like(pixels), value_range=(0, 1))
+
+
+def test_a_tensor_of_another_size_than_the_model_s_is_doubted(lrm: RewardModel, caplog: Any) -> None:
+    model, pixels = RewardModel.of(lrm), 2 * to_tensor(picture(3, 2 * PIXELS, PIXELS)) - 1
+    model.score("a cat", pixels)
+    model.score("a cat", pixels)
+    [record] = caplog.records
+    assert f"{2 * PIXELS}×{PIXELS} pixels and scored at that size" in record.message
+    assert f"trained at {PIXELS}×{PIXELS}" in record.message
+
+
+@pytest.mark.parametrize(("prompts", "empty"), [("", 2), (["a cat", " \n"], 1)])
+def test_empty_prompts_are_told_once(lrm: RewardModel, prompts: Any, empty: int, caplog: Any) -> None:
+    model = RewardModel.of(lrm)
+    model.score(prompts, pictures(2))
+    model.score(prompts, pictures(2))
+    model.score_latents(prompts, torch.randn(2, 4, 8, 8))
+    [record] = caplog.records
+    assert f"{empty} of 2 prompts are empty" in record.message
+
+
+@pytest.mark.parametrize(
+    ("noise", "example"),
+    [(0.3, "sigmas=(0.3,)"), (0, "sigmas=(0,)"), (301, "timesteps=(301,)"), ("x", "sigmas=(0.4,)")],
+)
+def test_noise_that_is_a_number_is_refused_with_what_to_write(lrm: RewardModel, noise: Any, example: str) -> None:
+    message = re.escape(f"noise is {noise!r}; give a ScoringNoise, e.g. ScoringNoise({example})")
+    with pytest.raises(InputError, match=message):
+        lrm.score("a cat", pictures(1), noise=noise)
+    with pytest.raises(InputError, match=message):
+        lrm.score_levels("a cat", pictures(1), [noise])
+    with pytest.raises(InputError, match=message):
+        lrm.score_latents("a cat", torch.zeros(1, 4, 8, 8), noise=noise)
+
+
+def test_images_that_no_training_size_fits_are_counted(dina: RewardModel, caplog: Any) -> None:
+    model = RewardModel.of(dina)
+    model.image_sizes = NearestBucket(((16, 16), (16, 24)))
+    model.score("a cat", [picture(0, 20, 20), picture(1, 20, 30)])
+    caplog.clear()  # of the encoder's line about long prompts, once in a process
+    model.score("a cat", [picture(0, 20, 20), picture(1, 20, 30)])
+    assert not caplog.records
+    model.score("a cat", [picture(0, 20, 20), picture(1, 20, 60), picture(2, 50, 20)])
+    [record] = caplog.records
+    assert "2 of 3 images, first number 1, have an aspect ratio that the model was not trained on" in record.message
+
+
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
+def test_exif_orientation_is_as_the_model_has_it(lrm: RewardModel, exif: Any, tmp_path: Path) -> None:
+    model = RewardModel.of(lrm)
+    assert model.exif == "apply"
+    model.exif = exif
+    stored = picture(1, 24, 40)
+    tag = Image.Exif()
+    tag[ExifTags.Base.Orientation] = 6
+    stored.save(tmp_path / "a.png", exif=tag)
+    seen = stored.transpose(Image.Transpose.ROTATE_270) if exif == "apply" else stored
+    path = tmp_path / "a.png"
+    forms = [path, path.read_bytes(), ImageRef("x", path=path), Image.open(path)]
+    assert torch.equal(model.score("a cat", forms), model.score("a cat", [seen] * 4))
+
+
+def test_wrong_settings(lrm: RewardModel) -> None:
+    with pytest.raises(InputError, match="batch_size is 0; it must be at least 1"):
+        lrm.score("a cat", pictures(1), batch_size=0)
+    with pytest.raises(InputError, match=r"levels is \[\]; give a list of at least one ScoringNoise"):
+        lrm.score_levels("a cat", pictures(1), [])
+    with pytest.raises(InputError, match=r"prompt number 1 '\\ud83d' holds half a character"):
+        lrm.score(["a cat", "\ud83d"], pictures(2))
+    with pytest.raises(InputError, match="prompts hold a NoneType"):
+        lrm.score(["a cat", None], pictures(2))  # type: ignore[list-item]
+    with pytest.raises(InputError, match="timestep 1000 is out of range"):
+        lrm.score("a cat", [Path("never/read.png")], noise=ScoringNoise(timesteps=(1000,)))
+    with pytest.raises(InputError, match=r"draws have shape \(1, 4, 8, 8\), but latents \(2, 4, 8, 8\)"):
+        lrm.score_latents("a cat", torch.zeros(2, 4, 8, 8), draws=torch.zeros(1, 4, 8, 8))
+    with pytest.raises(InputError, match="conditioning has 1 rows for 2 latents"):
+        lrm.score_latents("a", torch.zeros(2, 4, 8, 8), conditioning=lrm.encode_prompts(["a"]))
+    with pytest.raises(InputError, match=r"latents are a torch.int64 tensor of shape \(2,\)"):
+        lrm.score_latents("a cat", torch.zeros(2, dtype=torch.int64))
+
+
+def test_a_score_that_is_no_number_names_image_and_prompt(lrm: RewardModel) -> None:
+    latents = torch.randn(5, 4, 8, 8)
+    latents[3, 0, 2, 2] = torch.nan
+    with pytest.raises(
+        InputError, match="score of image number 3 for the prompt 'prompt 3' is not finite; look for NaN"
+    ):
+        lrm.score_latents([f"prompt {row}" for row in range(5)], latents, batch_size=2)
+    broken = scoring_model("sd15")
+    broken.head.logit_scale.fill_(200.0)  # exp overflows
+    with pytest.raises(InputError, match=r"image number 0 for the prompt 'a cat' is not finite.*weights"):
+        broken.score("a cat", pictures(2))
+
+
+def test_images_are_loaded_as_they_are_needed(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(png(picture(0)))
+    asked: list[int] = []
+
+    class Counted(list):
+        def __iter__(self) -> Any:
+            for row in range(10_000):
+                asked.append(row)
+                yield path
+
+    batches = pixel_batches(Counted(), OneSize(16, 16), 4)
+    assert next(batches).rows == [0, 1, 2, 3]
+    assert len(asked) < 20
+    batches.close()
+
+
+def test_a_model_that_does_not_tell_its_size_asks_for_it(lrm: RewardModel) -> None:
+    sizes, lrm.image_sizes = lrm.image_sizes, None
+    try:
+        with pytest.raises(InputError, match="set its image_sizes"):
+            lrm.score("a cat", pictures(1))
+    finally:
+        lrm.image_sizes = sizes
+
+
+def test_identity_tells_models_apart(lrm: RewardModel) -> None:
+    lrm.source = "runs/lrm"
+    assert "runs/lrm" in lrm.identity
+    assert "at t 1, images 16x16, exif apply, float32" in lrm.identity
+    assert "\n" not in lrm.identity
+    assert scoring_model("sd15").set_precision(torch.bfloat16).identity.endswith("bfloat16")
+    lrm.source = str(Path(__file__).parent)
+    assert lrm.identity.startswith("scoring, on ")  # no place of this machine
+    lrm.source = ""
+
+
+def test_equal_prompts_are_encoded_once_and_others_one_by_one(lrm: RewardModel, monkeypatch: Any) -> None:
+    asked: list[tuple[str, ...]] = []
+    encode = lrm.backbone.encode_prompts
+    monkeypatch.setattr(lrm.backbone, "encode_prompts", lambda prompts: asked.append(tuple(prompts)) or encode(prompts))
+    lrm.score(PROMPTS, pictures(6), batch_size=2)
+    assert sorted(asked) == sorted({(prompt,) for prompt in PROMPTS} | {("",)}) or asked.count(("",)) == 2
+    assert all(len(prompts) == 1 for prompts in asked)

@@ -1,0 +1,165 @@
+"""A score depends on prompt and image alone: not on the batch, the order, the process, and little on the precision."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from latentreward.core.errors import InputError
+from latentreward.data.image_sizes import OneSize
+from latentreward.reward import RewardModel, ScoringNoise
+from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe
+from latentreward.reward.scoring.layouts.reopening import Probe
+from tests.marks import rotated_after, slow_after
+from tests.reward.scoring.models import PROMPTS, pictures, scoring_model
+from tests.tiny_pipelines import LATENTS
+
+# Scores are sums of some thousand float32 products, whose order differs with the batch and the processor: an AMD EPYC
+# showed 2.2e-5 at a score of 1.19.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+COUNT = 24
+
+
+def prompts_of(count: int) -> list[str]:
+    return [PROMPTS[row % len(PROMPTS)] for row in range(count)]
+
+
+@pytest.fixture(scope="module", params=[*slow_after(1, ["sd15", "sd35"]), *rotated_after(0, ["sdxl"])])
+def model(request: pytest.FixtureRequest) -> RewardModel:
+    return scoring_model(request.param)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed", rotated_after(1, [True, False]), ids=["mixed shapes", "one shape"])
+def test_batch_size_does_not_matter(model: RewardModel, mixed: bool) -> None:
+    images, prompts = pictures(COUNT, mixed), prompts_of(COUNT)
+    expected = model.score(prompts, images, batch_size=8)
+    for size in (1, 3, 7, 16, 64):
+        torch.testing.assert_close(model.score(prompts, images, batch_size=size), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("size", rotated_after(2, [2, 3, 5, 8, 11, 24]))
+def test_a_row_of_a_batch_is_like_any_other(model: RewardModel, size: int) -> None:
+    """Batches that are no multiple of 4, too: the same image is scored alike wherever it stands."""
+    latents = torch.randn(1, 4, LATENTS, LATENTS).repeat(size, 1, 1, 1)
+    for noise in (model.noise, ScoringNoise(sigmas=(0.2, 0.5))):
+        scores = model.score_latents("a cat", latents, noise=noise, batch_size=size)
+        whole = scores[: size - size % 4]
+        assert torch.equal(whole, scores[:1].expand_as(whole))
+        rest = scores[size - size % 4 :]
+        assert torch.equal(rest, scores[-1:].expand_as(rest))
+        torch.testing.assert_close(scores[:1], scores[-1:], **CLOSE)
+
+
+def test_a_head_that_reads_other_rows_is_refused_though_a_processor_scores_its_rows_one_by_one() -> None:
+    model = scoring_model("sd15")
+    own = type("Mine", (type(model.head),), {"forward": lambda head, features: features.temb[:, 0].cumsum(dim=0)})
+    model.head.__class__, model.image_sizes = own, OneSize(8 * LATENTS, 8 * LATENTS)
+    model.recipe = ModelRecipe(ModelPart("sd15"), ModelPart("Mine"))
+    with pytest.raises(InputError, match=r"^Mine.forward returned .* compute each row from itself alone"):
+        model.score_latents("a cat", torch.randn(8, 4, LATENTS, LATENTS))
+    with pytest.raises(InputError, match=r"^Mine.forward"):
+        Probe.of(model)
+
+
+@pytest.mark.parametrize("mixed", rotated_after(1, [True, False]), ids=["mixed shapes", "one shape"])
+def test_repeats_and_any_order_give_the_same_bits(model: RewardModel, mixed: bool) -> None:
+    images, prompts = pictures(COUNT, mixed), prompts_of(COUNT)
+    expected = model.score(prompts, images, batch_size=8)
+    torch.manual_seed(99)
+    assert torch.equal(model.score(prompts, images, batch_size=8), expected)
+    for seed in range(3):
+        order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(seed)).tolist()
+        shuffled = model.score([prompts[i] for i in order], [images[i] for i in order], batch_size=8)
+        assert torch.equal(shuffled, expected[order])
+
+
+@pytest.mark.slow
+def test_ensembles_seeds_and_noise_by_image_do_not_matter_either(model: RewardModel) -> None:
+    levels = [ScoringNoise(sigmas=(0.2, 0.5), seeds=(0, 5)), ScoringNoise(sigmas=(0.7,), noise_key="image")]
+    images, prompts = pictures(8), prompts_of(8)
+    expected = model.score_levels(prompts, images, levels, batch_size=8)
+    back = model.score_levels(prompts[::-1], images[::-1], levels, batch_size=8)
+    assert torch.equal(back.flip(0), expected)
+    torch.testing.assert_close(model.score_levels(prompts, images, levels, batch_size=3), expected, **CLOSE)
+
+
+NAMES = ("sd15", "sd35")
+
+
+def score_share(rank: int, processes: int, path: Path) -> None:
+    """What a process of its own does: scores of its share by each model, as exact hexadecimal numbers."""
+    torch.set_num_threads(1)
+    share = slice(rank * COUNT // processes, (rank + 1) * COUNT // processes)
+    prompts, images = prompts_of(COUNT)[share], pictures(COUNT)[share]
+    scores = [scoring_model(name).score(prompts, images, batch_size=4).tolist() for name in NAMES]
+    path.write_text(json.dumps([[value.hex() for value in of_model] for of_model in scores]))
+
+
+@pytest.mark.slow
+def test_process_count_does_not_matter(tmp_path: Path) -> None:
+    score_share(0, 1, tmp_path / "whole.json")
+    paths = [tmp_path / f"{rank}.json" for rank in range(2)]
+    code = "from pathlib import Path; from tests.reward.scoring.test_score_invariance import score_share as s; s"
+    running = [
+        subprocess.Popen([sys.executable, "-c", f"{code}({rank}, 2, Path({str(path)!r}))"])
+        for rank, path in enumerate(paths)
+    ]
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    shares = [json.loads(path.read_text()) for path in paths]
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    assert [[score for share in shares for score in share[number]] for number in range(len(NAMES))] == whole
+
+
+def test_bfloat16_keeps_head_vae_and_scores_in_float32(model: RewardModel) -> None:
+    name = "sd15" if model.backbone.network_name == "unet" else "sd35"
+    exact, half = scoring_model(name), scoring_model(name).set_precision(torch.bfloat16)
+    images, prompts = pictures(COUNT), prompts_of(COUNT)
+    levels = [exact.noise, ScoringNoise(sigmas=(0.2, 0.5, 0.7))]
+    expected, found = (each.score_levels(prompts, images, levels) for each in (exact, half))
+    assert found.dtype == torch.float32
+    assert {p.dtype for part in (half.head, half.backbone.vae) for p in part.parameters()} == {torch.float32}
+    assert torch.bfloat16 in {p.dtype for p in half.backbone.parameters()}
+    for of_float, of_half in zip(expected.T, found.T, strict=True):
+        change = (of_half - of_float).abs() / of_float.std()
+        assert 0 < change.max() < 0.15  # random weights spread the scores less than training does
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cast_is_refused_and_changes_nothing(dtype: torch.dtype) -> None:
+    """The identity would go on naming the old precision, and rounded weights would be saved."""
+    model = scoring_model("sd15").set_precision(dtype)
+    identity, before = model.identity, {name: weight.clone() for name, weight in model.state_dict().items()}
+    casts = [
+        lambda: model.to(torch.float64),
+        lambda: model.to("cpu", torch.float16),
+        model.half,
+        model.double,
+        lambda: nn.Sequential(model).double(),
+        model.bfloat16 if dtype == torch.float32 else model.float,
+    ]
+    for cast in casts:
+        with pytest.raises(InputError, match=r"is not cast .*dtype=torch.bfloat16 or torch.float32 in from_pretrained"):
+            cast()
+    assert model.identity == identity
+    assert {name: weight.dtype for name, weight in model.state_dict().items()} == {
+        name: weight.dtype for name, weight in before.items()
+    }
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_model_is_moved_as_any_module() -> None:
+    model = scoring_model("sd15")
+    assert model.to("cpu").to("cpu", torch.float32).float().to(memory_format=torch.channels_last) is model
+    assert model.share_memory().head.state_dict()["visual_projection.weight"].is_shared()
+    assert nn.Sequential(model.to("meta"))[0].device.type == "meta"
+    assert model.to_empty(device="cpu").device.type == "cpu"
+
+
+def test_other_precisions_are_refused(model: RewardModel) -> None:
+    with pytest.raises(InputError, match=r"dtype is torch.float16; .* torch.float32 or torch.bfloat16"):
+        model.set_precision(torch.float16)

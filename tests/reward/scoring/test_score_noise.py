@@ -1,0 +1,191 @@
+"""Noise levels and draws: named by prompt, seed, level and shape, and nothing else."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentreward.core.errors import InputError
+from latentreward.core.seeding import scoring_generator
+from latentreward.diffusion import DDPM, FlowMatching
+from latentreward.reward import RewardModel, ScoringNoise
+from latentreward.reward.scoring.images import content_key
+from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
+from tests.reward.scoring.models import picture, pictures, scoring_model
+from tests.tiny_pipelines import LATENTS
+
+SHAPE = (4, LATENTS, LATENTS)
+
+
+@pytest.fixture(scope="module")
+def dina() -> RewardModel:
+    return scoring_model("sd35")
+
+
+@pytest.fixture(scope="module")
+def lrm() -> RewardModel:
+    return scoring_model("sd15")
+
+
+def draw(prompts: Sequence[str], keys: Sequence[str] | None = None, seed: int = 0, sigma: float = 0.4) -> Tensor:
+    return draw_noise(prompts, keys, seed, sigma, SHAPE)
+
+
+def test_images_of_a_prompt_share_their_noise() -> None:
+    both = draw(["a cat", "a dog", "a cat"])
+    assert torch.equal(both[0], both[2])
+    assert not torch.equal(both[0], both[1])
+    assert both.dtype == torch.float32
+    by_image = draw(["a cat", "a cat", "a cat"], ["x", "y", "x"])
+    assert torch.equal(by_image[0], by_image[2])
+    assert not torch.equal(by_image[0], by_image[1])
+
+
+def test_every_part_of_the_name_counts_and_nothing_else() -> None:
+    torch.manual_seed(1)
+    first = draw(["a cat"])
+    torch.manual_seed(2)
+    assert torch.equal(draw(["a dog", "a cat"])[1:], first)
+    others = [draw(["a cat "]), draw(["a cat"], seed=1), draw(["a cat"], sigma=0.41), draw(["a cat"], ["key"])]
+    assert all(not torch.equal(other, first) for other in others)
+    wider = draw_noise(["a cat"], None, 0, 0.4, (4, LATENTS, 2 * LATENTS))
+    assert not torch.equal(wider.flatten()[:64], first.flatten()[:64])
+
+
+def test_the_draw_is_the_same_on_every_machine() -> None:
+    """Recorded with torch 2.13; a change would silently change every published score."""
+    values = torch.randn(3, generator=scoring_generator("a cat", 0, 0.4, SHAPE))
+    torch.testing.assert_close(values, torch.tensor(RECORDED))
+
+
+RECORDED = [-0.5710318088531494, -1.3747307062149048, -0.28207162022590637]
+
+
+def test_draws_are_standard_normal() -> None:
+    values = draw([f"prompt {number}" for number in range(200)]).flatten()
+    assert abs(values.mean()) < 0.03
+    assert abs(values.std() - 1) < 0.03
+
+
+def test_levels_are_those_of_the_models_process() -> None:
+    flow, ddpm = FlowMatching(), DDPM(torch.linspace(0.999, 0.005, 1000))
+    assert timesteps_of(ScoringNoise(sigmas=(0.0,)), flow).item() == pytest.approx(2.994, abs=1e-3)
+    torch.testing.assert_close(timesteps_of(ScoringNoise(timesteps=(1, 951)), ddpm), torch.tensor([1.0, 951.0]))
+    named = flow.sigma(timesteps_of(ScoringNoise(timesteps=(400.0,)), flow))
+    torch.testing.assert_close(named, flow.sigma(timesteps_of(ScoringNoise(sigmas=(0.4,)), flow)))
+
+
+def test_defaults_are_timestep_1_and_sigma_04(lrm: RewardModel, dina: RewardModel) -> None:
+    images = pictures(2)
+    for model, noise in ((lrm, ScoringNoise(timesteps=(1,))), (dina, ScoringNoise(sigmas=(0.4,)))):
+        assert model.noise == noise
+        assert torch.equal(model.score("a cat", images), model.score("a cat", images, noise=noise))
+
+
+def test_lrm_scores_by_timestep(lrm: RewardModel) -> None:
+    levels = [ScoringNoise(timesteps=(timestep,)) for timestep in (1, 251, 501, 951)]
+    scores = lrm.score_levels("a cat", pictures(2), levels)
+    assert scores.shape == (2, 4)
+    assert len({round(score, 5) for score in scores[0].tolist()}) == 4
+
+
+@pytest.mark.parametrize("name", ["lrm", "dina"])
+def test_k_settings_are_k_scores_with_one_encoding(name: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+    levels = [
+        model.noise,
+        ScoringNoise(sigmas=(0.2, 0.5, 0.7)),
+        ScoringNoise(sigmas=(0.7,), seeds=(3, 4)),
+        ScoringNoise(sigmas=(0.7,), noise_key="image"),
+    ]
+    prompts, images = ["a cat", "a dog", "a cat", ""], pictures(4)
+    calls: list[int] = []
+    handle = model.backbone.vae.vae.encoder.register_forward_hook(lambda module, inputs, output: calls.append(1))
+    together = model.score_levels(prompts, images, levels)
+    assert len(calls) == 1
+    handle.remove()
+    each = [model.score(prompts, images, noise=noise) for noise in levels]
+    assert torch.equal(together, torch.stack(each, dim=1))
+
+
+def test_several_seeds_are_averaged(dina: RewardModel) -> None:
+    images = pictures(2)
+    each = [dina.score("a cat", images, noise=ScoringNoise(sigmas=(0.6,), seeds=(seed,))) for seed in (0, 1, 7)]
+    mean = dina.score("a cat", images, noise=ScoringNoise(sigmas=(0.6,), seeds=(0, 1, 7)))
+    torch.testing.assert_close(mean, torch.stack(each).mean(dim=0))
+    assert not torch.equal(each[0], each[1])
+
+
+def test_each_level_of_an_ensemble_has_its_own_draw(dina: RewardModel) -> None:
+    latents = torch.randn(1, *SHAPE)
+    sigmas = (0.2, 0.5, 0.7)
+    process, (conditioning, _) = dina.backbone.noise_process, dina.encode_prompts(["a cat"])
+    features = []
+    for timestep in process.timesteps_at(torch.tensor(sigmas)):
+        (sigma,) = process.sigma(timestep[None]).tolist()
+        noisy = process.add_noise(latents, draw(["a cat"], sigma=sigma), timestep[None])
+        features.append(dina.read(noisy, timestep[None], conditioning))
+    expected = dina.head.score_ensemble(features)
+    torch.testing.assert_close(dina.score_latents(["a cat"], latents, noise=ScoringNoise(sigmas=sigmas)), expected)
+
+
+def test_noise_of_its_own_for_each_image_follows_its_content(dina: RewardModel) -> None:
+    noise = ScoringNoise(sigmas=(0.7,), noise_key="image")
+    image, other = picture(1), picture(2)
+    turned = Image.fromarray(np.array(image))  # the same pixels in another object
+    scores = dina.score("a cat", [image, other, turned], noise=noise)
+    assert scores[0] == scores[2]
+    assert not torch.equal(scores, dina.score("a cat", [image, other, turned], noise=ScoringNoise(sigmas=(0.7,))))
+    alone = dina.score("a cat", [other], noise=noise)
+    torch.testing.assert_close(alone, scores[1:2], rtol=0, atol=2e-5)
+
+
+def test_content_has_one_name() -> None:
+    values = torch.randn(2, 3, 4)
+    assert content_key(values) == content_key(values.clone().requires_grad_())
+    assert content_key(values) == content_key(values.transpose(0, 1).contiguous().transpose(0, 1))
+    others = [values.reshape(3, 2, 4), values.double(), values + 1e-6, -values]
+    assert len({content_key(value) for value in (values, *others)}) == 5
+    assert content_key(torch.tensor(1.0)) != content_key(torch.zeros(0))
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 8), (4, 10, 4)])
+def test_latents_of_any_shape(dina: RewardModel, shape: tuple[int, ...]) -> None:
+    latents = torch.randn(3, *shape)
+    scores = dina.score_latents(["a", "b", "a"], latents)
+    halves = dina.score_latents(["a", "b", "a"], latents, batch_size=2)
+    torch.testing.assert_close(scores, halves, rtol=0, atol=2e-5)
+
+
+def test_half_precision_latents_are_noised_in_float32(dina: RewardModel) -> None:
+    latents = torch.randn(2, *SHAPE).half()
+    assert torch.equal(dina.score_latents("a cat", latents), dina.score_latents("a cat", latents.float()))
+
+
+def test_given_conditioning_stands_for_the_prompts(lrm: RewardModel) -> None:
+    latents = torch.randn(2, *SHAPE)
+    conditioning, uncond = lrm.encode_prompts(["a cat", "a dog"])
+    expected = lrm.score_latents(["a cat", "a dog"], latents)
+    for empty in (uncond, None):
+        given = lrm.score_latents(["a cat", "a dog"], latents, conditioning=(conditioning, empty))
+        torch.testing.assert_close(given, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "give levels as one of the two"),
+        ({"sigmas": (0.4,), "timesteps": (1,)}, "give levels as one of the two"),
+        ({"sigmas": (1.2,)}, r"noise.sigmas holds 1.2; noise levels lie in \[0, 1\]"),
+        ({"sigmas": (float("nan"),)}, "noise levels lie in"),
+        ({"sigmas": (0.4,), "seeds": ()}, "give at least one seed, each once"),
+        ({"sigmas": (0.4,), "seeds": (1, 1)}, "give at least one seed, each once"),
+        ({"sigmas": (0.4, 0.5), "seeds": range(501)}, "levels times seeds are 1002; give at most 1000 together"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ScoringNoise(**settings)
