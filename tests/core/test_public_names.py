@@ -17,6 +17,16 @@ def test_each_name_is_handed_out_by_its_room() -> None:
 
 
 @pytest.mark.parametrize(
+    "path", ["reward.losses.ThurstoneLoss", "alignment.policies.PolicySource", "data.readers.PairReader"]
+)
+def test_a_folder_of_a_room_finds_its_public_names(path: str) -> None:
+    folder, _, name = f"latentreward.{path}".rpartition(".")
+    assert getattr(import_module(folder), name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        import_module(folder).Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
     ("old", "new"),
     [
         ("latentreward.modules.LRMModule", "latentreward.reward.LRMModule"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from latentreward.apps.serving.batching import MicroBatcher
-from latentreward.apps.serving.errors import RequestError
+from latentreward.apps.serving.refusals import RequestError
 from latentreward.core.errors import InputError
 from tests.marks import slow_after
 

@@ -15,7 +15,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import ExifTags, Image
 from safetensors.torch import load as load_tensors
 
-from latentreward.apps.serving.errors import RequestError
+from latentreward.apps.serving.refusals import RequestError
 from latentreward.apps.serving.served import ServedModel
 from tests.apps.serving.prompted_requests import TIMES, latents_of
 from tests.apps.serving.servers import serving, tiny_reward

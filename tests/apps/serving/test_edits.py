@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import save
 
 from latentreward.apps.cli import main
-from latentreward.apps.serving.errors import RequestError
 from latentreward.apps.serving.images import images_of_json
 from latentreward.apps.serving.prompted_latents import parse_latents
+from latentreward.apps.serving.refusals import RequestError
 from latentreward.apps.serving.served import ServedModel
 from latentreward.core.contracts import Conditioning
 from latentreward.core.registry import create_backbone

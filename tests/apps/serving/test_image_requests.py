@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentreward.apps.serving.errors import RequestError
 from latentreward.apps.serving.images import EncodedImages, images_of_json, parsing_bytes
+from latentreward.apps.serving.refusals import RequestError
 from tests.data.test_images import encode
 
 MIB = 2**20

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from latentreward.apps.serving.errors import RequestError
 from latentreward.apps.serving.protocol import check_version, parse_request
+from latentreward.apps.serving.refusals import RequestError
 from latentreward.apps.serving.tensors import Accepted, Expected, read_tensors
 from tests.apps.serving.latent_requests import body_of, mutated, taken_apart, tensors_of
 

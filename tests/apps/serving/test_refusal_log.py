@@ -3,7 +3,7 @@
 import pytest
 
 from latentreward.apps.serving import errors
-from latentreward.apps.serving.errors import RefusalLog
+from latentreward.apps.serving.refusals import RefusalLog
 
 
 def test_a_kind_of_refusal_is_told_once_a_minute(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save
 
 from latentreward.apps.serving.batch_scorer import LatentRow, RowScorer
-from latentreward.apps.serving.errors import RequestError
 from latentreward.apps.serving.protocol import parse_request
+from latentreward.apps.serving.refusals import RequestError
 from latentreward.apps.serving.served import ServedModel
 from latentreward.apps.serving.tensors import Accepted, memory_bytes
 from latentreward.core.contracts import Conditioning

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from latentreward.apps.evaluation.policy.scoring import ScoreStore
+from latentreward.apps.evaluation.policy.picture_scores import ScoreStore
 from latentreward.apps.generation.image_folder import ImageFolder
 from latentreward.core.errors import InputError
 from latentreward.core.storage.run_folder import RunFolder

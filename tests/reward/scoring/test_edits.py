@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.apps.serving.errors import RequestError
 from latentreward.apps.serving.protocol import parse_request
+from latentreward.apps.serving.refusals import RequestError
 from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.served import ServedModel
 from latentreward.apps.serving.settings import ServiceSettings

@@ -9,7 +9,7 @@ from latentreward.apps.evaluation.benchmark.base import Benchmark
 from latentreward.apps.evaluation.benchmark.disagreements import disagreement_pictures
 from latentreward.apps.evaluation.benchmark.evaluate import evaluate
 from latentreward.apps.evaluation.benchmark.noise_columns import NoiseColumns
-from latentreward.apps.evaluation.benchmark.scoring import complete, open_scores
+from latentreward.apps.evaluation.benchmark.pair_scores import complete, open_scores
 from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE, sections
 from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
 from latentreward.core.contracts import PathText

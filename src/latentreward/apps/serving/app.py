@@ -22,10 +22,10 @@ from latentreward.apps.serving.addresses import is_loopback, names_this_machine
 from latentreward.apps.serving.dialects import Dialect
 from latentreward.apps.serving.dialects.flow_factory import FlowFactory
 from latentreward.apps.serving.dialects.unirl import UniRL
-from latentreward.apps.serving.errors import RefusalLog, RequestError
 from latentreward.apps.serving.images import Images
 from latentreward.apps.serving.prompted_latents import PromptedLatents
 from latentreward.apps.serving.protocol import VerlOmni
+from latentreward.apps.serving.refusals import RefusalLog, RequestError
 from latentreward.apps.serving.routes import Route, add_routes
 from latentreward.apps.serving.served import ScoringService
 from latentreward.core.errors import InputError, printable

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from latentreward.apps.serving.batch_scorer import Row, Scores
-from latentreward.apps.serving.errors import RequestError
+from latentreward.apps.serving.refusals import RequestError
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, contextmanager
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from latentreward.apps.serving.errors import RequestError
+from latentreward.apps.serving.refusals import RequestError
 
 JSON = "application/json"
 FORM = "multipart/form-data"

@@ -20,8 +20,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from latentreward.apps.serving.batch_scorer import ImageRow, standing
 from latentreward.apps.serving.bodies import FORM, JSON, check_type
 from latentreward.apps.serving.dialects.base import Dialect
-from latentreward.apps.serving.errors import RequestError, ScoringError, check_limit, fewer_rows
 from latentreward.apps.serving.json_bodies import PROMPT_LENGTH, from_base64, read_json
+from latentreward.apps.serving.refusals import RequestError, ScoringError, check_limit, fewer_rows
 from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.routes import Route, fields
 from latentreward.apps.serving.served import Scores, ServedModel

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from latentreward.apps.serving.errors import RequestError
+from latentreward.apps.serving.refusals import RequestError
 from latentreward.core.errors import first_line
 from latentreward.core.storage.json_files import parse
 

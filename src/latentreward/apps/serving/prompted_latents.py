@@ -18,8 +18,8 @@ from torch import Tensor
 from latentreward.apps.serving.batch_scorer import LatentRow, StateRow
 from latentreward.apps.serving.bodies import SAFETENSORS
 from latentreward.apps.serving.dialects.base import Dialect
-from latentreward.apps.serving.errors import RequestError, check_limit, fewer_rows
 from latentreward.apps.serving.json_bodies import PROMPT_LENGTH, parse_json
+from latentreward.apps.serving.refusals import RequestError, check_limit, fewer_rows
 from latentreward.apps.serving.routes import Route, fields
 from latentreward.apps.serving.tensors import Accepted, Expected, check_levels, read_tensors, safetensors_body
 from latentreward.core.errors import InputError

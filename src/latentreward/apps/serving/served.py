@@ -15,7 +15,7 @@ from fastapi import Request
 
 from latentreward.apps.serving.batch_scorer import LatentRow, Row, RowScorer, Scores, standing
 from latentreward.apps.serving.batching import MicroBatcher
-from latentreward.apps.serving.errors import ROWS, RequestError, ScoringError
+from latentreward.apps.serving.refusals import ROWS, RequestError, ScoringError
 from latentreward.apps.serving.resources import Resources
 from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.apps.serving.tensors import Accepted

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
 from latentreward.apps.serving.bodies import SAFETENSORS, check_type
-from latentreward.apps.serving.errors import ROWS, RequestError, check_limit
+from latentreward.apps.serving.refusals import ROWS, RequestError, check_limit
 from latentreward.apps.serving.resources import Resources
 from latentreward.core.contracts import sources_wanted
 from latentreward.core.errors import InputError, check_multiples, one_line, quoted

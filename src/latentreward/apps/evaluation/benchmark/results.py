@@ -84,7 +84,7 @@ class BenchmarkReport:
     # Accuracies published by others, rows of
     # :data:`~latentreward.apps.evaluation.benchmark.published_numbers.PUBLISHED`
     published: list[Row] = field(default_factory=list)
-    # Data set and split → counts from :func:`~latentreward.apps.evaluation.benchmark.scoring.data_counts`
+    # Data set and split → counts from :func:`~latentreward.apps.evaluation.benchmark.pair_scores.data_counts`
     data: dict[str, Any] = field(default_factory=dict)
     # Pairs on which scorers disagree most; with one scorer, pairs on which it errs most. ``row``: row of the pair in
     # the reader. ``label``: probability that image a is preferred; None without a label. ``scores``: scorer → scores of

@@ -20,9 +20,9 @@ from pydantic import BaseModel
 
 from latentreward.apps.serving.bodies import JSON
 from latentreward.apps.serving.dialects.base import Dialect
-from latentreward.apps.serving.errors import RequestError, check_limit
 from latentreward.apps.serving.images import EncodedImages, score_images, with_sources
 from latentreward.apps.serving.json_bodies import from_base64, read_json
+from latentreward.apps.serving.refusals import RequestError, check_limit
 from latentreward.apps.serving.routes import Route, fields
 
 TEXTS = 8  # greatest number of texts, and of signs between them, per image; a body has two texts and four signs

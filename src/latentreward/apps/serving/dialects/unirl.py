@@ -28,9 +28,9 @@ from pydantic import BaseModel
 
 from latentreward.apps.serving.bodies import JSON
 from latentreward.apps.serving.dialects.base import Dialect
-from latentreward.apps.serving.errors import RequestError, ScoringError, check_limit
 from latentreward.apps.serving.images import EncodedImages, score_images_by_reward, with_sources
 from latentreward.apps.serving.json_bodies import from_base64, read_json
+from latentreward.apps.serving.refusals import RequestError, ScoringError, check_limit
 from latentreward.apps.serving.routes import Route, fields
 from latentreward.apps.serving.served import Scores, ServedModel
 
