@@ -115,7 +115,11 @@ def arguments(policy: str, method: str, name: str | None = None) -> list[str]:
     if method.endswith("dpo"):
         options += [f"data={pairs}", "trainer.limit_val_batches=0"]
     else:
-        reward = "families.test_methods.RednessSource" if method == "spo" else "modules.toy_rewards.BrightnessSource"
+        reward = (
+            "diffusion.families.test_methods.RednessSource"
+            if method == "spo"
+            else "alignment.modules.toy_rewards.BrightnessSource"
+        )
         sampling = {"num_inference_steps": STEPS.get(method, 4), "height": height, "width": width}
         options += [] if method == "opd" else [f"model.reward=tests.{reward}"]
         options += [

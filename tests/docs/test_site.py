@@ -60,7 +60,7 @@ def address(site: Path) -> Iterator[str]:
 def pages(site: Path) -> list[str]:
     """Addresses of all pages but the reference's, of which there are many of one kind."""
     found = sorted(str(path.parent.relative_to(site)) for path in site.rglob("index.html"))
-    return [name for name in found if not name.startswith("api/")] + ["api/losses", "api/scoring", "api/callbacks"]
+    return [name for name in found if not name.startswith("api/")] + ["api/reward", "api/callbacks"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_menu_of_a_narrow_screen_opens_by_keyboard(browser_page, address: st
     page.locator(".md-sidebar--primary").get_by_role("link", name="Tutorial").wait_for()
 
 
-@pytest.mark.parametrize(("name", "at_least"), [("methods/lpo", 9), ("methods/dina_lrm", 5), ("api/losses", 8)])
+@pytest.mark.parametrize(("name", "at_least"), [("methods/lpo", 9), ("methods/dina_lrm", 5), ("api/reward", 8)])
 def test_formulas_are_drawn(browser_page, address: str, name: str, at_least: int) -> None:
     page = browser_page(f"{address}/{name}/")
     boxes = page.evaluate("[...document.querySelectorAll('math')].map(m => m.getBoundingClientRect().width)")
