@@ -93,7 +93,7 @@ def test_archives_hold_what_they_should(dist: Path) -> None:
     world = ROOT / "src" / "latentreward" / "tinyworld"
     data = [path for name in ("pipelines", "scorers") for path in (world / name).rglob("*") if path.is_file()]
     assert {path.relative_to(ROOT / "src" / "latentreward").as_posix() for path in data} <= inside
-    assert {"py.typed", "cli.py", "callbacks/__init__.py"} <= inside
+    assert {"py.typed", "apps/cli.py", "callbacks/__init__.py"} <= inside
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {

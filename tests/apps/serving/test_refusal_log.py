@@ -2,13 +2,13 @@
 
 import pytest
 
-from latentreward.apps.serving import errors
+from latentreward.apps.serving import refusals
 from latentreward.apps.serving.refusals import RefusalLog
 
 
 def test_a_kind_of_refusal_is_told_once_a_minute(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     now, log = [0.0], RefusalLog()
-    monkeypatch.setattr(errors.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(refusals.time, "monotonic", lambda: now[0])
     for number in range(3):
         log.tell(400, f"prompts: {number} are given")
     log.tell(422, "image 3: no image\x1b[2J")
@@ -25,4 +25,4 @@ def test_a_flood_of_kinds_takes_no_memory(capsys: pytest.CaptureFixture[str]) ->
     log = RefusalLog()
     for number in range(5000):
         log.tell(404, f"/{number}: Not Found")
-    assert len(capsys.readouterr().err.splitlines()) == errors.MOST_KINDS + 1
+    assert len(capsys.readouterr().err.splitlines()) == refusals.MOST_KINDS + 1

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from latentreward.alignment import Sampling
 from latentreward.apps.commands.notes import tell
-from latentreward.apps.evaluation.policy import imported, samples, scoring
+from latentreward.apps.evaluation.policy import imported, picture_scores, samples
 from latentreward.apps.evaluation.policy.results import PolicyReport, Protocol, published_scores, scores_csv
 from latentreward.apps.evaluation.policy.sections import INTRODUCTION, score_table, sections, side_by_side, states_table
 from latentreward.apps.evaluation.policy.state_scores import StateScores, check_states, compare_states, states_tasks
@@ -111,7 +111,7 @@ def evaluate_policy(
     Raises:
         InputError: If a setting or a file is wrong.
     """
-    names, given = scoring.score_names(scorers), [policy] if against is None else [policy, against]
+    names, given = picture_scores.score_names(scorers), [policy] if against is None else [policy, against]
     policies = {one.name or name: one for one, name in zip(given, NAMES, strict=False)}
     if len(policies) < len(given):
         raise InputError(f"both policies are called {next(iter(policies))!r}; give each a name of its own")
@@ -158,7 +158,7 @@ def evaluate_policy(
                 tasks[samples.PICTURES_OF.format(slot)] = partial(
                     sample, policies[name], output_dir / "pictures" / slot
                 )
-            tasks[scoring.SCORES_OF.format(slot)] = partial(scoring.scoring_task, scorers, prepare)
+            tasks[picture_scores.SCORES_OF.format(slot)] = partial(picture_scores.scoring_task, scorers, prepare)
         generators = {name: judged.trained.identity() for name, judged in policies.items() if name not in found}
         identities = {scorer.name: scorer.identity() for scorer in scorers}
         spec = {
@@ -193,11 +193,13 @@ def evaluate_policy(
                 made = {name: make() for name, make in sampled.items()}
                 made |= {name: source.pictures for name, source in folders.items()}
                 scorings = [
-                    scoring.PictureScoring(name, list(made[name].values()), scorers, output_dir / "scores" / slot, work)
+                    picture_scores.PictureScoring(
+                        name, list(made[name].values()), scorers, output_dir / "scores" / slot, work
+                    )
                     for name, slot in slots.items()
                 ]
                 scored = in_common([one.score() for one in scorings])
-                scoring.require_one_model(scorings)
+                picture_scores.require_one_model(scorings)
             headlines = {name: getattr(scorer, "headline", "mean") for scorer in scorers for name in scorer.columns}
             report = PolicyReport(
                 {name: judged.describe() for name, judged in policies.items()},
