@@ -30,7 +30,7 @@ from tests.limits import largest_file
 from tests.marks import rotated_after
 from tests.processes import finish
 
-SOURCE = Path(latentreward.__file__).parents[2]
+SOURCE = Path(latentreward.__file__).parents[1]
 PLUGIN = """
     import atexit, errno, os, resource, signal, time
     from collections.abc import Callable

@@ -42,14 +42,13 @@ def test_todays_path(old: str, new: str) -> None:
     assert new_path(old) == new
 
 
-def test_an_old_path_in_settings_is_told_the_new_one(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_path_in_a_yaml_is_read_as_todays_which_is_told(tmp_path, capsys, caplog) -> None:
     path = tmp_path / "old.yaml"
-    path.write_text("model: {class_path: latentreward.modules.LRMModule}\n")
-    for arguments in (["--config", str(path)], ["--model=latentreward.modules.LRMModule"]):
-        with pytest.raises(SystemExit):
-            main(["fit", *arguments])
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.endswith("latentreward.modules.LRMModule has moved; say latentreward.reward.LRMModule")
+    path.write_text("model: {class_path: latentreward.modules.LRMModule, init_args: {lr: fast}}\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(path)])
+    told = "latentreward.modules.LRMModule has moved; say latentreward.reward.LRMModule"
+    assert told in caplog.text + capsys.readouterr().err
 
 
 @pytest.mark.slow

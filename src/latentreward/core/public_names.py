@@ -5,6 +5,7 @@ Settings may name a class without its module. jsonargparse finds such a class on
 """
 
 import ast
+import logging
 import re
 from collections.abc import Callable
 from functools import cache
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from latentreward.core import registry
-from latentreward.core.errors import InputError
 from latentreward.core.registry import backbone_names
 
+logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parents[1]
 FACES = ("data", "diffusion", "reward", "alignment", "tinyworld", "apps/generation", "apps/evaluation/benchmark")
 """Folders whose ``__init__.pyi`` lists what they hand out."""
@@ -65,11 +66,19 @@ def forwarding(package: str) -> Callable[[str], Any]:
     return find
 
 
+def renewed(text: str) -> str:
+    """Replace paths from before there were rooms by today's in a YAML text, such as a stored run's; each is told."""
+
+    def replaced(found: re.Match[str]) -> str:
+        if (new := new_path(found[0])) != found[0]:
+            logger.warning("%s has moved; say %s", found[0], new)
+        return new
+
+    return re.sub(r"\blatentreward(?:\.\w+)+", replaced, text)
+
+
 def import_said(text: str) -> None:
-    """Import the public classes whose names stand in ``text``; raise InputError for a path that has moved."""
-    for path in re.findall(r"\blatentreward(?:\.\w+)+", text):
-        if (new := new_path(path)) != path:
-            raise InputError(f"{path} has moved; say {new}")
+    """Import the public classes whose names stand in ``text``."""
     for name in set(re.findall(r"\b[A-Z]\w+", text)) & public_names().keys():
         import_module(public_names()[name])
 

@@ -10,9 +10,9 @@ from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.apps.generation import trained_policy
 from latentreward.core.contracts import Conditioning
 from latentreward.core.registry import create_backbone
-from latentreward.diffusion import qwen_image_edit
 from latentreward.diffusion.encoders.offloaded import OffloadedEncoder
 from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.families import qwen_image_edit
 from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, edit_prompt
 from latentreward.reward.scoring.network import RewardNetwork
 from tests.diffusion.families.made_qwen_image_edit import picture, qwen_image_edit_folder

@@ -11,7 +11,8 @@ from latentreward.core.contracts import EditPrompt, ImageRef, PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.data import decode_image
 from latentreward.data.images import png
-from latentreward.diffusion import LoRA, flux1_kontext
+from latentreward.diffusion import LoRA
+from latentreward.diffusion.families import flux1_kontext
 from tests.alignment.policies.alignment import perturbed
 from tests.diffusion.families.made_qwen_image_edit import picture
 from tests.diffusion.families.test_parity import STEPS, assert_near

@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from latentreward.core.errors import InputError, one_line, where
 from latentreward.core.programs import MODULE_FOLDERS, find_modules_here, within
-from latentreward.core.public_names import import_all, import_said
+from latentreward.core.public_names import import_all, import_said, renewed
 from latentreward.core.registry import backbone_names
 from latentreward.core.settings.errors import NAMED_IN, UNSET, summarise, unknown_setting_hint
 from latentreward.core.settings.ranges import check_ranges, leaves
@@ -271,6 +271,7 @@ def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
 
     @wraps(load)
     def load_rewritten(text: str) -> Any:
+        text = renewed(text)
         check_yaml(text)
         STAND_INS.update((value, name) for name, value in re.findall(r"\$\{oc\.env:(\w+),([^${}]+)\}", text))
         settings = rewrite_settings(load(with_variables(text)), short_names)  # before it makes names relative
@@ -308,7 +309,7 @@ def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> None:
             sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]
         if any(re.fullmatch(r"-h|--(.+\.)?help(=.*)?", argument) for argument in arguments):
             import_all()  # help lists the classes that a setting takes
-        import_said(" ".join(arguments))
+        import_said(renewed(" ".join(arguments)))
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     OmegaConf.register_resolver("setting", resolve_setting, replace=True)
     OmegaConf.register_resolver("secret", kept_secret, replace=True)

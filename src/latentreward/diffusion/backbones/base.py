@@ -185,8 +185,9 @@ class DiffusionBackbone(nn.Module, Part):
             conditioning = Conditioning.join([conditioning, uncond.beside(conditioning)])
             latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
         features = self.read(latents, timesteps, conditioning)
-        if not self._compared:  # shapes, once: a head takes its layer sizes from the spec
-            if problem := features_problem(features, self.feature_spec, len(latents)):
+        if not self._compared:  # shapes, once: a head takes its layer sizes from the spec, where that is known
+            spec = getattr(self, "feature_spec", None)
+            if spec is not None and (problem := features_problem(features, spec, len(latents))):
                 raise InputError(f"{type(self).__name__}.read returned {problem}{place_of(type(self).read)}")
             self._compared = True
         if uncond is None:
