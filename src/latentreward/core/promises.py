@@ -64,7 +64,9 @@ class Part(ABC):  # noqa: B024 - derived classes have the methods
         if of_this_package(cls.__module__):
             return
         for name, *promise in promises:
-            if isfunction(method := getattr(cls, name)) and not hasattr(method, "compares"):
+            method = getattr(cls, name)
+            missing = getattr(method, "__isabstractmethod__", False)
+            if isfunction(method) and not missing and not hasattr(method, "compares"):
                 setattr(cls, name, compared(method, name, *promise))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
