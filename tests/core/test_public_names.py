@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 from latentreward.apps.cli import main
-from latentreward.core.public_names import new_path, public_names, public_path
+from latentreward.core.public_names import new_path, public_names, public_path, renewed
 
 
 def test_each_name_is_handed_out_by_its_room() -> None:
@@ -36,19 +36,29 @@ def test_a_folder_of_a_room_finds_its_public_names(path: str) -> None:
         ("latentreward.checkpoints.fsdp2.FSDP2Strategy", "latentreward.core.checkpoints.fsdp2.FSDP2Strategy"),
         ("latentreward.data.HPDv3Reader", "latentreward.data.HPDv3Reader"),
         ("latentreward.reward.LRMModule", "latentreward.reward.LRMModule"),
+        ("latentreward.losses", "latentreward.reward.losses"),
+        ("latentreward.com", "latentreward.com"),
     ],
 )
 def test_todays_path(old: str, new: str) -> None:
     assert new_path(old) == new
 
 
-def test_an_old_path_in_a_yaml_is_read_as_todays_which_is_told(tmp_path, capsys, caplog) -> None:
+@pytest.mark.parametrize("in_file", [True, False])
+def test_an_old_path_is_read_as_todays_which_is_told(in_file: bool, tmp_path, capsys, caplog) -> None:
     path = tmp_path / "old.yaml"
     path.write_text("model: {class_path: latentreward.modules.LRMModule, init_args: {lr: fast}}\n")
+    given = [f"--config={path}"] if in_file else ["--model=latentreward.modules.LRMModule", "--model.lr=fast"]
     with pytest.raises(SystemExit):
-        main(["fit", "--config", str(path)])
-    told = "latentreward.modules.LRMModule has moved; say latentreward.reward.LRMModule"
-    assert told in caplog.text + capsys.readouterr().err
+        main(["fit", *given])
+    told = caplog.text + capsys.readouterr().err
+    assert "latentreward.modules.LRMModule has moved; say latentreward.reward.LRMModule" in told
+    assert "model: Option 'lr' is not accepted" in told
+
+
+@pytest.mark.parametrize("text", ["runs/latentreward.losses.old", "my.latentreward.losses.X", "latentreward.cache/x"])
+def test_paths_of_files_and_of_other_packages_stay(text: str) -> None:
+    assert renewed(text) == text
 
 
 @pytest.mark.slow

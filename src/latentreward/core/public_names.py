@@ -67,14 +67,14 @@ def forwarding(package: str) -> Callable[[str], Any]:
 
 
 def renewed(text: str) -> str:
-    """Replace paths from before there were rooms by today's in a YAML text, such as a stored run's; each is told."""
+    """Replace dotted paths from before there were rooms by today's in a YAML text or an argument; each is told."""
 
     def replaced(found: re.Match[str]) -> str:
         if (new := new_path(found[0])) != found[0]:
             logger.warning("%s has moved; say %s", found[0], new)
         return new
 
-    return re.sub(r"\blatentreward(?:\.\w+)+", replaced, text)
+    return re.sub(r"(?<![\w./-])latentreward(?:\.\w++)++(?![/-])", replaced, text)
 
 
 def import_said(text: str) -> None:
@@ -91,7 +91,7 @@ def import_all(part: str = "") -> None:
 
 def new_path(path: str) -> str:
     """Return today's path of a class or module that lay elsewhere before there were rooms; others stay."""
-    first, *_, last = (*path.split(".")[1:], "")[:-1] or ("",)
+    first, last = path.split(".")[1], path.rpartition(".")[2]
     room = next((room for room, moved in MOVED.items() if first in moved.split()), None)
     if room is None:
         return path

@@ -309,7 +309,7 @@ def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> None:
             sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]
         if any(re.fullmatch(r"-h|--(.+\.)?help(=.*)?", argument) for argument in arguments):
             import_all()  # help lists the classes that a setting takes
-        import_said(renewed(" ".join(arguments)))
+        import_said(" ".join(arguments))
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     OmegaConf.register_resolver("setting", resolve_setting, replace=True)
     OmegaConf.register_resolver("secret", kept_secret, replace=True)

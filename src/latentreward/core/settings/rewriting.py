@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from latentreward.core.errors import InputError, did_you_mean
+from latentreward.core.public_names import renewed
 
 SECTIONS = ("trainer", "nan_guard", "exact_resume", "graceful_stop", "performance", "predictions")
 """Sections of a trainer command's settings that are mappings of plain settings, without a ``class_path``."""
@@ -158,7 +159,7 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
             is no mapping, or for a key that jsonargparse keeps for itself.
     """
     rewritten: list[str] = []
-    arguments = [ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(argument)) for argument in arguments]
+    arguments = [ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(renewed(argument))) for argument in arguments]
     while arguments:
         argument = arguments.pop(0)
         option, equals, value = argument.partition("=")
