@@ -55,7 +55,7 @@ def recognise(data: str) -> Splits:
     for splits in _found(path):
         return splits
     check_no_csv("data", data)
-    if (path / "plan.json").is_file():
+    if any((path / name).is_file() for name in ("spec.json", "plan.json")):
         raise InputError(
             f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "
             "data set it was written from"
