@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from latentreward.diffusion.cache.sizing import ImageSettings
+from latentreward.diffusion.cache.sources import ImageSettings
 
 from latentreward.data.buckets import Bucket
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
