@@ -155,32 +155,6 @@ def test_a_head_that_asks_for_the_empty_prompt_takes_it_from_the_cache(world: Pa
     assert len(got.values) == 1
 
 
-@pytest.mark.slow
-def test_the_command_line_trains_evaluates_and_predicts_from_the_cache(world: Path, tmp_path: Path) -> None:
-    settings = [
-        f"--config={CONFIGS}/model/dina_lrm_tiny.yaml",
-        f"--config={CONFIGS}/data/tinyworld_cached.yaml",
-        f"--config={CONFIGS}/trainer/cpu.yaml",
-        f"--data.train.cache={world / 'train'}",
-        f"--data.val={{cache: {world / 'test'}}}",
-        f"--data.predict={{cache: {world / 'test'}, split: test}}",
-        "--data.batch_size=8",
-        "--trainer.max_steps=3",
-        "--trainer.enable_progress_bar=false",
-        f"--trainer.logger.save_dir={tmp_path}",
-        "--trainer.logger.name=run",
-        "--trainer.logger.version=",
-    ]
-    main(["fit", *settings])
-    checkpoint = f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
-    main(["validate", f"--config={tmp_path / 'run' / 'config.yaml'}", checkpoint])
-    scores = f"--predictions.output_dir={tmp_path / 'scores'}"
-    main(["predict", f"--config={tmp_path / 'run' / 'config.yaml'}", checkpoint, scores])
-    from pyarrow import parquet
-
-    assert len(set(parquet.read_table(tmp_path / "scores")["pair_id"].to_pylist())) == 12
-
-
 def test_a_cache_of_another_latent_space_is_refused_before_training(tmp_path: Path) -> None:
     folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
     with pytest.raises(InputError, match="the cache holds latents of the space") as error:

@@ -15,7 +15,7 @@ from latentreward.apps.cli import main
 from latentreward.core.contracts import EditPrompt, ImageRef, PreferencePair, sources_of
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
-from latentreward.data import JSONLPairReader, OnError, PairReader, PixelLoader, PreferenceDataModule
+from latentreward.data import OnError, PairReader, PixelLoader, PreferenceDataModule
 from latentreward.diffusion import find_family
 from latentreward.diffusion.cache.datamodule import CachedPairDataset, CachedPairs, CacheIndex
 from latentreward.diffusion.cache.store import IMAGES, PAIRS, PROMPTS, read_plan
@@ -97,7 +97,6 @@ SETTINGS = {
     "mode": ("--encoder.text=states", "--encoder.posterior=mode"),
     "half": ("--encoder.text=states", "--encoder.posterior=mode", "--dtype=float16"),
     "uneven": ("--reader.pictures=3",),
-    "plain": ("--reader.pictures=0", "--encoder.text=states", "--encoder.posterior=mode"),
 }
 
 
@@ -114,7 +113,7 @@ def written(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained_on(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Caches that slow tests train on."""
     folder = tmp_path_factory.mktemp("trained_on")
-    for name in ("mode", "half", "plain"):
+    for name in ("mode", "half"):
         main(arguments(folder / name, pictures, *SETTINGS[name]))
     return folder
 
@@ -148,13 +147,6 @@ def test_a_source_is_encoded_once_to_the_mode(written: Path, vae: LatentEncoder,
     check_sources_of(written / "sample", 2, vae, pictures)
 
 
-@pytest.mark.slow
-def test_sources_are_as_other_images_where_these_are_modes_too(
-    trained_on: Path, vae: LatentEncoder, pictures: Path
-) -> None:
-    check_sources_of(trained_on / "mode", 1, vae, pictures)
-
-
 def test_a_text_is_encoded_once_whatever_its_pictures(written: Path) -> None:
     assert [row["prompt"] for row in table(written / "sample", PROMPTS)] == ["", *dict.fromkeys(TEXTS)]
 
@@ -175,25 +167,6 @@ def test_batches_hold_sources_place_by_place(written: Path, vae: LatentEncoder, 
     assert not batch.conditioning.source_latents and len(batch.uncond) == 1
 
 
-@pytest.mark.slow
-def test_json_lines_become_a_cache_of_edits(pictures: Path, tmp_path: Path) -> None:
-    rows = [
-        {"prompt": text, "source_images": [f"source {number}.jpg"], "chosen": f"{number}a.jpg", "rejected": "3b.jpg"}
-        for number, text in enumerate(TEXTS[:3])
-    ]
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    reader = ("--reader=JSONLPairReader", f"--reader.file={file}", f"--reader.root={pictures}")
-    settings = [one for one in arguments(tmp_path / "cache", pictures) if not one.startswith("--reader")]
-    main([*settings, *reader, "--encoder.text=states"])
-    data = cached(tmp_path / "cache", batch_size=3, shuffle=False)
-    [batch] = data.train_dataloader()
-    assert named(batch.prompts) == named(JSONLPairReader(str(file), str(pictures)).prompts())
-    assert len(batch.sources) == 1 and not torch.equal(batch.sources[0], batch.chosen)
-    learner = policy()
-    assert len(fit(learner, data, max_epochs=1).values) == 1
-
-
 @pytest.mark.parametrize("workers", rotated_after(1, [0, 1]))
 def test_a_batch_has_one_number_of_sources(workers: int, written: Path) -> None:
     data = cached(written / "uneven", batch_size=3, num_workers=workers, prefetch_factor=1 if workers else 4)
@@ -202,13 +175,6 @@ def test_a_batch_has_one_number_of_sources(workers: int, written: Path) -> None:
     for batch in seen:
         assert {len(sources_of(prompt)) for prompt in batch.prompts} == {len(batch.sources)}
         assert {1 + int(pair.split()[1]) % 2 for pair in batch.pair_ids} == {len(batch.sources)}
-
-
-@pytest.mark.slow
-def test_a_cache_of_pairs_without_sources_has_none(trained_on: Path) -> None:
-    cache = trained_on / "plain"
-    batch = CachedPairDataset(CacheIndex(cache), [0, 1]).__getitems__([0, 1])
-    assert batch.sources == () and {type(prompt) for prompt in batch.prompts} == {str}
 
 
 def reward() -> DiNaLRMModule:

@@ -148,7 +148,9 @@ def test_published_latents_have_the_shape_of_their_space(shape: tuple[int, ...],
     stream = BytesIO()
     np.save(stream, np.zeros(shape, np.float16))
     image = ImageRef("a", data=stream.getvalue(), holds="latents")
-    reader = type("Reader", (list,), {"on_error": "raise", "exif": "ignore"})([PreferencePair("pair", "a cat", image, image, 1.0)])
+    reader = type("Reader", (list,), {"on_error": "raise", "exif": "ignore"})(
+        [PreferencePair("pair", "a cat", image, image, 1.0)]
+    )
     images = ImageSettings(size=(16, 24))
     spec = CacheSpec(SPACE, None, None, "published", None, None, 4, images, "float16")
     scan = RowScan(reader, spec, PublishedLatents(SPACE))

@@ -17,17 +17,9 @@ from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.locks import locked
 from latentreward.core.storage.progress import Progress
 from latentreward.data import PairReader, count_text
+from latentreward.diffusion.cache import store
 from latentreward.diffusion.cache.sources import CacheDtype, ImageSettings, LatentSource
-from latentreward.diffusion.cache.store import (
-    IMAGES,
-    CacheSpec,
-    check_file,
-    check_files,
-    damaged_tables,
-    files_of,
-    read_plan,
-    read_table,
-)
+from latentreward.diffusion.cache.store import CacheSpec
 from latentreward.diffusion.cache.writing import Encoding, describe_data, images_of, prepare_cache, sampled_pairs
 
 ENCODE = "encode"  # name of the task that writes one file
@@ -98,7 +90,7 @@ def cache(
             return
         with locked(folder, "output"):
             todo = prepare_cache(folder, reader, spec, encoder, encoders, num_workers)
-            unused, begun, rows = list[int](), time.monotonic(), [len(file.rows) for file in files_of(folder)]
+            unused, begun, rows = list[int](), time.monotonic(), [len(file.rows) for file in store.files_of(folder)]
             total = sum(rows[number] for number in todo)
             with Progress("cache", total, "images and prompts", processes=work.size) as progress:
                 encoding.progress = progress.add
@@ -111,9 +103,9 @@ def cache(
 
 def verify(folder: Path) -> None:
     """Check a cache and print what was found; exit with status 1 if anything is missing or damaged."""
-    plan = read_plan(folder)
-    if not (problems := damaged_tables(folder, plan)):
-        states = check_files(folder, plan)
+    plan = store.read_plan(folder)
+    if not (problems := store.damaged_tables(folder, plan)):
+        states = store.check_files(folder, plan)
         problems = [problem for problem, _ in states if problem]
         if unread := Counter(reason for _, rows in states for reason in rows.values()):
             print(f"images that could not be read when the cache was written: {count_text(unread)}")
@@ -129,12 +121,16 @@ def verify(folder: Path) -> None:
 
 def report(folder: Path, unused: int) -> None:
     """Print what the cache holds, what was left out, and the number of ``unused`` frames of clips."""
-    plan, files, keys = read_plan(folder), files_of(folder), read_table(folder, IMAGES)["image_key"]
+    plan, files, keys = (
+        store.read_plan(folder),
+        store.files_of(folder),
+        store.read_table(folder, store.IMAGES)["image_key"],
+    )
     content = f"{plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts, {len(files)} files"
     print(f"{folder}: {content}, {sum((folder / file.name).stat().st_size for file in files) / 2**20:.1f} MiB")
     print(f"dropped pairs: {count_text(Counter(plan.dropped))}")
     lost = {keys[int(file.rows[row])].as_py(): reason for file in files
-            for row, reason in check_file(folder, plan, file, contents=False).items()}  # fmt: skip
+            for row, reason in store.check_file(folder, plan, file, contents=False).items()}  # fmt: skip
     if lost:
         first = ", ".join(map(repr, list(lost)[:NAMED])) + (
             f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
