@@ -16,7 +16,7 @@ from latentreward.core.errors import InputError
 from latentreward.data import LoadedPair, collate_pairs
 from latentreward.data.loading import as_is
 from latentreward.diffusion.cache.datamodule import CachedPairDataset, CachedPairs, CacheIndex
-from latentreward.diffusion.cache.store import IMAGES, OLD_SPEC, PAIRS, SPEC
+from latentreward.diffusion.cache.store import IMAGES, OLD_SPEC, PAIRS, SPEC, read_plan
 from tests.diffusion.cache.written_caches import SPACE, latents_of, spec, text_of, write_cache
 from tests.processes import FORKS
 
@@ -125,6 +125,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda cache: (cache / SPEC).write_text((cache / SPEC).read_text().replace("vae-1", "vae-2")),
         "another",
     ),
+    "no record": (lambda cache: save_file(load_file(cache / LATENTS), cache / LATENTS, {"cache": "[]"}), LATENTS),
+    "no rows": (
+        lambda cache: save_file(load_file(cache / LATENTS), cache / LATENTS, {"cache": of_no_row(cache)}),
+        LATENTS,
+    ),
     "spec": (lambda cache: shorten(cache / SPEC), SPEC),
     "later": (
         lambda cache: (cache / SPEC).write_text((cache / SPEC).read_text().replace('"version": 2', '"version": 3')),
@@ -133,6 +138,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "earlier": (lambda cache: (cache / SPEC).rename(cache / OLD_SPEC), "encode again with `latentreward cache`"),
     "no cache": (lambda cache: (cache / SPEC).unlink(), SPEC),
 }
+
+
+def of_no_row(cache: Path) -> str:
+    """Record of a file that says why a row has no latents that it has not."""
+    return json.dumps({"plan": read_plan(cache).name, "sha256": "", "unread": {"9": "truncated"}})
 
 
 def flip(path: Path) -> None:

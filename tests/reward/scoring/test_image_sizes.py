@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from latentreward.diffusion.cache.sources import ImageSettings
 
 from latentreward.data.buckets import Bucket
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
+from latentreward.diffusion.cache.sources import ImageSettings
 
 OWN = ((64, 64), (96, 64), (64, 96), (128, 192), (32, 32))
 

@@ -129,8 +129,8 @@ def report(folder: Path, unused: int) -> None:
     content = f"{plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts, {len(files)} files"
     print(f"{folder}: {content}, {sum((folder / file.name).stat().st_size for file in files) / 2**20:.1f} MiB")
     print(f"dropped pairs: {count_text(Counter(plan.dropped))}")
-    lost = {keys[int(file.rows[row])].as_py(): reason for file in files
-            for row, reason in store.check_file(folder, plan, file, contents=False).items()}  # fmt: skip
+    unread = [store.check_file(folder, plan, file, contents=False) for file in files]
+    lost = {keys[row].as_py(): reason for rows in unread for row, reason in rows.items()}
     if lost:
         first = ", ".join(map(repr, list(lost)[:NAMED])) + (
             f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""

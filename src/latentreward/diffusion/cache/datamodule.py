@@ -82,7 +82,7 @@ class CacheIndex:
                 raise InputError(f"cache {folder}: {error}; run the same `latentreward cache` again") from error
             places = self.places[PROMPTS if file.size is None else IMAGES]
             places[file.rows, 0], places[file.rows, 1] = number, np.arange(len(file.rows))
-            unread[file.rows[[*bad]]] = True
+            unread[[*bad]] = True
             if file.size is None and self.spec.text is not None and self.spec.text.masked:
                 self.tokens = np.zeros((len(prompts), 2), int) if self.tokens is None else self.tokens
                 with store.opened(folder, file.name) as tensors:
@@ -407,8 +407,9 @@ class CachedPreferenceDataModule(PairLoaders):
         self.datasets = {}
         for name, reader in pairs.items():
             rows = kept.get(name, np.arange(len(reader)))
-            values = None if targets is None else targets.values(name, reader)[rows]
-            self.datasets[name] = CachedPairDataset(reader.index, reader.rows[rows], self.cached_text, values)
+            values = None if targets is None else targets.values(name, reader)
+            given_values = None if values is None else values[rows]
+            self.datasets[name] = CachedPairDataset(reader.index, reader.rows[rows], self.cached_text, given_values)
 
     def _check_alike(self, first: CacheIndex, other: CacheIndex) -> None:
         """Raise InputError if two caches cannot be used together; other handling of EXIF is only logged."""

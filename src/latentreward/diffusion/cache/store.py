@@ -151,14 +151,16 @@ def opened(folder: Path, name: str) -> Iterator[dict[str, Any]]:
         with safe_open(folder / name, "pt") as file:
             record = json.loads((file.metadata() or {}).get("cache", "{}"))
             yield {**{one: file.get_tensor(one) for one in file.keys()}, "cache": record}  # noqa: SIM118
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{name} is missing") from error
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{name} is damaged ({first_line(error)})") from error
 
 
 def check_file(folder: Path, plan: CachePlan, file: CacheFile, contents: bool = True) -> dict[int, str]:
-    """Check the shapes and, if ``contents``, the digest of a file; return its rows without latents, and why.
+    """Check shapes and, if ``contents``, the digest of a file; return why rows of the table have no latents.
 
     Raises:
         InputError: If the file is missing, damaged or of another cache.
@@ -173,11 +175,11 @@ def check_file(folder: Path, plan: CachePlan, file: CacheFile, contents: bool = 
             raise InputError(f"{file.name} is damaged: its tensors are not those of the plan")
         if contents and digest_of(tensors, record["unread"]) != record["sha256"]:
             raise InputError(f"{file.name} is damaged: its contents are not those of its digest")
-        return {int(row): reason for row, reason in record["unread"].items()}
+        return {int(file.rows[int(row)]): str(reason) for row, reason in record["unread"].items()}
 
 
 def check_files(folder: Path, plan: CachePlan) -> list[tuple[str, dict[int, str]]]:
-    """Check all files; return of each its problem, empty if there is none, and its rows without latents."""
+    """Check all files; return the problem of each, empty without one, and why rows of the table have no latents."""
 
     def state(file: CacheFile) -> tuple[str, dict[int, str]]:
         try:

@@ -201,8 +201,8 @@ class Plan:
             raise InputError(f"reader: none of its rows can be cached ({reasons or 'it has none'}); check images")
         tables = {name: _parquet(self.rows[name], schema) for name, schema in SCHEMAS.items()}
         digests = {name: sha256(content).hexdigest() for name, content in tables.items()}
-        counts = (len(self.rows[name]) for name in (PAIRS, IMAGES, PROMPTS))
-        return CachePlan(self.spec, describe_data(reader), digests, *counts, dropped=dict(dropped)), tables
+        pairs, images, prompts = (len(self.rows[name]) for name in (PAIRS, IMAGES, PROMPTS))
+        return CachePlan(self.spec, describe_data(reader), digests, pairs, images, prompts, dict(dropped)), tables
 
 
 def _parquet(rows: list[tuple[Any, ...]], schema: dict[str, pa.DataType]) -> bytes:
