@@ -176,7 +176,8 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         self.image_sizes: ImageSizes | None = None
         images, self._mapped = index.spec.images, dict[tuple[int, str], tuple[Tensor, np.ndarray]]()
         if index.spec.origin == "vae" and images.size is None:
-            self.image_sizes = NearestBucket(images.sizes(), images.resize)
+            plain = tuple((one.height, one.width) for one in images.sizes())  # checkpoints hold no class of ours
+            self.image_sizes = NearestBucket(plain, images.resize)
         elif index.spec.origin == "vae":
             self.image_sizes = OneSize(*images.sizes()[0], images.resize, images.frames, images.fps)
 
