@@ -5,7 +5,7 @@ from torch import Tensor
 
 from latentreward.core.errors import InputError
 from latentreward.diffusion import DDPM, FlowMatching, NoiseProcess
-from latentreward.diffusion.noise.base import per_sample
+from latentreward.diffusion.noise.processes import per_sample
 
 
 def same_levels(first: NoiseProcess, second: NoiseProcess) -> bool:

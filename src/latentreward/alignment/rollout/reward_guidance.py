@@ -16,7 +16,7 @@ from latentreward.alignment.rollout.trajectories import sample_trajectories
 from latentreward.core.contracts import NoisyStates, PromptBatch
 from latentreward.core.errors import InputError, check_range
 from latentreward.core.phases import phase
-from latentreward.diffusion.noise.base import per_sample
+from latentreward.diffusion.noise.processes import per_sample
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from latentreward.core.contracts import TensorRecord
 from latentreward.core.errors import InputError, check_range
 from latentreward.diffusion import DDPM_SCHEDULERS
-from latentreward.diffusion.noise.base import ancestral_variance, per_sample, predicted_clean, predicted_noise
+from latentreward.diffusion.noise.processes import ancestral_variance, per_sample, predicted_clean, predicted_noise
 from latentreward.diffusion.noise.schedules import check_scheduler, make_scheduler
 
 TIMESTEP_TOLERANCE = 1e-2

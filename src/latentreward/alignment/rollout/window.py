@@ -8,7 +8,7 @@ from torch import Tensor
 from latentreward.alignment.rollout.samplers import StepSampler, Transition
 from latentreward.core.errors import InputError, check_range
 from latentreward.core.promises import Part, check_needs, returns, shown
-from latentreward.diffusion.noise.base import per_sample
+from latentreward.diffusion.noise.processes import per_sample
 
 
 def _wrong_start(found: int, window: "Window", steps: int, *given: object) -> str | None:

@@ -23,9 +23,7 @@ from latentreward.core.storage.weight_files import find_weights, map_weights
 from latentreward.diffusion.backbones.quantization import Quantization, check_quantization, quantize
 from latentreward.diffusion.backbones.tuning import LoRA, StorageDtype, Tuning, tune, warn_of_layers
 from latentreward.diffusion.backbones.weights import after_settling, from_config, load_weights, map_model, settle
-from latentreward.diffusion.noise.ddpm import DDPM
-from latentreward.diffusion.noise.flow import FlowMatching
-from latentreward.diffusion.noise.from_scheduler import process_from_scheduler
+from latentreward.diffusion.noise.processes import DDPM, FlowMatching, process_from_scheduler
 from latentreward.diffusion.noise.schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS, fits_kind
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
     from latentreward.diffusion.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
     from latentreward.diffusion.encoders.sd3 import SD3PromptEncoder
     from latentreward.diffusion.encoders.vae import LatentEncoder
-    from latentreward.diffusion.noise.base import NoiseProcess
+    from latentreward.diffusion.noise.processes import NoiseProcess
 
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "q", "k", "v", "o")
 """Name endings of the attention projections in CLIP, language models and T5."""

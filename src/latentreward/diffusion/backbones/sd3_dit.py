@@ -12,7 +12,7 @@ from latentreward.core.errors import InputError
 from latentreward.diffusion.backbones.loading import check_sample_size
 from latentreward.diffusion.backbones.transformer import TransformerBackbone
 from latentreward.diffusion.backbones.tuning import freeze
-from latentreward.diffusion.noise.base import NoiseProcess
+from latentreward.diffusion.noise.processes import NoiseProcess
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel

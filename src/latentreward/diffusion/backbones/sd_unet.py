@@ -14,7 +14,7 @@ from latentreward.diffusion.backbones.base import DiffusionBackbone, check_taps
 from latentreward.diffusion.backbones.loading import check_sample_size
 from latentreward.diffusion.backbones.passes import FirstBlocks, recorded
 from latentreward.diffusion.backbones.tuning import freeze
-from latentreward.diffusion.noise.base import NoiseProcess
+from latentreward.diffusion.noise.processes import NoiseProcess
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

@@ -24,9 +24,7 @@ from latentreward.diffusion.backbones.weights import settle
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.sources import SourceEncoder, SourceSize
 from latentreward.diffusion.encoders.vae import LatentEncoder
-from latentreward.diffusion.noise.base import NoiseProcess
-from latentreward.diffusion.noise.ddpm import DDPM
-from latentreward.diffusion.noise.flow import FlowMatching
+from latentreward.diffusion.noise.processes import DDPM, FlowMatching, NoiseProcess
 from latentreward.diffusion.noise.schedules import fits_kind
 
 Pair = tuple[Tensor, Tensor]  # A ``(rank, in)`` and B ``(out, rank)`` of a layer's adapter
