@@ -23,7 +23,7 @@ from latentreward.data import ImageError, JSONLPairReader, PairDataset, PixelLoa
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import png
 from latentreward.diffusion import LoRA
-from latentreward.diffusion.encoders import sources
+from latentreward.diffusion.encoders import vae
 from latentreward.diffusion.encoders.fingerprint import text_fingerprint
 from latentreward.diffusion.families import qwen_image_edit as edit
 from latentreward.reward import GatedQFormerHead, RewardModel

@@ -41,8 +41,8 @@ from latentreward.core.promises import place_of
 from latentreward.core.seeding import run_seed
 from latentreward.core.storage.progress import Progress
 from latentreward.data.alignment.experience import other_rows, wrong_rows
-from latentreward.diffusion.encoders.sources import edit_of_grey
 from latentreward.diffusion.encoders.stored_prompts import StoredPrompts
+from latentreward.diffusion.encoders.vae import edit_of_grey
 from latentreward.reward import RemoteError
 from latentreward.reward.modules.based import FrozenBase, unseen_settings
 from latentreward.reward.modules.optimizers import OptimizerSteps, single_optimizer

@@ -32,7 +32,7 @@ from latentreward.data.clips import FPS, check_clips, check_frames
 from latentreward.data.collate import stack_targets
 from latentreward.diffusion import CachedPreferenceDataModule
 from latentreward.diffusion.cache.layout import PLAN, CacheSpec, read_plan
-from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.diffusion.encoders.vae import edit_of_grey
 from latentreward.reward import RewardModule
 
 NETWORKS = {DiffusionDPOModule: "policy", StepAwarePixelModule: "generator", RewardModule: "model.backbone"}

@@ -17,7 +17,7 @@ from latentreward.core.contracts import Conditioning, Features, FeatureSpec, Lat
 from latentreward.core.errors import InputError
 from latentreward.core.promises import Kind, Part, place_of, returns, shown, wrong_tensor
 from latentreward.diffusion.backbones.tuning import ATTENTION
-from latentreward.diffusion.encoders.sources import SourceEncoder, encode_edits
+from latentreward.diffusion.encoders.vae import SourceEncoder, encode_edits
 from latentreward.diffusion.noise.processes import NoiseProcess
 
 if TYPE_CHECKING:

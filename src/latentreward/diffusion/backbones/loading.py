@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
     from latentreward.diffusion.backbones.base import DiffusionBackbone
-    from latentreward.diffusion.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
-    from latentreward.diffusion.encoders.sd3 import SD3PromptEncoder
+    from latentreward.diffusion.encoders.prompts import CLIPPromptEncoder, SD3PromptEncoder, SDXLPromptEncoder
     from latentreward.diffusion.encoders.vae import LatentEncoder
     from latentreward.diffusion.noise.processes import NoiseProcess
 
@@ -304,7 +303,7 @@ class PipelineSource:
         """Load the prompt encoder of SD1.5 or SD2.1; for the arguments see :meth:`load`."""
         from transformers import CLIPTextModel
 
-        from latentreward.diffusion.encoders.clip import CLIPPromptEncoder
+        from latentreward.diffusion.encoders.prompts import CLIPPromptEncoder
 
         text_encoder = self.load(CLIPTextModel, "text_encoder", pretrained, mapped)
         return CLIPPromptEncoder(text_encoder, self.tokenizer("tokenizer"))
@@ -313,7 +312,7 @@ class PipelineSource:
         """Load the prompt encoder of SDXL; for the arguments see :meth:`load`."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        from latentreward.diffusion.encoders.clip import SDXLPromptEncoder
+        from latentreward.diffusion.encoders.prompts import SDXLPromptEncoder
 
         return SDXLPromptEncoder(
             self.load(CLIPTextModel, "text_encoder", pretrained, mapped),
@@ -335,7 +334,7 @@ class PipelineSource:
         """
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-        from latentreward.diffusion.encoders.sd3 import SD3PromptEncoder
+        from latentreward.diffusion.encoders.prompts import SD3PromptEncoder
 
         with_t5 = load_t5 and self.has("text_encoder_3")
         return SD3PromptEncoder(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentreward.core.checkpoints.base_weights import sample
 from latentreward.core.errors import InputError
-from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.diffusion.encoders.vae import edit_of_grey
 from latentreward.reward.scoring.batched_scoring import score_given_latents
 from latentreward.reward.scoring.layouts.model_folder import PretrainedReward
 from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe, is_ours
