@@ -1,7 +1,6 @@
-from .backbones.base import DiffusionBackbone, check_taps
+from .backbones.base import DiffusionBackbone, TransformerBackbone, check_taps
 from .backbones.sd3_dit import SD3DiTBackbone
 from .backbones.sd_unet import SDUNetBackbone
-from .backbones.transformer import TransformerBackbone
 from .backbones.tuning import LoRA
 from .cache.datamodule import CachedPreferenceDataModule, CachedSplit
 from .families.backbone import FamilyBackbone, load_family_backbone

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.core.errors import InputError
+from latentreward.diffusion.backbones.base import TransformerBackbone
 from latentreward.diffusion.backbones.loading import check_sample_size
-from latentreward.diffusion.backbones.transformer import TransformerBackbone
 from latentreward.diffusion.backbones.tuning import freeze
 from latentreward.diffusion.noise.processes import NoiseProcess
 

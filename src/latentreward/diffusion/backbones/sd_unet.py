@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.core.errors import InputError
-from latentreward.diffusion.backbones.base import DiffusionBackbone, check_taps
+from latentreward.diffusion.backbones.base import DiffusionBackbone, FirstBlocks, check_taps, recorded
 from latentreward.diffusion.backbones.loading import check_sample_size
-from latentreward.diffusion.backbones.passes import FirstBlocks, recorded
 from latentreward.diffusion.backbones.tuning import freeze
 from latentreward.diffusion.noise.processes import NoiseProcess
 
