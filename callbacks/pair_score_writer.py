@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from latentreward.core.devices import to_float64
+from latentreward.core.contracts import to_float64
 from latentreward.core.errors import InputError
 from latentreward.core.storage.durable import replacing, write_errors_named
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from latentreward.alignment import AlignmentModule, Sampling, sample_latents
 from latentreward.core.contracts import PathText, PromptBatch
-from latentreward.core.devices import evaluating
 from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.core.running import evaluating
 from latentreward.data.alignment.prompt_files import read_prompts
 
 SEED = 0  # seed of the initial and the sampler's noise, equal in every run so that pictures of two runs can be compared

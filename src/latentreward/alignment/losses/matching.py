@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from latentreward.alignment.losses.clipped_policy import clipped_objective
-from latentreward.core.devices import widest_float
+from latentreward.core.contracts import widest_float
 from latentreward.core.errors import check_choices, check_range
 from latentreward.reward.losses.base import SetLoss
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from latentreward.core.devices import to_float64
+from latentreward.core.contracts import to_float64
 from latentreward.core.errors import check_range
 from latentreward.core.promises import detached, of_class, returns, wrong_tensor
 from latentreward.reward.losses.base import SetLoss

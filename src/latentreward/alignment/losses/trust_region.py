@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentreward.alignment.losses.clipped_policy import clipped_objective
-from latentreward.core.devices import to_float64
+from latentreward.core.contracts import to_float64
 from latentreward.core.errors import InputError, check_range
 from latentreward.core.promises import Part, detached, returns, shown, tensor, wrong_tensor
 

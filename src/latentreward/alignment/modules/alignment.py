@@ -34,10 +34,9 @@ from latentreward.core.contracts import (
     SampledStates,
     sources_of,
 )
-from latentreward.core.devices import evaluating
 from latentreward.core.errors import InputError
-from latentreward.core.phases import phase
 from latentreward.core.promises import place_of
+from latentreward.core.running import evaluating, phase
 from latentreward.core.seeding import run_seed
 from latentreward.core.storage.progress import Progress
 from latentreward.data.alignment.experience import other_rows, wrong_rows

@@ -17,9 +17,8 @@ from latentreward.alignment.rollout.prompted import PromptedPolicy, RolloutDraws
 from latentreward.alignment.rollout.reward_guidance import refuse_float16, require_gradient
 from latentreward.alignment.rollout.settings import Sampling
 from latentreward.core.contracts import PreferenceBatch, PromptBatch
-from latentreward.core.devices import evaluating
 from latentreward.core.errors import InputError, check_choices, check_range
-from latentreward.core.phases import phase
+from latentreward.core.running import evaluating, phase
 from latentreward.core.seeding import pair_generator
 from latentreward.diffusion import TimestepGrid
 from latentreward.reward.modules.pairs import PairDraws, latents_of

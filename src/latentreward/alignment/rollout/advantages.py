@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentreward.alignment.rollout.step_choice import rounded_down
-from latentreward.core.devices import to_float64
+from latentreward.core.contracts import to_float64
 from latentreward.core.errors import InputError, check_choices, check_range
 from latentreward.core.promises import Part, returns, tensor
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentreward.core.devices import to_float64
+from latentreward.core.contracts import to_float64
 from latentreward.core.errors import InputError, check_choices, check_range
 from latentreward.core.promises import Part, returns, tensor
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from latentreward.alignment.rewards.base import Reward
 from latentreward.core.contracts import NoisyStates, PromptBatch
 from latentreward.core.errors import InputError
-from latentreward.core.phases import phase
+from latentreward.core.running import phase
 from latentreward.core.seeding import pair_generator
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentreward.alignment.rewards.base import RewardSource
 from latentreward.alignment.rollout.advantages import Advantage
-from latentreward.core.devices import to_float64
+from latentreward.core.contracts import to_float64
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.promises import Part, has_values, returns, wrong_tensor
 

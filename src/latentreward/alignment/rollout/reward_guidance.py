@@ -15,7 +15,7 @@ from latentreward.alignment.rollout.settings import Sampling
 from latentreward.alignment.rollout.trajectories import sample_trajectories
 from latentreward.core.contracts import NoisyStates, PromptBatch
 from latentreward.core.errors import InputError, check_range
-from latentreward.core.phases import phase
+from latentreward.core.running import phase
 from latentreward.diffusion.noise.processes import per_sample
 
 

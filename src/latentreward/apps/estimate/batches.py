@@ -25,8 +25,8 @@ from latentreward.core.contracts import (
     map_tensors,
     take_rows,
 )
-from latentreward.core.devices import evaluating
 from latentreward.core.errors import InputError, check_multiples
+from latentreward.core.running import evaluating
 from latentreward.data import PromptsAndImages
 from latentreward.data.clips import FPS, check_clips, check_frames
 from latentreward.data.collate import stack_targets

@@ -8,8 +8,8 @@ from latentreward.apps.estimate.estimate import Estimate
 from latentreward.apps.estimate.shapes import RECOMPUTE
 from latentreward.apps.estimate.step_costs import TEXT
 from latentreward.core.peak_rates import Limits, Work
-from latentreward.core.phases import PHASES
 from latentreward.core.reports.tables import Table, as_text
+from latentreward.core.running import PHASES
 from latentreward.data.datamodules import PairLoaders
 from latentreward.diffusion import CachedPreferenceDataModule
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latentreward.core.peak_rates import Work, complete_flop_formulas, recomputes, work_of
-from latentreward.core.phases import Phases
+from latentreward.core.running import Phases
 
 CPU = torch.device("cpu")
 NUMBERS = {torch.bool: True, torch.float32: 1.0, torch.float64: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}

@@ -18,11 +18,11 @@ from uuid import uuid4
 
 import torch
 
-from latentreward.core.devices import find_device
 from latentreward.core.errors import InputError, first_line, one_line
 from latentreward.core.interrupts import Terminated, take_started_ranks
 from latentreward.core.ranks.processes import bind_to_parent, forget_children, is_child, trainer_errors
 from latentreward.core.ranks.settings import TrainerSettings
+from latentreward.core.running import find_device
 from latentreward.core.storage.durable import discard, refuse_link, remove_temporary
 from latentreward.core.storage.locks import locked
 from latentreward.core.storage.shards import ShardFolder, ShardList, left_over

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentreward.core.contracts import Conditioning, like_prompt, sources_of
 from latentreward.core.errors import InputError
-from latentreward.core.phases import phase
 from latentreward.core.promises import VALUES, Part, keep_promise, returns, shown, wrong_tensor
+from latentreward.core.running import phase
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
-from latentreward.core.contracts import PairScores, PairTargets
-from latentreward.core.devices import widest_float
+from latentreward.core.contracts import PairScores, PairTargets, widest_float
 from latentreward.core.promises import Part, detached, finite, returns, wrong_tensor
 
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from latentreward.core.contracts import PairScores
-from latentreward.core.devices import widest_float
+from latentreward.core.contracts import PairScores, widest_float
 from latentreward.core.errors import check_choices, check_range
 from latentreward.reward.losses.base import PreferenceLoss, mean_over_outputs, per_row
 

@@ -14,8 +14,8 @@ from torchmetrics import Metric
 
 from latentreward.core.contracts import Conditioning, PairScores, PreferenceBatch, TensorRecord
 from latentreward.core.errors import InputError, check_once, check_range, errors_at
-from latentreward.core.phases import phase
 from latentreward.core.promises import check_takes, shown
+from latentreward.core.running import phase
 from latentreward.core.seeding import pair_generator, run_seed
 from latentreward.diffusion import DiffusionBackbone, LevelSampler, NoiseProcess
 from latentreward.diffusion.backbones.base import LatentNetwork

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from latentreward.core.contracts import Conditioning, check_sources
-from latentreward.core.devices import find_device
 from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.core.running import find_device
 from latentreward.reward.scoring.batched_scoring import (
     PromptMemory,
     prompt_of_each,
