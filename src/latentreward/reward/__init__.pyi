@@ -1,9 +1,7 @@
 from .heads.base import EmbeddingHead, RewardHead
 from .heads.clip_projection import CLIPProjectionHead
-from .heads.drm import DRMHead
 from .heads.gated_qformer import GatedQFormerHead, LogisticSquash
-from .heads.layer_mix import LayerMixHead
-from .heads.pavrm import PAVRMHead
+from .heads.pooled import DRMHead, LayerMixHead, PAVRMHead
 from .losses.base import PreferenceLoss, gather_pair_scores, gather_with_grad, weighted_mean
 from .losses.bradley_terry import BradleyTerryLoss, bradley_terry_nll
 from .losses.lrm import LRMLoss, lrm_batch_loss, lrm_pair_loss

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentreward.core.contracts import Conditioning, like_prompt, sources_of
 from latentreward.core.errors import InputError
+from latentreward.core.programs import of_this_package
 from latentreward.core.promises import VALUES, Part, keep_promise, returns, shown, wrong_tensor
 from latentreward.core.running import phase
 
@@ -68,6 +69,7 @@ class PromptEncoder(nn.Module, Part):
     unread: tuple[str, ...] = ()
     tokens_only: tuple[str, ...] = ()
     _told_cut: bool = False
+    _settled: bool = False
 
     @abstractmethod
     @returns(_wrong_ids)
@@ -114,7 +116,9 @@ class PromptEncoder(nn.Module, Part):
         trains = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             encoded = self.encode_ids(*ids)
-        keep_promise(self, "encode_ids", lambda: self.wrong_conditioning(encoded, prompts))
+        if not self._settled:  # those of users are compared in every call
+            keep_promise(self, "encode_ids", lambda: self.wrong_conditioning(encoded, prompts))
+            self._settled = of_this_package(type(self).__module__)
         return encoded
 
     def wrong_conditioning(self, encoded: Conditioning, prompts: Sequence[str]) -> str | None:

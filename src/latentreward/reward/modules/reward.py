@@ -167,7 +167,7 @@ class RewardModule(PairModule):
             checkpoint[SETTINGS] = {"training": training, **{part: asdict(made) for part, made in built.items()}}
 
     def summed(self, rewards: Tensor) -> Tensor:
-        return self.model.head.total(rewards)
+        return rewards if rewards.ndim == 1 else self.model.head.total(rewards)
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
         """See :meth:`PairModule.encode`; rows i and B + i of the result share a prompt and, by default, the noise."""
