@@ -2,27 +2,31 @@ from .heads.base import EmbeddingHead, RewardHead
 from .heads.clip_projection import CLIPProjectionHead
 from .heads.gated_qformer import GatedQFormerHead, LogisticSquash
 from .heads.pooled import DRMHead, LayerMixHead, PAVRMHead
-from .losses.base import PreferenceLoss, gather_pair_scores, gather_with_grad, weighted_mean
-from .losses.bradley_terry import BradleyTerryLoss, bradley_terry_nll
+from .losses.base import (
+    BradleyTerryLoss,
+    ConstantVarianceThurstoneLoss,
+    PreferenceLoss,
+    ThurstoneLoss,
+    bhattacharyya_fidelity,
+    bradley_terry_nll,
+    comparison_std,
+    gather_pair_scores,
+    gather_with_grad,
+    log_ndtr,
+    mixture_fidelity,
+    thurstone_nll,
+    weighted_mean,
+)
 from .losses.lrm import LRMLoss, lrm_batch_loss, lrm_pair_loss
 from .losses.targets import (
     LabelLoss,
     RankingDistillation,
     RegressionDistillation,
     TargetLoss,
+    TieLoss,
     gaussian_nll,
     teacher_preference,
 )
-from .losses.thurstone import (
-    ConstantVarianceThurstoneLoss,
-    ThurstoneLoss,
-    bhattacharyya_fidelity,
-    comparison_std,
-    log_ndtr,
-    mixture_fidelity,
-    thurstone_nll,
-)
-from .losses.ties import TieLoss
 from .metrics.calibration import PairCalibration
 from .metrics.noise_levels import ByNoiseLevel
 from .metrics.pairwise import GroupPairAccuracy, MeanLoss, MeanMargin, PairwiseAccuracy

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from latentreward.core.contracts import CrossScores, PairScores
 from latentreward.core.errors import InputError, check_choices, check_range
-from latentreward.reward.losses.base import PreferenceLoss, mean_over_outputs, per_row
-from latentreward.reward.losses.bradley_terry import bradley_terry_nll
+from latentreward.reward.losses.base import PreferenceLoss, bradley_terry_nll, mean_over_outputs, per_row
 
 Mode = Literal["pair", "batch", "both"]
 

@@ -7,8 +7,7 @@ from latentreward.core.contracts import FeatureSpec
 from latentreward.diffusion import DiffusionBackbone, LevelSampler, UniformSigma
 from latentreward.reward.heads.base import RewardHead
 from latentreward.reward.heads.gated_qformer import GatedQFormerHead
-from latentreward.reward.losses.base import PreferenceLoss
-from latentreward.reward.losses.thurstone import ThurstoneLoss
+from latentreward.reward.losses.base import PreferenceLoss, ThurstoneLoss
 from latentreward.reward.modules.reward import RewardModule
 
 
