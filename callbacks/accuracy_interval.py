@@ -11,7 +11,7 @@ from latentreward.core.reports.tables import with_interval
 from latentreward.data.alignment.experience import of_all_ranks
 from latentreward.data.readers.base import normalise_prompt
 from latentreward.reward.metrics.pairwise import preferred_margin
-from latentreward.reward.modules.pairs import PairModule
+from latentreward.reward.modules.reward import PairModule
 
 
 class AccuracyInterval(Callback):

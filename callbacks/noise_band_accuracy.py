@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from latentreward.core.errors import InputError
 from latentreward.reward import ByNoiseLevel, PairwiseAccuracy
-from latentreward.reward.modules.pairs import PairModule
+from latentreward.reward.modules.reward import PairModule
 
 
 class NoiseBandAccuracy(Callback):

@@ -18,7 +18,7 @@ from torch import Tensor
 from latentreward.core.errors import check_at_least_one, check_choices
 from latentreward.core.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, strip, tile, to_images
 from latentreward.data.alignment.experience import of_all_ranks
-from latentreward.reward.modules.pairs import PairModule
+from latentreward.reward.modules.reward import PairModule
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from latentreward.alignment import AlignmentModule
-from latentreward.reward.modules.pairs import PairModule
+from latentreward.reward.modules.reward import PairModule
 
 Charts = Iterable[tuple[str, str, bool]]
 """Charts of a group: title, regular expression of the names of the curves, and whether the run logs such curves."""

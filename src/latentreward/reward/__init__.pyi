@@ -31,11 +31,9 @@ from .metrics.calibration import PairCalibration
 from .metrics.noise_levels import ByNoiseLevel
 from .metrics.pairwise import GroupPairAccuracy, MeanLoss, MeanMargin, PairwiseAccuracy
 from .metrics.rank_correlation import ScoreCorrelation
-from .modules.dina_lrm import DiNaLRMModule
-from .modules.lrm import LRMModule
-from .modules.optimizers import WarmupSchedule
-from .modules.pairs import ScoredPairs
-from .modules.reward import RewardModule
+from .modules.lrm import DiNaLRMModule, LRMModule
+from .modules.reward import RewardModule, ScoredPairs
+from .modules.training import WarmupSchedule
 from .remote.schemas import ImageSchema, PlainJSON, Schema, ServedImages, ServedLatents, UniRL
 from .remote.server import RemoteError, RemoteServer
 from .scorers.aesthetic import AestheticScorer

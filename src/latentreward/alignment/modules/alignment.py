@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from latentreward.alignment.modules.sharded_policy import shard_policy, shard_reward
 from latentreward.alignment.policies.checkpoint import SOURCE
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.rewards.base import Reward, RewardSource
@@ -43,8 +42,8 @@ from latentreward.data.alignment.experience import other_rows, wrong_rows
 from latentreward.diffusion.encoders.stored_prompts import StoredPrompts
 from latentreward.diffusion.encoders.vae import edit_of_grey
 from latentreward.reward import RemoteError
-from latentreward.reward.modules.based import FrozenBase, unseen_settings
-from latentreward.reward.modules.optimizers import OptimizerSteps, single_optimizer
+from latentreward.reward.modules.sharding import shard_policy, shard_scorers
+from latentreward.reward.modules.training import FrozenBase, OptimizerSteps, single_optimizer, unseen_settings
 
 Kind = TypeVar("Kind", bound=nn.Module)
 HeldBuffer = tuple[nn.Module, str, Tensor | None, Tensor | None]
@@ -169,9 +168,10 @@ class AlignmentModule(LightningModule):
     def configure_model(self) -> None:
         """Under FSDP2, shard the policy, then the reward's blocks and text encoders that are not the policy's."""
         if self.device_mesh is not None:
-            shard_policy(self.policy, self.device_mesh["data_parallel"])
-            if self.reward is not None:
-                shard_reward(self.reward, self.device_mesh["data_parallel"])
+            mesh = self.device_mesh["data_parallel"]
+            shard_policy(self.policy, mesh)
+            backbones = [scorer.model.backbone for scorer in self._reward_parts(LatentScorer)]
+            shard_scorers(backbones, {*self._reward_parts(nn.Module)}, mesh)
 
     def configure_optimizers(self) -> Any:
         """Build one optimiser over the adapter, and its schedule, stepped after each optimiser step."""

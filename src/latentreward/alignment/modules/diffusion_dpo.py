@@ -25,7 +25,7 @@ from latentreward.reward import (
     gather_with_grad,
     weighted_mean,
 )
-from latentreward.reward.modules.pairs import EncodedPairs, PairDraws, Posterior, latents_of, snap_timesteps
+from latentreward.reward.modules.reward import EncodedPairs, PairDraws, Posterior, latents_of, snap_timesteps
 
 
 class ImplicitPairs(NamedTuple):

@@ -21,7 +21,7 @@ from latentreward.core.errors import InputError, check_choices, check_range
 from latentreward.core.running import evaluating, phase
 from latentreward.core.seeding import pair_generator
 from latentreward.diffusion import TimestepGrid
-from latentreward.reward.modules.pairs import PairDraws, latents_of
+from latentreward.reward.modules.reward import PairDraws, latents_of
 
 
 class LateSample(NamedTuple):
