@@ -77,7 +77,7 @@ class TrainingPictures(Callback):
         self.note_sizes(model, sizes or self.sizes)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if a validation without training has pictures of other sizes than the training, or one alone has edits."""
+        """Warn if a validation without training has pictures of other sizes, or only one of the two has edits."""
         if trainer.state.fn == "validate":
             self.compare(trainer, "validate", pl_module.model, trainer.val_dataloaders)
 
