@@ -1,18 +1,17 @@
 from .export.kohya import write_kohya
 from .export.lora import TrainedLoRA
 from .export.merged import loading_call, write_merged
-from .losses.clipped_policy import ClippedPolicyLoss, ClippedPolicyResult, gaussian_step_kl, held_weights
-from .losses.diffusion_dpo import denoising_error, implicit_rewards
+from .losses.clipped_policy import (
+    ClippedPolicyLoss,
+    ClippedPolicyResult,
+    OutcomeProcessLoss,
+    gaussian_step_kl,
+    held_weights,
+)
+from .losses.diffusion_dpo import LinearDPO, LinearDPOResult, denoising_error, implicit_rewards
 from .losses.group_preference import CRDLoss, CRDResult, DGPOLoss, DGPOResult
-from .losses.linear_dpo import LinearDPO, LinearDPOResult
 from .losses.matching import MatchingLoss, MatchingResult, velocity_divergence
 from .losses.nft import NFTLoss, NFTResult
-from .losses.on_policy import OnPolicyLoss
-from .losses.opsd import reward_ascent
-from .losses.outcome_process import OutcomeProcessLoss
-from .losses.ram import RAMLoss, directed_target
-from .losses.refl import RewardLoss
-from .losses.step_dpo import StepDPO, StepDPOResult, StepPairLoss, clamped_log_ratio
 from .losses.trust_region import (
     FlowDPPO,
     GRPOGuard,
@@ -32,11 +31,11 @@ from .modules.diffusion_dpo import DiffusionDPOModule
 from .modules.forward_process import AWMModule, DiffusionNFTModule, ForwardProcessModule
 from .modules.group_preference import CRDModule, DGPOModule
 from .modules.grpo import GRPOModule, StepwiseGRPOModule, TrajectoryGRPOModule, group_statistics
-from .modules.lpo import LPOModule, SPOModule, StepRatios
-from .modules.on_policy import OnPolicyDistillationModule, Teacher
-from .modules.opsd import DiffusionOPSDModule
-from .modules.ram import RAMModule
-from .modules.refl import ReFLModule
+from .modules.lpo import LPOModule, SPOModule, StepDPO, StepDPOResult, StepPairLoss, StepRatios, clamped_log_ratio
+from .modules.on_policy import OnPolicyDistillationModule, OnPolicyLoss, Teacher
+from .modules.opsd import DiffusionOPSDModule, reward_ascent
+from .modules.ram import RAMLoss, RAMModule, directed_target
+from .modules.refl import ReFLModule, RewardLoss
 from .modules.step_aware_pixel import StepAwarePixelModule
 from .policies.checkpoint import load_policy
 from .policies.loading import PolicySource
