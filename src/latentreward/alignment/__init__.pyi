@@ -1,5 +1,4 @@
-from .export.kohya import write_kohya
-from .export.lora import TrainedLoRA
+from .export.lora import TrainedLoRA, write_kohya
 from .export.merged import loading_call, write_merged
 from .losses.clipped_policy import (
     ClippedPolicyLoss,
@@ -40,18 +39,16 @@ from .modules.step_aware_pixel import StepAwarePixelModule
 from .policies.checkpoint import load_policy
 from .policies.loading import PolicySource
 from .policies.policy import POLICY, AdapterSwitch, Policy
-from .policies.surrogate_gradient import surrogate
-from .rewards.base import Reward, RewardSource
+from .rewards.base import Reward, RewardSource, begin_finished, check_sigmas, rows_of, score_finished, score_states
 from .rewards.callable import CallableReward, RandomReward
 from .rewards.http import HTTPReward
-from .rewards.latent import LatentReward
+from .rewards.latent import LatentReward, surrogate
 from .rewards.mixture import RewardMixture
 from .rewards.pixel import PixelReward
 from .rewards.unchanged import UnchangedRegion
 from .rollout.advantages import GDPO, Advantage, DiversityAdvantage, GroupAdvantage, group_advantages
 from .rollout.candidates import Branching, CandidateStep, candidate_steps
 from .rollout.credit import Credit, GainCredit, StateCredit, TurningPointCredit
-from .rollout.finished import begin_finished, check_sigmas, rows_of, score_finished, score_states
 from .rollout.pair_selection import (
     FixedThreshold,
     LinearThreshold,
@@ -65,7 +62,6 @@ from .rollout.pair_selection import (
     gap_quantiles,
     step_pairs,
 )
-from .rollout.prompted import PriorNoise, PromptedPolicy, RolloutDraws
 from .rollout.pruning import Agreement, BestAndWorst, Pruning, PruningRule, scaled_advantages
 from .rollout.reward_guidance import (
     GuidedSampler,
@@ -77,11 +73,26 @@ from .rollout.reward_guidance import (
     reward_gradient,
     sample_guided,
 )
-from .rollout.samplers import DDIMSampler, FlowSDESampler, StepSampler, Transition, reporting_steps
-from .rollout.settings import Sampling
-from .rollout.step_choice import NoisiestSteps, RandomSteps, StepChoice, StratifiedSteps
-from .rollout.trajectories import Trajectories, sample_latents, sample_pruned, sample_trajectories
-from .rollout.window import MovingWindow, RandomWindow, Window, WindowedSampler
+from .rollout.samplers import DDIMSampler, FlowSDESampler, Sampling, StepSampler, Transition, reporting_steps
+from .rollout.step_choice import (
+    MovingWindow,
+    NoisiestSteps,
+    RandomSteps,
+    RandomWindow,
+    StepChoice,
+    StratifiedSteps,
+    Window,
+    WindowedSampler,
+)
+from .rollout.trajectories import (
+    PriorNoise,
+    PromptedPolicy,
+    RolloutDraws,
+    Trajectories,
+    sample_latents,
+    sample_pruned,
+    sample_trajectories,
+)
 
 __all__ = [
     "GDPO",

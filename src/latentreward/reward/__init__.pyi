@@ -28,8 +28,7 @@ from .losses.targets import (
     teacher_preference,
 )
 from .metrics.calibration import PairCalibration
-from .metrics.noise_levels import ByNoiseLevel
-from .metrics.pairwise import GroupPairAccuracy, MeanLoss, MeanMargin, PairwiseAccuracy
+from .metrics.pairwise import ByNoiseLevel, GroupPairAccuracy, MeanLoss, MeanMargin, PairwiseAccuracy
 from .metrics.rank_correlation import ScoreCorrelation
 from .modules.lrm import DiNaLRMModule, LRMModule
 from .modules.reward import RewardModule, ScoredPairs

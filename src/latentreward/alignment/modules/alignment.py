@@ -22,9 +22,8 @@ from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.alignment.rollout.advantages import Advantage
 from latentreward.alignment.rollout.candidates import CandidateStep, candidate_steps
 from latentreward.alignment.rollout.pair_selection import gap_quantiles
-from latentreward.alignment.rollout.prompted import RolloutDraws
-from latentreward.alignment.rollout.samplers import Transition, reporting_steps
-from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.samplers import Sampling, Transition, reporting_steps
+from latentreward.alignment.rollout.trajectories import RolloutDraws
 from latentreward.core.contracts import (
     Conditioning,
     NoisyStates,

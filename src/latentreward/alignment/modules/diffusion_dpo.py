@@ -11,7 +11,7 @@ from latentreward.alignment.losses.diffusion_dpo import LinearDPO, denoising_err
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.policies.moving_average import AVERAGE, DecayRamp, MovingCopy
-from latentreward.alignment.rollout.prompted import PriorNoise
+from latentreward.alignment.rollout.trajectories import PriorNoise
 from latentreward.core.contracts import PairScores, PreferenceBatch
 from latentreward.core.errors import InputError, check_range, errors_at, quoted
 from latentreward.diffusion import LevelSampler, TimestepGrid

@@ -21,11 +21,10 @@ from latentreward.alignment.modules.grpo import LEAST_ADVANTAGE, group_statistic
 from latentreward.alignment.modules.pruned import PrunedRollouts
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.policies.moving_average import AVERAGE, OLD, DecayRamp, MovingCopy
-from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rewards.base import RewardSource, begin_finished, check_sigmas, rows_of
 from latentreward.alignment.rollout.advantages import Advantage, GroupAdvantage
-from latentreward.alignment.rollout.finished import begin_finished, check_sigmas, rows_of
 from latentreward.alignment.rollout.pruning import Pruning
-from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.alignment.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
 from latentreward.alignment.rollout.trajectories import sample_latents
 from latentreward.core.contracts import PromptBatch, RenoisedGroups, RenoisedSamples, SampledStates, join_rows

@@ -24,18 +24,23 @@ from latentreward.alignment.losses.trust_region import RuleContext, StepDrift, T
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.modules.pruned import PrunedRollouts
 from latentreward.alignment.policies.loading import PolicySource
-from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rewards.base import (
+    RewardSource,
+    begin_finished,
+    check_sigmas,
+    rows_of,
+    score_finished,
+    score_states,
+)
 from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.alignment.rollout.advantages import Advantage, GroupAdvantage, group_advantages
 from latentreward.alignment.rollout.candidates import Branching
 from latentreward.alignment.rollout.credit import Credit, StateCredit
-from latentreward.alignment.rollout.finished import begin_finished, check_sigmas, rows_of, score_finished, score_states
 from latentreward.alignment.rollout.pruning import Pruning, check_scored_once, check_states_reward
 from latentreward.alignment.rollout.reward_guidance import GuidedSampler, RewardGuidance, require_gradient
-from latentreward.alignment.rollout.samplers import StepSampler
-from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.samplers import Sampling, StepSampler
+from latentreward.alignment.rollout.step_choice import Window, WindowedSampler
 from latentreward.alignment.rollout.trajectories import Trajectories, sample_trajectories
-from latentreward.alignment.rollout.window import Window, WindowedSampler
 from latentreward.core.contracts import PromptBatch, RolloutStatistics, StepSamples, join_rows, take_rows
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.seeding import pair_generator

@@ -22,8 +22,7 @@ from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.rewards.base import RewardSource
 from latentreward.alignment.rollout.candidates import Branching
 from latentreward.alignment.rollout.pair_selection import FixedThreshold, PairSelection, SigmaThreshold, step_pairs
-from latentreward.alignment.rollout.samplers import Transition
-from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.samplers import Sampling, Transition
 from latentreward.core.contracts import PromptBatch, RolloutStatistics, StepPairs, join_rows, to_float64
 from latentreward.core.errors import check_range
 from latentreward.core.promises import detached, of_class, returns, wrong_tensor

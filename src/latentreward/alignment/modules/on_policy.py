@@ -23,7 +23,7 @@ from latentreward.alignment.policies.checkpoint import SavedAdapter, network_nam
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.policies.policy import Policy, add_frozen_adapter
 from latentreward.alignment.rewards.shared_base import leave_out
-from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.alignment.rollout.step_choice import StepChoice
 from latentreward.alignment.rollout.trajectories import sample_trajectories
 from latentreward.core.checkpoints.base_weights import BaseSample

@@ -24,10 +24,9 @@ from latentreward.alignment.modules.forward_process import ForwardProcessModule,
 from latentreward.alignment.modules.ram import directed_target
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.policies.moving_average import OLD, DecayRamp
-from latentreward.alignment.rewards.base import RewardSource
-from latentreward.alignment.rollout.finished import score_finished
-from latentreward.alignment.rollout.prompted import PromptedPolicy, RolloutDraws
+from latentreward.alignment.rewards.base import RewardSource, score_finished
 from latentreward.alignment.rollout.reward_guidance import refuse_float16, require_finite, require_gradient
+from latentreward.alignment.rollout.trajectories import PromptedPolicy, RolloutDraws
 from latentreward.core.contracts import PromptBatch, SampledStates
 from latentreward.core.errors import check_at_least_one, check_range
 from latentreward.reward.losses.base import per_row

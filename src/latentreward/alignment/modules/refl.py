@@ -22,12 +22,11 @@ from torch.nn.functional import relu
 from latentreward.alignment.losses.diffusion_dpo import denoising_error
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.policies.loading import PolicySource
-from latentreward.alignment.policies.surrogate_gradient import gradient_carrier, surrogate
-from latentreward.alignment.rewards.base import RewardSource
-from latentreward.alignment.rollout.finished import check_sigmas, score_finished, score_states
-from latentreward.alignment.rollout.prompted import PromptedPolicy, RolloutDraws
+from latentreward.alignment.rewards.base import RewardSource, check_sigmas, score_finished, score_states
+from latentreward.alignment.rewards.latent import gradient_carrier, surrogate
 from latentreward.alignment.rollout.reward_guidance import refuse_float16, require_gradient
-from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.samplers import Sampling
+from latentreward.alignment.rollout.trajectories import PromptedPolicy, RolloutDraws
 from latentreward.core.contracts import PreferenceBatch, PromptBatch
 from latentreward.core.errors import InputError, check_choices, check_range
 from latentreward.core.promises import detached, returns, wrong_tensor

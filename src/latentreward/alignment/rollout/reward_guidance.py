@@ -10,8 +10,7 @@ from torch import Tensor
 
 from latentreward.alignment.policies.policy import Policy
 from latentreward.alignment.rewards.base import Reward
-from latentreward.alignment.rollout.samplers import StepSampler, Transition, inside_window
-from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.samplers import Sampling, StepSampler, Transition, inside_window
 from latentreward.alignment.rollout.trajectories import sample_trajectories
 from latentreward.core.contracts import NoisyStates, PromptBatch
 from latentreward.core.errors import InputError, check_range

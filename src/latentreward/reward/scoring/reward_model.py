@@ -280,7 +280,7 @@ class RewardModel(RewardNetwork):
         Args:
             prompts: N prompts, or a single text for all; with ``conditioning`` they only name a state in messages.
             latents: ``(N, S, C, ...)`` scaled states of the model's own noise process; see
-                :func:`~latentreward.alignment.rewards.conversion.convert_states` for states of another.
+                :func:`~latentreward.alignment.rewards.latent.convert_states` for states of another.
             timesteps: ``(N, S)``, or ``(S,)`` for all trajectories, of the model's noise process; in flow matching
                 1000 times the noise level.
             conditioning: N encoded prompts, and the encoded empty prompt in one row (with None it is encoded here if

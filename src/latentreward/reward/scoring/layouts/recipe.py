@@ -15,11 +15,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from latentreward.core.construction import Construction
 from latentreward.core.contracts import FeatureSpec
 from latentreward.core.errors import InputError, errors_at, first_line, where
 from latentreward.core.programs import find_modules_here, of_this_package
-from latentreward.core.registry import backbone_names
+from latentreward.core.registry import Construction, backbone_names
 from latentreward.core.settings.functions import reworded
 from latentreward.core.settings.ranges import leaves
 from latentreward.core.storage.json_files import check_arguments
