@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 
+from latentreward.callbacks.bands import NoiseBandAccuracy, TimestepBands
 from latentreward.callbacks.hacking_monitor import HackingMonitor
-from latentreward.callbacks.noise_band_accuracy import NoiseBandAccuracy
-from latentreward.callbacks.reference_drift import ReferenceDrift
-from latentreward.callbacks.timestep_bands import TimestepBands
+from latentreward.callbacks.prompt_monitor import ReferenceDrift
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
