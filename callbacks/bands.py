@@ -24,9 +24,6 @@ class NoiseBandAccuracy(Callback):
     Args:
         edges: Ascending noise levels in [0, 1]; bands are [low, high), the last one closed.
 
-    Raises:
-        InputError: If ``edges`` are not ascending levels in [0, 1], or the module scores no pairs.
-
     Example:
         ``--trainer.callbacks+=NoiseBandAccuracy --trainer.callbacks.edges=[0,0.25,0.5,0.75,1]``
     """
@@ -81,9 +78,6 @@ class TimestepBands(Callback):
 
     Args:
         edges: Ascending timesteps; bands are [low, high), the last one closed.
-
-    Raises:
-        InputError: If ``edges`` do not ascend.
 
     Example:
         ``--trainer.callbacks+=TimestepBands --trainer.callbacks.edges=[0,250,500,750,1000]``

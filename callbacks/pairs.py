@@ -62,9 +62,6 @@ class ScoredPairGrid(Callback):
         shown: ``first`` draws the first pairs of the validation data, the same each time; ``worst`` the pairs whose
             rejected image is the furthest ahead of the preferred one, the largest error first.
 
-    Raises:
-        InputError: If a number is below 1, or ``shown`` is neither of the two.
-
     Example:
         ``--trainer.callbacks+=ScoredPairGrid --trainer.callbacks.shown=worst``
     """
@@ -183,9 +180,6 @@ class PairScoreWriter(BasePredictionWriter):
     Args:
         output_dir: Folder of the files; None takes ``predictions/`` in the run's log folder.
         overwrite: Replace files of an earlier prediction instead of stopping.
-
-    Raises:
-        InputError: If a file exists already and ``overwrite`` is false.
 
     Example:
         ``latentreward predict --config … --predictions.output_dir=scores``; the command line adds this callback itself.

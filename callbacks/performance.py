@@ -68,9 +68,6 @@ class Performance(Callback):
         chosen: Switches in force, by name, once a run has started.
         limits: Peak rates of the CUDA device once training has started; None if they are not known.
 
-    Raises:
-        InputError: If ``peak_tflops`` is not above 0, or ``compile_blocks`` is true, and a base is quantised.
-
     Example:
         ``--performance.compile_blocks=true``, or ``--performance.auto=false`` for eager code.
     """
@@ -240,9 +237,6 @@ class Throughput(Callback):
 
     Args:
         every_n_batches: Batches per measurement; values are logged after each.
-
-    Raises:
-        InputError: If ``every_n_batches`` is below 1.
 
     Example:
         ``--trainer.callbacks+=Throughput --trainer.callbacks.every_n_batches=20``

@@ -42,9 +42,6 @@ class PromptMonitor(Callback, ABC):
         batch_size: Pictures that a rank samples, decodes or scores at once.
         sampling: Sampler settings; None takes those of the module's rollouts. An ``eta`` or ``noise_level`` of None is
             that of rollouts: 1 and 0.7.
-
-    Raises:
-        InputError: If there is no prompt, a number is below 1, or the module aligns no policy.
     """
 
     def __init__(
@@ -165,9 +162,6 @@ class SampleGrid(PromptMonitor):
         columns: Prompts side by side.
         options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
 
-    Raises:
-        InputError: If a setting is out of range.
-
     Example:
         ``--trainer.callbacks+=SampleGrid --trainer.callbacks.prompts=prompts.txt``
     """
@@ -243,9 +237,6 @@ class SourceChange(PromptMonitor):
         share: Share of the places that an edit may be expected to leave alone.
         options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
 
-    Raises:
-        InputError: If a setting is out of range, a prompt edits no picture, or the policy edits none.
-
     Example:
         ``--trainer.callbacks+=SourceChange --trainer.callbacks.prompts=edits.jsonl``
     """
@@ -303,9 +294,6 @@ class ReferenceDrift(PromptMonitor):
         sigmas: Noise levels in (0, 1]; for each, the nearest level of the policy's noise process is used.
         options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; ``sampling`` is that of the
             reference's samples.
-
-    Raises:
-        InputError: If a setting is out of range.
 
     Example:
         ``--trainer.callbacks+=ReferenceDrift --trainer.callbacks.prompts=prompts.txt``

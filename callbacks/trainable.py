@@ -76,10 +76,6 @@ class TrainableEMA(Callback):
         warm_up: Whether the decay is limited to (1 + n) / (10 + n) at the n-th step, so that the initial weights fade
             quickly; false uses ``decay`` from the first step, as DiNa-LRM's released code would.
 
-    Raises:
-        InputError: If ``decay`` is out of range, a checkpoint's average belongs to other weights, or the strategy is
-            FSDP1, whose flat shards cannot be averaged.
-
     Note:
         Lightning's ``WeightAveraging`` is not used: it copies the whole module, frozen network included, and a run
         shorter than its start-up ends with the *initial* weights.

@@ -35,9 +35,6 @@ class TrainedLoRA:
             layer in the network.
         settings: Rank, alpha, dropout and target modules of the adapter.
         family: Family of the network.
-
-    Raises:
-        InputError: If a weight is not finite.
     """
 
     weights: dict[str, Tensor]

@@ -101,9 +101,6 @@ class ClippedPolicyLoss(SetLoss):
     Attributes:
         needs_reference: Whether :meth:`forward` needs ``kl``.
         takes_process: Whether :meth:`forward` takes the advantage of the step beside that of the finished sample.
-
-    Raises:
-        InputError: If an argument is out of range.
     """
 
     takes_process = False
@@ -193,9 +190,6 @@ class OutcomeProcessLoss(ClippedPolicyLoss):
         max_advantage: Bound of both advantages; None sets no bound.
         outcome_weight: w_o, at least 0; 1 in Euphonium.
         process_weight: w_p, at least 0; 1 in Euphonium.
-
-    Raises:
-        InputError: If an argument is out of range, or both weights are 0.
     """
 
     takes_process = True

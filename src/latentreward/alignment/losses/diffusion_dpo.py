@@ -75,9 +75,6 @@ class LinearDPO(SetLoss):
     Args:
         eta: η in [0, ½): weights of pairs are clipped to [η, 1 − η]. The released scripts have 1e-3 (SD1.5), 0 (SDXL)
             and 0.01.
-
-    Raises:
-        InputError: If ``eta`` is out of range.
     """
 
     def __init__(self, eta: float = 1e-3) -> None:

@@ -109,9 +109,6 @@ class MatchingLoss(SetLoss):
         divergence: Weight of both divergences by noise level; see :func:`velocity_divergence`.
         max_advantage: Bound: advantages are clamped to [−``max_advantage``, ``max_advantage``].
         scale_to: Value to which an advantage of ``max_advantage`` is scaled; None does not scale.
-
-    Raises:
-        InputError: If an argument is out of range.
     """
 
     def __init__(

@@ -85,9 +85,6 @@ class NFTLoss(SetLoss):
 
     Attributes:
         needs_reference: Whether :meth:`forward` needs ``reference``.
-
-    Raises:
-        InputError: If an argument is out of range.
     """
 
     def __init__(

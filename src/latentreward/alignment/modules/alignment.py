@@ -84,10 +84,6 @@ class AlignmentModule(LightningModule):
         rollout_values: Further values of the last rollout to log, by name.
         rollout_progress: Function that makes the display of a rollout of so many steps in so many batches; None shows
             nothing.
-
-    Raises:
-        InputError: If ``guidance_scale`` is out of range for the family, the policy cannot be loaded, the reward takes
-            latents of another space than the policy makes, or a method with rollouts has no ``experience``.
     """
 
     reward: Reward

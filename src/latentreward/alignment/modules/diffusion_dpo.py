@@ -67,9 +67,6 @@ class DiffusionDPOModule(AlignmentModule):
             (arXiv:2605.09433) does, instead of a random one. For flows, and pictures of nearly this policy.
         options: See :class:`AlignmentModule`. Training uses no classifier-free guidance, as in the paper;
             ``guidance_scale`` is for callbacks that sample, and for networks that take it as an input (FLUX.1-dev).
-
-    Raises:
-        InputError: If an argument is out of range.
     """
 
     def __init__(

@@ -81,10 +81,6 @@ class ForwardProcessModule(AlignmentModule):
         experience: :class:`~latentreward.core.contracts.RenoisedGroups` for a method whose rows hold all samples of a
             prompt, so that no batch, rank or optimiser step has a part of them.
         row_passes: Passes of the policy in training on a sample at one noise level; forward and backward count as 3.
-
-    Raises:
-        InputError: If the policy is no flow and the method needs one, guidance or noise is asked for, a setting is out
-            of range, or the reward takes latents of another space.
     """
 
     experience: type[SampledStates] = RenoisedSamples
@@ -307,9 +303,6 @@ class DiffusionNFTModule(ForwardProcessModule):
         old: How slowly the copy that samples follows the policy.
         loss: See :class:`~latentreward.alignment.NFTLoss`.
         options: See :class:`ForwardProcessModule`.
-
-    Raises:
-        InputError: See :class:`ForwardProcessModule`.
     """
 
     usual_steps = RandomSteps()
@@ -353,9 +346,6 @@ class AWMModule(ForwardProcessModule):
         average: How slowly the moving average follows the policy.
         loss: See :class:`~latentreward.alignment.MatchingLoss`.
         options: See :class:`ForwardProcessModule`.
-
-    Raises:
-        InputError: See :class:`ForwardProcessModule`.
     """
 
     usual_sampling = Sampling(14)

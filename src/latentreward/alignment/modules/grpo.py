@@ -65,10 +65,6 @@ class GRPOModule(AlignmentModule):
         loss: Clip range ε, weight of the KL divergence from the reference, bound of advantages.
         options: See :class:`~latentreward.alignment.AlignmentModule`; guidance applies in sampling and in
             training.
-
-    Raises:
-        InputError: If a setting is out of range, the scheduler cannot make the steps, no step has noise, or the reward
-            takes latents of another space.
     """
 
     experience = StepSamples
@@ -156,9 +152,6 @@ class StepwiseGRPOModule(GRPOModule):
         candidates: Number of candidates K, timestep window, and the candidate with which a rollout goes on.
         loss: See :class:`GRPOModule`.
         options: See :class:`GRPOModule`.
-
-    Raises:
-        InputError: As in :class:`GRPOModule`, or if fewer than two steps with noise lie in the window.
     """
 
     def __init__(
@@ -233,12 +226,6 @@ class TrajectoryGRPOModule(GRPOModule):
         pruning: How many candidates of a prompt are sampled, of which a latent reward picks the ``num_trajectories``
             that are finished. None finishes all.
         options: See :class:`GRPOModule`.
-
-    Raises:
-        InputError: As in :class:`GRPOModule`, or if there are fewer than 2 trajectories per prompt, ``low`` lies above
-            ``high``, fewer than two steps with noise lie in the window, or ``reward_sigmas`` are no noise levels; with
-            ``reward_guidance`` or ``credit`` also if the reward scores no noisy states, or has no gradient; if two
-            settings exclude each other.
     """
 
     def __init__(

@@ -90,9 +90,6 @@ class StepDPO(StepPairLoss):
         beta: β; 500 in LPO, 10 in SPO.
         clip_range: ε, in (0, 1); the papers use 0.1.
 
-    Raises:
-        InputError: If an argument is out of range.
-
     Note:
         The released code computes log(sigmoid(x)) in float32, which is infinite for x below −88.7; β = 500 and ε = 0.1
         reach −100.3. Here such a pair has a finite loss, and no gradient because both ratios are clamped.
@@ -151,10 +148,6 @@ class LPOModule(AlignmentModule):
         clip_range: ε of LPO's loss.
         loss: Another loss of the pairs, to which ``beta`` and ``clip_range`` do not apply; None takes LPO's.
         options: See :class:`~latentreward.alignment.AlignmentModule`.
-
-    Raises:
-        InputError: If a setting is out of range, the scheduler cannot make the steps, fewer than two steps with noise
-            lie in the window, or the reward takes latents of another space.
     """
 
     experience = StepPairs

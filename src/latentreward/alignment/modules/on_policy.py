@@ -196,10 +196,6 @@ class OnPolicyDistillationModule(AlignmentModule):
         prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory. None takes all.
         guidance_scale: Guidance scale of the policy, in sampling and training; None switches guidance off.
         options: See :class:`~latentreward.alignment.AlignmentModule`.
-
-    Raises:
-        InputError: If there is no teacher, a teacher does not fit the policy, ``kl_exact`` has no noise, or a setting
-            is out of range.
     """
 
     experience = SampledStates

@@ -83,9 +83,6 @@ class DiffusionOPSDModule(ForwardProcessModule):
         loss: Loss with its reference term ``kl_weight``; None takes a weight of 1. Without the term nothing holds the
             policy, since the predictions that targets lie around move with it.
         options: See :class:`ForwardProcessModule`; ``reward_sigmas`` are the levels at which a latent reward scores.
-
-    Raises:
-        InputError: See :class:`ForwardProcessModule`; or if the reward has no gradient, or compares samples.
     """
 
     experience = SampledStates

@@ -58,9 +58,6 @@ class RAMLoss(SetLoss):
         residual: Prediction that the true target is compared with: ``old``, as released, or ``policy``, as in the
             paper, which saves a forward pass.
 
-    Raises:
-        InputError: If ``multiplier`` is negative or not finite.
-
     Note:
         The released code was not at hand; ``old`` and the authors' m are second-hand.
     """
@@ -107,9 +104,6 @@ class RAMModule(ForwardProcessModule):
             the authors' code do.
         loss: See :class:`~latentreward.alignment.RAMLoss`.
         options: See :class:`ForwardProcessModule`.
-
-    Raises:
-        InputError: See :class:`ForwardProcessModule`; or if ``draws`` is below 1.
     """
 
     flows_only = False

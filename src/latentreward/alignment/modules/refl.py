@@ -46,9 +46,6 @@ class RewardLoss(SetLoss):
             ReFL's released code: samples that score above c then have no gradient.
         sigmoid: Whether to replace r by its logistic function σ(r) in (0, 1); ``ceiling`` is then compared with σ(r).
 
-    Raises:
-        InputError: If an argument is out of range.
-
     Note:
         ReFL's released code has c = 2 and λ = 1e-3, for ImageReward's scores, which have unit variance. PRFL's released
         code has ``sigmoid``, c = 2 and λ = 0.1. There the ceiling is never reached, because σ(r) is below 1: the loss
@@ -131,10 +128,6 @@ class ReFLModule(AlignmentModule):
             (PRFL), instead of being added to the reward's loss.
         options: See :class:`AlignmentModule`. ReFL's released code samples without guidance. The pre-training term
             uses no classifier-free guidance; networks that take ``guidance_scale`` as an input (FLUX.1-dev) get it.
-
-    Raises:
-        InputError: If an argument is out of range, the scheduler cannot make the steps, or the reward has no gradient,
-            takes latents of another space, compares samples, or does not score states with ``scored: state``.
 
     Note:
         ReFL's released code gives the network the step's index (30 to 39) as its timestep; here the network gets the

@@ -42,9 +42,6 @@ class StepAwarePixelModule(PairModule):
         eval_timesteps: See :class:`PairModule`.
         options: See :class:`PairModule`.
 
-    Raises:
-        InputError: If a setting is out of range, or the generator has no VAE.
-
     Note:
         The released validation scores the images themselves at timestep 0; here images pass VAE and generator at
         timestep 0 too. For SDXL the released labels are PickScore's, not the data set's: score the pairs with PickScore

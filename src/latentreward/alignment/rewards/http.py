@@ -54,9 +54,6 @@ class HTTPReward(RewardSource):
         batch_size: Pictures or latents of a request.
         decode_batch_size: Latents that the VAE decodes at once.
 
-    Raises:
-        InputError: If a number is below 1, or the schema is of an unknown kind.
-
     Example:
         .. code-block:: yaml
 

@@ -106,9 +106,6 @@ def convert_states(
     Returns:
         Rescaled states, with their graph, and the nearest timesteps in the table of ``target``. Both are returned
         unchanged if the processes are the same.
-
-    Raises:
-        InputError: If ``source`` is neither flow matching nor DDPM.
     """
     if same_levels(source, target):
         return latents, timesteps

@@ -77,9 +77,6 @@ class Pruning:
         rule: Rule that picks the K candidates; None takes :class:`BestAndWorst`.
         min_spread: Least standard deviation of the scores of a prompt's candidates, in units of the reward; a prompt
             below it is not sampled to the end. The prompt with the largest one in each batch of prompts always is.
-
-    Raises:
-        InputError: If a number is out of range.
     """
 
     candidates: int

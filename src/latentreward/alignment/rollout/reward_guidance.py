@@ -146,9 +146,6 @@ class GuidedSampler(StepSampler):
         guidance: Strength and window.
         reward: Differentiable reward of noisy states.
         encoded: Result of :meth:`Reward.encode_prompts` for the prompts of the rows of every batch, in order.
-
-    Raises:
-        InputError: If no step of the window has noise, or the reward has no gradient.
     """
 
     def __init__(self, sampler: StepSampler, guidance: RewardGuidance, reward: Reward, encoded: Any) -> None:

@@ -179,11 +179,6 @@ class DDIMSampler(StepSampler):
             :data:`~latentreward.diffusion.DDPM_SCHEDULERS`.
         num_inference_steps: Number of steps T.
         eta: η in [0, 1]: factor on the standard deviation of the ancestral noise.
-
-    Raises:
-        InputError: If the scheduler is of another class or cannot make ``num_inference_steps`` steps, ``eta`` is so
-            large that the mean's noise term would be imaginary, or the config has a setting that does not suit latents
-            (``clip_sample``, ``thresholding``, ``prediction_type`` ``sample``).
     """
 
     def __init__(self, scheduler_config: Mapping[str, Any], num_inference_steps: int, eta: float = 1.0) -> None:
@@ -271,9 +266,6 @@ class FlowSDESampler(StepSampler):
         sigmas: ``(T + 1,)`` noise levels of that schedule, from the noisiest one to 0.
         noise_level: Factor a on the noise, at least 0; Flow-GRPO uses 0.7, DanceGRPO 0.3. At most 1 for ``cps``.
         kind: How noise is added.
-
-    Raises:
-        InputError: If ``noise_level`` is out of the kind's range.
     """
 
     def __init__(self, timesteps: Tensor, sigmas: Tensor, noise_level: float = 0.7, kind: FlowNoise = "flow") -> None:

@@ -37,9 +37,6 @@ class RandomSteps(StepChoice):
 
     Args:
         share: Share of the sampler's steps, in (0, 1], rounded down; DiffusionNFT trains on 99 %: 9 of 10.
-
-    Raises:
-        InputError: If ``share`` is out of range.
     """
 
     def __init__(self, share: float = 0.99) -> None:
@@ -58,9 +55,6 @@ class NoisiestSteps(StepChoice):
     Args:
         count: Number of steps, at least 1; DGPO uses 4.
         share: Share of the sampler's steps, in (0, 1], rounded, from which they are chosen; DGPO uses 0.7: 7 of 10.
-
-    Raises:
-        InputError: If a number is out of range.
     """
 
     def __init__(self, count: int = 4, share: float = 0.7) -> None:
@@ -85,9 +79,6 @@ class StratifiedSteps(StepChoice):
         first: First step that may be chosen; AWM leaves out step 0, where the latents are noise alone.
         share: Share of the sampler's steps, in (0, 1], rounded down, before which the last chosen step lies; AWM uses
             0.9.
-
-    Raises:
-        InputError: If a number is out of range.
     """
 
     def __init__(self, count: int = 6, first: int = 1, share: float = 0.9) -> None:
@@ -161,9 +152,6 @@ class MovingWindow(Window):
         every: Optimiser steps at one position; MixGRPO uses 25.
         stride: Steps by which the window moves; MixGRPO uses 1.
         restart: Whether training goes on at the first position after the last one; else it stays at the last.
-
-    Raises:
-        InputError: If a number is below 1.
     """
 
     def __init__(self, size: int = 4, every: int = 25, stride: int = 1, restart: bool = True) -> None:
@@ -182,9 +170,6 @@ class RandomWindow(Window):
 
     Args:
         size: Number of steps in the window; Flow-GRPO-Fast uses 2.
-
-    Raises:
-        InputError: If ``size`` is below 1.
     """
 
     def __init__(self, size: int = 2) -> None:

@@ -69,10 +69,6 @@ class PipelineSource:
         revision: Branch, tag or commit of a hub id.
         variant: File variant of the weights, such as ``fp16``.
 
-    Raises:
-        InputError: If ``source`` looks like a path but does not exist, or is not a diffusers pipeline, or ``revision``
-            or ``variant`` is set for a file.
-
     Attributes:
         configs: Folder or hub id with configs and tokenizers; ``source`` but for a file.
     """

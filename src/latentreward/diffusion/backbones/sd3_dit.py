@@ -41,10 +41,6 @@ class SD3DiTBackbone(TransformerBackbone):
             tokens including padding.
         options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
 
-    Raises:
-        InputError: If a tap is greater than ``num_layers``, or a text tap is the last block of the whole network, which
-            has no text output.
-
     Note:
         On an LRM with SD3 the paper (arXiv:2502.01051, appendix) says only that features come from block 18 of 24 and
         from all text encoders, "the rest similar". This implementation mean-pools the visual tokens, uses block 18 as

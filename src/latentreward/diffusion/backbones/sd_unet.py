@@ -35,9 +35,6 @@ class SDUNetBackbone(DiffusionBackbone):
         visual_taps: Numbers of the blocks to read, ascending; None reads every down block and the mid block.
         text_taps: ``(0,)`` or empty.
         options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
-
-    Raises:
-        InputError: If a tap is not one of the network's blocks, or the network's ``sample_size`` is not valid.
     """
 
     network_name = "unet"

@@ -299,9 +299,6 @@ class SD3PromptEncoder(PromptEncoder):
         t5_length: Number of T5 tokens per prompt; without T5 the number of zero tokens, which SD3 saw in training
             whenever T5 was dropped.
 
-    Raises:
-        InputError: If ``t5_length`` is not a whole number from 0 to :data:`MOST_TOKENS`.
-
     Note:
         DiNa-LRM was trained with 128 T5 tokens; its published example scores with 256.
     """

@@ -228,9 +228,6 @@ class FlowMatching(NoiseProcess):
     Args:
         num_train_timesteps: Number of levels T; timesteps are T·σ.
         shift: Time shift; SD3 and SD3.5 use 3.
-
-    Raises:
-        InputError: If ``shift`` is not positive and finite.
     """
 
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 3.0) -> None:

@@ -173,9 +173,6 @@ class GatedQFormerHead(RewardHead):
         ensemble: Computation of a score from several noise levels: ``tokens`` lets the queries attend to the tokens of
             all levels at once, ``scores`` averages the levels' scores.
         axes: Weights of fidelity and aesthetics in the score, for a head with these two outputs, whatever ``out_dim``.
-
-    Raises:
-        InputError: If a number is below 1, ``num_heads`` does not divide the width, or ``grid`` is not valid.
     """
 
     def __init__(

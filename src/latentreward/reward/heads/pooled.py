@@ -25,9 +25,6 @@ class DRMHead(RewardHead):
         dropout: Dropout probability of the hidden layer.
         axes: Weights of fidelity and aesthetics in the score, for a head with these two outputs; None for one output.
 
-    Raises:
-        InputError: If the backbone returns no output map, a number is below 1, or ``groups`` does not divide a width.
-
     Note:
         The paper's text has an MLP on the tokens before they become a map; the released code, followed here, has the
         network's own pretrained output layers.
@@ -84,9 +81,6 @@ class LayerMixHead(RewardHead):
         width: Width of the MLP's hidden layer.
         axes: Weights of fidelity and aesthetics in the score, for a head with these two outputs; None for one output.
 
-    Raises:
-        InputError: If a number is below 1.
-
     Note:
         The paper's abstract names text-conditioned image tokens of several layers, a light MLP and a frozen network; no
         code is released, and pooling, sizes and layers are unknown. Those of this class are ours.
@@ -127,9 +121,6 @@ class PAVRMHead(RewardHead):
         widths: Widths of the MLP's hidden layers.
         dropout: Dropout probability of the attention weights.
         axes: Weights of fidelity and aesthetics in the score, for a head with these two outputs; None for one output.
-
-    Raises:
-        InputError: If a number is below 1, or ``num_heads`` does not divide the width of the tokens.
 
     Note:
         The released code adds the query in a batch of one; in larger batches its shapes would mix examples. Here each

@@ -240,9 +240,6 @@ class BradleyTerryLoss(PreferenceLoss):
 
     Args:
         margin: Margin m, in reward units, at least 0; the gradient of a pair with label 1 fades only once d exceeds m.
-
-    Raises:
-        InputError: If ``margin`` is negative or not finite.
     """
 
     def __init__(self, margin: float = 0.0) -> None:
@@ -387,9 +384,6 @@ class ThurstoneLoss(PreferenceLoss):
         k: Factor on the noise variance σ(t)² in the variance of judging one image, at least 0.
         sigma_u: Standard deviation of judging one clean image, in reward units, positive.
 
-    Raises:
-        InputError: If an argument is out of range.
-
     Note:
         arXiv:2602.11146 gives sigma_u = 0.1; the released code uses variance 0.05, which is
         ``sigma_u = 0.2236068``.
@@ -430,9 +424,6 @@ class ConstantVarianceThurstoneLoss(ThurstoneLoss):
         variance: Variance of judging one image, in squared reward units; 0.5, as released, makes z equal to the margin.
         objective: As in :class:`ThurstoneLoss`.
         form: As in :class:`ThurstoneLoss`.
-
-    Raises:
-        InputError: If an argument is out of range.
     """
 
     def __init__(

@@ -74,9 +74,6 @@ class LRMLoss(PreferenceLoss):
         aux_loss_coeff: Factor on the loss of pairs whose two images are scored at different noise levels, at least 0.
             The factor is applied after the weights are normalised, so it does not change the weight of other pairs.
 
-    Raises:
-        InputError: If an argument is out of range.
-
     Note:
         The released code weights a pair by 1 / (number of rows of its prompt); here ``PairScores.weight`` does that.
     """

@@ -82,9 +82,6 @@ class LabelLoss(TargetLoss):
 
     Args:
         label_smoothing: e in [0, ½]; a label y counts as y(1 − e) + e/2.
-
-    Raises:
-        InputError: If ``label_smoothing`` is out of range.
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
@@ -128,9 +125,6 @@ class RankingDistillation(TargetLoss):
 
     Args:
         temperature: τ, positive, in units of the given scores; used if the teacher gives no uncertainties.
-
-    Raises:
-        InputError: If ``temperature`` is not positive and finite.
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
@@ -194,9 +188,6 @@ class TieLoss(TargetLoss):
         label_smoothing: e, in [0, ½]; a label y of a single image counts as y(1 − e) + e/2.
         label_weight: Factor on the binary cross-entropy of single images' labels (:class:`LabelLoss`), at least 0; the
             data then need ``targets``.
-
-    Raises:
-        InputError: If an argument is out of range.
 
     Note:
         The released code takes the first image as the better one, even if the given qualities say the reverse; here

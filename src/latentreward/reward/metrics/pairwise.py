@@ -37,9 +37,6 @@ class PairwiseAccuracy(MeanMetric):
     Args:
         equal: Credit of equal rewards: ``wrong`` counts 0, so that a constant reward has accuracy 0; ``half`` counts ½.
         kwargs: For ``torchmetrics.Metric``.
-
-    Raises:
-        InputError: If ``equal`` is neither ``wrong`` nor ``half``.
     """
 
     is_differentiable, higher_is_better = False, True  # type: ignore[assignment]  # None of all means
@@ -122,9 +119,6 @@ class ByNoiseLevel(WrapperMetric):
     Args:
         metric: Metric to copy; its ``update`` takes tensors with one row per pair.
         edges: At least two ascending noise levels in [0, 1].
-
-    Raises:
-        InputError: If ``edges`` are fewer than two, do not ascend, or leave [0, 1].
 
     Note:
         A pair scored at two levels belongs to the band of their mean: pass ``(chosen_sigmas + rejected_sigmas) / 2``.

@@ -228,9 +228,6 @@ class PairModule(LightningModule):
         lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
             finder sets this attribute.
         cross_spans_ranks: Whether scores with ``with_cross`` span the batches of all ranks, or only this rank's.
-
-    Raises:
-        InputError: If no evaluation level is given or one is out of range.
     """
 
     cross_spans_ranks: bool = True
@@ -452,9 +449,6 @@ class RewardModule(PairModule):
         levels: Sampler of a training pair's timestep.
         ensemble_sigmas: Noise levels of an additional evaluation with the head's ensemble score; empty for none.
         options: See :class:`~latentreward.reward.modules.reward.PairModule`.
-
-    Raises:
-        InputError: If no evaluation level is given or one is out of range.
     """
 
     def __init__(

@@ -259,10 +259,6 @@ class WarmupSchedule(LambdaLR):
         decay: ``none``, ``linear`` or ``cosine``.
         total_steps: Optimiser steps of the run, needed for a decay: ``"${trainer.max_steps}"`` in YAML.
 
-    Raises:
-        InputError: If ``decay`` is unknown, ``warmup_steps`` negative, or a decay has no ``total_steps`` beyond the
-            warm-up.
-
     Note:
         LRM's released schedule counts a step per process and so is nearly constant after warm-up on 8 GPUs; this one
         counts optimiser steps, whatever the number of processes or accumulated batches.
