@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from latentreward.alignment.modules.rollout_log import RolloutLog
 from latentreward.alignment.policies.checkpoint import SOURCE
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.rewards.base import Reward, RewardSource
@@ -125,11 +126,8 @@ class AlignmentModule(LightningModule):
         if self.reward is not None:
             self.reward.train(False)
             self.reward.requires_grad_(False)
-        self._began = self._rollout_seconds = 0.0
-        self._times: dict[str, float] = {}
         self.rollout_values: dict[str, float] = {}
-        self._part_means: list[float] = []
-        self._seen: RolloutStatistics | tuple[()] | None = ()  # statistics that were logged; at first not even None
+        self.rollout_log = RolloutLog()
         self._rows: dict[str, int] = {}
         self._encoded: tuple[Conditioning, Conditioning | None] | None = None
 
@@ -174,8 +172,8 @@ class AlignmentModule(LightningModule):
         return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, lr=self.lr)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the callback that checks and logs optimiser steps."""
-        return [OptimizerSteps()]
+        """Return the callbacks that check and log optimiser steps, and log rollouts."""
+        return [OptimizerSteps(), self.rollout_log]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save where the policy was loaded from, so that the checkpoint alone is enough to load it again."""
@@ -375,7 +373,7 @@ class AlignmentModule(LightningModule):
                 raise
             if self.reward is not None and (means := self.reward.take_means()) is not None:
                 every = self.of_all_ranks(means[None].to(self.device, torch.float32))
-                self._part_means = every.mean(dim=0).tolist()
+                self.rollout_log.part_means = every.mean(dim=0).tolist()
         if found is not None and type(found) is not self.experience:
             raise InputError(
                 f"{type(self).__name__}: make_experience returned a {type(found).__name__}, but experience is "
@@ -387,9 +385,7 @@ class AlignmentModule(LightningModule):
                 f"{kind.__name__}.make_experience returned {type(found).__name__} with {problem}"
                 f"{place_of(kind.make_experience)}"
             )
-        seconds = time.perf_counter() - wall
-        self._rollout_seconds += seconds
-        self._times = {"seconds": seconds, "process_seconds": time.process_time() - process}
+        self.rollout_log.add_times(time.perf_counter() - wall, time.process_time() - process)
         return found
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
@@ -424,33 +420,6 @@ class AlignmentModule(LightningModule):
             uncond = uncond.select(rows).trimmed().to(self.device)
         # Text is padded to the longest prompt of the rollout; attention over the rest of the padding is wasted.
         return encoded.select(rows).trimmed().to(self.device), uncond
-
-    def on_train_start(self) -> None:
-        """Start the clock from which the share of time spent in rollouts is computed."""
-        self._began, self._rollout_seconds = time.perf_counter(), 0.0
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Log the last rollout: time, speed, share of the run's time in rollouts, scores, mean gap, share of rows kept.
-
-        Of a mixture also the mean score of each reward, as it is before normalisation. The progress line shows the mean
-        score. At the first batch after a rollout, and in steps that are logged: each value costs some kernels.
-        """
-        seen, self._seen = self._seen, self.rollout_statistics
-        if seen is self._seen and not self.trainer._logger_connector.should_update_logs:
-            return
-        values = self._times | self.rollout_values
-        # A resumed run begins with rows in store, before any rollout of its own.
-        if self._times:
-            values["time_share"] = self._rollout_seconds / (time.perf_counter() - self._began)
-        if (statistics := self.rollout_statistics) is not None and statistics.gap.numel():
-            self.log("rollout/score", statistics.scores.float().mean().item(), prog_bar=True, batch_size=len(batch))
-            spread = statistics.scores.float().std(dim=1, correction=0)
-            means = {"score_std": spread, "gap": statistics.gap, "kept_share": statistics.kept}
-            values |= {name: value.float().mean().item() for name, value in means.items()}
-            if values.get("seconds"):
-                values["samples_per_second"] = statistics.scores.numel() / values["seconds"]
-        values |= {f"reward_{number}": mean for number, mean in enumerate(self._part_means, 1)}
-        self.log_dict({f"rollout/{name}": value for name, value in values.items()}, batch_size=len(batch))
 
 
 def same(found: Tensor | None, value: Tensor | None) -> bool:
