@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.alignment import AlignmentModule, Sampling, sample_latents
+from latentreward.alignment.rewards.unchanged import unchanged_region_change
 from latentreward.core.contracts import PathText, PromptBatch, sources_of
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.reports.drawing import PLAIN, draw_pair, strip, tile, to_image, to_images
@@ -21,7 +22,6 @@ from latentreward.core.running import evaluating
 from latentreward.core.seeding import pair_generator
 from latentreward.core.storage.durable import replacing
 from latentreward.data.alignment.prompt_files import read_prompts
-from latentreward.reward.metrics.unchanged import unchanged_region_change
 
 SEED = 0  # seed of the initial and the sampler's noise, equal in every run so that pictures of two runs can be compared
 
@@ -226,7 +226,7 @@ class SourceChange(PromptMonitor):
 
     ``edits/change`` is the root mean square difference of the latents from those of the first picture.
     ``edits/unchanged_region`` is that of the ``share`` of the places that changed least, see
-    :func:`~latentreward.reward.metrics.unchanged.unchanged_region_change`; a rise means that edits do more than they
+    :func:`~latentreward.alignment.rewards.unchanged.unchanged_region_change`; a rise means that edits do more than they
     are asked to, which a reward can be hacked by. A fall of both to 0 means that pictures are no longer edited. Values
     of the reference are logged before the first step.
 
