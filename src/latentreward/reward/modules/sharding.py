@@ -11,7 +11,7 @@ trainable weights only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -51,7 +51,7 @@ def shard(module: nn.Module, backbone: DiffusionBackbone, mesh: DeviceMesh) -> N
         register_fsdp_forward_method(module, step)
 
 
-def shard_policy(policy: LatentNetwork, mesh: DeviceMesh) -> None:
+def shard_policy(policy: Any, mesh: DeviceMesh) -> None:
     """Apply ``fully_shard`` to a policy, in place; a second call changes nothing.
 
     Afterwards network, text encoder and VAE can be called separately; parts of the network can too, once the whole
