@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
 from latentreward.core.contracts import RolloutStatistics
 
@@ -26,11 +26,11 @@ class RolloutLog(Callback):
         self._seconds += seconds
         self._times = {"seconds": seconds, "process_seconds": process_seconds}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clock from which the share of time spent in rollouts is computed."""
         self.began, self._seconds = time.perf_counter(), 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Log the last rollout: time, speed, share of the run's time in rollouts, scores, mean gap, share of rows kept.
 
         The progress line shows the mean score. At the first batch after a rollout, and in steps that are logged: each
