@@ -11,23 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from latentreward.core.errors import InputError, did_you_mean, quoted
+from latentreward.core.storage.texts import read_table
 from latentreward.core.storage.user_files import find_files, whole_file
 from latentreward.data.readers.base import PairReader
-from latentreward.data.readers.dataset_pairs import DatasetPairReader
+from latentreward.data.readers.dataset_pairs import DatasetPairReader, JSONLPairReader
 from latentreward.data.readers.diffusion_rm import DiffusionRMReader
 from latentreward.data.readers.edits import EditPairReader, find_layout
 from latentreward.data.readers.folders import CAPTIONS_FILE, FolderPairReader
-from latentreward.data.readers.genai_bench import GenAIBenchReader
-from latentreward.data.readers.genai_bench_cmu import GenAIBenchCMUReader
-from latentreward.data.readers.hpdv2 import HPDv2Reader
-from latentreward.data.readers.hpdv3 import HPDv3Reader
-from latentreward.data.readers.imagereward import ImageRewardDBReader, ImageRewardReader
 from latentreward.data.readers.img2dataset import STATS, Img2DatasetReader
-from latentreward.data.readers.jsonl import JSONLPairReader, check_no_csv
 from latentreward.data.readers.parquet_store import ParquetPart, nested_pattern, open_part
-from latentreward.data.readers.pickapic import PickAPicReader
-from latentreward.data.readers.pickapic_tars import PickAPicTarReader
-from latentreward.data.readers.tables import SAVED, SAVED_SPLITS, saved_splits
+from latentreward.data.readers.published import (
+    GenAIBenchCMUReader,
+    GenAIBenchReader,
+    HPDv2Reader,
+    HPDv3Reader,
+    ImageRewardDBReader,
+    ImageRewardReader,
+    PickAPicReader,
+)
+from latentreward.data.readers.tables import LISTS, SAVED, SAVED_SPLITS, saved_splits
+from latentreward.data.readers.tars import PickAPicTarReader
 
 Splits = dict[str, Callable[..., PairReader]]
 """Split -> function that constructs the split's reader; takes further options of the reader."""
@@ -38,8 +41,8 @@ HEAD = 1 << 16
 NAMED_COLUMNS = 12
 EXPECTED = (
     "Pick-a-Pic parquet or tars, HPDv2, HPDv3, ImageReward, ImageRewardDB, GenAI-Bench, a diffusion-rm cache, "
-    "a set of edits, chosen/ and rejected/, JSON lines, img2dataset's folders, or a table with prompt and chosen, "
-    "rejected or image_a, image_b"
+    "a set of edits, chosen/ and rejected/, img2dataset's folders, or a table (JSON, CSV, parquet) with prompt and "
+    "chosen, rejected or image_a, image_b"
 )
 
 
@@ -54,13 +57,13 @@ def recognise(data: str) -> Splits:
         raise InputError(f"data: no folder or file {data!r}; name a data set of the hub as --reader CLASS with its id")
     for splits in _found(path):
         return splits
-    check_no_csv("data", data)
     if (path / "plan.json").is_file():
         raise InputError(
             f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "
             "data set it was written from"
         )
-    if columns := set().union(*next(_tables(path), {}).values()):
+    columns = _keys(path) if path.suffix.lower() in (".csv", ".tsv") else set().union(*next(_tables(path), {}).values())
+    if columns:
         named = quoted(", ".join(sorted(columns)[:NAMED_COLUMNS]))
         raise InputError(
             f"data: {data} is a table whose columns no reader knows: {named}; name those of a pair by --reader "
@@ -183,11 +186,13 @@ def _json(path: Path) -> Splits:
 
 
 def _keys(file: Path) -> set[str]:
-    """Return all ``"word":`` words, likely JSON keys, in the first ``HEAD`` bytes; empty if ``file`` is not a file."""
+    """Return the columns of CSV or TSV; else all ``"word":`` words, likely JSON keys, in the first ``HEAD`` bytes."""
     if not file.is_file():
         return set()
     with whole_file(file).open("rb") as stream:
-        head = stream.read(HEAD).decode("utf-8", "replace")
+        head = stream.read(HEAD).decode("utf-8-sig", "replace")
+    if (suffix := file.suffix.lower()) in (".csv", ".tsv"):
+        return {*(read_table(head.split("\n", 1)[0], suffix).fieldnames or ())}
     return set(re.findall(r'"(\w+)"\s*:', head))
 
 
@@ -211,8 +216,9 @@ def _folders(path: Path) -> Splits:
     return {split: partial(FolderPairReader, str(path), split) for split in splits}
 
 
-def _jsonl(path: Path) -> Splits:
-    files = [path] if path.is_file() and path.suffix == ".jsonl" else find_files(path, "*.jsonl")
+def _lists(path: Path) -> Splits:
+    found = [file for suffix in LISTS for file in find_files(path, f"*{suffix}")]
+    files = [path] if path.is_file() and path.suffix.lower() in LISTS else found
     named = {file: _keys(file) for file in files if file.name != CAPTIONS_FILE}
     pairs = [file for file, keys in named.items() if {"chosen", "rejected"} <= keys or {"image_a", "image_b"} <= keys]
     edits = [file for file, keys in named.items() if find_layout(keys) is not None]
@@ -233,4 +239,4 @@ def _columns(file: Path) -> set[str]:
         return set(opened.schema_arrow.names)
 
 
-FORMATS = (_diffusion_rm, _img2dataset, _table, _imagereward_db, _json, _tars, _folders, _jsonl)
+FORMATS = (_diffusion_rm, _img2dataset, _table, _imagereward_db, _json, _tars, _folders, _lists)

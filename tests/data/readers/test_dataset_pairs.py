@@ -300,7 +300,7 @@ def test_sources_that_have_no_such_rows(dataset, tmp_path) -> None:
     dataset.to_parquet(tmp_path / "train.parquet")
     dataset.to_parquet(tmp_path / "train-00000-of-00001.parquet")
     table = tmp_path / "table.csv"
-    table.write_text("prompt,image_a\na cat,b\n")
+    table.write_text("prompt,left\na cat,b\n")
     cases = [
         (dataset.to_iterable_dataset(), "source is an IterableDataset, whose rows have no numbers"),
         (None, "source is a NoneType; give a folder"),
@@ -309,7 +309,7 @@ def test_sources_that_have_no_such_rows(dataset, tmp_path) -> None:
         (str(tmp_path / "nowhere"), "source: no folder"),
         (
             str(table),
-            "table.csv: not a parquet file; write the table as parquet .* or as JSON lines for JSONLPairReader",
+            r"table.csv: no columns of images chosen and .* \(it has prompt, left\); name one pair",
         ),
         (str(tmp_path / "nowhere.parquet"), "nowhere.parquet: does not exist; check the path"),
         (str(tmp_path), "has train.parquet and train-00000-of-00001.parquet; set source to one file"),

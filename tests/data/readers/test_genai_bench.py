@@ -114,7 +114,7 @@ def test_splits_are_told_apart_and_parts_are_counted(write_votes) -> None:
     ],
 )
 def test_missing_columns_are_named(write_votes, columns, message) -> None:
-    with pytest.raises(InputError, match=f"{message}; give the published files of image_generation"):
+    with pytest.raises(InputError, match=f"{message}; give the published files"):
         GenAIBenchReader(write_votes(columns=columns))
 
 
@@ -176,8 +176,8 @@ def test_ratings_out_of_range_follow_on_error(write_ratings, bad) -> None:
 
 def test_rows_in_order_decode_each_row_group_once(write_ratings) -> None:
     reader = GenAIBenchCMUReader(write_ratings([{"A": [5], "B": [3], "C": [1]}] * 6))
-    assert reader._table._groups.row_groups_read == 0
+    assert reader.images_in[0]._groups.row_groups_read == 0
     dataset = PairDataset(reader, PixelLoader(8, 8))
     for n in range(len(dataset)):
         dataset[n]
-    assert reader._table._groups.row_groups_read == 3
+    assert reader.images_in[0]._groups.row_groups_read == 3

@@ -76,10 +76,10 @@ def test_choices(write, choice, label, remark) -> None:
         ("train", {**PAIR, "human_preference": [1]}, "human_preference is [1], not one number for each of 2 images"),
         ("train", {**PAIR, "file_path": ["a.jpg"]}, "file_path is ['a.jpg'], not 2 paths"),
         ("train", {**PAIR, "prompt": 3}, "prompt is 3, not text"),
-        ("train", 7, "the row is 7, not an object"),
+        ("train", 7, "7 is no JSON object"),
         ("test", {**GROUP, "rank": [1, None, 2]}, "rank is [1, None, 2], not one number for each of 3 images"),
         ("test", {**GROUP, "image_path": "a.jpg"}, "image_path is 'a.jpg', not a list of paths"),
-        ("test", None, "the row is None, not an object"),
+        ("test", None, "None is no JSON object"),
     ],
 )
 def test_refused_rows_follow_on_error(write, split, row, problem) -> None:
@@ -125,7 +125,7 @@ def test_hub_id_downloads_and_unpacks(write, tmp_path, monkeypatch) -> None:
     root = Path(write([PAIR]))
     with tarfile.open(root / "train.tar.gz", "w:gz") as archive:
         archive.add(root / "train", "train")
-    monkeypatch.setattr("latentreward.data.readers.hub.LOCATION", f"{root}/{{}}/{{}}")
+    monkeypatch.setattr("latentreward.data.readers.tables.LOCATION", f"{root}/{{}}/{{}}")
     repository = root / "some" / "hub-id" / "abc"
     repository.mkdir(parents=True)
     for name in ("train.json", "train.tar.gz"):

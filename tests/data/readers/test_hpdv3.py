@@ -30,10 +30,10 @@ def test_row_becomes_a_record(write_hpdv3, hpdv3_rows) -> None:
         ({"choice_dist": [3, 9]}, (3, 9), 0.97, []),
         ({"choice_dist": [0, 0]}, (0, 0), 0.97, []),
         ({"choice_dist": [5, 5.0]}, (5, 5), 0.97, []),
-        ({"choice_dist": [7]}, None, 0.97, ["choice_dist not readable"]),
-        ({"choice_dist": [-1, 2]}, None, 0.97, ["choice_dist not readable"]),
-        ({"choice_dist": "__import__('os')"}, None, 0.97, ["choice_dist not readable"]),
-        ({"choice_dist": {"a": 1}}, None, 0.97, ["choice_dist not readable"]),
+        ({"choice_dist": [7]}, None, 0.97, ["votes not readable"]),
+        ({"choice_dist": [-1, 2]}, None, 0.97, ["votes not readable"]),
+        ({"choice_dist": "__import__('os')"}, None, 0.97, ["votes not readable"]),
+        ({"choice_dist": {"a": 1}}, None, 0.97, ["votes not readable"]),
         ({"confidence": "high"}, (9, 3), None, ["confidence not readable"]),
         ({"confidence": float("nan")}, (9, 3), None, ["confidence not readable"]),
         ({"confidence": True}, (9, 3), None, ["confidence not readable"]),
@@ -178,7 +178,7 @@ def test_hpdv3_plus_is_read_by_the_subfolder_of_its_file(hpdv3_rows, write_hpdv3
 
 def test_nothing_to_read_is_one_clear_line(write_hpdv3, hpdv3_rows, tmp_path) -> None:
     root = write_hpdv3([hpdv3_rows(0)])
-    with pytest.raises(InputError, match=r"split: no file .*test\.json; set root"):
+    with pytest.raises(InputError, match=r"split: no file .*test\.json; correct"):
         HPDv3Reader(root, "test")
     for content, message in [
         ("{}", "holds {}; give"),

@@ -199,7 +199,7 @@ def test_workers_open_the_zip_files_themselves(write_db) -> None:
 
 def test_hub_id_downloads_the_parts(write_db, tmp_path, monkeypatch) -> None:
     root = Path(write_db([db_row(n, rank, part=n) for n in (1, 2) for rank in (1, 2)]))
-    monkeypatch.setattr("latentreward.data.readers.hub.LOCATION", f"{root}/{{}}/{{}}")
+    monkeypatch.setattr("latentreward.data.readers.tables.LOCATION", f"{root}/{{}}/{{}}")
     (root / "some" / "hub-id").mkdir(parents=True)
     (root / "some" / "hub-id" / "abc").symlink_to(root)
     reader = ImageRewardDBReader("some/hub-id", "train", parts=[2], revision="abc")

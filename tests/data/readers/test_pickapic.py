@@ -57,7 +57,7 @@ def test_labels_outside_the_range_follow_on_error(write_pickapic, pickapic_rows,
         pickapic_rows(3, **{column: value}),
     ]
     source = write_pickapic(rows)
-    with pytest.raises(InputError, match=rf"{NAME}:1: {column} is .*, not in \[0, 1\] \(and 1 more") as error:
+    with pytest.raises(InputError, match=rf"{NAME}:1: {column} is .*, not in \[0, 1\]; correct the row") as error:
         PickAPicReader(source, "train")
     assert "on_error" in str(error.value)
     assert "\n" not in str(error.value)
@@ -99,7 +99,7 @@ def test_odd_values_are_survived(write_pickapic, pickapic_rows) -> None:
     ]
     reader = PickAPicReader(write_pickapic(rows), "train")
     assert reader.prompts() == ["", "", "prompt 2", "prompt 2", "prompt 2"]
-    assert reader.remarks["null caption read as empty"] == 1
+    assert reader.remarks["null prompt read as empty"] == 1
     assert (reader[0].prompt, reader[0].weight, reader[1].weight) == ("", 1.0, 1.0)
     assert len(reader[2].image_a.image_key) == 32
     assert reader[2].image_b.data is None
@@ -217,7 +217,7 @@ def test_random_access_over_parts_gives_the_row_asked_for(
 
 def test_random_access_reads_single_row_groups(write_pickapic, pickapic_rows) -> None:
     reader = PickAPicReader(write_pickapic([pickapic_rows(n % 20) for n in range(400)], row_group_size=4), "train")
-    store = reader._rows._groups
+    store = reader.images_in[0]._groups
     assert store.row_groups_read == 0, "construction touches no image"
     reader.prompts(), reader.labelled()
     assert store.row_groups_read == 0

@@ -119,7 +119,7 @@ def test_absent_members(write_tar, sample) -> None:
     path = write_tar("00000.tar", sample(0, jpg_1__jpg=...), sample(1, original_prompt__txt=..., other__json="{}"))
     reader = PickAPicTarReader(str(path), on_error="skip")
     assert reader.prompts() == ["prompt 0", ""]
-    assert dict(reader.remarks) == {"no prompt, read as empty": 1}
+    assert dict(reader.remarks) == {"null prompt read as empty": 1}
     dataset = PairDataset(reader, PixelLoader(8, 8))
     assert isinstance(dataset[0], SkippedPair)
     assert dict(dataset.skipped()) == {"no image": 1}

@@ -112,6 +112,7 @@ class PairReader(Part):
     holds: Contents = "images"
     exif: ExifOrientation = "apply"
     first_problem = ""
+    quiet = False
 
     def __init__(
         self,
@@ -217,9 +218,10 @@ class PairReader(Part):
         self._note_name(pair_id, reason)
 
     def remark(self, pair_id: str, reason: str) -> None:
-        """Count a row that is kept, by the reason for a remark on it."""
-        self.remarks[reason] += 1
-        self._note_name(pair_id, reason)
+        """Count a row that is kept, by the reason for a remark on it, unless it is bad for another reason."""
+        if not self.quiet:
+            self.remarks[reason] += 1
+            self._note_name(pair_id, reason)
 
     def _note_name(self, pair_id: str, reason: str) -> None:
         names = self.named.setdefault(reason, [])
