@@ -5,6 +5,7 @@ import sys
 import unicodedata
 from abc import abstractmethod
 from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -176,6 +177,10 @@ class PairReader(Part):
             Name → list with one value per row, None where the data set does not publish it. Empty by default.
         """
         return {}
+
+    def missing_files(self, rows: Iterable[int]) -> list[tuple[int, str]]:
+        """Return row number and path of the pictures of some rows that are files and are not there."""
+        return []
 
     @cached_property
     def image_digest(self) -> str:

@@ -71,7 +71,13 @@ class FolderPairReader(RowReader):
         self.check_inside(root, self.folder, self.folder / CAPTIONS_FILE)
         for side in SIDES:
             if not (place := self.folder / side).is_dir():
-                raise InputError(f"root: no folder {place}; put the images of pairs into chosen/ and rejected/")
+                whole = split and Path(root, side).is_dir()
+                fix = (
+                    "set split: null, and data.val_share in place of data.val"
+                    if whole
+                    else "put the images of pairs there"
+                )
+                raise InputError(f"root: no folder {place}; {fix}")
         for side in (*SIDES, SOURCE) if edits and self.sources == "read" else SIDES:
             files[side], told = find_pictures(self.folder / side)
             self._unread += [f"{side}/: {remark}" for remark in told]

@@ -125,6 +125,9 @@ class Img2DatasetReader(RowReader):
                     images.append(ImageRef(name or "", read_extent(tar, place)))
         return images
 
+    def has_files(self) -> bool:
+        return self._shards[0].is_dir()
+
     def _find_shards(self) -> tuple[list[Path], Callable[[int], Iterator[dict[str, Any] | None]]]:
         if not self.folder.is_dir():
             raise InputError(f"root: no folder {self.folder}; {HINT}")

@@ -1,5 +1,6 @@
 """Base class of the readers of this package: a table with a row per pair, whose images are found row by row."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import replace
@@ -107,6 +108,23 @@ class RowReader(PairReader):
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
         names = keys if keys and len(keys) == len(values) else [None] * len(values)
         return [embedded_image(one, key, self.file_image) for one, key in zip(values, names, strict=True)]
+
+    def has_files(self) -> bool:
+        """Tell whether the images are files of :attr:`folder`."""
+        return self.folder is not None and self.images_in is None
+
+    def missing_files(self, rows: Iterable[int]) -> list[tuple[int, str]]:
+        numbers, listed, missing = [*map(int, rows)], dict[str, set[str]](), list[tuple[int, str]]()
+        columns = [name for name in ("image_a", "image_b", "sources") if name in self.table.column_names]
+        for column in columns if self.has_files() else ():
+            for row, value in zip(numbers, self.table[column].take(numbers).to_pylist(), strict=True):
+                for path in map(os.fsdecode, filter(None, value if isinstance(value, list) else [value])):
+                    place, _, name = path.rpartition("/")
+                    if place not in listed:  # one listing of a folder costs less than looking for each of its files
+                        listed[place] = _names(self.folder / place)
+                    if name not in listed[place] and not self.file_image(path).path.exists():  # type: ignore[union-attr]
+                        missing.append((row, path))
+        return missing
 
     @property
     def root(self) -> Any:
@@ -225,6 +243,13 @@ class RowReader(PairReader):
         if "winner_first" in self.table.column_names:
             exchanged &= self.table.column("winner_first").to_numpy()
         return exchanged
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return {entry.name for entry in os.scandir(folder)}
+    except (OSError, ValueError):
+        return set()
 
 
 def embedded_image(value: Any, key: str | None = None, find: Callable[[str], ImageRef] = ImageRef) -> ImageRef:
