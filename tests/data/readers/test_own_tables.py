@@ -1,4 +1,4 @@
-"""One table of pairs in every format: columns by a map, labels by a map, whole numbers never taken for probabilities."""
+"""One table of pairs in every format: columns and labels by maps, whole numbers never taken for probabilities."""
 
 import csv
 import io

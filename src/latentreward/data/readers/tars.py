@@ -279,7 +279,7 @@ class PickAPicTarReader(RowReader):
     def _samples(self, tars: list[tuple[str, Path]]) -> Iterator[Row]:
         for number, (name, tar) in enumerate(tars):
             for sample in whole_samples(self, tar, IMAGES, (*LABELS, PROMPT), len(MEMBERS)):
-                row = {**sample.texts, "sample": sample, "tar": number}
+                row = {**dict.fromkeys(sample.unreadable, ""), **sample.texts, "sample": sample, "tar": number}
                 yield encodable(f"{name}:{sample.key}"), number, row
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
