@@ -389,19 +389,6 @@ def test_a_folder_of_a_stranger_names_no_files_outside(dataset, tmp_path) -> Non
         DatasetPairReader(str(tmp_path / "saved"))
 
 
-def test_bad_rows_follow_on_error(dataset) -> None:
-    broken = dataset.to_list()
-    broken[1]["rejected"] = {"bytes": broken[1]["rejected"]["bytes"][:200], "path": None}
-    broken[2]["prompt"] = "x" * 99
-    table = Dataset.from_list(broken, FEATURES)
-    with pytest.raises(InputError, match="train:2: prompt has 99 characters"):
-        DatasetPairReader(table, max_prompt_chars=50)
-    reader = DatasetPairReader(table, max_prompt_chars=50, on_error="skip", randomise_sides=False)
-    assert reader.pair_ids() == ["train:0", "train:1", "train:3", "train:4"]
-    pairs = PairDataset(reader, LOADER)
-    assert [type(pairs[n]).__name__ for n in range(4)] == ["LoadedPair", "SkippedPair", "LoadedPair", "LoadedPair"]
-
-
 def test_paths_stay_inside_the_root(tmp_path, jpeg) -> None:
     (tmp_path / "set" / "images").mkdir(parents=True)
     for name in ("set/images/a.jpg", "set/images/b.jpg", "c.jpg"):

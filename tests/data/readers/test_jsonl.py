@@ -232,29 +232,6 @@ def test_remarks(write, changes, remark) -> None:
     assert reader[0].votes is reader[0].confidence is None
 
 
-@pytest.mark.parametrize(
-    ("path", "problem"),
-    [
-        ("../secret.jpg", "path outside the root"),
-        ("/etc/hostname", "path outside the root"),
-        ("images/link/secret.jpg", "path outside the root"),
-        ("images/absent.jpg", "missing file"),
-        (None, "no image"),
-        (7, "no image"),
-    ],
-)
-def test_paths_stay_inside_the_root(write, tmp_path, jpeg, path, problem) -> None:
-    file = write(PLAIN, {**PLAIN, "image_b": path})
-    (tmp_path / "secret.jpg").write_bytes(jpeg())
-    (tmp_path / "pairs/images/link").symlink_to(tmp_path)
-    dataset = PairDataset(JSONLPairReader(file, on_error="skip"), PixelLoader(8, 8))
-    assert [type(dataset[n]).__name__ for n in range(2)] == ["LoadedPair", "SkippedPair"]
-    assert dict(dataset.skipped()) == {problem: 1}
-    if problem == "no image" or path.startswith((".", "/")):
-        with pytest.raises(InputError, match=r"^own.jsonl:2: image_b"):
-            JSONLPairReader(file)
-
-
 def test_root_of_its_own_and_files_that_are_not_there(write, tmp_path) -> None:
     file = write(PLAIN, folder="elsewhere")
     reader = JSONLPairReader(file, root=str(tmp_path / "elsewhere"))

@@ -59,6 +59,7 @@ OTHER_PROMPT = re.compile(
 NULLS = ("", "null", "none", "nan")
 NO_OBJECT, NO_LABEL, NO_PROMPT = "row is no object", "unlabelled (no label)", "null prompt read as empty"
 BAD_LABEL = "label not readable"
+TOLERANCE = 1e-6
 MOST_KEYS = 3
 """Other keys of unlabelled rows that a remark names; the rest are counted."""
 
@@ -327,6 +328,20 @@ def parse_ranks(reader: PairReader, name: str, field: str, value: Any, count: in
         problem = f"{field} is {short(value)}, not one number for each of {count} images"
         raise BadRow(problem, f"{field} not readable")
     return ranks
+
+
+def choice(reader: PairReader, name: str, labels: Sequence[Any], names: Sequence[str]) -> float | None:
+    """Return the label of the first image by the labels of both, None with a remark; raise BadRow outside [0, 1]."""
+    for one, label in zip(names, labels, strict=True):
+        if label is not None and not 0 <= label <= 1:
+            raise BadRow(f"{one} is {label}, not in [0, 1]", "label outside [0, 1] or NaN")
+    if None in labels:
+        reader.remark(name, "unlabelled (null label)")
+    elif abs(sum(labels) - 1) > TOLERANCE:
+        reader.remark(name, "unlabelled (labels do not add up to 1)")
+    else:
+        return labels[0]
+    return None
 
 
 def pack(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -21,6 +21,7 @@ from latentreward.data.readers.pair_rows import (
     Pair,
     PairRowParser,
     Row,
+    choice,
     parse_ranks,
     ranked_pairs,
 )
@@ -53,7 +54,6 @@ HINT = "give the published files, or read your own by DatasetPairReader"
 WITHOUT_IMAGES = (
     "this is the copy without images: take the copy with images, or set images to none for prompts and labels"
 )
-TOLERANCE = 1e-6
 RATED, OLDER_FILE = "_HumanRating", "GenAI-Bench.parquet"
 LOWEST, HIGHEST = 1, 5
 SKILLS = ("basic", "advanced")
@@ -71,20 +71,6 @@ HPDV3 = {
 }
 
 
-def choice(reader: RowReader, name: str, labels: Sequence[Any], names: Sequence[str]) -> float | None:
-    """Return the label of the first image by the labels of both, None with a remark; raise BadRow outside [0, 1]."""
-    for one, label in zip(names, labels, strict=True):
-        if label is not None and not 0 <= label <= 1:
-            raise BadRow(f"{one} is {label}, not in [0, 1]", "label outside [0, 1] or NaN")
-    if None in labels:
-        reader.remark(name, "unlabelled (null label)")
-    elif abs(sum(labels) - 1) > TOLERANCE:
-        reader.remark(name, "unlabelled (labels do not add up to 1)")
-    else:
-        return labels[0]
-    return None
-
-
 class PickAPicReader(RowReader):
     """Reader of one split of Pick-a-Pic v1 or v2; image 0 is a, image 1 is b.
 
@@ -96,15 +82,14 @@ class PickAPicReader(RowReader):
     Args:
         source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`.
         split: Name of the split, e.g. ``train``, ``validation_unique`` or ``test_unique``.
-        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
+        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
         drop_identical: Leave out rows with two identical images (``are_different`` false, or equal uids); recommended
             for training.
         weight: Weight of a row in the loss. ``per_prompt`` is 1 / ``num_example_per_prompt`` (the number of rows with
             the row's prompt), so that each prompt counts once, as in the training of PickScore and LRM; 1 if this
             number is null or not positive. ``equal`` is 1 for every row.
         memory_map: Copy the images once into the cache of ``datasets``, which takes as much disk space as the download.
-            Reading a row in random order then reads only this row. Without the copy, its whole row group is read, which
-            is slow for the published files with hundreds of rows in a group.
+            Without it, a row in random order costs its row group, of hundreds of rows in the published files.
         images: ``read``, which training needs, reads the images. ``none`` does not, for score tables, for
             ``latentreward inspect``, and for the copy of the data set that is published without images.
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Under ``skip`` and
@@ -172,7 +157,7 @@ class GenAIBenchReader(RowReader):
         source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`; the
             files may lie in ``image_generation/``.
         split: ``test`` or ``test_v1``.
-        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
+        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
         both_bad: Label for the vote ``bothbad_vote``: ``tie`` gives ½, as for ``tievote``; ``unlabelled`` gives no
             label. :meth:`facts` returns the votes themselves.
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Under ``skip`` and
@@ -222,7 +207,7 @@ class GenAIBenchCMUReader(RowReader):
         source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`; also a
             folder with ``GenAI-Bench.parquet``.
         split: Name of the split; only ``train`` is published, although the data set is a benchmark.
-        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
+        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
         memory_map: Copy the images once into the cache of ``datasets``, see ``DatasetPairReader``.
         options: See :class:`~latentreward.data.readers.rows.RowReader`. Under ``skip`` and ``placeholder`` a
             split with missing files is read without them.
@@ -412,7 +397,7 @@ class HPDv2Reader(RankedFiles):
             outside ``{split}/`` are not opened. Otherwise the id of a hub data set with those files.
         split: ``train`` or ``test``.
         images: Folder of the images if it is not ``{split}/``, e.g. for a split of your own made from ``train.json``.
-        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
+        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
     """
 
@@ -511,7 +496,7 @@ class ImageRewardDBReader(RowReader):
         split: ``train``, ``validation`` or ``test``.
         parts: Numbers of the parts to read, e.g. ``[1, 2]`` of train's 1 to 32 for a smaller training set. By default
             all parts are read, and parts that the metadata name but the folder lacks fall under ``on_error``.
-        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
+        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 

@@ -21,7 +21,7 @@ from latentreward.core.storage.user_files import find_files, is_ignored, whole_f
 from latentreward.data.images import TOO_LARGE, ImageError, file_image
 from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.json_rows import encodable
-from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row
+from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row, choice
 from latentreward.data.readers.parquet_store import fetch_split
 from latentreward.data.readers.rows import RowReader
 
@@ -50,7 +50,6 @@ DAMAGE = (tarfile.TarError, ValueError, IndexError, RecursionError)
 IMAGES, LABELS, PROMPT = ("jpg_0.jpg", "jpg_1.jpg"), ("label_0.txt", "label_1.txt"), "original_prompt.txt"
 MEMBERS = (*IMAGES, *LABELS, PROMPT)
 """Members of a sample of Pick-a-Pic."""
-TOLERANCE = 1e-6
 
 Extent = tuple[int, int]
 """Offset and length of a member in its tar, in bytes."""
@@ -289,19 +288,13 @@ class PickAPicTarReader(RowReader):
             self.skipped["identical images"] += 1
             return []
         pair = {"tar": row["tar"], **images}
-        labels = [number for label in LABELS if (number := _number(sample.texts.get(label))) is not None]
-        complete = len(labels) == len(LABELS)
-        outside = [told for told in zip(LABELS, labels, strict=complete) if not 0 <= told[1] <= 1]
         if PROMPT in sample.unreadable:
             raise BadRow(sample.unreadable[PROMPT], "prompt not readable", [pair])
-        if complete and outside:
-            label, value = outside[0]
-            raise BadRow(f"{label} is {value}, not in [0, 1]", "label outside [0, 1] or NaN", [pair])
-        if complete and abs(sum(labels) - 1) <= TOLERANCE:
-            return [{**pair, "label": labels[0]}]
-        reason = "labels do not add up to 1" if complete else "no label, or no number"
-        self.remark(name, f"unlabelled ({reason})")
-        return [pair]
+        try:
+            return [{**pair, "label": choice(self, name, [_number(sample.texts.get(one)) for one in LABELS], LABELS)}]
+        except BadRow as error:
+            error.pairs = [pair]
+            raise
 
     def _identical(self, tar: Path, first: Extent, second: Extent) -> bool:
         if first[1] != second[1] or ABSENT in (first, second):
