@@ -86,3 +86,9 @@ def test_tables_of_text_are_recognised_or_their_columns_named(tmp_path: Path, su
             InputError, match="columns no reader knows: left, right, text, winner; name those of a pair"
         ):
             recognise(write(tmp_path / f"other{suffix}", tool_rows("left")))
+
+
+def test_a_file_of_another_suffix_is_json_lines(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.txt"
+    file.write_text('{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}')
+    assert told(JSONLPairReader(str(file), randomise_sides=False)) == [("x", "a.png", "b.png", 1.0)]

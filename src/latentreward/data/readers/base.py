@@ -233,11 +233,6 @@ class PairReader(Part):
         if len(names) < MOST_NAMED:
             names.append(quoted(pair_id))
 
-    def refuse_long_prompt(self, pair_id: str, length: int, rows: int = 1) -> None:
-        """Apply ``on_error`` to rows whose prompt is too long."""
-        problem = f"prompt has {length} characters, more than max_prompt_chars={self.max_prompt_chars}"
-        self.refuse(pair_id, problem, "prompt too long", rows)
-
     def report(self, name: str, empty: str = "") -> None:
         """Log one line with the numbers of rows left out and kept with a remark, if there are any.
 

@@ -1,5 +1,6 @@
 """Readers of pairs of your own in a table: JSON lines, a JSON list, CSV, TSV, parquet, ``datasets``, or the hub."""
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from latentreward.data.readers.parquet_store import plain_type
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     Source,
+    SplitTable,
     class_names,
     element_type,
     find_list,
@@ -98,8 +100,6 @@ class DatasetPairReader(RowReader):
             row breaks a rule under ``on_error: raise``.
     """
 
-    _absent, _edited = "", None  # what is known of a table without labels, and its unread column of pictures to edit
-
     def __init__(
         self,
         source: Source,
@@ -113,106 +113,124 @@ class DatasetPairReader(RowReader):
         memory_map: bool = False,
         **options: Any,
     ) -> None:
-        name = source_name(source)
-        super().__init__(Path(name).name, split, **options)
-        self.folder, columns = Path(root) if root else None, columns or {}
-        if unknown := next((field for field in columns if field not in FIELDS), None):
-            raise InputError(f"columns: there is no field {unknown!r}{did_you_mean(unknown, FIELDS)}")
-        file = None if _has_parquet(name, split) else find_list(source, split)
+        super().__init__(Path(source_name(source)).name, split, **options)
+        self.folder = Path(root) if root else None
+        file = None if _has_parquet(source, split) else find_list(source, split)
         if file is not None:
-            if file != Path(name):
-                self.check_inside(name, file)
-            self.folder = self.folder or file.parent
-            rows, told = _with_fields(read_list(file), str(file), columns), str(file)
-        else:
-            rows, told = (
-                self._read_table(source, split, revision, config, columns, labels, memory_map),
-                f"{name} {split}",
-            )
-            columns = {}
-        parser = PairRowParser(self, columns=columns, check_image=self.check_path, labels=labels)
-        self.table = parser.table(rows)
-        if self._absent and self.remarks[NO_LABEL]:
-            parser.rename_no_label(f"{self._absent}; name it in columns")
-        if self._edited is not None:
-            self.remarks[edit_remark(self._edited)] += len(self)
-        self.report(told, f"split: {split!r} of {name} has no rows left; check the files")
-
-    def _read_table(
-        self,
-        source: Source,
-        split: str,
-        revision: str | None,
-        config: str | None,
-        columns: Mapping[str, str],
-        labels: Mapping[Any, Any] | None,
-        memory_map: bool,
-    ) -> Iterator[Row]:
-        """Open a table and return its rows by field; the fields of images in bytes hold the images' names."""
-        table = open_table(self, source, split, revision, config)
-        ((place, schema), *_) = table.schemas()
-        chosen = choose_columns(schema, columns, place, self.sources)
-        classes = class_names(schema, chosen.get("label", ""))
-        fields = WINNER_FIRST if WINNER_FIRST[0] in chosen else BY_LABEL
-        images, sources = [chosen[field] for field in fields], chosen.get(SOURCES[0])
-        bytes_in = []
-        if any(holds_images(schema.field(image).type) for image in images):
-            table.check_images(images, "give bytes or paths in both columns of images")
-            self.images_in, bytes_in = (table, images), [*images]
-        if sources and holds_images(element_type(schema.field(sources).type)):
-            table.check_images([sources], "give bytes or paths in every file", lists=True)
-            self.sources_in = table, sources
-            bytes_in.append(sources)
-        paths = [column for column in (*images, sources) if column and column not in bytes_in]
-        if paths and not self.folder.exists():
-            raise InputError(f"root: {place} holds paths in {paths[0]}; set root to the folder of the image files")
-        read = {field: column for field, column in chosen.items() if column not in bytes_in}
-        rows = table.records(dict.fromkeys(read.values()), "give every file of the split the same columns")
-        if bytes_in:
-            table.open_images(bytes_in, memory_map)
-            if not memory_map:
-                warn_row_groups(table, bytes_in, f"{source_name(source)} {split}")
-        self._absent = "" if "label" in chosen else f"no column label among {', '.join(schema.names)}"
-        self._edited = edit_column(schema, chosen.values()) if self.sources == "ignore" else None
-
-        def by_field() -> Iterator[Row]:
-            for name, number, values in rows:
-                row = {field: values[column] for field, column in read.items()}
-                keys, source_keys = [row.pop(key, None) for key in KEYS], row.pop(SOURCE_KEYS, None)
-                if self.images_in is not None:
-                    row |= dict(zip(fields, keys, strict=True))
-                if self.sources_in is not None:
-                    row[SOURCES[0]] = source_keys
-                if classes is not None:
-                    row["label"] = name_class(classes, row["label"])
-                yield name, number, row
-
-        return by_field()
-
-    def check_path(self, pair_id: str, field: str, path: Any) -> None:
-        """Check a path in a column of paths, see the base class."""
-        embedded = self.sources_in if field in SOURCES else self.images_in
-        if embedded is None:
-            super().check_path(pair_id, field, path)
+            if file != Path(source):
+                self.check_inside(source, file)
+            fill_from_list(self, file, columns, labels)
+            return
+        table = OwnTable(self, open_table(self, source, split, revision, config), columns or {}, memory_map)
+        name = f"{source_name(source)} {split}"
+        parser = PairRowParser(self, check_image=table.check_path, labels=labels)
+        self.table = parser.table(table.rows)
+        if table.unlabelled and self.remarks[NO_LABEL]:
+            parser.rename_no_label(f"{table.unlabelled}; name it in columns")
+        if table.edited is not None:
+            self.remarks[edit_remark(table.edited)] += len(self)
+        if table.embedded and not memory_map:
+            warn_row_groups(table.table, table.embedded, name)
+        self.report(name, f"split: {name} has no rows left; check the files")
 
 
-class JSONLPairReader(DatasetPairReader):
-    """Reader of a file of pairs of your own, see :class:`DatasetPairReader`: JSON lines, a JSON list, CSV or TSV.
+class JSONLPairReader(RowReader):
+    """Reader of one file of pairs of your own: JSON lines, a JSON list, CSV or TSV; see :class:`DatasetPairReader`.
 
     Args:
         file: Path of the file.
         root: Folder that paths are relative to and that all images must lie in; by default the file's folder.
         split: Name of the split of rows without their own.
-        options: See :class:`DatasetPairReader`.
+        columns: Names of the columns where they differ, see :class:`DatasetPairReader`.
+        labels: Meaning of each label in the file, see :class:`DatasetPairReader`; needed for whole numbers.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
-    def __init__(self, file: PathText, root: PathText | None = None, split: str = "train", **options: Any) -> None:
+    def __init__(
+        self,
+        file: PathText,
+        root: PathText | None = None,
+        split: str = "train",
+        *,
+        columns: Mapping[str, str] | None = None,
+        labels: Mapping[str | int, str | float] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(Path(file).name, split, **options)
         if Path(file).is_dir():
             raise InputError(f"file: {file} is a folder; give a file, or read it by DatasetPairReader")
-        super().__init__(file, split, root=root, **options)
+        self.folder = Path(root) if root else None
+        fill_from_list(self, Path(file), columns, labels)
 
 
-def _has_parquet(source: str, split: str) -> bool:
+def fill_from_list(
+    reader: RowReader, file: Path, columns: Mapping[str, str] | None, labels: Mapping[Any, Any] | None
+) -> None:
+    """Give a reader the pairs of a table of text; of a file of another suffix, as JSON lines."""
+    reader.folder, columns = reader.folder or file.parent, columns or {}
+    check_fields(columns)
+    parser = PairRowParser(reader, columns=columns, check_image=reader.check_path, labels=labels)
+    rows = _with_fields(read_list(file), str(file), columns)
+    reader.fill(rows, str(file), f"file: {file} has no rows left; check it", parser)
+
+
+class OwnTable:
+    """A table of pairs of your own with typed columns: which of them is what, and its rows by field."""
+
+    def __init__(self, reader: RowReader, table: SplitTable, named: Mapping[str, str], memory_map: bool) -> None:
+        self.reader, self.table = reader, table
+        ((place, schema), *_) = table.schemas()
+        chosen = choose_columns(schema, named, place, reader.sources)
+        self._classes = class_names(schema, chosen.get("label", ""))
+        self._fields = WINNER_FIRST if WINNER_FIRST[0] in chosen else BY_LABEL
+        images, sources = [chosen[field] for field in self._fields], chosen.get(SOURCES[0])
+        self.embedded: list[str] = []  # columns of images in bytes
+        if any(holds_images(schema.field(image).type) for image in images):
+            table.check_images(images, "give bytes or paths in both columns of images")
+            reader.images_in, self.embedded = (table, images), [*images]
+        if sources and holds_images(element_type(schema.field(sources).type)):
+            table.check_images([sources], "give bytes or paths in every file", lists=True)
+            reader.sources_in = table, sources
+            self.embedded.append(sources)
+        paths = [column for column in (*images, sources) if column and column not in self.embedded]
+        if paths and not reader.folder.exists():
+            raise InputError(f"root: {place} holds paths in {paths[0]}; set root to the folder of the image files")
+        self._read = {field: column for field, column in chosen.items() if column not in self.embedded}
+        rows = table.records(dict.fromkeys(self._read.values()), "give every file of the split the same columns")
+        self.rows = ((name, number, self._by_field(values)) for name, number, values in rows)
+        if self.embedded:
+            table.open_images(self.embedded, memory_map)
+        # What is known of a table without labels, and the column of pictures to edit that is not read.
+        self.unlabelled = "" if "label" in chosen else f"no column label among {', '.join(schema.names)}"
+        self.edited = edit_column(schema, chosen.values()) if reader.sources == "ignore" else None
+
+    def _by_field(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row by field; the fields of images in bytes hold the images' names."""
+        row = {field: values[column] for field, column in self._read.items()}
+        keys, source_keys = [row.pop(key, None) for key in KEYS], row.pop(SOURCE_KEYS, None)
+        if self.reader.images_in is not None:
+            row |= dict(zip(self._fields, keys, strict=True))
+        if self.reader.sources_in is not None:
+            row[SOURCES[0]] = source_keys
+        if self._classes is not None:
+            row["label"] = name_class(self._classes, row["label"])
+        return row
+
+    def check_path(self, pair_id: str, field: str, path: Any) -> None:
+        """Check a path in a column of paths, see :meth:`RowReader.check_path`."""
+        if (self.reader.sources_in if field in SOURCES else self.reader.images_in) is None:
+            self.reader.check_path(pair_id, field, path)
+
+
+def check_fields(columns: Mapping[str, str]) -> None:
+    """Raise InputError for a name in a map of columns that is no field of a pair."""
+    if unknown := next((field for field in columns if field not in FIELDS), None):
+        raise InputError(f"columns: there is no field {unknown!r}{did_you_mean(unknown, FIELDS)}")
+
+
+def _has_parquet(source: Source, split: str) -> bool:
+    if not isinstance(source, str | os.PathLike):
+        return False
     folders = Path(source, "data"), Path(source)
     return any(find_files(folder, f"{split}{end}.parquet") for folder in folders for end in ("", "-*"))
 
@@ -252,9 +270,8 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str, sour
         InputError: If there is no such field or column, the prompt or the images are missing or could be several, or
             there is another column of pictures to edit.
     """
+    check_fields(named)
     for field, column in named.items():
-        if field not in FIELDS:
-            raise InputError(f"columns: there is no field {field!r}{did_you_mean(field, FIELDS)}")
         if column not in schema.names:
             raise InputError(f"columns.{field}: no column {column!r} in {place}{did_you_mean(column, schema.names)}")
     found = {field: named.get(field, field) for field in FIELDS if named.get(field, field) in schema.names}

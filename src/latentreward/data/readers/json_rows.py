@@ -6,12 +6,11 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from latentreward.core.errors import InputError
 from latentreward.core.storage.json_files import parse
-from latentreward.core.storage.texts import decode_text, read_text
+from latentreward.core.storage.texts import decode_text
 
 EDIT_SOURCE = re.compile(
     r"(source|src|input|condition|conditioning)_(image|img)s?|path_src|prompt_images", re.IGNORECASE
@@ -40,17 +39,6 @@ def edit_problem(source: str, edits: bool = True) -> str:
     """Return what is wrong with rows that edit the picture in an unread field, for a reader that takes ``edits``."""
     remedy = f"and {SOURCES[0]} is read; rename it" if edits else "which this reader does not take; write JSON lines"
     return f"{short(source)} is a picture to edit, {remedy}, or set sources: ignore"
-
-
-def load_rows(file: Path) -> list[Any]:
-    """Read a JSON file that holds a list.
-
-    Raises:
-        InputError: If the file does not exist or does not hold a JSON list.
-    """
-    if not file.is_file():
-        raise InputError(f"split: no file {file}; set root to the unpacked data set, and split to a file in it")
-    return parse_rows(read_text(file), str(file))
 
 
 def parse_rows(

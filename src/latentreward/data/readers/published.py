@@ -353,32 +353,31 @@ class HPDv3Reader(RowReader):
         )
 
 
-class RankedFiles(RowReader):
-    """Base of readers of a JSON list with ranked image files of a prompt."""
+def ranked_files(
+    reader: RowReader,
+    name: str,
+    row: Mapping[str, Any],
+    fields: tuple[str, str],
+    count: int | None = None,
+    **shared: Any,
+) -> tuple[list[str | None], Sequence[float | None]]:
+    """Return the paths and ranks in two ``fields`` of a row, ``count`` if given; raise BadRow for others."""
+    paths = row.get(fields[0])
+    if not isinstance(paths, list) or count not in (None, len(paths)):
+        nothing = [None] * (count or 0)
+        problem = f"{fields[0]} is {short(paths)}, not {'a list of' if count is None else count} paths"
+        raise BadRow(problem, f"{fields[0]} not readable", ranked_pairs(name, nothing, nothing, **shared))
+    for path in paths:
+        reader.check_path(name, fields[0], path)
+    images = [*map(parse_text, paths)]
+    try:
+        return images, parse_ranks(reader, name, fields[1], row.get(fields[1]), len(paths))
+    except BadRow as error:
+        error.pairs = ranked_pairs(name, images, [None] * len(images), **shared)
+        raise
 
-    exif = "ignore"
 
-    def groups_of(
-        self, name: str, row: Mapping[str, Any], fields: tuple[str, str], count: int | None = None, **shared: Any
-    ) -> tuple[list[str | None], Sequence[float | None]]:
-        """Return the paths and ranks in two ``fields`` of a row, ``count`` if given; raise BadRow for others."""
-        paths = row.get(fields[0])
-        if not isinstance(paths, list) or count not in (None, len(paths)):
-            nothing = [None] * (count or 0)
-            wanted = "a list of paths" if count is None else f"{count} paths"
-            problem = f"{fields[0]} is {short(paths)}, not {wanted}"
-            raise BadRow(problem, f"{fields[0]} not readable", ranked_pairs(name, nothing, nothing, **shared))
-        for path in paths:
-            self.check_path(name, fields[0], path)
-        images = [*map(parse_text, paths)]
-        try:
-            return images, parse_ranks(self, name, fields[1], row.get(fields[1]), len(paths))
-        except BadRow as error:
-            error.pairs = ranked_pairs(name, images, [None] * len(images), **shared)
-            raise
-
-
-class HPDv2Reader(RankedFiles):
+class HPDv2Reader(RowReader):
     """Reader of one split of HPDv2; images a and b keep the order of the file, which does not reveal the winner.
 
     ``train.json`` holds pairs, each with a choice such as (1, 0). ``test.json`` holds groups of images with a rank for
@@ -401,6 +400,8 @@ class HPDv2Reader(RankedFiles):
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
     """
 
+    exif = "ignore"
+
     def __init__(
         self, root: PathText, split: str, *, images: PathText | None = None, revision: str | None = None, **options: Any
     ) -> None:
@@ -419,7 +420,7 @@ class HPDv2Reader(RankedFiles):
         self.fill(rows, str(file), f"split: {file} has no pairs left; give the published file", parser)
 
     def _compared(self, name: str, row: dict[str, Any]) -> list[Pair]:
-        images, shares = self.groups_of(name, row, ("file_path", "human_preference"), 2, pair_id=name, group=name)
+        images, shares = ranked_files(self, name, row, ("file_path", "human_preference"), 2, pair_id=name, group=name)
         label = shares[0]
         if None not in shares and tuple(shares) not in {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}:
             self.remark(name, "unlabelled (human_preference is neither a choice nor a tie)")
@@ -428,7 +429,7 @@ class HPDv2Reader(RankedFiles):
 
     def _ranked(self, name: str, row: dict[str, Any]) -> list[Pair]:
         shared = {"group": name, "group_id": name}
-        images, ranks = self.groups_of(name, row, ("image_path", "rank"), **shared)
+        images, ranks = ranked_files(self, name, row, ("image_path", "rank"), **shared)
         pairs = ranked_pairs(name, images, ranks, **shared)
         for pair, votes in zip(pairs, self._votes(name, row.get("raw_annotations"), len(images)), strict=False):
             pair["votes_a"], pair["votes_b"] = votes
@@ -450,7 +451,7 @@ class HPDv2Reader(RankedFiles):
         return list(zip(above.sum(axis=0).tolist(), below.sum(axis=0).tolist(), strict=True))
 
 
-class ImageRewardReader(RankedFiles):
+class ImageRewardReader(RowReader):
     """Reader of pairs from ImageReward's test set, with 4 to 9 ranked images for each prompt.
 
     A row of the file gives all pairs of its images, with the row's ``id`` as ``group_id``. Equal ranks are a tie (½)
@@ -464,6 +465,8 @@ class ImageRewardReader(RankedFiles):
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
+    exif = "ignore"
+
     def __init__(self, root: PathText, **options: Any) -> None:
         super().__init__("imagereward", "test", **options)
         inner = Path(root, "data")
@@ -475,7 +478,7 @@ class ImageRewardReader(RankedFiles):
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
         shared = {"group": name, "group_id": name if row.get("id") is None else parse_text(str(row["id"]))}
-        images, ranks = self.groups_of(name, row, ("generations", "ranking"), **shared)
+        images, ranks = ranked_files(self, name, row, ("generations", "ranking"), **shared)
         return ranked_pairs(name, images, ranks, **shared)
 
 

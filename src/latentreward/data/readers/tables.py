@@ -259,7 +259,7 @@ def read_list(file: Path) -> Iterator[Row]:
         InputError: If the file cannot be read, or is no table.
     """
     suffix = file.suffix.lower()
-    if suffix != ".jsonl" and not file.is_file():
+    if suffix in (".json", ".csv", ".tsv") and not file.is_file():
         raise InputError(f"split: no file {file}; correct the path, or the folder and the split")
     for number, value, problem in read_rows(file, ARRAY_REMEDY):
         row, place = as_object(value, problem), number - (suffix == ".json")
