@@ -23,7 +23,7 @@ the problem."""
 
 
 def read_rows(file: Path, remedy: str, as_list: Callable[[Any], Any] | None = None) -> Iterator[tuple[int, Any, str]]:
-    """Yield the rows of a ``.json``, ``.csv`` or ``.tsv`` file, or of JSON lines; of JSON, a list that ``as_list`` makes.
+    """Yield the rows of a ``.json``, ``.csv`` or ``.tsv`` file, or JSON lines; of JSON, a list that ``as_list`` makes.
 
     Yields:
         Number of the line, or of the list's item from 1; its value, a dict in tables; and what is wrong with it, empty
