@@ -117,7 +117,9 @@ class RowReader(PairReader):
         numbers, listed, missing = [*map(int, rows)], dict[str, set[str]](), list[tuple[int, str]]()
         columns = [name for name in ("image_a", "image_b", "sources") if name in self.table.column_names]
         for column in columns if self.has_files() else ():
-            for row, value in zip(numbers, self.table[column].take(numbers).to_pylist(), strict=True):
+            for row, value in zip(
+                numbers, self.table[column].take(pa.array(numbers, pa.int64())).to_pylist(), strict=True
+            ):
                 for path in map(os.fsdecode, filter(None, value if isinstance(value, list) else [value])):
                     place, _, name = path.rpartition("/")
                     if place not in listed:  # one listing of a folder costs less than looking for each of its files
