@@ -18,9 +18,9 @@ from PIL import Image
 
 from latentreward.apps.steps.running import LOG, TOLD, TaskRunner
 from latentreward.core.errors import InputError
-from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.core.shared_work import SharedWork
 from latentreward.core.storage.digests import file_hash
-from latentreward.core.storage.part_tables import PartFiles
+from latentreward.core.storage.run_folder import PartFiles
 from latentreward.data import (
     DatasetPairReader,
     EditPairReader,

@@ -14,7 +14,7 @@ from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE,
 from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_at_least_one
-from latentreward.core.reports.report import HTML, JSON, MARKDOWN, versions, write_report
+from latentreward.core.reports.page import HTML, JSON, MARKDOWN, versions, write_report
 from latentreward.core.reports.tables import Table, as_text, cell, interval, percent
 from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.durable import check_writable

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import latentreward
-from latentreward.core.reports.report import versions
+from latentreward.core.reports.page import versions
 
 PACKAGE = Path(latentreward.__file__).parent
 CLONE = PACKAGE.parents[1]

@@ -14,8 +14,7 @@ import yaml
 from pydantic import BeforeValidator
 
 from latentreward.core.errors import InputError, did_you_mean, one_line
-from latentreward.core.settings.rewriting import find_config
-from latentreward.core.settings.yaml_text import check_yaml
+from latentreward.core.settings.rewriting import check_yaml, find_config
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.json_files import STRICT
 
@@ -126,7 +125,7 @@ def load_yaml(path: str) -> Any:
     """Read a YAML file, by its path or by the name ``configs/...`` of one that ships with the package.
 
     Raises:
-        InputError: If the file is not YAML, or fails :func:`~latentreward.core.settings.yaml_text.check_yaml`.
+        InputError: If the file is not YAML, or fails :func:`~latentreward.core.settings.rewriting.check_yaml`.
     """
     file = Path(find_config(path))
     try:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentreward.core.errors import InputError
-from latentreward.core.storage.json_files import parse
-from latentreward.core.storage.texts import decode_text, read_text
+from latentreward.core.storage.json_files import decode_text, parse, read_text
 from latentreward.data.readers.base import PairReader
 
 EDIT_SOURCE = re.compile(

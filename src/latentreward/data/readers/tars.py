@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from latentreward.core.errors import first_line
-from latentreward.core.storage.texts import UnreadableTextError, decode_text
+from latentreward.core.storage.json_files import UnreadableTextError, decode_text
 from latentreward.core.storage.user_files import is_ignored, whole_file
 
 ABSENT = (-1, 0)

@@ -14,7 +14,7 @@ from latentreward.apps.evaluation.benchmark.plots import accuracy_figure
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs, BenchmarkReport
 from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE, protocol_table, sections
 from latentreward.core.reports.drawing import picture_uri
-from latentreward.core.reports.report import write_report
+from latentreward.core.reports.page import write_report
 from tests.accessibility import PHONE, faults
 from tests.apps.evaluation.benchmark.example import HOSTILE, MODELS, estimate, report, result
 

@@ -18,8 +18,7 @@ from latentreward.core.checkpoints.base_weights import BaseSample, problem_of_re
 from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, read_checkpoint
 from latentreward.core.errors import InputError, errors_at, first_line
 from latentreward.core.registry import backbone_names
-from latentreward.core.settings.rewriting import rewrite_settings
-from latentreward.core.settings.yaml_text import check_yaml
+from latentreward.core.settings.rewriting import check_yaml, rewrite_settings
 from latentreward.core.storage.json_files import checked
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
@@ -29,7 +28,7 @@ from latentreward.diffusion.backbones.weights import assign, settling_later
 from latentreward.reward.heads.base import RewardHead
 from latentreward.reward.scoring.files import not_dense
 from latentreward.reward.scoring.layouts.base import Network, StoredReward
-from latentreward.reward.scoring.layouts.config import sizes_of
+from latentreward.reward.scoring.layouts.model_folder import sizes_of
 from latentreward.reward.scoring.layouts.recipe import (
     ONLY_IN_TRAINING,
     SETTINGS,
@@ -38,11 +37,15 @@ from latentreward.reward.scoring.layouts.recipe import (
     backbone_part,
     build_backbone,
     build_head,
+    check_class,
+    check_family,
+    check_masked,
     head_part,
     is_ours,
+    masked,
     own_parts,
+    registered_name,
 )
-from latentreward.reward.scoring.layouts.trust import check_class, check_family, check_masked, masked, registered_name
 from latentreward.reward.scoring.network import RewardNetwork
 
 PARTS = ("backbone", "head")  # names of the settings of a run that describe the reward model
