@@ -232,3 +232,20 @@ def fill_adapter(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             network.get_parameter(name).copy_(tensor)
+
+
+def configs_beside(checkpoint: Path) -> list[Path]:
+    """Return the ``config*.yaml`` in the folder of ``checkpoint``, oldest first, or else those one folder up."""
+    folders = checkpoint.absolute().parents[:2]
+    found = next(filter(None, ([*folder.glob("config*.yaml")] for folder in folders)), [])
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def settings_beside(checkpoint: Path) -> Path | None:
+    """Return the ``config*.yaml`` of the run that wrote ``checkpoint``, from :func:`configs_beside`, or None.
+
+    If several runs wrote into one folder, the last file that is not newer than the checkpoint is returned.
+    """
+    found = configs_beside(checkpoint)
+    earlier = [path for path in found if path.stat().st_mtime <= checkpoint.stat().st_mtime]
+    return next(iter([*earlier[-1:], *found]), None)

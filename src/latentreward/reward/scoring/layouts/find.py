@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from latentreward.core.checkpoints.shards import is_sharded, newest_first
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, first_line, printable
-from latentreward.core.storage.hub import TIMEOUT, is_hub_id, model_info, not_found, silence, split_id
+from latentreward.core.storage.hub import TIMEOUT, commit_on_hub, is_hub_id, model_info, not_found, silence, split_id
+from latentreward.reward.scoring.files import configs_beside
 from latentreward.reward.scoring.layouts.base import StoredReward
 from latentreward.reward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
 from latentreward.reward.scoring.layouts.papers import (
@@ -20,7 +25,6 @@ from latentreward.reward.scoring.layouts.papers import (
     PublishedLRM,
     PublishedSettings,
 )
-from latentreward.reward.scoring.layouts.run import TrainedReward
 
 MARKS = ("head.safetensors", "state_dict.pt", "checkpoint/rm_head.pt")
 """Path of a file that identifies each layout: model folder, LRM, DiNa-LRM."""
@@ -193,6 +197,8 @@ def find_reward(source: ModelSource, average: bool = True) -> StoredReward:
         return PretrainedReward(place, base, source.trust_remote_code)
     if config is not None and not Path(config).is_file():
         raise InputError(f"config={config!r} does not exist; give the config.yaml of the reward's run")
+    from latentreward.reward.scoring.layouts.run import TrainedReward
+
     settings = None if config is None else Path(config)
     return TrainedReward(checkpoint_of(place), settings, average, base, source.trust_remote_code)
 
@@ -238,3 +244,61 @@ def checkpoint_of(place: Path) -> Path:
         message = printable(f"{place} holds {len(found)} checkpoints: {names}")
         logging.getLogger(__name__).warning("%s; give a file's own path for another one", message)
     return taken
+
+
+WHOLE, BLOCKS, BLOCK = 1 << 24, 64, 1 << 16
+"""Size in bytes up to which files are hashed in full; number, and size in bytes, of blocks hashed of larger files."""
+
+
+def fingerprint(place: str | Path, revision: str | None = None) -> str:
+    """Return one line with the name of a file or folder and a hash of its contents, or a hub id and its commit.
+
+    Files that count: for a checkpoint or the folder of a run, the checkpoints and ``config*.yaml``, but not logs; for
+    any other folder, all files except hidden ones, pictures and ``README.md``. A file of up to ``WHOLE`` bytes, and any
+    table, is hashed in full; of a larger file the size and ``BLOCKS`` evenly spread blocks of ``BLOCK`` bytes. The
+    location does not count: a moved or copied folder has the same fingerprint. A base pipeline that a model names in
+    its own settings counts by its name only.
+
+    Other text is returned unchanged. The revision of a hub id is named if the commit is not known.
+    """
+    path = Path(place)
+    if not path.exists():
+        if not is_hub_id(str(place), folders=True):
+            return str(place)
+        return f"{place} at {commit_on_hub(str(place), revision) or revision or 'an unknown commit'}"
+    digest, root = hashlib.blake2b(digest_size=16), path if path.is_dir() else path.parent
+    for name, file in sorted((os.path.relpath(file, root), file) for file in files_of(path)):
+        size = file.stat().st_size
+        digest.update(f"{name if path.is_dir() or file != path else ''}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if size <= WHOLE or file.suffix in (".csv", ".json", ".jsonl", ".parquet", ".txt", ".yaml"):
+                while block := stream.read(WHOLE):
+                    digest.update(block)
+                continue
+            for start in np.linspace(0, size - BLOCK, BLOCKS).astype(np.int64).tolist():
+                stream.seek(start)
+                digest.update(stream.read(BLOCK))
+    return f"{path.absolute().name}, {digest.hexdigest()}"
+
+
+def files_of(place: Path) -> set[Path]:
+    """List the files at ``place`` that scores depend on; see :func:`fingerprint`."""
+    if place.suffix == ".ckpt" or is_sharded(place):
+        return {*_files(place), *configs_beside(place)}
+    if place.is_file():
+        return {place}
+    checkpoints = [*place.rglob("*.ckpt")]
+    is_model = any((place / name).exists() for name in ("model_index.json", "config.json", "head.safetensors"))
+    if checkpoints and not is_model and not published_layout(place):
+        return {file for path in checkpoints for file in (*_files(path), *configs_beside(path))}
+    return {
+        file
+        for file in _files(place)
+        if not any(part.startswith(".") for part in file.relative_to(place).parts)
+        and file.name != "README.md"
+        and file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp")
+    }
+
+
+def _files(place: Path) -> Iterable[Path]:
+    return [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]

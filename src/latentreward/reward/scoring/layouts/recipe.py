@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.machinery import PathFinder
-from inspect import isabstract
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -22,7 +21,7 @@ from torch import Tensor
 from latentreward.core.contracts import FeatureSpec
 from latentreward.core.errors import InputError, did_you_mean, errors_at, first_line, where
 from latentreward.core.programs import find_modules_here, of_this_package
-from latentreward.core.public_names import import_all, public_names
+from latentreward.core.public_names import public_names
 from latentreward.core.registry import Construction, backbone_names
 from latentreward.core.settings.errors import leaves
 from latentreward.core.settings.functions import reworded
@@ -148,8 +147,8 @@ def head_part(head: RewardHead, init_args: Mapping[str, Any]) -> ModelPart:
     kind, settings = type(head), dict(init_args)
     if settings.pop("text_projection_source", None) is not None:  # it set the width and the initial weights
         settings["embed_dim"] = len(head.get_submodule("visual_projection").weight)
-    registered = registered_heads().get(kind.__name__) is kind
-    return ModelPart(kind.__name__ if registered else f"{kind.__module__}.{kind.__qualname__}", settings)
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    return ModelPart(kind.__name__ if head_paths().get(kind.__name__) == path else path, settings)
 
 
 def is_ours(backbone: ModelPart) -> bool:
@@ -207,11 +206,11 @@ def build_head(
     Nothing may be imported from ``folder``, the model's. ``stored`` are the weights that the head is going to load, by
     name, if there are any yet: a registered class then allocates no memory for a head that is far larger.
     """
-    kind = registered_heads().get(part.name)
+    path = head_paths().get(part.name)
     with errors_at("head: "):
-        if kind is None:
+        if path is None:
             return instantiated(Callable[[FeatureSpec], RewardHead], part, folder)(spec)
-        settings = {"spec": spec, **part.init_args}
+        kind, settings = imported(path), {"spec": spec, **part.init_args}
         if stored is not None:
             with torch.device("meta"):
                 numbers = sum(weight.numel() for weight in called(kind, settings).state_dict().values())
@@ -273,17 +272,15 @@ REMEDY = (
 MASK = "$\0{"  # replacement of ``${``, the start of an OmegaConf interpolation, in settings that must not be resolved
 
 
-def registered_heads() -> dict[str, type[RewardHead]]:
-    """Return the head classes that ``latentreward.reward`` exports, by name."""
-    import_all(".reward.heads.")
-    named = {name: getattr(sys.modules.get(module), name, None) for name, module in public_names().items()}
-    heads = {name: kind for name, kind in named.items() if isinstance(kind, type) and issubclass(kind, RewardHead)}
-    return {name: kind for name, kind in heads.items() if not isabstract(kind)}
+def head_paths() -> dict[str, str]:
+    """Return the import path of each head class that ``latentreward.reward`` exports, by name; none is imported."""
+    found = {name: f"{module}.{name}" for name, module in public_names().items() if ".reward.heads." in f"{module}."}
+    return {name: path for name, path in found.items() if name.endswith("Head") and name != RewardHead.__name__}
 
 
-def known_names(kind: str) -> Mapping[str, Any]:
-    """Return the registered names of backbones or heads, as the keys of a mapping."""
-    return backbone_names() if kind == "backbone" else registered_heads()
+def known_names(kind: str) -> Mapping[str, str | Callable[..., Any]]:
+    """Return the registered backbones or heads by name: import paths, or factories of plug-ins."""
+    return backbone_names() if kind == "backbone" else head_paths()
 
 
 def registered_name(kind: str, class_path: str) -> str:

@@ -26,7 +26,7 @@ from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.stored_adapters import check_settings
 from latentreward.diffusion.backbones.weights import assign, settling_later
 from latentreward.reward.heads.base import RewardHead
-from latentreward.reward.scoring.files import not_dense
+from latentreward.reward.scoring.files import not_dense, settings_beside
 from latentreward.reward.scoring.layouts.base import Network, StoredReward
 from latentreward.reward.scoring.layouts.model_folder import sizes_of
 from latentreward.reward.scoring.layouts.recipe import (
@@ -238,23 +238,6 @@ class TrainedReward(StoredReward):
         values |= {name: sample(tensor) for name, tensor in state.items() if tensor.is_floating_point()}
         inside = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
         return dict(without_adapters(inside.items()))
-
-
-def configs_beside(checkpoint: Path) -> list[Path]:
-    """Return the ``config*.yaml`` in the folder of ``checkpoint``, oldest first, or else those one folder up."""
-    folders = checkpoint.absolute().parents[:2]
-    found = next(filter(None, ([*folder.glob("config*.yaml")] for folder in folders)), [])
-    return sorted(found, key=lambda path: path.stat().st_mtime)
-
-
-def settings_beside(checkpoint: Path) -> Path | None:
-    """Return the ``config*.yaml`` of the run that wrote ``checkpoint``, from :func:`configs_beside`, or None.
-
-    If several runs wrote into one folder, the last file that is not newer than the checkpoint is returned.
-    """
-    found = configs_beside(checkpoint)
-    earlier = [path for path in found if path.stat().st_mtime <= checkpoint.stat().st_mtime]
-    return next(iter([*earlier[-1:], *found]), None)
 
 
 def noted_settings(checkpoint: Path) -> dict[str, Any]:
