@@ -31,8 +31,8 @@ from latentreward.data import (
     ImageRewardReader,
     Img2DatasetReader,
     PickAPicTarReader,
+    decode_image,
 )
-from latentreward.data.images import decode_image
 from latentreward.data.readers.rows import RowReader
 from latentreward.diffusion.cache.layout import KINDS, PLAN, SHARDS, read_plan
 from tests.apps.steps.test_running import toy
