@@ -10,9 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from latentreward.apps.cli import failures_told
-from latentreward.apps.steps.running import TaskRunner, run_tasks
-from latentreward.apps.steps.sources import CLONE, commit, computed_with, machine
-from latentreward.apps.steps.tasks import Task
+from latentreward.apps.taste.steps import CLONE, Task, TaskRunner, commit, computed_with, machine, run_tasks
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.interrupts import interrupts_told, sigterm_interrupts
 from latentreward.core.storage.durable import locked

@@ -16,7 +16,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from latentreward.apps.steps.running import LOG, TOLD, TaskRunner
+from latentreward.apps.taste.steps import LOG, TOLD, TaskRunner
 from latentreward.core.errors import InputError
 from latentreward.core.shared_work import SharedWork
 from latentreward.core.storage.digests import file_hash
@@ -35,7 +35,7 @@ from latentreward.data import (
 )
 from latentreward.data.readers.rows import RowReader
 from latentreward.diffusion.cache.layout import KINDS, PLAN, SHARDS, read_plan
-from tests.apps.steps.test_running import toy
+from tests.apps.taste.test_steps import toy
 from tests.diffusion.cache.writing import run_cache, write_data
 
 

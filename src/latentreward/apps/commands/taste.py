@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from latentreward.apps.commands.notes import tell
 from latentreward.apps.estimate.needs import Card
-from latentreward.apps.steps.tasks import Task
+from latentreward.apps.taste.steps import Task
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_at_least_one, check_multiples, check_range, errors_at
 from latentreward.core.interrupts import interrupts_told
@@ -221,9 +221,9 @@ def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: Card) 
 
 def run_steps(tasks: Mapping[str, Task], plan: "Plan", output: Path, how: str, always: bool) -> None:
     """Run the steps that have not finished, print the accuracy, and write the page."""
-    from latentreward.apps.steps.running import TaskRunner, run_tasks
     from latentreward.apps.taste.plan import ALIGN, BEST, CACHE, PICTURES, REWARD, SCORES
     from latentreward.apps.taste.results import measure, write_result
+    from latentreward.apps.taste.steps import TaskRunner, run_tasks
 
     places = {name: task.output(output) for name, task in tasks.items()}
     run_tasks([tasks[name] for name in (CACHE, REWARD, SCORES)], TaskRunner(output))
