@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latentreward.core.errors import InputError, did_you_mean, quoted
-from latentreward.core.storage.texts import read_table
+from latentreward.core.storage.json_files import read_table
 from latentreward.core.storage.user_files import find_files, whole_file
 from latentreward.data.readers.base import PairReader
 from latentreward.data.readers.dataset_pairs import DatasetPairReader, JSONLPairReader

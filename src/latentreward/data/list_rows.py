@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentreward.core.errors import InputError, did_you_mean, errors_at
-from latentreward.core.storage.texts import read_table, read_text
+from latentreward.core.storage.json_files import read_table, read_text
 from latentreward.data.readers.folders import read_lines
 from latentreward.data.readers.json_rows import as_object, parse_rows, parse_value, short
 

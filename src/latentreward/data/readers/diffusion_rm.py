@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError
-from latentreward.core.storage.texts import read_table, read_text
+from latentreward.core.storage.json_files import read_table, read_text
 from latentreward.core.storage.user_files import find_files
 from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, sort_buckets
 from latentreward.data.readers.base import MAX_VOTES, Contents

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, printable
-from latentreward.core.storage.texts import UTF_16, UnreadableTextError, read_text
+from latentreward.core.storage.json_files import UTF_16, UnreadableTextError, read_text
 from latentreward.core.storage.user_files import find_file, find_files, one_form, resolve_inside, whole_file
 from latentreward.data.images import OUTSIDE
 from latentreward.data.readers.json_rows import edit_remark, encodable, parse_line, parse_text, short

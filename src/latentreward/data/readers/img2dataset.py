@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError, did_you_mean
-from latentreward.core.storage.texts import UnreadableTextError
+from latentreward.core.storage.json_files import UnreadableTextError
 from latentreward.core.storage.user_files import find_files
 from latentreward.data.readers.folders import read_caption
 from latentreward.data.readers.json_rows import parse_json, parse_number, parse_text, short

@@ -9,8 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from latentreward.core.errors import InputError
-from latentreward.core.storage.json_files import parse
-from latentreward.core.storage.texts import decode_text
+from latentreward.core.storage.json_files import decode_text, parse
 
 EDIT_SOURCE = re.compile(
     r"(source|src|input|condition|conditioning)_(image|img)s?|path_src|prompt_images", re.IGNORECASE

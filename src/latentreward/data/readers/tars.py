@@ -16,7 +16,7 @@ import pyarrow as pa
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.storage.hub import is_hub_id
-from latentreward.core.storage.texts import UnreadableTextError, decode_text
+from latentreward.core.storage.json_files import UnreadableTextError, decode_text
 from latentreward.core.storage.user_files import find_files, is_ignored, whole_file
 from latentreward.data.images import TOO_LARGE, ImageError, file_image
 from latentreward.data.readers.base import PairReader, content_key

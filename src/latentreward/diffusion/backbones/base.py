@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from latentreward.core.construction import Construction
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
 from latentreward.core.errors import InputError
 from latentreward.core.promises import Kind, Part, place_of, returns, shown, wrong_tensor
+from latentreward.core.registry import Construction
 from latentreward.diffusion.backbones.tuning import ATTENTION
 from latentreward.diffusion.encoders.sources import SourceEncoder, encode_edits
 from latentreward.diffusion.noise.base import NoiseProcess

@@ -7,10 +7,10 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from latentreward.core.construction import Construction
 from latentreward.core.contracts import Features
 from latentreward.core.errors import InputError
 from latentreward.core.promises import Part, detached, returns, wrong_tensor
+from latentreward.core.registry import Construction
 
 AXES = ("fidelity", "aesthetics")
 """Names of the two scores of a head with axes, in the order of its outputs: how well the image follows its prompt, and

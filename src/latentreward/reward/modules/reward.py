@@ -24,7 +24,7 @@ from latentreward.reward.losses.base import PreferenceLoss, gather_with_grad
 from latentreward.reward.modules.based import unseen_settings
 from latentreward.reward.modules.pairs import EncodedPairs, PairDraws, PairModule, latents_of
 from latentreward.reward.modules.sharding import shard
-from latentreward.reward.scoring.layouts.config import sizes_of, sizes_record
+from latentreward.reward.scoring.layouts.model_folder import sizes_of, sizes_record
 from latentreward.reward.scoring.layouts.recipe import SETTINGS, recipe_in_python
 from latentreward.reward.scoring.reward_model import RewardModel
 from latentreward.reward.scoring.scoring_noise import timesteps_of
