@@ -570,9 +570,11 @@ def open_readers(command: str, data: Namespace) -> Namespace:
     names = [name for name in ("train", "val", "test", "predict") if given.get(name) is not None]
     plain = all(getattr(kind, name) is getattr(PairLoaders, name) for name in ("val_dataloader", "test_dataloader"))
     used = USED[command] if plain else (*names,)
-    if names and used[0] in given and given[used[0]] is None:
+    if names and used[0] in given and given[used[0]] is None and given.get("val_share") is None:
         raise kind.unset(used[0])
     apart = () if shared_prompts == "keep" or "val" not in used else ("test",)
+    if given.get("val_share") is not None:  # val is a part of train
+        used = tuple({**dict.fromkeys(used), **({"train": None} if "val" in used else {})})
     on_error = given.get("on_error", "raise")
     parser = functions.SettingsParser(parser_mode=functions.MODE)
     parser.add_argument("--reader", type=PairReader)
