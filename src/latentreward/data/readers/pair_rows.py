@@ -124,7 +124,7 @@ class PairRowParser:
         table = pack(pairs, pa.schema({**INDEX, **(columns or {})}))
         self._seen.clear()
         if self._whole == {True}:
-            raise InputError(whole_numbers("label"))
+            raise WholeNumbersError("label")
         if self._other_keys and self.reader.remarks[NO_LABEL]:
             keys = [f"{short(key)} ({rows} rows)" for key, rows in self._other_keys.most_common(MOST_KEYS)]
             keys += [f"{more} other keys"] if (more := len(self._other_keys) - MOST_KEYS) > 0 else []
@@ -292,10 +292,12 @@ def parse_labels(labels: Mapping[Any, Any]) -> dict[str, float]:
     return found  # type: ignore[return-value]
 
 
-def whole_numbers(name: str) -> str:
-    """Return what is wrong with a column of labels that are whole numbers: many programs number the winner so."""
-    told = "holds whole numbers, which may be probabilities of a or the number of the winner"
-    return f"{name} {told}; say which by labels, e.g. labels: {{1: a, 0: b}} or {{0: a, 1: b}}"
+class WholeNumbersError(InputError):
+    """Labels of the column ``name`` that are whole numbers: many programs number the winner so."""
+
+    def __init__(self, name: str) -> None:
+        told = "holds whole numbers, which may be probabilities of a or the number of the winner"
+        super().__init__(f"{name} {told}; say which by labels, e.g. labels: {{1: a, 0: b}} or {{0: a, 1: b}}")
 
 
 def ranked_pairs(
