@@ -43,13 +43,12 @@ from .scorers.http import HTTPScorer
 from .scorers.plugins import CallableScorer, TableColumn
 from .scorers.reward_model import RewardModelScorer
 from .scorers.step_aware import StepAwareScorer
-from .scoring.calibration import Calibration
-from .scoring.images import edit_prompt
+from .scoring.batched_scoring import edit_prompt
 from .scoring.layouts.card import Card
 from .scoring.layouts.find import ModelSource
 from .scoring.layouts.papers import PublishedSettings
 from .scoring.reward_model import RewardModel, normalise_score
-from .scoring.scoring_noise import ScoringNoise
+from .scoring.scoring_noise import Calibration, ScoringNoise
 
 __all__ = [
     "AestheticScorer",

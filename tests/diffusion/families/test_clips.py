@@ -29,7 +29,7 @@ from latentreward.diffusion.cache.layout import CacheSpec, read_plan
 from latentreward.diffusion.cache.sizing import ImageSettings
 from latentreward.diffusion.cache.sources import PipelineEncoders
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead, RewardModel, ThurstoneLoss
-from latentreward.reward.scoring.layouts.config import sizes_of, sizes_record
+from latentreward.reward.scoring.layouts.model_folder import sizes_of, sizes_record
 from tests.alignment.modules.lpo_runs import make_trainer
 from tests.apps.evaluation.policy.toy_scorers import redness
 from tests.clips import write_clip

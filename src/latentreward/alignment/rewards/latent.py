@@ -15,7 +15,7 @@ from latentreward.alignment.rewards.base import Reward, RewardSource, check_edit
 from latentreward.alignment.rewards.shared_base import share_adapter, shares_network, shares_text
 from latentreward.core.contracts import Conditioning, LatentSpace, NoisyStates, PathText, TensorRecord, check_sources
 from latentreward.core.errors import InputError, check_at_least_one
-from latentreward.core.storage.shared_weights import processes_here, sharing_between
+from latentreward.core.storage.weight_files import processes_here, sharing_between
 from latentreward.diffusion import DDPM, FlowMatching, NoiseProcess
 from latentreward.diffusion.backbones.loading import PipelineSource
 from latentreward.diffusion.backbones.weights import Reading, read_weights, reading_later

@@ -13,7 +13,7 @@ from latentreward.apps.serving.settings import RewardToServe, ServiceSettings, c
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError
 from latentreward.core.settings.functions import run_function
-from latentreward.core.storage.texts import checked_token, token_of_file
+from latentreward.core.storage.json_files import checked_token, token_of_file
 from latentreward.reward import ModelSource, PublishedSettings
 
 if TYPE_CHECKING:

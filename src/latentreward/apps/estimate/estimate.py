@@ -17,7 +17,7 @@ from latentreward.alignment.rewards.http import RemoteReward
 from latentreward.alignment.rewards.pixel import ImageReward
 from latentreward.apps.estimate.batches import largest_batch, sizes_of, written_caches
 from latentreward.apps.estimate.rewards import replace_rewards
-from latentreward.apps.estimate.sources import ConfigSources
+from latentreward.apps.estimate.shapes import ConfigSources
 from latentreward.apps.estimate.step_costs import TEXT, StepCosts, step_costs
 
 ASSUMED = (

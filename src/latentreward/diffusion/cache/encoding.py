@@ -13,9 +13,8 @@ from torch.utils.data import Dataset
 
 from latentreward.core.contracts import ImageRef, PreferencePair, TensorRecord, seen_as, sources_of
 from latentreward.core.errors import InputError
-from latentreward.core.ranks.processes import end_after
-from latentreward.core.ranks.shared_work import SharedWork
 from latentreward.core.seeding import pair_generator
+from latentreward.core.shared_work import SharedWork, end_after
 from latentreward.core.storage.durable import write_file
 from latentreward.data import ImageError, PairReader, PixelLoader, decode_image
 from latentreward.data.clips import ClipLoader

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from latentreward.core.errors import InputError
-from latentreward.core.storage import safetensors_header
+from latentreward.core.storage import weight_files
 from latentreward.core.storage.durable import replacing
 from latentreward.diffusion.cache.layout import PROMPT_LENGTHS
 
@@ -50,7 +50,7 @@ def read_header(path: Path) -> dict[str, TensorBlock]:
     """
     blocks, last = {}, 0
     try:
-        entries, start, size = safetensors_header.read_header(path)
+        entries, start, size = weight_files.read_header(path)
         for name, entry in entries.items():
             begin, end = entry.data_offsets
             rows, *shape = entry.shape

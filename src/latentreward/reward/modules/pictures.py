@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 from latentreward.core.storage.json_files import checked
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
-from latentreward.reward.scoring.layouts.config import sizes_of, sizes_record
+from latentreward.reward.scoring.layouts.model_folder import sizes_of, sizes_record
 from latentreward.reward.scoring.layouts.recipe import SETTINGS
 from latentreward.reward.scoring.reward_model import RewardModel
 from latentreward.reward.scoring.scoring_noise import timesteps_of

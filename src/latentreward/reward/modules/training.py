@@ -23,7 +23,7 @@ from latentreward.core.checkpoints.base_weights import BaseSample, is_quantized,
 from latentreward.core.checkpoints.shards import check_weights, frozen_names
 from latentreward.core.errors import InputError, check_choices, check_range
 from latentreward.core.storage.digests import digest
-from latentreward.core.storage.shared_weights import release_shared
+from latentreward.core.storage.weight_files import release_shared
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 
 

@@ -15,19 +15,17 @@ from latentreward.core.contracts import Conditioning, check_sources
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.core.running import find_device
 from latentreward.reward.scoring.batched_scoring import (
-    PromptMemory,
-    prompt_of_each,
-    score_given_latents,
-    score_given_states,
-    score_images,
-)
-from latentreward.reward.scoring.images import (
     ImageInput,
     Images,
+    PromptMemory,
     as_images,
     check_floating,
     check_frames,
     doubts_of_pixels,
+    prompt_of_each,
+    score_given_latents,
+    score_given_states,
+    score_images,
 )
 from latentreward.reward.scoring.network import RewardNetwork
 from latentreward.reward.scoring.scoring_noise import ScoringNoise, check_noise
@@ -115,13 +113,13 @@ class RewardModel(RewardNetwork):
             card: See :meth:`save_pretrained`.
             base: See :meth:`save_pretrained`.
             options: ``private``, ``token``, ``revision`` and ``commit_message``: see
-                :func:`~latentreward.reward.scoring.hub.upload`.
+                :func:`~latentreward.reward.scoring.layouts.find.upload`.
 
         Raises:
             InputError: As :meth:`save_pretrained`, or if the hub does not answer or rejects the upload.
         """
-        from latentreward.reward.scoring.hub import upload
         from latentreward.reward.scoring.layouts.card import Card
+        from latentreward.reward.scoring.layouts.find import upload
 
         card = card or Card()
         with TemporaryDirectory() as place:

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentreward.apps.steps import process
-from latentreward.apps.steps.running import TaskRunner
+from latentreward.apps.taste import process
+from latentreward.apps.taste.steps import TaskRunner
 from tests.processes import Forked
 
 
@@ -22,6 +22,6 @@ class ForkedSteps(TaskRunner):
 
 
 def run_step(arguments: Sequence[str]) -> None:
-    """What ``python -m latentreward.apps.steps.process`` does with these arguments."""
+    """What ``python -m latentreward.apps.taste.process`` does with these arguments."""
     sys.argv = ["process", *arguments]
     process.main()

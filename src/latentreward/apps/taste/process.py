@@ -1,6 +1,6 @@
 """Process of one step: runs the command line, or a module, and records time, memory and imported source files.
 
-``python -m latentreward.apps.steps.process RECORD MODULE ARGUMENT...``; an empty MODULE stands for the command line
+``python -m latentreward.apps.taste.process RECORD MODULE ARGUMENT...``; an empty MODULE stands for the command line
 of ``latentreward``. The record is written only if the command succeeds.
 """
 

@@ -13,11 +13,8 @@ import pytest
 import torch
 
 from latentreward.core.errors import InputError
-from latentreward.core.ranks.settings import TrainerSettings
-from latentreward.core.ranks.shared_work import SharedWork
-from latentreward.core.storage.durable import temporary_name
-from latentreward.core.storage.locks import locked
-from latentreward.core.storage.shards import ShardFolder
+from latentreward.core.shared_work import ShardFolder, SharedWork, TrainerSettings
+from latentreward.core.storage.durable import locked, temporary_name
 
 
 def test_one_process_does_shard_after_shard(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment
 
-from latentreward.core.ranks.processes import PARENT, bind_to_parent, forget_children, is_child
+from latentreward.core.shared_work import PARENT, bind_to_parent, forget_children, is_child
 
 
 def test_only_a_rank_that_lightning_started_is_a_child(monkeypatch: pytest.MonkeyPatch) -> None:

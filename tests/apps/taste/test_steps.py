@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.apps.steps.running import LOG, RECORD, TaskRunner, progress, run_tasks
-from latentreward.apps.steps.tasks import Step, Task, resolve
+from latentreward.apps.taste.steps import LOG, RECORD, Step, Task, TaskRunner, progress, resolve, run_tasks
 from latentreward.core.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[3]
-MODULE = "tests.apps.steps.toy_step"
+MODULE = "tests.apps.taste.toy_step"
 
 
 def toy(skill: str) -> dict[str, Task]:
