@@ -34,7 +34,7 @@ from latentreward.core.storage.weight_files import (
 )
 from latentreward.diffusion import sd_tiny
 from latentreward.reward import CLIPProjectionHead, LRMLoss, LRMModule, RewardModel
-from latentreward.reward.modules.based import share_frozen
+from latentreward.reward.modules.training import share_frozen
 from latentreward.tinyworld.writers import write_pickapic
 from tests.distributed.ranks import on_ranks
 from tests.marks import release_after

@@ -23,9 +23,9 @@ from uuid import uuid4
 import torch
 
 from latentreward.core.contracts import EditPrompt, ImageRef
-from latentreward.core.devices import find_device
 from latentreward.core.errors import LIGHTNING_NO_GPU, NO_GPU, InputError, first_line, one_line
 from latentreward.core.interrupts import Terminated, take_started_ranks
+from latentreward.core.running import find_device
 from latentreward.core.storage.durable import (
     claimed,
     discard,

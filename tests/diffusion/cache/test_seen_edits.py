@@ -22,7 +22,7 @@ from latentreward.diffusion.cache.index import CachedPairs, CacheIndex
 from latentreward.diffusion.cache.layout import PROMPTS, SHARDS
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.reward import CLIPProjectionHead, DiNaLRMModule, GatedQFormerHead, LRMLoss, LRMModule, ThurstoneLoss
-from latentreward.reward.modules.pairs import PairDraws
+from latentreward.reward.modules.reward import PairDraws
 from tests.diffusion.cache.test_datamodule import cached, fit
 from tests.diffusion.cache.test_edits import SOURCES_OF, TEXTS, Edits, arguments, pictures, table
 from tests.diffusion.cache.writing import contents, write_image

@@ -11,9 +11,9 @@ import torch
 
 from latentreward.apps.commands.score import NoiseSettings
 from latentreward.core.contracts import PathText
-from latentreward.core.devices import find_device
 from latentreward.core.errors import InputError, check_range, errors_at, printable
 from latentreward.core.interrupts import interrupts_told
+from latentreward.core.running import find_device
 from latentreward.core.settings.functions import run_function
 from latentreward.core.settings.rewriting import expanded
 from latentreward.core.storage.durable import check_writable

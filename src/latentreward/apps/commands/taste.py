@@ -125,7 +125,7 @@ def taste(
     from latentreward.apps.taste import plan as plans
     from latentreward.apps.taste.pairs import LEAST, collect
     from latentreward.apps.taste.splitting import TRAIN, split
-    from latentreward.core.devices import find_device
+    from latentreward.core.running import find_device
 
     check_range(f"[{LEAST}, inf)", "fewer are not split", pairs=pairs)
     if device == "gpu" and not estimate:

@@ -13,8 +13,8 @@ from latentreward.apps.estimate.shapes import RECOMPUTE
 from latentreward.apps.estimate.step_costs import TEXT
 from latentreward.core.errors import InputError, check_range
 from latentreward.core.peak_rates import Limits, Work
-from latentreward.core.phases import PHASES
 from latentreward.core.reports.tables import Table, as_text
+from latentreward.core.running import PHASES
 from latentreward.data.datamodules import PairLoaders
 from latentreward.diffusion import CachedPreferenceDataModule
 

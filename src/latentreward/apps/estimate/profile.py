@@ -14,8 +14,8 @@ from latentreward.callbacks import Performance
 from latentreward.callbacks.resumed_settings import log_folder
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.core.peak_rates import Limits, Work, work_of
-from latentreward.core.phases import PHASES
 from latentreward.core.reports.tables import NOTHING, as_text, markdown_table
+from latentreward.core.running import PHASES
 
 WARM_UP = 3
 """Optimiser steps before those that are measured. Work is counted in the first two, where blocks are not compiled."""

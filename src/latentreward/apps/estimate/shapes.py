@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from latentreward.apps.estimate.pipelines import CLIP_MODELS, HUB_IDS, PIPELINES, write_pipelines
 from latentreward.core.errors import InputError
 from latentreward.core.peak_rates import Work, complete_flop_formulas, recomputes, work_of
-from latentreward.core.phases import Phases
+from latentreward.core.running import Phases
 from latentreward.core.storage.hub import cached_files, is_hub_id
 from latentreward.diffusion.backbones import loading
 from latentreward.reward.scorers import clip

@@ -25,7 +25,7 @@ from latentreward.diffusion.cache.check import Shard, read_shards, tensor_shapes
 from latentreward.diffusion.cache.layout import CachePlan, ShardManifest, manifest_name, read_plan
 from latentreward.diffusion.cache.shards import KEPT, write_shard
 from latentreward.diffusion.cache.sources import Encoders
-from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.diffusion.encoders.vae import edit_of_grey
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from latentreward.core.contracts import Conditioning, check_sources
-from latentreward.core.devices import find_device
 from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.core.running import find_device
 from latentreward.reward.scoring.batched_scoring import (
     ImageInput,
     Images,
@@ -278,7 +278,7 @@ class RewardModel(RewardNetwork):
         Args:
             prompts: N prompts, or a single text for all; with ``conditioning`` they only name a state in messages.
             latents: ``(N, S, C, ...)`` scaled states of the model's own noise process; see
-                :func:`~latentreward.alignment.rewards.conversion.convert_states` for states of another.
+                :func:`~latentreward.alignment.rewards.latent.convert_states` for states of another.
             timesteps: ``(N, S)``, or ``(S,)`` for all trajectories, of the model's noise process; in flow matching
                 1000 times the noise level.
             conditioning: N encoded prompts, and the encoded empty prompt in one row (with None it is encoded here if

@@ -198,7 +198,7 @@ class PublishedLRM(PublishedLayout):
         """Load the prompt encoder: the checkpoint's, or that of the base if it was frozen in training."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        from latentreward.diffusion.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
+        from latentreward.diffusion.encoders.prompts import CLIPPromptEncoder, SDXLPromptEncoder
 
         parts = ("text_encoder", "text_encoder_2") if self._family == "SDXL" else ("text_encoder",)
         if not any((self.folder / part).exists() for part in parts):

@@ -1,26 +1,38 @@
-"""Callback that draws validation pairs with their scores."""
+"""Callbacks on scored pairs: pictures of them, a table of their scores, and the interval of a test's accuracy."""
 
 import logging
 import math
 from bisect import insort
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from operator import attrgetter, itemgetter
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from latentreward.callbacks.resumed_settings import output_path
-from latentreward.callbacks.sample_grid import show
+from latentreward.callbacks.prompt_monitor import show
+from latentreward.callbacks.resumed_settings import log_folder, output_path
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
-from latentreward.core.errors import check_at_least_one, check_choices
+from latentreward.core.bootstrap import clustered_accuracy
+from latentreward.core.contracts import to_float64
+from latentreward.core.errors import InputError, check_at_least_one, check_choices
 from latentreward.core.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, strip, tile, to_images
+from latentreward.core.reports.tables import with_interval
+from latentreward.core.storage.durable import replacing, write_errors_named
 from latentreward.data.alignment.experience import of_all_ranks
-from latentreward.reward.modules.pairs import PairModule
+from latentreward.data.readers.base import normalise_prompt
+from latentreward.reward.metrics.pairwise import preferred_margin
+from latentreward.reward.modules.reward import PairModule
 
 logger = logging.getLogger(__name__)
+
 
 Shown = Literal["first", "worst"]
 NAMES: dict[Shown, tuple[str, str]] = {
@@ -49,9 +61,6 @@ class ScoredPairGrid(Callback):
         columns: Pairs side by side.
         shown: ``first`` draws the first pairs of the validation data, the same each time; ``worst`` the pairs whose
             rejected image is the furthest ahead of the preferred one, the largest error first.
-
-    Raises:
-        InputError: If a number is below 1, or ``shown`` is neither of the two.
 
     Example:
         ``--trainer.callbacks+=ScoredPairGrid --trainer.callbacks.shown=worst``
@@ -158,3 +167,132 @@ def no_picture(trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):  # one rank alone cannot call it
         return "the data are latents, and FSDP shards the VAE that decodes them"
     return ""
+
+
+class PairScoreWriter(BasePredictionWriter):
+    """Callback that writes the scores of ``predict`` to one parquet file per rank: ``scores_rank0.parquet``, ….
+
+    Rows are pairs × noise levels with the columns ``pair_id``, ``chosen_key``, ``rejected_key``, ``label``,
+    ``timestep``, ``sigma``, ``chosen_score``, ``rejected_score``, ``margin``. An unlabelled pair has
+    label ½, like a tie. A file grows batch by batch under a hidden name and is renamed when its rank has finished, so
+    a file with the final name is complete.
+
+    Args:
+        output_dir: Folder of the files; None takes ``predictions/`` in the run's log folder.
+        overwrite: Replace files of an earlier prediction instead of stopping.
+
+    Example:
+        ``latentreward predict --config … --predictions.output_dir=scores``; the command line adds this callback itself.
+    """
+
+    def __init__(self, output_dir: Path | None = None, overwrite: bool = False) -> None:
+        super().__init__(write_interval="batch")
+        self.output_dir, self.overwrite = output_dir, overwrite
+        self._path: Path
+        self._writer: Any = None
+        self._open = ExitStack()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise InputError if earlier results exist and ``overwrite`` is false, before anything is scored."""
+        folder = log_folder(trainer) / "predictions"  # a collective call
+        self._path = Path(self.output_dir or folder) / f"scores_rank{trainer.global_rank}.parquet"
+        if self._path.exists() and not self.overwrite:
+            raise InputError(
+                f"{self._path} is there already; set predictions.overwrite: true or another predictions.output_dir"
+            )
+
+    def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any) -> None:
+        """Append the scores of a batch to this rank's file."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        rewards = prediction.chosen, prediction.rejected  # (N,), or (N, out_dim) of a head with several outputs
+        chosen, rejected = (to_float64(one).reshape(len(one), -1).mean(dim=1).tolist() for one in rewards)
+        table = pa.table(
+            {
+                "pair_id": list(prediction.pair_ids),
+                "chosen_key": list(prediction.chosen_keys),
+                "rejected_key": list(prediction.rejected_keys),
+                "label": to_float64(prediction.label).tolist(),
+                "timestep": to_float64(prediction.timesteps).tolist(),
+                "sigma": to_float64(prediction.chosen_sigmas).tolist(),
+                "chosen_score": chosen,
+                "rejected_score": rejected,
+                "margin": [first - second for first, second in zip(chosen, rejected, strict=True)],
+            }
+        )
+        with write_errors_named(self._path):
+            if self._writer is None:
+                partial = self._open.enter_context(replacing(self._path))
+                self._writer = self._open.enter_context(
+                    parquet.ParquetWriter(partial, table.schema, write_page_checksum=True)
+                )
+            self._writer.write_table(table)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the file, rename it, and print its path."""
+        if self._writer is not None:
+            self._open.close()
+            self._writer = None
+            others = ", and beside it those of the other ranks" if trainer.world_size > 1 else ""
+            rank_zero_info(f"scores: {self._path}{others}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the unfinished file."""
+        with suppress(Exception):
+            self._open.__exit__(type(exception), exception, exception.__traceback__)
+        self._writer = None
+
+
+class AccuracyInterval(Callback):
+    """Callback that prints ``test/accuracy`` with its 95 % interval and the number of pairs, after a test.
+
+    The interval resamples prompts, as that of ``latentreward benchmark``. The numbers cover the pairs of all ranks;
+    pairs labelled ½ are left out. For modules that score no pairs the callback does nothing. ``latentreward test`` has
+    it by default.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, np.ndarray] = {}
+        self._pairs = self._levels = 0
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the pairs of an earlier test."""
+        self._sums, self._pairs = {}, 0
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        """Add the pairs of a test step, at every evaluation level."""
+        if not isinstance(pl_module, PairModule):
+            return
+        counts = (outputs.weight > 0) & (outputs.label != 0.5)
+        margin = preferred_margin(outputs.chosen[counts], outputs.rejected[counts], outputs.label[counts])
+        credit = pl_module.metrics["all"].pair_metrics["accuracy"].credit(margin).tolist()  # type: ignore[operator, union-attr, index]
+        prompts = [normalise_prompt(prompt) for prompt in batch.prompts]
+        self._levels = len(pl_module.eval_levels)
+        scores_per_row = outputs.chosen[0].numel()
+        # A head with several outputs has several comparisons of a pair, in the order of its rows.
+        rows = counts.nonzero().flatten().repeat_interleave(scores_per_row).tolist()
+        for row, one in zip(rows, credit, strict=True):
+            sums = self._sums.setdefault(prompts[row % len(batch)], np.zeros(2))
+            sums += one, 1
+        self._pairs += int(counts[: len(batch)].sum())
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the numbers of all ranks, and print a line on rank 0."""
+        if not isinstance(pl_module, PairModule):
+            return
+        ranks = of_all_ranks((self._sums, self._pairs))
+        if not trainer.is_global_zero:
+            return
+        total: dict[str, np.ndarray] = {}
+        for found, _ in ranks:
+            for prompt, sums in found.items():
+                total[prompt] = total.get(prompt, 0) + sums
+        estimate = clustered_accuracy(np.array([total[prompt] for prompt in sorted(total)]).reshape(-1, 2))
+        pairs = sum(number for _, number in ranks)
+        rank_zero_info(
+            f"test: accuracy in %, with 95 % interval over prompts: {with_interval(estimate)}; {pairs} pairs of "
+            f"{len(total)} prompts, mean over {self._levels} noise levels"
+        )

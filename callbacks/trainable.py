@@ -1,4 +1,4 @@
-"""Callback that keeps a moving average of the trainable weights."""
+"""Callbacks for what trains: a moving average of its weights, and checkpoints without the frozen ones."""
 
 from typing import Any
 
@@ -6,12 +6,56 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from latentreward.core.checkpoints.shards import placed_like, whole_tensor
+from latentreward.core.checkpoints.shards import check_weights, frozen_names, placed_like, whole_tensor
 from latentreward.core.errors import InputError, check_range
+
+
+class TrainableCheckpoint(Callback):
+    """Callback that leaves frozen weights out of checkpoints, and checks that no trainable weight is missing.
+
+    Frozen weights are loaded from the backbone's ``source`` again, so a DiNa-LRM on SD3.5-Medium takes some hundred MB
+    instead of 20 GB. A reward module records which base its weights belong to, and refuses a checkpoint of another
+    base. The callback works with any ``ModelCheckpoint``, on one or several devices, with single-file and sharded
+    checkpoints. During a run the module's ``state_dict()`` holds only the trainable weights, so that frozen weights
+    are not even gathered.
+
+    Raises:
+        InputError: On loading, if a trainable weight is not in the checkpoint or the reverse; names the first such
+            weight.
+
+    Example:
+        ``--trainer.callbacks+=TrainableCheckpoint``
+    """
+
+    def __init__(self) -> None:
+        self._hook: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make Lightning save and load without the frozen weights."""
+        pl_module.strict_loading = False
+        self.teardown(trainer, pl_module, stage)  # of a run that an error ended, perhaps of another module
+        self._hook = pl_module.register_state_dict_post_hook(drop_frozen)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restore the module's full ``state_dict``."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Check the names before weights are loaded; a sharding strategy has checked and loaded them already."""
+        if "state_dict" in checkpoint:
+            check_weights(pl_module, {name: value.shape for name, value in checkpoint["state_dict"].items()})
+
+
+def drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Drop frozen weights from a state dict (as a hook); buffers of modules that train stay."""
+    for name in frozen_names(module):
+        state_dict.pop(prefix + name, None)
 
 
 class TrainableEMA(Callback):
@@ -31,10 +75,6 @@ class TrainableEMA(Callback):
         decay: In [0, 1); DiNa-LRM's config has 0.995 (arXiv:2602.11146; its released code never applied it).
         warm_up: Whether the decay is limited to (1 + n) / (10 + n) at the n-th step, so that the initial weights fade
             quickly; false uses ``decay`` from the first step, as DiNa-LRM's released code would.
-
-    Raises:
-        InputError: If ``decay`` is out of range, a checkpoint's average belongs to other weights, or the strategy is
-            FSDP1, whose flat shards cannot be averaged.
 
     Note:
         Lightning's ``WeightAveraging`` is not used: it copies the whole module, frozen network included, and a run

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from latentreward.alignment.rewards.unchanged import unchanged_region_change
 from latentreward.core.errors import InputError
-from latentreward.reward.metrics.unchanged import unchanged_region_change
 
 SOURCES = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
 
