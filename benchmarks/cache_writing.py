@@ -30,7 +30,7 @@ from PIL import Image
 
 from latentreward.apps.commands.cache import ENCODE
 from latentreward.core.contracts import ImageRef, LatentSpace, PreferencePair
-from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.core.shared_work import SharedWork
 from latentreward.data import PairReader
 from latentreward.diffusion.backbones.loading import tiny_pipeline
 from latentreward.diffusion.cache.sources import ImageSettings, LatentSource, PipelineEncoders, PublishedLatents

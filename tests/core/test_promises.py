@@ -66,7 +66,7 @@ from latentreward.reward import (
     RewardHead,
     TableScorer,
 )
-from latentreward.reward.modules.pairs import LevelMetrics
+from latentreward.reward.modules.reward import LevelMetrics
 from latentreward.reward.scoring.network import RewardNetwork
 from tests.reward.heads.features import DIT_SPEC, random_features
 

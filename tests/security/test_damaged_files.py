@@ -16,7 +16,7 @@ from latentreward.core.checkpoints.files import newest_intact
 from latentreward.core.checkpoints.shards import INDEX, INDEX_HASH, REST, read_checkpoint
 from latentreward.core.errors import InputError
 from latentreward.core.storage.digests import file_hash
-from latentreward.core.storage.part_tables import WRITERS
+from latentreward.core.storage.run_folder import WRITERS
 from latentreward.data.score_table import read_table
 from latentreward.diffusion.cache import store
 from latentreward.reward import RewardModel

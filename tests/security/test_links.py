@@ -14,10 +14,10 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from latentreward.apps.steps.running import LOG, TOLD, TaskRunner
+from latentreward.apps.taste.steps import LOG, TOLD, TaskRunner
 from latentreward.core.errors import InputError
-from latentreward.core.ranks.shared_work import SharedWork
-from latentreward.core.storage.part_tables import PartFiles
+from latentreward.core.shared_work import SharedWork
+from latentreward.core.storage.run_folder import PartFiles
 from latentreward.data import (
     DatasetPairReader,
     EditPairReader,
@@ -28,10 +28,10 @@ from latentreward.data import (
     ImageRewardReader,
     Img2DatasetReader,
     PickAPicTarReader,
+    decode_image,
 )
-from latentreward.data.images import decode_image
 from latentreward.data.readers.rows import RowReader
-from tests.apps.steps.test_running import toy
+from tests.apps.taste.test_steps import toy
 
 
 def run_step(folder: Path) -> None:

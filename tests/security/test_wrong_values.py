@@ -16,7 +16,7 @@ from latentreward.apps.cli import main
 from latentreward.core.errors import InputError, printable
 from latentreward.data.image_sizes import ImageSizes, OneSize
 from latentreward.reward import RewardModel, ScoringNoise
-from latentreward.reward.scoring.layouts.config import sizes_record
+from latentreward.reward.scoring.layouts.model_folder import sizes_record
 from latentreward.reward.scoring.layouts.run import SETTINGS
 from tests.alignment.rewards.stored import write_run
 from tests.marks import slow_after

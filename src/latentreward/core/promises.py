@@ -150,8 +150,6 @@ def keep_promise(part: Any, method: str, problem: Callable[[], str | None], each
     """Raise InputError if ``problem()`` tells one of what a part's method returned; see :func:`returns`."""
     kept = vars(part).setdefault(KEPT, set())
     first = each or method not in kept
-    if not first and of_this_package(type(part).__module__):
-        return
     check_needs(part)
     token = VALUES.set(first)
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from latentreward.core.contracts import EditPrompt, ImageRef
 from latentreward.core.errors import InputError
-from latentreward.core.storage.texts import UnreadableTextError
+from latentreward.core.storage.json_files import UnreadableTextError
 from latentreward.core.storage.user_files import escapes, find_file, find_files, one_form, resolve_inside, split_pattern
 from latentreward.data.images import NO_IMAGE, OUTSIDE, file_image, outside
 from latentreward.data.list_rows import find_columns, read_objects

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentreward.core.errors import InputError, did_you_mean, errors_at
-from latentreward.core.storage.texts import read_table, read_text
+from latentreward.core.storage.json_files import read_table, read_text
 from latentreward.data.readers.folders import read_lines
 from latentreward.data.readers.json_rows import as_object, parse_rows, parse_value, short
 
@@ -23,7 +23,7 @@ the problem."""
 
 
 def read_rows(file: Path, remedy: str, as_list: Callable[[Any], Any] | None = None) -> Iterator[tuple[int, Any, str]]:
-    """Yield the rows of a ``.jsonl``, ``.json``, ``.csv`` or ``.tsv`` file; of JSON, a list that ``as_list`` makes.
+    """Yield the rows of a ``.json``, ``.csv`` or ``.tsv`` file, or JSON lines; of JSON, a list that ``as_list`` makes.
 
     Yields:
         Number of the line, or of the list's item from 1; its value, a dict in tables; and what is wrong with it, empty
@@ -33,11 +33,11 @@ def read_rows(file: Path, remedy: str, as_list: Callable[[Any], Any] | None = No
         InputError: If the file as a whole cannot be read; ``remedy`` tells what to do about JSON that is no list.
     """
     suffix, number = file.suffix.lower(), 0
-    if suffix == ".jsonl":
-        yield from ((number, *parse_value(line)) for number, line in read_lines(file))
-    elif suffix == ".json":
+    if suffix == ".json":
         items = parse_rows(read_text(file), str(file), remedy, as_list)
         yield from ((number, item, "") for number, item in enumerate(items, start=1))
+    elif suffix not in (".csv", ".tsv"):
+        yield from ((number, *parse_value(line)) for number, line in read_lines(file))
     else:
         try:
             for row in (table := read_table(read_text(file), suffix)):

@@ -199,7 +199,7 @@ class PairStream(RowReader):
         name = digest([str(row["prompt"]), *(image.data or image.image_key for image in images)])
         # A stream may repeat a pair, and the names of all pairs would be kept for ever.
         parsed = self._parser.parse(name, 0, {**row, **dict.fromkeys(self._fields)}, stream=True)
-        return None if parsed is None else self.make_pair({**parsed, "images": images, "sources": sources})
+        return self.make_pair({**parsed[0], "images": images, "sources": sources}) if parsed else None
 
     def _guarded(self, rows: "IterableDataset") -> Iterator[dict[str, Any]]:
         """Yield the rows of a stream; an error about a damaged file becomes one line.

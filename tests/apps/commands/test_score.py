@@ -26,14 +26,13 @@ from PIL import Image
 from latentreward.apps.cli import main
 from latentreward.apps.commands.score import PartScoring
 from latentreward.core.contracts import Conditioning
-from latentreward.core.storage import part_tables
-from latentreward.core.storage.part_tables import PartFiles
+from latentreward.core.storage import run_folder
+from latentreward.core.storage.run_folder import PartFiles
 from latentreward.data.image_lists import read_images
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.reward import Calibration, ModelSource, RewardModel, ScoringNoise
-from latentreward.reward.scoring.image_lists import ListedScoring
+from latentreward.reward.scoring.image_lists import ListedScoring, read_scores
 from latentreward.reward.scoring.layouts.find import find_reward
-from latentreward.reward.scoring.scored_table import read_scores
 from tests.alignment.rewards.stored import write_run
 from tests.data.rotated import photograph, upright
 from tests.data.test_images import png_header
@@ -313,7 +312,7 @@ def test_a_full_disk_keeps_what_was_scored(
         write(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(part_tables.pq, "write_table", write_until_full)
+        patch.setattr(run_folder.pq, "write_table", write_until_full)
         line = refusal(capsys, "pics", "s.parquet", lrm, *options)
     assert "No space left on device" in line
     assert "what was scored is kept in s.parquet.parts: free some space and run the same command again" in line
@@ -520,7 +519,7 @@ def test_a_run_that_goes_on_tells_a_model_at_fault_from_images_at_fault(
         write(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(part_tables.pq, "write_table", write_once)
+        patch.setattr(run_folder.pq, "write_table", write_once)
         refusal(capsys, "pics", "s.csv", lrm, *options)
     kept = sorted(path.name for path in (here / "s.csv.parts").iterdir())
     assert "rows_000000000_000000002.parquet" in kept

@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from latentreward.apps.cli import main
-from latentreward.apps.estimate.sources import ConfigSources, unset_variables
+from latentreward.apps.estimate.shapes import ConfigSources, unset_variables
 from latentreward.core.errors import InputError
 from latentreward.core.settings.rewriting import expanded
 from latentreward.diffusion.backbones.loading import tiny_pipeline

@@ -39,7 +39,7 @@ from latentreward.core.contracts import PromptBatch, take_rows
 from latentreward.core.peak_rates import complete_flop_formulas
 from latentreward.diffusion import LoRA
 from latentreward.reward import StepAwareScorer
-from latentreward.reward.modules.based import stored_parts
+from latentreward.reward.modules.training import stored_parts
 from tests.alignment.modules import batches
 from tests.alignment.rewards.stored import write_run
 from tests.marks import rotated_after

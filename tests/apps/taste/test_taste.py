@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from latentreward.apps.cli import main
-from latentreward.apps.steps.running import RECORD
 from latentreward.apps.taste.pairs import RATINGS
 from latentreward.apps.taste.plan import JUDGED, PROMPTS
 from latentreward.apps.taste.ratings import Ratings
 from latentreward.apps.taste.results import HTML, JSON
+from latentreward.apps.taste.steps import RECORD
 from latentreward.core.contracts import sources_of
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.tinyworld.pairs import draw_pairs
 from tests.apps.serving.processes import forked_server
-from tests.apps.steps.forked_steps import ForkedSteps
 from tests.apps.taste.folders import edited_folder, unsorted_folder
+from tests.apps.taste.forked_steps import ForkedSteps
 from tests.diffusion.families.twins import TWINS
 from tests.processes import start
 from tests.tiny_pipelines import pipeline_folder
@@ -48,7 +48,7 @@ def tiny_folder(folder: Path, pairs: int) -> Path:
 @pytest.fixture
 def taste(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """The command, whose steps are forked from a process that has imported everything; what it prints."""
-    monkeypatch.setattr("latentreward.apps.steps.running.TaskRunner", ForkedSteps)
+    monkeypatch.setattr("latentreward.apps.taste.steps.TaskRunner", ForkedSteps)
 
     def run(*arguments: str) -> str:
         main(["taste", *arguments])

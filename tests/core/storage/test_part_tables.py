@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentreward.core.errors import InputError
-from latentreward.core.storage.part_tables import PartFiles
+from latentreward.core.storage.run_folder import PartFiles
 
 SPEC = {"reader": "one", "scorers": {"clip": "model"}}
 
@@ -90,7 +90,7 @@ def test_a_kill_between_any_two_steps_of_the_end(tmp_path: Path, monkeypatch: py
     """Each step of ``finish`` fails once; the next run ends with the same table."""
     fill(tmp_path / "expected.parquet", 6, 2)
     expected = (tmp_path / "expected.parquet").read_bytes()
-    steps = ("storage.durable.put_in_place", "storage.run_folder.write_file", "storage.part_tables.shutil.rmtree")
+    steps = ("storage.durable.put_in_place", "storage.run_folder.write_file", "storage.run_folder.shutil.rmtree")
     for number, step in enumerate(steps):
         output = tmp_path / f"{number}.parquet"
         with PartFiles(output, SPEC, 6) as files:

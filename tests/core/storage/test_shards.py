@@ -10,13 +10,13 @@ import pytest
 
 from latentreward.core.contracts import EditPrompt, ImageRef, sources_of
 from latentreward.core.errors import InputError
-from latentreward.core.storage.locks import claimed
-from latentreward.core.storage.shards import ERROR, PLAN, ShardFolder, ShardList, left_over, read_list
+from latentreward.core.shared_work import ERROR, PLAN, ShardFolder, ShardList, left_over, read_list
+from latentreward.core.storage.durable import claimed
 
 COME_OFTEN = """
 import sys
 from pathlib import Path
-from latentreward.core.storage.shards import ShardFolder
+from latentreward.core.shared_work import ShardFolder
 for _ in range(200):  # so that processes which start one after another meet
     shared = ShardFolder(Path(sys.argv[1]), int(sys.argv[2]))
     assert not shared.lacks_first()

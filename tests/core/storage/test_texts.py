@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from latentreward.core.errors import InputError
-from latentreward.core.storage.texts import decode_text, read_table, token_of_file
+from latentreward.core.storage.json_files import decode_text, read_table, token_of_file
 from latentreward.core.storage.user_files import find_files, is_ignored, split_pattern
 
 TEXT = "ein Fuß, 3 m\r\n🦊"

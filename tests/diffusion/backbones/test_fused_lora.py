@@ -16,7 +16,7 @@ from latentreward.alignment import AdapterSwitch
 from latentreward.core.peak_rates import CountedFlops
 from latentreward.diffusion.backbones.fused_lora import FusedLinear, fuse_lora, unfuse_lora
 from latentreward.diffusion.backbones.quantization import quantize
-from latentreward.reward.scoring.precision import halve_products
+from latentreward.reward.scoring.network import halve_products
 
 
 def made(dtype: torch.dtype = torch.float64, **options: Any) -> Any:

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentreward.core.construction import Construction
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.core.errors import InputError
+from latentreward.core.registry import Construction
 from latentreward.diffusion import (
     ContinuousFlow,
     FlowMatching,

@@ -22,7 +22,7 @@ from latentreward.diffusion.cache.store import IMAGES, PAIRS, PROMPTS, read_plan
 from latentreward.diffusion.encoders.vae import LatentEncoder
 from latentreward.diffusion.families.flux2_klein import Flux2Klein
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead, ThurstoneLoss
-from latentreward.reward.modules.pairs import PairDraws
+from latentreward.reward.modules.reward import PairDraws
 from tests.data.edit_names import named
 from tests.diffusion.cache.test_datamodule import cached, fit
 from tests.diffusion.cache.writing import contents, stored, table, write_image

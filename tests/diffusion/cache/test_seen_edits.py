@@ -19,7 +19,7 @@ from latentreward.diffusion.cache.datamodule import CachedPairDataset, CachedPai
 from latentreward.diffusion.cache.store import PROMPTS
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.reward import CLIPProjectionHead, DiNaLRMModule, GatedQFormerHead, LRMLoss, LRMModule, ThurstoneLoss
-from latentreward.reward.modules.pairs import PairDraws
+from latentreward.reward.modules.reward import PairDraws
 from tests.diffusion.cache.test_datamodule import cached, fit
 from tests.diffusion.cache.test_edits import SOURCES_OF, TEXTS, Edits, arguments, pictures
 from tests.diffusion.cache.writing import contents, stored, table, write_image

@@ -366,7 +366,7 @@ def test_a_key_of_two_images_is_refused_and_one_of_equal_files_is_taken(
 def test_noises_of_generated_pictures_follow_their_images(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path)
     rows = [json.loads(line) | {"noise_a": f"0 {n}/0 4x8x8"} for n, line in enumerate(file.read_text().splitlines())]
-    rows[1] |= {"noise_b": "0 1/1 4x8x8", "label": 0}
+    rows[1] |= {"noise_b": "0 1/1 4x8x8", "label": 0.0}
     file.write_text("\n".join(map(json.dumps, rows)))
     own_cache(tmp_path / "cache", file, "--images.buckets=null", "--images.size=[32,32]")
     batch = CachedPairDataset(CacheIndex(tmp_path / "cache"), range(4)).__getitems__([2, 1, 0])

@@ -24,8 +24,7 @@ from transformers import Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
 from latentreward.core.contracts import Conditioning, LatentSpace
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion import FamilyBackbone, FlowFamily, load_family_backbone
-from latentreward.diffusion.encoders.language_model import LanguageModelEncoder
-from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.prompts import LanguageModelEncoder, PromptEncoder
 from latentreward.diffusion.encoders.vae import LatentEncoder
 from latentreward.diffusion.noise.schedules import static_levels
 from tests.tiny_pipelines import t5_tokenizer, vae

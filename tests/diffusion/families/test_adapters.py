@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentreward.alignment import Policy, TrainedLoRA, write_kohya
-from latentreward.alignment.export.kohya import FILE
+from latentreward.alignment.export.lora import KOHYA_FILE as FILE
 from latentreward.apps.generation.lora import load_lora
 from latentreward.core.errors import InputError
 from latentreward.diffusion import LoRA

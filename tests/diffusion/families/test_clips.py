@@ -27,7 +27,7 @@ from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
 from latentreward.diffusion.cache.sources import ImageSettings, PipelineEncoders
 from latentreward.diffusion.cache.store import read_plan
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead, RewardModel, ThurstoneLoss
-from latentreward.reward.scoring.layouts.config import sizes_of, sizes_record
+from latentreward.reward.scoring.layouts.model_folder import sizes_of, sizes_record
 from tests.alignment.modules.lpo_runs import make_trainer
 from tests.apps.evaluation.policy.toy_scorers import redness
 from tests.clips import write_clip

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
-from latentreward.reward.scoring.precision import halve_products
+from latentreward.reward.scoring.network import halve_products
 from tests.diffusion.families.qwen3_vl import text_encoder
 from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 

@@ -32,7 +32,7 @@ from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead
-from latentreward.reward.modules.pairs import PairDraws
+from latentreward.reward.modules.reward import PairDraws
 from tests.alignment.modules.lpo_runs import make_trainer
 from tests.alignment.modules.simple_reward import FirstChannelReward
 from tests.diffusion.families.twins import PROMPTS, TWINS, Twin, noise_for, one_per_family

@@ -24,8 +24,8 @@ from latentreward.core.registry import create_backbone
 from latentreward.diffusion import LoRA
 from latentreward.diffusion.backbones.quantization import is_frozen_linear
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead, RewardModel
-from latentreward.reward.modules.based import frozen_values
 from latentreward.reward.modules.sharding import check_axes
+from latentreward.reward.modules.training import frozen_values
 from tests.alignment.modules.lpo_runs import make_trainer
 from tests.diffusion.families.test_methods import pairs, sgd
 from tests.diffusion.families.twins import PROMPTS, TWINS, Twin, noise_for

@@ -138,7 +138,7 @@ def test_nonsense_in_a_column_is_refused(scorer: type[ImageScorer], message: str
 def test_an_edit_of_another_picture_is_another_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, colour in (("red", "red"), ("blue", "blue"), ("edit", "grey")):
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
-    sides = {"prompt": "make it red", "image_a": "edit.png", "image_b": "red.png", "label": 1}
+    sides = {"prompt": "make it red", "image_a": "edit.png", "image_b": "red.png", "label": 1.0}
     rows = [sides | {"source_images": [source]} for source in ("red.png", "blue.png", "red.png")]
     files = [tmp_path / "pairs.jsonl", tmp_path / "others.jsonl"]
     for file, written in zip(files, (rows, rows[:1] * 3), strict=True):

@@ -9,8 +9,8 @@ import torch
 
 from latentreward.core.errors import InputError
 from latentreward.reward import Calibration, ScoringNoise
-from latentreward.reward.scoring.calibration import FEWEST, GRID
-from latentreward.reward.scoring.layouts.config import calibration_of
+from latentreward.reward.scoring.layouts.model_folder import calibration_of
+from latentreward.reward.scoring.scoring_noise import FEWEST, GRID
 
 NOISE = ScoringNoise(sigmas=(0.4,))
 

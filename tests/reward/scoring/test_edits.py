@@ -21,8 +21,7 @@ from latentreward.data.image_lists import ImageList, ListedImage, read_images
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import png
 from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, RewardModel, RewardModelScorer, edit_prompt
-from latentreward.reward.scoring.image_lists import ListedScoring
-from latentreward.reward.scoring.scored_table import images_identity
+from latentreward.reward.scoring.image_lists import ListedScoring, images_identity
 from tests.diffusion.families.made_qwen_image_edit import picture, qwen_image_edit_folder
 from tests.diffusion.families.twins import TWINS
 from tests.reward.scoring.models import edit_reward, scoring_model

@@ -10,7 +10,7 @@ import yaml
 from latentreward.data.image_sizes import OneSize
 from latentreward.reward import Calibration, Card, ScoringNoise
 from latentreward.reward.scoring.layouts.card import model_card
-from latentreward.reward.scoring.layouts.config import FolderConfig
+from latentreward.reward.scoring.layouts.model_folder import FolderConfig
 from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe
 
 NOISE = ScoringNoise(sigmas=(0.3, 0.6), seeds=(0, 1))

@@ -15,8 +15,8 @@ from latentreward.apps.cli import main
 from latentreward.core.errors import InputError
 from latentreward.core.settings.functions import parse_function
 from latentreward.reward import CLIPProjectionHead, ModelSource, PublishedSettings, RewardModel, RewardModelScorer
+from latentreward.reward.scoring.image_lists import read_scores
 from latentreward.reward.scoring.layouts.find import find_reward
-from latentreward.reward.scoring.scored_table import read_scores
 from tests.alignment.rewards.stored import states_of, tiny_policy, write_run
 from tests.diffusion.backbones.networks import tiny_backbone
 from tests.marks import rotated_after

@@ -13,7 +13,7 @@ from latentreward.core.errors import InputError
 from latentreward.data.image_sizes import OneSize
 from latentreward.reward import RewardModel, ScoringNoise
 from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe
-from latentreward.reward.scoring.layouts.reopening import Probe
+from latentreward.reward.scoring.layouts.saving import Probe
 from tests.marks import rotated_after, slow_after
 from tests.reward.scoring.models import PROMPTS, pictures, scoring_model
 from tests.tiny_pipelines import LATENTS

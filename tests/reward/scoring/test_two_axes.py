@@ -18,7 +18,7 @@ from latentreward.apps.cli import main
 from latentreward.core.contracts import PairTargets
 from latentreward.core.errors import InputError
 from latentreward.reward import Calibration, LayerMixHead, RegressionDistillation, RewardModel, ScoringNoise
-from latentreward.reward.scoring.scored_table import read_scores
+from latentreward.reward.scoring.image_lists import read_scores
 from tests.alignment.modules.batches import dina, pixel_batch, scores_of
 from tests.alignment.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.apps.serving.latent_requests import HEADERS, tensors_of

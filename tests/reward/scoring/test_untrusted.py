@@ -17,7 +17,7 @@ from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion import LoRA
 from latentreward.reward import RewardModel
-from latentreward.reward.scoring.layouts.trust import guarded_imports
+from latentreward.reward.scoring.layouts.recipe import guarded_imports
 from tests.alignment.rewards.stored import write_run
 from tests.marks import slow_after
 from tests.reward.scoring.stub_hub import StubHub, running_hub

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from latentreward.apps.cli import main
-from latentreward.apps.steps.tasks import config_digest
+from latentreward.apps.taste.steps import config_digest
 from latentreward.core.errors import InputError
-from tests.apps.steps.forked_steps import ForkedSteps
+from tests.apps.taste.forked_steps import ForkedSteps
 from tests.marks import rotated_after
 from tools.reproduce import main as program
 from tools.reproduce import reproduce

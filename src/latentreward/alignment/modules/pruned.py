@@ -5,8 +5,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from latentreward.alignment.modules.alignment import AlignmentModule
+from latentreward.alignment.rewards.base import rows_of, score_states
 from latentreward.alignment.rollout.advantages import Advantage
-from latentreward.alignment.rollout.finished import rows_of, score_states
 from latentreward.alignment.rollout.pruning import Agreement, BestAndWorst, Pruning, scaled_advantages
 from latentreward.alignment.rollout.samplers import StepSampler
 from latentreward.alignment.rollout.trajectories import Trajectories, sample_pruned

@@ -93,9 +93,6 @@ class RandomReward(RewardSource):
         seed: Seed of the numbers or of the function.
         scale: Standard deviation of the scores: of all scores under ``noise``, of the scores of images of pure noise
             under ``readout``. Candidates drawn from one state differ less than that under ``readout``.
-
-    Raises:
-        InputError: If ``scale`` is not positive.
     """
 
     def __init__(self, kind: Literal["noise", "readout"] = "noise", seed: int = 0, scale: float = 1.0) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, errors_at
 from latentreward.core.interrupts import interrupts_told
-from latentreward.core.ranks.settings import TrainerSettings
-from latentreward.core.ranks.shared_work import SHARDS, SharedWork
 from latentreward.core.settings.functions import run_function
-from latentreward.core.storage.locks import locked
+from latentreward.core.shared_work import SHARDS, SharedWork, TrainerSettings
+from latentreward.core.storage.durable import locked
 from latentreward.core.storage.progress import Progress
 from latentreward.data import PairReader, count_text
 from latentreward.diffusion.cache import store

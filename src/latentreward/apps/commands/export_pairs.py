@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from latentreward.core.settings.functions import run_function
-from latentreward.core.storage.locks import locked
+from latentreward.core.storage.durable import locked
 from latentreward.data import PairReader
 from latentreward.data.dataset_export import export_split
 from latentreward.diffusion.cache.writing import describe_data

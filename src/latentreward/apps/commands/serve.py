@@ -13,7 +13,7 @@ from latentreward.apps.serving.settings import RewardToServe, ServiceSettings, c
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError
 from latentreward.core.settings.functions import run_function
-from latentreward.core.storage.texts import checked_token, token_of_file
+from latentreward.core.storage.json_files import checked_token, token_of_file
 from latentreward.reward import ModelSource, PublishedSettings
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def serve(
     from latentreward.apps.serving.resources import Resources
     from latentreward.apps.serving.served import ScoringService, ServedModel
     from latentreward.apps.serving.server import serve as serve_until_stopped
-    from latentreward.core.devices import find_device
     from latentreward.core.programs import import_class
+    from latentreward.core.running import find_device
 
     token = os.environ.get(TOKEN_VARIABLE)
     if token_file is not None:
@@ -121,7 +121,7 @@ def load_reward(source: ModelSource, device: str, dtype: str) -> RewardModel:
     """Load a reward to serve; raise InputError if it scores no images."""
     import torch
 
-    from latentreward.core.devices import find_device
+    from latentreward.core.running import find_device
     from latentreward.reward import RewardModel
 
     target = find_device(device)

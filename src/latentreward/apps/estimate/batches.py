@@ -25,14 +25,14 @@ from latentreward.core.contracts import (
     map_tensors,
     take_rows,
 )
-from latentreward.core.devices import evaluating
 from latentreward.core.errors import InputError, check_multiples
+from latentreward.core.running import evaluating
 from latentreward.data import PromptsAndImages
 from latentreward.data.clips import FPS, check_clips, check_frames
 from latentreward.data.collate import stack_targets
 from latentreward.diffusion import CachedPreferenceDataModule
 from latentreward.diffusion.cache.store import SPEC, CacheSpec, read_plan
-from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.diffusion.encoders.vae import edit_of_grey
 from latentreward.reward import RewardModule
 
 NETWORKS = {DiffusionDPOModule: "policy", StepAwarePixelModule: "generator", RewardModule: "model.backbone"}

@@ -22,7 +22,7 @@ from latentreward.apps.serving.tensors import Accepted
 from latentreward.core.contracts import Conditioning
 from latentreward.core.errors import InputError, one_line
 from latentreward.data.readers.json_rows import MOST_SOURCES
-from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.diffusion.encoders.vae import edit_of_grey
 from latentreward.reward import RewardModel
 from latentreward.reward.scoring.scoring_noise import timesteps_of
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from latentreward.core.contracts import EditPrompt, ImageRef, sources_of
 from latentreward.core.errors import InputError, errors_at, first_line
-from latentreward.core.storage.texts import read_text
+from latentreward.core.storage.json_files import read_text
 from latentreward.core.storage.user_files import find_files, split_pattern, whole_file
 from latentreward.data.images import ImageError, file_image, read_header
 from latentreward.data.list_rows import read_rows

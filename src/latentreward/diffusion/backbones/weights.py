@@ -19,8 +19,15 @@ from torch import Tensor, nn
 
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.storage.json_files import read_config
-from latentreward.core.storage.shared_weights import processes_here, shared
-from latentreward.core.storage.weight_files import ALIGNMENT, MappedWeights, StoredTensor, find_weights, map_weights
+from latentreward.core.storage.weight_files import (
+    ALIGNMENT,
+    MappedWeights,
+    StoredTensor,
+    find_weights,
+    map_weights,
+    processes_here,
+    shared,
+)
 
 OWN_ATTENTION = (None, "eager", "sdpa")
 """Values of transformers' ``attn_implementation`` that need PyTorch alone."""
@@ -252,7 +259,7 @@ def settle(
 
     A mapped weight is read from its file straight into the new type. One that has the type already, and lies at an
     aligned address, stays mapped. If several processes of the machine load the same weights, one of them converts the
-    rest into a file that all map (:mod:`~latentreward.core.storage.shared_weights`). Inside :func:`settling_later`
+    rest into a file that all map (:mod:`~latentreward.core.storage.weight_files`). Inside :func:`settling_later`
     nothing happens before the end of the block, and inside :func:`reading_later` the weights are only listed.
 
     Args:

@@ -25,9 +25,8 @@ from torch.utils.data import Dataset
 
 from latentreward.core.contracts import EditPrompt, ImageRef, PreferencePair, seen_as, sources_of
 from latentreward.core.errors import InputError
-from latentreward.core.ranks.processes import end_after
-from latentreward.core.ranks.shared_work import SharedWork
 from latentreward.core.seeding import pair_generator
+from latentreward.core.shared_work import SharedWork, end_after
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.durable import contents, remove_temporary, replacing, write_errors_named, write_file
 from latentreward.core.storage.progress import Progress
@@ -41,7 +40,7 @@ from latentreward.data.loading import WorkerLoader
 from latentreward.diffusion.cache import store
 from latentreward.diffusion.cache.sources import Encoders, LatentSource
 from latentreward.diffusion.cache.store import IMAGES, PAIRS, PROMPTS, SPEC, CachePlan, CacheSpec
-from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.diffusion.encoders.vae import edit_of_grey
 
 logger = logging.getLogger(__name__)
 KEPT = "finished files are kept: free some space and resume with the same command"

@@ -22,11 +22,8 @@ from latentreward.core.storage.json_files import Kind, entry
 from latentreward.diffusion.backbones.tuning import ATTENTION, StorageDtype
 from latentreward.diffusion.backbones.weights import settle
 from latentreward.diffusion.encoders.prompts import PromptEncoder
-from latentreward.diffusion.encoders.sources import SourceEncoder, SourceSize
-from latentreward.diffusion.encoders.vae import LatentEncoder
-from latentreward.diffusion.noise.base import NoiseProcess
-from latentreward.diffusion.noise.ddpm import DDPM
-from latentreward.diffusion.noise.flow import FlowMatching
+from latentreward.diffusion.encoders.vae import LatentEncoder, SourceEncoder, SourceSize
+from latentreward.diffusion.noise.processes import DDPM, FlowMatching, NoiseProcess
 from latentreward.diffusion.noise.schedules import fits_kind
 
 Pair = tuple[Tensor, Tensor]  # A ``(rank, in)`` and B ``(out, rank)`` of a layer's adapter

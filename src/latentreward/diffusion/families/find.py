@@ -19,10 +19,12 @@ UNSUPPORTED: Mapping[str, str] = dict.fromkeys(("SanaPipeline", "SanaSprintPipel
 
 
 @cache
-def families() -> dict[str, type[Family]]:
-    """Return the families of this package by name, found by their files."""
+def families(*mentioning: str) -> dict[str, type[Family]]:
+    """Return the families of this package by name, of all files or of those that hold one of the given words."""
     found = {}
     for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        if mentioning and not any(word in file.read_text(encoding="utf-8") for word in mentioning):
+            continue  # each import costs time
         module = import_module(f"{__package__}.{file.stem}")
         for kind in vars(module).values():
             if isinstance(kind, type) and issubclass(kind, Family) and kind.name and kind.__module__ == module.__name__:
@@ -51,17 +53,18 @@ def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
         return family
     configs = [pipeline.index, *(pipeline.config(part) for part in ("transformer", "unet") if pipeline.has(part))]
     names = [str(config.get("_class_name")) for config in configs]
-    refused = dict(UNSUPPORTED)
-    for kind in families().values():
+    refused, known = dict(UNSUPPORTED), families(*names)  # a family's file names its classes
+    for kind in known.values():
         refused |= kind.refused
     for name in names:
         if reason := refused.get(name):
             raise InputError(f"source={pipeline.source!r} is a {name}: {reason}")
-    found = [kind for kind in families().values() if kind.recognises(pipeline)]
+    found = [kind for kind in known.values() if kind.recognises(pipeline)]
+    found = found or [kind for kind in families().values() if kind.recognises(pipeline)]
     if len(found) != 1:
-        known = ", ".join(sorted(kind.title for kind in families().values()))
+        titles = ", ".join(sorted(kind.title for kind in families().values()))
         raise InputError(
-            f"source={pipeline.source!r} is of no known family (it holds a {names[-1]}); known are {known}; give a "
+            f"source={pipeline.source!r} is of no known family (it holds a {names[-1]}); known are {titles}; give a "
             "class of your own as family"
         )
     family = found[0](pipeline)

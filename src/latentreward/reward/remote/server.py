@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_at_least_one, check_range, errors_at, first_line, printable
 from latentreward.core.interrupts import stop_asked
-from latentreward.core.storage.texts import checked_token, token_of_file
+from latentreward.core.storage.json_files import checked_token, token_of_file
 
 if TYPE_CHECKING:
     import httpcore

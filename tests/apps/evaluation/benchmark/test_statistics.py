@@ -18,8 +18,13 @@ from latentreward.apps.evaluation.benchmark.evaluate import (
     subgroup_results,
 )
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, judge
-from latentreward.apps.evaluation.benchmark.published_numbers import AVERAGE, FOUR_BENCHMARKS, PUBLISHED, published_for
-from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
+from latentreward.apps.evaluation.benchmark.results import (
+    AVERAGE,
+    FOUR_BENCHMARKS,
+    PUBLISHED,
+    BenchmarkReport,
+    published_for,
+)
 from latentreward.apps.evaluation.benchmark.sections import sections
 from latentreward.core.bootstrap import Interval
 from latentreward.core.errors import InputError
