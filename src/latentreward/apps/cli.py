@@ -56,6 +56,7 @@ REMOVED = {
     "--allow-programs": "run only YAML files that you have read, and those of others in a container (SECURITY.md)",
     "reproduce": "say python -m tools.reproduce, in a clone of the repository",
     "inspect --scores": "read the data by --reader FilteredReader: what it drops is counted by reason",
+    "cache --images.cross_bucket": "pairs of two buckets come to the bucket of their mean size",
     "inspect --buckets": "latentreward cache sorts images into buckets (images.buckets)",
     "inspect --hash_images": "splits are compared by their prompts",
     "evaluate-policy --policy.table": "write images.csv or images.jsonl into the folder of images",

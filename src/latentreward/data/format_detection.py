@@ -59,7 +59,7 @@ def recognise(data: str) -> Splits:
         raise InputError(f"data: no folder or file {data!r}; name a data set of the hub as --reader CLASS with its id")
     for splits in _found(path):
         return splits
-    if (path / "plan.json").is_file():
+    if any((path / name).is_file() for name in ("spec.json", "plan.json")):
         raise InputError(
             f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "
             "data set it was written from"

@@ -27,7 +27,7 @@ def backbone_of(name: str) -> Any:
 
 
 def cache_of(folder: Path, backbone: Any, frames: int) -> Namespace:
-    settings = spec(with_text=False, latent_space=backbone.latent_space, size=(32, 48), buckets=None, frames=frames)
+    settings = spec(with_text=False, latent_space=backbone.latent_space, images={"size": (32, 48), "frames": frames})
     path = write_cache(folder, [{"image_a": 0, "image_b": 1}], [(32, 48)] * 2, spec=settings)
     train = Namespace(cache=str(path), split=None)
     return data_of(CachedPreferenceDataModule, train=train, tokens_per_batch=200, batch_size=8, cached_text=True)

@@ -212,7 +212,7 @@ def test_a_cache_tells_sizes_and_whether_prompts_are_encoded(
     options = [f"--config={CONFIGS / name}.yaml" for name in ("model/dina_lrm_tiny", "data/tinyworld_cached")]
     texts = []
     for with_text in (True, False):
-        settings = spec(with_text=with_text, buckets=((32, 32), (64, 32)))
+        settings = spec(with_text=with_text, images={"buckets": ((32, 32), (64, 32))})
         folder = write_cache(tmp_path / str(with_text), [{"image_a": 0, "image_b": 1}], [(32, 32)] * 2, spec=settings)
         cache = f"--data.train.cache={folder}"
         texts.append(shown(capsys, *options, cache, "--data.val=null", "--data.predict=null"))

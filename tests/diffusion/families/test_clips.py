@@ -4,7 +4,6 @@ import csv
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ from latentreward.data import JSONLPairReader, PreferenceDataModule
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.image_sizes import OneSize
 from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
-from latentreward.diffusion.cache.layout import CacheSpec, read_plan
-from latentreward.diffusion.cache.sizing import ImageSettings
-from latentreward.diffusion.cache.sources import PipelineEncoders
+from latentreward.diffusion.cache.sources import ImageSettings, PipelineEncoders
+from latentreward.diffusion.cache.store import read_plan
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead, RewardModel, ThurstoneLoss
 from latentreward.reward.scoring.layouts.model_folder import sizes_of, sizes_record
 from tests.alignment.modules.lpo_runs import make_trainer
@@ -129,12 +127,6 @@ def test_records_of_clips_are_read_again() -> None:
     assert sizes_of(sizes_record(clips)) == clips
     with pytest.raises(InputError, match=r"image_sizes\.fps=0 must lie in"):
         sizes_of({"class": "OneSize", "init_args": {"height": 8, "width": 8, "frames": 5, "fps": 0.0}})
-    spec = CacheSpec(
-        "vae", "v", "float32", WAN.source().resolve_family().latent_space, "mode", 0, "float16", (8, 8), None,
-        "stretch", "shared", 0, 1, 1,
-    )  # fmt: skip
-    for one in (spec, replace(spec, frames=5)):
-        assert CacheSpec.from_json(json.loads(json.dumps(one.record()))) == one
 
 
 def refusals(folder: Path) -> dict[str, tuple[Callable[[], Any], str]]:
@@ -204,7 +196,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     images = {"size": SIZE, "resize": "stretch", "frames": FRAMES}
     run("cache", {"reader": reader, "encoder": encoder, "images": images, "num_workers": 0,
                   "trainer": {"accelerator": "cpu", "devices": 1}}, "cache")  # fmt: skip
-    assert read_plan(Path("cache")).spec.frames == FRAMES
+    assert read_plan(Path("cache")).spec.images.frames == FRAMES
     main(["cache", "cache", "--check"])
     backbone = {"source": WAN.folder, "visual_taps": [1, 2], "text_taps": [1, 2], "tuning": "lora"}
     head = {"class_path": "GatedQFormerHead", "init_args": {"num_queries": 2, "num_heads": 2}}

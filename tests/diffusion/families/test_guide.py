@@ -22,7 +22,7 @@ from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.core.settings.functions import MODE, prepare_parsing
-from latentreward.diffusion.cache.layout import read_plan
+from latentreward.diffusion.cache.store import read_plan
 from latentreward.reward import GatedQFormerHead, RewardModel, edit_prompt
 from tests.diffusion.cache.writing import SETTINGS, SQUARE, write_data
 from tests.diffusion.families.own_families import sana_vae
