@@ -39,11 +39,6 @@ def test_every_shipped_file_is_listed_with_what_it_is(capsys) -> None:
     assert found["data/pickapic_v1.yaml"] == "Pick-a-Pic v1, about 202 GB of parquet [PICKAPIC_ROOT]"
 
 
-def test_one_kind(capsys) -> None:
-    found = listed(capsys, "trainer")
-    assert set(found) == {name for name in SHIPPED if name.startswith("trainer/")}
-
-
 @pytest.mark.parametrize("name", ["model/lrm_sd15.yaml", "configs/recipes/ablations/lrm_loss_both.yaml"])
 def test_one_file(name: str, capsys) -> None:
     main(["configs", name])
