@@ -58,19 +58,13 @@ SCORES = ("--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--t
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (
-            ("--trainer.val_check_interval=50",),
-            "`val_check_interval` (50) must be less than or equal to the number of the training batches (12).",
-        ),
+        (("--trainer.val_check_interval=50",), "`val_check_interval` (50)"),
         (
             ("--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"),
-            "trainer.callbacks: StochasticWeightAveraging copies the frozen network too; use latentreward.callbacks.Tr",
+            "trainer.callbacks: Sto",
         ),
-        (("--trainer.callbacks+=EMAWeightAveraging",), "trainer.callbacks: EMAWeightAveraging copies the frozen"),
-        (
-            (*SCORES, "--model=tests.apps.commands.test_trainer_options.WithoutWinner"),
-            "trainer.callbacks: EarlyStopping ended the run, because val/loss is not finite; a validation split of",
-        ),
+        (("--trainer.callbacks+=EMAWeightAveraging",), "trainer.callbacks: EMAWeightAveraging"),
+        ((*SCORES, f"--model={__name__}.WithoutWinner"), "trainer.callbacks: EarlyStopping"),
     ],
 )
 def test_refusals(settings: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,12 +106,6 @@ def test_paths_are_expanded(given: list[str], name: str, expected: object, home:
     assert repr(str(found)) == repr(str(expected).replace("HOME", str(home)))
 
 
-@pytest.mark.parametrize("text", ["", "# source: x\n\n", "---\n"])
-def test_a_file_of_comments_changes_nothing(text: str, tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text(text)
-    assert parsed(["o", "--config=own.yaml"])["source"] == ""
-
-
 def test_a_runs_folder_and_its_checkpoints_are_expanded(home: Path, tmp_path: Path) -> None:
     keeper = ("--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.dirpath=$HOME/kept")
     run("fit", Path("~/root"), "--trainer.max_steps=1", *keeper)

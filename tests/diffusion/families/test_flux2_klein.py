@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -132,6 +134,14 @@ def test_missing_weights_of_the_vae_are_named(tmp_path: Path) -> None:
 
 
 # Levels and guidance
+
+
+@pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 28), ((512, 768), 4), ((2048, 1024), 4)])
+def test_levels_equal_those_of_the_pipeline(size: tuple[int, int], steps: int) -> None:
+    found, scheduler = family(), FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    mu = compute_empirical_mu(size[0] // 16 * (size[1] // 16), steps)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).numpy(), mu=mu)
+    torch.testing.assert_close(found.levels(steps, found.latent_shape(*size))[1], scheduler.sigmas)
 
 
 def test_distilled_models_take_no_guidance() -> None:

@@ -186,21 +186,6 @@ def test_settings_of_training_are_left_out_of_a_run(hub: StubHub, tmp_path: Path
     RewardModel.from_pretrained(upload(hub, tmp_path))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "value"),
-    slow_after(2, [("attention_backend", "flash_hub"), ("gradient_checkpointing", True), ("lora", {})]),
-)
-def test_settings_of_training_are_refused_in_a_model_folder(name: str, value: Any, tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "dina", "sd35")
-    RewardModel.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    config = json.loads(path.read_text())
-    config["backbone"]["init_args"][name] = value
-    path.write_text(json.dumps(config))
-    refused(tmp_path / "model", rf"config\.json: backbone\.init_args\.{name} is for training alone; remove it")
-
-
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 @pytest.mark.parametrize("value", ["owner/kernel", "flash_attention_2", {"": "owner/kernel:name"}])
 @pytest.mark.parametrize(("name", "part"), [("sd15", "text_encoder"), ("sd35", "text_encoder_3")])
