@@ -209,9 +209,7 @@ def test_step_aware_scorer_on_pixels() -> None:
     reward = PixelReward(StepAwareScorer("spm_tiny", device="cpu"))
     options = {"sampling": steps, "guidance_scale": 2.0, "seed": 0}
     costs = check(
-        lambda: SPOModule(policy("sd15"), reward, QuantileThreshold(0.0), candidates, **options),
-        PROMPTS,
-        FOUR,
+        lambda: SPOModule(policy("sd15"), reward, QuantileThreshold(0.0), candidates, **options), PROMPTS, FOUR
     )
     assert "reward" in [part.name for part in costs.parts]
 

@@ -1,6 +1,5 @@
 """Which family a pipeline is of, and which pipelines are refused before a weight is read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from latentreward.alignment import PolicySource
 from latentreward.alignment.policies.checkpoint import SOURCE, read_policy_adapter
 from latentreward.core.errors import InputError
-from latentreward.diffusion import Family, find_family, import_family
+from latentreward.diffusion import find_family, import_family
 from latentreward.diffusion.families.find import families
 from latentreward.diffusion.families.sd import StableDiffusion
 from tests.diffusion.families.made_configs import MadeConfigs
@@ -129,9 +128,3 @@ def test_a_strangers_checkpoint_does_not_import_its_family(tmp_path: Path, monke
     for trusted in (False, True):
         with pytest.raises(InputError, match=r"family=\['stranger.Family'\], which is no import path"):
             read_policy_adapter(tmp_path / "last.ckpt", trusted)
-
-
-def test_every_family_has_a_name_and_a_title() -> None:
-    for name, kind in families().items():
-        assert issubclass(kind, Family) and kind.title and name == kind.name
-        assert json.dumps([name, kind.title])

@@ -233,22 +233,6 @@ def test_a_plain_unet_samples_as_stable_diffusion(folder: Path) -> None:
     assert policies[0].family.noise_process.sigmas.equal(policies[1].family.noise_process.sigmas)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("head", ["GatedQFormerHead", "own_head.OwnHead"])
-def test_its_memory_is_estimated(
-    head: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = (
-        "from latentreward.reward import GatedQFormerHead",
-        "class OwnHead(GatedQFormerHead):",
-        '    """My head."""',
-    )
-    (folder / "own_head.py").write_text("\n".join(lines))
-    monkeypatch.chdir(folder)
-    main(["fit", "--config=aura_flow_reward.yaml", f"--model.head={head}", "--trainer.accelerator=cpu", "--estimate"])
-    assert "memory: fit" in capsys.readouterr().out
-
-
 @pytest.mark.rotated
 @pytest.mark.slow
 def test_it_trains_a_reward_and_aligns_a_policy(folder: Path) -> None:

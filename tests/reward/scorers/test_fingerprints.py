@@ -30,7 +30,6 @@ PIPELINE = ("model_index.json", "unet/model.safetensors", "old.ckpt", "scheduler
     ("names", "changed", "matters"),
     [
         (RUN, "checkpoints/last.ckpt", True),
-        (RUN, "checkpoints/step.ckpt/.metadata", True),
         (RUN, "config.yaml", True),
         (RUN, "logs/metrics.csv", False),
         (RUN, "events.out", False),

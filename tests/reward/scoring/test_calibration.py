@@ -112,12 +112,6 @@ def test_damaged_records(change) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_record_that_is_no_mapping() -> None:
-    for record in ([], "text", 7):
-        with pytest.raises(InputError):
-            calibration_of(record)
-
-
 def test_scores_at_other_levels_are_refused_and_other_draws_are_not() -> None:
     calibration = Calibration.fit(normal_scores(100), "reference", NOISE)
     scores = torch.zeros(2)
