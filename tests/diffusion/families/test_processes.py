@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from latentreward.alignment import LatentReward, Sampling, load_policy
-from latentreward.alignment.modules.alignment import shard_reward
 from latentreward.core.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.core.contracts import NoisyStates
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion import LoRA
 from latentreward.reward import GatedQFormerHead, RewardModel
-from latentreward.reward.modules.sharding import shard_policy
+from latentreward.reward.modules.sharding import shard_policy, shard_reward
 from tests.alignment.modules.lpo_runs import saved_run
 from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 from tests.distributed.ranks import on_ranks
