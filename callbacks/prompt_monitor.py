@@ -18,8 +18,7 @@ from latentreward.alignment.rewards.unchanged import unchanged_region_change
 from latentreward.core.contracts import PathText, PromptBatch, sources_of
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.reports.drawing import PLAIN, draw_pair, strip, tile, to_image, to_images
-from latentreward.core.running import evaluating
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import evaluating, pair_generator
 from latentreward.core.storage.durable import replacing
 from latentreward.data.alignment.prompt_files import read_prompts
 

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from latentreward.core.seeding import coin_flips, pair_generator
+from latentreward.core.running import coin_flips, pair_generator
 
 
 def draw(*args: object) -> list[float]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 
 from latentreward import __version__
-from latentreward.core.errors import InputError, did_you_mean, one_line, where
+from latentreward.core.errors import InputError, did_you_mean, one_line, silence_libraries, where
 from latentreward.core.interrupts import (
     INTERRUPTED,
     TERMINATED,
@@ -26,7 +26,6 @@ from latentreward.core.interrupts import (
     sigterm_interrupts,
     tell_interrupt,
 )
-from latentreward.core.settings.library_messages import silence_libraries
 
 UNREAD = 128 + 13
 """Exit status of a command whose output nobody reads any more: that of other programs, which SIGPIPE ends."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from latentreward.core.errors import InputError, lacks, where
-from latentreward.core.programs import of_this_package
+from latentreward.core.registry import of_this_package
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Check = Callable[..., str | None]

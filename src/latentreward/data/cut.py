@@ -8,7 +8,7 @@ import torch
 
 from latentreward.core.contracts import PreferencePair
 from latentreward.core.errors import InputError, check_at_least_one
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.data.readers.base import OnError, PairReader, normalise_prompt
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from latentreward.core.contracts import taken_of_edits
 from latentreward.core.errors import InputError, check_at_least_one, check_multiples
-from latentreward.core.seeding import run_seed
+from latentreward.core.running import run_seed
 from latentreward.data.clips import FPS, ClipLoader, check_clips, check_frames, require_pyav
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import PairDataset

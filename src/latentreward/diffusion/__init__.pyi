@@ -4,8 +4,7 @@ from .backbones.sd_unet import SDUNetBackbone
 from .backbones.tuning import LoRA
 from .cache.datamodule import CachedPreferenceDataModule, CachedSplit
 from .families.backbone import FamilyBackbone, load_family_backbone
-from .families.base import Family, PipelineConfigs
-from .families.find import find_family, import_family, is_foreign
+from .families.base import Family, PipelineConfigs, find_family, import_family, is_foreign
 from .families.flow import FlowFamily
 from .noise.processes import (
     DDPM,

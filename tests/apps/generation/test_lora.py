@@ -285,7 +285,7 @@ def test_nothing_is_said_while_one_is_loaded(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from latentreward.apps.generation import load_lora\nfrom latentreward.alignment import PolicySource\n"
-        "from latentreward.core.settings.library_messages import silence_libraries\n"
+        "from latentreward.core.errors import silence_libraries\n"
         "silence_libraries()  # as commands do\n"
         "load_lora(PolicySource('sd_tiny').load(), Path(sys.argv[1]))"
     )

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from latentreward.alignment import AdapterSwitch
 from latentreward.core.peak_rates import CountedFlops
 from latentreward.diffusion.backbones.fused_lora import FusedLinear, fuse_lora
-from latentreward.diffusion.backbones.quantization import quantize
+from latentreward.diffusion.backbones.weights import quantize
 from latentreward.reward.scoring.network import halve_products
 
 

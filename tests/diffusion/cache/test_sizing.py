@@ -3,7 +3,7 @@
 import pytest
 
 from latentreward.core.errors import InputError
-from latentreward.data.buckets import Bucket
+from latentreward.data.image_sizes import Bucket
 from latentreward.diffusion.cache.sources import (
     NO_BUCKET,
     OTHER_ASPECT,

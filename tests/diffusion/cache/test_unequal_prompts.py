@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from latentreward.apps.cli import main
 from latentreward.core.contracts import ImageRef, PreferencePair
 from latentreward.core.errors import InputError
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.data import ImageError, PixelLoader
 from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
 from latentreward.diffusion.cache.datamodule import CachedPairDataset, CachedPairs, CacheIndex

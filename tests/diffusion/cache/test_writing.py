@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from latentreward.apps.cli import main
 from latentreward.core.contracts import ImageRef, PreferencePair
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.core.storage.durable import TEMPORARY_NAME
 from latentreward.data import HPDv3Reader, PairReader, PixelLoader
 from latentreward.diffusion.backbones.loading import PipelineSource, tiny_pipeline

@@ -10,7 +10,7 @@ from latentreward.alignment import PolicySource
 from latentreward.alignment.policies.checkpoint import SOURCE, read_policy_adapter
 from latentreward.core.errors import InputError
 from latentreward.diffusion import find_family, import_family
-from latentreward.diffusion.families.find import families
+from latentreward.diffusion.families.base import families
 from latentreward.diffusion.families.sd import StableDiffusion
 from tests.diffusion.families.made_configs import MadeConfigs
 from tests.diffusion.families.twins import TWINS, Twin

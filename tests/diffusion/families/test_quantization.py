@@ -21,7 +21,7 @@ from latentreward.core.checkpoints.shards import frozen_names, read_checkpoint
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion import LoRA
-from latentreward.diffusion.backbones.quantization import is_frozen_linear
+from latentreward.diffusion.backbones.weights import is_frozen_linear
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead, RewardModel
 from latentreward.reward.modules.sharding import check_axes
 from latentreward.reward.modules.training import frozen_values
@@ -146,7 +146,7 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("nf4", "bnb_int8"):
         with pytest.raises(InputError, match=rf"quantization={kind} .*(needs a GPU|pip install latentreward\[quant\])"):
             policy_of(twin, kind)
-    monkeypatch.setattr("latentreward.diffusion.backbones.quantization.find_spec", lambda name: None)
+    monkeypatch.setattr("latentreward.diffusion.backbones.weights.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"quantization=int8 needs torchao; pip install latentreward\[quant\]"):
         policy_of(twin, "int8")
 

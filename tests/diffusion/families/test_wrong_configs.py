@@ -16,7 +16,7 @@ from latentreward.apps.estimate.pipelines import PUBLISHED as ALL
 from latentreward.core.errors import InputError
 from latentreward.diffusion import FlowFamily, find_family
 from latentreward.diffusion.backbones.loading import PipelineSource
-from latentreward.diffusion.families.find import families
+from latentreward.diffusion.families.base import families
 from tests.diffusion.families.made_configs import MadeConfigs
 from tests.diffusion.families.twins import TWINS
 from tests.tiny_pipelines import pipeline_folder

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.core.errors import InputError
-from latentreward.core.seeding import scoring_generator
+from latentreward.core.running import scoring_generator
 from latentreward.diffusion import DDPM, FlowMatching
 from latentreward.reward import RewardModel, ScoringNoise
 from latentreward.reward.scoring.batched_scoring import content_key

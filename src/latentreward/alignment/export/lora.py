@@ -19,7 +19,7 @@ from latentreward.core.checkpoints.shards import require_finite, whole_tensor
 from latentreward.core.errors import InputError
 from latentreward.core.storage.durable import replacing, write_file
 from latentreward.diffusion import Family, LoRA
-from latentreward.diffusion.backbones.stored_adapters import CONFIG, PREFIX, WEIGHTS
+from latentreward.diffusion.backbones.tuning import CONFIG, PREFIX, WEIGHTS
 from latentreward.diffusion.families.base import Pair
 
 FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for in a folder

@@ -35,8 +35,7 @@ from latentreward.core.contracts import (
 )
 from latentreward.core.errors import InputError
 from latentreward.core.promises import place_of
-from latentreward.core.running import evaluating, phase
-from latentreward.core.seeding import run_seed
+from latentreward.core.running import evaluating, phase, run_seed
 from latentreward.core.storage.progress import Progress
 from latentreward.data.alignment.experience import other_rows, wrong_rows
 from latentreward.diffusion.encoders.stored_prompts import StoredPrompts

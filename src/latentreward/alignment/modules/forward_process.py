@@ -29,7 +29,7 @@ from latentreward.alignment.rollout.step_choice import RandomSteps, StepChoice, 
 from latentreward.alignment.rollout.trajectories import sample_latents
 from latentreward.core.contracts import PromptBatch, RenoisedGroups, RenoisedSamples, SampledStates, join_rows
 from latentreward.core.errors import InputError, check_at_least_one, check_range
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 
 FOLLOWED = "copies_followed"
 """Key of a checkpoint with the optimiser step after which the copies last followed the policy."""

@@ -43,7 +43,7 @@ from latentreward.alignment.rollout.step_choice import Window, WindowedSampler
 from latentreward.alignment.rollout.trajectories import Trajectories, sample_trajectories
 from latentreward.core.contracts import PromptBatch, RolloutStatistics, StepSamples, join_rows, take_rows
 from latentreward.core.errors import InputError, check_at_least_one, check_range
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 
 GATE = "trust_region"
 """Key of a checkpoint with the state of a :class:`~latentreward.alignment.KLGate` that adapts."""

@@ -29,10 +29,10 @@ from latentreward.alignment.rollout.trajectories import sample_trajectories
 from latentreward.core.checkpoints.base_weights import BaseSample
 from latentreward.core.contracts import Conditioning, PathText, PromptBatch, SampledStates, join_rows
 from latentreward.core.errors import InputError, check_at_least_one, check_choices, errors_at
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.diffusion import Family
 from latentreward.diffusion.backbones.loading import set_attention_backend
-from latentreward.diffusion.backbones.stored_adapters import plain_name, stored_ranks
+from latentreward.diffusion.backbones.tuning import plain_name, stored_ranks
 from latentreward.diffusion.backbones.weights import settle
 from latentreward.reward.losses.base import SetLoss
 

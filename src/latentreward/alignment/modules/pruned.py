@@ -11,7 +11,7 @@ from latentreward.alignment.rollout.pruning import Agreement, BestAndWorst, Prun
 from latentreward.alignment.rollout.samplers import StepSampler
 from latentreward.alignment.rollout.trajectories import Trajectories, sample_pruned
 from latentreward.core.contracts import PromptBatch
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 
 ENOUGH = 256
 """Degrees of freedom, K − 1 a prompt, from which on ρ is judged; its standard error is then at most 0.06."""

@@ -31,7 +31,7 @@ from latentreward.alignment.policies.moving_average import OLD, DecayRamp
 from latentreward.alignment.rewards.base import RewardSource
 from latentreward.core.contracts import RenoisedSamples
 from latentreward.core.errors import check_at_least_one, check_choices, check_range
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.diffusion import LevelSampler, PowerSigma
 from latentreward.reward.losses.base import SetLoss, per_row
 

@@ -30,8 +30,7 @@ from latentreward.alignment.rollout.trajectories import PromptedPolicy, RolloutD
 from latentreward.core.contracts import PreferenceBatch, PromptBatch
 from latentreward.core.errors import InputError, check_choices, check_range
 from latentreward.core.promises import detached, returns, wrong_tensor
-from latentreward.core.running import evaluating, phase
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import evaluating, pair_generator, phase
 from latentreward.diffusion import TimestepGrid
 from latentreward.reward.losses.base import SetLoss
 from latentreward.reward.modules.reward import PairDraws, latents_of

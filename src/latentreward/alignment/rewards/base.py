@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from latentreward.core.contracts import LatentSpace, NoisyStates, PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.core.promises import Part, detached, of_class, returns, shown, tensor, unchanged, wrong_tensor
-from latentreward.core.running import phase
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator, phase
 
 if TYPE_CHECKING:
     from latentreward.alignment.policies.loading import PolicySource

@@ -14,7 +14,7 @@ from latentreward.alignment.rewards.base import Reward, RewardSource
 from latentreward.core.contracts import NoisyStates
 from latentreward.core.errors import check_range
 from latentreward.core.promises import check_takes, place_of
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.core.storage.digests import digest
 
 if TYPE_CHECKING:

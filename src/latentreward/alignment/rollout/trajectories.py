@@ -16,7 +16,7 @@ from latentreward.alignment.policies.policy import Policy
 from latentreward.alignment.rollout.samplers import Sampling, StepSampler
 from latentreward.core.contracts import Conditioning, PromptBatch
 from latentreward.core.errors import InputError, quoted
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 
 
 class RolloutDraws:

@@ -43,9 +43,8 @@ from latentreward.core.checkpoints.shards import check_weights, checking_values,
 from latentreward.core.errors import InputError, check_at_least_one, errors_at, where
 from latentreward.core.interrupts import TERMINATED
 from latentreward.core.peak_rates import PEAKS, Limits, find_limits
-from latentreward.core.programs import of_framework
 from latentreward.core.promises import check_takes
-from latentreward.core.registry import backbone_names
+from latentreward.core.registry import backbone_names, of_framework
 from latentreward.core.settings import functions
 from latentreward.core.settings.errors import check_ranges, summarise
 from latentreward.core.settings.rewriting import rewrite_arguments

@@ -78,7 +78,7 @@ def serve(
     from latentreward.apps.serving.resources import Resources
     from latentreward.apps.serving.served import ScoringService, ServedModel
     from latentreward.apps.serving.server import serve as serve_until_stopped
-    from latentreward.core.programs import import_class
+    from latentreward.core.registry import import_class
     from latentreward.core.running import find_device
 
     token = os.environ.get(TOKEN_VARIABLE)

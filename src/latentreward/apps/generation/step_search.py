@@ -14,7 +14,7 @@ from latentreward.alignment.rollout.samplers import inside_window
 from latentreward.apps.generation.search import Candidates
 from latentreward.core.contracts import NoisyStates
 from latentreward.core.errors import InputError, check_range
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.diffusion import find_family
 from latentreward.diffusion.noise.processes import ancestral_variance, predicted_clean
 

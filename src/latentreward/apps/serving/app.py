@@ -29,7 +29,7 @@ from latentreward.apps.serving.refusals import RefusalLog, RequestError
 from latentreward.apps.serving.routes import Route, add_routes
 from latentreward.apps.serving.served import ScoringService
 from latentreward.core.errors import InputError, printable
-from latentreward.core.programs import import_class
+from latentreward.core.registry import import_class
 
 HEADER_BYTES = 16 * 1024  # greatest total length of a request's headers, in bytes
 REQUESTS = 256  # least limit on the number of requests in progress; see requests_at_once

@@ -23,9 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from latentreward.core.errors import InputError, one_line, where
-from latentreward.core.programs import MODULE_FOLDERS, find_modules_here, within
 from latentreward.core.public_names import import_all, import_said, renewed
-from latentreward.core.registry import backbone_names
+from latentreward.core.registry import MODULE_FOLDERS, backbone_names, find_modules_here, within
 from latentreward.core.settings.errors import NAMED_IN, UNSET, check_ranges, leaves, summarise, unknown_setting_hint
 from latentreward.core.settings.rewriting import (
     as_text,

@@ -13,7 +13,7 @@ from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.storage.json_files import read_table, read_text
 from latentreward.core.storage.user_files import find_files
-from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, sort_buckets
+from latentreward.data.image_sizes import PUBLISHED_BUCKETS, Bucket, sort_buckets
 from latentreward.data.readers.base import MAX_VOTES, Contents
 from latentreward.data.readers.json_rows import parse_number
 from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from latentreward.core.contracts import EditPrompt, ImageRef, PathText, PreferencePair
 from latentreward.core.errors import InputError
-from latentreward.core.seeding import coin_flips
+from latentreward.core.running import coin_flips
 from latentreward.core.storage.user_files import escapes, relative_path, resolve_inside
 from latentreward.data.images import BASE64, NO_IMAGE, OUTSIDE, file_image, outside
 from latentreward.data.readers.base import PairReader, content_key

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.storage.user_files import escapes, split_pattern
-from latentreward.data.list_rows import read_rows
+from latentreward.data.image_lists import read_rows
 from latentreward.data.readers.json_rows import ARRAY_REMEDY, as_object
 from latentreward.data.readers.pair_rows import Row, batches
 from latentreward.data.readers.parquet_store import (

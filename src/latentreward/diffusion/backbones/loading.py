@@ -16,13 +16,21 @@ from torch import Tensor, nn
 
 from latentreward.core.contracts import LatentSpace, PathText
 from latentreward.core.errors import InputError, first_line
-from latentreward.core.programs import of_this_package
+from latentreward.core.registry import of_this_package
 from latentreward.core.storage.hub import hub_answers, not_found, silence
 from latentreward.core.storage.json_files import entry, read_config
 from latentreward.core.storage.weight_files import find_weights, map_weights
-from latentreward.diffusion.backbones.quantization import Quantization, check_quantization, quantize
 from latentreward.diffusion.backbones.tuning import LoRA, StorageDtype, Tuning, tune, warn_of_layers
-from latentreward.diffusion.backbones.weights import after_settling, from_config, load_weights, map_model, settle
+from latentreward.diffusion.backbones.weights import (
+    Quantization,
+    after_settling,
+    check_quantization,
+    from_config,
+    load_weights,
+    map_model,
+    quantize,
+    settle,
+)
 from latentreward.diffusion.noise.processes import DDPM, FlowMatching, process_from_scheduler
 from latentreward.diffusion.noise.schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS, fits_kind
 

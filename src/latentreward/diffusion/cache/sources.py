@@ -12,8 +12,8 @@ import torch
 
 from latentreward.core.contracts import LatentSpace, PathText
 from latentreward.core.errors import InputError, check_at_least_one, check_multiples
-from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
 from latentreward.data.clips import FPS, check_clips, require_pyav
+from latentreward.data.image_sizes import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
 from latentreward.data.images import MAX_PIXELS, ResizePolicy
 from latentreward.data.readers.base import Contents
 
@@ -239,7 +239,7 @@ class PipelineEncoders(LatentSource):
     @cached_property
     def _family(self) -> Family:
         from latentreward.diffusion.backbones.loading import PipelineSource
-        from latentreward.diffusion.families.find import find_family
+        from latentreward.diffusion.families.base import find_family
 
         return find_family(PipelineSource(self.source, self.revision, self.variant), self.family)
 

@@ -25,16 +25,16 @@ from torch.utils.data import Dataset
 
 from latentreward.core.contracts import EditPrompt, ImageRef, PreferencePair, seen_as, sources_of
 from latentreward.core.errors import InputError
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.core.shared_work import SharedWork, end_after
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.durable import contents, remove_temporary, replacing, write_errors_named, write_file
 from latentreward.core.storage.progress import Progress
 from latentreward.core.storage.run_folder import first_difference
 from latentreward.data import ImageError, PairReader, PixelLoader, decode_image
-from latentreward.data.buckets import Bucket
 from latentreward.data.clips import ClipLoader
 from latentreward.data.dataset import check_edit
+from latentreward.data.image_sizes import Bucket
 from latentreward.data.images import COUNT, DAMAGED, decode_latents, read_header
 from latentreward.data.loading import WorkerLoader
 from latentreward.diffusion.cache import store

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentreward.core.contracts import Conditioning, like_prompt, sources_of
 from latentreward.core.errors import InputError
-from latentreward.core.programs import of_this_package
 from latentreward.core.promises import VALUES, Part, keep_promise, returns, shown, wrong_tensor
+from latentreward.core.registry import of_this_package
 from latentreward.core.running import phase
 
 if TYPE_CHECKING:

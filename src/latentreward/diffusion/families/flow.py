@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from latentreward.core.contracts import Conditioning
 from latentreward.core.errors import InputError, first_line
-from latentreward.core.programs import of_this_package
 from latentreward.core.promises import check_needs, returns
+from latentreward.core.registry import of_this_package
 from latentreward.core.storage.json_files import entries
 from latentreward.diffusion.backbones.loading import check_channels
 from latentreward.diffusion.encoders.prompts import PromptEncoder

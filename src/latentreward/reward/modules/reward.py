@@ -24,8 +24,7 @@ from latentreward.core.contracts import (
 )
 from latentreward.core.errors import InputError, check_once, check_range, errors_at
 from latentreward.core.promises import check_takes, shown
-from latentreward.core.running import phase
-from latentreward.core.seeding import pair_generator, run_seed
+from latentreward.core.running import pair_generator, phase, run_seed
 from latentreward.diffusion import DiffusionBackbone, LevelSampler, NoiseProcess
 from latentreward.diffusion.backbones.base import LatentNetwork
 from latentreward.diffusion.backbones.loading import check_process

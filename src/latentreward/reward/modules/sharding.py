@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from latentreward.core.errors import InputError
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.base import LatentNetwork
-from latentreward.diffusion.families.find import families
+from latentreward.diffusion.families.base import families
 from latentreward.reward.modules.training import refuse_quantized
 
 if TYPE_CHECKING:

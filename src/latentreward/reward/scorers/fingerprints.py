@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from latentreward.core.programs import of_this_package
+from latentreward.core.registry import of_this_package
 from latentreward.reward.scorers.base import Scorer, code_of
 from latentreward.reward.scorers.clip import model_source
 from latentreward.reward.scoring.layouts.find import fingerprint

@@ -17,9 +17,8 @@ from latentreward.core.contracts import Conditioning, EditPrompt, Features, Imag
 from latentreward.core.errors import InputError, check_multiples
 from latentreward.core.storage.digests import digest
 from latentreward.data import PixelLoader, decode_image
-from latentreward.data.ahead import map_ahead
 from latentreward.data.image_sizes import ImageSizes
-from latentreward.data.images import ExifOrientation, convert_image, png
+from latentreward.data.images import ExifOrientation, convert_image, map_ahead, png
 from latentreward.diffusion.backbones.base import rows_of
 from latentreward.diffusion.encoders.prompts import empty_prompts
 from latentreward.reward.scoring.network import RewardNetwork

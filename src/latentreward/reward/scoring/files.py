@@ -20,8 +20,7 @@ from latentreward.core.errors import InputError, errors_at, first_line, one_line
 from latentreward.core.storage.json_files import read_config
 from latentreward.core.storage.user_files import whole_file
 from latentreward.core.storage.weight_files import read_header
-from latentreward.diffusion.backbones.stored_adapters import CONFIG, PREFIX, WEIGHTS, check_settings, stored_ranks
-from latentreward.diffusion.backbones.tuning import PEFT_SETTINGS
+from latentreward.diffusion.backbones.tuning import CONFIG, PEFT_SETTINGS, PREFIX, WEIGHTS, check_settings, stored_ranks
 
 
 def load_exactly(

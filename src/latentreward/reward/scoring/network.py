@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from latentreward.core.contracts import Conditioning, Features, sources_of
 from latentreward.core.errors import InputError
-from latentreward.data.buckets import PUBLISHED_BUCKETS
-from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
+from latentreward.data.image_sizes import PUBLISHED_BUCKETS, ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import ExifOrientation
 from latentreward.diffusion import DiffusionBackbone, FlowMatching
 from latentreward.diffusion.encoders.prompts import empty_prompts, encode_texts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentreward.core.errors import InputError
-from latentreward.core.seeding import scoring_generator
+from latentreward.core.running import scoring_generator
 from latentreward.diffusion import NoiseProcess
 
 NoiseKey = Literal["prompt", "image"]

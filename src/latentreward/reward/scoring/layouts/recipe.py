@@ -20,9 +20,8 @@ from torch import Tensor
 
 from latentreward.core.contracts import FeatureSpec
 from latentreward.core.errors import InputError, did_you_mean, errors_at, first_line, where
-from latentreward.core.programs import find_modules_here, of_this_package
 from latentreward.core.public_names import public_names
-from latentreward.core.registry import Construction, backbone_names
+from latentreward.core.registry import Construction, backbone_names, find_modules_here, of_this_package
 from latentreward.core.settings.errors import leaves
 from latentreward.core.settings.functions import reworded
 from latentreward.core.settings.rewriting import show_secrets

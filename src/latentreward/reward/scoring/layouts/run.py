@@ -23,7 +23,7 @@ from latentreward.core.storage.json_files import checked
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.diffusion import DiffusionBackbone
-from latentreward.diffusion.backbones.stored_adapters import check_settings
+from latentreward.diffusion.backbones.tuning import check_settings
 from latentreward.diffusion.backbones.weights import assign, settling_later
 from latentreward.reward.heads.base import RewardHead
 from latentreward.reward.scoring.files import not_dense, settings_beside
