@@ -57,16 +57,8 @@ def test_unknown_families_are_refused_with_those_known() -> None:
         ("WanImageToVideoPipeline", {"_class_name": "WanTransformer3DModel"}, "continues a given image"),
         ("WanVACEPipeline", {"_class_name": "WanVACETransformer3DModel"}, "edits a given video"),
         ("Flux2Pipeline", {"_class_name": "Flux2Transformer2DModel"}, "FLUX.2-dev"),
-        (
-            "SanaPipeline",
-            {"_class_name": "SanaTransformer2DModel"},
-            r"no family here has its VAE .* give a class of your own as family",
-        ),
-        (
-            None,
-            {"_class_name": "SanaTransformer2DModel"},
-            r"no family here has its VAE .* give a class of your own as family",
-        ),
+        ("SanaPipeline", {"_class_name": "SanaTransformer2DModel"}, "no family here has its VAE"),
+        (None, {"_class_name": "SanaTransformer2DModel"}, "no family here has its VAE"),
     ],
 )
 def test_pipelines_for_other_tasks_are_refused_with_the_reason(index: Any, parts: dict[str, Any], reason: str) -> None:
