@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 from latentreward.apps.cli import main
-from latentreward.core.public_names import new_path, public_names, public_path
+from latentreward.core.public_names import new_path, public_names, public_path, renewed
 
 
 def test_each_name_is_handed_out_by_its_room() -> None:
@@ -58,6 +58,11 @@ def test_an_old_path_is_read_as_todays_which_is_told(in_file: bool, tmp_path, ca
     told = caplog.text + capsys.readouterr().err
     assert "latentreward.modules.LRMModule has moved; say latentreward.reward.LRMModule" in told
     assert "model: Option 'lr' is not accepted" in told
+
+
+@pytest.mark.parametrize("text", ["runs/latentreward.losses.old", "my.latentreward.losses.X", "latentreward.cache/x"])
+def test_paths_of_files_and_of_other_packages_stay(text: str) -> None:
+    assert renewed(text) == text
 
 
 @pytest.mark.slow
