@@ -36,7 +36,7 @@ def test_a_folder_of_a_room_finds_its_public_names(path: str) -> None:
         ("latentreward.checkpoints.fsdp2.FSDP2Strategy", "latentreward.core.checkpoints.fsdp2.FSDP2Strategy"),
         ("latentreward.data.HPDv3Reader", "latentreward.data.HPDv3Reader"),
         ("latentreward.reward.LRMModule", "latentreward.reward.LRMModule"),
-        ("latentreward.reward.losses.base.ThurstoneLoss", "latentreward.reward.ThurstoneLoss"),
+        ("latentreward.reward.losses.thurstone.ThurstoneLoss", "latentreward.reward.ThurstoneLoss"),
         ("latentreward.reward.losses.ThurstoneLoss", "latentreward.reward.losses.ThurstoneLoss"),
         ("latentreward.alignment.losses.RAMLoss", "latentreward.alignment.RAMLoss"),
         ("latentreward.callbacks.older.Throughput", "latentreward.callbacks.Throughput"),
