@@ -175,6 +175,11 @@ def test_a_label_of_a_class_counts_by_its_name(write, tmp_path) -> None:
     classes = table.add_column("label", [0, 1, 2, -1] * 6).cast_column("label", ClassLabel(names=["a", "b", "tie"]))
     stream = PairStream(classes.to_iterable_dataset(), shuffle_buffer=1)
     assert [pair.label_a for pair in stream.pairs(0, 1, 0, print)] == [1.0, 0.0, 0.5] * 6
+    whole = table.add_column("label", [0, 1] * 12).to_iterable_dataset()
+    with pytest.raises(InputError, match="label holds whole numbers"):
+        PairStream(whole)
+    stream = PairStream(whole, shuffle_buffer=1, labels={0: "a", 1: "b"})
+    assert [pair.label_a for pair in stream.pairs(0, 1, 0, print)] == [1.0, 0.0] * 12
 
 
 def test_parts_that_are_missing_follow_on_error(write, caplog) -> None:
