@@ -138,8 +138,8 @@ class PairStream(RowReader):
         self._rows = rows.select_columns(sorted({*self._columns.values()}))
         label = self._columns.get("label", "")
         self._classes = class_names(schema, label)
-        whole = label and pa.types.is_integer(schema.field(label).type) and self._classes is None
-        if labels is None and whole:
+        read = self._fields == BY_LABEL and self._classes is None and labels is None
+        if read and label and pa.types.is_integer(schema.field(label).type):
             raise WholeNumbersError(label)
         self._parser = PairRowParser(self, labels=labels)
 
