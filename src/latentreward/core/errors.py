@@ -1,4 +1,4 @@
-"""Errors that a user can correct: the command line shows them as one line without a traceback."""
+"""What a user is told: errors to correct, in one line without a traceback, and not the idle messages of libraries."""
 
 import difflib
 import logging

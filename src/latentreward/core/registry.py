@@ -1,4 +1,4 @@
-"""Registry of backbone factories by short name.
+"""Registry of backbone factories by short name, the calls that built them, and imports of classes by path.
 
 A factory is a function that returns a backbone and is annotated with its return type, so that YAML can name the
 function in ``class_path``. A registered factory may be named without its import path. This module imports neither torch

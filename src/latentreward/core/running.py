@@ -1,4 +1,4 @@
-"""How modules run: the device that a setting names, evaluation mode for a block, and the phases of a training step."""
+"""How modules run: device, evaluation mode for a block, phases of a training step, and seeds of random numbers."""
 
 import json
 import os

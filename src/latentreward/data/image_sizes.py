@@ -1,4 +1,4 @@
-"""Rules by which images of any size are resized, in training and in scoring."""
+"""Buckets of sizes, and rules by which images of any size are resized, in training and in scoring."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory, disk and time that trainings need, from estimates of ``fit --estimate``, against what a machine has."""
+"""Memory, disk and time that trainings need, from estimates of ``fit --estimate``, against a card and its bounds."""
 
 import math
 import os

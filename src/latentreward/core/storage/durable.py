@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder appears under its name only when complete, even after a kill or a power loss."""
+"""Locks, and atomic writes: a file or folder appears under its name when complete, also after a kill or power loss."""
 
 from __future__ import annotations
 

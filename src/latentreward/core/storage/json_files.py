@@ -1,4 +1,4 @@
-"""Reading of JSON and other plain values that were written elsewhere, with one-line errors."""
+"""Reading of texts, JSON and other plain values that were written elsewhere, with one-line errors."""
 
 import codecs
 import csv

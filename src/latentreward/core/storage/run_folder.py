@@ -1,4 +1,4 @@
-"""Record of the settings of a run's output, by which a later run goes on there or is refused."""
+"""Output of a run in parts, and the record of its settings, by which a later run goes on there or is refused."""
 
 import json
 import re

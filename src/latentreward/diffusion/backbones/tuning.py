@@ -1,4 +1,4 @@
-"""Choice of the weights of a backbone that train: all, none, or low-rank adapters."""
+"""Choice of the weights of a backbone that train: all, none, or low-rank adapters, and ranks of stored adapters."""
 
 from __future__ import annotations
 

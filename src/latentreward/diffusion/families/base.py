@@ -626,6 +626,7 @@ def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
         if reason := refused.get(name):
             raise InputError(f"source={pipeline.source!r} is a {name}: {reason}")
     found = [kind for kind in known.values() if kind.recognises(pipeline)]
+    # The file of a family that derives from another one may name no class.
     found = found or [kind for kind in families().values() if kind.recognises(pipeline)]
     if len(found) != 1:
         titles = ", ".join(sorted(kind.title for kind in families().values()))

@@ -1,4 +1,4 @@
-"""Readers of reward model files (safetensors, ``torch.save``) that raise one-line errors."""
+"""Files of a reward model: weights (safetensors, ``torch.save``), LoRA adapters in PEFT's format, configs of a run."""
 
 from __future__ import annotations
 

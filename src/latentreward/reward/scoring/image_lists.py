@@ -1,4 +1,4 @@
-"""Scoring of image lists: images are decoded in threads ahead of the model and scored in batches of one size."""
+"""Scoring of image lists, decoded in threads ahead of the model, and the table of their scores."""
 
 import time
 from collections import Counter

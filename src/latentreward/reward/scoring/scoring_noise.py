@@ -1,4 +1,4 @@
-"""Noise levels at which a reward model scores, and the seeded noise that is added to the latents."""
+"""Noise at which a reward model scores: levels, calibration of their scores, and seeded noise for the latents."""
 
 from __future__ import annotations
 

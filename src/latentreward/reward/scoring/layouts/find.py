@@ -1,4 +1,4 @@
-"""Detection of a reward model's layout from a path: model folder, published layout of a paper, or training run."""
+"""A reward model's place: download, layout (model folder, published layout of a paper, training run), fingerprint."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@
 ``README.md``                          model card
 =====================================  ================================================================================
 
-Loading runs no code from the folder: it holds only safetensors and JSON, and :mod:`.trust` decides which classes
+Loading runs no code from the folder: it holds only safetensors and JSON, and :mod:`.recipe` decides which classes
 ``config.json`` may name.
 """
 
@@ -247,7 +247,7 @@ class PretrainedReward(StoredReward):
     """Stored reward in a folder that :meth:`~latentreward.reward.RewardModel.save_pretrained` wrote.
 
     ``base`` is loaded in place of the base pipeline that ``config.json`` names; its weights must be equal. ``trusted``
-    is whether ``config.json`` may name classes that are not registered; see :mod:`.trust`.
+    is whether ``config.json`` may name classes that are not registered; see :mod:`.recipe`.
 
     Raises:
         InputError: If a file is missing, damaged, unexpected or of a newer version, or names a class that is not

@@ -1,6 +1,6 @@
 """Recipe of a reward model: classes and settings of backbone and head, from which the model is built again.
 
-Callers must check with :mod:`.trust` that a class is allowed before it is built here.
+Callers must check with :func:`check_class` that a class is allowed before it is built here.
 """
 
 from __future__ import annotations

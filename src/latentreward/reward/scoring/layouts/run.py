@@ -71,7 +71,7 @@ class TrainedReward(StoredReward):
     read that the checkpoint of a Python script without ``latentreward fit`` contains. ``average`` takes the weights
     that the callback ``TrainableEMA`` averaged, if the checkpoint has them. ``base`` is loaded in place of the pipeline
     that the settings name. ``trusted`` settings may name classes that are not registered, and contain ``${...}`` for
-    OmegaConf to resolve; see :mod:`.trust`.
+    OmegaConf to resolve; see :mod:`.recipe`.
 
     Raises:
         InputError: If no settings are found, they do not describe a reward, or they need ``trusted``.

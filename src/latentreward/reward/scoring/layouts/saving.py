@@ -1,4 +1,4 @@
-"""Writing of a reward model as a model folder; the loaded model gives bitwise equal scores."""
+"""Writing of a reward model as a model folder, and the comparison of what is loaded from it again."""
 
 from __future__ import annotations
 
