@@ -30,7 +30,8 @@ from .losses.targets import (
 from .metrics.calibration import PairCalibration
 from .metrics.pairwise import ByNoiseLevel, GroupPairAccuracy, MeanLoss, MeanMargin, PairwiseAccuracy
 from .metrics.rank_correlation import ScoreCorrelation
-from .modules.lrm import DiNaLRMModule, LRMModule
+from .modules.dina_lrm import DiNaLRMModule
+from .modules.lrm import LRMModule
 from .modules.reward import RewardModule, ScoredPairs
 from .modules.training import WarmupSchedule
 from .remote.schemas import ImageSchema, PlainJSON, Schema, ServedImages, ServedLatents, UniRL
