@@ -28,14 +28,13 @@ from measuring import MIB, Goal, Spread, ratio, table
 from memory import PeakMemory
 from PIL import Image
 
-from latentreward.apps.commands.cache import ENCODE
 from latentreward.core.contracts import ImageRef, LatentSpace, PreferencePair
-from latentreward.core.shared_work import SharedWork
+from latentreward.core.workers import SharedWork
 from latentreward.data import PairReader
 from latentreward.diffusion.backbones.loading import tiny_pipeline
 from latentreward.diffusion.cache.sources import ImageSettings, LatentSource, PipelineEncoders, PublishedLatents
 from latentreward.diffusion.cache.store import CacheSpec
-from latentreward.diffusion.cache.writing import Encoding, prepare_cache
+from latentreward.diffusion.cache.writing import ENCODE, Encoding, prepare_cache
 
 SIDE = 128
 BATCH = 8
@@ -125,11 +124,12 @@ def write_cache(output: Path, reader: PairReader, encoder: LatentSource, workers
     ran = encoder.origin, encoder.vae_dtype, encoder.posterior, encoder.batch_size
     spec = CacheSpec(*known, *ran, images, "float16")
     output.mkdir()
-    with SharedWork(None, "cpu", output / ".shards") as work:
-        work.join({ENCODE: Encoding(output, reader, encoders, workers, work).task}, {})
+    with SharedWork(lambda: None, 1, "cpu") as work:
+        encoding = Encoding(reader, encoders, workers, work)
+        work.join({ENCODE: encoding.task}, {})
         todo = prepare_cache(output, reader, spec, encoder, encoders, workers)
         begun = now()
-        work.run(ENCODE, todo, lambda results: None)
+        encoding.write(output, todo, lambda rows: None)
         return now() - begun
 
 

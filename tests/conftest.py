@@ -42,7 +42,7 @@ LONGEST = [
     "apps/estimate/test_step_costs",
     "distributed/test_grpo",
     "apps/commands/test_score",
-    "distributed/test_shared_work",
+    "distributed/test_workers",
     "faults/test_training_faults",
     "distributed/test_sharding",
     "docs/test_tutorial",

@@ -16,7 +16,6 @@ from PIL import Image
 
 from latentreward.apps.taste.steps import LOG, TOLD, TaskRunner
 from latentreward.core.errors import InputError
-from latentreward.core.shared_work import SharedWork
 from latentreward.core.storage.run_folder import PartFiles
 from latentreward.data import (
     DatasetPairReader,
@@ -43,7 +42,6 @@ def beside_step(name: str) -> str:
 
 
 WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "shared work": ("shards", lambda folder: SharedWork(None, "cpu", folder / "shards")),
     "parts of a table": ("out.csv.parts", lambda folder: PartFiles(folder / "out.csv", {}, 1).__enter__()),
     "log of a step": (beside_step(LOG), run_step),
     "record of a step": (beside_step(TOLD), run_step),
@@ -56,7 +54,7 @@ def test_nothing_is_written_or_deleted_behind_a_link(writer: str, tmp_path: Path
     victim, link = tmp_path / "victim", tmp_path / "work" / name
     link.parent.mkdir(parents=True)
     link.symlink_to(victim)
-    victim.mkdir() if writer in ("shared work", "parts of a table") else victim.touch()
+    victim.mkdir() if writer == "parts of a table" else victim.touch()
     with pytest.raises(InputError, match=r"is a link; delete it, or choose another output$"):
         write(tmp_path / "work")
     assert not [*victim.iterdir()] if victim.is_dir() else not victim.stat().st_size

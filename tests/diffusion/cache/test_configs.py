@@ -40,6 +40,6 @@ def test_config_runs(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         smaller = [f"--encoder.source={twin.folder}", *sizes]
     else:
         smaller = [setting.format(data=data) for setting in SMALLER[config.stem]]
-    settings = [*smaller, "--trainer.accelerator=cpu", "--num_workers=0"]
+    settings = [*smaller, "--device=cpu", "--num_workers=0"]
     main(["cache", str(tmp_path / "cache"), f"--config={config}", *settings])
     assert read_plan(tmp_path / "cache").pairs > 0

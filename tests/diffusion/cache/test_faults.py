@@ -140,24 +140,3 @@ def test_sigterm_and_a_second_run(
     assert done.items() < contents(written[1]).items()
     run_cache(cache, written[0], *SETTINGS)
     assert contents(cache) == contents(written[1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("rank", "sent"), [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGKILL)])
-def test_a_signal_to_one_of_two_processes(
-    written: tuple[Path, Path], tmp_path: Path, rank: int, sent: signal.Signals
-) -> None:
-    cache, two = tmp_path / "cache", ("--trainer.devices=2", "--trainer.strategy=ddp")
-    run = start_cache(cache, written[0], *SETTINGS, *two, setup=SLOWLY)
-    wait_for_files(cache, run)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(int(children[0]) if rank else run.pid, sent)
-    _, error = run.communicate(timeout=300)
-    assert not list(cache.rglob("*.partial")) and "Traceback" not in error
-    if sent == signal.SIGTERM:
-        assert run.returncode == 143
-        run_cache(cache, written[0], *SETTINGS)
-    else:
-        assert run.returncode == 0
-        assert f"process {children[0]} has ended (signal 9): the others do its part" in error
-    assert contents(cache) == contents(written[1])

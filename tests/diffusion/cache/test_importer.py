@@ -20,7 +20,7 @@ SAMPLE = Path(__file__).parents[2] / "formats" / "data" / "diffusion_rm"
 
 def run_import(output: Path, root: Path, *settings: str) -> None:
     source = ["--reader=latentreward.data.DiffusionRMReader", f"--reader.root={root}", "--encoder=PublishedLatents"]
-    main(["cache", str(output), *source, "--num_workers=0", "--trainer.accelerator=cpu", *settings])
+    main(["cache", str(output), *source, "--num_workers=0", "--device=cpu", *settings])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -39,10 +39,8 @@ from tests.diffusion.cache.writing import (
     write_rows,
 )
 from tests.marks import rotated_after
-from tests.processes import start_ranks
 
 WITH_TEXT = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--dtype=float32")
-TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +156,7 @@ def test_workers_threads_and_processes_do_not_change_a_byte(written: tuple[Path,
     run_cache(tmp_path / "cache", data, *WITH_TEXT, "--num_workers=2")
     assert torch.get_num_threads() == 2
     torch.set_num_threads(threads)
-    for run in start_ranks(cache_arguments(tmp_path / "two", data, *WITH_TEXT, *TWO), 2, threads=2):
-        assert run.wait(300) == 0, run.stderr
-        assert "Traceback" not in run.stderr
-    assert contents(tmp_path / "cache") == contents(tmp_path / "two") == contents(cache)
+    assert contents(tmp_path / "cache") == contents(cache)
 
 
 def test_ctrl_c_keeps_finished_files(

@@ -28,8 +28,7 @@ SETTINGS = (
     "--images.min_pixels=256",
     "--images_per_shard=8",
     "--num_workers=0",
-    "--trainer.accelerator=cpu",
-    "--trainer.devices=1",
+    "--device=cpu",
 )
 
 

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from latentreward.alignment import PixelReward, Sampling
 from latentreward.apps.cli import main
-from latentreward.apps.commands.cache import TrainerSettings, cache
-from latentreward.apps.generation.image_folder import ImageFolder, write_images
+from latentreward.apps.commands.cache import cache
+from latentreward.apps.generation.image_folder import ImageFolder, draw_images
 from latentreward.core.contracts import NoisyStates, PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
@@ -52,8 +52,7 @@ def reward_module() -> DiNaLRMModule:
 def write_cache(folder: Path, file: str) -> None:
     encoder = PipelineEncoders(WAN.folder, posterior="mode", batch_size=4)
     images = ImageSettings(SIZE, resize="stretch", frames=FRAMES)
-    one = TrainerSettings("cpu", 1)
-    cache(str(folder), JSONLPairReader(file), encoder, images, "float32", num_workers=0, trainer=one)
+    cache(str(folder), JSONLPairReader(file), encoder, images, "float32", num_workers=0, device="cpu")
 
 
 @pytest.mark.slow
@@ -100,7 +99,7 @@ def test_methods_take_two_steps_on_clips(method: str, tmp_path: Path, monkeypatc
 def test_clips_are_written_as_animated_webp(tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path / "made", {"seed": 0}, "csv")
     pixels = torch.rand(2, 3, FRAMES, 24, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    folder.add([((), write_images(folder.folder, [(0, 0), (1, 0)], ["a cat", "a dog"], pixels, None, 0))])
+    folder.add(draw_images([(0, 0), (1, 0)], ["a cat", "a dog"], pixels, None, 0))
     with Image.open(tmp_path / "made" / "00000_0_a-cat.webp") as clip:
         frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(clip)]
         assert clip.n_frames == FRAMES and clip.is_animated and clip.info["loop"] == 0
@@ -153,8 +152,8 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     reader = {"class_path": "latentreward.data.JSONLPairReader", "init_args": {"file": file}}
     encoder = {"class_path": "PipelineEncoders", "init_args": {"source": WAN.folder, "batch_size": 4}}
     images = {"size": SIZE, "resize": "stretch", "frames": FRAMES}
-    run("cache", {"reader": reader, "encoder": encoder, "images": images, "num_workers": 0,
-                  "trainer": {"accelerator": "cpu", "devices": 1}}, "cache")  # fmt: skip
+    settings = {"reader": reader, "encoder": encoder, "images": images, "num_workers": 0, "device": "cpu"}
+    run("cache", settings, "cache")
     assert read_plan(Path("cache")).spec.images.frames == FRAMES
     main(["cache", "cache", "--check"])
     backbone = {"source": WAN.folder, "visual_taps": [1, 2], "text_taps": [1, 2], "tuning": "lora"}

@@ -82,9 +82,8 @@ def cache(twin: Twin) -> dict[str, Any]:
     settings = fitted(twin)
     encoder = {"class_path": "PipelineEncoders", "init_args": {"source": twin.folder, "text": True, "batch_size": 4}}
     images = {"size": SIZE, "resize": "stretch"}
-    one = {"accelerator": "cpu", "devices": 1}
     run("cache", {"reader": settings["data"]["init_args"]["train"], "encoder": encoder, "images": images,
-                  "dtype": "float32", "num_workers": 0, "trainer": one}, "cache")  # fmt: skip
+                  "dtype": "float32", "num_workers": 0, "device": "cpu"}, "cache")  # fmt: skip
     data = {"train": {"cache": "cache"}, "batch_size": 4, "num_workers": 0, "shared_prompts": "keep",
             "cached_text": twin.family != "sd"}  # an LRM trains its text encoder  # fmt: skip
     settings["data"] = {"class_path": "latentreward.diffusion.CachedPreferenceDataModule", "init_args": data}

@@ -12,16 +12,22 @@ from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, errors_at
 from latentreward.core.interrupts import interrupts_told
 from latentreward.core.settings.functions import run_function
-from latentreward.core.shared_work import SHARDS, SharedWork, TrainerSettings
 from latentreward.core.storage.durable import locked
 from latentreward.core.storage.progress import Progress
+from latentreward.core.workers import SharedWork
 from latentreward.data import PairReader, count_text
 from latentreward.diffusion.cache import store
 from latentreward.diffusion.cache.sources import CacheDtype, ImageSettings, LatentSource
 from latentreward.diffusion.cache.store import CacheSpec
-from latentreward.diffusion.cache.writing import Encoding, describe_data, images_of, prepare_cache, sampled_pairs
+from latentreward.diffusion.cache.writing import (
+    ENCODE,
+    Encoding,
+    describe_data,
+    images_of,
+    prepare_cache,
+    sampled_pairs,
+)
 
-ENCODE = "encode"  # name of the task that writes one file
 LINES = 20  # most problems that --check prints one by one
 NAMED = 5  # most images that could not be read whose names are printed
 
@@ -35,7 +41,9 @@ def cache(
     seed: int = 0,
     images_per_shard: int = 1024,
     num_workers: int | None = None,
-    trainer: TrainerSettings = TrainerSettings(),  # noqa: B008
+    device: str = "auto",
+    workers: int = 1,
+    gpus_per_worker: float | None = None,
     check: bool = False,
 ) -> None:
     """Write the latents of a data set's images, and optionally embeddings of its prompts, to a folder.
@@ -52,14 +60,17 @@ def cache(
         images_per_shard: Most images in one file; a stopped run loses at most one unfinished file per process.
         num_workers: Processes per device that read and decode images; 0 decodes in the encoding process. By default 4,
             or the number of cores if that is less.
-        trainer: Settings of the processes that encode.
+        device: Device that encodes; auto takes an accelerator if there is one.
+        workers: Processes that encode: on this machine, or on the Ray cluster of RAY_ADDRESS. More than 1 need the
+            extra ``cluster``.
+        gpus_per_worker: GPUs of each of several workers, e.g. 0.5; by default 1 if there are any.
         check: Whether to verify every file of ``output`` instead of writing; prints missing and damaged files, and
             exits with status 1 if there are any.
 
     Raises:
         InputError: If a setting is wrong, or reader and encoder do not fit each other.
     """
-    folder = Path(output)
+    command, folder = partial(cache, **locals()), Path(output)
     num_workers = min(4, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
     if check:
         verify(folder)
@@ -72,7 +83,7 @@ def cache(
         remedy = {"images": "PipelineEncoders", "latents": "PublishedLatents"}.get(reader.holds, "a reader with images")
         raise InputError(f"encoder: {kind} takes {encoder.holds}, but the reader holds {reader.holds}; set {remedy}")
     kept = f"finished files are kept in {folder}: the same command goes on there"
-    with interrupts_told(lambda: kept), SharedWork(trainer, "auto", folder / SHARDS) as work:
+    with interrupts_told(lambda: kept), SharedWork(command, workers, device, gpus_per_worker) as work:
         with errors_at("reader: "):  # before weights
             pictures = {len(images_of(pair)) - 2 for pair in sampled_pairs(reader)}
             encoder.check_sources(min(pictures - {0}, default=0))
@@ -84,20 +95,18 @@ def cache(
         exif = "ignore" if encoders.vae is None else reader.exif
         spec = CacheSpec(encoders.space, encoders.vae_fingerprint, encoders.text_spec, *vae, images, dtype, seed,
                          images_per_shard, exif)  # fmt: skip
-        encoding = Encoding(folder, reader, encoders, num_workers, work)
-        if not work.join({ENCODE: encoding.task}, {**asdict(spec), "data": describe_data(reader)}, folder):
-            return
+        encoding = Encoding(reader, encoders, num_workers, work)
+        work.join({ENCODE: encoding.task}, {**asdict(spec), "data": describe_data(reader)})
         with locked(folder, "output"):
             todo = prepare_cache(folder, reader, spec, encoder, encoders, num_workers)
-            unused, begun, rows = list[int](), time.monotonic(), [len(file.rows) for file in store.files_of(folder)]
-            total = sum(rows[number] for number in todo)
-            with Progress("cache", total, "images and prompts", processes=work.size) as progress:
-                encoding.progress = progress.add
-                work.run(ENCODE, todo, lambda results: unused.extend(frames for _, frames in results))
+            begun, files = time.monotonic(), store.files_of(folder)
+            total = sum(len(files[number].rows) for number in todo)
+            with Progress("cache", total, "images and prompts") as progress:
+                unused = encoding.write(folder, todo, progress.add)
             rate = total / (time.monotonic() - begun)
-            report(folder, sum(unused))
+            report(folder, unused)
             if todo:
-                print(f"{rate:.1f} images and prompts per second with {work.size} processes")
+                print(f"{rate:.1f} images and prompts per second with {workers} workers")
 
 
 def verify(folder: Path) -> None:

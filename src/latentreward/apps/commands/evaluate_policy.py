@@ -21,9 +21,9 @@ from latentreward.core.interrupts import interrupts_told
 from latentreward.core.reports.page import HTML, versions, write_report
 from latentreward.core.reports.tables import as_text
 from latentreward.core.settings.functions import run_function
-from latentreward.core.shared_work import SHARDS, SharedWork, Task, TrainerSettings
 from latentreward.core.storage.durable import locked, write_file
 from latentreward.core.storage.run_folder import RunFolder
+from latentreward.core.workers import SharedWork, Task
 from latentreward.data.alignment.prompt_files import PromptRow, read_prompt_set
 from latentreward.reward import ImageScorer, Scorer
 from latentreward.reward.scorers.fingerprints import public_identity
@@ -63,7 +63,8 @@ def evaluate_policy(
     state_scores: StateScores | None = None,
     cards: int = 400,
     device: str = "auto",
-    trainer: TrainerSettings | None = None,
+    workers: int = 1,
+    gpus_per_worker: float | None = None,
 ) -> None:
     """Sample pictures from one or two policies, score them, and report means, win rates and the pictures themselves.
 
@@ -103,12 +104,14 @@ def evaluate_policy(
         cards: Largest number of pictures of each policy in ``report.html``.
         device: Device of the generators: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one. Scorers have a
             setting of their own.
-        trainer: Settings of several processes that share the work, on many GPUs or machines; by default one process.
-            Scorers of images work in all of them, tools in the first one.
+        workers: Processes that sample, and in which scorers of images work (tools work in the first process): on this
+            machine, or on the Ray cluster of RAY_ADDRESS. More than 1 need the extra ``cluster``.
+        gpus_per_worker: GPUs of each of several workers, e.g. 0.5; by default 1 if there are any.
 
     Raises:
         InputError: If a setting or a file is wrong.
     """
+    command = partial(evaluate_policy, **locals())
     names, given = picture_scores.score_names(scorers), [policy] if against is None else [policy, against]
     policies = {one.name or name: one for one, name in zip(given, NAMES, strict=False)}
     if len(policies) < len(given):
@@ -131,7 +134,7 @@ def evaluate_policy(
             scorer.prepare()
 
     check_states(sampling, state_scores, policies)
-    with SharedWork(trainer, device, output_dir / SHARDS) as work:
+    with SharedWork(command, workers, device, gpus_per_worker) as work:
         plan = samples.SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, work.device)
         settings: dict[str, Any] = {
             "prompts": None if prompts is None else name_of(prompts),
@@ -145,17 +148,15 @@ def evaluate_policy(
             "parts": parts,
         }
 
-        def sample(judged: samples.JudgedPolicy, folder: Path, batches: Sequence[Any]) -> Callable[[Any], Any]:
+        def sample(judged: samples.JudgedPolicy, shown: Sequence[str]) -> Callable[[Any], Any]:
             prepare()  # so that an unfit scorer fails before anything is sampled
-            return samples.sampling_task(judged, plan, folder, batches)
+            return samples.sampling_task(judged, plan, shown)
 
         tasks: dict[str, Task] = states_tasks(state_scores, policies, SLOTS, plan)
         slots = dict(zip(policies, SLOTS, strict=False))
         for name, slot in slots.items():
             if name not in found:
-                tasks[samples.PICTURES_OF.format(slot)] = partial(
-                    sample, policies[name], output_dir / "pictures" / slot
-                )
+                tasks[samples.PICTURES_OF.format(slot)] = partial(sample, policies[name])
             tasks[picture_scores.SCORES_OF.format(slot)] = partial(picture_scores.scoring_task, scorers, prepare)
         generators = {name: judged.trained.identity() for name, judged in policies.items() if name not in found}
         identities = {scorer.name: scorer.identity() for scorer in scorers}
@@ -166,8 +167,7 @@ def evaluate_policy(
             "batch_size": batch_size,
             "state_scores": plain(state_scores),
         }
-        if not work.join(tasks, spec, output_dir):
-            return
+        work.join(tasks, spec)
         with locked(output_dir, "output_dir"):
             remedy = "choose an empty folder"
             RunFolder(output_dir, output_dir / "evaluate.json", settings, "output_dir", remedy).claim(made=False)

@@ -1,6 +1,6 @@
 """``latentreward generate``: sample pictures of prompts, optionally chosen by a reward (best of N, searches)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,8 @@ from latentreward.core.contracts import PathText, PromptBatch, like_prompt
 from latentreward.core.errors import InputError
 from latentreward.core.interrupts import interrupts_told
 from latentreward.core.settings.functions import run_function
-from latentreward.core.shared_work import SHARDS, SharedWork, TrainerSettings
 from latentreward.core.storage.durable import locked
+from latentreward.core.workers import SharedWork
 from latentreward.data.alignment.prompt_files import read_prompt_rows
 
 PICTURES = "pictures"
@@ -58,7 +58,8 @@ def generate(
     max_prompt_chars: int = 10_000,
     table: Literal["csv", "jsonl"] = "csv",
     device: str = "auto",
-    trainer: TrainerSettings | None = None,
+    workers: int = 1,
+    gpus_per_worker: float | None = None,
 ) -> None:
     """Write pictures or clips of each prompt, a grid of all pictures, and a table with their seeds, noises and scores.
 
@@ -92,11 +93,14 @@ def generate(
         max_prompt_chars: Most characters of a prompt; longer ones are refused. Text encoders read a few hundred.
         table: Format of the table.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one.
-        trainer: Settings of several processes that share the work, on many GPUs or machines; by default one process.
+        workers: Processes that sample: on this machine, or on the Ray cluster of RAY_ADDRESS. More than 1 need the
+            extra ``cluster``.
+        gpus_per_worker: GPUs of each of several workers, e.g. 0.5; by default 1 if there are any.
 
     Raises:
         InputError: If a setting is wrong, or ``output_dir`` holds other files or pictures made with other settings.
     """
+    command = partial(generate, **locals())
     trained = TrainedPolicy(policy, checkpoint, lora)
     family = (source := trained.source()).resolve_family()
     guidance_scale = family.guidance(guidance_scale)
@@ -117,7 +121,7 @@ def generate(
             reward_guidance.check(sampling.sampler(family))
             reward.require_guidance()
 
-    def pictures(batches: Sequence[list[list[Any]]]) -> Callable[[list[list[Any]]], list[image_folder.Row]]:
+    def pictures(shown: Sequence[str]) -> Callable[[list[list[Any]]], Iterator[list[image_folder.Made]]]:
         """Load generator and reward; return the function that makes a batch of pictures."""
         generator = trained.load(work.device, sampling)
         scorer = None if reward is None else reward.load(generator).eval().to(work.device)
@@ -126,7 +130,7 @@ def generate(
             drawn = iter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(work.device))
             one = PromptBatch((like_prompt("", texts[0]),), ("",))
             generation.best_of_n(lambda _: next(drawn), scorer, one, best_of, sigmas=score_sigmas)
-        offload_text_encoders(generator, scorer, [text for batch in batches for _, _, text in batch], work.device)
+        offload_text_encoders(generator, scorer, shown, work.device)
         how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
         sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
         for name in named:
@@ -140,8 +144,7 @@ def generate(
             return generation.best_of_n(sample, scorer, prompts, best_of, seed=seed, sigmas=score_sigmas)
 
         return partial(
-            image_folder.write_batch,
-            output_dir,
+            image_folder.draw_batch,
             draw,
             partial(image_folder.decode_latents, generator),
             seed,
@@ -150,14 +153,15 @@ def generate(
 
     texts = [row.prompt for row in read_prompt_rows(prompts, "prompts", max_prompt_chars)]
     family.check_prompts(texts, "prompts")
-    with SharedWork(trainer, device, output_dir / SHARDS) as work:
-        if not work.join({PICTURES: pictures}, {**settings, "batch_size": batch_size}, output_dir):
-            return
+    with SharedWork(command, workers, device, gpus_per_worker) as work:
+        work.join({PICTURES: pictures}, {**settings, "batch_size": batch_size})
         with locked(output_dir, "output_dir"):
-            folder = image_folder.ImageFolder(output_dir, settings, table, work.left_over(PICTURES))
+            folder = image_folder.ImageFolder(output_dir, settings, table)
             wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
-            there = len(wanted) - len(folder.missing(wanted, texts))
-            print(f"{there} of {len(wanted)} pictures are there already", flush=True)
+            print(
+                f"{len(wanted) - len(folder.missing(wanted, texts))} of {len(wanted)} pictures are there already",
+                flush=True,
+            )
             with interrupts_told(
                 lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"
             ):

@@ -2,21 +2,21 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import torch
 
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_once, first_line
 from latentreward.core.settings.functions import run_function
-from latentreward.core.shared_work import SHARDS, SharedWork, TrainerSettings
 from latentreward.core.storage.progress import Progress
 from latentreward.core.storage.run_folder import PartFiles
+from latentreward.core.workers import SharedWork
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
 from latentreward.reward import ModelSource, PublishedSettings, RewardModel, ScoringNoise
@@ -83,7 +83,8 @@ def score(
     exif: ExifOrientation | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
-    trainer: TrainerSettings | None = None,
+    workers: int = 1,
+    gpus_per_worker: float | None = None,
     **loading: Any,
 ) -> None:
     """Score images or clips for their prompts, and write a table and, with --gallery, an HTML page sorted by score.
@@ -112,29 +113,34 @@ def score(
         batch_size: Images per forward pass.
         decode_threads: Threads that decode images ahead of the model.
         flush_every: Images per part of the table: a killed process loses at most one part. Ctrl-C loses no score of a
-            single process; of several, each but the first loses at most one part.
+            single process; each of several workers loses at most one part.
         max_pixels: Most pixels of an image; larger images are recorded as unreadable.
         exif: apply rotates images by their EXIF orientation, ignore takes the stored pixels; by default the model
             treats images as in its training.
         dtype: Precision of the model's backbone.
         device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
-        trainer: Settings of several processes that share the work, on many GPUs or machines; by default one process.
+        workers: Processes that score: on this machine, or on the Ray cluster of RAY_ADDRESS. More than 1 need the extra
+            ``cluster``.
+        gpus_per_worker: GPUs of each of several workers, e.g. 0.5; by default 1 if there are any.
         loading: See :class:`~latentreward.reward.ModelSource`.
 
     Raises:
         InputError: If a setting is wrong, the output belongs to another run, or no image can be scored.
     """
+    command = partial(score, **{name: value for name, value in locals().items() if name != "loading"}, **loading)
     page = None
     if gallery is not None:
         from latentreward.reward.scoring.gallery import Gallery
 
         page = Gallery(gallery, gallery_images, decode_threads, max_pixels)
-    with SharedWork(trainer, device, output.parent / f".{output.name}{SHARDS}") as work:
+    with SharedWork(command, workers, device, gpus_per_worker) as work:
         source = ModelSource(model, config=run_config, **loading)
         listed = read_images(images, prompt, image_column, prompt_column, allow_outside, max_prompt_chars)
         load = partial(RewardModel.from_pretrained, source, device=work.device, dtype=getattr(torch, dtype))
         reading = {"batch_size": batch_size, "decode_threads": decode_threads, "max_pixels": max_pixels}
-        scoring = PartScoring(output, listed, partial(_scoring, load, listed, noise, each_level, exif, reading), work)
+        scoring = PartScoring(
+            output, listed, partial(_scoring, load, listed, noise, each_level, exif, reading), workers
+        )
         spec = {
             "images": images_identity(listed),
             "model": fingerprint(model, source.revision),
@@ -149,10 +155,8 @@ def score(
             "exif": exif,
             "dtype": dtype,
         }
-        settings = {**spec, "images": images_identity(listed, False), "batch_size": batch_size}
+        work.join({PARTS: scoring.task}, {**spec, "images": images_identity(listed, False), "batch_size": batch_size})
         files = PartFiles(output, spec, len(listed.rows))
-        if not work.join({PARTS: scoring.task}, settings, files.folder):
-            return
         find = cache(partial(find_reward, source))
         notes: list[str] = []
         with files:
@@ -160,7 +164,7 @@ def score(
                 print(f"{output} is complete already: {len(listed.rows)} images")
             else:
                 if parts := files.missing(flush_every):
-                    notes = scoring.score(files, parts, exif, find)
+                    notes = scoring.score(work, files, parts, exif, find)
                 files.finish()
     table = read_scores(output)
     print(f"{output}: {summarise(listed, table)}")
@@ -180,14 +184,19 @@ class PartScoring:
 
     output: Path  # table to write
     listed: ImageList  # images to score
-    load: Callable[[bool], ListedScoring]  # function that loads the model; the argument says whether to tell about it
-    work: SharedWork
+    load: Callable[[], ListedScoring]  # function that loads the model
+    workers: int
     # What the processes found in the images so far: ``rotated``, ``unused`` and the model's ``seconds``
     found: dict[str, float] = field(default_factory=dict)
     model: RewardModel | None = None  # model of this process, once it has scored a part
 
     def score(
-        self, files: PartFiles, parts: Sequence[range], exif: ExifOrientation | None, find: Callable[[], StoredReward]
+        self,
+        work: SharedWork,
+        files: PartFiles,
+        parts: Sequence[range],
+        exif: ExifOrientation | None,
+        find: Callable[[], StoredReward],
     ) -> list[str]:
         """Score the given parts; return remarks on time and clips, and on images' shapes (all runs) and EXIF."""
         require_some(self.listed)
@@ -195,13 +204,17 @@ class PartScoring:
         if kept := files.rows - total:
             print(f"{kept} of {files.rows} images were scored before and are kept", flush=True)
 
-        def keep(results: Sequence[tuple[list[int], dict[str, float]]]) -> None:
-            for name, value in chain.from_iterable(found.items() for _, found in results):
+        def keep(part: range, result: tuple[range, pa.Table, dict[str, float]]) -> None:
+            rows, scores, found = result
+            files.write(rows, scores)
+            for name, value in found.items():
                 self.found[name] = self.found.get(name, 0) + value
+            if self.workers > 1:
+                self._progress.add(len(rows))
 
         self._begun = time.monotonic()
-        with Progress("score", files.rows, "images", kept, processes=self.work.size) as self._progress:
-            self.work.run(PARTS, [[part.start, part.stop] for part in parts], keep)
+        with Progress("score", files.rows, "images", kept) as self._progress:
+            work.run(PARTS, None, parts, keep)
         seconds = time.monotonic() - self._begun
         speed = f"{total / seconds:.1f} images/s, {self.found['seconds']:.1f} s in the model"
         notes = [f"{total} images scored in {seconds:.1f} s ({speed})"]
@@ -224,27 +237,28 @@ class PartScoring:
             notes.append(f"{self.found['rotated']} {ignored if (exif or read.exif) == 'ignore' else turned}")
         return notes
 
-    def task(self, parts: Sequence[list[int]]) -> Callable[[list[int]], dict[str, float]]:
-        """Load the model, and return the function that scores a part of the table, given by its first and last row.
+    def task(self, given: None) -> Callable[[range], Iterator[tuple[range, pa.Table, dict[str, float]]]]:
+        """Load the model, and return the function that scores a part of the table.
 
-        That function writes the part, and returns what it found.
+        It yields ranges of rows with their tables, and what was found in their images. After a Ctrl-C it yields what is
+        finished of the part.
         """
-        scoring, files = self.load(self.work.first), PartFiles(self.output, {}, len(self.listed.rows))
-        self.model = scoring.model
-        if self.work.first:
-            self._begun, scoring.progress = time.monotonic(), self._progress.add
+        scoring = self.load()
+        self.model, self._begun = scoring.model, time.monotonic()
+        if self.workers == 1:
+            scoring.progress = self._progress.add
 
-        def score_part(part: list[int]) -> dict[str, float]:
-            scoring.seconds, scoring.rotated, scoring.unused = 0.0, 0, 0
+        def score_part(part: range) -> Iterator[tuple[range, pa.Table, dict[str, float]]]:
             try:
-                for rows, table in scoring.tables([range(*part)]):
-                    files.write(rows, table)
+                for rows, table in scoring.tables([part]):
+                    found = {"seconds": scoring.seconds, "rotated": scoring.rotated, "unused": scoring.unused}
+                    scoring.seconds, scoring.rotated, scoring.unused = 0.0, 0, 0
+                    yield rows, table, found
             except torch.OutOfMemoryError as error:
                 raise InputError(
                     f"batch_size={scoring.batch_size} takes more memory than there is ({first_line(error)}); what was "
-                    f"scored is kept in {files.folder}: set a smaller one"
+                    f"scored is kept in {self.output.name}.parts: set a smaller one"
                 ) from error
-            return {"seconds": scoring.seconds, "rotated": scoring.rotated, "unused": scoring.unused}
 
         return score_part
 
@@ -256,9 +270,8 @@ def _scoring(
     each_level: bool,
     exif: ExifOrientation | None,
     reading: Mapping[str, int],
-    told: bool,
 ) -> ListedScoring:
-    """Load the model; if ``told``, print its noise, and what the table will lack."""
+    """Load the model, and print its noise, and what the table will lack."""
     start = time.monotonic()
     model = load()
     model.exif = exif or model.exif
@@ -268,9 +281,8 @@ def _scoring(
         kind, prefix = ("sigmas", "score_sigma") if own.sigmas else ("timesteps", "score_t")
         columns |= {f"{prefix}_{one:g}": dataclasses.replace(own, **{kind: (one,)}) for one in getattr(own, kind)}
     scoring = ListedScoring(model, listed.rows, columns, **reading)
-    if told:
-        print(f"model loaded in {time.monotonic() - start:.1f} s; scoring at {own}", flush=True)
-    if told and model.calibration is not None and not model.calibration.fits(own):
+    print(f"model loaded in {time.monotonic() - start:.1f} s; scoring at {own}", flush=True)
+    if model.calibration is not None and not model.calibration.fits(own):
         at = model.calibration.noise
         print(f"z_score and quantile are empty: the model is calibrated at {at}, not at {own}")
     return scoring

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,10 @@ from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.interrupts import interrupts_held
 from latentreward.core.reports.drawing import PLAIN, SHOWN_FRAMES, animate, draw_pair, strip, tile, to_images
-from latentreward.core.shared_work import SharedWork
 from latentreward.core.storage.durable import write_file
 from latentreward.core.storage.progress import Progress
 from latentreward.core.storage.run_folder import RunFolder
+from latentreward.core.workers import SharedWork
 from latentreward.data.alignment.prompt_files import source_files
 from latentreward.data.images import image_bytes, png
 from latentreward.data.readers.json_rows import parse_json, short
@@ -43,8 +43,8 @@ KEPT = "pictures written before are kept: free some space and run it again"
 Row = dict[str, Any]
 Name = tuple[int, int]
 """Index of a prompt, and number of an image of this prompt, both from 0."""
-Made = tuple[Any, Sequence[Row]]
-"""Batch of images, and its rows of the table."""
+Made = tuple[Row, Mapping[str, bytes]]
+"""Row of the table of an image, and its files: name in the folder → content."""
 
 
 def file_name(place: int, image: int, prompt: str, suffix: str = ".png") -> str:
@@ -67,16 +67,13 @@ class ImageFolder:
         folder: Folder; made if it does not exist.
         settings: Settings that the images depend on besides prompts, as plain values; written to ``generate.json``.
         table: Format of the table.
-        left_over: Batches that a killed run made but did not add to the table, each with its rows.
 
     Raises:
         InputError: If the folder holds other files, or images made with other settings; or if the table or the
             settings are damaged.
     """
 
-    def __init__(
-        self, folder: Path, settings: dict[str, Any], table: Literal["csv", "jsonl"], left_over: Sequence[Made] = ()
-    ) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], table: Literal["csv", "jsonl"]) -> None:
         self.folder, self.table = folder, folder / f"images.{table}"
         self.rows: dict[Name, Row] = {}
         try:
@@ -84,7 +81,7 @@ class ImageFolder:
             if self.table.is_file():
                 with self.table.open(encoding="utf-8", newline="") as file:
                     kept = list(csv.DictReader(file) if table == "csv" else map(json.loads, file))
-            for row in (*kept, *(row for _, rows in left_over for row in rows)):
+            for row in kept:
                 if not (isinstance(row["file"], str) and isinstance(row["prompt"], str)):
                     raise TypeError("a row without file and prompt")
                 self.rows[int(row["place"]), int(row["image"])] = row
@@ -94,8 +91,6 @@ class ImageFolder:
             ) from error
         remedy = "choose another output_dir"
         RunFolder(folder, folder / SETTINGS, settings, "output_dir", remedy, KEPT).claim(made=bool(self.rows))
-        if left_over:
-            self.add(left_over)
 
     def missing(self, wanted: Sequence[Name], texts: Sequence[str]) -> list[Name]:
         """List the images of ``wanted`` that have not been written; refuse one that was made for another prompt.
@@ -135,8 +130,11 @@ class ImageFolder:
 
     @interrupts_held()
     def add(self, made: Sequence[Made]) -> None:
-        """Add batches with their rows, as :func:`write_images` returns them, and write the table."""
-        self.rows |= {(row["place"], row["image"]): row for _, rows in made for row in rows}
+        """Write the files of images, as :func:`draw_images` makes them, and then the table with their rows."""
+        for row, files in made:
+            for name, content in files.items():
+                write_file(self.folder / name, content, KEPT)
+            self.rows[row["place"], row["image"]] = row
         rows, text = [self.rows[name] for name in sorted(self.rows)], io.StringIO(newline="")
         if self.table.suffix == ".jsonl":
             text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -172,56 +170,51 @@ class ImageFolder:
         return f"{self.folder}: {len(names)} pictures{mean}"
 
 
-@interrupts_held()
-def write_images(
-    folder: Path,
+def draw_images(
     names: Sequence[Name],
     prompts: Sequence[str],
     pixels: torch.Tensor,
     scores: torch.Tensor | None,
     seed: int,
-) -> list[Row]:
-    """Write B images as PNG files, or B clips as animated WebP without loss, and return their rows of the table.
+) -> list[Made]:
+    """Encode B images as PNG, or B clips as animated WebP without loss; return their rows of the table and files.
 
     ``names`` holds the index of the prompt and the number of each image. ``pixels`` are ``(B, 3, H, W)``, or
     ``(B, 3, F, H, W)`` for clips, in [-1, 1]. ``scores`` ``(N, B)`` are those of the N samples from which each image
     was chosen as the best, if any.
     """
-    rows: list[Row] = []
+    made: list[Made] = []
     for column, ((place, image), prompt) in enumerate(zip(names, prompts, strict=True)):
         frames, clip = to_images(pixels[column]), pixels.ndim == 5
         name = file_name(place, image, prompt, ".webp" if clip else ".png")
-        write_file(folder / name, animate(frames, lossless=True) if clip else png(frames[0]), KEPT)
+        files = {name: animate(frames, lossless=True) if clip else png(frames[0])}
         row: Row = {"file": name, "prompt": str(prompt), "place": place, "image": image, "seed": seed}
         if sources := source_files(place, prompt):
-            for copy, source in sources.items():
-                write_file(folder / copy, image_bytes(source), KEPT)
+            files |= {copy: image_bytes(source) for copy, source in sources.items()}
             row[SOURCES] = json.dumps([*sources])
         if scores is not None:
             row |= {"score": scores[:, column].max().item(), "mean_score": scores[:, column].mean().item()}
-        rows.append(row)
-    return rows
+        made.append((row, files))
+    return made
 
 
 DETERMINISTIC = Sampling(eta=0.0, noise_level=0.0)
 """Sampling settings without noise in the steps, for DDIM and for flow matching."""
 
 
-def write_batch(
-    folder: Path,
+def draw_batch(
     draw: Callable[[PromptBatch], tuple[Tensor, Tensor | None]],
     decode: Callable[[Tensor], Tensor],
     seed: int,
     batch: Sequence[Sequence[Any]],
     key: Callable[[int, int], str] = "{}/{}".format,
     with_noise: bool = False,
-) -> list[Row]:
-    """Sample, decode and write one batch of images; return their rows of the table.
+) -> Iterator[list[Made]]:
+    """Sample and decode one batch of images; yield their rows of the table and files.
 
     Args:
-        folder: Folder that gets the images.
         draw: Function from B prompts to latents ``(B, C, ...)``, and scores ``(N, B)`` of N samples per prompt or None.
-        decode: Function from latents to pixels in [-1, 1] on the CPU, see :func:`write_images`.
+        decode: Function from latents to pixels in [-1, 1] on the CPU, see :func:`draw_images`.
         seed: Seed written to the table.
         batch: Images as [index of the prompt, number of the image, prompt].
         key: Function from index of the prompt and number of the image to the key that seeds the noise of this image.
@@ -230,29 +223,34 @@ def write_batch(
     names = [(place, image) for place, image, _ in batch]
     prompts = PromptBatch(tuple(prompt for _, _, prompt in batch), tuple(starmap(key, names)))
     latents, scores = draw(prompts)
-    rows = write_images(folder, names, prompts.prompts, decode(latents), scores, seed)
+    made = draw_images(names, prompts.prompts, decode(latents), scores, seed)
     if with_noise:
         # The chosen one of N samples, by the name that `best_of_n` draws it under.
-        ends = [""] * len(rows) if scores is None else [f"/{number}" for number in scores.argmax(dim=0).tolist()]
-        for row, start, end in zip(rows, prompts.keys, ends, strict=True):
+        ends = [""] * len(made) if scores is None else [f"/{number}" for number in scores.argmax(dim=0).tolist()]
+        for (row, _), start, end in zip(made, prompts.keys, ends, strict=True):
             row[NOISE] = str(PriorNoise(seed, start + end, tuple(latents.shape[1:])))
-    return rows
+    yield made
 
 
 def make_pictures(
     work: SharedWork, task: str, folder: ImageFolder, wanted: Sequence[Name], texts: Sequence[str], batch_size: int
 ) -> None:
-    """Let the processes of a command make the missing ones of the ``wanted`` images, and add them to the folder.
+    """Make the missing ones of the ``wanted`` images, by all workers, and add them to the folder.
 
     Wanted images are cut into batches, and then those that are there are left out: a run that goes on samples a batch
     together with the images that a run without a stop would sample it with, to the last bit. ``texts`` are the prompts
-    by their index; the task is a :func:`write_batch`.
+    by their index; the task takes the prompts of all missing images, and returns a :func:`draw_batch`.
     """
     left = {*folder.missing(wanted, texts)}
     cut = (wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size))
     batches = ([[place, image, texts[place]] for place, image in batch if (place, image) in left] for batch in cut)
-    with Progress(folder.folder.name, len(left), "pictures", processes=work.size) as progress:
-        work.run(task, [batch for batch in batches if batch], folder.add, lambda batch: progress.add(len(batch)))
+    with Progress(folder.folder.name, len(left), "pictures") as progress:
+
+        def keep(batch: Sequence[Any], made: list[Made]) -> None:
+            folder.add(made)
+            progress.add(len(batch))
+
+        work.run(task, [texts[place] for place, _ in sorted(left)], [batch for batch in batches if batch], keep)
 
 
 def decode_latents(policy: Policy, latents: Tensor) -> Tensor:

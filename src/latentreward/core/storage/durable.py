@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -297,57 +296,6 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
         yield
     finally:
         _give_back(lock)
-
-
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Try to hold the lock file ``path`` inside the block, without waiting; yield False if another process holds it.
-
-    The operating system frees the lock when the process ends, also after a kill. The lock file stays: on NFS, to lock a
-    file that another machine has just deleted is an error. On a file system without locks, True is yielded to every
-    process, see :func:`has_locks`.
-    """
-    try:
-        lock = _taken(path)
-    except Timeout:
-        yield False
-        return
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        yield True
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def is_held(path: Path) -> bool:
-    """Tell whether a process holds the lock file ``path``; False without the file, or on a file system without locks.
-
-    Any number of processes may ask at once: they share a lock for that moment, so that none takes another's question
-    for a holder.
-    """
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as filelock locks, whose own is exclusive
-    except OSError as error:
-        if error.errno not in {errno.EWOULDBLOCK, errno.ENOENT, *NO_LOCKS}:
-            raise
-        return error.errno == errno.EWOULDBLOCK
-    return False
-
-
-def has_locks(folder: Path) -> bool:
-    """Tell whether the file system of ``folder`` has locks, by taking one there."""
-    try:
-        _give_back(_taken(folder / f"{LOCK}.{os.getpid()}.{socket.gethostname()}"))
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return False
-    return True
 
 
 def _taken(path: Path) -> FileLock:

@@ -1,4 +1,4 @@
-"""Writing of a cache: a plan of the reader's rows, then the files, which several processes may share.
+"""Writing of a cache: a plan of the reader's rows, then the files, which several workers may share.
 
 The plan depends on the reader's rows and the spec alone, not on the number of processes.
 """
@@ -7,30 +7,33 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from zlib import crc32
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentreward.core.contracts import EditPrompt, ImageRef, PreferencePair, seen_as, sources_of
 from latentreward.core.errors import InputError
 from latentreward.core.running import pair_generator
-from latentreward.core.shared_work import SharedWork, end_after
 from latentreward.core.storage.digests import digest
-from latentreward.core.storage.durable import contents, remove_temporary, replacing, write_errors_named, write_file
+from latentreward.core.storage.durable import contents, remove_temporary, write_errors_named, write_file
 from latentreward.core.storage.progress import Progress
 from latentreward.core.storage.run_folder import first_difference
+from latentreward.core.workers import SharedWork
 from latentreward.data import ImageError, PairReader, PixelLoader, decode_image
 from latentreward.data.clips import ClipLoader
 from latentreward.data.dataset import check_edit
@@ -44,6 +47,7 @@ from latentreward.diffusion.encoders.vae import edit_of_grey
 
 logger = logging.getLogger(__name__)
 KEPT = "finished files are kept: free some space and resume with the same command"
+ENCODE = "encode"  # name of the task that encodes one file
 SKIP = "replace the file, or set the reader's on_error to skip, and run the same command"
 FIELDS = {
     **dict.fromkeys(("pair_id", "group_id", "model_a", "model_b", "source", "split"), pa.string()),
@@ -229,7 +233,7 @@ def prepare_cache(
             if difference := first_difference(then, now):
                 raise InputError(f"{folder} was begun with {difference}; set it back, or choose another output")
             problems = store.damaged_tables(folder, begun)
-        elif strangers := [name for name in contents(folder) if name not in (".shards", *SCHEMAS)]:
+        elif strangers := [name for name in contents(folder) if name not in SCHEMAS]:
             raise InputError(f"output={str(folder)!r} has no {SPEC} but holds {strangers[0]}; choose an empty folder")
         if begun is None or problems:
             seen = encoders.text is not None and encoders.text.sees_sources
@@ -365,18 +369,25 @@ def encode_batch(
 
 @dataclass
 class Encoding:
-    """Encoding of the files of a planned cache, which several processes may share."""
+    """Encoding of the files of a planned cache, which several workers may share."""
 
-    folder: Path  # folder of the cache
     reader: PairReader  # reader of the images
     encoders: Encoders  # VAE and text encoders
     num_workers: int  # number of processes per device that read and decode images
-    work: SharedWork  # the processes that encode
+    work: SharedWork
     progress: Callable[[int], object] = lambda number: None  # gets the rows of each batch encoded
 
-    def task(self, numbers: Sequence[int]) -> Callable[[int], int]:
-        """Return the function that writes the file of a number, and returns how many frames of clips are not used."""
-        device, batches, keys = self.work.device, EncodeBatches(self.folder, self.reader), list[tuple[int, int]]()
+    def task(self, tables: Mapping[str, bytes]) -> Callable[[int], Iterator[tuple[bytes, int]]]:
+        """Return the function that encodes the file of a number.
+
+        It takes the plan and the tables of the cache, name → content; the function yields the content of the file and
+        how many frames of clips are not used.
+        """
+        with TemporaryDirectory() as folder:
+            for name, content in tables.items():
+                (Path(folder) / name).write_bytes(content)
+            batches, keys = EncodeBatches(Path(folder), self.reader), list[tuple[int, int]]()
+        device = self.work.device
         for encoder in (self.encoders.vae, self.encoders.text):
             if encoder is not None:
                 encoder.eval().to(device)
@@ -387,12 +398,12 @@ class Encoding:
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=device.type != "cpu",
-            # The process group runs threads, and a fork of a process with threads may hang (seen with Python 3.11).
-            multiprocessing_context="forkserver" if self.num_workers and self.work.size > 1 else None,
-            worker_init_fn=end_worker_with_rank,
+            # A worker of Ray runs threads, and a fork of a process with threads may hang (seen with Python 3.11).
+            multiprocessing_context="forkserver" if self.num_workers and SharedWork.in_worker else None,
+            worker_init_fn=end_with_parent,
         )
 
-        def write(number: int) -> int:
+        def encode(number: int) -> Iterator[tuple[bytes, int]]:
             plan, parts, lost, skipped = batches.plan, list[dict[str, Tensor]](), dict[str, str](), 0
             keys[:] = batches.keys_of(number)
             for (_, first), (names, *tensors, unread, unused) in zip(keys, loader, strict=True):
@@ -406,15 +417,38 @@ class Encoding:
                 self.progress(len(names))
             whole = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
             record = {"plan": plan.name, "unread": lost, "sha256": store.digest_of(whole, lost)}
-            with replacing(self.folder / batches.files[number].name, KEPT) as partial:
-                save_file(whole, partial, {"cache": json.dumps(record, sort_keys=True)})  # in one entry: it sorts none
-            return skipped
+            yield save(whole, {"cache": json.dumps(record, sort_keys=True)}), skipped  # in one entry: it sorts none
 
-        return write
+        return encode
+
+    def write(self, folder: Path, todo: Sequence[int], progress: Callable[[int], object]) -> int:
+        """Encode and write the files of the numbers ``todo``; return how many frames of clips are not used.
+
+        ``progress`` is called with numbers of images and prompts.
+        """
+        files, unused, shared = store.files_of(folder), 0, self.work.workers > 1
+        tables = {name: (folder / name).read_bytes() for name in (SPEC, *SCHEMAS)}
+
+        def keep(number: int, result: tuple[bytes, int]) -> None:
+            nonlocal unused
+            write_file(folder / files[number].name, result[0], KEPT)
+            unused += result[1]
+            if shared:
+                progress(len(files[number].rows))
+
+        if not shared:
+            self.progress = progress
+        self.work.run(ENCODE, tables, todo, keep)
+        return unused
 
 
-def end_worker_with_rank(worker_id: int) -> None:
-    """Kill this loader worker when its rank ends; with a fork server, the rank is not the worker's parent process."""
-    rank = multiprocessing.parent_process()
-    assert rank is not None
-    end_after(rank.join)
+def end_with_parent(worker_id: int) -> None:
+    """Kill this loader process when the one that loads ends; with a fork server, that one is not its parent."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from latentreward.apps.evaluation.policy.results import ScoredPictures
 from latentreward.core.contracts import ImageRef, sources_of
 from latentreward.core.errors import InputError, did_you_mean, first_line
 from latentreward.core.interrupts import interrupts_held
-from latentreward.core.shared_work import SharedWork
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.durable import write_file
 from latentreward.core.storage.progress import Progress
+from latentreward.core.workers import SharedWork
 from latentreward.data import decode_image
 from latentreward.data.images import image_bytes
 from latentreward.reward import ImageScorer, Scorer
@@ -85,17 +85,17 @@ def score_names(scorers: Sequence[Scorer]) -> list[str]:
 
 
 def scoring_task(
-    scorers: Sequence[Scorer], prepare: Callable[[], None], chunks: Sequence[dict[str, Any]]
-) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    scorers: Sequence[Scorer], prepare: Callable[[], None], given: None
+) -> Callable[[dict[str, Any]], Iterator[dict[str, Any]]]:
     """Load the scorers of images, and return the function that scores a chunk of pictures.
 
-    It returns ``scores``, by name of the scorer, and ``models`` that servers named with them.
+    It yields ``scores``, by name of the scorer, and ``models`` that servers named with them.
     """
     prepare()
     images = [scorer for scorer in scorers if isinstance(scorer, ImageScorer)]
 
-    def score(chunk: dict[str, Any]) -> dict[str, Any]:
-        pixels = [decode_image(ImageRef(file, path=Path(path))) for file, path, _ in chunk["pictures"]]
+    def score(chunk: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        pixels = [decode_image(ImageRef(file, content)) for file, content, _ in chunk["pictures"]]
         found, models = {}, {}
         for scorer in images:
             if wanted := chunk["wanted"].get(scorer.name):
@@ -103,7 +103,7 @@ def scoring_task(
                 scores = scorer(prompts, [pixels[row] for row in wanted])
                 found[scorer.name] = [tuple(row) for row in scores.reshape(len(wanted), -1).tolist()]
                 models[scorer.name] = scorer.served_model
-        return {"scores": found, "models": models}
+        yield {"scores": found, "models": models}
 
     return score
 
@@ -134,45 +134,51 @@ class PictureScoring:
             )
             for one in pictures
         ]
+        self._named = {scorer.name: scorer for scorer in scorers}
         self.stores: dict[str, ScoreStore] = {}
         for scorer in scorers:
             files = scorer_fingerprints(scorer, policy)  # so that changed files invalidate kept scores
             identity = f"{scorer.identity()}, files {json.dumps(files)}" if files else scorer.identity()
             self.stores[scorer.name] = ScoreStore(folder / f"{scorer.name}.jsonl", identity, self._keys)
-        self._keep(work.left_over(self._task))
 
     def missing(self, scorer: Scorer) -> list[int]:
         """Return the rows of the pictures that a scorer has not scored yet."""
         return [row for row, key in enumerate(self._keys) if key not in self.stores[scorer.name].scores]
 
-    def chunks(self) -> list[dict[str, Any]]:
-        """List what scorers of images have to do, by chunks of pictures.
+    def chunks(self) -> list[list[int]]:
+        """List the rows of pictures that lack scores, by chunks of pictures.
 
         All pictures are cut, and then those with all scores are left out: a run that goes on scores pictures together
-        with those that a run without a stop would score them with. A chunk holds its unscored ``pictures`` as [file,
-        path, prompt], their ``keys``, the ``identities`` of scorers by name, and indices of the pictures that each has
-        not scored, ``wanted``.
+        with those that a run without a stop would score them with.
         """
-        missing = {one.name: {*self.missing(one)} for one in self.scorers if isinstance(one, ImageScorer)}
-        left, found = set().union(*missing.values()), []
-        for start in range(0, len(self.pictures), CHUNK):
-            if rows := [row for row in range(start, min(start + CHUNK, len(self.pictures))) if row in left]:
-                chunk = {
-                    "pictures": [[p.file, str(p.path), p.prompt] for p in (self.pictures[row] for row in rows)],
-                    "keys": [self._keys[row] for row in rows],
-                    "wanted": {name: [n for n, row in enumerate(rows) if row in of] for name, of in missing.items()},
-                    "identities": {name: self.stores[name].identity for name in missing},
-                }
-                found.append(chunk)
-        return found
+        left = {row for one in self.scorers if isinstance(one, ImageScorer) for row in self.missing(one)}
+        cut = (range(start, start + CHUNK) for start in range(0, len(self.pictures), CHUNK))
+        return [rows for chunk in cut if (rows := [row for row in chunk if row in left])]
+
+    def _chunk(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Return what :func:`scoring_task` takes: ``pictures`` as [file, content, prompt], and places to score."""
+        of = [self.pictures[row] for row in rows]
+        return {
+            "pictures": [[picture.file, picture.path.read_bytes(), picture.prompt] for picture in of],
+            "wanted": {one.name: self._wanted(one, rows) for one in self.scorers if isinstance(one, ImageScorer)},
+        }
+
+    def _wanted(self, scorer: Scorer, rows: Sequence[int]) -> list[int]:
+        scored = self.stores[scorer.name].scores
+        return [place for place, row in enumerate(rows) if self._keys[row] not in scored]
 
     def score(self) -> ScoredPictures:
         """Score the missing pictures and return all scores, which are finite."""
         chunks, total = self.chunks(), len(self.pictures)
-        done = total - sum(len(chunk["keys"]) for chunk in chunks)
-        name = f"scores of {self.policy}"
-        with Progress(name, total, "pictures", done, processes=self._work.size) as progress:
-            self._work.run(self._task, chunks, self._keep, lambda chunk: progress.add(len(chunk["keys"])))
+        with Progress(f"scores of {self.policy}", total, "pictures", total - sum(map(len, chunks))) as progress:
+
+            def keep(rows: list[int], found: dict[str, Any]) -> None:
+                for name, scores in found["scores"].items():
+                    scored = [self._keys[rows[place]] for place in self._wanted(self._named[name], rows)]
+                    self.stores[name].add(dict(zip(scored, scores, strict=True)), found["models"][name])
+                progress.add(len(rows))
+
+            self._work.run(self._task, None, chunks, keep, self._chunk)
         found: dict[str, np.ndarray] = {}
         for scorer in self.scorers:
             if isinstance(scorer, ToolScorer) and self.missing(scorer):
@@ -187,19 +193,6 @@ class PictureScoring:
             rows = np.array([self.stores[scorer.name].scores[key] for key in self._keys], dtype=np.float64)
             found |= dict(zip(scorer.columns, rows.T, strict=True))
         return ScoredPictures(self.policy, self.pictures, found)
-
-    def _keep(self, found: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-        """Store the scores of chunks, but for those that a scorer with other settings gave in an earlier run."""
-        for name, store in self.stores.items():
-            by_model: dict[str | None, dict[str, Scores]] = {}
-            for chunk, result in found:
-                if chunk["identities"].get(name) == store.identity:
-                    scores = zip(chunk["wanted"][name], result["scores"].get(name, []), strict=True)
-                    kept = by_model.setdefault(result["models"].get(name), {})
-                    kept |= {chunk["keys"][row]: tuple(of_row) for row, of_row in scores}
-            for model, of_model in by_model.items():
-                if of_model:
-                    store.add(of_model, model)
 
 
 def require_one_model(scorings: Sequence[PictureScoring]) -> None:

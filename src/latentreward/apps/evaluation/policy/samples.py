@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,11 +13,11 @@ import torch
 from latentreward.alignment import PolicySource, Sampling, sample_latents
 from latentreward.alignment.policies.checkpoint import read_policy_adapter
 from latentreward.apps.evaluation.policy.imported import ImportedPictures, judged
-from latentreward.apps.generation.image_folder import ImageFolder, Name, Row, decode_latents, make_pictures, write_batch
+from latentreward.apps.generation.image_folder import ImageFolder, Made, Name, decode_latents, draw_batch, make_pictures
 from latentreward.apps.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.core.contracts import PathText, PromptBatch
 from latentreward.core.errors import InputError
-from latentreward.core.shared_work import SharedWork
+from latentreward.core.workers import SharedWork
 from latentreward.data import count_text
 from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.reward.scorers.tools import JudgedPicture
@@ -117,11 +117,10 @@ class SamplingPlan:
 
 
 def sampling_task(
-    policy: JudgedPolicy, plan: SamplingPlan, folder: Path, batches: Sequence[list[list[Any]]]
-) -> Callable[[list[list[Any]]], list[Row]]:
-    """Load a generator, and return the function that samples a batch of ``make_pictures`` into ``folder``."""
+    policy: JudgedPolicy, plan: SamplingPlan, shown: Sequence[str]
+) -> Callable[[list[list[Any]]], Iterator[list[Made]]]:
+    """Load a generator, and return the function that samples a batch of ``make_pictures``."""
     generator = policy.trained.load(plan.device, plan.sampling)
-    shown = [prompt for batch in batches for _, _, prompt in batch]
     offload_text_encoders(generator, None, shown, plan.device)
     how: dict[str, Any] = {"guidance_scale": plan.guidance_of(policy), "seed": plan.seed}
 
@@ -129,7 +128,7 @@ def sampling_task(
         return sample_latents(generator, prompts, plan.sampling, **how), None
 
     key = (SHARED if plan.shared_noise else PER_PROMPT).format
-    return partial(write_batch, folder, draw, partial(decode_latents, generator), plan.seed, key=key)
+    return partial(draw_batch, draw, partial(decode_latents, generator), plan.seed, key=key)
 
 
 def open_pictures(
@@ -153,7 +152,7 @@ def open_pictures(
     policy.trained.source().resolve_family().check_prompts(texts, "prompts")
     settings: dict[str, Any] = {"sampling": plan.sampling, "guidance_scale": plan.guidance_of(policy)}
     settings |= {"seed": plan.seed, "shared_noise": plan.shared_noise}
-    opened = ImageFolder(folder, policy.trained.identity() | plain(settings), "csv", work.left_over(task))
+    opened = ImageFolder(folder, policy.trained.identity() | plain(settings), "csv")
     opened.missing(wanted, texts)  # refuses pictures of other prompts before any generator samples
 
     def make() -> dict[Name, JudgedPicture]:

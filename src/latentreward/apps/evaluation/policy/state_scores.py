@@ -1,6 +1,6 @@
 """Correlation of a reward's scores of noisy states with those of the finished samples, by step of the sampler."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from latentreward.apps.generation.trained_policy import offload_text_encoders
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError, check_range
 from latentreward.core.reports.tables import Row
-from latentreward.core.shared_work import SharedWork, Task
+from latentreward.core.workers import SharedWork, Task
 from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.reward.metrics.rank_correlation import clustered_correlation
 
@@ -73,21 +73,21 @@ def states_tasks(
 
 
 def states_task(
-    policy: JudgedPolicy, plan: SamplingPlan, scores: StateScores, shards: Sequence[list[Any]]
-) -> Callable[[list[Any]], list[list[float]]]:
+    policy: JudgedPolicy, plan: SamplingPlan, scores: StateScores, prompts: Sequence[str]
+) -> Callable[[tuple[int, str]], Iterator[list[list[float]]]]:
     """Load generator and reward, and return the function that scores all states of one prompt's samples.
 
-    It takes [index of the prompt, prompt]; its result is ``(T, K)``: scores after each step, the finished ones last.
-    The samples start from the noise of the pictures, unless those of all prompts share their noise.
+    It takes the index of the prompt and the prompt, and yields ``(T, K)``: scores after each step, the finished ones
+    last. The samples start from the noise of the pictures, unless those of all prompts share their noise.
     """
     generator = policy.trained.load(plan.device, plan.sampling)
     reward = scores.reward.load(generator).eval().to(plan.device)
-    offload_text_encoders(generator, reward, [prompt for _, prompt in shards], plan.device)
+    offload_text_encoders(generator, reward, prompts, plan.device)
     sampler = plan.sampling.sampler(generator.family)
 
     @torch.no_grad()
-    def score(shard: list[Any]) -> list[list[float]]:
-        named = PromptBatch((shard[1],), (str(shard[0]),))
+    def score(place: int, prompt: str) -> list[list[float]]:
+        named = PromptBatch((prompt,), (str(place),))
         settings = (plan.sampling, plan.guidance_of(policy), plan.seed)
         drawn = sample_trajectories(generator, sampler, named.times(scores.samples), *settings)
         encoded, rows = reward.encode_prompts(named.prompts), rows_of(named, drawn.finished)
@@ -96,7 +96,7 @@ def states_task(
         found.append(score_finished(reward, drawn.finished, named, plan.seed, scores.score_sigmas))
         return torch.stack(found).tolist()
 
-    return score
+    return lambda prompt: iter([score(*prompt)])
 
 
 def compare_states(
@@ -110,11 +110,11 @@ def compare_states(
     """Score the states of samples of policies, by their names; return rows of ``PolicyReport.states``."""
     found, prompts = list[Row](), [row.prompt for row in rows]
     for slot, (name, judged) in zip(slots, () if scores is None else policies.items(), strict=False):
-        done: list[tuple[list[Any], list[list[float]]]] = []
-        work.run(STATES_OF.format(slot), [[*one] for one in enumerate(prompts)], done.extend)
+        done = dict[tuple[int, str], list[list[float]]]()
+        work.run(STATES_OF.format(slot), prompts, [*enumerate(prompts)], done.__setitem__)
         family = judged.trained.source().resolve_family()
         sigmas = family.noise_process.sigma(plan.sampling.sampler(family).timesteps[1:]).tolist()
-        values = np.array([result for _, result in sorted(done, key=lambda one: one[0][0])])
+        values = np.array([done[one] for one in enumerate(prompts)])
         for step, (sigma, interval) in enumerate(zip(sigmas, within_prompts(values, prompts), strict=True), 1):
             found.append({"policy": name, "after_steps": step, "sigma": sigma, "correlation": interval})
     return found
