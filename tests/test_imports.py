@@ -158,7 +158,7 @@ def requirements(*extras: str) -> dict[str, Requirement]:
 
 def test_what_is_imported_is_required() -> None:
     """What another requirement happens to bring may be gone with its next release."""
-    required = requirements("quant", "serve", "video").keys()
+    required = requirements("cluster", "quant", "serve", "video").keys()
     for path in FILES.values():
         for node in imports(path, for_types=False):
             for module in (
@@ -173,7 +173,7 @@ def test_what_is_imported_is_required() -> None:
 def test_each_lower_bound_is_among_the_floors() -> None:
     floors = [Requirement(line) for line in (ROOT / ".ci/floors.txt").read_text().splitlines() if line[0] != "#"]
     pinned = {canonicalize_name(floor.name): str(floor.specifier).removeprefix("==") for floor in floors}
-    for name, requirement in requirements("serve", "test", "video", "wandb").items():
+    for name, requirement in requirements("cluster", "serve", "test", "video", "wandb").items():
         assert name in pinned, name
         bound = next(one.version for one in requirement.specifier if one.operator == ">=")
         assert f"{pinned[name]}.".startswith(f"{bound}."), name

@@ -8,6 +8,6 @@ from tests.faults.cache_kill import run_kills
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "kills"), [(1, 3), (2, 2)])
-def test_killed_runs_leave_the_same_cache(tmp_path: Path, processes: int, kills: int) -> None:
-    run_kills(tmp_path, kills=kills, processes=processes, seed=processes, pairs=60)
+@pytest.mark.parametrize(("workers", "kills"), [(1, 3), (2, 2)])
+def test_killed_runs_leave_the_same_cache(tmp_path: Path, workers: int, kills: int) -> None:
+    run_kills(tmp_path, kills=kills, workers=workers, seed=workers, pairs=60)

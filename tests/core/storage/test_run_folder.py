@@ -76,7 +76,7 @@ def test_damage_is_one_line_and_what_is_computed_stays(tmp_path: Path, content: 
 
     record()
     row = {"file": "0.png", "prompt": "a cat", "place": 0, "image": 0, "seed": 0}
-    pictures().add([((), [row])])
+    pictures().add([(row, {})])
     scores().add({"key": (1.0,)})
     for name, open_again in (
         ("run/run.json", record),
