@@ -55,9 +55,6 @@ def cache(
         trainer: Settings of the processes that encode.
         check: Whether to verify every file of ``output`` instead of writing; prints missing and damaged files, and
             exits with status 1 if there are any.
-
-    Raises:
-        InputError: If a setting is wrong, or reader and encoder do not fit each other.
     """
     folder = Path(output)
     num_workers = min(4, len(os.sched_getaffinity(0))) if num_workers is None else num_workers

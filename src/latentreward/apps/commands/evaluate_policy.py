@@ -105,9 +105,6 @@ def evaluate_policy(
             setting of their own.
         trainer: Settings of several processes that share the work, on many GPUs or machines; by default one process.
             Scorers of images work in all of them, tools in the first one.
-
-    Raises:
-        InputError: If a setting or a file is wrong.
     """
     names, given = picture_scores.score_names(scorers), [policy] if against is None else [policy, against]
     policies = {one.name or name: one for one, name in zip(given, NAMES, strict=False)}

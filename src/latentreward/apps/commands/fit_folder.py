@@ -142,9 +142,6 @@ def last_of_earlier_start(trainer: Trainer, settings: Namespace) -> Path | None:
 
     The folder is ``NAME/version_3/checkpoints``, for example. None if the settings name it, or the folder of
     checkpoints, beside which other runs may lie.
-
-    Raises:
-        InputError: If the checkpoint is in no folder that the settings give the run, so it may be another run's.
     """
     given, root = settings.get("logger"), settings.get("default_root_dir")
     given = given[0] if isinstance(given, list) and given else given

@@ -93,9 +93,6 @@ def generate(
         table: Format of the table.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one.
         trainer: Settings of several processes that share the work, on many GPUs or machines; by default one process.
-
-    Raises:
-        InputError: If a setting is wrong, or ``output_dir`` holds other files or pictures made with other settings.
     """
     trained = TrainedPolicy(policy, checkpoint, lora)
     family = (source := trained.source()).resolve_family()

@@ -125,9 +125,6 @@ def publish(
         batch_size: Images per forward pass.
         device: Device that scores the reference, e.g. cuda:1; auto takes an accelerator if there is one.
         loading: See :class:`~latentreward.reward.ModelSource`.
-
-    Raises:
-        InputError: If a setting is wrong, the model cannot be saved, or the reference cannot be scored.
     """
     check_target(output)
     check_writable(output)

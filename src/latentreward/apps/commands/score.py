@@ -50,11 +50,7 @@ class NoiseSettings:
         self.over(ScoringNoise(timesteps=(1.0,)))
 
     def over(self, own: ScoringNoise) -> ScoringNoise:
-        """Override the given settings in ``own``, the model's noise.
-
-        Raises:
-            InputError: If the result is not a valid :class:`ScoringNoise`, or a given level is repeated.
-        """
+        """Override the given settings in ``own``, the model's noise."""
         check_once(**{"noise.sigmas": self.sigmas, "noise.timesteps": self.timesteps})
         given = {name: value for name, value in vars(self).items() if value}
         if self.sigmas or self.timesteps:
@@ -120,9 +116,6 @@ def score(
         device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
         trainer: Settings of several processes that share the work, on many GPUs or machines; by default one process.
         loading: See :class:`~latentreward.reward.ModelSource`.
-
-    Raises:
-        InputError: If a setting is wrong, the output belongs to another run, or no image can be scored.
     """
     page = None
     if gallery is not None:

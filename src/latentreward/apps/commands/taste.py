@@ -106,9 +106,6 @@ def taste(
         work: Folder of all outputs, outside the folder of pictures; ``runs/taste/`` and the name of the folder by
             default.
         card: See :class:`~latentreward.apps.estimate.needs.Card`.
-
-    Raises:
-        InputError: If the folder gives too few pairs, a setting is wrong, or a step fails.
     """
     check_at_least_one(pairs=pairs, epochs=epochs, patience=patience, align_steps=align_steps)
     check_at_least_one(batch_size=batch_size, num_prompts=num_prompts)

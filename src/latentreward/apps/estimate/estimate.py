@@ -94,9 +94,6 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
     """Compute the memory and computation that a run of ``fit`` needs.
 
     ``settings.model`` is changed in place; ``build`` makes the module from settings.
-
-    Raises:
-        InputError: If a model's configs are not found on this machine, or the module's class is not supported.
     """
     with TemporaryDirectory(prefix="latentreward-") as folder:
         sources, gpu = ConfigSources(Path(folder)), settings.trainer.accelerator != "cpu"

@@ -29,9 +29,6 @@ class Card:
         gpu: Whether the trainings run on a GPU.
         card_gb: Memory of the card to compare with, in GB; by default that of the GPU here.
         tflops: Operations per second that the device sustains, in 10¹²; 30 is some 40 % of an RTX 3090's peak.
-
-    Raises:
-        InputError: If a number is not above 0.
     """
 
     gpu: bool

@@ -51,9 +51,6 @@ class StepProfile(Callback):
     Args:
         steps: Optimiser steps to measure.
         limits: Peak rates of the device; None takes those that ``Performance`` has found.
-
-    Raises:
-        InputError: If ``steps`` is below 1, or the run ends before as many are measured.
     """
 
     def __init__(self, steps: int, limits: Limits | None = None) -> None:

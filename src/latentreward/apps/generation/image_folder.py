@@ -68,10 +68,6 @@ class ImageFolder:
         settings: Settings that the images depend on besides prompts, as plain values; written to ``generate.json``.
         table: Format of the table.
         left_over: Batches that a killed run made but did not add to the table, each with its rows.
-
-    Raises:
-        InputError: If the folder holds other files, or images made with other settings; or if the table or the
-            settings are damaged.
     """
 
     def __init__(

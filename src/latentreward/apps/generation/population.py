@@ -101,9 +101,6 @@ def search_population(
         sampling: Steps, noise and size; a noise of None is 0.
         guidance_scale: Scale as checked by :meth:`Family.guidance`.
         seed: Seed of all random numbers, which depend on a prompt's key, not on other prompts.
-
-    Raises:
-        InputError: If the population would be scored when the samples are finished, or a score is not finite.
     """
     population.check(sampling)
     sampler, draws = sampling.sampler(policy.family), RolloutDraws(seed, prompts.keys)

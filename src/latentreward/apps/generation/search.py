@@ -63,9 +63,6 @@ def search_latents(
             0.7; a noise of 0 is refused.
         guidance_scale: Scale as checked by :meth:`Family.guidance`.
         seed: Seed of all random numbers.
-
-    Raises:
-        InputError: If no step of the window has noise.
     """
     sampler, draws = sampling.with_noise().sampler(policy.family), RolloutDraws(seed, prompts.keys)
     steps = candidate_steps(policy, sampler, reward, prompts, candidates.branching(), sampling, guidance_scale, draws)

@@ -95,9 +95,6 @@ def collect(folder: Path, pairing: Pairing = "auto") -> Collection:
     Files that cannot be read, pairs of a picture with itself, and names on one side only are left out, with a remark.
     The pairing ``names`` pairs files of equal names; ``all`` lets each chosen picture win against each rejected one;
     ``auto`` takes names if at least half of them are on both sides.
-
-    Raises:
-        InputError: If the folder has no pictures, is not sorted or rated, or gives fewer than :data:`LEAST` pairs.
     """
     check_folder(folder)
     sorted_ = all((folder / side).is_dir() for side in SIDES)

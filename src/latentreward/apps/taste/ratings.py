@@ -72,10 +72,6 @@ class Ratings:
     Each answer is on the disk before the next pair is shown. A file of earlier answers is continued.
 
     Another ``seed`` shows other pairs. ``remarks`` are lines on pictures that were left out, and on a broken line.
-
-    Raises:
-        InputError: If the folder has fewer than two different pictures that can be read, or a line of the file is not
-            a JSON object.
     """
 
     def __init__(self, folder: Path, seed: int = 0) -> None:

@@ -38,9 +38,6 @@ def split(found: Collection, most: int, seed: int) -> Split:
     Pictures without pairs are put into parts first, and pairs are then drawn within each part. With
     :data:`ENOUGH_PROMPTS` prompts, or too few pictures of each prompt for all parts, the pictures of a prompt stay
     together.
-
-    Raises:
-        InputError: If a part gets fewer than :data:`LEAST_PAIRS` pairs besides ties.
     """
     rng = np.random.default_rng(seed)
     made = _pooled(found.pools, most, rng) if found.pools else _paired(list(found.pairs), most, rng)

@@ -4,32 +4,28 @@ import json
 import os
 import platform
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cache, partial
-from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
-from typing import Annotated, Any
 from uuid import uuid4
 
 import yaml
-from pydantic import BeforeValidator
 
 import latentreward
 from latentreward.apps.taste import process
-from latentreward.core.errors import InputError, did_you_mean, one_line
+from latentreward.core.errors import InputError
 from latentreward.core.reports.page import versions
-from latentreward.core.settings.rewriting import check_yaml, find_config
+from latentreward.core.settings.rewriting import find_config
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.durable import discard, refuse_link, write_file
-from latentreward.core.storage.json_files import STRICT, read_config
+from latentreward.core.storage.json_files import read_config
 
 PACKAGE = Path(latentreward.__file__).parent
 CLONE = PACKAGE.parents[1]
@@ -71,26 +67,13 @@ Braces around anything else, such as those of JSON or of ``${SD15_PATH}``, stay.
 """
 
 
-def split(given: Any) -> tuple[str, ...]:
-    """Split the arguments of a process, which a YAML file holds as one text, with a shell's quotes."""
-    if not isinstance(given, str):
-        raise ValueError("it must be a text")
-    return tuple(shlex.split(given))
-
-
-Arguments = Annotated[tuple[str, ...], BeforeValidator(split)]
-"""Arguments of a process."""
-
-
 @dataclass(frozen=True)
 class Step:
     """Command that runs in a process of its own."""
 
-    __pydantic_config__ = STRICT
-    run: Arguments  # arguments of the process, starting with a subcommand of ``latentreward``
+    run: tuple[str, ...]  # arguments of the process, starting with a subcommand of ``latentreward``
     module: str = ""  # module to run as a program instead of the command line; empty for the command line
-    quick: Arguments = ()  # arguments added for a trial of two steps
-    pairs: str = ""  # name of the step that wrote the pairs which the step scores; empty if it scores no pairs
+    quick: tuple[str, ...] = ()  # arguments added for a trial of two steps
 
 
 @dataclass(frozen=True)
@@ -144,40 +127,10 @@ def resolve(
     return Task(name, found.module, tuple(arguments), inputs, seed, key)
 
 
-def check_steps(place: str, steps: Mapping[str, Step]) -> None:
-    """Check steps that come from a file: their names become names of folders."""
-    needs, known = {}, {*steps, "out", "seed"}
-    for name, step in steps.items():
-        if not re.fullmatch(r"\w+", name):
-            raise InputError(f"{place}: {name!r} is not a name; use letters, digits and _")
-        named = {found for text in (*step.run, *step.quick) for found in PLACEHOLDER.findall(text)}
-        for one in sorted(named - known):
-            raise InputError(f"{place}.{name}: {{{one}}} names no step{did_you_mean(one, known)}")
-        needs[name] = named & steps.keys()
-    try:
-        TopologicalSorter(needs).prepare()
-    except CycleError as error:
-        raise InputError(f"{place}: {' needs '.join(error.args[1])}") from error
-
-
 @cache
 def config_digest(path: str) -> str:
     """Digest the settings in a YAML file; comments and layout do not count."""
     return digest([repr(yaml.safe_load(Path(path).read_text(encoding="utf-8")))])
-
-
-def load_yaml(path: str) -> Any:
-    """Read a YAML file, by its path or by the name ``configs/...`` of one that ships with the package.
-
-    Raises:
-        InputError: If the file is not YAML, or fails :func:`~latentreward.core.settings.rewriting.check_yaml`.
-    """
-    file = Path(find_config(path))
-    try:
-        check_yaml(text := file.read_text(encoding="utf-8"))
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
-        raise InputError(f"{path}: {one_line(error)}") from error
 
 
 RECORD, LOG, INPUTS, TOLD = "record.json", "log.txt", "inputs.json", "process.json"

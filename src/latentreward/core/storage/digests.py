@@ -54,9 +54,6 @@ def check_hash(path: Path, sha256: str | None, remedy: str) -> Path:
     """Compare a file with its recorded SHA-256, and return its path; None, of a file without a record, fits no file.
 
     A file that does not change is read once per process.
-
-    Raises:
-        InputError: If the file was changed or damaged.
     """
     if _checksum(_stoppable_hash, path) != sha256:
         raise InputError(f"{path} is damaged: its SHA-256 is not the one recorded when it was written; {remedy}")

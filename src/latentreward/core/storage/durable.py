@@ -19,12 +19,11 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
-
 from latentreward.core.errors import InputError
 from latentreward.core.interrupts import interrupts_held
 
 if TYPE_CHECKING:
+    from filelock import FileLock
     from lightning.pytorch import Trainer
 
 
@@ -280,7 +279,7 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _taken(folder / LOCK)
             (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    except Timeout as error:
+    except TimeoutError as error:
         try:  # the process ID and host that the lock's holder wrote into it
             holder = (folder / LOCK).read_text(errors="replace") or "which has just begun"
         except OSError:
@@ -309,7 +308,7 @@ def claimed(path: Path) -> Iterator[bool]:
     """
     try:
         lock = _taken(path)
-    except Timeout:
+    except TimeoutError:
         yield False
         return
     except OSError as error:
@@ -351,7 +350,9 @@ def has_locks(folder: Path) -> bool:
 
 
 def _taken(path: Path) -> FileLock:
-    """Take the lock of a file, which is created; raises Timeout if it is held, OSError with a number in NO_LOCKS."""
+    """Take the lock of a file, which is created; TimeoutError if it is held, OSError with a number in NO_LOCKS."""
+    from filelock import FileLock  # not for `--help`
+
     lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
     lock.acquire()
     return lock

@@ -132,11 +132,7 @@ class Benchmark(ABC):
         return tuple(dict.fromkeys(item.protocol for item in self.evaluations))
 
     def readers(self) -> dict[str, PairReader]:
-        """Return the reader of each split by name; readers are opened once and kept.
-
-        Raises:
-            InputError: If a split cannot be found or has no rows.
-        """
+        """Return the reader of each split by name; readers are opened once and kept."""
         self._opened = self._opened or {split: self.open(split) for split in self.splits}
         return self._opened
 
@@ -154,9 +150,6 @@ class Benchmark(ABC):
 
         Returns:
             Pairs of the table's rows, as every protocol takes them.
-
-        Raises:
-            InputError: If the pair ids of the table differ from those of the reader's first rows.
         """
         pairs, rows = self.pairs(split), table.num_rows
         if pairs.pair_ids[:rows] != tuple(table.column("pair_id").to_pylist()):

@@ -122,9 +122,6 @@ def open_scores(
     """Open all data sets and tables in ``folder``, so that wrong settings are refused before any model is loaded.
 
     Benchmarks have distinct names, and so have scorers; ``limit`` and ``options`` are those of :class:`SplitScores`.
-
-    Raises:
-        InputError: If a split or its images cannot be read, or a table belongs to other pairs or another scorer.
     """
     opened = []
     for one in benchmarks:

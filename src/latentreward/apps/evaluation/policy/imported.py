@@ -35,9 +35,6 @@ def find_pictures(folder: Path, max_prompt_chars: int = MAX_PROMPT_CHARS) -> lis
 
     Its columns are ``file`` and ``prompt``, optionally ``place`` and ``image`` (numbers from 0), and of edits
     ``source_images`` with paths in the folder, as ``latentreward generate`` writes them.
-
-    Raises:
-        InputError: If there is no table, or a row is wrong.
     """
     table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if table is None:

@@ -39,9 +39,6 @@ class ScoreStore:
         path: File of JSON lines; the first line holds the identity of the scorer, and the model of its server.
         identity: Identity of the scorer and its files.
         order: Keys in the order in which their scores are written; others come before them.
-
-    Raises:
-        InputError: If the file is damaged.
     """
 
     def __init__(self, path: Path, identity: str, order: Sequence[str] = ()) -> None:

@@ -145,9 +145,6 @@ def open_pictures(
     Pictures of an earlier run with equal settings are kept. The function returns all pictures of ``wanted``, which
     holds (index in ``rows``, number of the picture of that prompt). The task of ``work`` is :data:`PICTURES_OF` the
     folder's name.
-
-    Raises:
-        InputError: If the folder holds pictures made with other settings or for other prompts.
     """
     task, texts = PICTURES_OF.format(folder.name), [row.prompt for row in rows]
     policy.trained.source().resolve_family().check_prompts(texts, "prompts")
