@@ -1,6 +1,5 @@
 """Courses of training are judged at moments of processor time, and compared by the seconds to a utility."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,14 +24,6 @@ def course(benchmark: Any, *points: tuple[float, float]) -> Any:
     return found
 
 
-@pytest.mark.parametrize(
-    ("utility", "seconds"), [(1.5, 5.0), (2.0, 10.0), (3.0, 40 / 3), (3.5, 15.0), (4.0, float("inf"))]
-)
-def test_seconds_are_those_of_the_first_crossing(benchmark: Any, utility: float, seconds: float) -> None:
-    points = ((0.0, 1.0), (10.0, 2.0), (20.0, 5.0), (40.0, 4.5)) if utility < 4 else ((0.0, 1.0), (40.0, 3.9))
-    assert course(benchmark, *points).seconds_to(utility) == pytest.approx(seconds)
-
-
 def test_judging_takes_no_time_and_an_update_past_two_moments_is_judged_once(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,23 +46,6 @@ def test_judging_takes_no_time_and_an_update_past_two_moments_is_judged_once(
     assert [point[0] for point in found.points] == [0.0, 5.0, 5.0, 9.0]
     assert judged == [105.0, 159.0]
     assert found.updates == 4
-
-
-def test_rows_say_what_is_not_reached(benchmark: Any) -> None:
-    start = (0.0, 1.0)
-    courses = {
-        "theirs": [course(benchmark, start, (40.0, 2.0)), course(benchmark, start, (40.0, 3.0))],
-        "ours": [course(benchmark, start, (40.0, 5.0)), course(benchmark, start, (40.0, 2.0))],
-    }
-    same, ours = ([str(cell) for cell in row] for row in benchmark.compare(courses, "theirs", best=False))
-    assert same == ["theirs, end", "2.50 (2.00–3.00)", "2", "theirs", "40.0 (40.0–40.0)", "1.00 (1.00–1.00)"]
-    assert ours[3:] == ["ours", "not reached (10.0–not reached)", "not reached (0.25–not reached)"]
-    (_, row) = benchmark.compare(courses, "theirs", best=False)
-    assert json.loads(json.dumps(row[4].entries())) == {"median": None, "range": [10.0, None], "rounds": 2}
-    fallen = course(benchmark, start, (10.0, 1.5), (40.0, 0.5))
-    courses = {"theirs": [fallen], "ours": [course(benchmark, start, (40.0, 2.0))]}
-    assert [row[4] for row in benchmark.compare(courses, "theirs", best=False)] == ["no gain to reach"] * 2
-    assert [str(row[4]) for row in benchmark.compare(courses, "theirs", best=True)] == ["10.0", "20.0"]
 
 
 @pytest.mark.slow

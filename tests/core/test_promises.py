@@ -567,15 +567,6 @@ def test_a_result_without_a_gradient_is_named(kind: Kind, name: str, method: Any
         use(part)
 
 
-def test_a_later_batch_of_prompts_is_compared_by_shape() -> None:
-    encoder = made(ENCODER, "encode_ids", lambda self, *ids: conditioning(1, 3, 5, pooled=None))
-    encoder.tokenize = lambda prompts: (torch.ones(len(prompts), 3),)
-    encoder.pooled_dim = 0
-    encoder(PROMPTS[:1])
-    with pytest.raises(InputError, match=r"^Mine.encode_ids returned prompt_embeds \(1, 3, 5\); it must be .*\(2, 3"):
-        encoder(PROMPTS)
-
-
 APART = r"^Mine.{} returned values of a row alone that are up to [\d.]+ .* \(test_promises.py:\d+\); compute each row"
 
 
@@ -656,8 +647,3 @@ def test_a_name_of_two_far_rows_is_named() -> None:
     reader = made(READER, "__getitem__", lambda self, index: replace(PAIR, pair_id=names[index]))
     with pytest.raises(InputError, match=r"pair_id='900' for rows 900 and 1700; it must be a name for each row"):
         [reader[index] for index in range(2000)]
-
-
-def test_checks_get_arguments_in_the_order_of_the_parameters() -> None:
-    window = made(WINDOW, "start", lambda self, first, iteration, generator: first - self.size)
-    assert window.start(generator=torch.Generator(), iteration=9, first=4) == 4 - window.size

@@ -63,21 +63,6 @@ def test_tiny_world(tmp_path, capsys) -> None:
     assert report["shared"]["train beside copy"][1:] == [20, 20]
 
 
-def test_readers_with_settings(tmp_path) -> None:
-    config = {
-        "reader": [
-            {"class_path": "PickAPicReader", "init_args": {"source": str(SAMPLES / "pickapic_v1"), "split": split}}
-            for split in ("train", "test_unique")
-        ]
-    }
-    (tmp_path / "inspect.yaml").write_text(json.dumps(config))
-    assert rows_of(inspect(tmp_path, f"--config={tmp_path / 'inspect.yaml'}")) == {"train": 8, "test_unique": 6}
-    root = f"--reader.root={SAMPLES / 'hpdv3'}"
-    report = inspect(tmp_path, "--reader=HPDv3Reader", root, "--reader.split=all", "--reader.min_confidence=0.95")
-    assert report["splits"][0]["rows"] == EXPECTED["hpdv3"]["kept_at_confidence_0_95_null_kept"]
-    assert sum(report["splits"][0]["skipped"].values()) == 5
-
-
 def test_a_damaged_split_leaves_the_others(tmp_path, capsys) -> None:
     root = tmp_path / "hpdv3"
     shutil.copytree(SAMPLES / "hpdv3", root)

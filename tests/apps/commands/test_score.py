@@ -1,11 +1,9 @@
 """``latentreward score``: tables of scores from folders and lists, resumed, refused, and with what cannot be read."""
 
-import base64
 import errno
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -126,13 +124,6 @@ def test_levels_seeds_and_the_score_at_each_level(here: Path, dina: str) -> None
     torch.testing.assert_close(torch.tensor(only_seeds["score"].to_pylist()), expected, rtol=0, atol=2e-5)
 
 
-def test_each_of_one_level(here: Path, lrm: str) -> None:
-    write_pictures(here / "pics", 2)
-    table = score("pics", "s.csv", lrm, "--each_level=true")
-    assert table.column_names[2:4] == ["score", "score_t_1"]
-    assert table["score"].to_pylist() == table["score_t_1"].to_pylist()
-
-
 @pytest.mark.slow
 def test_a_calibrated_model(here: Path, dina: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_pictures(here / "pics", 4)
@@ -239,14 +230,6 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_any_prompt_comes_back_as_it_was(here: Path, lrm: str, suffix: str) -> None:
-    write_pictures(here / "pics", 1)
-    lines = [json.dumps({"image": "pics/000.jpg", "prompt": prompt}) for prompt in HOSTILE]
-    (here / "list.jsonl").write_text("\n".join(lines))
-    assert score("list.jsonl", f"s.{suffix}", lrm)["prompt"].to_pylist() == HOSTILE
-
-
 @pytest.mark.slow
 def test_after_sigkill_it_goes_on_to_the_same_bits(here: Path, dina: str) -> None:
     write_unreadable(write_pictures(here / "pics", 120))
@@ -268,31 +251,6 @@ def test_after_sigkill_it_goes_on_to_the_same_bits(here: Path, dina: str) -> Non
     assert process.wait(120) == 0, process.stderr
     assert (here / "killed.csv").read_bytes() == (here / "whole.csv").read_bytes()
     assert not (here / "killed.csv.parts").exists()
-
-
-@pytest.mark.parametrize("stop", slow_after(1, [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory")]))
-def test_stopped_half_way_it_goes_on(
-    here: Path, lrm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: BaseException
-) -> None:
-    write_pictures(here / "pics", 6)
-    options, own, calls = ["--flush_every=2", "--batch_size=2"], RewardModel.score_levels, []
-
-    def stopping(*arguments: Any, **settings: Any) -> torch.Tensor:
-        calls.append(arguments)
-        if len(calls) > 1:
-            raise stop
-        return own(*arguments, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RewardModel, "score_levels", stopping)
-        with pytest.raises(SystemExit) as ended:
-            score("pics", "s.csv", lrm, *options)
-    assert ended.value.code == (130 if isinstance(stop, KeyboardInterrupt) else 2)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert "kept in s.csv.parts" in lines[0]
-    assert score("pics", "s.csv", lrm, "--batch_size=1")["score"].null_count == 0
-    assert "4 images scored in" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -499,6 +457,14 @@ def write_photographs(folder: Path) -> list[bytes]:
     return data
 
 
+def tall_thumbnails(page: str) -> int:
+    """Pictures on a page that are higher than wide."""
+    texts = re.findall(r"data:image/[a-z]+;base64,([^\"']+)", Path(page).read_text())
+    sizes = [Image.open(io.BytesIO(base64.b64decode(text))).size for text in texts]
+    assert len(sizes) == 4
+    return sum(height > width for width, height in sizes)
+
+
 @pytest.mark.slow
 def test_photographs_are_turned_as_in_training_or_as_told(
     here: Path, lrm: str, capsys: pytest.CaptureFixture[str]
@@ -523,25 +489,3 @@ def test_photographs_are_turned_as_in_training_or_as_told(
     score("pics", "as_trained.csv", lrm, "--prompt=a cat", "--gallery=again.html")  # the table is there already
     assert tall_thumbnails("again.html") == 0
     assert "was begun with exif" in refusal(capsys, "pics", "told.csv", lrm, "--prompt=a cat")
-
-
-def tall_thumbnails(page: str) -> int:
-    """Pictures on a page that are higher than wide."""
-    texts = re.findall(r"data:image/[a-z]+;base64,([^\"']+)", Path(page).read_text())
-    sizes = [Image.open(io.BytesIO(base64.b64decode(text))).size for text in texts]
-    assert len(sizes) == 4
-    return sum(height > width for width, height in sizes)
-
-
-@pytest.mark.slow
-def test_images_that_no_training_size_fits_are_counted_over_the_whole_run(
-    here: Path, dina: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pictures = write_pictures(here / "pics", 8)
-    model = RewardModel.from_pretrained(dina)
-    assert model.image_sizes is not None
-    sizes = [Image.open(path).size for path in sorted(pictures.glob("*.jpg"))]
-    unfitting = sum(not model.image_sizes.fits(height, width) for width, height in sizes)
-    assert 0 < unfitting < 8
-    score("pics", "s.csv", dina)
-    assert f"{unfitting} images have an aspect ratio the model was not trained on" in capsys.readouterr().out
