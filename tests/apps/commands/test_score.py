@@ -1,9 +1,11 @@
 """``latentreward score``: tables of scores from folders and lists, resumed, refused, and with what cannot be read."""
 
+import base64
 import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
