@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichModelSumm
 
 import latentreward
 from latentreward.apps.cli import REMOVED, main
-from latentreward.core.errors import NO_GPU, InputError, did_you_mean, one_line
+from latentreward.core.errors import NO_GPU, InputError, one_line
 from latentreward.core.storage.durable import locked
 from latentreward.reward.scoring.files import settings_beside
 from tests.limits import largest_file
@@ -320,12 +320,6 @@ def test_a_reader_that_ends_early_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_did_you_mean() -> None:
-    assert did_you_mean("FilmHead", ["FiLMHead", "Other"]) == "; did you mean 'FiLMHead'?"
-    assert did_you_mean("zzz", ["b", "a"]) == "; choose from a, b"
-    assert did_you_mean("zzz", []) == did_you_mean("zzz", map(str, range(31))) == ""
-
-
 class Unreadable(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 1
@@ -362,14 +356,6 @@ def test_callbacks_are_cleared_only_in_so_many_words(cleared: str, capsys: pytes
 def test_a_file_clears_callbacks_of_earlier_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "quiet.yaml").write_text("trainer: {callbacks: null}\n")
     assert settings(capsys, "--config=quiet.yaml")["trainer"]["callbacks"] is None
-
-
-@pytest.mark.slow
-def test_both_spellings_of_callbacks_in_one_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = "trainer:\n  callbacks: {class_path: plugin.Note, init_args: {text: a}}\n"
-    text += "  callbacks+:\n    - {class_path: plugin.Note, init_args: {text: b}}\n"
-    (folder / "both.yaml").write_text(text)
-    assert notes(settings(capsys, "--config=both.yaml"))[2:] == ["a", "b"]
 
 
 def test_interpolation_across_files_follows_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -564,10 +550,6 @@ def test_progress_and_summary_are_ours_unless_the_settings_have_others(
     assert list(map(type, found)) == kinds
 
 
-def test_a_learning_rate_monitor_without_a_logger_is_left_out() -> None:
-    main([*FIT, "--trainer.callbacks+=LearningRateMonitor", "--trainer.default_root_dir=rates"])
-
-
 def test_settings_lie_beside_checkpoints_that_are_elsewhere(folder: Path) -> None:
     keeper = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=kept/here", "--model.lr=0.5"]
     main([*FIT, *keeper, "--trainer.enable_checkpointing=true", "--trainer.default_root_dir=logs"])
@@ -595,20 +577,6 @@ def test_settings_stay_beside_the_checkpoint_of_a_run_whose_reward_server_failed
     assert ("saved optimiser step 0; go on with --ckpt_path" in line) == kept
     assert [path.name for path in (folder / hook).glob("config*.yaml")] == ["config.yaml"] * kept
     assert len([*(folder / hook).rglob("last.ckpt")]) == kept
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("step", "kept"), [(1, []), (3, ["config.yaml"])])
-def test_settings_stay_if_a_checkpoint_was_saved(
-    step: int, kept: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The next start of a run that failed before is then no run with other settings."""
-    keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2}}"
-    options = ["--trainer.enable_checkpointing=true", f"--trainer.callbacks+={keeper}", "--trainer.max_steps=4"]
-    fault = ["--trainer.callbacks+=plugin.Fail", f"--trainer.callbacks.step={step}"]
-    run = f"--trainer.default_root_dir=failed_at_{step}"
-    assert "an image is damaged" in error_line(capsys, *FIT, *options, *fault, run)
-    assert [path.name for path in (folder / f"failed_at_{step}").glob("config*.yaml")] == kept
 
 
 @pytest.mark.parametrize("keeper", ["LastCheckpoint", "ModelCheckpoint"])

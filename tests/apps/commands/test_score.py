@@ -1,7 +1,6 @@
 """``latentreward score``: tables of scores from folders and lists, resumed, refused, and with what cannot be read."""
 
 import base64
-import errno
 import io
 import json
 import os
@@ -24,7 +23,6 @@ from PIL import Image
 
 from latentreward.apps.cli import main
 from latentreward.core.contracts import Conditioning
-from latentreward.core.storage import run_folder
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.reward import Calibration, RewardModel, ScoringNoise
 from latentreward.reward.scoring.image_lists import read_scores
@@ -220,18 +218,6 @@ def test_bad_rows_of_a_list_keep_their_places(here: Path, lrm: str) -> None:
     assert scores[1:4] == [None] * 3
 
 
-HOSTILE = [
-    '<script>alert("1")</script>',
-    'a,b;"c"\r\nd\'',
-    "\u202etxt.exe\u2028",
-    "=1+1",
-    "x" * 10_000,
-    "",
-    "\x00",
-    "😀",
-]
-
-
 @pytest.mark.slow
 def test_after_sigkill_it_goes_on_to_the_same_bits(here: Path, dina: str) -> None:
     write_unreadable(write_pictures(here / "pics", 120))
@@ -389,39 +375,6 @@ def overflowing(word: str) -> Callable[[DiffusionBackbone, list[str]], Condition
         return Conditioning(torch.full_like(tokens, torch.inf), torch.full_like(pooled, torch.inf))
 
     return encode
-
-
-def test_a_run_that_goes_on_tells_a_model_at_fault_from_images_at_fault(
-    here: Path, lrm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """No image of its first part has a score: those of a part that is done tell whose fault that is."""
-    write_pictures(here / "pics", 6)
-    for place in (2, 3):
-        (here / "pics" / f"00{place}.txt").write_text("overflows")
-    options = ["--flush_every=2", "--batch_size=2"]
-    with monkeypatch.context() as patch:
-        patch.setattr(DiffusionBackbone, "encode_prompts", overflowing("overflows"))
-        expected = score("pics", "expected.csv", lrm, *options)
-    assert [row for row, problem in enumerate(expected["problem"].to_pylist()) if problem] == [2, 3]
-    write, writes = pq.write_table, []
-
-    def write_once(*arguments: Any, **settings: Any) -> None:
-        writes.append(arguments)
-        if len(writes) > 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(*arguments, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_folder.pq, "write_table", write_once)
-        refusal(capsys, "pics", "s.csv", lrm, *options)
-    kept = sorted(path.name for path in (here / "s.csv.parts").iterdir())
-    assert "rows_000000000_000000002.parquet" in kept
-    with monkeypatch.context() as patch:
-        patch.setattr(DiffusionBackbone, "encode_prompts", overflowing(""))
-        assert "not finite" in refusal(capsys, "pics", "s.csv", lrm, *options)
-    assert sorted(path.name for path in (here / "s.csv.parts").iterdir()) == kept
-    monkeypatch.setattr(DiffusionBackbone, "encode_prompts", overflowing("overflows"))
-    assert score("pics", "s.csv", lrm, *options).equals(expected)
 
 
 def test_an_image_without_a_finite_score_does_not_cost_the_others_theirs(

@@ -42,13 +42,6 @@ def test_a_mean_is_over_all_pictures_and_its_interval_that_of_the_prompts_means(
     assert (several["groups"], several["mean_of_groups"]) == ([], None)
 
 
-def test_a_repeated_prompt_is_one_prompt_for_the_interval() -> None:
-    values = np.random.default_rng(0).normal(size=(50, 1))
-    twice = scored(np.concatenate([values, values]), prompts=[*map(str, range(50)), *map(str, range(50))])
-    single, double = (only(policy_scores(rows, MEAN))["mean"] for rows in (scored(values), twice))
-    assert (double.low, double.high) == pytest.approx((single.low, single.high))
-
-
 def test_a_win_rate_without_spread_between_prompts_has_wilsons_interval() -> None:
     better, worse = scored(np.ones((3, 2))), scored(np.zeros((3, 2)), policy="b")
     (result,) = compare(worse, better, MEAN)
