@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from latentreward.apps.cli import main
-from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
+from latentreward.apps.evaluation.benchmark.base import BenchmarkReport
 from tests.alignment.rewards.stored import write_run
 from tests.formats.conftest import COMMITTED
 from tests.marks import rotated_after

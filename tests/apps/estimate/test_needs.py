@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from latentreward.apps.estimate.needs import Card, TrainingNeeds, check_memory, told_hours
+from latentreward.apps.estimate.estimate import Card, TrainingNeeds, check_memory, told_hours
 from latentreward.core.errors import InputError
 
 

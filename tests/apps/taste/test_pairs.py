@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentreward.apps.taste.pairs import RATINGS, Pool, collect, from_ratings, lines
-from latentreward.apps.taste.pictures import Picture
+from latentreward.apps.taste.pairs import RATINGS, Picture, Pool, collect, from_ratings, lines
 from latentreward.core.errors import InputError
 from latentreward.data import JSONLPairReader
 from tests.apps.taste.folders import draw, sorted_folder, unsorted_folder

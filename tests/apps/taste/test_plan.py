@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from latentreward.apps.cli import main
-from latentreward.apps.taste.pairs import RATINGS, RatedPair, collect
-from latentreward.apps.taste.pictures import Picture
+from latentreward.apps.taste.pairs import RATINGS, Picture, RatedPair, collect
 from latentreward.apps.taste.plan import (
     ALIGN,
     CACHE,

@@ -35,7 +35,7 @@ import latentreward.callbacks as ours
 import latentreward.core.checkpoints.fsdp2  # noqa: F401 - registers the short names of its strategies
 from latentreward.apps.commands import fit_folder
 from latentreward.apps.commands.fit_folder import FOLDER
-from latentreward.apps.estimate.needs import Card
+from latentreward.apps.estimate.estimate import Card
 from latentreward.callbacks.resumed_settings import Override, log_folder, run_kind
 from latentreward.core.checkpoints import files as checkpoint_files
 from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, newest_first, read_sharded
@@ -414,8 +414,7 @@ class TrainingCLI(LightningCLI):
                 folder = self.trainer.default_root_dir
                 raise InputError(f"no space left for {folder} ({reason}); free some space and run it again") from error
             return
-        from latentreward.apps.estimate.estimate import estimate
-        from latentreward.apps.estimate.needs import limits_text
+        from latentreward.apps.estimate.estimate import estimate, limits_text
 
         def build_module(settings: Namespace) -> LightningModule:
             alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))  # without trainer and data
@@ -711,7 +710,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     found, card = _run(command, arguments)
     if found is not None:
-        from latentreward.apps.estimate.needs import check_memory, told_hours, training_needs
+        from latentreward.apps.estimate.estimate import check_memory, told_hours, training_needs
 
         needs = {"fit": training_needs(found)}
         print(found.as_text(), told_hours(needs, card), sep="\n", flush=True)

@@ -11,8 +11,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentreward.apps.taste.pairs import FEWEST, RATINGS, RatedPair
-from latentreward.apps.taste.pictures import Picture, listed, number_of, read_pictures, same_contents
+from latentreward.apps.taste.pairs import (
+    FEWEST,
+    RATINGS,
+    Picture,
+    RatedPair,
+    listed,
+    number_of,
+    read_pictures,
+    same_contents,
+)
 from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError
 from latentreward.core.storage.digests import digest

@@ -6,8 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from latentreward.apps.taste.pairs import Collection, Pool, RatedPair
-from latentreward.apps.taste.pictures import Picture, number_of
+from latentreward.apps.taste.pairs import Collection, Picture, Pool, RatedPair, number_of
 from latentreward.core.errors import InputError
 from latentreward.data.readers.base import normalise_prompt
 from latentreward.reward.metrics.shared_pictures import shared_groups

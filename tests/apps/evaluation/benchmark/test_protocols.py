@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from latentreward.apps.evaluation.benchmark.base import BenchmarkPairs
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, VOTES, answers, fit_thresholds, judge
-from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.core.bootstrap import two_folds
 from tests.apps.evaluation.benchmark.scored import LABELS, NAN, drawn, scored
 

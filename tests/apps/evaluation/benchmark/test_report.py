@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs, BenchmarkReport
+from latentreward.apps.evaluation.benchmark.base import BenchmarkPairs, BenchmarkReport
 from latentreward.apps.evaluation.benchmark.sections import (
     INTRODUCTION,
     TITLE,

@@ -6,6 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from latentreward.apps.evaluation.benchmark.base import (
+    AVERAGE,
+    FOUR_BENCHMARKS,
+    PUBLISHED,
+    BenchmarkReport,
+    published_for,
+)
 from latentreward.apps.evaluation.benchmark.evaluate import (
     add_averages,
     agreement_result,
@@ -17,13 +24,6 @@ from latentreward.apps.evaluation.benchmark.evaluate import (
     subgroup_results,
 )
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, judge
-from latentreward.apps.evaluation.benchmark.results import (
-    AVERAGE,
-    FOUR_BENCHMARKS,
-    PUBLISHED,
-    BenchmarkReport,
-    published_for,
-)
 from latentreward.apps.evaluation.benchmark.sections import sections
 from latentreward.core.bootstrap import Interval
 from latentreward.reward import PairCalibration, ScoreCorrelation

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.apps.evaluation.policy.results import PolicyReport, ScoredPictures
 from latentreward.apps.evaluation.policy.sections import INTRODUCTION, sections, side_by_side
-from latentreward.apps.evaluation.policy.statistics import compare, policy_scores
+from latentreward.apps.evaluation.policy.statistics import PolicyReport, ScoredPictures, compare, policy_scores
 from latentreward.core.reports.page import write_report
 from latentreward.reward.scorers.tools import JudgedPicture
 from tests.accessibility import PHONE, faults

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentreward.apps.evaluation.policy.results import ScoredPictures
-from latentreward.apps.evaluation.policy.statistics import compare, headline, in_common, policy_scores
+from latentreward.apps.evaluation.policy.statistics import ScoredPictures, compare, headline, in_common, policy_scores
 from latentreward.core.bootstrap import wilson_ends
 from latentreward.core.reports.tables import Row
 from latentreward.reward.scorers.tools import JudgedPicture

@@ -16,9 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.apps.evaluation.benchmark.base import Benchmark, Evaluation
+from latentreward.apps.evaluation.benchmark.base import Benchmark, BenchmarkPairs, Evaluation
 from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
-from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.apps.evaluation.benchmark.sections import NoiseColumns
 from latentreward.core.storage.progress import Progress
 from latentreward.core.storage.run_folder import PartFiles

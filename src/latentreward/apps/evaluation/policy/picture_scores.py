@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from latentreward.apps.evaluation.policy.results import ScoredPictures
+from latentreward.apps.evaluation.policy.statistics import ScoredPictures
 from latentreward.core.contracts import ImageRef, sources_of
 from latentreward.core.errors import InputError, did_you_mean, first_line
 from latentreward.core.interrupts import interrupts_held
