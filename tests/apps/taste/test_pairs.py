@@ -127,7 +127,7 @@ def test_ratings_count_and_odd_lines_are_named(tmp_path: Path) -> None:
         (lambda folder: folder.rmdir(), "is not a folder"),
         (lambda folder: None, "has no pictures"),
         (lambda folder: unsorted_folder(folder, 1), "has 1 picture"),
-        (lambda folder: draw(folder / "chosen" / "1.png", 1), "has chosen/ but no rejected/"),
+        (lambda folder: draw(folder / "chosen" / "1.png", 1), "but not both chosen/ and rejected/"),
         (lambda folder: sorted_folder(folder, 19), "gives 19 pairs"),
     ],
 )

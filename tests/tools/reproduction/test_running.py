@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 
-from latentreward.apps.taste.steps import TaskRunner
 from latentreward.core.errors import InputError
 from tools.reproduce import measure_rows, missing, spend, task_runner
 from tools.reproduction.planning import Planner
 from tools.reproduction.results import judge_claim, read_results
 from tools.reproduction.rows import Row, read_row
-from tools.source_digests import source_digest
+from tools.reproduction.running import StepRunner
 
 ROOT = Path(__file__).resolve().parents[3]
 MODULE = "tests.apps.taste.toy_step"
@@ -99,7 +98,7 @@ def test_a_budget_adds_seeds_and_goes_on_where_it_ended(folder: Path) -> None:
 
 
 def test_a_step_whose_source_or_input_has_changed_runs_again(folder: Path) -> None:
-    runner, task = TaskRunner(folder / "work", source_digest), read_row("toy", TOY).task("good", "toy_scores", 10)
+    runner, task = StepRunner(folder / "work"), read_row("toy", TOY).task("good", "toy_scores", 10)
     assert runner.done(task) is not None
     record = task.inputs["toy_pairs"].output(folder / "work").parent / "record.json"
     content = json.loads(record.read_text())

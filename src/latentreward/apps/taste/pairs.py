@@ -229,17 +229,11 @@ def collect(folder: Path, pairing: Pairing = "auto") -> Collection:
 def _unsorted(folder: Path) -> str:
     images, unread = find_pictures(folder)
     pictures = len(generated_rows(folder)) or sum(map(len, images.values()))
-    if not pictures:
-        problem = "; ".join([f"folder: {folder} has no pictures", *unread])
-        return f"{problem}; give a folder with chosen/ and rejected/, or pictures to rate"
-    missing = [side for side in SIDES if not (folder / side).is_dir()]
-    if len(missing) == 1:
-        (there,) = {*SIDES} - {*missing}
-        return f"folder: {folder} has {there}/ but no {missing[0]}/; put the pictures to compare with there"
-    neither = f"{number_of(pictures, 'picture')}, but neither chosen/ and rejected/ nor {RATINGS}"
-    if pictures < FEWEST:
-        return f"folder: {folder} has {neither}; put more pictures to rate there"
-    return f"folder: {folder} has {neither}; rate them with `latentreward taste {folder} --rate`"
+    lacks = (
+        f"folder: {folder} has {number_of(pictures, 'picture')}, but not both chosen/ and rejected/, and no {RATINGS}"
+    )
+    remedy = f"sort pictures into these two, or rate two or more with `latentreward taste {folder} --rate`"
+    return "; ".join([lacks, *unread, remedy])
 
 
 def from_sides(folder: Path, pairing: Pairing) -> Collection:

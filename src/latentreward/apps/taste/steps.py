@@ -6,14 +6,13 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from threading import Lock
 from types import MappingProxyType
+from typing import ClassVar
 from uuid import uuid4
 
 import yaml
@@ -153,17 +152,18 @@ class Done:
 
 @dataclass
 class TaskRunner:
-    """Runner of tasks in processes; each output in its folder is computed once."""
+    """Runner of tasks in processes; each output in its folder is computed once.
+
+    An output stays finished when source files change, and a command goes on in the output that it left, unless an input
+    was made again since.
+    """
 
     folder: Path  # folder of all outputs
-    # Digest of the source files of modules. An output is discarded when it differs, and a command that was stopped
-    # starts again. With None, an output stays finished when source files change, and a command goes on in the output
-    # that it left, unless an input was made again since.
-    source_digest: Callable[[Iterable[str]], str] | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)  # variables of the processes beyond those here
-    _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    _lock: Lock = field(default_factory=Lock)
-    _closed: bool = False
+    goes_on: ClassVar[bool] = True  # whether a command that was stopped goes on where it was
+
+    def source(self, modules: Iterable[str]) -> str:
+        """Return a digest of the source files of modules; an output is made again where it differs."""
+        return ""
 
     def done(self, task: Task) -> Done | None:
         """Return a task's record; None if it is unfinished, ran with other source files, or an input was made again."""
@@ -175,7 +175,7 @@ class TaskRunner:
             found = Done(**content)
         except TypeError as error:
             raise InputError(f"{folder / RECORD} is damaged ({error}); remove {folder} to run it again") from error
-        if self.source_digest is not None and self.source_digest(found.modules) != found.source:
+        if self.source(found.modules) != found.source:
             return None
         current = self._inputs(task)
         return found if current == found.inputs and None not in current.values() else None
@@ -191,7 +191,7 @@ class TaskRunner:
     def run(self, task: Task) -> None:
         """Run a task's process, which prints to :meth:`log`."""
         folder, log, inputs = task.output(self.folder).parent, self.log(task), self._inputs(task)
-        goes_on = self.source_digest is None and folder.exists()
+        goes_on = self.goes_on and folder.exists()
         if goes_on and (folder / INPUTS).is_file():
             goes_on = read_config(folder / INPUTS, remedy=f"remove {folder} to start anew") == inputs
         print(f"{task.name}: {'goes on' if goes_on else 'starts'}; its log is {log}", flush=True)
@@ -207,99 +207,38 @@ class TaskRunner:
             stream.write(f"$ {task.module or 'latentreward'} {' '.join(arguments)}\n")
             stream.flush()
             command = [sys.executable, "-m", process.__name__, str(folder / TOLD), task.module, *arguments]
-            code = self._call(command, stream.fileno())
+            code = self._call(task, command, stream.fileno())
         if code:
             last = log.read_text(errors="replace").strip().splitlines()[-1]
             raise InputError(f"{task.name} failed: {last} (all of it is in {log})")
         told = json.loads((folder / TOLD).read_text())
-        source = "" if self.source_digest is None else self.source_digest(told["modules"])
-        found = Done(**told, source=source, inputs=inputs, identity=uuid4().hex)
+        found = Done(**told, source=self.source(told["modules"]), inputs=inputs, identity=uuid4().hex)
         write_file(folder / RECORD, json.dumps(vars(found)))
 
-    def _call(self, command: Sequence[str], log: int) -> int:
-        environment = {**os.environ, **self.environment}
-        with self._lock:
-            if self._closed:
-                raise KeyboardInterrupt
-            running = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
-            self._running.add(running)
-        try:
-            return running.wait()
-        finally:
-            with self._lock:
-                self._running.discard(running)
-
-    def close(self) -> None:
-        """End all processes, and start no more."""
-        with self._lock:
-            self._closed = True
-            for running in self._running:
-                running.terminate()
-
-
-def run_tasks(
-    tasks: Iterable[Task],
-    runner: TaskRunner,
-    processes: int = 1,
-    finished: Callable[[Task], None] = lambda task: None,
-    keep_going: bool = False,
-) -> list[str]:
-    """Run the tasks that have not finished, each after its inputs, otherwise in their order.
-
-    Ctrl-C and SIGTERM end the running processes by SIGTERM and wait for them, so that a training saves a checkpoint.
-
-    Args:
-        tasks: Tasks; an input that is not among them has finished.
-        runner: Runner, which is closed at the end.
-        processes: Most processes at a time.
-        finished: Called with each task that this call has run.
-        keep_going: Whether tasks that do not depend on a failed one still run. Then a line for each task that failed is
-            returned; otherwise the first failure raises InputError.
-    """
-    waiting = {task.key: task for task in tasks}
-    unfinished, failures = {*waiting}, list[str]()
-    running, shown = dict[Future[None], Task](), dict[str, str]()
-    with ThreadPoolExecutor(processes) as pool:  # an interrupt reaches the main thread and leaves processes to others
+    def _call(self, task: Task, command: Sequence[str], log: int) -> int:
+        running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        shown = progress(self.log(task))
         try:
             while True:
-                for task in ready(waiting, unfinished, runner):
-                    if len(running) < processes:
-                        del waiting[task.key]
-                        shown[task.key] = progress(runner.log(task))
-                        running[pool.submit(runner.run, task)] = task
-                if not running:
-                    return failures
-                ended = wait(running, TOLD_EVERY_S, FIRST_COMPLETED).done
-                for task in running.values():
-                    if (line := progress(runner.log(task))) != shown[task.key]:
+                try:
+                    return running.wait(TOLD_EVERY_S)
+                except subprocess.TimeoutExpired:
+                    if (line := progress(self.log(task))) != shown:
                         print(f"{task.name}: {line}", flush=True)
-                        shown[task.key] = line
-                for task, error in [(running.pop(future), future.exception()) for future in ended]:
-                    if error is None:
-                        unfinished.remove(task.key)
-                        finished(task)
-                    elif keep_going and isinstance(error, InputError):
-                        failures.append(str(error))
-                        print(error, file=sys.stderr, flush=True)
-                    else:
-                        raise error
-        finally:
-            runner.close()
+                        shown = line
+        except BaseException:  # Ctrl-C or SIGTERM: a training saves a checkpoint
+            running.terminate()
+            running.wait()
+            raise
 
 
-def ready(waiting: dict[str, Task], unfinished: set[str], runner: TaskRunner) -> Iterator[Task]:
-    """Yield the waiting tasks whose inputs have finished; take out those that have finished themselves before."""
-    for key, task in [*waiting.items()]:
-        if unfinished & {one.key for one in task.inputs.values()}:
-            continue
+def run_tasks(tasks: Iterable[Task], runner: TaskRunner) -> None:
+    """Run the tasks that have not finished; each comes after its inputs."""
+    for task in tasks:
         if runner.done(task) is None:
-            yield task
+            runner.run(task)
         else:
             print(f"{task.name}: done before", flush=True)
-            del waiting[key]
-            unfinished.remove(key)
 
 
 def progress(log: Path) -> str:
