@@ -155,45 +155,6 @@ def test_a_latent_reward_beside_another_model(here: Path, reward: str) -> None:
     assert telling <= splits
 
 
-@pytest.mark.slow
-def test_a_scorer_that_is_added_is_the_only_one_to_run(here: Path) -> None:
-    run(benchmarks=sets("hpdv3"), scorers=[function("luminance")])
-    calls = Path("calls.txt").read_text()
-    report = run(benchmarks=sets("hpdv3"), scorers=[function("luminance"), function("redness")])
-    assert Path("calls.txt").read_text() == calls
-    assert list(report["scorers"]) == ["luminance", "redness"]
-    assert all(pair["gaps"]["luminance"] * pair["gaps"]["redness"] < 0 for pair in report["telling"])
-
-
-@pytest.mark.slow
-def test_two_rewards_of_ones_own(here: Path, reward: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("first", "second"):
-        shutil.copytree(Path(reward).parent, Path("runs", name, "checkpoints"))
-    options = [f"--data={COMMITTED / 'hpdv3'}", "--draws=1", "--levels=[]"]
-    assert list(run("--model", "runs/first", *options)["scorers"]) == ["first"]
-    table = Path("out/scores/hpdv3_test/first.parquet").stat().st_mtime_ns
-    report = run("--model", "runs/first", *options, "--model=runs/second")
-    assert list(report["scorers"]) == ["first", "second"]
-    assert len(report["differences"]) == 1
-    assert Path("out/scores/hpdv3_test/first.parquet").stat().st_mtime_ns == table
-    assert list(run("--model=runs/second", *options)["scorers"]) == ["second"]
-    printed = capsys.readouterr().out
-    assert "  first   " in printed
-    assert "  second  " in printed
-
-
-@pytest.mark.slow
-def test_running_again_writes_the_same_bytes(here: Path, reward: str) -> None:
-    options = {"benchmarks": sets("hpdv3"), "scorers": [function("luminance")], "model": reward, "levels": [0.3]}
-    run(**options)
-    first = {name: Path("out", name).read_bytes() for name in FILES}
-    run(**options)
-    assert {name: Path("out", name).read_bytes() for name in FILES} == first
-    shutil.rmtree("out")
-    run("--flush_every=2", **options)
-    assert {name: Path("out", name).read_bytes() for name in FILES} == first
-
-
 def test_missing_and_broken_images_are_counted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = hpdv3_copy(here / "hpdv3")
     rows = json.loads((root / "test.json").read_text())

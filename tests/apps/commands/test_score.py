@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import os
 import re
 import shutil
@@ -196,26 +195,6 @@ def test_nothing_that_can_be_read_is_status_2_with_the_table_there(
         assert line.endswith("images: none of 8 can be scored; s.csv says why")
     assert read_scores(here / "s.csv")["problem"].null_count == 0
     assert (here / "g.html").is_file()
-
-
-def test_bad_rows_of_a_list_keep_their_places(here: Path, lrm: str) -> None:
-    write_pictures(here / "pics", 3)
-    rows = [{"image": "pics/000.jpg", "prompt": "x"}, {"image": "pics/001.jpg"}, {"image": "../up.png", "prompt": ""}]
-    lines = [*map(json.dumps, rows), "{", json.dumps({"image": "pics/000.jpg", "prompt": "x"})]
-    (here / "list.jsonl").write_text("\n".join(lines))
-    table = score("list.jsonl", "s.jsonl", lrm)
-    assert table["image"].to_pylist() == ["pics/000.jpg", "pics/001.jpg", "../up.png", "", "pics/000.jpg"]
-    assert [str(problem).partition(" (")[0] for problem in table["problem"].to_pylist()] == [
-        "None",
-        "no prompt",
-        "path outside the root",
-        "unreadable row",
-        "None",
-    ]
-    assert "line 4: cut off" in table["problem"].to_pylist()[3]
-    scores = table["score"].to_pylist()
-    assert scores[0] == scores[4]
-    assert scores[1:4] == [None] * 3
 
 
 @pytest.mark.slow

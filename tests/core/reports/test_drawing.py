@@ -23,8 +23,3 @@ def test_letters_of_prompts_and_captions_are_no_boxes(letter: str) -> None:
     box = "\uffff"
     assert drawn(letter) != drawn(box)
     assert drawn("", letter) != drawn("", box)
-
-
-def test_a_long_prompt_ends_in_dots_within_the_cell() -> None:
-    cells = [draw_pair([Image.new("RGB", (128, 32))], ["0.1"], "a red fox " * times, PLAIN) for times in (10, 20)]
-    assert cells[0].tobytes() == cells[1].tobytes()

@@ -151,7 +151,8 @@ def entries(
     config: Mapping[str, Any], field: str, kind: type[Kind], name: str, default: Sequence[Kind] = ()
 ) -> tuple[Kind, ...]:
     """Return the values of an entry that is a list; for the arguments and errors see :func:`entry`."""
-    several: Any = Annotated[tuple[SIZE if kind is int else kind, ...], MinLen(1)]  # type: ignore[valid-type]
+    one: Any = SIZE if kind is int else kind
+    several: Any = Annotated[tuple[one, ...], MinLen(1)]
     return entry(config, field, several, name, default or None)  # type: ignore[type-var, arg-type]
 
 
