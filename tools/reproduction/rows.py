@@ -132,7 +132,7 @@ class RowStep(Step):
 
     __pydantic_config__ = STRICT
     run: Arguments
-    quick: Arguments = ()
+    quick: Arguments = ()  # arguments added for a trial of two steps
     pairs: str = ""  # name of the step that wrote the pairs which the step scores; empty if it scores no pairs
     # Arguments that draw the training data by {seed}; by default those of a `fit` on the tiny world's captions.
     repeat: Arguments | None = None
@@ -195,7 +195,12 @@ class Row:
 
     def task(self, arm: str, step: str, seed: int, quick: bool = False) -> Task:
         """Resolve a step of an arm for a seed; ``quick`` adds the arguments of a trial of two steps."""
-        return resolve(self.repeated_steps if seed >= WHOLE else self.all_steps, step, seed, self.arms[arm], quick)
+        steps, more = self.repeated_steps if seed >= WHOLE else self.all_steps, self.arms[arm]
+        changed = {
+            name: replace(one, run=(*one.run, *more.get(name, ()), *(one.quick if quick else ())))
+            for name, one in steps.items()
+        }
+        return resolve(changed, step, seed)
 
     def tables(self, seed: int, quick: bool = False) -> dict[tuple[str, str], tuple[Task, Task | None]]:
         """Return (arm, step of a metric) → task that writes the scores, and task that wrote the scored pairs if any."""
@@ -219,7 +224,7 @@ class Row:
         return digest([repr((sorted(tables.items()), sorted(self.metrics.items())))])
 
 
-def check_steps(place: str, steps: Mapping[str, Step]) -> None:
+def check_steps(place: str, steps: Mapping[str, RowStep]) -> None:
     """Check steps that come from a file: their names become names of folders."""
     needs, known = {}, {*steps, "out", "seed"}
     for name, step in steps.items():

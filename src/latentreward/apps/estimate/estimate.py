@@ -215,8 +215,6 @@ IMPORTS = 2 * GB
 """Memory of a process with all its imports and data loaders."""
 KEPT_ROWS = 0.5
 """Share of a rollout's rows that pass the threshold of LPO; a guess, since it depends on the reward."""
-CHECKPOINTS = 3
-"""Most copies of weights and optimiser state on disk at a time: best, last, and the one being written."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +223,6 @@ class TrainingNeeds:
 
     memory: int  # peak memory in bytes, of the GPU or of the CPU
     weights: int  # size of all weights in bytes
-    disk: int  # bytes of checkpoints
     flops: float  # operations of all steps and rollouts, or of 1,000 steps
     whole: bool = True  # whether ``flops`` are those of the whole training
 
@@ -250,7 +247,6 @@ def training_needs(found: Estimate, pairs: int | None = None) -> TrainingNeeds:
     return TrainingNeeds(
         memory=costs.peak,
         weights=costs.weights,
-        disk=CHECKPOINTS * (costs.gradients + costs.state),
         flops=float(steps * found.accumulated * (costs.forward + costs.backward) + rollouts * costs.rollout),
         whole=whole,
     )

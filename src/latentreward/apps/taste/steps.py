@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import ClassVar
 from uuid import uuid4
 
@@ -72,7 +71,6 @@ class Step:
 
     run: tuple[str, ...]  # arguments of the process, starting with a subcommand of ``latentreward``
     module: str = ""  # module to run as a program instead of the command line; empty for the command line
-    quick: tuple[str, ...] = ()  # arguments added for a trial of two steps
 
 
 @dataclass(frozen=True)
@@ -103,27 +101,18 @@ class Task:
         yield self
 
 
-def resolve(
-    steps: Mapping[str, Step],
-    name: str,
-    seed: int,
-    added: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    quick: bool = False,
-) -> Task:
-    """Resolve a step and the steps that its arguments name.
-
-    ``added`` holds arguments by the names of steps; ``quick`` adds those of a trial of two steps.
-    """
+def resolve(steps: Mapping[str, Step], name: str, seed: int) -> Task:
+    """Resolve a step and the steps that its arguments name."""
     found = steps[name]
-    arguments = [*found.run, *added.get(name, ()), *(found.quick if quick else ())]
+    arguments = found.run
     names = {place for text in arguments for place in PLACEHOLDER.findall(text)} & steps.keys()
-    inputs = {one: resolve(steps, one, seed, added, quick) for one in sorted(names)}
+    inputs = {one: resolve(steps, one, seed) for one in sorted(names)}
     known = {one: task.key for one, task in inputs.items()} | {"seed": str(seed)}
     resolved = [PLACEHOLDER.sub(lambda place: known.get(place[1], place[0]), text) for text in arguments]
     configs = [text for text in arguments if text.startswith(CONFIG) and not PLACEHOLDER.search(text)]
     files = [config_digest(find_config(text.removeprefix(CONFIG))) for text in configs]
     key = digest(["\0".join((found.module, *resolved, "", *files))])
-    return Task(name, found.module, tuple(arguments), inputs, seed, key)
+    return Task(name, found.module, arguments, inputs, seed, key)
 
 
 @cache
@@ -145,8 +134,6 @@ class Done:
     modules: tuple[str, ...]  # modules of this package that its process imported
     source: str  # digest of their source files at that time; empty if the runner takes none
     inputs: dict[str, str | None]  # key of an input → its ``identity``
-    seconds: float  # time of its last process by the clock
-    gpu_bytes: int  # peak memory that PyTorch allocated on a GPU in its last process
     identity: str  # random name of this output, by which other tasks' records tell it from one that was made again
 
 
