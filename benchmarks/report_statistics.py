@@ -24,8 +24,7 @@ from typing_extensions import override
 
 from latentreward.apps.evaluation.benchmark.evaluate import BenchmarkScores, evaluate
 from latentreward.apps.evaluation.benchmark.sets import PairsBenchmark
-from latentreward.apps.evaluation.policy.results import ScoredPictures
-from latentreward.apps.evaluation.policy.statistics import compare, policy_scores
+from latentreward.apps.evaluation.policy.statistics import ScoredPictures, compare, policy_scores
 from latentreward.core.bootstrap import Interval
 from latentreward.core.contracts import ImageRef, PreferencePair
 from latentreward.data import PairReader

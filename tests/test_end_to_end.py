@@ -102,16 +102,6 @@ def test_full_size_configs_parse(
     assert "class_path: latentreward.reward." in capsys.readouterr().out
 
 
-def test_null_of_a_nested_setting_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--model.backbone.lora=null", "--model.backbone.tuning=full", "--print_config"]
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", f"--config={CONFIGS}/model/dina_lrm_tiny.yaml", *options])
-    assert stop.value.code in (0, None)
-    printed = capsys.readouterr().out
-    assert "lora: null" in printed
-    assert "tuning: full" in printed
-
-
 def damaged_pickapic(root: Path, target: Path, change: str) -> Path:
     """A copy of tiny pairs whose training file has one fault."""
     (target / "data").mkdir(parents=True)
@@ -161,30 +151,6 @@ def test_damaged_data_is_one_line(
     files = (CONFIGS / "model" / "lrm_tiny.yaml", tmp_path / "data.yaml", CONFIGS / "trainer" / "cpu.yaml")
     output = ("--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}")
     check_one_line([*(f"--config={path}" for path in files), *output], words, capsys)
-
-
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    rotated_after(
-        3,
-        [
-            ("--model.backbone=sd_tinny", ["sd_tinny", "did you mean 'sd_tiny'"]),
-            ("--model.backbone.source=/nowhere/at/all", ["/nowhere/at/all", "does not exist"]),
-            (f"--model.backbone.source={CONFIGS}", ["is not a diffusers pipeline"]),
-            ("--model.backbone.visual_taps=[1,9]", ["visual_taps=[1, 9]", "block 9", "blocks 1 to 5"]),
-            ("--model.backbone.tuning=halff", ["tuning", "halff"]),
-            ("--model.backbone.lora.rank=4", ["lora", "tuning: lora"]),
-            ("--model.eval_timesteps=[1,2000]", ["eval_timesteps", "2000", "out of range"]),
-            ("--trainer.precision=bf16-true", ["precision=bf16-true", "bf16-mixed"]),
-            ("--model.optimizer.lr=1000", ["loss is", "optimiser step", "train-00000"]),
-            ("--data.root=/dev/null/x", ["/dev/null"]),
-        ],
-    ),
-)
-def test_bad_settings_are_one_line(
-    setting: str, words: list[str], pairs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    check_one_line([*options("lrm_tiny", "pickapic", pairs, tmp_path), setting], words, capsys)
 
 
 def check_one_line(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,9 @@ import copy
 import csv
 import importlib.util
 import re
-import runpy
 import shlex
-import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import httpx
 import pytest
@@ -21,9 +18,7 @@ from PIL import Image
 from latentreward.core.contracts import Conditioning, LatentSpace
 from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, RewardModel
 from tests.apps.serving.processes import forked_server
-from tests.marks import slow_after
 from tests.processes import Forked, finish
-from tests.tiny_pipelines import pipeline_folder
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 
@@ -166,68 +161,3 @@ def test_flux_has_no_unused_weights(flux: ModuleType, head: type) -> None:
     model(torch.randn(2, 4, 6, 8), torch.tensor([300.0, 800.0]), conditioning, uncond).sum().backward()
     unused = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
     assert not unused
-
-
-HELPERS = """
-import dataclasses
-
-from latentreward.diffusion import SDUNetBackbone
-from latentreward.core.contracts import LatentSpace
-from latentreward.diffusion.encoders.vae import LatentEncoder
-from latentreward.diffusion import FlowMatching
-
-
-class Seconds(SDUNetBackbone):
-    def read(self, latents, timesteps, conditioning):
-        return super().read(latents, timesteps / 1000, conditioning)
-
-
-class OtherText(SDUNetBackbone):
-    field, width = "prompt_embeds", 16
-
-    def read(self, latents, timesteps, conditioning):
-        text = {self.field: getattr(conditioning, self.field).roll(self.width, -1)}
-        return super().read(latents, timesteps, dataclasses.replace(conditioning, **text))
-
-
-class OtherPooled(OtherText):
-    field, width = "pooled_prompt_embeds", 1
-
-
-class OtherScale(LatentEncoder):
-    def __init__(self, encoder):
-        super().__init__(encoder.vae, LatentSpace(4, 2, 0.2))
-"""
-"""Mistakes that users make, beside the page's factory."""
-BY_TIME = ["block 1: temb", "block 2: hidden_states", "block 2: temb", "block 3: hidden_states", "block 3: temb"]
-BY_TEXT = ["block 2: encoder_hidden_states", "block 3: hidden_states", "block 3: encoder_hidden_states"]
-
-
-@pytest.mark.parametrize(
-    ("right", "wrong", "told"),
-    slow_after(
-        1,
-        [
-            ("", "", []),
-            ("pipeline.noise_process()", "FlowMatching()", ["noise"]),
-            ("SDUNetBackbone(pipeline", "Seconds(pipeline", BY_TIME),
-            ("SDUNetBackbone(pipeline", "OtherPooled(pipeline", BY_TIME),
-            ("SDUNetBackbone(pipeline", "OtherText(pipeline", BY_TEXT),
-            ("pipeline.latent_encoder()", "OtherScale(pipeline.latent_encoder())", ["decoded"]),
-        ],
-    ),
-    ids=["right", "flow", "timesteps", "pooled", "text", "scale"],
-)
-def test_the_check_of_a_unet_names_what_differs(
-    right: str, wrong: str, told: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    code = (folder / "own_unet.py").read_text()
-    assert right in code
-    (folder / "own_unet.py").write_text(HELPERS * bool(wrong) + code.replace(right, wrong))
-    monkeypatch.setenv("OWN_UNET", pipeline_folder("sdxl"))
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "own_unet", raising=False)
-    runpy.run_path(str(folder / "check_own_unet.py"))
-    lines = [line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines() if re.search(r": \de[+-]\d", line)]
-    assert [name for name, error in lines if float(error) > 1e-5] == told
-    assert len(lines) == 11

@@ -108,12 +108,6 @@ def test_pruning_is_given_after_a_run(name: str) -> None:
     assert changed["model"]["init_args"]["pruning"].candidates == 16
 
 
-def test_pruning_needs_no_rule() -> None:
-    given = ("--model.pruning.candidates=16", "--model.pruning.after_steps=4")
-    settings = parse("configs/align/ram_tiny.yaml", options=given).config["fit"]["model"]["init_args"]["pruning"]
-    assert (settings.candidates, settings.after_steps, settings.rule) == (16, 4, None)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, LEARNERS))
 def test_pruning_is_estimated_and_trains(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,13 @@ def test_every_package_folder_is_listed_in_setup_cfg() -> None:
     assert set(config["options"]["packages"].split()) == packages
 
 
-PROMISED_BY = {"aiohttp": "fsspec", "lightning_utilities": "lightning", "markupsafe": "jinja2", "starlette": "fastapi"}
+PROMISED_BY = {
+    "aiohttp": "fsspec",
+    "annotated_types": "pydantic",
+    "lightning_utilities": "lightning",
+    "markupsafe": "jinja2",
+    "starlette": "fastapi",
+}
 """Modules that come with a requirement which promises them."""
 OTHER_NAMES = {"PIL": "pillow", "yaml": "pyyaml"}
 

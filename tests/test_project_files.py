@@ -85,19 +85,6 @@ def test_ci_has_every_python_that_the_package_names() -> None:
     assert " ".join(f"python{one}" for one in pythons) in (ROOT / ".ci" / "matrix").read_text()
 
 
-@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
-def test_an_issue_form_asks_for_something(path: Path) -> None:
-    form = read(path)
-    assert form["name"] and form["description"]
-    fields = [field for field in form["body"] if field["type"] != "markdown"]
-    names = [field["id"] for field in fields]
-    assert len(set(names)) == len(names)
-    assert all(field["attributes"]["label"] for field in fields)
-    assert any(field.get("validations", {}).get("required") == "true" for field in fields)
-    for page in re.findall(r"docs/\w+\.md|[A-Z]+\.md", path.read_text()):
-        assert (ROOT / page).is_file(), page
-
-
 def test_the_image_gets_what_setup_cfg_reads_and_runs_a_command() -> None:
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     config = setup_cfg()
@@ -113,21 +100,3 @@ def test_the_image_gets_what_setup_cfg_reads_and_runs_a_command() -> None:
         set(re.findall(r"\blatentreward (?!\.)([a-z]+)$|--rm latentreward ([a-z]+)", dockerfile)[0]) & COMMANDS.keys()
     )
     assert "\nUSER 1000\n" in dockerfile
-
-
-def test_hooks_run_the_ruff_of_the_environment() -> None:
-    """With a version of their own they would format otherwise than `make lint`, which has that of the extra `dev`."""
-    hooks = [hook for repo in read(ROOT / ".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
-    entries = {hook["entry"].partition(" --")[0] for hook in hooks}
-    assert entries == {".venv/bin/python -m ruff check", ".venv/bin/python -m ruff format"}
-    assert all(hook["language"] == "system" for hook in hooks)
-    assert "ruff" in setup_cfg()["options.extras_require"]["dev"]
-
-
-def test_agents_are_told_of_what_is_there() -> None:
-    text = (ROOT / "AGENTS.md").read_text()
-    table = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
-    package = ROOT / "src" / "latentreward"
-    names = [name for cell in table for name in re.findall(r"`(.+?)`", cell)]
-    assert len(names) > 8
-    assert all((ROOT / name).exists() or (package / name).exists() for name in names), names

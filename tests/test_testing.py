@@ -28,7 +28,6 @@ from latentreward.reward import (
     TieLoss,
 )
 from latentreward.testing import (
-    SPEC,
     check_backbone,
     check_family,
     check_head,
@@ -147,7 +146,3 @@ def test_shipped_networks() -> None:
 def test_what_is_broken_is_named(check, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check()
-
-
-def test_the_features_hold_all_that_a_head_may_read() -> None:
-    assert SPEC.output is not None and SPEC.text and SPEC.visual

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from latentreward.apps.cli import failures_told
-from latentreward.apps.taste.steps import CLONE, Task, TaskRunner, commit, computed_with, machine, run_tasks
+from latentreward.apps.taste.steps import CLONE, Task, commit, computed_with, machine
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.interrupts import interrupts_told, sigterm_interrupts
 from latentreward.core.storage.durable import locked
@@ -19,6 +19,7 @@ from tools.reproduction.page import status_table, write_page
 from tools.reproduction.planning import Planner, further_seeds
 from tools.reproduction.results import Result, read_results, result_path, write_result
 from tools.reproduction.rows import FOLDER, WHOLE, Row, all_rows, choose_rows
+from tools.reproduction.running import StepRunner, run_tasks
 from tools.source_digests import grouped_modules, source_digest
 
 MEASURING = "tools.reproduction.measuring"
@@ -149,20 +150,20 @@ def measure_rows(
                 print(error, file=sys.stderr, flush=True)
 
     write_complete()
-    problems += run_tasks([*left.values()], runner, processes, write_complete, keep_going=True)
+    problems += run_tasks([*left.values()], runner, processes, write_complete)
     if problems:
         raise InputError(f"{len(problems)} steps failed; the first: {problems[0]}")
     return sum(done.cpu_seconds for task in ran if (done := runner.done(task)))
 
 
-def task_runner(work: Path) -> TaskRunner:
+def task_runner(work: Path) -> StepRunner:
     """Return a runner of steps, whose processes may run modules of ``tools``."""
     path = os.pathsep.join(filter(None, [str(CLONE), os.environ.get("PYTHONPATH")]))
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return TaskRunner(work, source_digest, environment={**one_thread, "PYTHONPATH": path})
+    return StepRunner(work, environment={**one_thread, "PYTHONPATH": path})
 
 
-def collect(row: Row, seed: int, quick: bool, tasks: Mapping[str, Task], runner: TaskRunner) -> Result:
+def collect(row: Row, seed: int, quick: bool, tasks: Mapping[str, Task], runner: StepRunner) -> Result:
     """Compute all values of a row and seed from the outputs of finished tasks."""
     tables = row.tables(seed, quick)
     measured: dict[str, dict[str, object]] = {arm: {} for arm in row.arms}

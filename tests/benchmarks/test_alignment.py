@@ -62,19 +62,6 @@ def test_scoring_is_timed_at_toy_size(
 
 
 @pytest.mark.slow
-@pytest.mark.release
-def test_share_of_rollouts(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark.measure_rollout("toy", batch=2, steps=3, repeats=1)
-    assert 0 < int(cells(capsys.readouterr().out, "full LRM")[3].rstrip("%")) < 100
-
-
-def test_the_formula_of_a_vision_language_model(benchmark: Any) -> None:
-    vision, language = benchmark.qwen2_vl_7b_flops()
-    assert vision / 1e12 == pytest.approx(1.49, abs=0.01)
-    assert language / 1e12 == pytest.approx(8.65, abs=0.01)
-
-
-@pytest.mark.slow
 def test_flops_of_dina(benchmark: Any) -> None:
     work = benchmark.count_dina()
     assert work.backbone / 1e12 == pytest.approx(6.63, abs=0.01)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from zipfile import ZipFile
 
 import pytest
 import torch
@@ -92,9 +91,6 @@ def test_a_row_that_fails_says_so_and_the_rest_goes_on(blocks: ModuleType) -> No
     assert len(written) == 2
 
 
-TRIAL = ("--device=cpu", "--tiny")
-
-
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command outside of the checkout, with nothing of it on the import path."""
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--output=out", *arguments]
@@ -109,36 +105,6 @@ def write(path: Path, *rows: list[Any], complete: bool = True, device: str = "cp
     path.write_text(json.dumps(found))
 
 
-def test_blocks_without_time_are_named_and_done_ones_skipped(tmp_path: Path) -> None:
-    write(tmp_path / "out" / "trial" / "vlm.json", ["one", 1.0], ["two", "failed: ValueError: x"])
-    write(tmp_path / "out" / "trial" / "scoring.json", ["one", 1.0], complete=False)
-    stopped = run(tmp_path, *TRIAL, "--minutes=0")
-    assert "vlm: done already" in stopped.stdout
-    assert "scoring: no time left" in stopped.stdout
-    assert stopped.returncode == 1
-    assert "not measured to the end: scoring, rewards, alignment, methods, execution" in stopped.stderr
-
-
-def test_a_block_is_done_with_its_own_settings_unless_all_rows_failed(
-    load: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    is_done, path = load("gpu").is_done, tmp_path / "vlm.json"
-    write(path, ["one", "out of memory"], ["two", "failed: ValueError: x"])
-    assert is_done(path, "cpu", True)
-    assert not is_done(path, "cuda", True)
-    assert not is_done(path, "cpu", False)
-    write(path, ["one", "failed: ValueError: x"], ["two", "failed: ValueError: y"])
-    assert not is_done(path, "cpu", True)
-
-
-def test_a_trial_leaves_measured_blocks_alone(tmp_path: Path) -> None:
-    write(tmp_path / "out" / "vlm.json", ["one", 1.0], device="cuda", tiny=False)
-    before = (tmp_path / "out" / "vlm.json").read_text()
-    tried = run(tmp_path, *TRIAL, "vlm", "--minutes=0")
-    assert "vlm: no time left" in tried.stdout
-    assert (tmp_path / "out" / "vlm.json").read_text() == before
-
-
 @pytest.mark.slow
 def test_a_missing_gpu_is_told_before_any_block(tmp_path: Path) -> None:
     refused = run(tmp_path)
@@ -146,28 +112,3 @@ def test_a_missing_gpu_is_told_before_any_block(tmp_path: Path) -> None:
     assert re.fullmatch(r"PyTorch \S+ finds no CUDA device; --device cpu --tiny .*\n", refused.stderr)
     assert "##" not in refused.stdout
     assert not (tmp_path / "out").exists()
-
-
-def test_wheels_are_unpacked_and_imported_from(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
-    with ZipFile(tmp_path / "library-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("library.py", "number = 5")
-    script = load("gpu")
-    places = script.import_path(tmp_path).split(os.pathsep)
-    assert (tmp_path / "unpacked" / "library.py").read_text() == "number = 5"
-    assert places[:3] == [str(ROOT / "src"), str(ROOT), str(tmp_path / "unpacked")]
-    assert script.import_path(tmp_path).split(os.pathsep) == places
-
-
-def test_the_oldest_pytorch_is_that_of_the_package(load: Callable[[str], ModuleType]) -> None:
-    floor = re.search(r"^ +torch >= (\d+)\.(\d+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
-    assert floor
-    assert tuple(map(int, floor.groups())) == load("gpu").FLOOR
-
-
-@pytest.mark.slow
-@pytest.mark.release
-def test_it_runs_from_anywhere_and_with_wheels_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "wheels").mkdir()
-    done = run(tmp_path, *TRIAL, "rewards", "--wheels=wheels")
-    assert done.returncode == 0, done.stderr
-    assert cells(tmp_path / "out" / "trial" / "rewards.json")[0]["complete"]

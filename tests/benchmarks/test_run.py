@@ -68,22 +68,6 @@ def test_done_until_the_code_changes(
     assert runner.is_done(path, ["case"]) is done
 
 
-def test_done_until_the_package_changes(runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = measure(runner, tmp_path, monkeypatch)
-    monkeypatch.setattr(runner, "package_digest", lambda: "another")
-    assert not runner.is_done(path, ["case"])
-
-
-def test_package_digest_covers_every_module(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, seen = load("run"), set[str]()
-    monkeypatch.setattr(runner, "source_digest", lambda names: str(seen.update(names)))
-    runner.package_digest.__wrapped__()
-    sources = {path for path in (ROOT / "src/latentreward").rglob("*.py") if path.name not in ("__init__.py",)}
-    names = {".".join(path.relative_to(ROOT / "src").with_suffix("").parts) for path in sources}
-    assert names <= seen
-    assert "latentreward.callbacks.performance" in seen
-
-
 def test_every_command_of_the_measurements_page_is_a_benchmark(load: Callable[[str], ModuleType]) -> None:
     named = set(re.findall(r"benchmarks/(\w+)\.py", (ROOT / "docs" / "measurements.md").read_text()))
     run = {one.script for one in load("run").BENCHMARKS.values()}

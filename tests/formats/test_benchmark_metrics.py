@@ -16,9 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.apps.evaluation.benchmark.base import Benchmark
+from latentreward.apps.evaluation.benchmark.base import Benchmark, BenchmarkPairs
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, VOTES, judge
-from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.apps.evaluation.benchmark.sets import PickAPicBenchmark, recognise_benchmark
 from latentreward.core.reports.tables import Row
 from latentreward.reward import CallableScorer

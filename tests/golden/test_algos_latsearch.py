@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentreward.apps.generation.population import Population, survivors
+from latentreward.apps.generation.search import Population, survivors
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_within
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import latentreward
-from tools.source_digests import code_digest, grouped_modules, module_names, source_digest
+from tools.source_digests import code_digest, source_digest
 
 CODE = '''
 """Module."""
@@ -44,10 +44,6 @@ def test_what_counts(other: str) -> None:
     assert code_digest(other) != code_digest(CODE)
 
 
-def test_a_text_that_is_no_docstring_counts() -> None:
-    assert code_digest("x = 1\n'one'") != code_digest("x = 1\n'two'")
-
-
 def test_files_of_modules_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latentreward, "__path__", [*latentreward.__path__, str(tmp_path)])
     names = ["latentreward", "latentreward.core.running", "latentreward.toy_module"]
@@ -60,10 +56,3 @@ def test_files_of_modules_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert source_digest(names) == first
     (tmp_path / "toy_module.py").write_text(CODE.replace("3", "30"))
     assert source_digest(names) != first
-
-
-def test_names_are_grouped_and_back() -> None:
-    names = ["latentreward", "latentreward.callbacks.nan_guard", "latentreward.data", "latentreward.data.images"]
-    groups = grouped_modules([*names, "latentreward.data"])
-    assert groups["latentreward.data"] == "images"
-    assert sorted(module_names(groups)) == names

@@ -1,15 +1,21 @@
 """Rows of the reproduction, read from YAML: what runs for each arm and seed, what is measured, and what is claimed."""
 
 import os
+import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BeforeValidator
 
-from latentreward.apps.taste.steps import CLONE, Arguments, Step, Task, check_steps, load_yaml, resolve
-from latentreward.core.errors import InputError, did_you_mean
+from latentreward.apps.taste.steps import CLONE, PLACEHOLDER, Step, Task, resolve
+from latentreward.core.errors import InputError, did_you_mean, one_line
+from latentreward.core.settings.rewriting import check_yaml, find_config
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.json_files import STRICT, checked
 from tools.emoji.world import REMEDY, VARIABLE
@@ -51,6 +57,17 @@ MARGINS = {
     "held_out": Margin(0.01, "score of the held-out scorer", "a third of what ReFL adds to it (row `dina_refl`)"),
 }
 """Margins of shares of pairs, and of the columns of pictures that claims are about."""
+
+
+def split(given: Any) -> tuple[str, ...]:
+    """Split the arguments of a process, which a YAML file holds as one text, with a shell's quotes."""
+    if not isinstance(given, str):
+        raise ValueError("it must be a text")
+    return tuple(shlex.split(given))
+
+
+Arguments = Annotated[tuple[str, ...], BeforeValidator(split)]
+"""Arguments of a process."""
 
 
 def _several(given: Any) -> Any:
@@ -113,6 +130,10 @@ class Claim:
 class RowStep(Step):
     """Step of rows, with what a whole repetition adds."""
 
+    __pydantic_config__ = STRICT
+    run: Arguments
+    quick: Arguments = ()  # arguments added for a trial of two steps
+    pairs: str = ""  # name of the step that wrote the pairs which the step scores; empty if it scores no pairs
     # Arguments that draw the training data by {seed}; by default those of a `fit` on the tiny world's captions.
     repeat: Arguments | None = None
 
@@ -174,7 +195,12 @@ class Row:
 
     def task(self, arm: str, step: str, seed: int, quick: bool = False) -> Task:
         """Resolve a step of an arm for a seed; ``quick`` adds the arguments of a trial of two steps."""
-        return resolve(self.repeated_steps if seed >= WHOLE else self.all_steps, step, seed, self.arms[arm], quick)
+        steps, more = self.repeated_steps if seed >= WHOLE else self.all_steps, self.arms[arm]
+        changed = {
+            name: replace(one, run=(*one.run, *more.get(name, ()), *(one.quick if quick else ())))
+            for name, one in steps.items()
+        }
+        return resolve(changed, step, seed)
 
     def tables(self, seed: int, quick: bool = False) -> dict[tuple[str, str], tuple[Task, Task | None]]:
         """Return (arm, step of a metric) → task that writes the scores, and task that wrote the scored pairs if any."""
@@ -196,6 +222,32 @@ class Row:
         """Digest everything but source files that the numbers of a seed depend on; wording and claims do not count."""
         tables = {place: [task and task.key for task in tasks] for place, tasks in self.tables(seed).items()}
         return digest([repr((sorted(tables.items()), sorted(self.metrics.items())))])
+
+
+def check_steps(place: str, steps: Mapping[str, RowStep]) -> None:
+    """Check steps that come from a file: their names become names of folders."""
+    needs, known = {}, {*steps, "out", "seed"}
+    for name, step in steps.items():
+        if not re.fullmatch(r"\w+", name):
+            raise InputError(f"{place}: {name!r} is not a name; use letters, digits and _")
+        named = {found for text in (*step.run, *step.quick) for found in PLACEHOLDER.findall(text)}
+        for one in sorted(named - known):
+            raise InputError(f"{place}.{name}: {{{one}}} names no step{did_you_mean(one, known)}")
+        needs[name] = named & steps.keys()
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        raise InputError(f"{place}: {' needs '.join(error.args[1])}") from error
+
+
+def load_yaml(path: str) -> Any:
+    """Read a YAML file, by its path or by the name ``configs/...`` of one that ships with the package."""
+    file = Path(find_config(path))
+    try:
+        check_yaml(text := file.read_text(encoding="utf-8"))
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
+        raise InputError(f"{path}: {one_line(error)}") from error
 
 
 def file_of(name: str) -> str:

@@ -409,12 +409,7 @@ class Conditioning(TensorRecord):
 
     @classmethod
     def join(cls, parts: Sequence["Conditioning"]) -> "Conditioning":
-        """Concatenate the rows of at least one record; masked tokens are padded with zeros to the longest part.
-
-        Raises:
-            InputError: If the parts have different numbers of tokens and no mask, different numbers or sizes of
-                sources, or only some have a pooled vector.
-        """
+        """Concatenate the rows of at least one record; masked tokens are padded with zeros to the longest part."""
         if len({tuple(one.shape[1:] for one in part.source_latents) for part in parts}) > 1:
             raise InputError(
                 "encoded prompts have sources of different numbers or sizes; set source_size: made, and give prompts "
@@ -461,9 +456,6 @@ class Conditioning(TensorRecord):
         """Return this empty prompt for each row of ``prompts``, with the sources of the row.
 
         It has one row, or B rows where the text depends on the sources. Editors see the sources in both passes.
-
-        Raises:
-            InputError: If it has another number of rows.
         """
         if len(self) not in (1, len(prompts)):
             raise InputError(f"the empty prompt has {len(self)} rows for {len(prompts)} prompts; give one, or one each")

@@ -149,6 +149,14 @@ def printable(text: str) -> str:
     return text if text.isascii() and text.replace("\n", "").isprintable() else "".join(shown)
 
 
+def tell(line: str) -> None:
+    """Print a note on global rank 0, on what a run leaves out or does otherwise than asked."""
+    from lightning_utilities.core.rank_zero import rank_zero_only
+
+    if not getattr(rank_zero_only, "rank", 0):
+        print(f"note: {printable(line)}", file=sys.stderr, flush=True)
+
+
 def quoted(text: str) -> str:
     """Return a text from elsewhere for a message, cut at ``LONGEST_QUOTE`` characters."""
     return text if len(text) <= LONGEST_QUOTE else f"{text[: LONGEST_QUOTE - 3]}..."

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import is_dataclass
-from functools import cache, wraps
-from inspect import BoundArguments, Parameter, getattr_static, isfunction, signature
+from functools import wraps
+from inspect import BoundArguments, isfunction, signature
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any, ClassVar, Literal, Self, SupportsIndex, TypeVar
 
 import torch
@@ -70,10 +69,9 @@ class Part(ABC):  # noqa: B024 - derived classes have the methods
                 setattr(cls, name, compared(method, name, *promise))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Create the part; raise InputError if methods of its base class are missing or take other arguments."""
+        """Create the part; raise InputError if methods of its base class are missing."""
         if cls.__abstractmethods__:
             raise InputError(lacks(cls))
-        check_methods(cls)
         part: Self = super().__new__(cls)
         return part
 
@@ -109,14 +107,6 @@ def compared(method: Method, name: str, check: Check, each: bool, keeps: bool) -
         try:
             with unchanged(f"{type(self).__name__}.{name}", *((*args, *kwargs.values()) if keeps else ())):
                 result = method(self, *args, **kwargs)
-        except AttributeError as error:
-            if "before Module.__init__() call" not in str(error):
-                raise
-            *_, (caller, line), _ = walk_tb(error.__traceback__)  # the last one is torch's
-            place = f"{Path(caller.f_code.co_filename).name}:{line}"
-            raise InputError(
-                f"{type(self).__name__}.{name}: {error}; call super().__init__() first ({place})"
-            ) from error
         except IndexError as error:  # for a row past the end, by which an iteration ends, or for one before it
             index = args[0] if name == "__getitem__" and args and isinstance(args[0], SupportsIndex) else -1
             if not 0 <= index < (length := len(self)):
@@ -161,34 +151,14 @@ def keep_promise(part: Any, method: str, problem: Callable[[], str | None], each
     kept.add(method)
 
 
-@cache
-def check_methods(cls: type[Part]) -> None:
-    """Raise InputError for a user's method that does not take the arguments of the method that it overrides."""
-    for base in cls.__mro__:
-        for name, wanted in vars(base).items() if of_this_package(base.__module__) else ():
-            method = getattr_static(cls, name)
-            named = not name.startswith("_") or name in ("__call__", "__getitem__")
-            if named and isfunction(wanted) and isfunction(method) and not of_this_package(method.__module__):
-                check_takes(f"{cls.__name__}.{name}", method, wanted)
-
-
-def check_takes(
-    name: str, function: Callable[..., Any], wanted: Callable[..., Any], with_defaults: bool = True
-) -> None:
-    """Raise InputError if a user's function, ``name`` in messages, does not take the arguments of ``wanted``.
-
-    ``with_defaults`` says whether it must take arguments that have a default in ``wanted``, too.
-    """
+def check_takes(name: str, function: Callable[..., Any], wanted: Callable[..., Any]) -> None:
+    """Raise InputError if a user's function, ``name`` in messages, does not take the arguments of ``wanted``."""
     try:
         taken, needed = signature(function), signature(wanted).parameters
     except ValueError:  # of functions in C
         return
-    kinds = {name: one.kind for name, one in needed.items() if with_defaults or one.default is Parameter.empty}
-    by_place = [name for name, kind in kinds.items() if kind is Parameter.POSITIONAL_OR_KEYWORD]
-    by_name = {name: None for name, kind in kinds.items() if kind is Parameter.KEYWORD_ONLY}
     try:
-        if Parameter.VAR_POSITIONAL not in kinds.values():
-            taken.bind(*by_place, **by_name)
+        taken.bind(*needed)
     except TypeError as error:
         names = [", ".join(parameters) for parameters in (taken.parameters, needed)]
         raise InputError(f"{name}({names[0]}) must take ({names[1]}){place_of(function)}") from error

@@ -83,9 +83,9 @@ def import_said(text: str) -> None:
         import_module(public_names()[name])
 
 
-def import_all(part: str = "") -> None:
-    """Import the public classes of all modules whose dotted names contain ``part``, for lists of choices."""
-    for module in {one for one in public_names().values() if part in f"{one}."}:
+def import_all() -> None:
+    """Import all public classes, for lists of choices."""
+    for module in {*public_names().values()}:
         import_module(module)
 
 

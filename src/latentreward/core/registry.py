@@ -60,9 +60,6 @@ def import_class(setting: str, path: str, base: type[Kind]) -> type[Kind]:
 
     The module may lie in the current folder or beside a ``--config`` file. Only a path that the user gave may be
     passed: importing runs the module.
-
-    Raises:
-        InputError: If there is no such class, or it is abstract or not derived from ``base``.
     """
     if "." in path and not of_this_package(path):
         find_modules_here([path])
@@ -143,9 +140,6 @@ def register_backbone(factory: Factory) -> Factory:
 
     The returned function also records its call in the backbone's ``built_by``. A reward that was built in Python can be
     saved only with that record.
-
-    Raises:
-        InputError: If another function is registered under the name.
     """
     name, path = factory.__name__, f"{factory.__module__}.{factory.__qualname__}"
     if _PATHS.setdefault(name, path) != path:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import yaml
 
 from latentreward.apps.cli import main
-from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
+from latentreward.apps.evaluation.benchmark.base import BenchmarkReport
 from tests.alignment.rewards.stored import write_run
 from tests.formats.conftest import COMMITTED
 from tests.marks import rotated_after
@@ -22,7 +21,7 @@ from tests.processes import kill_after_parts
 from tests.reward.scorers.tiny_clip import write_aesthetic, write_clip
 
 if TYPE_CHECKING:
-    from tests.browser import Pages
+    pass
 
 EXPECTED = json.loads((COMMITTED / "EXPECTED.json").read_text())
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "benchmark"
@@ -135,18 +134,6 @@ def test_every_protocol_on_the_samples(here: Path, capsys: pytest.CaptureFixture
     assert "luminance " in printed.splitlines()[-2]
 
 
-def test_intervals_of_few_prompts_say_so_everywhere(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = run(benchmarks=sets("hpdv3"), scorers=[function("luminance"), function("redness")])
-    groups = {one["estimate"]["groups"] for one in report["protocols"] + report["differences"]}
-    (number,) = groups
-    assert 1 < number < 30
-    printed = [line for line in capsys.readouterr().out.splitlines() if "luminance" in line or "redness" in line]
-    assert sum(f"] ({number} groups)" in line for line in printed) == 2
-    for name in ("report.md", "report.html"):
-        text = re.sub(r"\\(.)", r"\1", Path("out", name).read_text())
-        assert text.count(f"] ({number} groups)") >= 4, name  # overview, protocol, differences
-
-
 @pytest.mark.slow
 def test_a_latent_reward_beside_another_model(here: Path, reward: str) -> None:
     names = ("hpdv3", "genai_bench")
@@ -166,64 +153,6 @@ def test_a_latent_reward_beside_another_model(here: Path, reward: str) -> None:
     telling = {one["benchmark"] for one in report["telling"]}  # a split may hold no pair that the two judge apart
     assert telling
     assert telling <= splits
-
-
-@pytest.mark.slow
-def test_a_scorer_that_is_added_is_the_only_one_to_run(here: Path) -> None:
-    run(benchmarks=sets("hpdv3"), scorers=[function("luminance")])
-    calls = Path("calls.txt").read_text()
-    report = run(benchmarks=sets("hpdv3"), scorers=[function("luminance"), function("redness")])
-    assert Path("calls.txt").read_text() == calls
-    assert list(report["scorers"]) == ["luminance", "redness"]
-    assert all(pair["gaps"]["luminance"] * pair["gaps"]["redness"] < 0 for pair in report["telling"])
-
-
-@pytest.mark.slow
-def test_two_rewards_of_ones_own(here: Path, reward: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("first", "second"):
-        shutil.copytree(Path(reward).parent, Path("runs", name, "checkpoints"))
-    options = [f"--data={COMMITTED / 'hpdv3'}", "--draws=1", "--levels=[]"]
-    assert list(run("--model", "runs/first", *options)["scorers"]) == ["first"]
-    table = Path("out/scores/hpdv3_test/first.parquet").stat().st_mtime_ns
-    report = run("--model", "runs/first", *options, "--model=runs/second")
-    assert list(report["scorers"]) == ["first", "second"]
-    assert len(report["differences"]) == 1
-    assert Path("out/scores/hpdv3_test/first.parquet").stat().st_mtime_ns == table
-    assert list(run("--model=runs/second", *options)["scorers"]) == ["second"]
-    printed = capsys.readouterr().out
-    assert "  first   " in printed
-    assert "  second  " in printed
-
-
-@pytest.mark.slow
-def test_running_again_writes_the_same_bytes(here: Path, reward: str) -> None:
-    options = {"benchmarks": sets("hpdv3"), "scorers": [function("luminance")], "model": reward, "levels": [0.3]}
-    run(**options)
-    first = {name: Path("out", name).read_bytes() for name in FILES}
-    run(**options)
-    assert {name: Path("out", name).read_bytes() for name in FILES} == first
-    shutil.rmtree("out")
-    run("--flush_every=2", **options)
-    assert {name: Path("out", name).read_bytes() for name in FILES} == first
-
-
-@pytest.mark.parametrize(
-    ("name", "protocols"),
-    rotated_after(
-        1,
-        [
-            ("imagereward", ["imagereward/micro", "imagereward/macro"]),
-            ("imagerewarddb", ["imagereward/micro", "imagereward/macro"]),
-            ("hpdv2", ["hpdv2/macro", "hpdv2/micro"]),
-            ("pickapic_v1", ["pickapic/pickscore", "pickapic/lrm", "pickapic/strict"]),
-            ("genai_bench", ["genai_bench_tiger/no_tie", "genai_bench_tiger/4way"] * 2),
-            ("genai_bench_cmu", ["genai_bench_cmu"]),
-        ],
-    ),
-)
-def test_published_folders_are_recognised(here: Path, name: str, protocols: list[str]) -> None:
-    report = run(data=str(COMMITTED / name), scorers=[function("luminance")])
-    assert [one["protocol"] for one in report["protocols"]] == protocols
 
 
 def test_missing_and_broken_images_are_counted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,24 +250,6 @@ def test_a_killed_run_goes_on_and_reports_the_same(here: Path) -> None:
     run(**options)
     assert {name: Path("out", name).read_bytes() for name in FILES} == expected
     assert everything <= len(Path("calls.txt").read_text()) <= everything + 16
-
-
-@pytest.mark.browser
-def test_page_of_real_results(here: Path, reward: str, browser_page: "Pages") -> None:
-    root = hpdv3_copy(here / "hpdv3")
-    rows = json.loads((root / "test.json").read_text())
-    hostile = "<img src=x onerror=\"document.title='hacked'\"> </script><script>document.title='hacked'</script>"
-    for row in rows:
-        row["prompt"] = f"{hostile} {row['prompt']}"
-    (root / "test.json").write_text(json.dumps(rows))
-    run(data=str(root), model=reward, scorers=[function("luminance")], draws=2, levels=[0.2, 0.8])
-    page = browser_page(Path("out/report.html"))
-    assert page.title() == "Benchmark of reward models"
-    assert page.get_by_text("document.title='hacked'").count() >= 1
-    images = page.locator("article img").all()
-    assert len(images) >= 2
-    assert all(image.evaluate("image => image.complete && image.naturalWidth > 0") for image in images)
-    assert page.locator("img.plot").count() == 4
 
 
 @pytest.mark.slow

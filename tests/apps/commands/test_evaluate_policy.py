@@ -129,17 +129,6 @@ def test_a_checkpoint_tells_the_shape_of_its_adapter_and_a_start_that_failed_lea
 
 
 @pytest.mark.slow
-def test_pictures_are_those_of_generate_and_of_the_same_seed(evaluate: Run, prompts: Path, tmp_path: Path) -> None:
-    evaluate(SD_TINY, "--against.pipeline=sd_tiny", "--seed=5")
-    evaluate(SD_TINY, "--seed=6", folder="other")
-    main(["generate", str(prompts), str(tmp_path / "made"), "--policy.source=sd_tiny", "--seed=5", *FAST])
-    first, second = (pictures(tmp_path / "out" / "pictures" / slot) for slot in ("policy", "against"))
-    assert first == second == pictures(tmp_path / "made")
-    other = pictures(tmp_path / "other" / "pictures" / "policy")
-    assert all(other[name] != first[name] for name in first)
-
-
-@pytest.mark.slow
 def test_the_first_picture_alone_or_all(evaluate: Run, tmp_path: Path) -> None:
     every = evaluate(SD_TINY, "--images_per_prompt=3", folder="all")
     first = evaluate(SD_TINY, "--images_per_prompt=3", "--images_scored=first", folder="first")
@@ -265,41 +254,6 @@ def test_missing_pictures_are_refused_or_left_out(
     for path in (tmp_path / "two").glob("0*.png"):
         path.unlink()
     assert "no picture is left" in refused(*both, "--missing=leave_out", folder="none")
-
-
-@pytest.mark.slow
-def test_several_files_of_prompts_are_groups(evaluate: Run, tmp_path: Path) -> None:
-    pattern = f"{FORMATS}/hpdv2/benchmark/[!d]*.json"
-    report = evaluate(SD_TINY, f"--prompts={pattern}", "--parts=3", file=None)
-    (score,) = report["scores"]
-    assert [group["group"] for group in score["groups"]] == ["anime", "concept-art", "paintings", "photo"]
-    assert all(group["parts_sd"] > 0 for group in score["groups"])
-    assert score["mean_of_groups"]["value"] == pytest.approx(
-        np.mean([one["estimate"]["value"] for one in score["groups"]])
-    )
-    assert "parts' sd" in (tmp_path / "out" / "report.md").read_text()
-
-
-@pytest.mark.slow
-def test_published_numbers_stand_in_lpos_preset_alone(
-    evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (captions,) = (FORMATS / "pickapic_v1" / "data").glob("validation_unique*")
-    monkeypatch.setenv("PICKAPIC_VALIDATION", str(captions))
-    monkeypatch.setenv("SD15_PATH", "sd_tiny")
-    monkeypatch.setenv("AESTHETIC_WEIGHTS", "unused")
-    preset = "--config=configs/evaluate/lpo_sd15.yaml"
-    native = ["--sampling.height=null", "--sampling.width=null"]
-    scorers = f"--scorers=[{toy(name='pickscore')}, {toy(name='mine')}]"
-    report = evaluate(preset, SD_TINY, *native, scorers, *FAST, file=None)
-    assert [one["model"] for one in report["published"]] == ["SD1.5", "SPO, SD1.5", "LPO, SD1.5"]
-    assert [one["value"] for one in report["published"]] == [20.56, 21.22, 21.69]
-    assert all("2502.01051" in one["source"] for one in report["published"])
-    assert report["scores"][0]["pictures"] == 5
-    assert report["settings"]["guidance_scale"] == {"tuned": 1.0, "SD1.5": 7.5}
-    assert report["settings"]["shared_noise"] is True
-    page = (tmp_path / "out" / "report.md").read_text()
-    assert "Published numbers of this protocol" in page
 
 
 @pytest.mark.parametrize(

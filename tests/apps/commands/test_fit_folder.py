@@ -1,8 +1,6 @@
 """The folder of a run: its name, what ``last`` and ``hpc`` find there, and what fit says at its end."""
 
-import os
 import shutil
-import signal
 from pathlib import Path
 from uuid import uuid4
 
@@ -11,7 +9,7 @@ from lightning.pytorch.loggers import Logger
 
 from latentreward.apps.cli import main
 from tests.marks import slow_after
-from tests.small_user import SEEN, SmallUserData, refusal, run
+from tests.small_user import SEEN, refusal, run
 
 LAST = ("--trainer.callbacks+=LastCheckpoint", "--trainer.max_steps=2")
 SHIPPED = (
@@ -138,21 +136,6 @@ def test_last_is_that_of_an_earlier_start_in_the_runs_folder(
         with pytest.raises(SystemExit):
             main(["fit", *plain, "--ckpt_path=last", "--trainer.max_steps=5"])
         assert "give lightning_logs/version_0/checkpoints/last.ckpt, or give the run" in capsys.readouterr().err
-
-
-class Terminating(SmallUserData):
-    """A batch system ends the run while it starts."""
-
-    def __init__(self) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        super().__init__()
-
-
-def test_a_signal_while_fit_starts_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        run("fit", tmp_path, f"--data={__name__}.Terminating")
-    assert stop.value.code == 143
-    assert capsys.readouterr().err.splitlines()[-1] == "latentreward: stopped by SIGTERM"
 
 
 @pytest.mark.parametrize(

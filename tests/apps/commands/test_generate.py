@@ -2,11 +2,9 @@
 
 import csv
 import json
-import logging
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from latentreward.alignment.policies.checkpoint import SOURCE
 from latentreward.apps.cli import main
 from latentreward.apps.commands import generate as command
 from latentreward.apps.generation.image_folder import file_name
-from latentreward.apps.generation.trained_policy import plain
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.interrupts import interrupts_held
 from tests.alignment.policies.alignment import perturbed
@@ -237,48 +234,6 @@ def test_settings_of_own_objects_count_and_are_not_written(
         generate(*reward, "--reward.function.factor=2.0")
     told = capsys.readouterr().err
     assert "was begun with reward.function" in told and "hf_secret" not in told
-
-
-class Wrapped:
-    def __init__(self, *inner: Any) -> None:
-        self._inner = inner
-
-    def inner(self) -> tuple[Any, ...]:
-        return self._inner
-
-
-class Child:
-    def __init__(self, key: str) -> None:
-        self.logger, self.parent = logging.getLogger(__name__), Wrapped(key, self)
-
-
-@dataclass(slots=True)
-class Slotted:
-    key: str
-
-
-@pytest.mark.parametrize(
-    "build",
-    [
-        Judged,
-        Slotted,
-        lambda value: Wrapped(Wrapped(value)),
-        lambda value: partial(Judged(value)),
-        lambda value: partial(Sampling, num_inference_steps=len(value)),
-        lambda value: Judged(value).__call__,
-        lambda value: Wrapped(value).inner,
-        Child,
-    ],
-)
-def test_objects_that_differ_anywhere_are_told_apart(build: Callable[[str], Any]) -> None:
-    assert plain(build("one")) == plain(build("one")) != plain(build("three"))
-    assert "three" not in json.dumps(plain(build("three")))
-
-
-def test_names_hold_on_every_file_system() -> None:
-    assert file_name(3, 0, "../a/b\\c: D*?|") == "00003_0_a-b-c-d.png"
-    assert file_name(3, 1, "月") == "00003_1.png"
-    assert len(file_name(3, 0, "word " * 100)) < 80
 
 
 GENERATE = Path(__file__).resolve().parents[3] / "configs" / "generate"

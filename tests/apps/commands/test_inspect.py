@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from latentreward.apps.cli import main
-from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 
 SAMPLES = Path(__file__).parents[2] / "formats" / "data"
 EXPECTED = json.loads((SAMPLES / "EXPECTED.json").read_text())
@@ -50,32 +49,6 @@ def test_samples(tmp_path, capsys, name, keys) -> None:
         assert report["shared"]["validation_unique beside test_unique"][1] == 1
     if name == "genai_bench_cmu":
         assert report["splits"][0]["labels"]["ties"] == EXPECTED[name]["ties"]
-
-
-def test_tiny_world(tmp_path, capsys) -> None:
-    pickapic = write_pickapic(tmp_path / "pickapic", {"train": 30, "validation_unique": 8, "test_unique": 8})
-    report = inspect(tmp_path, str(pickapic))
-    assert rows_of(report) == {"train": 30, "validation_unique": 8, "test_unique": 8}
-    assert all(set(split["images"]["sizes"]) == {"32x32"} for split in report["splits"])
-    hpdv3 = write_hpdv3(tmp_path / "hpdv3", {"train": 20, "test": 8})
-    shutil.copy(hpdv3 / "train.json", hpdv3 / "copy.json")
-    report = inspect(tmp_path, str(hpdv3), "--splits=train,copy")
-    assert report["shared"]["train beside copy"][1:] == [20, 20]
-
-
-def test_readers_with_settings(tmp_path) -> None:
-    config = {
-        "reader": [
-            {"class_path": "PickAPicReader", "init_args": {"source": str(SAMPLES / "pickapic_v1"), "split": split}}
-            for split in ("train", "test_unique")
-        ]
-    }
-    (tmp_path / "inspect.yaml").write_text(json.dumps(config))
-    assert rows_of(inspect(tmp_path, f"--config={tmp_path / 'inspect.yaml'}")) == {"train": 8, "test_unique": 6}
-    root = f"--reader.root={SAMPLES / 'hpdv3'}"
-    report = inspect(tmp_path, "--reader=HPDv3Reader", root, "--reader.split=all", "--reader.min_confidence=0.95")
-    assert report["splits"][0]["rows"] == EXPECTED["hpdv3"]["kept_at_confidence_0_95_null_kept"]
-    assert sum(report["splits"][0]["skipped"].values()) == 5
 
 
 def test_a_damaged_split_leaves_the_others(tmp_path, capsys) -> None:

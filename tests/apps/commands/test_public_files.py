@@ -52,12 +52,6 @@ def test_a_model_folder(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     RewardModel.from_pretrained(home / "model")
 
 
-def test_a_model_folder_that_was_written_with_a_path_still_loads(home: Path, tmp_path: Path) -> None:
-    RewardModel.from_pretrained(home / "run").save_pretrained(tmp_path / "old", base=pipeline_folder("sd35"))
-    assert told_places(tmp_path / "old/config.json")
-    RewardModel.from_pretrained(tmp_path / "old")
-
-
 def test_a_gallery(home: Path) -> None:
     page = home / "page.html"
     main(["score", f"{home}/pictures", f"{home}/s.csv", f"--model={home}/run", f"--gallery={page}", "--device=cpu"])

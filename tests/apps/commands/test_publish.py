@@ -149,22 +149,6 @@ def test_a_published_layout_is_published_with_its_base(tmp_path: Path, capsys: A
 
 
 @pytest.mark.slow
-def test_the_draw_of_a_large_reference_is_the_seeds(run: Path, pictures: Path, tmp_path: Path) -> None:
-    means = []
-    for number, seed in enumerate((0, 0, 1)):
-        reference = [
-            f"--reference.images={pictures / 'list.jsonl'}",
-            "--reference.limit=22",
-            f"--reference.seed={seed}",
-        ]
-        publish(run, tmp_path / str(number), *reference)
-        calibration = RewardModel.from_pretrained(tmp_path / str(number)).calibration
-        assert (calibration.seed, calibration.number <= 22) == (seed, True)
-        means.append(calibration.mean)
-    assert means[0] == means[1] != means[2]
-
-
-@pytest.mark.slow
 def test_published_again_at_other_noise_it_loses_its_calibration(
     run: Path, pictures: Path, tmp_path: Path, capsys: Any
 ) -> None:

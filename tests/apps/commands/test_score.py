@@ -1,9 +1,7 @@
 """``latentreward score``: tables of scores from folders and lists, resumed, refused, and with what cannot be read."""
 
 import base64
-import errno
 import io
-import json
 import os
 import re
 import shutil
@@ -24,7 +22,6 @@ from PIL import Image
 
 from latentreward.apps.cli import main
 from latentreward.core.contracts import Conditioning
-from latentreward.core.storage import run_folder
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.reward import Calibration, RewardModel, ScoringNoise
 from latentreward.reward.scoring.image_lists import read_scores
@@ -126,13 +123,6 @@ def test_levels_seeds_and_the_score_at_each_level(here: Path, dina: str) -> None
     torch.testing.assert_close(torch.tensor(only_seeds["score"].to_pylist()), expected, rtol=0, atol=2e-5)
 
 
-def test_each_of_one_level(here: Path, lrm: str) -> None:
-    write_pictures(here / "pics", 2)
-    table = score("pics", "s.csv", lrm, "--each_level=true")
-    assert table.column_names[2:4] == ["score", "score_t_1"]
-    assert table["score"].to_pylist() == table["score_t_1"].to_pylist()
-
-
 @pytest.mark.slow
 def test_a_calibrated_model(here: Path, dina: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_pictures(here / "pics", 4)
@@ -207,46 +197,6 @@ def test_nothing_that_can_be_read_is_status_2_with_the_table_there(
     assert (here / "g.html").is_file()
 
 
-def test_bad_rows_of_a_list_keep_their_places(here: Path, lrm: str) -> None:
-    write_pictures(here / "pics", 3)
-    rows = [{"image": "pics/000.jpg", "prompt": "x"}, {"image": "pics/001.jpg"}, {"image": "../up.png", "prompt": ""}]
-    lines = [*map(json.dumps, rows), "{", json.dumps({"image": "pics/000.jpg", "prompt": "x"})]
-    (here / "list.jsonl").write_text("\n".join(lines))
-    table = score("list.jsonl", "s.jsonl", lrm)
-    assert table["image"].to_pylist() == ["pics/000.jpg", "pics/001.jpg", "../up.png", "", "pics/000.jpg"]
-    assert [str(problem).partition(" (")[0] for problem in table["problem"].to_pylist()] == [
-        "None",
-        "no prompt",
-        "path outside the root",
-        "unreadable row",
-        "None",
-    ]
-    assert "line 4: cut off" in table["problem"].to_pylist()[3]
-    scores = table["score"].to_pylist()
-    assert scores[0] == scores[4]
-    assert scores[1:4] == [None] * 3
-
-
-HOSTILE = [
-    '<script>alert("1")</script>',
-    'a,b;"c"\r\nd\'',
-    "\u202etxt.exe\u2028",
-    "=1+1",
-    "x" * 10_000,
-    "",
-    "\x00",
-    "😀",
-]
-
-
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_any_prompt_comes_back_as_it_was(here: Path, lrm: str, suffix: str) -> None:
-    write_pictures(here / "pics", 1)
-    lines = [json.dumps({"image": "pics/000.jpg", "prompt": prompt}) for prompt in HOSTILE]
-    (here / "list.jsonl").write_text("\n".join(lines))
-    assert score("list.jsonl", f"s.{suffix}", lrm)["prompt"].to_pylist() == HOSTILE
-
-
 @pytest.mark.slow
 def test_after_sigkill_it_goes_on_to_the_same_bits(here: Path, dina: str) -> None:
     write_unreadable(write_pictures(here / "pics", 120))
@@ -268,31 +218,6 @@ def test_after_sigkill_it_goes_on_to_the_same_bits(here: Path, dina: str) -> Non
     assert process.wait(120) == 0, process.stderr
     assert (here / "killed.csv").read_bytes() == (here / "whole.csv").read_bytes()
     assert not (here / "killed.csv.parts").exists()
-
-
-@pytest.mark.parametrize("stop", slow_after(1, [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory")]))
-def test_stopped_half_way_it_goes_on(
-    here: Path, lrm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: BaseException
-) -> None:
-    write_pictures(here / "pics", 6)
-    options, own, calls = ["--flush_every=2", "--batch_size=2"], RewardModel.score_levels, []
-
-    def stopping(*arguments: Any, **settings: Any) -> torch.Tensor:
-        calls.append(arguments)
-        if len(calls) > 1:
-            raise stop
-        return own(*arguments, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RewardModel, "score_levels", stopping)
-        with pytest.raises(SystemExit) as ended:
-            score("pics", "s.csv", lrm, *options)
-    assert ended.value.code == (130 if isinstance(stop, KeyboardInterrupt) else 2)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert "kept in s.csv.parts" in lines[0]
-    assert score("pics", "s.csv", lrm, "--batch_size=1")["score"].null_count == 0
-    assert "4 images scored in" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -431,39 +356,6 @@ def overflowing(word: str) -> Callable[[DiffusionBackbone, list[str]], Condition
     return encode
 
 
-def test_a_run_that_goes_on_tells_a_model_at_fault_from_images_at_fault(
-    here: Path, lrm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """No image of its first part has a score: those of a part that is done tell whose fault that is."""
-    write_pictures(here / "pics", 6)
-    for place in (2, 3):
-        (here / "pics" / f"00{place}.txt").write_text("overflows")
-    options = ["--flush_every=2", "--batch_size=2"]
-    with monkeypatch.context() as patch:
-        patch.setattr(DiffusionBackbone, "encode_prompts", overflowing("overflows"))
-        expected = score("pics", "expected.csv", lrm, *options)
-    assert [row for row, problem in enumerate(expected["problem"].to_pylist()) if problem] == [2, 3]
-    write, writes = pq.write_table, []
-
-    def write_once(*arguments: Any, **settings: Any) -> None:
-        writes.append(arguments)
-        if len(writes) > 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(*arguments, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_folder.pq, "write_table", write_once)
-        refusal(capsys, "pics", "s.csv", lrm, *options)
-    kept = sorted(path.name for path in (here / "s.csv.parts").iterdir())
-    assert "rows_000000000_000000002.parquet" in kept
-    with monkeypatch.context() as patch:
-        patch.setattr(DiffusionBackbone, "encode_prompts", overflowing(""))
-        assert "not finite" in refusal(capsys, "pics", "s.csv", lrm, *options)
-    assert sorted(path.name for path in (here / "s.csv.parts").iterdir()) == kept
-    monkeypatch.setattr(DiffusionBackbone, "encode_prompts", overflowing("overflows"))
-    assert score("pics", "s.csv", lrm, *options).equals(expected)
-
-
 def test_an_image_without_a_finite_score_does_not_cost_the_others_theirs(
     here: Path, lrm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,6 +391,14 @@ def write_photographs(folder: Path) -> list[bytes]:
     return data
 
 
+def tall_thumbnails(page: str) -> int:
+    """Pictures on a page that are higher than wide."""
+    texts = re.findall(r"data:image/[a-z]+;base64,([^\"']+)", Path(page).read_text())
+    sizes = [Image.open(io.BytesIO(base64.b64decode(text))).size for text in texts]
+    assert len(sizes) == 4
+    return sum(height > width for width, height in sizes)
+
+
 @pytest.mark.slow
 def test_photographs_are_turned_as_in_training_or_as_told(
     here: Path, lrm: str, capsys: pytest.CaptureFixture[str]
@@ -523,25 +423,3 @@ def test_photographs_are_turned_as_in_training_or_as_told(
     score("pics", "as_trained.csv", lrm, "--prompt=a cat", "--gallery=again.html")  # the table is there already
     assert tall_thumbnails("again.html") == 0
     assert "was begun with exif" in refusal(capsys, "pics", "told.csv", lrm, "--prompt=a cat")
-
-
-def tall_thumbnails(page: str) -> int:
-    """Pictures on a page that are higher than wide."""
-    texts = re.findall(r"data:image/[a-z]+;base64,([^\"']+)", Path(page).read_text())
-    sizes = [Image.open(io.BytesIO(base64.b64decode(text))).size for text in texts]
-    assert len(sizes) == 4
-    return sum(height > width for width, height in sizes)
-
-
-@pytest.mark.slow
-def test_images_that_no_training_size_fits_are_counted_over_the_whole_run(
-    here: Path, dina: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pictures = write_pictures(here / "pics", 8)
-    model = RewardModel.from_pretrained(dina)
-    assert model.image_sizes is not None
-    sizes = [Image.open(path).size for path in sorted(pictures.glob("*.jpg"))]
-    unfitting = sum(not model.image_sizes.fits(height, width) for width, height in sizes)
-    assert 0 < unfitting < 8
-    score("pics", "s.csv", dina)
-    assert f"{unfitting} images have an aspect ratio the model was not trained on" in capsys.readouterr().out

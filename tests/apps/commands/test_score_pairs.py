@@ -180,14 +180,6 @@ def test_table_of_scores(folder: Path, here: Path, capsys: pytest.CaptureFixture
     assert all(f"{name} " in printed.out.splitlines()[-1] for name in ("clipscore", "aesthetic", "pickscore", "bright"))
 
 
-def test_each_image_is_scored_once_for_a_prompt(folder: Path, here: Path) -> None:
-    score(folder, "scores.parquet", "--flush_every=4")
-    calls = Path("calls.txt").read_text().split("\n")[:-1]
-    distinct = {(row[f"image_{side}_uid"], row["caption"]) for row in rows() for side in (0, 1)}
-    assert len(distinct) == 2 * PAIRS - PAIRS // 3
-    assert len(calls) == len(distinct) - 1  # one cannot be read; of another there is a whole copy
-
-
 def test_filtering_by_the_output(folder: Path, here: Path) -> None:
     score(folder, "scores.parquet")
     reader = PickAPicReader(str(folder), "train", on_error="skip")

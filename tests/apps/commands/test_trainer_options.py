@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from tests.small_user import RUNS, SEEN, SmallUserModule, SteppedUserModule, refusal, run
@@ -108,20 +107,6 @@ class Detached(Based):
         return super().training_step(rows, index).detach()
 
 
-class Unbuilt(SmallUserModule):
-    """A module that must not be built."""
-
-    def __init__(self) -> None:
-        raise AssertionError
-
-
-class OtherHook(Callback):
-    """A callback with a hook that takes less than Lightning gives it."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # type: ignore[override]
-        raise AssertionError
-
-
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -134,15 +119,3 @@ def test_a_step_without_a_loss_is_one_line(
 ) -> None:
     options = (f"--model={__name__}.{kind.__name__}", "--trainer.max_steps=1")
     assert refusal(capsys, "fit", tmp_path, *options).startswith(message)
-
-
-def other_hook() -> OtherHook:
-    """A factory of callbacks."""
-    return OtherHook()
-
-
-@pytest.mark.parametrize("given", ["OtherHook", "other_hook"])
-def test_a_hook_with_other_arguments_is_one_line(given: str, tmp_path: Path, capsys) -> None:
-    """It is refused before the model is built."""
-    line = refusal(capsys, "fit", tmp_path, f"--trainer.callbacks+={__name__}.{given}", f"--model={__name__}.Unbuilt")
-    assert line.startswith("OtherHook.on_train_batch_end(self, trainer, pl_module) must take (self, tr")

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +10,7 @@ from jsonargparse import Namespace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentreward.apps.cli import main
-from latentreward.apps.estimate.estimate import Estimate
-from latentreward.apps.estimate.needs import limits_text, remedies_of
+from latentreward.apps.estimate.estimate import Estimate, limits_text
 from latentreward.apps.estimate.step_costs import TEXT, PartCosts, StepCosts
 from latentreward.core.peak_rates import LAUNCH, Limits, Work, find_limits, work_of
 from tests.apps.estimate.test_estimate import CONFIGS
@@ -84,22 +82,6 @@ def test_the_encoders_that_a_step_could_do_without(data: str, trained: int, said
     text = limits_text(found(STEP, data, trained), CARD)
     assert "limit: traffic, at least 10 s a step" in text
     assert (f"; what would help most: {said}" in text and f"({gain:.2g} s less)" in text) == bool(said)
-
-
-def test_what_else_helps() -> None:
-    launches = {"forward": Work(TERA, 0, 1000 * 10**6), "rollout": Work(0, 0, 5)}
-    text = limits_text(found(launches, PROMPTS), CARD)
-    assert "limit: launches, at least 1.2e+04 s a step; what would help most: a larger --data.batch_size" in text
-    assert re.search(r"^a rollout +0 +0 +5 ", text, re.M)
-    for off in ({"auto": False}, {"compile_blocks": False}):
-        remedies = {setting: gain for gain, setting in remedies_of(found(STEP, PIXELS, **off), STEP, CARD)}
-        assert remedies["--performance.compile_blocks=true"] == pytest.approx(0.3 * 6)
-    short = found(STEP, PIXELS)
-    short.settings.trainer.max_steps = 300
-    for first, told in ((200, False), (2500, True)):  # a transformer's blocks, a U-Net's layers
-        short = replace(short, costs=replace(short.costs, compiled_from=first))
-        assert ("--performance.compile_blocks=true" in dict(map(reversed, remedies_of(short, STEP, CARD)))) == told
-    assert limits_text(found({"forward": COUNTING}, PROMPTS), CARD).endswith("limit: arithmetic, at least 1 s a step")
 
 
 @pytest.mark.slow

@@ -5,26 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from latentreward.apps.cli import main
-from latentreward.apps.estimate.shapes import ConfigSources, unset_variables
-from latentreward.core.settings.rewriting import expanded
 from latentreward.diffusion.backbones.loading import tiny_pipeline
-from latentreward.diffusion.families.sd3 import StableDiffusion3
 from latentreward.reward import Calibration, RewardModel
 from tests.alignment.rewards.stored import write_run
 from tests.diffusion.cache.written_caches import spec, write_cache
-from tests.hub_cache import cached_sd35
 from tests.marks import release_after, rotated_after
-from tests.tiny_pipelines import pipeline_folder
-
-
-class OwnFamily(StableDiffusion3):
-    """A family of one's own."""
-
-    usual_reward = "dina_lrm_of_ones_own"  # type: ignore[assignment]
-
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 VARIABLES = (
@@ -122,12 +109,6 @@ def test_files_that_change_another_are_estimated(base: list[str], more: str, cap
     assert "optimiser step of 1 batch" in shown(capsys, *files, *mixture, *size, "--trainer.accelerator=cpu")
 
 
-def test_a_path_with_a_variable_that_is_not_set_is_left_alone() -> None:
-    with unset_variables():
-        found = OmegaConf.to_container(OmegaConf.create(["${oc.env:PROMPTS}", "${oc.env:PROMPTS}/a.txt"]), resolve=True)
-    assert [expanded(path) for path in found] == ["<PROMPTS>", "<PROMPTS>/a.txt"]
-
-
 @pytest.mark.rotated
 @pytest.mark.slow
 @pytest.mark.parametrize("config", release_after(1, ["lpo_tiny", "lpo_sd15"]))
@@ -199,14 +180,6 @@ def test_a_cache_tells_sizes_and_whether_prompts_are_encoded(
     assert number(text, "forward pass of a batch") < first
 
 
-def test_configs_come_from_the_cache_of_the_hub_first(tmp_path: Path) -> None:
-    snapshot = cached_sd35(tmp_path / "hub")
-    sources, settings = ConfigSources(tmp_path / "kept"), {"source": "stabilityai/stable-diffusion-3.5-medium"}
-    sources.replace(settings)
-    assert settings == {"source": str(snapshot)}
-    assert sources.used == {"stabilityai/stable-diffusion-3.5-medium": "the local cache of the hub"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("schema", ["PlainJSON", "ServedLatents"])
 def test_a_reward_server_is_not_asked(capsys: pytest.CaptureFixture[str], schema: str) -> None:
@@ -214,13 +187,3 @@ def test_a_reward_server_is_not_asked(capsys: pytest.CaptureFixture[str], schema
     reward = f"{{class_path: HTTPReward, init_args: {{server: {{url: 'http://127.0.0.1:9'}}, schema: {schema}}}}}"
     text = shown(capsys, f"--config={config}", f"--model.reward={reward}", "--data.batch_size=4", FEW_STEPS)
     assert "Not counted: the work of the reward server http://127.0.0.1:9." in text
-
-
-@pytest.mark.slow
-def test_a_family_of_ones_own_is_asked_for_its_reward(capsys: pytest.CaptureFixture[str]) -> None:
-    own = ["--model.policy.source", pipeline_folder("sd35"), "--model.policy.family", f"{__name__}.OwnFamily"]
-    given = ["--config", str(CONFIGS / "align" / "lpo_sd35_tiny.yaml"), "--data.batch_size=4", *own]
-    with pytest.raises(SystemExit):
-        shown(capsys, *given)
-    assert "path='runs/" in (said := capsys.readouterr().err)
-    assert "no reward lies there, and the package has no configs/model/dina_lrm_of_ones_own.yaml" in said

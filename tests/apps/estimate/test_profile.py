@@ -7,12 +7,9 @@ import pytest
 from latentreward.callbacks import Performance
 from PIL import Image
 
-from latentreward.apps.cli import main
 from latentreward.apps.estimate.profile import WARM_UP, StepProfile
 from latentreward.core.peak_rates import Limits
 from tests.callbacks.small_run import fit, make_trainer
-from tests.callbacks.test_performance import QUICK, RUNS
-from tests.marks import rotated_after
 
 CARD = Limits("a card", 2e-9, 1e-6)
 QUIET = {"log_every_n_steps": 0, "limit_val_batches": 0}
@@ -56,18 +53,3 @@ ROWS = {
     "lpo_tiny": {"encode, a rollout", "rollout, a rollout", "reward, a rollout", "forward"},
     "refl_tiny": {"encode", "rollout", "reward", "forward"},
 }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", rotated_after(1, ROWS))
-def test_profiles_of_methods(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = [f"--data.root={tmp_path / 'pairs'}"] if "train_pairs" in str(RUNS[name]) else []
-    folder = f"--trainer.default_root_dir={tmp_path / 'run'}"
-    main(["fit", *RUNS[name], *data, *QUICK[:2], "--trainer.max_steps=3", folder, "--profile=2"])
-    rows = rows_of(capsys.readouterr().out)
-    # Though the run has fewer steps than warm-up and profile together.
-    assert rows.pop("2 steps") == ["TFLOP", "GB", "kernels", "measured, s"]  # no limits of a CPU are known
-    assert ROWS[name] | {"backward", "optimizer", "a step"} <= rows.keys()
-    assert all(int(rows[row][2]) > 0 for row in ROWS[name])
-    assert {"profile.md", "profile.png"} <= {path.name for path in (tmp_path / "run").rglob("*")}
-    assert not [*tmp_path.rglob("*.ckpt")]

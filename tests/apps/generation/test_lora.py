@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -95,16 +93,6 @@ def test_alphas_beside_diffusers_names_of_flux_count(tmp_path: Path) -> None:
     assert len(found) == len(alphas) and all((weight == 1).all() for weight in found)
 
 
-@pytest.mark.slow
-def test_a_lora_of_text_encoders_is_refused(tmp_path: Path) -> None:
-    path = TrainedLoRA.of_policy(trained("sd_tiny")).write_diffusers(tmp_path)
-    weights = load_file(path)
-    name = next(iter(weights))
-    save_file({**weights, name.replace("unet", "text_encoder"): weights[name].clone()}, path)
-    with pytest.raises(InputError, match="holds weights of text_encoder, not of unet, by their names"):
-        load_lora(load("sd_tiny"), tmp_path)
-
-
 @pytest.mark.parametrize(
     ("end", "value", "message"),
     [
@@ -170,17 +158,10 @@ CHANGES = {
     "torch.compile": lambda t: renamed(t, "transformer.", "transformer._orig_mod."),
     "peft in memory": lambda t: renamed(t, ".weight", ".default.weight"),
     "other blocks": lambda t: renamed(t, "blocks.1.", "blocks.7."),
-    "other layers": lambda t: renamed(t, "to_q", "to_query"),
     "A alone": lambda t: {name: tensor for name, tensor in t.items() if "lora_A" in name},
-    "B alone": lambda t: {name: tensor for name, tensor in t.items() if "lora_B" in name},
-    "A of one layer missing": lambda t: {
-        name: tensor for name, tensor in t.items() if name != first(t, "lora_A.weight")
-    },
     "narrower": lambda t: {name: tensor[:, :1].clone() if "lora_A" in name else tensor for name, tensor in t.items()},
-    "fewer outputs": lambda t: {name: tensor[:1].clone() if "lora_B" in name else tensor for name, tensor in t.items()},
     "no rank": lambda t: {n: x[:0].clone() if "lora_A" in n else x[:, :0].clone() for n, x in t.items()},
     "DoRA of kohya": lambda t: t | {first(t, "lora_A.weight").replace("lora_A.weight", "dora_scale"): torch.ones(24)},
-    "a difference": lambda t: t | {first(t, "lora_A.weight").replace("lora_A.weight", "diff_b"): torch.ones(24)},
     "LoHa": lambda t: t | {"transformer.transformer_blocks.0.attn.to_q.hada_w1_a": torch.ones(24, 2)},
     "a NaN": lambda t: t | {first(t, "lora_B.weight"): t[first(t, "lora_B.weight")] * float("nan")},
     "two adapters": lambda t: t | renamed({n: x.clone() for n, x in t.items()}, ".weight", ".default.weight"),
@@ -226,11 +207,8 @@ def test_every_tensor_is_used_or_the_file_is_refused(change: str, exported: tupl
         ({"alpha_pattern": {"(a+)+(b+)+(c+)+$": 3}}, "alpha_pattern holds"),
         ({"alpha_pattern": {f"layer{n}": 1 for n in range(10_000)}}, "10000 entries"),
         ({"rank_pattern": {"a" * 1000: 4}}, "rank_pattern holds"),
-        ({"rank_pattern": {"\\1": 4}}, "rank_pattern holds"),
         ({"alpha_pattern": ["to_q"]}, "alpha_pattern is"),
         *(({"lora_alpha": value}, "alpha: ") for value in ("16", float("inf"), 10**400)),
-        ({"alpha_pattern": {"to_q": 10**400}}, "alpha: "),
-        ({"rank_pattern": {"to_q": 10**8}}, "rank 100000000"),
         ({"rank_pattern": {"(.*a.*)*(.*a.*)*(.*a.*)*b": 4}}, "rank_pattern holds"),
         ({"target_modules": "(.*a.*)*(.*a.*)*(.*a.*)*b"}, None),
         ({"lora_dropout": 0.9, "bias": "all", "layers_to_transform": [0], "modules_to_save": ["proj_out"]}, None),
@@ -277,20 +255,6 @@ def test_options_of_peft_are_loaded_as_diffusers_loads_them(options: dict[str, b
     found = predict(loaded)
     loaded.network = network.eval()
     torch.testing.assert_close(found, predict(loaded), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_nothing_is_said_while_one_is_loaded(tmp_path: Path) -> None:
-    TrainedLoRA.of_policy(trained("sd_tiny")).write_diffusers(tmp_path)
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from latentreward.apps.generation import load_lora\nfrom latentreward.alignment import PolicySource\n"
-        "from latentreward.core.errors import silence_libraries\n"
-        "silence_libraries()  # as commands do\n"
-        "load_lora(PolicySource('sd_tiny').load(), Path(sys.argv[1]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout + done.stderr == ""
 
 
 @pytest.mark.slow

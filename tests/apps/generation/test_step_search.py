@@ -90,17 +90,6 @@ def test_what_pixel_rewards_see_is_the_pipelines_own_prediction(name: str) -> No
         torch.testing.assert_close(clean, predicted[index + 1], atol=2e-3, rtol=1e-3)
 
 
-def test_only_the_window_is_searched_at_the_timestep_asked_for() -> None:
-    for score_at, offset in (("step", 0), ("candidate", 1)):
-        reward = MeanLatent()
-        search = search_of("sd_tiny", reward, num_candidates=3, low=400, high=800, score_at=score_at)
-        generate("sd_tiny", search.pipeline_arguments())
-        timesteps = [float(t) for t in pipeline_of("sd_tiny").scheduler.timesteps]
-        inside = [index for index, t in enumerate(timesteps) if 400 <= t <= 800]
-        assert [float(states.timesteps[0]) for states in reward.asked] == [timesteps[i + offset] for i in inside]
-        assert reward.asked[0].rows.tolist() == [0, 1] * 3
-
-
 @pytest.mark.slow
 def test_equal_seeds_give_equal_pictures_and_batches_do_not_matter() -> None:
     reward = MeanLatent()
@@ -114,12 +103,6 @@ def test_equal_seeds_give_equal_pictures_and_batches_do_not_matter() -> None:
         PROMPTS[0], num_inference_steps=6, guidance_scale=3.0, output_type="latent", **alone.pipeline_arguments()
     ).images
     torch.testing.assert_close(first, both[:1], atol=1e-3, rtol=1e-3)
-
-
-def test_without_its_initial_latents_search_begins_at_the_second_step() -> None:
-    search = search_of("sd_tiny", MeanLatent())
-    generate("sd_tiny", {"callback_on_step_end": search, "generator": torch.Generator().manual_seed(0)})
-    assert len(search.scores) == 5
 
 
 def test_a_loaded_lora_stays_at_work() -> None:

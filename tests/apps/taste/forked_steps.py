@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentreward.apps.taste import process
-from latentreward.apps.taste.steps import TaskRunner
+from latentreward.apps.taste.steps import Task, TaskRunner
 from tests.processes import Forked
 
 
 class ForkedSteps(TaskRunner):
     """A runner whose processes are forked from one that has imported torch and Lightning."""
 
-    def _call(self, command: Sequence[str], log: int) -> int:
+    def _call(self, task: Task, command: Sequence[str], log: int) -> int:
         printed = Path(f"/proc/self/fd/{log}").readlink()
         running = Forked(run_step, [tuple(command[3:])], output=printed)
         try:

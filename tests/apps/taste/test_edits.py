@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.apps.taste.pairs import RATINGS, RatingReader, collect, from_ratings
+from latentreward.apps.taste.pairs import RATINGS, RatingReader, from_ratings
 from latentreward.apps.taste.ratings import Ratings
 from latentreward.core.contracts import sources_of
-from latentreward.core.errors import InputError
 from tests.apps.taste.folders import edited_folder
 from tests.apps.taste.rating_servers import rating_server
 
@@ -30,11 +29,6 @@ def test_results_of_one_edit_are_compared_and_trained_on(folder: Path) -> None:
     assert all(line["source_images"] == [f"sources/{line['image_a'][0]}.png"] for line in lines)
     assert {len(sources_of(pair.prompt)) for pair in from_ratings(folder).pairs} == {1}
     assert len({*RatingReader(folder).prompts()}) == 3
-
-
-def test_results_alone_are_counted_before_they_are_rated(folder: Path) -> None:
-    with pytest.raises(InputError, match="has 6 pictures, but neither"):
-        collect(folder)
 
 
 def test_the_page_shows_what_was_edited(folder: Path) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from latentreward.apps.cli import main
-from latentreward.apps.taste.pairs import RATINGS, RatedPair, collect
-from latentreward.apps.taste.pictures import Picture
+from latentreward.apps.taste.pairs import RATINGS, Picture, RatedPair, collect
 from latentreward.apps.taste.plan import (
     ALIGN,
     CACHE,
@@ -33,8 +32,6 @@ from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.data.images import image_bytes
 from latentreward.diffusion.families.sd3 import StableDiffusion3
 from tests.apps.taste.folders import edited_folder, sorted_folder
-from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
-from tests.diffusion.families.twins import TWINS
 from tests.tiny_pipelines import pipeline_folder
 
 PLAN = Plan(
@@ -73,17 +70,6 @@ def test_a_change_starts_what_depends_on_it() -> None:
     )
 
 
-def test_paths_with_spaces_stay_one_argument() -> None:
-    assert "--reader.root=/a b" in PLAN.tasks(0)[CACHE].command(Path("/w"))
-
-
-def test_one_process_scores_however_many_have_trained() -> None:
-    """Each of several would write a file of its own, of which one is read."""
-    plan = replace(PLAN, train=["--trainer.devices=2", "--trainer.num_nodes=2", "--trainer.strategy=ddp"])
-    command = plan.tasks(0)[SCORES].command(Path("/w"))
-    assert {*command} >= {"--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"}
-
-
 def test_a_pipeline_is_told_by_its_class(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     assert find_base(str(tmp_path)).backbone == "sdxl" and find_base("sd35_tiny").size == 32
@@ -95,18 +81,6 @@ def test_a_pipeline_is_told_by_its_class(tmp_path: Path) -> None:
     command = plan.tasks(0)[REWARD].command(Path("/w"))
     for argument in ("sd35_medium", "--model.backbone.source=" + str(tmp_path), "--trainer.precision=bf16-mixed"):
         assert any(argument in one for one in command)
-
-
-def test_an_editor_has_its_familys_size_and_guidance() -> None:
-    found = [find_base(folder) for folder in (pipeline_folder("ip2p_sd15"), TWINS["flux1_kontext"].folder)]
-    assert [(one.backbone, one.size, one.guidance) for one in found] == [
-        ("ip2p_sd15", 16, 7.5),
-        ("flux1_kontext", 1024, 2.5),
-    ]
-    checkpointed = ["--model.policy.gradient_checkpointing=true" in one.alignment for one in found]
-    assert checkpointed == [False, True]
-    assert find_base(TWINS["klein_base"].folder).backbone == "flux2_klein"
-    assert find_base(qwen_image_edit_folder()).backbone == "qwen_image_edit"
 
 
 def test_prompts_carry_copies_of_their_own_pictures(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -58,14 +57,6 @@ def test_ratings_go_on_and_train_from_parts_without_common_pictures(tmp_path: Pa
     assert sum(map(len, found.parts.values())) == 41
 
 
-def test_where_a_picture_goes_most_answers_still_belong_to_pairs_that_are_shown(tmp_path: Path) -> None:
-    ratings = Ratings(unsorted_folder(tmp_path, 64))
-    for _ in range(64):
-        ratings.rate(ratings.next.names, "a")
-    (tmp_path / "030.png").unlink()
-    assert Ratings(tmp_path).done >= 40
-
-
 def test_a_broken_last_line_is_left_out_and_another_is_named(tmp_path: Path) -> None:
     ratings = Ratings(unsorted_folder(tmp_path, 4))
     ratings.rate(ratings.next.names, "a")
@@ -81,33 +72,6 @@ def test_a_broken_last_line_is_left_out_and_another_is_named(tmp_path: Path) -> 
     told = r"ratings.jsonl: .* 2: line 1 \(\[\] is no JSON object\), line 3 \(cut off\); correct or remove them"
     with pytest.raises(InputError, match=told):
         Ratings(tmp_path)
-
-
-def test_copies_are_shown_once_and_one_picture_is_too_few(tmp_path: Path) -> None:
-    unsorted_folder(tmp_path, 1)
-    shutil.copy(tmp_path / "000.png", tmp_path / "copy.png")
-    (tmp_path / "broken.jpg").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"has 1 different picture; .*broken.jpg.*000.png = copy.png; give at least 2"):
-        Ratings(tmp_path)
-    draw(tmp_path / "other.png", 1)
-    assert Ratings(tmp_path).total == 1
-
-
-def test_an_answer_that_another_program_wrote_is_not_taken_back(tmp_path: Path) -> None:
-    ratings = Ratings(unsorted_folder(tmp_path, 3))
-    ratings.rate(ratings.next.names, "a")
-    with (tmp_path / RATINGS).open("a") as stream:
-        stream.write('{"image_a": "x.png", "image_b": "y.png", "label": "a"}\n')
-    before = (tmp_path / RATINGS).read_bytes()
-    assert not ratings.undo() and (tmp_path / RATINGS).read_bytes() == before
-
-
-def test_an_answer_is_not_joined_to_an_unended_line_of_another_program(tmp_path: Path) -> None:
-    ratings = Ratings(unsorted_folder(tmp_path, 3))
-    with (tmp_path / RATINGS).open("a") as stream:
-        stream.write('{"image_a": "x.png", "image_b": "y.png", "label": "a"}')
-    ratings.rate(ratings.next.names, "a")
-    assert Ratings(tmp_path).done == 1 and len((tmp_path / RATINGS).read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("target", ["empty", "missing", "fifo", '{"chosen": "x.png", "rejected": "y.png"}\n'])
@@ -202,17 +166,6 @@ def test_no_page_elsewhere_shows_this_one_or_its_pictures(server: RatingServer) 
         with urllib.request.urlopen(server.url + path.removeprefix("/"), timeout=300) as reply:
             assert reply.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
             assert reply.headers["Cross-Origin-Resource-Policy"] == "same-origin"
-
-
-@pytest.mark.parametrize(("error", "told"), [(BrokenPipeError(), False), (KeyError("a bug"), True)])
-def test_a_connection_that_the_browser_ends_is_no_news(
-    server: RatingServer, error: Exception, told: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    try:
-        raise error
-    except Exception:
-        server.handle_error(None, ("127.0.0.1", 1))
-    assert bool(capsys.readouterr().err) == told
 
 
 def test_a_full_disk_keeps_earlier_ratings(server: RatingServer) -> None:

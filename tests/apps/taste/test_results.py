@@ -64,16 +64,6 @@ def test_scores_are_means_over_levels_and_ties_do_not_count(plan: Plan) -> None:
     assert "by their common pictures the pairs count as 9 independent ones; chance" in fewer.line()
 
 
-def test_held_out_pairs_without_a_score_are_told(plan: Plan) -> None:
-    folder = scored(plan, wrong=0)
-    whole = parquet.read_table(folder / SCORES)
-    parquet.write_table(whole.slice(0, 30), folder / SCORES)  # as one process of several would leave them
-    measured = measure(folder, plan.pairs)
-    assert len(measured.pairs) == 30 and measured.unscored == 10
-    assert measured.line().startswith("accuracy on 30 held-out pairs in %: ")
-    assert measured.line().endswith("; chance is 50 %; 10 more have no score)")
-
-
 def test_too_little_is_said_in_one_line(plan: Plan) -> None:
     measured = measure(scored(plan, wrong=17), plan.pairs)
     assert not measured.learned and measured.accuracy.low < 0.5 < measured.accuracy.high

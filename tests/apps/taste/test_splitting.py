@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from latentreward.apps.taste.pairs import Collection, Pool, RatedPair
-from latentreward.apps.taste.pictures import Picture
+from latentreward.apps.taste.pairs import Collection, Picture, Pool, RatedPair
 from latentreward.apps.taste.splitting import PARTS, Split, split
 from latentreward.core.errors import InputError
 

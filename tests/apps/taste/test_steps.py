@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.apps.taste.steps import LOG, RECORD, Step, Task, TaskRunner, progress, resolve, run_tasks
+from latentreward.apps.taste.steps import LOG, RECORD, Step, Task, TaskRunner, resolve, run_tasks
 from latentreward.core.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -76,12 +76,3 @@ def test_a_stage_whose_input_was_made_again_starts_anew(
     assert "scores: starts;" in capsys.readouterr().out
     assert not (scores / "out" / "left").exists()
     assert (scores / LOG).read_text().count("$ ") == 1
-
-
-def test_the_progress_of_a_stage_is_the_last_line_of_its_log_with_the_time_left(tmp_path: Path) -> None:
-    log = tmp_path / LOG
-    assert progress(log) == ""
-    log.write_text(
-        "train 1/9 steps   2.0 steps/s  00:04 left\n train 2/9 steps   2.1 steps/s  00:03 left\nnote: nothing\n"
-    )
-    assert progress(log) == "train 2/9 steps   2.1 steps/s  00:03 left"

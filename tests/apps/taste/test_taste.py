@@ -87,16 +87,6 @@ def kill_in_training(work: Path, *arguments: str) -> None:
 
 
 @pytest.mark.rotated
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_other_tunings_and_an_optimiser_by_class_path(tmp_path: Path, tuning: str, taste: Callable[..., str]) -> None:
-    folder = tiny_folder(tmp_path / "mine", 24)
-    extra = (f"--tuning={tuning}", "--optimizer=torch.optim.SGD", "--lr=0.01", f"--work={tmp_path}/work")
-    taste(str(folder), *SHORT, *extra, "--base=sd35_tiny")
-    (config,) = (tmp_path / "work").glob("train-*/out/config.yaml")
-    assert "class_path: torch.optim.SGD" in config.read_text() and "lr: 0.01" in config.read_text()
-
-
-@pytest.mark.rotated
 @pytest.mark.parametrize("editor", ["ip2p_sd15", "flux1_kontext"])
 def test_rated_edits_train_a_reward_and_align_an_editor(editor: str, tmp_path: Path, taste: Callable[..., str]) -> None:
     folder, work = edited_folder(tmp_path / "mine", ["make it red", "make it blue"] * 12), tmp_path / "work"

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from latentreward.callbacks import NaNGuard
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
 
 from latentreward.apps.cli import main
 from latentreward.apps.commands import fit
@@ -128,15 +126,3 @@ def test_consolidate_refuses_weights_that_are_not_finite(tmp_path: Path, capsys:
     assert stop.value.code == 2
     assert "head is not finite" in capsys.readouterr().err
     assert not (tmp_path / "out.ckpt").exists()
-
-
-def test_states_of_other_peoples_callbacks_may_hold_an_average(tmp_path: Path) -> None:
-    class Losses(Callback):
-        def state_dict(self) -> dict[str, float]:
-            return {"average": 0.3}
-
-    trainer = Trainer(
-        accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path, callbacks=[Losses(), NaNGuard()]
-    )
-    trainer.fit(BoringModel())
-    assert list(tmp_path.rglob("*.ckpt"))

@@ -4,8 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.core.reports import drawing
-from latentreward.core.reports.drawing import PLAIN, cut, draw_pair, to_image
+from latentreward.core.reports.drawing import PLAIN, draw_pair, to_image
 
 
 def test_pixels_become_the_bytes_of_an_image() -> None:
@@ -13,11 +12,6 @@ def test_pixels_become_the_bytes_of_an_image() -> None:
     pixels[2] = -1
     image = to_image(pixels)
     assert [image.getpixel((x, 0)) for x in range(7)] == [(v, v, 0) for v in (0, 0, 64, 128, 191, 255, 255)]
-
-
-@pytest.mark.parametrize(("size", "expected"), [(None, (6, 3)), (4, (4, 2)), (12, (12, 6))])
-def test_the_longer_side_has_the_size_that_is_asked_for(size: int | None, expected: tuple[int, int]) -> None:
-    assert to_image(torch.zeros(3, 3, 6), size).size == expected
 
 
 def drawn(prompt: str, caption: str = "") -> bytes:
@@ -29,28 +23,3 @@ def test_letters_of_prompts_and_captions_are_no_boxes(letter: str) -> None:
     box = "\uffff"
     assert drawn(letter) != drawn(box)
     assert drawn("", letter) != drawn("", box)
-
-
-def test_letters_that_the_font_lacks_are_boxes() -> None:
-    assert drawn("狐") == drawn("\uffff") != drawn("")
-
-
-def test_a_long_prompt_ends_in_dots_within_the_cell() -> None:
-    cells = [draw_pair([Image.new("RGB", (128, 32))], ["0.1"], "a red fox " * times, PLAIN) for times in (10, 20)]
-    assert cells[0].tobytes() == cells[1].tobytes()
-
-
-def test_a_text_is_cut_as_far_as_needed_by_few_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each measurement of 10 000 letters takes a millisecond."""
-    font, measured = drawing._font(), list[str]()
-
-    class Counting:
-        def getlength(self, text: str) -> float:
-            measured.append(text)
-            return font.getlength(text)
-
-    monkeypatch.setattr(drawing, "_font", Counting)
-    shown = cut("lorem ipsum " * 833, 200)
-    assert shown.endswith("…") and font.getlength(shown) <= 200 < font.getlength(f"lorem ipsum {shown}")
-    assert len(measured) < 20
-    assert cut("short", 200) == "short" and cut("long", 1) == "…"

@@ -74,7 +74,7 @@ LINE = next(number for number, line in enumerate(Path(__file__).read_text().spli
         (f"loss: {HERE}.Failing", f"loss: {HERE}.Failing stopped: 'a' (KeyError, test_own_classes.py:{LINE}"),
         (
             f"metrics: [{{class_path: {HERE}.Largest, init_args: {{power: 2}}}}]",
-            f"metrics[0] ({HERE}.Largest): scale is",
+            "metrics: scale is missing",
         ),
     ],
 )

@@ -1,17 +1,17 @@
-"""Nulls, numbers out of range and YAML that would be misread, through the command line."""
+"""Mistakes in settings, through the command line: each is one line that begins with the setting, or names its file."""
 
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from PIL import Image
 
-from latentreward.apps.cli import main
+from latentreward.apps.cli import COMMANDS, main
 from tests.marks import rotated_after
 
 STACK = ("lrm_tiny", "model"), ("tinyworld_pickapic", "data"), ("cpu", "trainer")
 FIT = ["fit", *(f"--config=configs/{folder}/{name}.yaml" for name, folder in STACK)]
+LPO = ("fit", "--config=configs/align/lpo_tiny.yaml")
 READER = "{class_path: JSONLPairReader, init_args: {file: pairs.jsonl}}"
 FILTERED = f"{{class_path: FilteredReader, init_args: {{reader: {READER}, scores: s.csv, floors: {{x: abc}}}}}}"
 
@@ -20,6 +20,13 @@ FILTERED = f"{{class_path: FilteredReader, init_args: {{reader: {READER}, scores
 def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LATENTREWARD_DEBUG", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("loss_factories.py").write_text("def smooth(width: float = 1.0):\n    return None\n")
+    Path("early.yaml").write_text("model: {init_args: {loss: {batch_coeff: 0.1}}}\n")
+    Path("group.yaml").write_text("lora: {rank: abc}")
+    Path("binary.yaml").write_bytes(b"model: \x00\xff")
+    Path("long.yaml").write_text(f"model: [{'x, ' * 10_000}x]")
+    Path("variable.yaml").write_text("model: ${oc.env:NO_SUCH}")
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -28,12 +35,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2, line
     return line.removeprefix("latentreward: error: ")
-
-
-def refusal_of(text: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """The line for a fit of the tiny LRM with one more YAML file."""
-    Path("more.yaml").write_text(text)
-    return refusal(capsys, *FIT, "--config=more.yaml").removeprefix("more.yaml: ")
 
 
 TEXTS = [
@@ -45,13 +46,7 @@ TEXTS = [
     ("\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]), "line "),
     ("[" * 200 + "]" * 200, "more than 100 lists"),
     ("trainer: []", "trainer: expected a mapping"),
-    ("__path__: x", "__path__: no setting"),
-    ("trainer: {__orig__: x}", "trainer.__orig__: no setting"),
-    ("policy: {}", "policy: no setting"),
-    ("trainer: {speed: {}}", "trainer.speed: no setting"),
-    ("model: {init_args: {speed: {}}}", "model: speed: no setting"),
     ("nan_guard: 5", "nan_guard: expected a mapping"),
-    ("trainer: {callbacks: [{}]}", "trainer.callbacks: {}"),
     ("trainer: {max_steps: '${trainer.max_steps}'}", "trainer.max_steps: the interpolation"),
     ("trainer: {default_root_dir: '${oc.env:NO_SUCH}'}", "trainer.default_root_dir: the environment variable NO_S"),
     ("model: {init_args: {optimizer: {init_args: {lr: .inf}}}}", "model.optimizer.lr: inf"),
@@ -81,11 +76,6 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "key"), rotated_after(22, TEXTS))
-def test_a_file_is_refused(text: str, key: str, capsys) -> None:
-    assert refusal_of(text, capsys).startswith(key)
-
-
 OPTIONS = [
     (["--data.batch_size=null"], "data.batch_size: expected int, got null"),
     (["--data.batch_size=${trainer.max_time}"], "data.batch_size: expected int, got null"),
@@ -98,41 +88,58 @@ OPTIONS = [
     (["--data.batch_size=${oc.env:NO_NUMBER,null}"], "data.batch_size: expected int, got null"),
     (["--data.batch_size=~"], "data.batch_size: expected int, got null"),
     (["--model.head=null"], "model.head: expected the name of a class, got null"),
-    (["--model.eval_timesteps=[{}]"], "model: {} in a list"),
     (["--resume_override=lr"], "resume_override: expected list, got 'lr'"),
     (["--trainer.max_steps=${steps"], "trainer.max_steps: the interpolation is not closed"),
+    (["--model.lrr=1"], "model: Option 'lrr' is not accepted; did you mean 'lr"),
+    (["--modle.lr=1"], "unrecognized arguments: --modle.lr=1; did you mean 'model'?"),
+    (["--trainer.max_epoch=2"], "unrecognized arguments: --trainer.max_epoch=2; did you mean 'trainer.max_epochs'?"),
+    (["--trainer.max_epochs=x"], "trainer.max_epochs: expected int or null, got 'x'"),
+    (["--model.head=GatedQFormer"], "model.head: unknown name 'GatedQFormer'; did you mean 'GatedQFormerHead'?"),
+    (["--model.backbone=sd1.5"], "model.backbone: unknown name 'sd1.5'; did you mean 'sd15'?"),
+    (["--model.backbone=plugins.X"], "model.backbone: No module named 'plugins' in the current folder, beside"),
+    (["--model=latentreward.module.X"], "model: module 'latentreward' has no attribute 'module'"),
+    (["--trainer.logger=CSVLoger"], "trainer.logger: unknown name 'CSVLoger'; did you mean 'CSVLogger'?"),
+    (["--trainer=trainer.yaml"], "--trainer trainer.yaml: set --trainer.NAME=VALUE, or give a file as --config"),
+    (["--trainer.devices="], "trainer.devices: `devices`"),
+    (["--performance=true"], "--performance true: expected a mapping of settings"),
+    (["--config=nope.yaml"], "--config nope.yaml does not exist"),
+    (["--config=configs/trainer/cpuu.yaml"], "--config configs/trainer/cpuu.yaml does not exist; did you mean"),
+    (["--ckpt_path=nope.ckpt"], "ckpt_path: nope.ckpt does not exist"),
+    (["--model.loss=loss_factories.smooth"], "model.loss: the function 'loss_factories.smooth' does not state"),
+    ([*LPO, "--model.policy=null"], "model.policy: "),
+    ([*LPO, "--model.policy.lora=[8]"], "model.policy.lora: "),
+    ([*LPO, "--model.policy=group.yaml"], "group.yaml"),
+    (
+        [*LPO, "--data.prompts=prompts.txt"],
+        "data: Option 'prompts' is not accepted; for prompts from a file say --data P",
+    ),
+    (["fit"], "model is missing; give it in a --config file or as --model"),
+    (["fit", FIT[1], FIT[3], "--model.backbone.source=/nowhere"], "data is missing"),
+    (["fit", "--config=early.yaml", *FIT[1:]], "early.yaml: model: Option 'loss.batch_coeff'"),
+    (["fit", "--model.loss.batch_coeff=0.1", *FIT[1:]], "model: unrecognized arguments: --loss.batch_coeff=0.1"),
+    (["fit", "--config=configs/align/nft_tiny.yaml", "--config=configs/grpo/window.yaml"], "configs/grpo/window.yaml"),
+    (["consolidate"], "checkpoint is missing; give it in a --config file or as --checkpoint"),
+    (["evaluate-policy", "out", "--policy.pipeline=sd_tiny"], "scorers is missing; give it in a --config file or as"),
+    (["generate", "prompts.txt", "made", "--policy.source=sd_tiny", "--prompts.limit", "2"], "prompts: expected str"),
+    (["score", "--config=binary.yaml"], "binary.yaml: "),
+    (["score", "pictures", "scores.csv", "--config=long.yaml"], "long.yaml: model: "),
+    (["score", "a", "b", "--model=${oc.env:NO_SUCH}"], "model: the environment variable NO_SUCH is not set"),
+    (["score", "a", "b", "--config=variable.yaml"], "model: the environment variable NO_SUCH, which variable.yaml"),
+    (["fti"], "unknown command 'fti'; did you mean 'fit'?"),
+    ([], "no command; choose from benchmark, "),
 ]
 
 
-@pytest.mark.parametrize(("options", "key"), rotated_after(8, OPTIONS))
+@pytest.mark.parametrize(("wrong", "key"), rotated_after(40, [*TEXTS, *OPTIONS]))
 @pytest.mark.usefixtures("package_backbones")
-def test_an_option_is_refused(options: list[str], key: str, capsys) -> None:
-    assert refusal(capsys, *FIT, *options).startswith(key)
-
-
-def test_settings_before_their_class_are_told_so(capsys) -> None:
-    Path("early.yaml").write_text("model: {init_args: {loss: {batch_coeff: 0.1}}}\n")
-    for option, key in (
-        ("--config=early.yaml", "early.yaml: model: Option 'loss.batch_coeff'"),
-        ("--model.loss.batch_coeff=0.1", "model: unrecognized arguments: --loss.batch_coeff=0.1"),
-    ):
-        assert refusal(capsys, "fit", option, *FIT[1:]).startswith(key)
-
-
-@pytest.mark.parametrize("value", ["null", "[8]", "no.yaml"])
-@pytest.mark.parametrize("field", ["model.policy.lora", "model.policy"])
-def test_a_group_of_settings_that_is_no_mapping_is_refused(value: str, field: str, capsys) -> None:
-    group = f"{{lora: {value}}}" if field.endswith("lora") else value
-    Path("more.yaml").write_text(f"model: {{init_args: {{policy: {group}}}}}")
-    for given in ("--config=more.yaml", f"--{field}={value}"):
-        line = refusal(capsys, "fit", "--config=configs/align/lpo_tiny.yaml", given).removeprefix("more.yaml: ")
-        assert line.startswith(f"{field}: ") and value.strip("[]") in line
-
-
-@pytest.mark.parametrize("text", ["lora: {rank: abc}", "lora: {rank: [\n"])
-def test_the_file_of_a_group_is_named(text: str, capsys) -> None:
-    Path("group.yaml").write_text(text)
-    assert "group.yaml" in refusal(capsys, "fit", "--config=configs/align/lpo_tiny.yaml", "--model.policy=group.yaml")
+def test_a_mistake_is_one_line_that_names_the_setting(wrong: str | list[str], key: str, capsys) -> None:
+    """``wrong`` is a YAML file after those of the tiny LRM, options after them, or a whole command."""
+    if isinstance(wrong, str):
+        Path("more.yaml").write_text(wrong)
+        wrong = ["--config=more.yaml"]
+    whole = not wrong or wrong[0] in (*COMMANDS, "fti")
+    line = refusal(capsys, *(() if whole else FIT), *wrong).removeprefix("more.yaml: ")
+    assert (line.startswith(key) or (key.endswith(".yaml") and key in line)) and len(line) < 500, line
 
 
 NULLS = ("model.head.init_args.text_projection_source", "model.backbone.lora", "model.loss", "trainer.logger")
@@ -150,65 +157,13 @@ def test_null_on_the_command_line_is_none(option: str, equals: bool, capsys) -> 
     assert value is None
 
 
-def test_files_that_are_no_settings_are_named_in_few_words(capsys) -> None:
-    Path("binary.yaml").write_bytes(b"model: \x00\xff")
-    assert refusal(capsys, "score", "--config=binary.yaml").startswith("binary.yaml: ")
-    Path("long.yaml").write_text(f"model: [{'x, ' * 10_000}x]")
-    line = refusal(capsys, "score", "pictures", "scores.csv", "--config=long.yaml")
-    assert line.startswith("long.yaml: model: ") and len(line) < 400
-
-
-def test_a_setting_below_a_plain_value_is_named(capsys) -> None:
-    line = refusal(capsys, "generate", "prompts.txt", "made", "--policy.source=sd_tiny", "--prompts.limit", "2")
-    assert line.startswith("prompts: expected str")
-
-
-def test_missing_data_are_named_before_anything_is_loaded(capsys) -> None:
-    assert refusal(capsys, "fit", FIT[1], FIT[3], "--model.backbone.source=/nowhere").startswith("data is missing")
-
-
 @pytest.mark.parametrize("flag", [["--check"], ["--check", "true"], ["--check=true"]])
 def test_flags_take_a_value_or_none(flag: list[str], capsys) -> None:
     assert "out is not a cache" in refusal(capsys, "cache", "out", *flag)
 
 
-def test_a_variable_is_named_with_the_file_that_reads_it(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.delenv("REWARD", raising=False)
-    Image.new("RGB", (16, 16)).save("a.png")
-    Path("images.csv").write_text("file,prompt\na.png,a cat\n")
-    score = ("score", "images.csv", "scores.csv")
-    Path("score.yaml").write_text("model: ${oc.env:REWARD,no_such_reward}")
-    line = refusal(capsys, *score, "--config=score.yaml")
-    assert "no_such_reward" in line and "environment variable REWARD" in line
-    Path("score.yaml").write_text("model: ${oc.env:REWARD}")
-    assert "score.yaml" in refusal(capsys, *score, "--config=score.yaml")
-    assert "score.yaml" not in refusal(capsys, *score, "--model=${oc.env:REWARD}")
-
-
 @pytest.mark.slow
 def test_callbacks_that_lightning_cannot_tell_apart(capsys) -> None:
     text = "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_last: false}}, ModelCheckpoint]}"
-    assert "every_n_train_steps" in refusal_of(f"data: {{init_args: {{train_pairs: 8, val_pairs: 4}}}}\n{text}", capsys)
-
-
-def test_a_factory_without_return_type_is_named(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    Path("loss_factories.py").write_text("def smooth(width: float = 1.0):\n    return None\n")
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    key = "model.loss: the function 'loss_factories.smooth'"
-    assert refusal(capsys, *FIT, "--model.loss=loss_factories.smooth").startswith(key)
-
-
-def test_a_window_of_steps_is_for_methods_that_learn_from_steps(capsys) -> None:
-    line = refusal(capsys, "fit", "--config=configs/align/nft_tiny.yaml", "--config=configs/grpo/window.yaml")
-    assert "configs/grpo/window.yaml: model: Option 'window.init_args.size'" in line
-
-
-def test_prompts_of_a_file_for_a_run_on_the_tiny_world(capsys) -> None:
-    align = ["fit", "--config=configs/align/lpo_tiny.yaml", "--data.prompts=prompts.txt"]
-    line = refusal(capsys, *align)
-    assert line.startswith("data: Option 'prompts'") and "--data PromptDataModule" in line
-    with pytest.raises(SystemExit) as stop:
-        main([align[0], align[1], "--data=PromptDataModule", align[2], "--print_config"])
-    assert stop.value.code == 0
-    given = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
-    assert (given["prompts"], given["batch_size"]) == ("prompts.txt", 64)
+    Path("more.yaml").write_text(f"data: {{init_args: {{train_pairs: 8, val_pairs: 4}}}}\n{text}")
+    assert "every_n_train_steps" in refusal(capsys, *FIT, "--config=more.yaml")

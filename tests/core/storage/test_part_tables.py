@@ -105,14 +105,6 @@ def test_a_kill_between_any_two_steps_of_the_end(tmp_path: Path, monkeypatch: py
         assert not files.folder.exists() or step.endswith("rmtree")
 
 
-def test_a_part_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    with PartFiles(tmp_path / "scores.parquet", SPEC, 4) as files:
-        with pytest.raises(AttributeError):
-            files.write(range(2), None)
-        assert [path.name for path in files.folder.iterdir() if path.name.startswith("rows_")] == []
-        assert files.missing(4) == [range(4)]
-
-
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     with PartFiles(tmp_path / "scores.parquet", SPEC, 4) as files:
         files.write(range(2), table(range(2)))

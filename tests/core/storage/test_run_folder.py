@@ -45,12 +45,6 @@ def test_other_settings_are_named(tmp_path: Path, changes: dict[str, Any], messa
     run(tmp_path / "out").compare()
 
 
-def test_a_run_that_has_made_nothing_binds_nobody(tmp_path: Path) -> None:
-    run(tmp_path).claim()
-    run(tmp_path, seed=1).claim(made=False)
-    run(tmp_path, seed=1).compare()
-
-
 def test_files_without_a_record_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match=r"holds other files and no run\.json; choose another output_dir"):

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentreward.core.storage.weight_files import (
-    ABANDONED_S,
     StoredTensor,
     map_weights,
     own_folder,
@@ -87,17 +86,6 @@ def test_a_source_that_was_written_in_place_is_converted_again(wanted: Wanted, t
     after = source.stat()
     assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
     assert torch.equal(first(shared(weights(tmp_path))), -VALUES)
-    release_shared(remove=True)
-
-
-def test_what_killed_processes_left_is_removed(wanted: Wanted) -> None:
-    old, new = own_folder() / "0123.partial", own_folder() / "4567.partial"
-    for path in (old, new):
-        path.write_bytes(b"half")
-    os.utime(old, (time.time() - ABANDONED_S - 60,) * 2)
-    shared(wanted)
-    assert not old.exists()
-    assert new.exists()
     release_shared(remove=True)
 
 

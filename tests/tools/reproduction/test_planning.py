@@ -8,7 +8,7 @@ import pytest
 
 from tests.tools.reproduction.test_page import result
 from tests.tools.reproduction.test_rows import ROWS, TOY
-from tools.reproduction.planning import Planner, chance, further_seeds
+from tools.reproduction.planning import Planner, chance
 from tools.reproduction.results import read_results, result_path, write_result
 from tools.reproduction.rows import MOST_SEEDS, WHOLE, Row, read_row
 from tools.reproduction.verdicts import Sample
@@ -39,20 +39,6 @@ def test_the_claim_nearest_to_a_decision_comes_first(tmp_path: Path) -> None:
     assert names(tmp_path, *rows, number=1) == ["near"]
 
 
-def test_of_equal_claims_the_cheaper_comes_first(tmp_path: Path) -> None:
-    rows = [measured(tmp_path, name, NEAR, seconds) for name, seconds in (("dear", 90.0), ("cheap", 5.0))]
-    assert names(tmp_path, *rows) == ["cheap", "dear"]
-    assert names(tmp_path, *rows, seconds=300.0) == ["cheap"]  # both do not fit
-    assert names(tmp_path, *rows, seconds=5.0) == []
-
-
-def test_steps_that_have_run_cost_nothing(tmp_path: Path) -> None:
-    row = measured(tmp_path, "near", NEAR)
-    (plan,) = Planner([row], tmp_path, lambda task: task.name in ("pickapic", "lrm")).chosen(1, 1e9)
-    assert plan.seed == WHOLE
-    assert plan.seconds == 10.0 * sum(task.name == "lrm_drawn" for task in row.tasks(WHOLE).values())
-
-
 def test_planned_seeds_come_first_and_the_most_are_kept(tmp_path: Path) -> None:
     near, bare = measured(tmp_path, "near", NEAR), read_row("bare", TOY)
     assert names(tmp_path, near, bare) == ["bare", "near"]
@@ -62,12 +48,6 @@ def test_planned_seeds_come_first_and_the_most_are_kept(tmp_path: Path) -> None:
     mixed = measured(tmp_path, "mixed", FAR)
     measured(tmp_path, "mixed", FAR * 4, first=WHOLE)
     assert names(tmp_path, mixed) == []
-
-
-def test_further_seeds_are_whole_repetitions() -> None:
-    row = read_row("toy", TOY)
-    one = result(row, 0, {"one": 0.5, "other": 0.5})
-    assert further_seeds(dict.fromkeys((0, 1, 2, WHOLE, WHOLE + 2), one), 2) == [WHOLE + 1, WHOLE + 3]
 
 
 @pytest.mark.parametrize("effect", [0.0, 0.5, 1.0])

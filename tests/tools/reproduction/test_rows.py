@@ -6,14 +6,12 @@ from pathlib import Path
 import pytest
 
 from latentreward.apps.cli import main
-from latentreward.apps.taste.steps import config_digest
 from latentreward.core.errors import InputError
 from tests.apps.taste.forked_steps import ForkedSteps
 from tests.marks import rotated_after
 from tools.reproduce import main as program
 from tools.reproduce import reproduce
-from tools.reproduction.results import read_results
-from tools.reproduction.rows import WHOLE, Row, Side, all_rows, read_row, shared_steps
+from tools.reproduction.rows import WHOLE, all_rows, read_row, shared_steps
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = all_rows()
@@ -47,29 +45,6 @@ def test_all_rows_fit_into_their_budgets() -> None:
     assert spent["rewards"] <= 6 * 3600
     assert spent["Edits"] <= 7 * 3600
     assert spent["Second world"] <= 4 * 3600
-
-
-def rates_of(row: Row) -> dict[str, set[str]]:
-    """Learning rates that a row's arms set, by the arm's name."""
-    texts = {arm: " ".join(" ".join(more) for more in options.values()) for arm, options in row.arms.items()}
-    return {arm: {*re.findall(r"--model\.optimizer\.lr=(\S+)", text)} for arm, text in texts.items()}
-
-
-@pytest.mark.parametrize("name", [name for name in ROWS if name.startswith("tuning_")])
-def test_rows_have_the_rates_that_were_chosen(name: str) -> None:
-    """One rate in all rows, whose utility on captions of its own is the highest of three, or lower by less than .01."""
-    results, kind = read_results(ROOT / "reproduction", ROWS[name]), name.split("_")[1]
-    pipeline = {"guidance": "guided_"}.get(kind, f"{kind}_")
-    rows = [row for row in ROWS.values() if row.name.startswith(pipeline)]
-    tuned: dict[str, list[tuple[float, str]]] = {}
-    for arm, rates in rates_of(ROWS[name]).items():
-        method, (rate,) = arm.rpartition(", rate ")[0], rates
-        utility = next(iter(results.values())).measured[arm]["utility"]["mean"] if results else 0.0
-        tuned.setdefault(method, []).append((utility, rate))
-    for method, values in tuned.items():
-        chosen = set().union(*(rates_of(row).get(method, set()) for row in rows))
-        assert len(chosen) == 1, method
-        assert chosen <= {rate for utility, rate in values if utility > max(values)[0] - 0.01}, method
 
 
 @pytest.mark.slow
@@ -140,37 +115,6 @@ def test_placeholders_become_folders_and_the_seed(tmp_path: Path) -> None:
     assert not re.search(r"\{(out|seed|pickapic)\}", " ".join(command))
 
 
-def test_wording_changes_no_digest_and_a_setting_does() -> None:
-    row = read_row("toy", TOY)
-    assert read_row("toy", {**TOY, "title": "Other", "claims": []}).config_digest(0) == row.config_digest(0)
-    changed = {**TOY, "arms": {**TOY["arms"], "other": {"lrm": "--model.head.guidance=4.0"}}}
-    assert read_row("toy", changed).config_digest(0) != row.config_digest(0)
-    levels = {"t 1": {"of": "lrm_drawn", "kind": "accuracy", "timestep": 251}}
-    assert read_row("toy", {**TOY, "metrics": levels}).config_digest(0) != row.config_digest(0)
-
-
-def test_a_config_of_ones_own_counts_by_its_settings(tmp_path: Path) -> None:
-    def digest(text: str) -> str:
-        (tmp_path / "own.yaml").write_text(text)
-        config_digest.cache_clear()
-        arms = {**TOY["arms"], "other": {"lrm": f"--config={tmp_path}/own.yaml"}}
-        return read_row("toy", {**TOY, "arms": arms}).config_digest(0)
-
-    assert digest("a: 1\n") == digest("a: 1  # a comment\n") != digest("a: 2\n")
-
-
-def test_a_row_may_be_like_another_in_another_world() -> None:
-    first, second = ROWS["lrm_guidance"], ROWS["emoji_lrm_guidance"]
-    assert (second.paper, second.result) == ("Second world", "")
-    assert (second.arms, second.metrics, second.claims) == (first.arms, first.metrics, first.claims)
-    task = second.task("g 1", "lrm_drawn", 0)
-    assert task.arguments == first.task("g 1", "lrm_drawn", 0).arguments
-    training = task.inputs["lrm"]
-    assert {*training.inputs} == {"networks", "pickapic"}
-    assert training.arguments[-1] == "--model.head.guidance=1.0"
-    assert training.inputs["pickapic"].module == "tools.emoji.pairs"
-
-
 def test_rows_on_emoji_are_skipped_without_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,13 +126,6 @@ def test_rows_on_emoji_are_skipped_without_them(
     assert not [*tmp_path.iterdir()]
     monkeypatch.setenv("EMOJI_PATH", str(tmp_path))
     assert not ROWS["emoji_lrm_guidance"].lacks
-
-
-def test_a_claim_may_compare_metrics_of_one_arm() -> None:
-    sides = {name: {"arm": "one", "metric": "t 1"} for name in ("higher", "lower")}
-    row = read_row("toy", {**TOY, "claims": [{"says": "", **sides, "more_than": -0.1}]})
-    assert row.claims[0].higher == Side("one", "t 1")
-    assert row.claims[0].more_than == -0.1
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from latentreward.apps.taste.steps import TaskRunner
 from latentreward.core.errors import InputError
 from tools.reproduce import measure_rows, missing, spend, task_runner
-from tools.reproduction.page import status_table
 from tools.reproduction.planning import Planner
-from tools.reproduction.results import judge_claim, read_results, result_path, write_result
+from tools.reproduction.results import judge_claim, read_results
 from tools.reproduction.rows import Row, read_row
-from tools.source_digests import source_digest
+from tools.reproduction.running import StepRunner
 
 ROOT = Path(__file__).resolve().parents[3]
 MODULE = "tests.apps.taste.toy_step"
@@ -87,14 +84,6 @@ def test_each_seed_is_measured_once_and_equal_steps_run_once(measured: tuple[Pat
 
 
 @pytest.mark.slow
-def test_changed_settings_are_measured_again_with_the_steps_that_stay(folder: Path) -> None:
-    changed = read_row("toy", {**TOY, "arms": {**TOY["arms"], "bad": {"toy_scores": "0.1"}}})
-    assert len(missing([changed], folder / "results", stale=False)) == 3
-    assert len(measure(folder, changed)) == 3  # the changed arm alone
-    assert len(read_results(folder / "results", changed)) == 3
-
-
-@pytest.mark.slow
 def test_a_budget_adds_seeds_and_goes_on_where_it_ended(folder: Path) -> None:
     claims = [{**TOY["claims"][0], "more_than": 0.45}]
     row, results, work = read_row("toy", {**TOY, "claims": claims}), folder / "results", folder / "work"
@@ -108,20 +97,8 @@ def test_a_budget_adds_seeds_and_goes_on_where_it_ended(folder: Path) -> None:
     assert len(read_results(results, row)) == 5
 
 
-def test_stale_results_are_shown_and_measured_again_only_if_asked(folder: Path) -> None:
-    row, results = read_row("toy", TOY), folder / "results"
-    assert "source has changed" not in status_table([row], results)
-    old = replace(read_results(results, row)[11], source="0", commit="0123456789")
-    write_result(result_path(results, row, 11), old)
-    assert "source has changed since 0123456789; --stale measures again" in status_table([row], results)
-    assert missing([row], results, stale=False) == []
-    assert [seed for _, seed in missing([row], results, stale=True)] == [11]
-    measure(folder, row, stale=True)
-    assert not read_results(results, row)[11].stale
-
-
 def test_a_step_whose_source_or_input_has_changed_runs_again(folder: Path) -> None:
-    runner, task = TaskRunner(folder / "work", source_digest), read_row("toy", TOY).task("good", "toy_scores", 10)
+    runner, task = StepRunner(folder / "work"), read_row("toy", TOY).task("good", "toy_scores", 10)
     assert runner.done(task) is not None
     record = task.inputs["toy_pairs"].output(folder / "work").parent / "record.json"
     content = json.loads(record.read_text())

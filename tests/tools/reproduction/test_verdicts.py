@@ -7,12 +7,8 @@ import numpy as np
 import pytest
 from mpmath import betainc
 
-from latentreward.core.errors import InputError
-from tests.tools.reproduction.test_page import result
-from tests.tools.reproduction.test_rows import TOY
 from tools.reproduction.measuring import Values
-from tools.reproduction.results import sample_of
-from tools.reproduction.rows import LEAST_SEEDS, MOST_SEEDS, read_row
+from tools.reproduction.rows import LEAST_SEEDS, MOST_SEEDS
 from tools.reproduction.verdicts import (
     FIRST_LEVEL,
     LEVELS,
@@ -23,9 +19,7 @@ from tools.reproduction.verdicts import (
     crossed_means,
     judge,
     largest_discovery,
-    student_interval,
     tail,
-    with_discoveries,
 )
 
 Z = NormalDist().inv_cdf(0.975)
@@ -44,15 +38,6 @@ def test_students_distribution(degrees: int, level: float) -> None:
     outside = betainc(degrees / 2, 0.5, 0, degrees / (degrees + quantile**2), regularized=True)
     assert float(outside) == pytest.approx(level, rel=1e-9)
     assert tail(-quantile, degrees) == pytest.approx(level, rel=1e-9)
-
-
-@pytest.mark.parametrize("runs", range(2, 13))
-def test_the_interval_of_any_number_of_runs(runs: int) -> None:
-    means, level = [float(n) for n in range(runs)], 0.05
-    half = critical(level, runs - 1) * (runs * (runs + 1) / 12) ** 0.5 / runs**0.5  # of 0 … n − 1: n (n + 1) / 12
-    middle = (runs - 1) / 2
-    assert student_interval(means, level)[:3] == pytest.approx((middle, middle - half, middle + half))
-    assert math.isnan(student_interval([1.0], level).low)
 
 
 def half_crossed(differences: np.ndarray) -> float:
@@ -103,33 +88,6 @@ def test_word(means: tuple[float, ...], word: str, slight: bool) -> None:
     found = judge(sample(*means, whole=False), 0.1)
     assert (found.word, found.slight) == (word, slight)
     assert (min(found.p_difference, found.p_margin) < RATE) == (word != "open")
-
-
-def test_what_should_be_exceeded_is_shown_in_the_difference() -> None:
-    found = judge(sample(0.04, 0.05, 0.06, whole=False), 0.1, more_than=0.76)
-    assert found.difference.value == found.over_seeds.value == pytest.approx(0.81)
-    assert found.over_seeds.low == pytest.approx(0.81 - critical(FIRST_LEVEL, 2) * 0.01 / 3**0.5)
-
-
-def test_items_keep_a_claim_open_that_seeds_would_decide() -> None:
-    items = np.random.default_rng(0).normal(0, 8, 100)
-    items -= items.mean()
-    found = judge(Sample(np.array([0.99, 1.0, 1.01])[:, None] + items, whole=False), 0.1)
-    assert found.word == "open"
-    assert found.over_seeds.low > 0 > found.difference.low
-    assert found.needed is None
-
-
-def test_seeds_that_would_decide_are_counted() -> None:
-    """Seeds that share their pairs count as one repetition, so one more is needed than of whole repetitions."""
-    values = (0.2, 0.5, 0.8, 0.4, 0.6)
-    found, needed = judge(sample(*values), 0.01), sample(*values).needed(0.01)
-    assert needed == found.needed
-    assert needed is not None
-    number, spread = 5 + needed, float(np.std(values, ddof=1))
-    halves = [critical(LEVELS[n - LEAST_SEEDS], n - 1) * spread / n**0.5 for n in (number - 1, number)]
-    assert halves[0] > 0.5 > halves[1]
-    assert sample(*values, whole=False).needed(0.01) == number - 1
 
 
 def looks(number: int, seed: int = 0, first: float = 1.0) -> np.ndarray:
@@ -185,14 +143,6 @@ def test_the_discoveries_of_benjamini_and_hochberg() -> None:
     assert largest_discovery([], 0) == 0.0
 
 
-def test_a_verdict_that_chance_explains_is_marked() -> None:
-    strong, weak = judge(sample(0.99, 1.0, 1.01, whole=False), 0.1), judge(sample(0.9, 1.0, 1.2, whole=False), 0.1)
-    nothing = [judge(sample(-0.9, 0.0, 1.2, whole=False), 0.1)] * 20
-    assert (strong.word, weak.word, nothing[0].word) == ("holds", "holds", "open")
-    assert [one.survives for one in with_discoveries([weak, strong])] == [True, True]
-    assert [one.survives for one in with_discoveries([weak, strong, *nothing])][:2] == [False, True]
-
-
 def test_at_most_a_share_of_discoveries_is_false() -> None:
     """Of 40 claims, 30 have no effect and 10 one of four standard errors."""
     rng, shares = np.random.default_rng(0), []
@@ -204,21 +154,6 @@ def test_at_most_a_share_of_discoveries_is_false() -> None:
     assert np.mean(shares) < 0.05
 
 
-def test_seeds_with_the_same_pairs_are_one_repetition_beside_whole_ones() -> None:
-    row = read_row("toy", TOY)
-    of = {seed: result(row, seed, {"one": 0.5 + seed / 100, "other": 0.5}) for seed in (0, 1, 2, 10, 11, 12)}
-
-    def means(*seeds: int) -> tuple[list[float], bool, float] | None:
-        found = sample_of(row.claims[0], {seed: of[seed] for seed in seeds}, row)
-        return found and (found.means.round(3).tolist(), found.whole, found.level)
-
-    assert means(0, 1) is None
-    assert means(10, 11) is None
-    assert means(0, 1, 2) == means(0, 1, 2, 10) == ([0.0, 0.01, 0.02], False, FIRST_LEVEL)
-    assert means(0, 1, 2, 10, 11) == ([0.01, 0.1, 0.11], True, LEVELS[0])
-    assert means(10, 11, 12) == ([0.1, 0.11, 0.12], True, FIRST_LEVEL)
-
-
 @pytest.mark.parametrize("values", [np.array([0.0, 1.0, 1.0]), np.array([-1.5, 0.123, 5.9])])
 def test_values_survive_packing(values: np.ndarray) -> None:
     packed = Values("ab", values).packed()
@@ -226,15 +161,3 @@ def test_values_survive_packing(values: np.ndarray) -> None:
     back = Values.unpacked(packed)
     assert back.items == "ab"
     np.testing.assert_allclose(back.values, values, atol=5e-4)
-
-
-def test_no_values_are_refused() -> None:
-    """Their mean is NaN, with which no command could read the result again."""
-    with pytest.raises(InputError, match="no item has a value"):
-        Values("ab", np.array([])).packed()
-
-
-@pytest.mark.parametrize("value", [math.nan, 33.0])
-def test_values_that_do_not_fit_are_refused(value: float) -> None:
-    with pytest.raises(InputError, match=r"values from \S+ to \S+: give finite ones below 32\.7"):
-        Values("ab", np.array([0.5, value])).packed()

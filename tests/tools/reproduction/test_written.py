@@ -10,7 +10,7 @@ from tests.tools.reproduction.test_page import result
 from tests.tools.reproduction.test_rows import TOY
 from tools.reproduction import written
 from tools.reproduction.rows import FOLDER, Row, read_row
-from tools.reproduction.written import EARLIER, in_full, read_commits, update_commits
+from tools.reproduction.written import in_full, read_commits, update_commits
 
 OTHER = {"says": "one hardly beats the other", "higher": "one", "lower": "other", "by": "t 1", "more_than": -0.1}
 
@@ -54,14 +54,6 @@ def test_commits_are_found_once_and_kept(clone: Path) -> None:
     assert read_commits(clone) == update_commits(clone, [both], {})
 
 
-def test_a_claim_that_compares_something_else_is_another_one(clone: Path) -> None:
-    commit(clone, "claims:\n  - {says: one hardly beats the other, more_than: -0.1}\n")
-    update_commits(clone, [row(OTHER)], {})
-    later = commit(clone, "claims:\n  - {says: one hardly beats the other, more_than: -0.2}\n")
-    changed = row({**OTHER, "more_than": -0.2})
-    assert update_commits(clone, [changed], {}) == {"toy": {in_full(changed.claims[0]): later}}
-
-
 @pytest.mark.parametrize(("measured", "late"), [(0, True), (1, False), (None, False)])
 @pytest.mark.parametrize(
     ("like", "changed", "written_claim"),
@@ -82,34 +74,3 @@ def test_a_claim_that_its_results_do_not_know_is_late(
     found = {"toy": {0: replace(result(one, 0, {}), commit=at + changed)}}
     assert [*update_commits(clone, [one], found)["toy"].values()] == [commits[1] + written.LATE * late]
     assert update_commits(clone, [one], {}) == {"toy": {in_full(one.claims[0]): commits[1]}}
-
-
-def test_a_measurement_before_the_rows_were_moved_knows_their_claims(clone: Path) -> None:
-    first = commit(clone, "claims:\n  - {says: one beats the other}\n")
-    (clone / EARLIER).parent.mkdir()
-    git(clone, "mv", FOLDER, EARLIER)
-    git(clone, "commit", "-qm", "as it was")
-    at = git(clone, "rev-parse", "HEAD")[:10]
-    git(clone, "mv", EARLIER, FOLDER)
-    git(clone, "commit", "-qm", "rows are moved")
-    one = row(TOY["claims"][0])
-    found = {"toy": {0: replace(result(one, 0, {}), commit=at)}}
-    assert [*update_commits(clone, [one], found)["toy"].values()] == [first]
-
-
-def test_a_commit_that_was_rewritten_is_looked_up_again(clone: Path) -> None:
-    text = "claims:\n  - {says: one beats the other, higher: one}\n"
-    commit(clone, text)
-    update_commits(clone, [row(TOY["claims"][0])], {})
-    git(clone, "commit", "-q", "--amend", "-m", "other words")
-    assert [*update_commits(clone, [row(TOY["claims"][0])], {})["toy"].values()] == [
-        git(clone, "rev-parse", "HEAD")[:10]
-    ]
-
-
-def test_without_history_the_kept_commits_stay(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit(clone, "claims:\n  - {says: one beats the other, higher: one}\n")
-    known = update_commits(clone, [row(TOY["claims"][0])], {})
-    monkeypatch.setattr(written, "CLONE", clone / "reproduction")
-    monkeypatch.setenv("GIT_DIR", str(clone / "nothing"))
-    assert update_commits(clone, [row(TOY["claims"][0], OTHER)], {}) == known

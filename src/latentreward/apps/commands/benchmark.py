@@ -81,10 +81,6 @@ def benchmark(
         decode_threads: Threads that decode images ahead of the models.
         trust_remote_code: Whether to import classes that the settings of ``model`` name and that are not registered;
             importing runs their code. Each of ``scorers`` has its own setting of this name.
-
-    Raises:
-        InputError: If a setting is wrong, data cannot be read, or scores in OUTPUT_DIR belong to other pairs or another
-            scorer.
     """
     check_at_least_one(limit=limit, draws=draws)
     check_writable(output_dir / JSON)

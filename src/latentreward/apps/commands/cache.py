@@ -66,9 +66,6 @@ def cache(
         gpus_per_worker: GPUs of each of several workers, e.g. 0.5; by default 1 if there are any.
         check: Whether to verify every file of ``output`` instead of writing; prints missing and damaged files, and
             exits with status 1 if there are any.
-
-    Raises:
-        InputError: If a setting is wrong, or reader and encoder do not fit each other.
     """
     command, folder = partial(cache, **locals()), Path(output)
     num_workers = min(4, len(os.sched_getaffinity(0))) if num_workers is None else num_workers

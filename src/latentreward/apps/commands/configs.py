@@ -32,9 +32,6 @@ def configs(
         method: With compose, a file of configs/method, e.g. nft.
         hardware: With compose, a file of configs/trainer, e.g. one_gpu; by default that of the policy's file.
         compose: Whether to print the run of a policy and a method.
-
-    Raises:
-        InputError: If there is no such file or kind, or ``method`` or ``hardware`` is given without ``compose``.
     """
     if compose:
         print(composed(name, method, hardware), end="")

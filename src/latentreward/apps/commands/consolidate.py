@@ -20,10 +20,6 @@ def consolidate(checkpoint: Path, output: Path, average: bool = False, overwrite
         average: Whether to write the average of ``TrainableEMA`` as the weights. The file then holds no state of
             optimiser and callbacks: it is for evaluation, not for resuming.
         overwrite: Whether to replace ``output`` if it exists.
-
-    Raises:
-        InputError: If the checkpoint is incomplete or damaged, ``average`` is set and the checkpoint holds no average,
-            or ``output`` exists and ``overwrite`` is not set.
     """
     if output.exists() and not overwrite:
         raise InputError(f"output: {output} exists; set overwrite: true or choose another name")

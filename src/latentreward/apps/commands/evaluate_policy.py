@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentreward.alignment import Sampling
-from latentreward.apps.commands.notes import tell
-from latentreward.apps.evaluation.policy import imported, picture_scores, samples
-from latentreward.apps.evaluation.policy.results import PolicyReport, Protocol, published_scores, scores_csv
+from latentreward.apps.evaluation.policy import picture_scores, samples
 from latentreward.apps.evaluation.policy.sections import INTRODUCTION, score_table, sections, side_by_side, states_table
 from latentreward.apps.evaluation.policy.state_scores import StateScores, check_states, compare_states, states_tasks
-from latentreward.apps.evaluation.policy.statistics import compare, in_common, policy_scores
+from latentreward.apps.evaluation.policy.statistics import (
+    PolicyReport,
+    Protocol,
+    compare,
+    in_common,
+    policy_scores,
+    published_scores,
+    scores_csv,
+)
 from latentreward.apps.generation.image_folder import DETERMINISTIC
 from latentreward.apps.generation.trained_policy import plain
 from latentreward.core.contracts import PathText
-from latentreward.core.errors import InputError
+from latentreward.core.errors import InputError, tell
 from latentreward.core.interrupts import interrupts_told
 from latentreward.core.reports.page import HTML, versions, write_report
 from latentreward.core.reports.tables import as_text
@@ -107,9 +113,6 @@ def evaluate_policy(
         workers: Processes that sample, and in which scorers of images work (tools work in the first process): on this
             machine, or on the Ray cluster of RAY_ADDRESS. More than 1 need the extra ``cluster``.
         gpus_per_worker: GPUs of each of several workers, e.g. 0.5; by default 1 if there are any.
-
-    Raises:
-        InputError: If a setting or a file is wrong.
     """
     command = partial(evaluate_policy, **locals())
     names, given = picture_scores.score_names(scorers), [policy] if against is None else [policy, against]
@@ -117,13 +120,13 @@ def evaluate_policy(
     if len(policies) < len(given):
         raise InputError(f"both policies are called {next(iter(policies))!r}; give each a name of its own")
     found = {
-        name: imported.find_pictures(one.images, max_prompt_chars)
+        name: samples.find_pictures(one.images, max_prompt_chars)
         for name, one in policies.items()
         if one.images is not None
     }
     rows = _prompt_rows(prompts, max_prompt_chars, found)[:num_prompts]
     count = images_per_prompt or 1 + max(
-        (image for pictures in found.values() for _, image in imported.match(pictures, rows)), default=0
+        (image for pictures in found.values() for _, image in samples.match(pictures, rows)), default=0
     )
     wanted = [(place, image) for place in range(len(rows)) for image in range(1 if images_scored == "first" else count)]
 
@@ -174,7 +177,7 @@ def evaluate_policy(
             for scorer in (one for one in scorers if isinstance(one, ToolScorer)):
                 scorer.prepare()
             folders = {
-                name: imported.import_pictures(one.images, found[name], rows, wanted)
+                name: samples.import_pictures(one.images, found[name], rows, wanted)
                 for name, one in policies.items()
                 if one.images is not None
             }

@@ -48,10 +48,6 @@ def export(
         trust_remote_code: Whether to import classes outside this package that the reward's settings or the policy's
             checkpoint name; importing runs their code.
         loading: Reward: see :class:`~latentreward.reward.ModelSource`.
-
-    Raises:
-        InputError: If the checkpoint is damaged or of the wrong kind for ``format``, the format cannot hold the reward,
-            or ``output`` exists and ``overwrite`` is not set.
     """
     if output.exists() and not overwrite:
         raise InputError(f"output: {output} exists; set overwrite: true or choose another name")

@@ -21,10 +21,6 @@ def export_pairs(output: Path, reader: PairReader, *, split: str | None = None, 
         reader: Reader of the pairs, labelled or not. Its ``on_error`` also holds for images that cannot be read.
         split: Name of the split; by default the reader's.
         rows_per_file: Rows of the reader per file; a killed export loses at most one unfinished file.
-
-    Raises:
-        InputError: If a setting is wrong, an image cannot be read under ``on_error: raise``, or ``output`` holds the
-            split of other data.
     """
     name = split or getattr(reader, "split", "") or "train"
     with locked(output, "output"):

@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from inspect import isfunction, signature
 from itertools import chain, count, zip_longest
 from pathlib import Path
 from pydoc import locate
@@ -36,15 +35,14 @@ import latentreward.callbacks as ours
 import latentreward.core.checkpoints.fsdp2  # noqa: F401 - registers the short names of its strategies
 from latentreward.apps.commands import fit_folder
 from latentreward.apps.commands.fit_folder import FOLDER
-from latentreward.apps.estimate.needs import Card
+from latentreward.apps.estimate.estimate import Card
 from latentreward.callbacks.resumed_settings import Override, log_folder, run_kind
 from latentreward.core.checkpoints import files as checkpoint_files
 from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, newest_first, read_sharded
 from latentreward.core.errors import InputError, check_at_least_one, errors_at, where
 from latentreward.core.interrupts import TERMINATED
 from latentreward.core.peak_rates import PEAKS, Limits, find_limits
-from latentreward.core.promises import check_takes
-from latentreward.core.registry import backbone_names, of_framework
+from latentreward.core.registry import backbone_names
 from latentreward.core.settings import functions
 from latentreward.core.settings.errors import check_ranges, summarise
 from latentreward.core.settings.rewriting import rewrite_arguments
@@ -416,8 +414,7 @@ class TrainingCLI(LightningCLI):
                 folder = self.trainer.default_root_dir
                 raise InputError(f"no space left for {folder} ({reason}); free some space and run it again") from error
             return
-        from latentreward.apps.estimate.estimate import estimate
-        from latentreward.apps.estimate.needs import limits_text
+        from latentreward.apps.estimate.estimate import estimate, limits_text
 
         def build_module(settings: Namespace) -> LightningModule:
             alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))  # without trainer and data
@@ -532,26 +529,17 @@ def constructor_errors() -> Iterator[None]:
 
 
 def check_callbacks(trainer: Namespace) -> None:
-    """Refuse callbacks that average weights, and hooks of a user's class that do not take what Lightning gives them.
+    """Refuse callbacks that average weights.
 
     Lightning's average is of the frozen network too, and that of ``StochasticWeightAveraging`` is in no checkpoint.
     """
     for one in trainer.get("callbacks") or []:
         kind: Any = locate(one.class_path) if isinstance(one, Namespace) else None
-        with suppress(NameError):  # of a name that only type checkers import
-            kind = signature(kind, eval_str=True).return_annotation if isfunction(kind) else kind
-        if not isinstance(kind, type):
-            continue
-        if issubclass(kind, theirs.WeightAveraging | theirs.StochasticWeightAveraging):
+        if isinstance(kind, type) and issubclass(kind, theirs.WeightAveraging | theirs.StochasticWeightAveraging):
             raise InputError(
                 f"trainer.callbacks: {kind.__name__} copies the frozen network too; use "
                 "latentreward.callbacks.TrainableEMA, whose average is resumed, validated, and written by consolidate"
             )
-        for name, wanted in vars(theirs.Callback).items():
-            hook = getattr(kind, name)
-            own = isfunction(wanted) and isfunction(hook) and not of_framework(hook.__module__)
-            if own:  # Lightning gives dataloader_idx, which has a default, only where there are several loaders
-                check_takes(f"{kind.__name__}.{name}", hook, wanted, with_defaults=False)
 
 
 def open_readers(command: str, data: Namespace) -> Namespace:
@@ -599,12 +587,7 @@ def open_readers(command: str, data: Namespace) -> Namespace:
 def with_rows(
     names: Sequence[str], model: Namespace | None, kind: type[PairLoaders], *args: Any, **options: Any
 ) -> PairLoaders:
-    """Construct a data module, and check it before the model is loaded.
-
-    Raises:
-        InputError: If one of the named splits has no rows left, or cached pairs are edits of another number of pictures
-            than the network takes that the settings of the ``model`` name.
-    """
+    """Construct a data module, and check it before the model is loaded."""
     data = kind(*args, **options)
     data.require_rows(names)
     # Only data of a cache have the check, whose module takes time to import.
@@ -727,7 +710,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     found, card = _run(command, arguments)
     if found is not None:
-        from latentreward.apps.estimate.needs import check_memory, told_hours, training_needs
+        from latentreward.apps.estimate.estimate import check_memory, told_hours, training_needs
 
         needs = {"fit": training_needs(found)}
         print(found.as_text(), told_hours(needs, card), sep="\n", flush=True)
@@ -757,9 +740,8 @@ def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card
                 from latentreward.apps.estimate.shapes import unset_variables
 
                 held.enter_context(unset_variables())
-            with functions.naming_variables():
-                done = TrainingCLI(command, rewritten, Path(folder), held)
-                return done.estimated, done.card
+            done = TrainingCLI(command, rewritten, Path(folder), held)
+            return done.estimated, done.card
     except MisconfigurationException as error:
         raise InputError(f"{error}{where(error)}") from error
     except (ValueError, RuntimeError) as error:

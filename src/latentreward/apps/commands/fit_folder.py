@@ -16,12 +16,11 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning_utilities.core.rank_zero import rank_zero_only
 from typing_extensions import override
 
-from latentreward.apps.commands.notes import tell
 from latentreward.callbacks import PolicyLoRA, SampleGrid, ScoredPairGrid
 from latentreward.callbacks.graceful_stop import fallback_folder
 from latentreward.callbacks.resumed_settings import log_folder, output_path
 from latentreward.core.checkpoints.files import checkpoint_problem, holds_weights_alone, newest_intact
-from latentreward.core.errors import InputError
+from latentreward.core.errors import InputError, tell
 from latentreward.core.storage.durable import check_writable
 from latentreward.diffusion.backbones.tuning import CONFIG
 
@@ -142,9 +141,6 @@ def last_of_earlier_start(trainer: Trainer, settings: Namespace) -> Path | None:
 
     The folder is ``NAME/version_3/checkpoints``, for example. None if the settings name it, or the folder of
     checkpoints, beside which other runs may lie.
-
-    Raises:
-        InputError: If the checkpoint is in no folder that the settings give the run, so it may be another run's.
     """
     given, root = settings.get("logger"), settings.get("default_root_dir")
     given = given[0] if isinstance(given, list) and given else given

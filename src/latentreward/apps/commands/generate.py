@@ -96,9 +96,6 @@ def generate(
         workers: Processes that sample: on this machine, or on the Ray cluster of RAY_ADDRESS. More than 1 need the
             extra ``cluster``.
         gpus_per_worker: GPUs of each of several workers, e.g. 0.5; by default 1 if there are any.
-
-    Raises:
-        InputError: If a setting is wrong, or ``output_dir`` holds other files or pictures made with other settings.
     """
     command = partial(generate, **locals())
     trained = TrainedPolicy(policy, checkpoint, lora)

@@ -36,9 +36,6 @@ def inspect(
         limit: Number of rows at the start of each split whose images are inspected; 0 inspects none. All by default.
         decode: Whether to decode every image, which also finds truncated images; otherwise only headers are read.
         output: JSON file to write the counts to.
-
-    Raises:
-        InputError: If a setting is wrong, the format is not recognised, or no split can be read.
     """
     sources = list(_find_sources(data, reader, splits))
     report = Report(data or ", ".join(name for name, _ in sources), decode)

@@ -1,6 +1,5 @@
 """``latentreward publish``: write a reward model as a folder with calibration and model card; upload it to the hub."""
 
-import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -62,11 +61,8 @@ class Reference:
 
     def listed(self) -> ImageList:
         """List the images without opening them; raise InputError for fewer than a calibration needs."""
-        try:
+        with errors_at("reference: "):
             found = read_images(self.images, self.prompt, allow_outside=self.allow_outside)
-        except InputError as error:  # whose remedies are the flags of `score`
-            text = re.sub(r"name it with --\w+", "rename it so", str(error)).replace("--prompt", "--reference.prompt")
-            raise InputError(f"reference.{text}" if text.startswith("images:") else text) from error
         require_some(found)
         rows = [row for row in found.rows if row.problem is None]
         if len(rows) < FEWEST:
@@ -125,9 +121,6 @@ def publish(
         batch_size: Images per forward pass.
         device: Device that scores the reference, e.g. cuda:1; auto takes an accelerator if there is one.
         loading: See :class:`~latentreward.reward.ModelSource`.
-
-    Raises:
-        InputError: If a setting is wrong, the model cannot be saved, or the reference cannot be scored.
     """
     check_target(output)
     check_writable(output)

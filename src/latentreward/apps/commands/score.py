@@ -50,11 +50,7 @@ class NoiseSettings:
         self.over(ScoringNoise(timesteps=(1.0,)))
 
     def over(self, own: ScoringNoise) -> ScoringNoise:
-        """Override the given settings in ``own``, the model's noise.
-
-        Raises:
-            InputError: If the result is not a valid :class:`ScoringNoise`, or a given level is repeated.
-        """
+        """Override the given settings in ``own``, the model's noise."""
         check_once(**{"noise.sigmas": self.sigmas, "noise.timesteps": self.timesteps})
         given = {name: value for name, value in vars(self).items() if value}
         if self.sigmas or self.timesteps:
@@ -123,9 +119,6 @@ def score(
             ``cluster``.
         gpus_per_worker: GPUs of each of several workers, e.g. 0.5; by default 1 if there are any.
         loading: See :class:`~latentreward.reward.ModelSource`.
-
-    Raises:
-        InputError: If a setting is wrong, the output belongs to another run, or no image can be scored.
     """
     command = partial(score, **{name: value for name, value in locals().items() if name != "loading"}, **loading)
     page = None

@@ -38,9 +38,6 @@ def score_pairs(
         scorers: Scorers of the images, e.g. latentreward.reward.CLIPScorer.
         flush_every: Pairs per part of the table: a killed process loses at most one part; Ctrl-C loses no scored pair.
         options: See :class:`~latentreward.reward.scorers.pair_scoring.PairScoring`.
-
-    Raises:
-        InputError: If a setting is wrong, the output belongs to another run, or a scorer returns invalid scores.
     """
     scoring = PairScoring(reader, scorers, **options)
     with PartFiles(output, scoring.spec(), len(reader)) as files:

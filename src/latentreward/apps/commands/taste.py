@@ -5,11 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from latentreward.apps.commands.notes import tell
-from latentreward.apps.estimate.needs import Card
+from latentreward.apps.estimate.estimate import Card
 from latentreward.apps.taste.steps import Task
 from latentreward.core.contracts import PathText
-from latentreward.core.errors import InputError, check_at_least_one, check_multiples, check_range, errors_at
+from latentreward.core.errors import InputError, check_at_least_one, check_multiples, check_range, errors_at, tell
 from latentreward.core.interrupts import interrupts_told
 from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.durable import locked
@@ -105,10 +104,7 @@ def taste(
         port: Port of the page to rate; 0 takes a free one and prints it.
         work: Folder of all outputs, outside the folder of pictures; ``runs/taste/`` and the name of the folder by
             default.
-        card: See :class:`~latentreward.apps.estimate.needs.Card`.
-
-    Raises:
-        InputError: If the folder gives too few pairs, a setting is wrong, or a step fails.
+        card: See :class:`~latentreward.apps.estimate.estimate.Card`.
     """
     check_at_least_one(pairs=pairs, epochs=epochs, patience=patience, align_steps=align_steps)
     check_at_least_one(batch_size=batch_size, num_prompts=num_prompts)
@@ -190,7 +186,7 @@ def check_size(size: int, family: "Family") -> None:
 def rate_pictures(folder: Path, port: int, seed: int) -> None:
     """Serve the page to rate pictures until Ctrl-C or SIGTERM, after which the same command continues."""
     from latentreward.apps.serving.addresses import bind
-    from latentreward.apps.taste.pictures import check_folder
+    from latentreward.apps.taste.pairs import check_folder
     from latentreward.apps.taste.rating_page import HOST, serve_ratings
     from latentreward.apps.taste.ratings import Ratings
 
@@ -207,7 +203,7 @@ def rate_pictures(folder: Path, port: int, seed: int) -> None:
 def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: Card) -> None:
     """Print the memory and hours that the trainings need, and compare the memory with the card."""
     from latentreward.apps.commands.fit import estimate_fit
-    from latentreward.apps.estimate.needs import check_memory, told_hours, training_needs
+    from latentreward.apps.estimate.estimate import check_memory, told_hours, training_needs
 
     needs = {}
     for name, task in tasks.items():

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentreward.apps.estimate.needs import bounds_table
+from latentreward.apps.estimate.estimate import bounds_table
 from latentreward.callbacks import Performance
 from latentreward.callbacks.resumed_settings import log_folder
 from latentreward.core.errors import InputError, check_at_least_one
@@ -51,9 +51,6 @@ class StepProfile(Callback):
     Args:
         steps: Optimiser steps to measure.
         limits: Peak rates of the device; None takes those that ``Performance`` has found.
-
-    Raises:
-        InputError: If ``steps`` is below 1, or the run ends before as many are measured.
     """
 
     def __init__(self, steps: int, limits: Limits | None = None) -> None:

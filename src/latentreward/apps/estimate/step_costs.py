@@ -168,9 +168,6 @@ def step_costs(
     The module is on the meta device, has a CPU trainer attached, and cannot be used afterwards. ``gpu`` says whether
     autocast and optimiser count with the memory that they need on a GPU; ``averaged``, whether a moving average of the
     trained weights is updated, which counts as work alone.
-
-    Raises:
-        InputError: If the module's class is not supported by ``--estimate``, or the module has not one optimiser.
     """
     shapes = ShapesOnly()
     calls, live = RepeatedCalls(shapes), shapes.live
@@ -293,11 +290,7 @@ def answer_alone(reward: RemoteReward, latents: Tensor, rows: Tensor, encoded: A
 
 
 def optimizer_of(module: LightningModule, foreach: bool) -> Optimizer:
-    """Return the module's optimiser; ``foreach`` selects PyTorch's multi-tensor update, which is the default on a GPU.
-
-    Raises:
-        InputError: If the module has no optimiser, or several.
-    """
+    """Return the module's optimiser; ``foreach`` selects PyTorch's multi-tensor update, the default on a GPU."""
     built: Any = module.configure_optimizers()
     optimizer = built.get("optimizer") if isinstance(built, Mapping) else built
     if not isinstance(optimizer, Optimizer):

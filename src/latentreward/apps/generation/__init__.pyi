@@ -1,6 +1,5 @@
 from .lora import load_lora
-from .population import Population, search_population
-from .search import Candidates, best_of_n, search_latents
+from .search import Candidates, Population, best_of_n, search_latents, search_population
 from .step_search import StepSearch, policy_of
 
 __all__ = [

@@ -51,10 +51,6 @@ def load_lora(policy: Policy, path: Path) -> None:
         policy: Policy as returned by :meth:`PolicySource.load <latentreward.alignment.PolicySource.load>`.
         path: ``.safetensors`` file, or a folder with one. The names of the weights may follow any convention that
             diffusers reads, for SD3 only diffusers' own; or those of peft, beside an ``adapter_config.json``.
-
-    Raises:
-        InputError: If there is no LoRA at ``path``, the LoRA belongs to another network, it changes text encoders, or
-            a tensor of it would not be used.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -119,10 +115,6 @@ def weights_by_layer(tensors: Mapping[str, Tensor], policy: Policy, path: Path, 
     """Return A and B of each layer by the names ``LAYER.lora_A.weight``.
 
     Unless the file's settings tell alpha (``scaled``), B is multiplied by alpha / rank where a tensor tells alpha.
-
-    Raises:
-        InputError: If the file has several adapters, tensors of other parts than the family's network or some that
-            diffusers leaves out while it converts the names, or names as in memory without an alpha.
     """
     from diffusers import loaders  # importing the pipeline classes would load image processors and print warnings
     from diffusers.utils import convert_unet_state_dict_to_peft

@@ -56,9 +56,6 @@ def policy_of(pipeline: DiffusionPipeline, family: str | None = None) -> Policy:
     Args:
         pipeline: The pipeline.
         family: Import path of a family of one's own; None finds the family among those of this package.
-
-    Raises:
-        InputError: If the pipeline is of no known family, or ``family`` cannot be imported.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -114,12 +111,7 @@ class Levels:
 
 
 def levels_of(scheduler: SchedulerMixin, timestep: float) -> Levels:
-    """Return the noise levels before and after the step that ``scheduler`` has just taken from ``timestep``.
-
-    Raises:
-        InputError: If the scheduler is not one of DDIM, Euler and flow-matching Euler, or if its settings turn on
-            clipping of predictions or stochastic sampling.
-    """
+    """Return the noise levels before and after the step that ``scheduler`` has just taken from ``timestep``."""
     family, config = type(scheduler).__name__, scheduler.config
     if config.get("clip_sample") or config.get("thresholding") or config.get("stochastic_sampling"):
         raise InputError(f"step search needs a {family} with clip_sample, thresholding and stochastic_sampling off")
@@ -168,11 +160,6 @@ class StepSearch:
     Attributes:
         scores: One ``(K, B)`` tensor per searched step of the last run, on the CPU.
 
-    Raises:
-        InputError: If ``eta`` or an option is out of range; when called, if the pipeline's scheduler is not supported
-            or the number of images differs from the number of prompts. A pipeline that is given initial latents fails
-            before that by itself.
-
     Note:
         The last step, which leads to clean latents, is never searched. The first step is searched only if the callback
         knows the initial latents, so call the pipeline with :meth:`pipeline_arguments`. A reward with ``needs_clean``
@@ -205,9 +192,6 @@ class StepSearch:
         Args:
             height: Height in pixels; None takes the network's native height.
             width: Width in pixels; None takes the network's native width.
-
-        Raises:
-            InputError: If a side is not a multiple of the network's unit, see ``Policy.latent_shape``.
         """
         shape = self.policy.latent_shape(height, width)
         self._initial = torch.stack(

@@ -27,11 +27,7 @@ from latentreward.reward.scorers.plugins import settings_of
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """A pipeline, optionally with a trained adapter. Weights are loaded by :meth:`load` only.
-
-    Raises:
-        InputError: If both ``checkpoint`` and ``lora`` are given, or neither ``checkpoint`` nor ``pipeline``.
-    """
+    """A pipeline, optionally with a trained adapter. Weights are loaded by :meth:`load` only."""
 
     pipeline: PolicySource | None = None  # base pipeline; None takes the base recorded in ``checkpoint``
     checkpoint: Path | None = None  # checkpoint of an alignment run; its adapter is loaded into the pipeline

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentreward.apps.taste.pairs import LEAST, Collection, lines
-from latentreward.apps.taste.pictures import number_of
+from latentreward.apps.taste.pairs import LEAST, Collection, lines, number_of
 from latentreward.apps.taste.splitting import HELD_OUT, STOP, TRAIN, Split
 from latentreward.apps.taste.steps import Step, Task, resolve
 from latentreward.core.contracts import sources_of, sources_wanted
@@ -74,9 +73,6 @@ def find_base(source: str, family: str | None = None) -> Base:
     """Return the settings for a pipeline: a folder, hub id, ``sd_tiny`` or ``sd35_tiny``.
 
     With the import path of a family of one's own the settings are the family's.
-
-    Raises:
-        InputError: If the pipeline cannot be read, or is of another kind.
     """
     if source in TINY_BASES and family is None:
         return TINY_BASES[source]
@@ -105,11 +101,7 @@ def family_of(base: str, family: str | None) -> Family:
 
 
 def fitting(found: Collection, own: Family) -> Collection:
-    """Leave out pairs that edit another number of pictures than the base's family takes, with a remark.
-
-    Raises:
-        InputError: If fewer than :data:`LEAST` pairs are left.
-    """
+    """Leave out pairs that edit another number of pictures than the base's family takes, with a remark."""
     prompts = [pair.prompt for pair in found.pairs] + [pool.prompt for pool in found.pools]
     numbers = {len(sources_of(prompt)) for prompt in prompts}
     odd = {number: wanted for number in sorted(numbers) if (wanted := sources_wanted(number, own.sources))}
@@ -250,11 +242,7 @@ def write_once(beginning: Path, contents: Mapping[str, str | bytes]) -> Path:
 
 
 def prompts_of(found: Split, file: Path | None, own: Family) -> tuple[str, ...]:
-    """Return the prompts of the alignment: a file's, or all captions.
-
-    Raises:
-        InputError: If there are none, or the base's family does not take one of them.
-    """
+    """Return the prompts of the alignment: a file's, or all captions."""
     if file is not None:
         if not file.exists():  # the reader would first name the endings that it takes
             raise InputError(f"prompts: {file} does not exist; give a text file with one prompt per line")

@@ -11,8 +11,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentreward.apps.taste.pairs import FEWEST, RATINGS, RatedPair
-from latentreward.apps.taste.pictures import Picture, listed, number_of, read_pictures, same_contents
+from latentreward.apps.taste.pairs import (
+    FEWEST,
+    RATINGS,
+    Picture,
+    RatedPair,
+    listed,
+    number_of,
+    read_pictures,
+    same_contents,
+)
 from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError
 from latentreward.core.storage.digests import digest
@@ -72,10 +80,6 @@ class Ratings:
     Each answer is on the disk before the next pair is shown. A file of earlier answers is continued.
 
     Another ``seed`` shows other pairs. ``remarks`` are lines on pictures that were left out, and on a broken line.
-
-    Raises:
-        InputError: If the folder has fewer than two different pictures that can be read, or a line of the file is not
-            a JSON object.
     """
 
     def __init__(self, folder: Path, seed: int = 0) -> None:

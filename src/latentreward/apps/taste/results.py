@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from pyarrow import parquet
 
-from latentreward.apps.evaluation.policy.imported import find_pictures
-from latentreward.apps.taste.pictures import number_of
+from latentreward.apps.evaluation.policy.samples import find_pictures
+from latentreward.apps.taste.pairs import number_of
 from latentreward.apps.taste.plan import PREFERENCES, Plan
 from latentreward.apps.taste.splitting import HELD_OUT
 from latentreward.core.bootstrap import Interval

@@ -6,8 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from latentreward.apps.taste.pairs import Collection, Pool, RatedPair
-from latentreward.apps.taste.pictures import Picture, number_of
+from latentreward.apps.taste.pairs import Collection, Picture, Pool, RatedPair, number_of
 from latentreward.core.errors import InputError
 from latentreward.data.readers.base import normalise_prompt
 from latentreward.reward.metrics.shared_pictures import shared_groups
@@ -38,9 +37,6 @@ def split(found: Collection, most: int, seed: int) -> Split:
     Pictures without pairs are put into parts first, and pairs are then drawn within each part. With
     :data:`ENOUGH_PROMPTS` prompts, or too few pictures of each prompt for all parts, the pictures of a prompt stay
     together.
-
-    Raises:
-        InputError: If a part gets fewer than :data:`LEAST_PAIRS` pairs besides ties.
     """
     rng = np.random.default_rng(seed)
     made = _pooled(found.pools, most, rng) if found.pools else _paired(list(found.pairs), most, rng)

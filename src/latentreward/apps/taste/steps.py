@@ -4,32 +4,26 @@ import json
 import os
 import platform
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
-from threading import Lock
-from types import MappingProxyType
-from typing import Annotated, Any
+from typing import ClassVar
 from uuid import uuid4
 
 import yaml
-from pydantic import BeforeValidator
 
 import latentreward
 from latentreward.apps.taste import process
-from latentreward.core.errors import InputError, did_you_mean, one_line
+from latentreward.core.errors import InputError
 from latentreward.core.reports.page import versions
-from latentreward.core.settings.rewriting import check_yaml, find_config
+from latentreward.core.settings.rewriting import find_config
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.durable import discard, refuse_link, write_file
-from latentreward.core.storage.json_files import STRICT, read_config
+from latentreward.core.storage.json_files import read_config
 
 PACKAGE = Path(latentreward.__file__).parent
 CLONE = PACKAGE.parents[1]
@@ -71,26 +65,12 @@ Braces around anything else, such as those of JSON or of ``${SD15_PATH}``, stay.
 """
 
 
-def split(given: Any) -> tuple[str, ...]:
-    """Split the arguments of a process, which a YAML file holds as one text, with a shell's quotes."""
-    if not isinstance(given, str):
-        raise ValueError("it must be a text")
-    return tuple(shlex.split(given))
-
-
-Arguments = Annotated[tuple[str, ...], BeforeValidator(split)]
-"""Arguments of a process."""
-
-
 @dataclass(frozen=True)
 class Step:
     """Command that runs in a process of its own."""
 
-    __pydantic_config__ = STRICT
-    run: Arguments  # arguments of the process, starting with a subcommand of ``latentreward``
+    run: tuple[str, ...]  # arguments of the process, starting with a subcommand of ``latentreward``
     module: str = ""  # module to run as a program instead of the command line; empty for the command line
-    quick: Arguments = ()  # arguments added for a trial of two steps
-    pairs: str = ""  # name of the step that wrote the pairs which the step scores; empty if it scores no pairs
 
 
 @dataclass(frozen=True)
@@ -121,63 +101,24 @@ class Task:
         yield self
 
 
-def resolve(
-    steps: Mapping[str, Step],
-    name: str,
-    seed: int,
-    added: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    quick: bool = False,
-) -> Task:
-    """Resolve a step and the steps that its arguments name.
-
-    ``added`` holds arguments by the names of steps; ``quick`` adds those of a trial of two steps.
-    """
+def resolve(steps: Mapping[str, Step], name: str, seed: int) -> Task:
+    """Resolve a step and the steps that its arguments name."""
     found = steps[name]
-    arguments = [*found.run, *added.get(name, ()), *(found.quick if quick else ())]
+    arguments = found.run
     names = {place for text in arguments for place in PLACEHOLDER.findall(text)} & steps.keys()
-    inputs = {one: resolve(steps, one, seed, added, quick) for one in sorted(names)}
+    inputs = {one: resolve(steps, one, seed) for one in sorted(names)}
     known = {one: task.key for one, task in inputs.items()} | {"seed": str(seed)}
     resolved = [PLACEHOLDER.sub(lambda place: known.get(place[1], place[0]), text) for text in arguments]
     configs = [text for text in arguments if text.startswith(CONFIG) and not PLACEHOLDER.search(text)]
     files = [config_digest(find_config(text.removeprefix(CONFIG))) for text in configs]
     key = digest(["\0".join((found.module, *resolved, "", *files))])
-    return Task(name, found.module, tuple(arguments), inputs, seed, key)
-
-
-def check_steps(place: str, steps: Mapping[str, Step]) -> None:
-    """Check steps that come from a file: their names become names of folders."""
-    needs, known = {}, {*steps, "out", "seed"}
-    for name, step in steps.items():
-        if not re.fullmatch(r"\w+", name):
-            raise InputError(f"{place}: {name!r} is not a name; use letters, digits and _")
-        named = {found for text in (*step.run, *step.quick) for found in PLACEHOLDER.findall(text)}
-        for one in sorted(named - known):
-            raise InputError(f"{place}.{name}: {{{one}}} names no step{did_you_mean(one, known)}")
-        needs[name] = named & steps.keys()
-    try:
-        TopologicalSorter(needs).prepare()
-    except CycleError as error:
-        raise InputError(f"{place}: {' needs '.join(error.args[1])}") from error
+    return Task(name, found.module, arguments, inputs, seed, key)
 
 
 @cache
 def config_digest(path: str) -> str:
     """Digest the settings in a YAML file; comments and layout do not count."""
     return digest([repr(yaml.safe_load(Path(path).read_text(encoding="utf-8")))])
-
-
-def load_yaml(path: str) -> Any:
-    """Read a YAML file, by its path or by the name ``configs/...`` of one that ships with the package.
-
-    Raises:
-        InputError: If the file is not YAML, or fails :func:`~latentreward.core.settings.rewriting.check_yaml`.
-    """
-    file = Path(find_config(path))
-    try:
-        check_yaml(text := file.read_text(encoding="utf-8"))
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
-        raise InputError(f"{path}: {one_line(error)}") from error
 
 
 RECORD, LOG, INPUTS, TOLD = "record.json", "log.txt", "inputs.json", "process.json"
@@ -193,24 +134,23 @@ class Done:
     modules: tuple[str, ...]  # modules of this package that its process imported
     source: str  # digest of their source files at that time; empty if the runner takes none
     inputs: dict[str, str | None]  # key of an input → its ``identity``
-    seconds: float  # time of its last process by the clock
-    gpu_bytes: int  # peak memory that PyTorch allocated on a GPU in its last process
     identity: str  # random name of this output, by which other tasks' records tell it from one that was made again
 
 
 @dataclass
 class TaskRunner:
-    """Runner of tasks in processes; each output in its folder is computed once."""
+    """Runner of tasks in processes; each output in its folder is computed once.
+
+    An output stays finished when source files change, and a command goes on in the output that it left, unless an input
+    was made again since.
+    """
 
     folder: Path  # folder of all outputs
-    # Digest of the source files of modules. An output is discarded when it differs, and a command that was stopped
-    # starts again. With None, an output stays finished when source files change, and a command goes on in the output
-    # that it left, unless an input was made again since.
-    source_digest: Callable[[Iterable[str]], str] | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)  # variables of the processes beyond those here
-    _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    _lock: Lock = field(default_factory=Lock)
-    _closed: bool = False
+    goes_on: ClassVar[bool] = True  # whether a command that was stopped goes on where it was
+
+    def source(self, modules: Iterable[str]) -> str:
+        """Return a digest of the source files of modules; an output is made again where it differs."""
+        return ""
 
     def done(self, task: Task) -> Done | None:
         """Return a task's record; None if it is unfinished, ran with other source files, or an input was made again."""
@@ -222,7 +162,7 @@ class TaskRunner:
             found = Done(**content)
         except TypeError as error:
             raise InputError(f"{folder / RECORD} is damaged ({error}); remove {folder} to run it again") from error
-        if self.source_digest is not None and self.source_digest(found.modules) != found.source:
+        if self.source(found.modules) != found.source:
             return None
         current = self._inputs(task)
         return found if current == found.inputs and None not in current.values() else None
@@ -238,7 +178,7 @@ class TaskRunner:
     def run(self, task: Task) -> None:
         """Run a task's process, which prints to :meth:`log`."""
         folder, log, inputs = task.output(self.folder).parent, self.log(task), self._inputs(task)
-        goes_on = self.source_digest is None and folder.exists()
+        goes_on = self.goes_on and folder.exists()
         if goes_on and (folder / INPUTS).is_file():
             goes_on = read_config(folder / INPUTS, remedy=f"remove {folder} to start anew") == inputs
         print(f"{task.name}: {'goes on' if goes_on else 'starts'}; its log is {log}", flush=True)
@@ -254,99 +194,38 @@ class TaskRunner:
             stream.write(f"$ {task.module or 'latentreward'} {' '.join(arguments)}\n")
             stream.flush()
             command = [sys.executable, "-m", process.__name__, str(folder / TOLD), task.module, *arguments]
-            code = self._call(command, stream.fileno())
+            code = self._call(task, command, stream.fileno())
         if code:
             last = log.read_text(errors="replace").strip().splitlines()[-1]
             raise InputError(f"{task.name} failed: {last} (all of it is in {log})")
         told = json.loads((folder / TOLD).read_text())
-        source = "" if self.source_digest is None else self.source_digest(told["modules"])
-        found = Done(**told, source=source, inputs=inputs, identity=uuid4().hex)
+        found = Done(**told, source=self.source(told["modules"]), inputs=inputs, identity=uuid4().hex)
         write_file(folder / RECORD, json.dumps(vars(found)))
 
-    def _call(self, command: Sequence[str], log: int) -> int:
-        environment = {**os.environ, **self.environment}
-        with self._lock:
-            if self._closed:
-                raise KeyboardInterrupt
-            running = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
-            self._running.add(running)
-        try:
-            return running.wait()
-        finally:
-            with self._lock:
-                self._running.discard(running)
-
-    def close(self) -> None:
-        """End all processes, and start no more."""
-        with self._lock:
-            self._closed = True
-            for running in self._running:
-                running.terminate()
-
-
-def run_tasks(
-    tasks: Iterable[Task],
-    runner: TaskRunner,
-    processes: int = 1,
-    finished: Callable[[Task], None] = lambda task: None,
-    keep_going: bool = False,
-) -> list[str]:
-    """Run the tasks that have not finished, each after its inputs, otherwise in their order.
-
-    Ctrl-C and SIGTERM end the running processes by SIGTERM and wait for them, so that a training saves a checkpoint.
-
-    Args:
-        tasks: Tasks; an input that is not among them has finished.
-        runner: Runner, which is closed at the end.
-        processes: Most processes at a time.
-        finished: Called with each task that this call has run.
-        keep_going: Whether tasks that do not depend on a failed one still run. Then a line for each task that failed is
-            returned; otherwise the first failure raises InputError.
-    """
-    waiting = {task.key: task for task in tasks}
-    unfinished, failures = {*waiting}, list[str]()
-    running, shown = dict[Future[None], Task](), dict[str, str]()
-    with ThreadPoolExecutor(processes) as pool:  # an interrupt reaches the main thread and leaves processes to others
+    def _call(self, task: Task, command: Sequence[str], log: int) -> int:
+        running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        shown = progress(self.log(task))
         try:
             while True:
-                for task in ready(waiting, unfinished, runner):
-                    if len(running) < processes:
-                        del waiting[task.key]
-                        shown[task.key] = progress(runner.log(task))
-                        running[pool.submit(runner.run, task)] = task
-                if not running:
-                    return failures
-                ended = wait(running, TOLD_EVERY_S, FIRST_COMPLETED).done
-                for task in running.values():
-                    if (line := progress(runner.log(task))) != shown[task.key]:
+                try:
+                    return running.wait(TOLD_EVERY_S)
+                except subprocess.TimeoutExpired:
+                    if (line := progress(self.log(task))) != shown:
                         print(f"{task.name}: {line}", flush=True)
-                        shown[task.key] = line
-                for task, error in [(running.pop(future), future.exception()) for future in ended]:
-                    if error is None:
-                        unfinished.remove(task.key)
-                        finished(task)
-                    elif keep_going and isinstance(error, InputError):
-                        failures.append(str(error))
-                        print(error, file=sys.stderr, flush=True)
-                    else:
-                        raise error
-        finally:
-            runner.close()
+                        shown = line
+        except BaseException:  # Ctrl-C or SIGTERM: a training saves a checkpoint
+            running.terminate()
+            running.wait()
+            raise
 
 
-def ready(waiting: dict[str, Task], unfinished: set[str], runner: TaskRunner) -> Iterator[Task]:
-    """Yield the waiting tasks whose inputs have finished; take out those that have finished themselves before."""
-    for key, task in [*waiting.items()]:
-        if unfinished & {one.key for one in task.inputs.values()}:
-            continue
+def run_tasks(tasks: Iterable[Task], runner: TaskRunner) -> None:
+    """Run the tasks that have not finished; each comes after its inputs."""
+    for task in tasks:
         if runner.done(task) is None:
-            yield task
+            runner.run(task)
         else:
             print(f"{task.name}: done before", flush=True)
-            del waiting[key]
-            unfinished.remove(key)
 
 
 def progress(log: Path) -> str:

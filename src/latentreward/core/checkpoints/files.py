@@ -177,9 +177,6 @@ def newest_intact(candidates: Iterable[Path]) -> Path | None:
 
     If the newest candidate is damaged, return the newest intact checkpoint in the candidates' folders that a run can
     resume from, with a warning.
-
-    Raises:
-        InputError: If the newest candidate is damaged and the folders hold no intact checkpoint.
     """
     found = newest_first(path for path in candidates if path.exists())
     if not found:

@@ -102,9 +102,6 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
         path: Folder of the checkpoint.
         with_tensors: Whether to read tensors, after :func:`check_values`. False puts them on the meta device, to check
             quickly that all else is plain values, so that loading the checkpoint runs no code.
-
-    Raises:
-        InputError: If the checkpoint is incomplete, damaged, or holds more than tensors and plain values.
     """
     from torch.distributed import checkpoint as distributed_checkpoint
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -150,9 +147,6 @@ def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
     Args:
         path: File, or folder of shards.
         with_tensors: False reads no tensor's values and compares no checksums: tensors are on the meta device.
-
-    Raises:
-        InputError: If ``path`` does not exist, is not a Lightning checkpoint, is damaged, or could run code.
     """
     if not path.exists():
         raise InputError(f"checkpoint: {path} does not exist")
@@ -264,10 +258,6 @@ def check_weights(module: nn.Module, found: Mapping[str, Any], strict: bool = Fa
         module: Module that is to load the checkpoint.
         found: Shape of each weight in the checkpoint, by name.
         strict: Whether the checkpoint must hold the frozen weights too.
-
-    Raises:
-        InputError: If weights are missing, are unknown to the module, or have another shape; the message names the
-            first weight of each kind.
     """
     own = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers()))
     trains = changing_names(module)

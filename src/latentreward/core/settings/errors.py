@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import signature
 from pydoc import locate
 from textwrap import dedent
@@ -19,26 +19,8 @@ from latentreward.core.errors import LIGHTNING_NO_GPU, NO_GPU, SEARCHED, InputEr
 from latentreward.core.public_names import import_all, public_names
 from latentreward.core.registry import backbone_names
 
-PARTS = {
-    ".modules.": "model",
-    ".heads.": "head",
-    ".losses.": "loss",
-    ".remote.": "schema",
-    ".rewards.": "reward rewards",
-    ".noise.": "levels",
-    "latentreward.data.": "data images train val test predict reader",
-    ".scorers.": "scorer scorers held_out",
-    ".benchmark.": "benchmarks",
-    ".rollout.": "selection",
-    ".callbacks.": "callbacks",
-}
-"""Part of the dotted names of modules -> last parts of the dotted names of settings whose values are classes there."""
-PART_OF = {name: part for part, names in PARTS.items() for name in names.split()} | {
-    "encoder": "latentreward.diffusion.cache.sources",
-    "logger": "lightning.pytorch.loggers",
-    "optimizer": "torch.optim",
-}
-"""Last part of a setting's dotted name -> part of the names of modules with its classes, or one module."""
+LIBRARIES = {"logger": "lightning.pytorch.loggers", "optimizer": "torch.optim"}
+"""Last part of a setting's dotted name -> module of a library with its classes."""
 
 WRAPPERS = (
     r'Parser key "(?P<key>[^"]+)"[^:\n]*:(?P<inner>.*)',
@@ -81,8 +63,6 @@ def summarise(message: str) -> str:
         text = dedent(_telling_alternative(wrapper) if "errors" in parts else parts["inner"]).strip()
     text, *key = re.split(INTERPOLATED, " ".join(text.split()), maxsplit=1)
     setting = ".".join([*keys, *key[:1]])
-    if (missing := re.match(MISSING, text)) and (place := _in_list(message, keys[-1:], kind, missing[1])):
-        return f"{setting}{place}: {missing[1]} is missing; write it under the init_args of this class"
     for pattern, reword in REWORDINGS.items():
         if match := re.match(pattern, text):
             text = match.expand(reword) if isinstance(reword, str) else reword(match, setting)
@@ -147,14 +127,12 @@ def _wrong_type(match: re.Match[str], setting: str) -> str:
 
 
 def names_for(setting: str) -> list[str]:
-    """Return the names of our classes, or backbones, that a setting accepts; empty if it accepts none of them."""
+    """Return the names of backbones, of a library's classes, or of ours, by what a setting takes."""
     last = setting.rpartition(".")[2]
     if last == "backbone":
         return list(backbone_names())
-    part = PART_OF.get(last, "-")
-    if part in sys.modules:  # of a library
-        return [name for name in dir(sys.modules[part]) if name[0].isupper()]
-    return [name for name, module in public_names().items() if part in f"{module}." and name[0].isupper()]
+    names = dir(sys.modules[LIBRARIES[last]]) if LIBRARIES.get(last) in sys.modules else public_names()
+    return [name for name in names if name[0].isupper()]
 
 
 def _unknown_name(match: re.Match[str], setting: str) -> str:
@@ -179,29 +157,11 @@ def _help_of_unknown_class(match: re.Match[str], setting: str) -> str:
     return f"the class is not known yet; say --{setting} CLASS {option}, or give a --config file before it"
 
 
-def _in_list(message: str, key: Sequence[str], kind: str, name: str) -> str:
-    """Return index and class of the item of a list of classes that lacks a setting; empty outside a list.
-
-    ``key`` is the last part of the list's dotted name, ``kind`` the item's class path, ``name`` the setting's name.
-    """
-    begin = re.search(rf"(?:Given value: |\b{''.join(key).rpartition('.')[2]}=)\[(?=Namespace)", message)
-    item = rf"class_path='{re.escape(kind)}', init_args=Namespace\((?:[^()]|\([^()]*\))*?\b{name}=None"
-    found = begin and re.compile(item).search(message, begin.end())
-    if begin is None or not found:
-        return ""
-    depth = index = 0
-    for character in message[begin.end() : found.start()]:
-        depth += (character in "([{") - (character in ")]}")
-        index += character == "," and not depth
-    return f"[{index}] ({kind})"
-
-
 def _abstract(match: re.Match[str], setting: str) -> str:
     cls: type = locate(match[1])  # type: ignore[assignment]  # jsonargparse has imported the class
-    part = PART_OF.get(setting.rpartition(".")[2], cls.__module__)
-    import_all(part)
+    import_all()
     found = [getattr(sys.modules.get(module), name, None) for name, module in public_names().items()]
-    found += vars(sys.modules[part]).values() if part in sys.modules else []
+    found += vars(sys.modules.get(LIBRARIES.get(setting.rpartition(".")[2], ""), cls)).values()
     kinds = [kind for kind in found if inspect.isclass(kind) and issubclass(kind, cls) and not inspect.isabstract(kind)]
     if not kinds or not setting:
         return lacks(cls)

@@ -4,11 +4,10 @@ Lightning is imported only by commands whose settings may name classes, because 
 """
 
 import inspect
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import wraps
 from importlib.util import find_spec
@@ -134,24 +133,6 @@ class SettingsParser(ArgumentParser):
         return super()._check_value_key(action, value, *more, **options)
 
     @override
-    def _apply_actions(self, cfg: Any, *more: Any, **options: Any) -> Any:
-        if not more and not options.get("parent_key") and not self._subcommands_action:  # those have parsers of theirs
-            self._refuse_empty(cfg)
-        return super()._apply_actions(cfg, *more, **options)
-
-    def _refuse_empty(self, settings: Any, place: str = "") -> None:
-        """Raise InputError for an empty mapping under a name that no setting has, which jsonargparse would drop."""
-        names = [option.removeprefix("--") for option in self._option_string_actions]
-        for key, value in (vars(settings) if isinstance(settings, Namespace) else settings).items():
-            name = f"{place}{key}"
-            inner = any(one.startswith(f"{name}.") and not one.endswith(".help") for one in names)
-            if not isinstance(value, dict | Namespace) or (name in names and not inner):
-                continue
-            if not value and not inner:
-                raise InputError(f"{name}: no setting has this name; remove it")
-            self._refuse_empty(value, f"{name}.")
-
-    @override
     def validate(self, namespace: Namespace, *more: Any, **options: Any) -> None:
         for action in self._actions:
             if action.dest in namespace:
@@ -240,23 +221,6 @@ def reworded(error: BaseException) -> str:
 
 NULLS: list[str] = []
 """Nulls among the settings, and interpolations that may resolve to null; validated a second time if there are any."""
-STAND_INS: dict[str, str] = {}
-"""Default value of an environment variable, as in ``${oc.env:NAME,DEFAULT}`` -> the variable's name."""
-
-
-@contextmanager
-def naming_variables() -> Iterator[None]:
-    """Add a remedy to an InputError that contains the default of an environment variable which is not set.
-
-    The remedy names the variable to set, unless the message names it already.
-    """
-    try:
-        yield
-    except InputError as error:
-        for value, name in STAND_INS.items():
-            if value in str(error) and name not in str(error) and name not in os.environ:
-                raise InputError(f"{error}; or set the environment variable {name}") from error
-        raise
 
 
 def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
@@ -271,7 +235,6 @@ def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
     def load_rewritten(text: str) -> Any:
         text = renewed(text)
         check_yaml(text)
-        STAND_INS.update((value, name) for name, value in re.findall(r"\$\{oc\.env:(\w+),([^${}]+)\}", text))
         settings = rewrite_settings(load(with_variables(text)), short_names)  # before it makes names relative
         NULLS.extend(re.findall(r"None|null|\$\{(?!oc\.env:)", repr(settings)))
         if modules_here:
@@ -327,9 +290,6 @@ def parse_function(
 
     Returns:
         Argument name -> value.
-
-    Raises:
-        InputError: If a setting is wrong or a constructor refuses it.
     """
     parameters = inspect.signature(function, eval_str=True).parameters
     names = list(parameters)[:bare]
@@ -382,10 +342,6 @@ def run_function(
 
     With ``classes``, settings may name this package's classes without their modules; otherwise none, and Lightning is
     not imported. See :func:`parse_function`.
-
-    Raises:
-        InputError: If a setting is wrong or a constructor refuses it.
     """
     prepare_parsing(arguments, classes)
-    with naming_variables():
-        function(**parse_function(function, command, arguments, bare))
+    function(**parse_function(function, command, arguments, bare))

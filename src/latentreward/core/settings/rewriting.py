@@ -128,10 +128,6 @@ def rewrite_settings(settings: Any, short_names: Mapping[str, str]) -> Any:
     Short names of backbones become the dotted paths of their factories. ``trainer.callbacks`` becomes ``callbacks+``,
     so that a later file adds callbacks to those of earlier files; ``null`` and ``[]`` still drop earlier callbacks.
     Interpolations of secret variables are renamed, see :func:`hide_secrets`.
-
-    Raises:
-        InputError: If ``trainer`` is the path of a file, whose callbacks would replace earlier ones; if a section is
-            not a mapping; or if a ``class_path``, ``init_args`` or list item has the wrong form.
     """
     settings = _expand_short_names(settings, short_names)
     if isinstance(settings, dict) and "trainer" in settings:
@@ -153,16 +149,11 @@ def rewrite_settings(settings: Any, short_names: Mapping[str, str]) -> Any:
 
 def _expand_short_names(node: Any, short_names: Mapping[str, str], place: str = "") -> Any:
     if isinstance(node, list):
-        if {} in node:  # jsonargparse would silently build no object from an empty mapping
-            named = f"{place[:-1]}: " if place else ""  # none for a value of the command line
-            raise InputError(f"{named}{{}} in a list names nothing; give a class_path or a value")
         return [_expand_short_names(item, short_names, f"{place[:-1]}[{index}].") for index, item in enumerate(node)]
     if isinstance(node, str):
         return hide_secrets(node)
     if not isinstance(node, dict):
         return node
-    for key in node:
-        refuse_internal(key, f"{place}{key}")
     if not isinstance(name := node.get("class_path", "x"), str) or not name:
         raise InputError(f"{place}class_path: expected the name of a class, got {as_text(name)}")
     if not isinstance(given := node.get("init_args", {}), dict):
@@ -173,12 +164,6 @@ def _expand_short_names(node: Any, short_names: Mapping[str, str], place: str = 
         else _expand_short_names(value, short_names, f"{place}{key}.")
         for key, value in node.items()
     }
-
-
-def refuse_internal(key: Any, setting: str) -> None:
-    """Raise InputError for a key that jsonargparse keeps for itself, such as ``__path__``, and would ignore."""
-    if re.fullmatch(r"__\w+__", str(key)):
-        raise InputError(f"{setting}: no setting has this name; remove it")
 
 
 def as_text(value: Any) -> str:
@@ -193,17 +178,12 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
     ``${setting:fit.data.root}``, because jsonargparse keeps a trainer command's settings under the subcommand, and
     would look up a plain name relative to the class whose argument contains it. ``root`` comes before setting names in
     interpolations: the subcommand with a dot, such as ``fit.``, or nothing.
-
-    Raises:
-        InputError: For ``--trainer FILE``, because the file's callbacks would replace earlier ones, for a section that
-            is no mapping, or for a key that jsonargparse keeps for itself.
     """
     rewritten: list[str] = []
     arguments = [ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(renewed(argument))) for argument in arguments]
     while arguments:
         argument = arguments.pop(0)
         option, equals, value = argument.partition("=")
-        refuse_internal(option.removeprefix("--").rpartition(".")[2], option)
         if not re.fullmatch(rf"--({'|'.join(SECTIONS)}|trainer\.callbacks|(.+\.)?backbone(\.class_path)?)", option):
             rewritten.append(argument)
             continue

@@ -4,21 +4,18 @@ import io
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from hashlib import blake2b, file_digest, sha256
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from hashlib import blake2b, file_digest
 from pathlib import Path
-from threading import Event, Lock
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
 from typing import IO, Any
 
 from latentreward.core.errors import InputError
 
 THREADS = min(4, os.cpu_count() or 1)
 """Threads that compute checksums; hashlib and zlib let other threads run meanwhile."""
-CHUNK = 2**22
-"""Bytes read at a time: large, for a thread waits for Python's lock after each, and small enough to stop soon."""
-
 Places = tuple[tuple[int, int], ...]  # offset and bytes of each part of a file
 
 
@@ -54,11 +51,8 @@ def check_hash(path: Path, sha256: str | None, remedy: str) -> Path:
     """Compare a file with its recorded SHA-256, and return its path; None, of a file without a record, fits no file.
 
     A file that does not change is read once per process.
-
-    Raises:
-        InputError: If the file was changed or damaged.
     """
-    if _checksum(_stoppable_hash, path) != sha256:
+    if _checksum(_file_hash, path) != sha256:
         raise InputError(f"{path} is damaged: its SHA-256 is not the one recorded when it was written; {remedy}")
     return path
 
@@ -86,23 +80,31 @@ def checking_meanwhile(
     """Compute checksums in threads while the block runs; :func:`check_hash` and :func:`check_records` wait for theirs.
 
     Loading a model builds its networks first, which takes longer than the checksums of its files. A file that cannot
-    be read, or that changes later, is read again by the check. No thread outlives the block.
+    be read, or that changes later, is read again by the check. What has not begun when the block ends is left out.
 
     Args:
         hashes: Files for :func:`check_hash`.
         records: Arguments of :func:`check_records`.
     """
-    stop, pool = Event(), ThreadPoolExecutor(THREADS)
-    for path in hashes:
-        pool.submit(_checksum, _stoppable_hash, path, None, stop)
-    for path, places in records:
-        pool.submit(_checksum, _damaged_record, path, places, stop)
-    pool.shutdown(wait=False)  # the block may last for days: a thread ends when there is nothing more to compute
+    waiting: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+    for job in (*((_file_hash, path) for path in hashes), *((_damaged_record, *one) for one in records)):
+        waiting.put(job)
+
+    def work() -> None:
+        with suppress(Empty):
+            while True:
+                job = waiting.get_nowait()
+                with suppress(Exception):  # which the check raises again
+                    _checksum(*job)
+
+    for _ in range(min(THREADS, waiting.qsize())):
+        Thread(target=work, daemon=True).start()  # a command that is refused ends without them
     try:
         yield
     finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+        with suppress(Empty):
+            while True:
+                waiting.get_nowait()
 
 
 _CHECKSUMS: dict[Any, Future[str | None]] = {}
@@ -119,87 +121,44 @@ def _forget_unfinished() -> None:
 os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_forget_unfinished)
 
 
-def _checksum(
-    compute: Callable[[Path, Places | None, Event | None], str | None],
-    path: Path,
-    places: Places | None = None,
-    stop: Event | None = None,
-) -> str | None:
-    """Return the result of ``compute`` for a file as it is now, computed once, whoever asks first.
-
-    Setting ``stop`` raises CancelledError in the thread that computes; another thread that waits for it goes on.
-    """
-    while True:
-        found = path.stat()
-        key = compute, path.resolve(), places, found.st_ino, found.st_mtime_ns, found.st_size
-        with _LOCK:
-            ours = key not in _CHECKSUMS
-            known = _CHECKSUMS.setdefault(key, Future())
-        if ours:
-            try:
-                known.set_result(compute(path, places, stop))
-            except BaseException as error:  # to those who wait too
-                del _CHECKSUMS[key]
-                known.set_exception(error)
-                raise
+def _checksum(compute: Callable[..., str | None], path: Path, places: Places | None = None) -> str | None:
+    """Return the result of ``compute`` for a file as it is now, computed once, whoever asks first."""
+    found = path.stat()
+    key = compute, path.resolve(), places, found.st_ino, found.st_mtime_ns, found.st_size
+    with _LOCK:
+        ours = key not in _CHECKSUMS
+        known = _CHECKSUMS.setdefault(key, Future())
+    if ours:
         try:
-            return known.result()
-        except CancelledError:
-            _stop_if(stop)
+            known.set_result(compute(path, places))
+        except BaseException as error:  # to those who wait too
+            del _CHECKSUMS[key]
+            known.set_exception(error)
+    return known.result()
 
 
-def _stoppable_hash(path: Path, places: Places | None, stop: Event | None) -> str:
-    state, buffer = sha256(), memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            state.update(buffer[:count])
-            _stop_if(stop)
-    return state.hexdigest()
+def _file_hash(path: Path, _: Places | None) -> str:
+    return file_hash(path)
 
 
-def _stop_if(stop: Event | None) -> None:
-    if stop is not None and stop.is_set():
-        raise CancelledError
-
-
-def _damaged_record(path: Path, places: Places | None, stop: Event | None) -> str | None:
-    if places is None:
-        return _first_damaged(partial(path.open, "rb"), stop)
+def _damaged_record(path: Path, places: Places | None) -> str | None:
     with path.open("rb") as file:
+        if places is None:
+            return _first_damaged(file)
         for offset, length in places:
             file.seek(offset)
-            part = partial(io.BytesIO, file.read(length))
-            if name := _first_damaged(part, stop) if zipfile.is_zipfile(part()) else f"the part at byte {offset}":
+            part = io.BytesIO(file.read(length))
+            if name := _first_damaged(part) if zipfile.is_zipfile(part) else f"the part at byte {offset}":
                 return name
     return None
 
 
-def _first_damaged(opened: Callable[[], IO[bytes]], stop: Event | None) -> str | None:
+def _first_damaged(file: IO[bytes]) -> str | None:
     """Return the first record of a zip file that does not fit its checksum; None for a file of another format."""
-    with opened() as file:
-        if not zipfile.is_zipfile(file):
-            return None
+    if not zipfile.is_zipfile(file):
+        return None
     try:
-        with opened() as file, zipfile.ZipFile(file) as records:
-            names = records.namelist()
-        threads = THREADS if stop is None else 1  # beside other work, which needs the other cores
-        with ThreadPoolExecutor(threads) as pool:
-            parts = pool.map(partial(_damaged, opened, stop), [names[place::threads] for place in range(threads)])
-            damaged = {name for part in parts for name in part}
-        return next((name for name in names if name in damaged), None)
+        with zipfile.ZipFile(file) as records:
+            return records.testzip()
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
         return f"a record ({error})"
-
-
-def _damaged(opened: Callable[[], IO[bytes]], stop: Event | None, names: Iterable[str]) -> list[str]:
-    """Return those of the records that do not fit; each thread opens the file, since a ZipFile is not for several."""
-    damaged = []
-    with opened() as file, zipfile.ZipFile(file) as records:
-        for name in names:
-            try:
-                with records.open(name) as record:
-                    while record.read(CHUNK):  # at its end the checksum is compared
-                        _stop_if(stop)
-            except zipfile.BadZipFile:
-                damaged.append(name)
-    return damaged

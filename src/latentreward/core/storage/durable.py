@@ -18,12 +18,11 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
-
 from latentreward.core.errors import InputError
 from latentreward.core.interrupts import interrupts_held
 
 if TYPE_CHECKING:
+    from filelock import FileLock
     from lightning.pytorch import Trainer
 
 
@@ -279,7 +278,7 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _taken(folder / LOCK)
             (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    except Timeout as error:
+    except TimeoutError as error:
         try:  # the process ID and host that the lock's holder wrote into it
             holder = (folder / LOCK).read_text(errors="replace") or "which has just begun"
         except OSError:
@@ -299,7 +298,9 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
 
 
 def _taken(path: Path) -> FileLock:
-    """Take the lock of a file, which is created; raises Timeout if it is held, OSError with a number in NO_LOCKS."""
+    """Take the lock of a file, which is created; TimeoutError if it is held, OSError with a number in NO_LOCKS."""
+    from filelock import FileLock  # not for `--help`
+
     lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
     lock.acquire()
     return lock

@@ -11,19 +11,22 @@ from functools import cache
 from inspect import signature
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt, PydanticUserError, TypeAdapter, ValidationError
+from annotated_types import Gt, MinLen
 
 from latentreward.core.errors import InputError, did_you_mean, first_line, printable
 from latentreward.core.storage.user_files import IS_POINTER, POINTER, PULL
 
+if TYPE_CHECKING:  # pydantic is imported where something is checked: `--help` comes without the third of a second
+    from pydantic import ConfigDict, TypeAdapter
+
 Kind = TypeVar("Kind", bool, int, float)
 Content = TypeVar("Content")
-STRICT = ConfigDict(allow_inf_nan=False, extra="forbid")
+STRICT: "ConfigDict" = {"allow_inf_nan": False, "extra": "forbid"}
 """Value of ``__pydantic_config__`` of a dataclass that :func:`checked` builds: finite numbers, no unknown names."""
-ENTRIES: dict[type, Any] = {bool: bool, int: PositiveInt, float: FiniteFloat}
-"""Type of an entry that :func:`entry` returns → what it accepts: sizes are at least 1."""
+SIZE = Annotated[int, Gt(0)]
+"""Type of the sizes among the entries that :func:`entry` returns."""
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 """Pydantic's errors about a name that a record does not have."""
 SHOWN = 100  # number of characters of a value from elsewhere that a message repeats
@@ -66,10 +69,9 @@ def checked(kind: type[Content] | Any, value: Any, place: str = "", remedy: str 
         value: The value.
         place: Name of the value in messages; it may end in a colon and a blank, after which the faulty part is named.
         remedy: End of the message.
-
-    Raises:
-        InputError: If the value has another type; names the first fault, an unknown name before others.
     """
+    from pydantic import ValidationError
+
     try:
         return adapter(kind).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
@@ -99,8 +101,10 @@ def shown(value: Any) -> str:
 
 
 @cache
-def adapter(kind: Any) -> TypeAdapter[Any]:
+def adapter(kind: Any) -> "TypeAdapter[Any]":
     """Return pydantic's check of a type, which refuses NaN and infinity; a record has a configuration of its own."""
+    from pydantic import PydanticUserError, TypeAdapter
+
     try:
         return TypeAdapter(kind, config=STRICT)
     except PydanticUserError:
@@ -135,14 +139,11 @@ def entry(config: Mapping[str, Any], field: str, kind: type[Kind], name: str, de
         kind: ``bool``, ``int`` for sizes, which are at least 1, or ``float`` for other numbers.
         name: Name of the config in messages, such as ``source='...': vae``.
         default: Value of an entry that is missing or null; None if it must be there.
-
-    Raises:
-        InputError: If the entry is missing or not of this kind.
     """
     value = default if config.get(field) is None else config[field]
     if value is None:
         raise InputError(f"{name} lacks {field}; get the pipeline as published")
-    found: Kind = checked(ENTRIES.get(kind, kind), value, f"{name}: {field}", "get the pipeline as published")
+    found: Kind = checked(SIZE if kind is int else kind, value, f"{name}: {field}", "get the pipeline as published")
     return found
 
 
@@ -150,7 +151,8 @@ def entries(
     config: Mapping[str, Any], field: str, kind: type[Kind], name: str, default: Sequence[Kind] = ()
 ) -> tuple[Kind, ...]:
     """Return the values of an entry that is a list; for the arguments and errors see :func:`entry`."""
-    several: Any = Annotated[tuple[ENTRIES[kind], ...], Field(min_length=1)]  # type: ignore[valid-type]
+    one: Any = SIZE if kind is int else kind
+    several: Any = Annotated[tuple[one, ...], MinLen(1)]
     return entry(config, field, several, name, default or None)  # type: ignore[type-var, arg-type]
 
 
@@ -193,9 +195,6 @@ def read_table(text: str, suffix: str) -> "csv.DictReader[str]":
     Args:
         text: Whole table, its first line with the names of the columns.
         suffix: ``.csv``; or ``.tsv``, in which quotation marks are part of the text (as in PartiPrompts).
-
-    Raises:
-        csv.Error: If two columns have one name; while rows are read, if a quotation mark is not closed.
     """
     lines = (found[0] for found in re.finditer(r"[^\n]*\n|[^\n]+", text))  # io.StringIO takes four times the memory
     if suffix == ".tsv":

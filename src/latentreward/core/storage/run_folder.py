@@ -109,10 +109,6 @@ class PartFiles:
         output: File that ends in ``.parquet``, ``.csv`` or ``.jsonl``.
         spec: JSON-compatible settings that the rows depend on. Parts or a table made from another spec are refused.
         rows: Number of rows of the complete table.
-
-    Raises:
-        InputError: If ``output`` has another ending, exists but was not made from ``spec``, was begun with another
-            spec, or is being written by another process.
     """
 
     def __init__(self, output: Path, spec: Mapping[str, Any], rows: int) -> None:

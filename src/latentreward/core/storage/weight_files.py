@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from filelock import FileLock
-from pydantic import Field
+from annotated_types import Interval
 from torch import Tensor
 
 from latentreward.core.errors import InputError, first_line
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 LONGEST = 1 << 20  # bytes of the longest header that is accepted, enough for some thousand tensors
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Interval(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
@@ -152,9 +151,6 @@ def find_weights(
         variant: File variant, such as ``fp16``.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Whether to read a hub id from the local cache alone.
-
-    Raises:
-        InputError: If the files are missing, cannot be fetched, or the index is damaged.
     """
     suffix = f".{variant}" if variant else ""
     place = f"{subfolder}/" if subfolder else ""
@@ -266,6 +262,8 @@ def shared(wanted: Sequence[tuple[StoredTensor, torch.dtype]]) -> list[Tensor] |
         for path, found in stats.items()
     )
     key = digest([*files, *(f"{place.path} {place.offset} {tuple(place.shape)} {dtype}" for place, dtype in wanted)])
+    from filelock import FileLock
+
     path = own_folder() / key
     try:
         with FileLock(path.with_suffix(LOCK)):
@@ -319,6 +317,8 @@ def own_folder() -> Path:
 
 def release_shared(remove: bool) -> None:
     """Forget the shared files of this process, once all of the machine have mapped them; one process removes them."""
+    from filelock import FileLock
+
     while _mapped:
         path = _mapped.pop()
         if remove:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
+from latentreward.apps.evaluation.benchmark.base import BenchmarkReport
 from latentreward.core.bootstrap import Interval
 
 HOSTILE = "<script>document.title='hacked'</script> | **bold** $x_1$ {{ 7*7 }} [a](javascript:alert(1)) \u202e\ud800 `"

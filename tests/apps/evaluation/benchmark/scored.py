@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
+from latentreward.apps.evaluation.benchmark.base import BenchmarkPairs
 
 NAN = float("nan")
 LABELS = (1, 1, 0, 0.5, 0)

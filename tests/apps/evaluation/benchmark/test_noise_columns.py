@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from latentreward.apps.evaluation.benchmark.sections import NoiseColumns
-from latentreward.core.errors import InputError
 from latentreward.reward import RewardModelScorer, ScoringNoise
 from tests.alignment.rewards.stored import write_run
 
@@ -58,15 +57,3 @@ def test_levels_keep_the_scorers_seeds_and_key_of_noise(path: str) -> None:
     alone = ScoringNoise((0.3,), seeds=(3, 5), noise_key="image")
     expected = columns.scorer.model.score(PROMPTS, images(), noise=alone)
     torch.testing.assert_close(columns(PROMPTS, images())[:, 1], expected, atol=2e-5, rtol=0)
-
-
-def test_no_further_column_is_an_ordinary_scorer(path: str) -> None:
-    columns = NoiseColumns(RewardModelScorer(path, "mine"), [], 1)
-    columns.prepare()
-    assert columns.columns == ("mine",)
-    assert columns(PROMPTS, images()).shape == (2,)
-
-
-def test_a_level_out_of_range_is_refused(path: str) -> None:
-    with pytest.raises(InputError, match="noise levels lie in"):
-        NoiseColumns(RewardModelScorer(path), [-0.1], 1)

@@ -1,7 +1,6 @@
 """Reports: one content in three forms, the same bytes each time, and every text of others stays text."""
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,20 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.apps.evaluation.benchmark.plots import accuracy_figure
-from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs, BenchmarkReport
+from latentreward.apps.evaluation.benchmark.base import BenchmarkPairs, BenchmarkReport
 from latentreward.apps.evaluation.benchmark.sections import (
     INTRODUCTION,
     TITLE,
     Pictures,
     most_disputed,
-    protocol_table,
     sections,
 )
 from latentreward.core.reports.drawing import picture_uri
 from latentreward.core.reports.page import write_report
 from tests.accessibility import PHONE, faults
-from tests.apps.evaluation.benchmark.example import HOSTILE, MODELS, estimate, report, result
+from tests.apps.evaluation.benchmark.example import report
 
 if TYPE_CHECKING:
     from tests.browser import Pages
@@ -80,12 +77,6 @@ def test_names_and_prompts_are_no_markup_in_markdown(tmp_path: Path) -> None:
     assert row.replace(r"\|", "").count("|") == 4
 
 
-def test_empty_results_make_a_report(tmp_path: Path) -> None:
-    none = {"pairs": 0, "groups": 0, "equal_scores": 0, "excluded": {"missing file": 5}, "details": {}}
-    write(tmp_path, BenchmarkReport({"model": "none"}, [result("model", math.nan, **none)]))
-    assert "5 missing file" in (tmp_path / "report.md").read_text()
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
 def test_page_in_a_browser(tmp_path: Path, browser_page: "Pages", width: int, dark: bool) -> None:
@@ -129,34 +120,3 @@ def test_pairs_on_which_models_differ_most_come_first() -> None:
 def test_pairs_of_one_model_are_its_surest_mistakes() -> None:
     pairs = most_disputed([scored("one", [-1.0, 3.0, -2.0, 9.0, 4.0], [1.0, 0.0, 1.0, 1.0, 0.0], "abcdb")], 9)
     assert [pair["row"] for pair in pairs] == [4, 2, 0]
-
-
-def test_what_is_not_set_or_not_there_is_not_shown() -> None:
-    details = {"draws": {"number": 3, "mean": 0.756, "sd": 0.0, "values": [0.756] * 3}, "temperature": math.inf}
-    counts = {"pairs": 8, "groups": 4, "equal_scores": 0, "excluded": {}}
-    row = result("lrm", 0.756, protocol="pickapic/pickscore", details=details, **counts)
-    calibration = result("lrm", 0.0, temperature=math.inf, error=estimate(0.1), curve=[(1, 0.5, 0.5)])
-    identities = {"clip": "CLIPScorer m revision None float32 1.0"}
-    made = {one.title: one.tables[0] for one in sections(BenchmarkReport(identities, [row], calibration=[calibration]))}
-    assert protocol_table([row]).rows[0][-1] == (
-        "the same under 3 draws of noise; temperature none (larger gaps do not win)"
-    )
-    assert made["Calibration"].rows[0][3] == "none (larger gaps do not win)"
-    assert made["Models"].rows == (("clip", "CLIPScorer m float32 1.0"),)
-
-
-@pytest.mark.parametrize(
-    ("protocol", "guessing"),
-    [("hpdv3", 50), ("genai_bench_tiger/4way", 25), ("editreward_bench/pairs", 50)]
-    + [(f"editreward_bench/{one}", None) for one in ("groups", 2, 3, 4)],  # a group is right as a whole
-)
-def test_figure_tells_the_accuracy_of_guessing(protocol: str, guessing: int | None) -> None:
-    figure, _ = accuracy_figure([result("model", 0.6, protocol=protocol)], [])
-    lines = [line.get_xdata() for line in figure.axes[0].lines if line.get_linestyle() == ":"]
-    assert lines == ([] if guessing is None else [[guessing, guessing]])
-    assert ("guessing" in figure.axes[0].get_xlabel()) == (guessing is not None)
-
-
-def test_hostile_text_is_hostile() -> None:
-    assert all(mark in HOSTILE for mark in ("<script>", "\ud800", "\u202e", "|", "$"))
-    assert len(MODELS) == 3

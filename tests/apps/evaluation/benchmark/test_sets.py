@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from latentreward.apps.evaluation.benchmark import sets
-from latentreward.apps.evaluation.benchmark.base import Benchmark, band, subgroup_columns
+from latentreward.apps.evaluation.benchmark.base import Benchmark
 from latentreward.apps.evaluation.benchmark.evaluate import LOOKED_INTO
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, judge
 from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
@@ -130,16 +130,6 @@ def test_missing_images_are_left_out_and_counted(tmp_path) -> None:
         sets.HPDv3Benchmark(str(tmp_path)).readers()
 
 
-def test_splits_that_are_absent_leave_their_protocols_out(tmp_path) -> None:
-    shutil.copytree(COMMITTED / "pickapic_v1", root := tmp_path / "pickapic")
-    next((root / "data").glob("validation_unique*")).unlink()
-    assert recognise_benchmark(str(root)).protocols == ("pickapic/lrm", "pickapic/strict")
-    shutil.copytree(COMMITTED / "genai_bench", root := tmp_path / "genai")
-    (root / "image_generation").chmod(0o755)
-    next((root / "image_generation").glob("test_v1*")).unlink()
-    assert recognise_benchmark(str(root)).splits == ("test",)
-
-
 def test_configs_name_benchmarks_by_class(own_pairs) -> None:
     parser = ArgumentParser()
     parser.add_argument("--config", action="config")
@@ -160,37 +150,3 @@ def test_configs_name_benchmarks_by_class(own_pairs) -> None:
     assert [pickapic.temperature(name) for name in ("cosine", "dina", "pickscore")] == [0.01, None, 1.0]
     others = sets.PickAPicBenchmark("x", temperatures={"pickscore": 1.0, "others": None})
     assert [others.temperature(name) for name in ("pickscore", "my_run")] == [1.0, None]
-
-
-def test_pairs_are_told_apart_by_what_is_published() -> None:
-    hpdv3 = sets.HPDv3Benchmark(str(COMMITTED / "hpdv3"), "all")
-    columns = hpdv3.pairs("all").columns
-    assert {"models", "model", "prompt length", "vote share", "confidence"} <= set(columns)
-    for models, model in zip(columns["models"], columns["model"], strict=True):
-        assert models is None or sorted(set(models.split(" against "))) == model.split("\n")
-    cmu = recognise_benchmark(str(COMMITTED / "genai_bench_cmu")).pairs("train").columns["skill"]
-    assert set(cmu) == {"basic\nattribute\nscene", "advanced\nattribute\nscene\ncounting"}
-    tiger = recognise_benchmark(str(COMMITTED / "genai_bench")).pairs("test").columns["vote"]
-    assert sorted(tiger) == sorted(["leftvote"] * 2 + ["rightvote"] * 2 + ["tievote", "bothbad_vote"])
-
-
-def test_styles_of_hpdv2_come_from_its_lists_of_prompts(tmp_path) -> None:
-    shutil.copytree(COMMITTED / "hpdv2", root := tmp_path / "hpdv2", copy_function=shutil.copyfile)
-    prompt = json.loads((root / "test.json").read_text())[0]["prompt"]
-    (root / "benchmark").chmod(0o755)
-    (root / "benchmark" / "anime.json").write_text(json.dumps([prompt, 3]))
-    (root / "benchmark" / "photo.json").write_text("no list")
-    (root / "benchmark" / "paintings.json").write_text("[" * 100_000)
-    assert set(recognise_benchmark(str(root)).pairs("test").columns["style"]) == {"anime", None}
-
-
-def test_bands_by_hand() -> None:
-    bands = {0.0: "low", 0.5: "middle", 0.9: "high"}
-    assert [band(value, bands) for value in (-1, 0, 0.49, 0.5, 0.89, 0.9, 5)] == ["low"] * 3 + ["middle"] * 2 + [
-        "high"
-    ] * 2
-    facts = {"votes_a": [9, 2, 0, None, 5], "votes_b": [1, 8, 0, 3, 5]}
-    columns = subgroup_columns(["", "one", "a b c d e f", "x", "y"], np.array([1, 0, 1, 1, 0.5]), facts)
-    assert columns["vote share"] == ("0.9 to 1", "0.8 to 0.9", None, None, None)
-    assert columns["prompt length"][:3] == ("no words", "1 to 5 words", "6 to 15 words")
-    assert set(columns) == {"vote share", "prompt length"}

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.apps.evaluation.policy.imported import ImportedPictures, find_pictures, import_pictures
-from latentreward.apps.evaluation.policy.samples import complete_or_refuse
+from latentreward.apps.evaluation.policy.samples import (
+    ImportedPictures,
+    complete_or_refuse,
+    find_pictures,
+    import_pictures,
+)
 from latentreward.core.contracts import EditPrompt, ImageRef, sources_of
 from latentreward.core.errors import InputError
 from latentreward.data.alignment.prompt_files import PromptRow

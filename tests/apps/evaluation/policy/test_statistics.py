@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentreward.apps.evaluation.policy.results import ScoredPictures
-from latentreward.apps.evaluation.policy.statistics import compare, headline, in_common, policy_scores
+from latentreward.apps.evaluation.policy.statistics import ScoredPictures, compare, headline, in_common, policy_scores
 from latentreward.core.bootstrap import wilson_ends
 from latentreward.core.reports.tables import Row
 from latentreward.reward.scorers.tools import JudgedPicture
@@ -40,13 +39,6 @@ def test_a_mean_is_over_all_pictures_and_its_interval_that_of_the_prompts_means(
     assert several["mean"].high - several["mean"].low == pytest.approx(2 * half, rel=0.1)
     assert (several["pictures"], several["prompts"]) == (800, 200)
     assert (several["groups"], several["mean_of_groups"]) == ([], None)
-
-
-def test_a_repeated_prompt_is_one_prompt_for_the_interval() -> None:
-    values = np.random.default_rng(0).normal(size=(50, 1))
-    twice = scored(np.concatenate([values, values]), prompts=[*map(str, range(50)), *map(str, range(50))])
-    single, double = (only(policy_scores(rows, MEAN))["mean"] for rows in (scored(values), twice))
-    assert (double.low, double.high) == pytest.approx((single.low, single.high))
 
 
 def test_a_win_rate_without_spread_between_prompts_has_wilsons_interval() -> None:

@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentreward.apps.evaluation.benchmark.base import SUBGROUP_COLUMNS, Evaluation
-from latentreward.apps.evaluation.benchmark.pair_scores import TIMESTEPS, BenchmarkScores, data_counts
-from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
-from latentreward.apps.evaluation.benchmark.results import (
+from latentreward.apps.evaluation.benchmark.base import (
     AVERAGE,
     FOUR_BENCHMARKS,
+    SUBGROUP_COLUMNS,
     BenchmarkPairs,
     BenchmarkReport,
+    Evaluation,
     published_for,
 )
+from latentreward.apps.evaluation.benchmark.pair_scores import TIMESTEPS, BenchmarkScores, data_counts
+from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
 from latentreward.apps.evaluation.benchmark.sections import NoiseColumns, most_disputed
 from latentreward.core import bootstrap
-from latentreward.core.errors import InputError
 from latentreward.core.reports.tables import Row
 from latentreward.reward import PairCalibration, Scorer
 from latentreward.reward.metrics.calibration import bin_by_confidence, fit_temperature
@@ -122,8 +122,6 @@ def subgroup_results(judgement: Judgement) -> list[Row]:
 def paired_difference(first: Judgement, second: Judgement) -> Row:
     """Compute the difference of two scorers on the pairs that count for both, with the interval of the difference."""
     pairs, others = first.pairs, second.pairs
-    if pairs.pair_ids != others.pair_ids:
-        raise InputError(f"{pairs.scorer} and {others.scorer} scored other pairs; score both on the same split")
     both = ~np.isnan(first.credit) & ~np.isnan(second.credit)
     sums = np.concatenate([first.sums(np.where(both, item.credit, np.nan)) for item in (first, second)], axis=1)
     estimate = bootstrap.clustered_interval(sums, bootstrap.ratio_difference)
@@ -195,8 +193,6 @@ def agreement_result(pairs: BenchmarkPairs, others: BenchmarkPairs) -> Row:
     Labels are not used. If the pairs have image keys, an image that recurs with the same prompt counts once in the
     correlations, in the prompt group of the first pair that contains it.
     """
-    if pairs.pair_ids != others.pair_ids:
-        raise InputError(f"{pairs.scorer} and {others.scorer} scored other pairs; score both on the same split")
     alike = same_order(pairs.gap, others.gap)
     rows = np.arange(2 * len(pairs.pair_ids))
     if pairs.first_images:

@@ -16,9 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.apps.evaluation.benchmark.base import Benchmark, Evaluation
+from latentreward.apps.evaluation.benchmark.base import Benchmark, BenchmarkPairs, Evaluation
 from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
-from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.apps.evaluation.benchmark.sections import NoiseColumns
 from latentreward.core.storage.progress import Progress
 from latentreward.core.storage.run_folder import PartFiles
@@ -122,9 +121,6 @@ def open_scores(
     """Open all data sets and tables in ``folder``, so that wrong settings are refused before any model is loaded.
 
     Benchmarks have distinct names, and so have scorers; ``limit`` and ``options`` are those of :class:`SplitScores`.
-
-    Raises:
-        InputError: If a split or its images cannot be read, or a table belongs to other pairs or another scorer.
     """
     opened = []
     for one in benchmarks:

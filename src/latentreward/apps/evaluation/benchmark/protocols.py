@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
+from latentreward.apps.evaluation.benchmark.base import BenchmarkPairs
 from latentreward.core.bootstrap import clustered_accuracy, group_sums, ratio, two_folds
 from latentreward.core.errors import InputError, did_you_mean
 from latentreward.core.reports.tables import Row

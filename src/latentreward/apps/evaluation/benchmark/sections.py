@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.apps.evaluation.benchmark import plots
+from latentreward.apps.evaluation.benchmark.base import AVERAGE, BenchmarkPairs, BenchmarkReport
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS
-from latentreward.apps.evaluation.benchmark.results import AVERAGE, BenchmarkPairs, BenchmarkReport
 from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError
 from latentreward.core.reports.drawing import picture_uri

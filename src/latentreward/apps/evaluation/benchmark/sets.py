@@ -245,9 +245,6 @@ def recognise_benchmark(data: str) -> Benchmark:
     A published data set gets its own protocols. Pairs in any other known layout become a
     :class:`~latentreward.apps.evaluation.benchmark.PairsBenchmark`. The first split of ``EVALUATED`` that exists is
     evaluated, else the first split found.
-
-    Raises:
-        InputError: If the layout is not recognised, or the data set holds latents instead of images.
     """
     try:
         splits = recognise(data)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from latentreward.apps.evaluation.policy.results import ScoredPictures
+from latentreward.apps.evaluation.policy.statistics import ScoredPictures
 from latentreward.core.contracts import ImageRef, sources_of
 from latentreward.core.errors import InputError, did_you_mean, first_line
 from latentreward.core.interrupts import interrupts_held
@@ -39,9 +39,6 @@ class ScoreStore:
         path: File of JSON lines; the first line holds the identity of the scorer, and the model of its server.
         identity: Identity of the scorer and its files.
         order: Keys in the order in which their scores are written; others come before them.
-
-    Raises:
-        InputError: If the file is damaged.
     """
 
     def __init__(self, path: Path, identity: str, order: Sequence[str] = ()) -> None:

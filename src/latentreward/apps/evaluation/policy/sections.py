@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from latentreward.apps.evaluation.policy.results import PolicyReport, ScoredPictures
-from latentreward.apps.evaluation.policy.statistics import headline
+from latentreward.apps.evaluation.policy.statistics import PolicyReport, ScoredPictures, headline
 from latentreward.core.contracts import ImageRef, sources_of
 from latentreward.core.reports.drawing import picture_uri
 from latentreward.core.reports.tables import NOTHING, Row, Section, Table, grouped, with_interval, without_unset

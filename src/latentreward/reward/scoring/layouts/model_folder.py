@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from latentreward import __version__
@@ -159,6 +158,8 @@ def check_version(record: Mapping[str, Any]) -> None:
 
 def names(entry: str, value: Any, pattern: str) -> tuple[str, ...]:
     """Return an entry that lists different names matching ``pattern``; raise InputError if it does not."""
+    from pydantic import Field
+
     found: tuple[str, ...] = checked(tuple[Annotated[str, Field(pattern=f"^({pattern})$")], ...], value, entry)
     if len({*found}) < len(found):
         raise InputError(f"{entry} is {value!r}, not a list of names, each once")
