@@ -69,16 +69,13 @@ class CollapseGuard(PromptMonitor):
         self._first_spread: float | None = None
 
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Measure the reference's samples, with which later samples are compared."""
         self._start = self._measure(trainer, pl_module, reference=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record the first rollout's standard deviation of scores among one prompt's candidates (mean over prompts)."""
         if self._first_spread is None:
             self._first_spread = score_spread(pl_module)
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Measure the policy's samples, log the values, and act if one has collapsed."""
         now, start = self._measure(trainer, pl_module, reference=False), dict(self._start)
         spread = score_spread(pl_module)
         if spread is not None and self._first_spread is not None:
@@ -101,11 +98,9 @@ class CollapseGuard(PromptMonitor):
             logger.warning(message)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the first rollout's standard deviation of scores."""
         return {"first_spread": self._first_spread}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._first_spread = state_dict["first_spread"]
 
     def _measure(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> dict[str, float]:

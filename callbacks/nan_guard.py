@@ -48,7 +48,6 @@ class NaNGuard(Callback):
         wrap_saving(trainer.strategy, save_finite, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the strategy's own ``save_checkpoint``."""
         vars(trainer.strategy).pop("save_checkpoint", None)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -56,7 +55,6 @@ class NaNGuard(Callback):
         self._batch, self._batch_idx = batch, batch_idx
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Raise InputError if the loss is not finite."""
         if self._batch_idx % self.every_n_batches or torch.isfinite(loss).all():
             return
         raise InputError(

@@ -99,7 +99,6 @@ class Performance(Callback):
         }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the switches that are null, and apply them to a module whose weights are not sharded yet."""
         if stage != "fit":
             return
         quantized = any(is_quantized(weight) for weight in pl_module.parameters())
@@ -122,7 +121,6 @@ class Performance(Callback):
         self.apply(pl_module)
 
     def apply(self, module: nn.Module) -> None:
-        """Apply the switches to the networks of a module, and to this process."""
         if self.chosen["fused_lora"]:
             from latentreward.diffusion.backbones.fused_lora import fuse_lora  # peft takes seconds of a command's start
 
@@ -161,13 +159,11 @@ class Performance(Callback):
                             state["step"] = state["step"].to(weight.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin to count the operations of some batches."""
         if self.times is not None:
             with suppress(RuntimeError):  # tensors of a user's batch may have no shape, such as nested ones
                 self.times.start_counting(layout_of(batch))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Log the means of the optimiser steps since the last logged one."""
         if self.times is None:
             return
         self.times.stop_counting()
@@ -180,18 +176,15 @@ class Performance(Callback):
                 self.times.restart()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the validation out of the steps' time."""
         if self.times is not None:
             self.times.stop_counting()
             self.times.pause(True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the steps' time."""
         if self.times is not None:
             self.times.pause(False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the measurement."""
         if self.times is not None:
             self.times.stop_counting()
             unlisten(trainer.profiler)  # type: ignore[attr-defined]
@@ -253,13 +246,11 @@ class Throughput(Callback):
         self._since = perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restart the measurement, with each epoch and after a validation inside one."""
         self._restart()
 
     on_validation_end = on_train_epoch_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the time since the last batch ended as waiting for data."""
         now = perf_counter()
         # Lightning fetches the next batch between these two hooks.
         self._waiting, self._since = self._waiting + now - self._since, now
@@ -267,7 +258,6 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        """Count the batch, and log after every ``every_n_batches`` batches."""
         now = perf_counter()
         self._working, self._since = self._working + now - self._since, now
         rows = next(iter(batch.values())) if isinstance(batch, Mapping) else batch  # such as prompts, and images

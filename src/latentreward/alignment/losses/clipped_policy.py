@@ -66,21 +66,13 @@ Objective = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
 class ClippedPolicyResult(NamedTuple):
-    """Loss and its parts; all scalars, float32.
+    """Loss and its parts; all scalars, float32."""
 
-    Attributes:
-        loss: ``policy + kl_weight · kl``.
-        policy: The clipped policy term.
-        kl: Mean KL divergence from the reference; 0 if ``kl`` was not given.
-        clipped: Share of steps whose ratio lies outside 1 ± ε.
-        ratio: Mean ratio.
-    """
-
-    loss: Tensor
-    policy: Tensor
-    kl: Tensor
-    clipped: Tensor
-    ratio: Tensor
+    loss: Tensor  # ``policy + kl_weight · kl``
+    policy: Tensor  # The clipped policy term
+    kl: Tensor  # Mean KL divergence from the reference; 0 if ``kl`` was not given
+    clipped: Tensor  # Share of steps whose ratio lies outside 1 ± ε
+    ratio: Tensor  # Mean ratio
 
 
 class ClippedPolicyLoss(SetLoss):

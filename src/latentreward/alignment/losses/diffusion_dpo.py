@@ -56,17 +56,11 @@ def implicit_rewards(prediction: Tensor, reference: Tensor, target: Tensor, beta
 
 
 class LinearDPOResult(NamedTuple):
-    """Result for B pairs.
+    """Result for B pairs."""
 
-    Attributes:
-        per_pair: ``(B,)`` loss of each pair.
-        weight: ``(B,)`` u, without gradient; with labels y it is y u(m) − (1 − y) u(−m).
-        margin: ``(B,)`` margin m, without gradient.
-    """
-
-    per_pair: Tensor
-    weight: Tensor
-    margin: Tensor
+    per_pair: Tensor  # ``(B,)`` loss of each pair
+    weight: Tensor  # ``(B,)`` u, without gradient; with labels y it is y u(m) − (1 − y) u(−m)
+    margin: Tensor  # ``(B,)`` margin m, without gradient
 
 
 class LinearDPO(SetLoss):

@@ -53,23 +53,14 @@ def optimality(advantage: Tensor, max_advantage: float = 5.0, signs: Signs = "al
 
 
 class NFTResult(NamedTuple):
-    """Loss and its parts.
+    """Loss and its parts."""
 
-    Attributes:
-        loss: ``policy + kl_weight · kl``, a scalar.
-        policy: Mean over samples of the two weighted errors, a scalar.
-        kl: Mean squared difference from the reference, a scalar; 0 without a reference.
-        optimality: ``(B,)`` r of each sample.
-        positive: ``(B,)`` weighted error of v⁺, before r and c / β.
-        negative: ``(B,)`` weighted error of v⁻, before 1 − r and c / β.
-    """
-
-    loss: Tensor
-    policy: Tensor
-    kl: Tensor
-    optimality: Tensor
-    positive: Tensor
-    negative: Tensor
+    loss: Tensor  # ``policy + kl_weight · kl``, a scalar
+    policy: Tensor  # Mean over samples of the two weighted errors, a scalar
+    kl: Tensor  # Mean squared difference from the reference, a scalar; 0 without a reference
+    optimality: Tensor  # ``(B,)`` r of each sample
+    positive: Tensor  # ``(B,)`` weighted error of v⁺, before r and c / β
+    negative: Tensor  # ``(B,)`` weighted error of v⁻, before 1 − r and c / β
 
 
 class NFTLoss(SetLoss):

@@ -68,21 +68,13 @@ class TrustRegion(Part):
 
 @dataclass(frozen=True)
 class StepDrift:
-    """How far the mean of each step has moved since the rollout, N steps.
+    """How far the mean of each step has moved since the rollout, N steps."""
 
-    Attributes:
-        squares: ``(N,)`` mean square of μ − μ_old over elements, with the gradient of μ.
-        std: ``(N,)`` standard deviation of the step's noise, s√Δ.
-        spread: ``(N,)`` s: for a flow the same without √Δ; see :class:`latentreward.alignment.Transition`.
-        mean_spread: Mean of s over the batch of all ranks, a scalar.
-        mean_length: Mean of √Δ over the batch of all ranks, a scalar.
-    """
-
-    squares: Tensor
-    std: Tensor
-    spread: Tensor
-    mean_spread: Tensor
-    mean_length: Tensor
+    squares: Tensor  # ``(N,)`` mean square of μ − μ_old over elements, with the gradient of μ
+    std: Tensor  # ``(N,)`` standard deviation of the step's noise, s√Δ
+    spread: Tensor  # ``(N,)`` s: for a flow the same without √Δ; see :class:`latentreward.alignment.Transition`
+    mean_spread: Tensor  # Mean of s over the batch of all ranks, a scalar
+    mean_length: Tensor  # Mean of √Δ over the batch of all ranks, a scalar
 
     @classmethod
     def between(
@@ -261,7 +253,6 @@ class KLGate(TrustRegion):
     takes: Taken = "rewards"
 
     def check(self, context: RuleContext) -> None:
-        """See :meth:`TrustRegion.check`: the loss has a KL term, and the reward gives what the gate takes."""
         super().check(context)
         name, levels = type(self).__name__, self.takes == "levels"
         if context.kl_weight == 0:
@@ -360,7 +351,6 @@ class RankGate(KLGate):
         self.seen: list[float] = []
 
     def opens(self, values: Tensor) -> Tensor:
-        """See :meth:`KLGate.opens`; adapts the share."""
         found = self.uncertainty(values.flatten(0, 1)).unflatten(0, values.shape[:2])
         above = found[found >= 0]
         if not len(above):

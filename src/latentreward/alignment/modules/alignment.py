@@ -132,7 +132,6 @@ class AlignmentModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Build a module from ``kwargs`` and load a checkpoint's weights; only tensors and plain values are read."""
         kwargs["_instantiator"] = None  # else Lightning takes the function that the checkpoint names
         return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
 
@@ -158,7 +157,6 @@ class AlignmentModule(LightningModule):
         self.frozen_base.prepare(self)
 
     def configure_model(self) -> None:
-        """Under FSDP2, shard the policy, then the reward's blocks and text encoders that are not the policy's."""
         if self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
             shard_policy(self.policy, mesh)
@@ -166,12 +164,10 @@ class AlignmentModule(LightningModule):
             shard_scorers(backbones, {*self._reward_parts(nn.Module)}, mesh)
 
     def configure_optimizers(self) -> Any:
-        """Build one optimiser over the adapter, and its schedule, stepped after each optimiser step."""
         self.configured_lr = self.lr
         return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, lr=self.lr)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the callbacks that check and log optimiser steps, and log rollouts."""
         return [OptimizerSteps(), self.rollout_log]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

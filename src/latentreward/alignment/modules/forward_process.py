@@ -36,17 +36,11 @@ FOLLOWED = "copies_followed"
 
 
 class Renoised(NamedTuple):
-    """Noisy states of a batch, and what the network should predict for them.
+    """Noisy states of a batch, and what the network should predict for them."""
 
-    Attributes:
-        latents: ``(B, C, ...)`` x_σ.
-        target: ``(B, C, ...)`` what the network should predict: ε − x₀ of a flow.
-        sigmas: ``(B,)`` σ.
-    """
-
-    latents: Tensor
-    target: Tensor
-    sigmas: Tensor
+    latents: Tensor  # ``(B, C, ...)`` x_σ
+    target: Tensor  # ``(B, C, ...)`` what the network should predict: ε − x₀ of a flow
+    sigmas: Tensor  # ``(B,)`` σ
 
 
 class ForwardProcessModule(AlignmentModule):
@@ -164,19 +158,16 @@ class ForwardProcessModule(AlignmentModule):
         self._warned = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save beside the weights, those of the copies included, the step after which the copies last moved."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[FOLLOWED] = self.followed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check the checkpoint; raise InputError if a copy is missing, as in that of another method."""
         for copy in self.copies:
             copy.check(checkpoint["state_dict"])
         super().on_load_checkpoint(checkpoint)
         self.followed = checkpoint.get(FOLLOWED, 0)
 
     def make_experience(self, prompts: PromptBatch) -> SampledStates | None:
-        """See :meth:`AlignmentModule.make_experience`; the copies follow the policy first."""
         self.move_copies()
         repeated = prompts.times(self.num_samples)
         if self.pruned is not None:
@@ -230,7 +221,6 @@ class ForwardProcessModule(AlignmentModule):
                 copy.follow(self.followed)
 
     def rollout_settings(self) -> dict[str, Any]:
-        """Return no settings: finished samples are noised again, whatever sampled them."""
         return {}
 
     def guarded(self, loss: Tensor, velocity: Tensor, reference: Tensor | None) -> Tensor:
@@ -320,7 +310,6 @@ class DiffusionNFTModule(ForwardProcessModule):
         self.row_passes = 4 + (self.loss.needs_reference or self.guard is not None)
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
         states = self.renoise(batch)
         old = self.predict_under(OLD, batch, states)
         held = self.loss.needs_reference or self.guard is not None
@@ -370,7 +359,6 @@ class AWMModule(ForwardProcessModule):
         self.row_passes = 4 + bool(loss.kl_weight or self.guard is not None) + bool(loss.average_weight)
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
         states, loss = self.renoise(batch), self.loss
         kl = average_kl = old = None
         if self.trainer.global_step != self.followed:  # before the first optimiser step the policy equals its copy

@@ -49,7 +49,6 @@ class DGPOModule(ForwardProcessModule):
         self.row_passes = 4 + (self.loss.clip_range is not None)
 
     def training_step(self, batch: RenoisedGroups, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
         samples = batch.samples(shared_noise=True)
         states = self.renoise(samples)
         old = None if self.loss.clip_range is None else self.predict_under(OLD, samples, states)
@@ -108,7 +107,6 @@ class CRDModule(ForwardProcessModule):
         self.reference_scale, self.loss = self.guidance_scale if scale is None else scale, loss or CRDLoss()
 
     def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
-        """See :meth:`AlignmentModule.encode_uncond`; the reference may be guided where the policy is not."""
         return self.policy.encode_uncond(prompts) if self.policy.family.needs_uncond(self.reference_scale) else None
 
     @torch.no_grad()
@@ -119,7 +117,6 @@ class CRDModule(ForwardProcessModule):
             return self.policy.predict_guided(states.latents, samples.timesteps, *encoded, self.reference_scale)
 
     def training_step(self, batch: RenoisedGroups, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
         samples = batch.samples(shared_noise=False)
         states = self.renoise(samples)
         average, reference = self.predict_under(AVERAGE, samples, states), self.reference_of(samples, states)

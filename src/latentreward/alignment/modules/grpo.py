@@ -88,7 +88,6 @@ class GRPOModule(AlignmentModule):
         return set()
 
     def training_step(self, batch: StepSamples, batch_idx: int) -> Tensor:
-        """Return the loss of a batch of states with K sampled steps each."""
         penalty, reference = self.rules.get("penalty"), None
         if self.loss.needs_reference or penalty is not None:
             with torch.no_grad(), self.policy.reference():
@@ -322,7 +321,6 @@ class TrajectoryGRPOModule(GRPOModule):
         return {name for name, there in given.items() if there}
 
     def on_fit_start(self) -> None:
-        """Warn if credit compares noise levels that are too far apart; see :meth:`AlignmentModule.on_fit_start`."""
         super().on_fit_start()
         if self.credit is None or isinstance(self.credit, StateCredit):  # which reads no finished latents
             return
@@ -338,13 +336,11 @@ class TrajectoryGRPOModule(GRPOModule):
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the state of a gate that adapts."""
         super().on_save_checkpoint(checkpoint)
         if self.gate is not None and (state := self.gate.state()):
             checkpoint[GATE] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the state of a gate that adapts."""
         super().on_load_checkpoint(checkpoint)
         if self.gate is not None and GATE in checkpoint:
             self.gate.restore(checkpoint[GATE])

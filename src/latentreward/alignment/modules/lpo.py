@@ -45,19 +45,12 @@ def clamped_log_ratio(log_prob: Tensor, reference: Tensor, clip_range: float) ->
 
 
 class StepDPOResult(NamedTuple):
-    """Loss and training statistics; all scalars, float32.
+    """Loss and training statistics; all scalars, float32."""
 
-    Attributes:
-        loss: Mean over the pairs.
-        implicit_accuracy: Share of pairs whose clamped probability ratio is greater for the chosen state.
-        margin: Mean of the chosen state's clamped ratio − the rejected state's; not DPO's margin β·Δlog-ratio.
-        clamped: Share of pairs with at least one clamped ratio.
-    """
-
-    loss: Tensor
-    implicit_accuracy: Tensor
-    margin: Tensor
-    clamped: Tensor
+    loss: Tensor  # Mean over the pairs
+    implicit_accuracy: Tensor  # Share of pairs whose clamped probability ratio is greater for the chosen state
+    margin: Tensor  # Mean of the chosen state's clamped ratio − the rejected state's; not DPO's margin β·Δlog-ratio
+    clamped: Tensor  # Share of pairs with at least one clamped ratio
 
 
 class StepPairLoss(SetLoss):
@@ -114,17 +107,11 @@ class StepDPO(StepPairLoss):
 
 
 class StepRatios(NamedTuple):
-    """Log-probability ratios of policy to reference on B pairs, for callbacks.
+    """Log-probability ratios of policy to reference on B pairs, for callbacks."""
 
-    Attributes:
-        timesteps: ``(B,)``.
-        chosen: ``(B,)`` log-probability of the better next state, policy minus reference.
-        rejected: ``(B,)`` log-probability of the worse next state, policy minus reference.
-    """
-
-    timesteps: Tensor
-    chosen: Tensor
-    rejected: Tensor
+    timesteps: Tensor  # ``(B,)``
+    chosen: Tensor  # ``(B,)`` log-probability of the better next state, policy minus reference
+    rejected: Tensor  # ``(B,)`` log-probability of the worse next state, policy minus reference
 
 
 class LPOModule(AlignmentModule):
@@ -173,7 +160,6 @@ class LPOModule(AlignmentModule):
         self.sampling, self.candidates = sampling, candidates
 
     def make_experience(self, prompts: PromptBatch) -> StepPairs | None:
-        """See :meth:`AlignmentModule.make_experience`; returns the kept pairs of all steps."""
         found, seen = [], []
         for step in self.candidate_steps(prompts):
             selected = self.selection.select(step, self.sampler)
@@ -204,7 +190,6 @@ class LPOModule(AlignmentModule):
         return self.loss(chosen, rejected, ref_chosen, ref_rejected), ratios
 
     def training_step(self, batch: StepPairs, batch_idx: int) -> dict[str, Any]:
-        """Return the ``loss`` of a batch, and as ``ratios`` a :class:`StepRatios` for callbacks."""
         result, ratios = self.compare(batch)
         for name, value in result._asdict().items():
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=len(batch), sync_dist=True)

@@ -239,11 +239,9 @@ class OnPolicyDistillationModule(AlignmentModule):
         self.networks = nn.ModuleDict({number: load_teacher(policy, family) for number, family in others.items()})
 
     def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
-        """See :meth:`AlignmentModule.encode_uncond`; a teacher may be guided where the policy is not."""
         return self.policy.encode_uncond(prompts) if self.guided else None
 
     def make_experience(self, prompts: PromptBatch) -> SampledStates:
-        """See :meth:`AlignmentModule.make_experience`: the states of a sample, each a row."""
         rows = []
         for part in prompts.split(self.prompts_at_once):
             settings = (part, self.sampling, self.guidance_scale, self.seed)
@@ -275,7 +273,6 @@ class OnPolicyDistillationModule(AlignmentModule):
         return torch.stack(outputs)
 
     def training_step(self, batch: SampledStates, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
         zeros = batch.latents.new_zeros(len(batch), *[1] * (batch.latents.ndim - 1))
         # Means are linear in the output.
         step = self.sampler.transition(zeros, zeros + 1, batch.timesteps)

@@ -128,7 +128,6 @@ class RAMModule(ForwardProcessModule):
         return range(self.draws), torch.cat([self.levels.draw(generator, process) for _ in range(self.draws)])
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
         states = self.renoise(batch)
         reference = self.predict_under(None, batch, states)
         old = self.predict_under(OLD, batch, states) if self.loss.residual == "old" else None

@@ -67,21 +67,16 @@ class RewardLoss(SetLoss):
 
 
 class LateSample(NamedTuple):
-    """Result of sampling up to a random step.
+    """Result of sampling up to a random step."""
 
-    Attributes:
-        latents: ``(B, C, ...)`` float32, with the policy's graph: what the reward scores, finished latents as predicted
-            at that step or the states after it.
-        timestep: Timestep of the states; None for finished latents.
-        drift: ``(B,)`` mean squared difference between the predictions of policy and reference in the steps with a
-            graph; None if ``kl_weight`` is 0.
-        step: Index of the step.
-    """
-
+    # ``(B, C, ...)`` float32, with the policy's graph: what the reward scores, finished latents as predicted at
+    # that step or the states after it
     latents: Tensor
-    timestep: float | None
+    timestep: float | None  # Timestep of the states; None for finished latents
+    # ``(B,)`` mean squared difference between the predictions of policy and reference in the steps with a graph;
+    # None if ``kl_weight`` is 0
     drift: Tensor | None
-    step: int
+    step: int  # Index of the step
 
 
 class ReFLModule(AlignmentModule):
@@ -186,7 +181,6 @@ class ReFLModule(AlignmentModule):
         self.levels = TimestepGrid(0, 999, 1)
 
     def setup(self, stage: str) -> None:
-        """Check the precision; raise InputError for float16 too, where the reward's unscaled gradients vanish."""
         super().setup(stage)
         refuse_float16(self.trainer.precision)
         data = getattr(self.trainer, "datamodule", None)

@@ -26,17 +26,12 @@ PREFIX = "policy."
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """The trained adapter of an alignment run.
+    """The trained adapter of an alignment run."""
 
-    Attributes:
-        weights: Tensors of the adapter by their parameter names in a :class:`Policy`.
-        source: Source of the base network, and settings of the adapter.
-        base: Sample of the base's weights, by which :func:`load_policy` recognises another base; None if the
-            checkpoint holds none.
-    """
-
-    weights: dict[str, Tensor]
-    source: PolicySource
+    weights: dict[str, Tensor]  # Tensors of the adapter by their parameter names in a :class:`Policy`
+    source: PolicySource  # Source of the base network, and settings of the adapter
+    # Sample of the base's weights, by which :func:`load_policy` recognises another base; None if the checkpoint
+    # holds none
     base: dict[str, Any] | None
 
 

@@ -45,7 +45,6 @@ class BestAndWorst(PruningRule):
     """Rule that keeps the ⌈K/2⌉ candidates with the highest and the ⌊K/2⌋ with the lowest prediction."""
 
     def choose(self, predicted: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """See :meth:`PruningRule.choose`; of equal predictions, later candidates count as higher."""
         order, worst = predicted.argsort(stable=True), count // 2
         return torch.cat([order[:worst], order[len(order) - count + worst :]])
 

@@ -37,21 +37,16 @@ def reporting_steps(report: Callable[[], None]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Transition(TensorRecord):
-    """Gaussian distribution of the next state given the present state, in float32.
+    """Gaussian distribution of the next state given the present state, in float32."""
 
-    Attributes:
-        mean: ``(B, C, ...)`` mean of the next state.
-        std: ``(B,)`` standard deviation of each element; 0 for a deterministic step.
-        spread: ``(B,)`` standard deviation in the KL divergence between two policies. It equals ``std`` for DDIM and
-            ``cps``. For ``flow`` and ``dance`` it is w, not the step's w√|d|, as in Flow-GRPO (arXiv:2505.05470).
-        density: ``normal``: log-probabilities are those of the Gaussian. ``squares``: they are the negative mean square
-            of next state − mean, as released for coefficients-preserving sampling (arXiv:2509.05952); this ignores the
-            standard deviation.
-    """
-
-    mean: Tensor
-    std: Tensor
+    mean: Tensor  # ``(B, C, ...)`` mean of the next state
+    std: Tensor  # ``(B,)`` standard deviation of each element; 0 for a deterministic step
+    # ``(B,)`` standard deviation in the KL divergence between two policies. It equals ``std`` for DDIM and ``cps``.
+    # For ``flow`` and ``dance`` it is w, not the step's w√|d|, as in Flow-GRPO (arXiv:2505.05470)
     spread: Tensor
+    # ``normal``: log-probabilities are those of the Gaussian. ``squares``: they are the negative mean square of
+    # next state − mean, as released for coefficients-preserving sampling (arXiv:2509.05952); this ignores the
+    # standard deviation
     density: Literal["normal", "squares"] = "normal"
 
     def sample(self, noise: Tensor) -> Tensor:
