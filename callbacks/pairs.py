@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
 from latentreward.core.bootstrap import clustered_accuracy
 from latentreward.core.contracts import to_float64
@@ -197,6 +198,7 @@ class PairScoreWriter(BasePredictionWriter):
                 f"{self._path} is there already; set predictions.overwrite: true or another predictions.output_dir"
             )
 
+    @override
     def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any) -> None:
         import pyarrow as pa
         from pyarrow import parquet

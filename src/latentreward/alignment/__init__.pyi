@@ -7,7 +7,17 @@ from .losses.clipped_policy import (
     gaussian_step_kl,
     held_weights,
 )
-from .losses.diffusion_dpo import LinearDPO, LinearDPOResult, denoising_error, implicit_rewards
+from .losses.dpo import (
+    LinearDPO,
+    LinearDPOResult,
+    StepDPO,
+    StepDPOResult,
+    StepPairLoss,
+    StepRatios,
+    clamped_log_ratio,
+    denoising_error,
+    implicit_rewards,
+)
 from .losses.group_preference import CRDLoss, CRDResult, DGPOLoss, DGPOResult
 from .losses.matching import MatchingLoss, MatchingResult, velocity_divergence
 from .losses.nft import NFTLoss, NFTResult
@@ -30,7 +40,7 @@ from .modules.diffusion_dpo import DiffusionDPOModule
 from .modules.forward_process import AWMModule, DiffusionNFTModule, ForwardProcessModule
 from .modules.group_preference import CRDModule, DGPOModule
 from .modules.grpo import GRPOModule, StepwiseGRPOModule, TrajectoryGRPOModule, group_statistics
-from .modules.lpo import LPOModule, SPOModule, StepDPO, StepDPOResult, StepPairLoss, StepRatios, clamped_log_ratio
+from .modules.lpo import LPOModule, SPOModule
 from .modules.on_policy import OnPolicyDistillationModule, OnPolicyLoss, Teacher
 from .modules.opsd import DiffusionOPSDModule, reward_ascent
 from .modules.ram import RAMLoss, RAMModule, directed_target

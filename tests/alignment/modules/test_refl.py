@@ -75,7 +75,7 @@ def in_full(module: ReFLModule, stop: int, from_step: int) -> Tensor:
     """Loss of PROMPTS with everything from ``from_step`` on in one graph, written without the module's loop."""
     policy, sampler, draws = module.policy, module.sampler, RolloutDraws(module.seed, PROMPTS.keys)
     shape = policy.latent_shape()
-    conditioning, uncond = policy.encode_prompts(PROMPTS.prompts), module.encode_uncond()
+    conditioning, uncond = policy.encode_prompts(PROMPTS.prompts), policy.encode_uncond()
     latents, drifts = draws.initial(shape), []
     for index in range(stop + 1):
         latents = latents.detach() if index <= from_step else latents

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from latentreward.alignment.losses.diffusion_dpo import denoising_error
+from latentreward.alignment.losses.dpo import denoising_error
 from latentreward.core.contracts import to_float64, widest_float
 from latentreward.core.errors import check_choices, check_range
 from latentreward.reward.losses.base import SetLoss, per_row

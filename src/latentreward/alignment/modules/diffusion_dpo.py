@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from latentreward.alignment.losses.diffusion_dpo import LinearDPO, denoising_error, implicit_rewards
+from latentreward.alignment.losses.dpo import LinearDPO, denoising_error, implicit_rewards
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.policies.moving_average import AVERAGE, DecayRamp, MovingCopy
@@ -54,7 +54,7 @@ class DiffusionDPOModule(AlignmentModule):
         posterior: Whether the VAE's latents of pixels are a ``sample`` of its posterior, new for each image and epoch,
             or the posterior's ``mode``.
         eval_timesteps: Timesteps at which validation compares every pair, with the same noise in each epoch.
-        linear: Linear-DPO's loss in place of the sigmoid; see :mod:`latentreward.alignment.losses.diffusion_dpo`.
+        linear: Linear-DPO's loss in place of the sigmoid; see :mod:`latentreward.alignment.losses.dpo`.
         reference: How slowly a moving average of the policy follows it, one move at each optimiser step. The average
             is then the reference, as in Linear-DPO; None keeps the network without its adapter.
         prior_noise: Add to each image the noise from which ``latentreward generate`` made it, as PNAPO

@@ -1,6 +1,5 @@
 """DGPO (arXiv:2510.08425) and CRD (arXiv:2603.14128): learn from all finished samples of a prompt at once."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.policies.moving_average import AVERAGE, OLD, DecayRamp
 from latentreward.alignment.rewards.base import RewardSource
 from latentreward.alignment.rollout.step_choice import NoisiestSteps, RandomSteps
-from latentreward.core.contracts import Conditioning, RenoisedGroups, RenoisedSamples
+from latentreward.core.contracts import RenoisedGroups, RenoisedSamples
 from latentreward.core.errors import errors_at
 
 
@@ -105,9 +104,7 @@ class CRDModule(ForwardProcessModule):
         copies = {OLD: old or DecayRamp(0.0075, 0.999, 75), AVERAGE: average or DecayRamp(0.005, 0.999, -50)}
         super().__init__(policy, reward, copies=copies, **options)
         self.reference_scale, self.loss = self.guidance_scale if scale is None else scale, loss or CRDLoss()
-
-    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
-        return self.policy.encode_uncond(prompts) if self.policy.family.needs_uncond(self.reference_scale) else None
+        self.guided = family.needs_uncond(self.reference_scale)  # the policy itself is not guided
 
     @torch.no_grad()
     def reference_of(self, samples: RenoisedSamples, states: Renoised) -> Tensor:

@@ -9,7 +9,6 @@ the output, with the slope c: a flow's is Δ(1 + s²(1 − σ) / 2σ), where Δ 
 of its noise. So losses of means differ from one of outputs by a factor of the noise level alone.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.alignment.rollout.step_choice import StepChoice
 from latentreward.alignment.rollout.trajectories import sample_trajectories
 from latentreward.core.checkpoints.base_weights import BaseSample
-from latentreward.core.contracts import Conditioning, PathText, PromptBatch, SampledStates, join_rows
+from latentreward.core.contracts import PathText, PromptBatch, SampledStates, join_rows
 from latentreward.core.errors import InputError, check_at_least_one, check_choices, errors_at
 from latentreward.core.running import pair_generator
 from latentreward.diffusion import Family
@@ -237,9 +236,6 @@ class OnPolicyDistillationModule(AlignmentModule):
         ]
         others = {str(number): families[number] for number, one in enumerate(teachers) if one.pipeline is not None}
         self.networks = nn.ModuleDict({number: load_teacher(policy, family) for number, family in others.items()})
-
-    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
-        return self.policy.encode_uncond(prompts) if self.guided else None
 
     def make_experience(self, prompts: PromptBatch) -> SampledStates:
         rows = []

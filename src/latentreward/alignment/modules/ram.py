@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from latentreward.alignment.losses.diffusion_dpo import denoising_error
+from latentreward.alignment.losses.dpo import denoising_error
 from latentreward.alignment.losses.matching import squared_error
 from latentreward.alignment.modules.forward_process import ForwardProcessModule
 from latentreward.alignment.policies.loading import PolicySource

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from latentreward.alignment.losses.diffusion_dpo import denoising_error
+from latentreward.alignment.losses.dpo import denoising_error
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.rewards.base import RewardSource, check_sigmas, score_finished, score_states
