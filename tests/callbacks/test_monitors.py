@@ -396,33 +396,6 @@ def test_every_chart_of_an_alignment_has_curves(make_trainer, tmp_path):
     assert all(curves for group in charts.values() for curves in group.values()), charts
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: SampleGrid([]), "prompts of SampleGrid is empty"),
-        (lambda: SampleGrid("no/such.txt"), r"SampleGrid.prompts: no/such.txt does not exist"),
-        (lambda: SampleGrid(PROMPTS, every_n_steps=0), "SampleGrid.every_n_steps is 0; it must be at least 1"),
-        (lambda: SampleGrid(PROMPTS, columns=0), "SampleGrid.columns is 0"),
-        (lambda: ReferenceDrift(PROMPTS, sigmas=(0.0,)), "sigmas"),
-        (lambda: ReferenceDrift(PROMPTS, sigmas=(0.2, 0.2)), "each once"),
-        (lambda: HackingMonitor(PROMPTS[:1], held_out()), "at least 2 prompts"),
-        (lambda: HackingMonitor(PROMPTS, held_out(), tolerance=0.0), "tolerance=0"),
-        (lambda: HackingMonitor(PROMPTS, held_out(), reward_sigmas=(2.0,)), r"HackingMonitor.reward_sigmas=\[2.0\]"),
-        (lambda: CollapseGuard(PROMPTS, images_per_prompt=1), "images_per_prompt=1"),
-        (lambda: CollapseGuard(PROMPTS, least=1.0), "least=1"),
-        (lambda: TimestepBands((5, 1)), "edges"),
-    ],
-)
-def test_refused(make, message):
-    with pytest.raises(InputError, match=message):
-        make()
-
-
-def test_a_monitor_of_policies_refuses_a_reward_model(module, batches, loader, make_trainer):
-    with pytest.raises(InputError, match="not DiNaLRMModule"):
-        make_trainer(callbacks=[SampleGrid(PROMPTS)]).fit(module, loader(batches))
-
-
 @pytest.mark.slow
 def test_a_watched_run_resumes_bit_for_bit(make_trainer, tmp_path):
     """In mid-epoch and in mid-rollout, with dropout; the first rollout's spread is remembered."""

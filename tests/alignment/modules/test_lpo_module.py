@@ -299,24 +299,6 @@ def test_a_run_that_keeps_no_pair_says_which_gaps_there_were(tmp_path: Path) -> 
     assert len(re.findall(r"\n", str(caught.value))) == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sampling": Sampling(eta=0.0)}, "eta"),
-        ({"candidates": Branching(low=999.5, high=1000)}, "widen it"),
-        ({"beta": 0.0}, "beta"),
-        ({"clip_range": 1.5}, "clip_range"),
-        ({"guidance_scale": 0.5}, "guidance_scale"),
-    ],
-)
-def test_impossible_settings_are_refused_before_weights_are_loaded(
-    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(PolicySource, "load", lambda *args: pytest.fail("weights were loaded"))
-    with pytest.raises(InputError, match=message):
-        LPOModule(PolicySource(), BrightnessSource(), **options)
-
-
 def test_spo_is_lpo_with_other_settings() -> None:
     module = SPOModule(PolicySource(), BrightnessSource())
     assert module.loss.beta == 10.0

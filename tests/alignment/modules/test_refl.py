@@ -14,10 +14,7 @@ from torch import Tensor
 
 from latentreward.alignment import (
     AlignmentModule,
-    CallableReward,
     LatentReward,
-    PixelReward,
-    PolicySource,
     ReFLModule,
     RewardLoss,
     RewardMixture,
@@ -30,7 +27,6 @@ from latentreward.core.errors import InputError
 from latentreward.data import PairBatchSampler, PromptsAndImages, collate_pairs
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.loading import ResumableLoader
-from latentreward.reward import StepAwareScorer
 from tests.alignment.modules.batches import loaded_pairs
 from tests.alignment.modules.lpo_runs import make_trainer
 from tests.alignment.modules.test_opsd import make as opsd
@@ -290,19 +286,6 @@ def test_states_are_scored_without_guidance_unless_it_is_asked_for() -> None:
     assert refl(guidance_scale=2.0, **PRFL).guidance_scale == 2.0
 
 
-def test_a_reward_that_scores_no_states_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PolicySource, "load", lambda *_: pytest.fail("loaded the policy"))
-    clean = CallableReward(lambda latents, timesteps, prompts, clean: clean.sum(), needs_clean=True)
-    for reward in (PixelReward(StepAwareScorer()), clean, RewardMixture([BrightnessSource(), clean])):
-        with pytest.raises(InputError, match=f"scored=state needs the score of .*{type(reward).__name__}"):
-            refl(reward=reward, **PRFL)
-
-
-def test_finished_latents_have_no_noise_level_of_their_own() -> None:
-    with pytest.raises(InputError, match=r"stop_range=\[1, 4\] with scored=state ends at finished latents"):
-        refl(**{**PRFL, "stop_range": (1, 4)})
-
-
 # terms and limits
 
 
@@ -359,23 +342,6 @@ def test_pretraining_term_is_the_denoising_error_of_the_chosen_images() -> None:
     assert module.pretraining_term(replace(images, chosen=images.chosen * 0)).item() != pytest.approx(error.item())
     with pytest.raises(InputError, match="pretraining_weight=2 needs images beside the prompts"):
         module.training_step(PROMPTS, 0)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"stop_range": (0, 3)}, r"stop_range=\[0, 3\] must satisfy 1 <= low <= high"),
-        ({"stop_range": (1, 5)}, r"which is 4"),
-        ({"gradient_steps": 0}, r"gradient_steps=0 must lie in \[1, 4\]"),
-        ({"reward_sigmas": (1.5,)}, r"reward_sigmas=\[1.5\] must be at least one noise level"),
-        ({"reward_sigmas": ()}, r"reward_sigmas=\[\] must be"),
-        ({"reward_sigmas": (0.4, 0.4)}, r"reward_sigmas=\[0.4, 0.4\] must be .*, each once"),
-        ({"kl_weight": -1.0}, "kl_weight=-1 must be at least 0"),
-    ],
-)
-def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        refl(**options)
 
 
 def test_rewards_without_gradient_or_of_another_space_are_refused() -> None:
