@@ -33,9 +33,6 @@ class CollapseGuard(PromptMonitor):
     end the run under either ``action``.
 
     Args:
-        prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
-        num_prompts: Prompts to take from the start of the list.
-        every_n_steps: Optimiser steps between two measurements.
         least: Fraction of its first value, in (0, 1), below which a value counts as collapsed.
         action: ``stop`` raises InputError, and earlier checkpoints stay; ``warn`` logs a warning and goes on.
         images_per_prompt: Pictures per prompt, at least 2.

@@ -153,11 +153,8 @@ class SampleGrid(PromptMonitor):
     log folder, or in ``samples-v1`` if an earlier run wrote ``samples``.
 
     Args:
-        prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
-        num_prompts: Prompts to take from the start of the list.
         image_size: Longer side of a drawn sample, in pixels.
         columns: Prompts side by side.
-        options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
 
     Example:
         ``--trainer.callbacks+=SampleGrid --trainer.callbacks.prompts=prompts.txt``
@@ -227,10 +224,7 @@ class SourceChange(PromptMonitor):
 
     Args:
         prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; each edits a picture.
-        num_prompts: Prompts to take from the start of the list.
-        every_n_steps: Optimiser steps between two measurements.
         share: Share of the places that an edit may be expected to leave alone.
-        options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
 
     Example:
         ``--trainer.callbacks+=SourceChange --trainer.callbacks.prompts=edits.jsonl``
@@ -281,9 +275,6 @@ class ReferenceDrift(PromptMonitor):
     change.
 
     Args:
-        prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
-        num_prompts: Prompts to take from the start of the list.
-        every_n_steps: Optimiser steps between two measurements.
         sigmas: Noise levels in (0, 1]; for each, the nearest level of the policy's noise process is used.
         options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; ``sampling`` is that of the
             reference's samples.

@@ -78,7 +78,7 @@ def test_advantages_are_divided_by_the_contrast() -> None:
     rows = module.roll_out(BATCH)
     first = [rows.keys.index(next(key for key in rows.keys if key.startswith(f"{one}/"))) for one in samples_of(rows)]
     rewards = 10 * rows.latents[first][:, 0].flatten(1).mean(dim=1).view(2, 4)
-    contrast = module.pruned._total.contrast
+    contrast = module.pruned.agreement.contrast
     assert contrast > 1.1
     want = (rewards - rewards.mean(dim=1, keepdim=True)) / contrast
     torch.testing.assert_close(rows.advantage[first].view(2, 4), want.float(), rtol=1e-3, atol=1e-4)

@@ -86,14 +86,6 @@ def test_few_samples_do_not_raise_the_contrast(rho: float, prompts: int, count: 
     assert (found >= 1).all() and found.isfinite().all()
 
 
-def test_agreements_of_rollouts_add_up() -> None:
-    predicted, rewards = simulated(0.6, prompts=40)
-    chosen = kept(predicted, 6)
-    parts = [Agreement.of(predicted[at], chosen[at], rewards.gather(1, chosen)[at]) for at in (slice(9), slice(9, 40))]
-    whole = Agreement.of(predicted, chosen, rewards.gather(1, chosen))
-    assert (parts[0] + parts[1]).correlation.item() == pytest.approx(whole.correlation.item(), rel=1e-9)
-
-
 @pytest.mark.parametrize(("predicted", "rewards"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
 def test_equal_scores_correlate_with_nothing(predicted: float, rewards: float) -> None:
     drawn = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))

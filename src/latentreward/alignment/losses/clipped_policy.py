@@ -203,20 +203,9 @@ class OutcomeProcessLoss(ClippedPolicyLoss):
     def forward(  # type: ignore[override]  # called where `process` is known
         self, log_prob: Tensor, old_log_prob: Tensor, outcome: Tensor, process: Tensor, kl: Tensor | None = None
     ) -> ClippedPolicyResult:
-        """Compute the loss of B sampled steps.
+        """Compute the loss of B sampled steps from advantages of the finished samples and of the steps' own scores.
 
-        Args:
-            log_prob: ``(B,)`` log-probabilities of the steps under the present policy.
-            old_log_prob: ``(B,)`` log-probabilities of the steps under the policy that sampled them, without guidance.
-            outcome: ``(B,)`` advantages of the steps' finished samples.
-            process: ``(B,)`` advantages of the steps' own scores.
-            kl: ``(B,)`` KL divergence from the reference; must be given if :attr:`needs_reference`.
-
-        Returns:
-            The loss and its parts; ``policy`` is the weighted sum of the two clipped terms.
-
-        Raises:
-            ValueError: If ``kl`` is missing.
+        ``policy`` of the result is the weighted sum of the two clipped terms; log-probabilities are without guidance.
         """
 
         def both(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -103,14 +103,6 @@ class AlignmentModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
     ) -> None:
-        rolls_out = type(self).make_experience is not AlignmentModule.make_experience
-        if rolls_out and not issubclass(self.experience or object, SampledStates):
-            raise InputError(
-                f"{type(self).__name__}: set experience to the class of the rows that make_experience returns, a "
-                "dataclass derived from latentreward.core.contracts.SampledStates"
-            )
-        if self.experience is not None and not rolls_out:
-            raise InputError(f"{type(self).__name__} has experience, but no make_experience, which returns such rows")
         # Before anything is loaded: a reward of another latent space would otherwise fail after minutes of loading.
         if reward is not None:
             reward.require_latents_of(policy)
@@ -281,7 +273,7 @@ class AlignmentModule(LightningModule):
         raise NotImplementedError(f"{type(self).__name__} does not learn from rollouts")
 
     def candidate_steps(self, prompts: PromptBatch) -> Iterator[CandidateStep]:
-        """Sample and score candidates, in derived classes that set ``sampler``, ``sampling`` and ``candidates``."""
+        """Call the function of this name with ``sampler``, ``sampling`` and ``candidates``, which derived classes set."""
         draws = RolloutDraws(self.seed, prompts.keys)
         settings = (self.candidates, self.sampling, self.guidance_scale)
         yield from candidate_steps(self.policy, self.sampler, self.reward, prompts, *settings, draws)
@@ -373,7 +365,7 @@ class AlignmentModule(LightningModule):
         if found is not None and type(found) is not self.experience:
             raise InputError(
                 f"{type(self).__name__}: make_experience returned a {type(found).__name__}, but experience is "
-                f"{self.experience.__name__}; set experience to the class of the rows"
+                f"{getattr(self.experience, '__name__', None)}; set experience to the class of the rows"
             )
         if found is not None and (problem := wrong_rows(found)):
             kind = type(self)

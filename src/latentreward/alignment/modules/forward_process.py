@@ -74,14 +74,12 @@ class ForwardProcessModule(AlignmentModule):
             DGPO's is but for a weight of each group, a function of products of advantages with errors.
         experience: :class:`~latentreward.core.contracts.RenoisedGroups` for a method whose rows hold all samples of a
             prompt, so that no batch, rank or optimiser step has a part of them.
-        row_passes: Passes of the policy in training on a sample at one noise level; forward and backward count as 3.
     """
 
     experience: type[SampledStates] = RenoisedSamples
     flows_only = compares = prunes = True
     usual_sampling: ClassVar = Sampling(10)
     usual_steps: ClassVar[StepChoice | None] = None
-    row_passes = 3
 
     def __init__(
         self,
@@ -116,11 +114,6 @@ class ForwardProcessModule(AlignmentModule):
         if value := getattr(sampling, noise):
             raise InputError(
                 f"sampling.{noise}={value:g}: {type(self).__name__} samples without noise; leave it out or set it to 0"
-            )
-        if family.flow and (sampling.eta or sampling.flow_noise != "flow"):
-            raise InputError(
-                f"sampling: {type(self).__name__} samples a flow without noise, where eta and flow_noise have no "
-                "effect; leave them out"
             )
         if self.compares:
             check_range("[2, inf)", "one leaves nothing to compare", num_samples=num_samples)
@@ -171,7 +164,7 @@ class ForwardProcessModule(AlignmentModule):
         self.move_copies()
         repeated = prompts.times(self.num_samples)
         if self.pruned is not None:
-            self.pruned.begin(self, self.row_passes * len(self.trained_timesteps(repeated.keys[0])[1]))
+            self.pruned.begin()
         sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
             finished = part
@@ -288,11 +281,8 @@ class DiffusionNFTModule(ForwardProcessModule):
     :class:`~latentreward.alignment.NFTLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``.
 
     Args:
-        policy: See :class:`ForwardProcessModule`.
-        reward: See :class:`ForwardProcessModule`.
         old: How slowly the copy that samples follows the policy.
         loss: See :class:`~latentreward.alignment.NFTLoss`.
-        options: See :class:`ForwardProcessModule`.
     """
 
     usual_steps = RandomSteps()
@@ -307,7 +297,6 @@ class DiffusionNFTModule(ForwardProcessModule):
     ) -> None:
         super().__init__(policy, reward, copies={OLD: old or DecayRamp()}, **options)
         self.loss = loss or NFTLoss()
-        self.row_passes = 4 + (self.loss.needs_reference or self.guard is not None)
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
         states = self.renoise(batch)
@@ -330,11 +319,8 @@ class AWMModule(ForwardProcessModule):
     ``train/average_kl``, ``train/clipped``, ``train/ratio``.
 
     Args:
-        policy: See :class:`ForwardProcessModule`.
-        reward: See :class:`ForwardProcessModule`.
         average: How slowly the moving average follows the policy.
         loss: See :class:`~latentreward.alignment.MatchingLoss`.
-        options: See :class:`ForwardProcessModule`.
     """
 
     usual_sampling = Sampling(14)
@@ -356,7 +342,6 @@ class AWMModule(ForwardProcessModule):
             copies[AVERAGE] = average or DecayRamp(most=0.3)
         super().__init__(policy, reward, copies=copies, **options)
         self.loss = loss
-        self.row_passes = 4 + bool(loss.kl_weight or self.guard is not None) + bool(loss.average_weight)
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
         states, loss = self.renoise(batch), self.loss

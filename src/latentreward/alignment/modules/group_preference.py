@@ -25,11 +25,8 @@ class DGPOModule(ForwardProcessModule):
     ``train/clipped``.
 
     Args:
-        policy: See :class:`ForwardProcessModule`.
-        reward: See :class:`ForwardProcessModule`.
         old: How slowly the copy that samples follows the policy; None takes the published 0.001 · step, at most 0.3.
         loss: See :class:`~latentreward.alignment.DGPOLoss`.
-        options: See :class:`ForwardProcessModule`.
     """
 
     experience = RenoisedGroups
@@ -45,7 +42,6 @@ class DGPOModule(ForwardProcessModule):
     ) -> None:
         super().__init__(policy, reward, copies={OLD: old or DecayRamp(most=0.3)}, **options)
         self.loss = loss or DGPOLoss()
-        self.row_passes = 4 + (self.loss.clip_range is not None)
 
     def training_step(self, batch: RenoisedGroups, batch_idx: int) -> Tensor:
         samples = batch.samples(shared_noise=True)
@@ -71,8 +67,6 @@ class CRDModule(ForwardProcessModule):
     ``train/policy`` and ``train/kl``.
 
     Args:
-        policy: See :class:`ForwardProcessModule`.
-        reward: See :class:`ForwardProcessModule`.
         old: How slowly the copy that samples follows the policy; None takes the published one, which follows at once
             up to step 75, and then less by 0.0075 a step, to 0.999.
         average: How slowly the copy follows that implicit rewards compare with; None takes the published 0.25 + 0.005 ·
@@ -80,12 +74,10 @@ class CRDModule(ForwardProcessModule):
         reference_guidance_scale: Guidance scale of the reference, as the pipeline takes it; None takes the policy's,
             which is none. Published: 4.5.
         loss: See :class:`~latentreward.alignment.CRDLoss`.
-        options: See :class:`ForwardProcessModule`.
     """
 
     experience = RenoisedGroups
     usual_steps = RandomSteps()
-    row_passes = 5
     prunes = False
 
     def __init__(

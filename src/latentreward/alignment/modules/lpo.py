@@ -36,7 +36,6 @@ class LPOModule(AlignmentModule):
         beta: β of LPO's loss, :class:`~latentreward.alignment.StepDPO`.
         clip_range: ε of LPO's loss.
         loss: Another loss of the pairs, to which ``beta`` and ``clip_range`` do not apply; None takes LPO's.
-        options: See :class:`~latentreward.alignment.AlignmentModule`.
     """
 
     experience = StepPairs
@@ -110,12 +109,9 @@ class SPOModule(LPOModule):
     (:class:`~latentreward.alignment.PixelReward`).
 
     Args:
-        policy: See :class:`LPOModule`.
-        reward: See :class:`LPOModule`.
         selection: Rule that keeps pairs; None takes SPO's threshold.
         candidates: See :class:`LPOModule`; None takes SPO's window and timestep of scoring.
         beta: β of the loss.
-        options: See :class:`LPOModule`.
 
     Note:
         The paper says t ≤ 750; the first step with candidates in the released code starts from 751, as here.

@@ -1,6 +1,4 @@
-r"""On-policy distillation: frozen teachers correct a policy's outputs at the states of its own samples.
-
-On-policy distillation: a policy's outputs at states of its own samples are pulled to those of frozen teachers.
+r"""On-policy distillation: a policy's outputs at states of its own samples are pulled to those of frozen teachers.
 
 .. math:: l = f(\sigma)\,\frac1J \sum_j \langle (v - v_j)^2 \rangle
 
@@ -194,7 +192,6 @@ class OnPolicyDistillationModule(AlignmentModule):
         loss: See :class:`~latentreward.alignment.OnPolicyLoss`.
         prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory. None takes all.
         guidance_scale: Guidance scale of the policy, in sampling and training; None switches guidance off.
-        options: See :class:`~latentreward.alignment.AlignmentModule`.
     """
 
     experience = SampledStates

@@ -103,7 +103,6 @@ class RAMModule(ForwardProcessModule):
         old: How slowly the copy that samples follows the policy; None takes 0.01 · step, at most 0.9, as ports of
             the authors' code do.
         loss: See :class:`~latentreward.alignment.RAMLoss`.
-        options: See :class:`ForwardProcessModule`.
     """
 
     flows_only = False
@@ -121,7 +120,6 @@ class RAMModule(ForwardProcessModule):
         check_at_least_one(draws=draws)
         super().__init__(policy, reward, copies={OLD: old or DecayRamp(0.01, 0.9)}, steps=None, **options)
         self.levels, self.draws, self.loss = levels or PowerSigma(0.5), draws, loss or RAMLoss()
-        self.row_passes = 4 + (self.loss.residual == "old")
 
     def trained_timesteps(self, key: str) -> tuple[Sequence[int], Tensor]:
         generator, process = pair_generator(self.seed, "trained levels", 0, key), self.policy.noise_process

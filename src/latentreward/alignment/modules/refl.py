@@ -1,7 +1,5 @@
 r"""Reward feedback learning (ReFL, arXiv:2304.05977): train a policy by the reward's gradient through a few steps.
 
-Reward feedback learning: loss on a sample's reward, and drift from the reference as a regulariser.
-
 .. math:: L = \lambda\,\mathbb E\,\varphi(r) + w_{\mathrm{pre}} L_{\mathrm{pre}} + w_{\mathrm{KL}}
     \lVert f_\theta - f_{\mathrm{ref}}\rVert^2
 

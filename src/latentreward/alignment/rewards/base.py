@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latentreward.core.contracts import LatentSpace, NoisyStates, PromptBatch
 from latentreward.core.errors import InputError
-from latentreward.core.promises import Part, detached, of_class, returns, shown, tensor, unchanged, wrong_tensor
+from latentreward.core.promises import Part, detached, of_class, returns, shown, unchanged, wrong_tensor
 from latentreward.core.running import pair_generator, phase
 
 if TYPE_CHECKING:
@@ -91,26 +91,21 @@ class Reward(nn.Module, Part):
         """
         return self(NoisyStates(latents, torch.zeros(len(latents), device=latents.device), rows, latents), encoded)
 
-    @returns(tensor(lambda reward, latents, *given: (len(latents), -1)))
-    def score_parts(
-        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
-    ) -> Tensor:
-        """Score finished latents by each reward of a mixture, not weighted: ``(N, R)``; see :meth:`score_clean`."""
-        return self.score_clean(latents, rows, encoded, noise, sigmas)[:, None]
-
     def begin_parts(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Callable[[], Tensor]:
-        """Begin to score finished latents, and return a function that waits for the result of :meth:`score_parts`.
+        """Begin to score finished latents, and return a function that waits for the scores.
+
+        These are ``(N, R)``, those of each reward of a mixture, not weighted; arguments are as of :meth:`score_clean`.
 
         Only a reward with :attr:`answers_later` works in the meantime. The functions are to be called in the order of
         the calls of this method.
         """
-        parts = self.score_parts(latents, rows, encoded, noise, sigmas)
+        parts = self.score_clean(latents, rows, encoded, noise, sigmas)[:, None]
         return lambda: parts
 
     def mix(self, parts: Tensor, rows: Tensor) -> Tensor:
-        """Compute the score ``(N,)`` from those of :meth:`score_parts`; ``rows`` ``(N,)`` are the states' prompts."""
+        """Compute the score ``(N,)`` from those of :meth:`begin_parts`; ``rows`` ``(N,)`` are the states' prompts."""
         return parts[:, 0]
 
     def mix_apart(self, parts: Tensor, spread: Tensor) -> Tensor:

@@ -140,13 +140,7 @@ class MixedReward(Reward):
     def score_clean(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Tensor:
-        return self.mix(self.score_parts(latents, rows, encoded, noise, sigmas), rows)
-
-    def score_parts(
-        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
-    ) -> Tensor:
-        pairs = zip(self.rewards, encoded, strict=True)
-        return torch.stack([reward.score_clean(latents, rows, known, noise, sigmas) for reward, known in pairs], dim=1)
+        return self.mix(self.begin_parts(latents, rows, encoded, noise, sigmas)(), rows)
 
     def begin_parts(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
