@@ -39,9 +39,6 @@ class CollapseGuard(PromptMonitor):
         batch_size: Pictures that a rank samples at once.
         sampling: Sampler settings; None takes those of the module's rollouts.
 
-    Raises:
-        InputError: If a setting is out of range, and in training when the policy has collapsed.
-
     Example:
         ``--trainer.callbacks+=CollapseGuard --trainer.callbacks.prompts=prompts.txt``
     """

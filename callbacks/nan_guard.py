@@ -26,9 +26,6 @@ class NaNGuard(Callback):
     Args:
         every_n_batches: Check the loss of every n-th batch; each check waits for the device.
 
-    Raises:
-        InputError: If ``every_n_batches`` is below 1, and in training when a loss or a weight is not finite.
-
     Example:
         ``--nan_guard.every_n_batches=10`` on the command line, or in Python ``Trainer(callbacks=[NaNGuard()])``.
     """

@@ -1,8 +1,7 @@
-"""Callbacks of speed and size: faster steps with a table of their phases, pairs a second, and a table of parameters."""
+"""Callbacks of speed and size: faster steps, with seconds of their phases in the log, and a line of parameters."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from latentreward.alignment import Policy
 from latentreward.core.checkpoints.base_weights import is_quantized
 from latentreward.core.contracts import layout_of
-from latentreward.core.errors import InputError, check_at_least_one, check_range
+from latentreward.core.errors import InputError, check_range
 from latentreward.core.peak_rates import Limits, find_limits
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.compilation import compile_blocks, uncompile_blocks
@@ -219,59 +218,6 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
         for block in [part] if isinstance(part, LatentEncoder) else blocks:
             layers = [layer for layer in block.modules() if type(layer).__name__ in LAYERS]
             yield from layers or ([] if block is part else [block])
-
-
-class Throughput(Callback):
-    """Callback that logs training speed and the share of time spent waiting for data.
-
-    The values are ``train/pairs_per_second`` (in an alignment rows or prompts), over all ranks, and
-    ``train/data_wait``. Validation time is left out. A ``data_wait`` above a few per cent means that more loader
-    workers would help.
-
-    Args:
-        every_n_batches: Batches per measurement; values are logged after each.
-
-    Example:
-        ``--trainer.callbacks+=Throughput --trainer.callbacks.every_n_batches=20``
-    """
-
-    def __init__(self, every_n_batches: int = 50) -> None:
-        check_at_least_one(every_n_batches=every_n_batches)
-        self.every_n_batches = every_n_batches
-        self._restart()
-
-    def _restart(self) -> None:
-        self._waiting = self._working = 0.0
-        self._pairs = self._batches = 0
-        self._since = perf_counter()
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart()
-
-    on_validation_end = on_train_epoch_start
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        now = perf_counter()
-        # Lightning fetches the next batch between these two hooks.
-        self._waiting, self._since = self._waiting + now - self._since, now
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
-    ) -> None:
-        now = perf_counter()
-        self._working, self._since = self._working + now - self._since, now
-        rows = next(iter(batch.values())) if isinstance(batch, Mapping) else batch  # such as prompts, and images
-        self._pairs, self._batches = self._pairs + len(rows), self._batches + 1
-        if self._batches < self.every_n_batches:
-            return
-        elapsed = self._waiting + self._working
-        pl_module.log_dict(
-            {
-                "train/pairs_per_second": trainer.world_size * self._pairs / elapsed,
-                "train/data_wait": self._waiting / elapsed,
-            }
-        )
-        self._restart()
 
 
 class ParameterSummary(ModelSummary):

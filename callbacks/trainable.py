@@ -23,10 +23,6 @@ class TrainableCheckpoint(Callback):
     checkpoints. During a run the module's ``state_dict()`` holds only the trainable weights, so that frozen weights
     are not even gathered.
 
-    Raises:
-        InputError: On loading, if a trainable weight is not in the checkpoint or the reverse; names the first such
-            weight.
-
     Example:
         ``--trainer.callbacks+=TrainableCheckpoint``
     """

@@ -3,7 +3,6 @@
 import re
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from latentreward.callbacks import (
     ParameterSummary,
     ScoredPairGrid,
     TensorBoardCharts,
-    Throughput,
     TrainableCheckpoint,
     TrainableEMA,
 )
@@ -240,21 +238,6 @@ def test_ema_leaves_no_average_behind_after_an_exception(module, batches, loader
     with pytest.raises(RuntimeError, match="power cut"):
         make_trainer(callbacks=[TrainableEMA(), Watch(), Break()]).fit(module, loader(batches), loader(batches))
     assert all(torch.equal(value, last[0][name]) for name, value in trained(module).items())
-
-
-def test_throughput_is_logged_with_the_share_of_waiting(module, batches, loader, make_trainer):
-    trainer = make_trainer(callbacks=[Throughput(every_n_batches=2)])
-    trainer.fit(module, loader(batches))
-    assert trainer.callback_metrics["train/pairs_per_second"] > 0
-    assert 0 <= trainer.callback_metrics["train/data_wait"] <= 1
-
-
-def test_throughput_counts_the_prompts_of_a_batch_with_images(monkeypatch):
-    monkeypatch.setattr("latentreward.callbacks.performance.perf_counter", iter(range(9)).__next__)
-    callback, logged = Throughput(every_n_batches=1), {}
-    trainer, module = SimpleNamespace(world_size=2), SimpleNamespace(log_dict=logged.update)
-    callback.on_train_batch_end(trainer, module, None, {"prompts": range(6), "images": range(4)})
-    assert logged == {"train/pairs_per_second": 12.0, "train/data_wait": 0.0}
 
 
 def test_grid_goes_to_tensorboard_and_to_a_png(module, batches, loader, make_trainer, tmp_path):

@@ -175,16 +175,6 @@ def test_hacking_stops_a_run_whose_last_checkpoint_is_written_once(make_trainer,
 
 
 @pytest.mark.slow
-def test_hacking_stops_no_run_before_its_least_steps(make_trainer, tmp_path, caplog):
-    monitor = HackingMonitor(PROMPTS, FallingScorer(), every_n_steps=2)
-    trainer = make_trainer(callbacks=[monitor], max_epochs=-1, max_steps=8, min_steps=3, min_epochs=0)
-    with caplog.at_level(logging.WARNING):
-        trainer.fit(grpo(), datamodule=prompts())
-    assert trainer.global_step == 3
-    assert f"Stops at min_steps and min_epochs, saved to {tmp_path / 'checkpoints' / 'last.ckpt'}" in caplog.text
-
-
-@pytest.mark.slow
 def test_hacking_may_only_be_told(make_trainer, tmp_path, caplog):
     monitor = HackingMonitor(PROMPTS, FallingScorer(), every_n_steps=2, action="warn")
     trainer = make_trainer(callbacks=[monitor], max_epochs=-1, max_steps=4)

@@ -18,7 +18,6 @@ from latentreward.callbacks import (
     ReferenceDrift,
     SampleGrid,
     ScoredPairGrid,
-    Throughput,
     TimestepBands,
     TrainableEMA,
 )
@@ -32,7 +31,6 @@ LOOK = CallableScorer(lambda texts, images: torch.zeros(len(images)), name="look
 ROWS: list[tuple[Callable[[], Any], str]] = [
     (lambda: NaNGuard(every_n_batches=0), "every_n_batches is 0"),
     (lambda: NoiseBandAccuracy(edges=(0.5, 0.2)), "edges"),
-    (lambda: Throughput(every_n_batches=0), "every_n_batches is 0"),
     (lambda: TrainableEMA(decay=math.nan), "decay=nan"),
     (lambda: ScoredPairGrid(num_pairs=0), "num_pairs is 0"),
     (lambda: ScoredPairGrid(shown="wrst"), "shown='wrst'"),  # type: ignore[arg-type]

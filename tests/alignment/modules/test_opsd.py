@@ -5,12 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from latentreward.alignment import (
     DiffusionOPSDModule,
     NFTLoss,
-    Penalty,
     PolicySource,
     Sampling,
     sample_latents,
@@ -76,26 +74,6 @@ def test_the_policy_regresses_on_the_prediction_moved_along_the_gradient(name: s
     loss.backward()
     assert any(weight.grad.any() for weight in adapter(module).values())
     assert all(weight.grad is None for weight in adapter(module, OLD).values())
-
-
-class Apart(Penalty):
-    """Mean squared difference from the reference."""
-
-    def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
-        return (prediction - reference).square().mean()
-
-
-def test_a_penalty_is_added() -> None:
-    """Also where the loss itself has no reference."""
-    module = attached(make(trust_region=Apart(), loss=NFTLoss(kl_weight=0.0)))
-    moved(module)
-    batch = module.roll_out(BATCH)
-    states = module.renoise(batch)._replace(latents=batch.latents)
-    penalty = Apart().penalty(*(module.predict_under(adapter, batch, states) for adapter in ("policy", None))).item()
-    held = module.training_step(batch, 0).item()
-    module.guard = None
-    assert held - module.training_step(batch, 0).item() == pytest.approx(penalty, rel=1e-3)
-    assert penalty > 0
 
 
 def test_the_copy_follows_before_a_rollout() -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from latentreward.alignment import Branching, DDIMSampler, RolloutDraws, Sampling, StepSampler, candidate_steps
 from latentreward.alignment.rollout.samplers import inside_window
 from latentreward.core.contracts import PromptBatch
-from latentreward.core.errors import InputError
 from tests.alignment.rollout.tiny_rollout import PROMPTS, Brightness, NetworkRows, roll_out, tiny_policy
 
 STEPS = Sampling(num_inference_steps=5).with_noise()
@@ -183,12 +182,3 @@ def test_steps_without_noise_have_no_candidates() -> None:
     steps, finished = roll_out(policy, sampler, Brightness(), PROMPTS, Branching(2), STEPS, 1.0, seed=0)
     assert len(steps) == 4
     assert finished.isfinite().all()
-
-
-@both_families
-def test_a_deterministic_sampler_is_refused(name: str) -> None:
-    still = Sampling(5, eta=0.0, noise_level=0.0)
-    policy, sampler = parts(name, still)
-    with NetworkRows(policy) as calls, pytest.raises(InputError, match="adds noise"):
-        roll_out(policy, sampler, Brightness(), PROMPTS, Branching(), still, 1.0, seed=0)
-    assert not calls

@@ -249,8 +249,8 @@ class KLGate(TrustRegion):
             raise InputError(f"trust_region: {name} compares noise levels; give reward_sigmas two or more")
         if by_level and not reward.uses_sigmas:
             raise InputError(
-                f"trust_region: {name} compares noise levels, and {type(reward).__name__} does not score at levels; take "
-                "a LatentReward"
+                f"trust_region: {name} compares noise levels, and {type(reward).__name__} does not score at levels; "
+                "take a LatentReward"
             )
         if self.takes == "parts" and reward.parts < 2:
             raise InputError(f"trust_region: {name} compares rewards; take a RewardMixture of at least 2")
@@ -369,9 +369,6 @@ def check_rules(rules: Sequence[TrustRegion], *used_with: Any) -> dict[str, Trus
 
     Returns:
         The rules by their kind.
-
-    Raises:
-        InputError: If they do not.
     """
     kinds: dict[str, TrustRegion] = {}
     for rule in rules:

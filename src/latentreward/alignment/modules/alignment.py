@@ -273,7 +273,7 @@ class AlignmentModule(LightningModule):
         raise NotImplementedError(f"{type(self).__name__} does not learn from rollouts")
 
     def candidate_steps(self, prompts: PromptBatch) -> Iterator[CandidateStep]:
-        """Call the function of this name with ``sampler``, ``sampling`` and ``candidates``, which derived classes set."""
+        """Call the function of this name with ``sampler``, ``sampling`` and ``candidates`` of a derived class."""
         draws = RolloutDraws(self.seed, prompts.keys)
         settings = (self.candidates, self.sampling, self.guidance_scale)
         yield from candidate_steps(self.policy, self.sampler, self.reward, prompts, *settings, draws)

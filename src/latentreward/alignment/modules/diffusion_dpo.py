@@ -177,9 +177,6 @@ def prior_noises(batch: PreferenceBatch, shape: tuple[int, ...]) -> Tensor:
     """Draw again the noises ``(2B, *shape)`` from which the images were generated, chosen first, on the CPU.
 
     Pairs of weight 0 that have none get zeros.
-
-    Raises:
-        InputError: If another pair has no noise, or one of another shape than its latents.
     """
     names = batch.chosen_noise + batch.rejected_noise or (None,) * 2 * len(batch)
     weights = 2 * batch.weight.tolist() if None in names else []  # of a device, which is waited for only then

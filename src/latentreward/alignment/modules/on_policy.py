@@ -147,9 +147,6 @@ def add_teacher(policy: Policy, saved: SavedAdapter, number: int, checkpoint: Pa
 
     Returns:
         Name of the adapter in the network.
-
-    Raises:
-        InputError: If the adapter is of another base.
     """
     from peft import LoraConfig
 

@@ -280,11 +280,7 @@ class ReFLModule(AlignmentModule):
         return denoising_error(output, process.target(latents, noise, timesteps)).mean()
 
     def training_step(self, batch: PromptBatch | Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Return the loss of a batch of prompts, or of ``{"prompts": ..., "images": ...}`` for the pre-training term.
-
-        Raises:
-            InputError: If ``pretraining_weight`` is above 0 and the batch has no images.
-        """
+        """Return the loss of a batch: prompts, or ``{"prompts": ..., "images": ...}`` for the pre-training term."""
         prompts, images = (batch, None) if isinstance(batch, PromptBatch) else (batch["prompts"], batch["images"])
         if self.alternate_pretraining and self.global_step % 2:
             loss = self._weighted_pretraining(images)

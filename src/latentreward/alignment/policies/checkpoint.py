@@ -41,10 +41,6 @@ def read_policy_adapter(checkpoint: Path | str, trusted: bool = False) -> SavedA
     Args:
         checkpoint: One file or a folder of shards.
         trusted: Whether the checkpoint may name a family outside this package, whose module would be imported.
-
-    Raises:
-        InputError: If the file is damaged, is not the checkpoint of an alignment run, or names a family outside this
-            package without ``trusted``.
     """
     content = read_checkpoint(Path(checkpoint))
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in content["state_dict"].items() if ADAPTER in name}
@@ -86,10 +82,6 @@ def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> P
             the trainable ones only. To load the moving average of ``TrainableEMA``, first write a checkpoint with
             ``latentreward consolidate --average=true``.
         source: Source of the base, and shape of the adapter; by default those recorded in the checkpoint.
-
-    Raises:
-        InputError: If the file is not the checkpoint of an alignment run, the base has other weights than the base of
-            that run, or the adapter does not fit ``source``.
     """
     saved = read_policy_adapter(checkpoint, trusted=source is not None)
     shapes = {network_name(name): tuple(tensor.shape) for name, tensor in saved.weights.items()}

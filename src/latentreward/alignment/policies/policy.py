@@ -128,9 +128,6 @@ class Policy(nn.Module):
             uncond: The encoded empty prompt, one row, or B where it depends on a row's sources; not used without
                 classifier-free guidance.
             guidance_scale: Scale as checked by :meth:`Family.guidance`; None for networks without guidance.
-
-        Raises:
-            InputError: If the guidance needs the empty prompt and ``uncond`` is None.
         """
         prompts = self.with_uncond(conditioning, uncond, guidance_scale)
         return self.predict_packed(latents, timesteps, prompts, guidance_scale)

@@ -133,9 +133,6 @@ class Reward(nn.Module, Part):
 
         What was scored, ``latents`` ``(N, C, ...)`` at ``timesteps`` ``(N,)``, tells the cause of a score that is not
         finite.
-
-        Raises:
-            InputError: If the scores are not a tensor ``(N,)``, or a score or what was scored is not finite.
         """
         count, name = len(timesteps), self.name or type(self).__name__
         if not isinstance(scores, Tensor) or scores.shape != (count,):
@@ -241,11 +238,7 @@ class RewardSource(Part):
     @abstractmethod
     @returns(_wrong_reward)
     def load(self, policy: Policy) -> Reward:
-        """Load the reward, frozen, to score states of ``policy``.
-
-        Raises:
-            InputError: If the reward cannot be loaded, or cannot score states of this policy.
-        """
+        """Load the reward, frozen, to score states of ``policy``."""
 
 
 def check_edits(name: str, reward: tuple[int, int | None], policy: tuple[int, int | None]) -> None:
@@ -270,9 +263,6 @@ def score_states(
 
     States are ``(N, C, ...)`` at ``timestep`` of the policy; ``rows`` ``(N,)`` are the indices of their prompts in
     ``encoded``; rewards with ``needs_clean`` get the predicted ``clean`` latents.
-
-    Raises:
-        InputError: If a score has the wrong shape or is not finite.
     """
     timesteps = torch.full((len(latents),), timestep, device=latents.device)
     scores: Tensor = reward(NoisyStates(latents, timesteps, rows.to(latents.device), clean), encoded)

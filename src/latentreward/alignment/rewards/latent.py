@@ -79,9 +79,6 @@ def signal_and_noise(process: NoiseProcess, timesteps: Tensor) -> tuple[Tensor, 
     """Return the factors a and s of ``x_t = a·x_0 + s·ε`` at ``timesteps`` ``(N,)``, float32.
 
     For flow matching the timesteps may lie between those of the process' table; for DDPM they must be in the table.
-
-    Raises:
-        InputError: If the process is neither flow matching nor DDPM.
     """
     if isinstance(process, FlowMatching):
         sigma = timesteps.float() * (process.sigmas[0] / process.timesteps[0]).item()

@@ -188,9 +188,6 @@ def standardise(scores: Tensor, groups: Tensor) -> Tensor:
 
     Returns:
         ``(N,)``; no gradient flows into means and standard deviations.
-
-    Raises:
-        InputError: If a group has a single member.
     """
     _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
     if sizes.min() < 2:

@@ -31,9 +31,6 @@ def unchanged_region_change(latents: Tensor, sources: Tensor, share: float = 0.5
 
     Returns:
         ``(N,)`` float32, at least 0, in units of the latents.
-
-    Raises:
-        InputError: If results and sources have unlike sizes.
     """
     if latents.shape != sources.shape:
         raise InputError(

@@ -98,9 +98,6 @@ def candidate_steps(
 
     Returns:
         The finished latents ``(B, C, ...)``, float32.
-
-    Raises:
-        InputError: If no step of the window has noise, or a score has the wrong shape or is not finite.
     """
     window = branching.steps(sampler)
     policy.edit_at(sampling.height, sampling.width)

@@ -179,9 +179,6 @@ def sample_guided(
     """Sample finished latents ``(B, C, ...)``, float32, with steps that are guided by ``reward``.
 
     The policy is in evaluation mode; see :func:`sample_trajectories`.
-
-    Raises:
-        InputError: If no step of the window has noise, or the reward has no gradient.
     """
     sampler = sampling.sampler(policy.family)
     guided = GuidedSampler(sampler, guidance, reward, reward.encode_prompts(prompts.prompts))

@@ -113,9 +113,6 @@ class StepSampler(ABC):
             latents: States x_t, any dtype.
             model_output: Output of the (guided) network for ``latents``.
             timesteps: Members of :attr:`timesteps`; tensors on the CPU avoid a wait for the accelerator.
-
-        Raises:
-            InputError: If a timestep is not one of this sampler's.
         """
 
     @abstractmethod
@@ -369,11 +366,7 @@ class Sampling:
             )
 
     def sampler(self, family: Family) -> StepSampler:
-        """Make the sampler for a family's pipeline: a flow's SDE at the family's levels, or DDIM.
-
-        Raises:
-            InputError: If the scheduler cannot make these steps, or the size does not suit the family.
-        """
+        """Make the sampler for a family's pipeline: a flow's SDE at the family's levels, or DDIM."""
         shape = self.latent_shape(family)
         if family.flow:
             with torch.device("cpu"):  # an estimate builds modules on the meta device, whose levels have no values

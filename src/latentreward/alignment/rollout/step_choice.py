@@ -26,11 +26,7 @@ class StepChoice(Part):
     @abstractmethod
     @returns(lambda found, rule, steps, *given: wrong_indices(found, steps), each=True)
     def choose(self, steps: int, generator: torch.Generator) -> Tensor:
-        """Return the indices of distinct steps among ``steps``, int64.
-
-        Raises:
-            InputError: If the sampler has too few steps.
-        """
+        """Return the indices of distinct steps among ``steps``, int64."""
 
 
 class RandomSteps(StepChoice):
