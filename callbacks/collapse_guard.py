@@ -9,7 +9,7 @@ from latentreward.callbacks.prompt_monitor import PromptMonitor, log_now
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from latentreward.alignment import AlignmentModule, Sampling
+from latentreward.alignment import AlignmentModule
 from latentreward.core.contracts import PathText, RolloutStatistics
 from latentreward.core.errors import InputError, check_choices, check_range
 
@@ -36,8 +36,7 @@ class CollapseGuard(PromptMonitor):
         least: Fraction of its first value, in (0, 1), below which a value counts as collapsed.
         action: ``stop`` raises InputError, and earlier checkpoints stay; ``warn`` logs a warning and goes on.
         images_per_prompt: Pictures per prompt, at least 2.
-        batch_size: Pictures that a rank samples at once.
-        sampling: Sampler settings; None takes those of the module's rollouts.
+        options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
 
     Example:
         ``--trainer.callbacks+=CollapseGuard --trainer.callbacks.prompts=prompts.txt``
@@ -47,14 +46,12 @@ class CollapseGuard(PromptMonitor):
         self,
         prompts: Sequence[str] | PathText,
         num_prompts: int = 8,
-        every_n_steps: int = 500,
         least: float = 0.3,
         action: Literal["stop", "warn"] = "stop",
         images_per_prompt: int = 4,
-        batch_size: int = 8,
-        sampling: Sampling | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(prompts, num_prompts, every_n_steps, images_per_prompt, batch_size, sampling)
+        super().__init__(prompts, num_prompts, images_per_prompt=images_per_prompt, **options)
         check_range("[2, inf)", "CollapseGuard compares them", images_per_prompt=images_per_prompt)
         check_choices(CollapseGuard, action=action)
         check_range("(0, 1)", least=least)

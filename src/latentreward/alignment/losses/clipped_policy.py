@@ -28,7 +28,7 @@ from latentreward.reward.losses.base import SetLoss
 
 
 def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:
-    r"""Compute the KL divergence of two Gaussian steps of equal spread, averaged over elements.
+    r"""Compute the KL divergence of two Gaussian steps of equal spread, averaged over elements: ``(B,)`` float32.
 
     .. math:: (\mu - \mu_{\mathrm{ref}})^2 / 2 s^2
 
@@ -36,9 +36,6 @@ def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:
         mean: ``(B, C, ...)`` mean μ of the policy's step.
         ref_mean: ``(B, C, ...)`` mean of the reference's step.
         spread: ``(B,)`` standard deviation s, positive; :attr:`latentreward.alignment.Transition.spread`.
-
-    Returns:
-        ``(B,)`` float32.
     """
     squares = (mean.float() - ref_mean.float()).square().flatten(1).mean(dim=1)
     return squares / (2 * spread.to(squares).square())
