@@ -2,14 +2,12 @@ from .export.lora import TrainedLoRA, write_kohya
 from .export.merged import loading_call, write_merged
 from .losses.clipped_policy import (
     ClippedPolicyLoss,
-    ClippedPolicyResult,
     OutcomeProcessLoss,
     gaussian_step_kl,
     held_weights,
 )
 from .losses.dpo import (
     LinearDPO,
-    LinearDPOResult,
     StepDPO,
     StepDPOResult,
     StepPairLoss,
@@ -18,9 +16,9 @@ from .losses.dpo import (
     denoising_error,
     implicit_rewards,
 )
-from .losses.group_preference import CRDLoss, CRDResult, DGPOLoss, DGPOResult
-from .losses.matching import MatchingLoss, MatchingResult, velocity_divergence
-from .losses.nft import NFTLoss, NFTResult
+from .losses.group_preference import CRDLoss, CRDResult, DGPOLoss
+from .losses.matching import MatchingLoss, velocity_divergence
+from .losses.nft import NFTLoss
 from .losses.trust_region import (
     FlowDPPO,
     GRPOGuard,
@@ -32,7 +30,6 @@ from .losses.trust_region import (
     StepDrift,
     TrustRegion,
     UncertaintyGate,
-    check_rules,
 )
 from .modules.alignment import AlignmentModule
 from .modules.diffusion_dpo import DiffusionDPOModule
@@ -74,15 +71,13 @@ from .rollout.pair_selection import (
 from .rollout.pruning import Agreement, BestAndWorst, Pruning, PruningRule, scaled_advantages
 from .rollout.reward_guidance import (
     GuidedSampler,
-    GuidedTransition,
     RewardGuidance,
-    refuse_float16,
     require_finite,
     require_gradient,
     reward_gradient,
     sample_guided,
 )
-from .rollout.samplers import DDIMSampler, FlowSDESampler, Sampling, StepSampler, Transition, reporting_steps
+from .rollout.samplers import DDIMSampler, FlowSDESampler, Sampling, StepSampler, Transition
 from .rollout.step_choice import (
     MovingWindow,
     NoisiestSteps,
@@ -119,12 +114,10 @@ __all__ = [
     "CallableReward",
     "CandidateStep",
     "ClippedPolicyLoss",
-    "ClippedPolicyResult",
     "Credit",
     "DDIMSampler",
     "DGPOLoss",
     "DGPOModule",
-    "DGPOResult",
     "DiffusionDPOModule",
     "DiffusionNFTModule",
     "DiffusionOPSDModule",
@@ -138,19 +131,15 @@ __all__ = [
     "GainCredit",
     "GroupAdvantage",
     "GuidedSampler",
-    "GuidedTransition",
     "HTTPReward",
     "KLGate",
     "LPOModule",
     "LatentReward",
     "LinearDPO",
-    "LinearDPOResult",
     "LinearThreshold",
     "MatchingLoss",
-    "MatchingResult",
     "MovingWindow",
     "NFTLoss",
-    "NFTResult",
     "NoisiestSteps",
     "NormGuard",
     "OnPolicyDistillationModule",
@@ -211,7 +200,6 @@ __all__ = [
     "WindowedSampler",
     "begin_finished",
     "candidate_steps",
-    "check_rules",
     "check_sigmas",
     "clamped_log_ratio",
     "denoising_error",
@@ -224,8 +212,6 @@ __all__ = [
     "implicit_rewards",
     "load_policy",
     "loading_call",
-    "refuse_float16",
-    "reporting_steps",
     "require_finite",
     "require_gradient",
     "reward_ascent",
