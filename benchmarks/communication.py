@@ -390,7 +390,7 @@ def watch_phases(module: Any, gathers: Gathers, found: dict[str, Any], stack: Ex
     module.training_step = step
     if not isinstance(module, AlignmentModule) or module.experience is None:
         return
-    roll_out, prepare, uncond = module.roll_out, module.prepare_prompts, module.encode_uncond
+    roll_out, prepare, uncond = module.roll_out, module.prepare_prompts, module.policy.encode_uncond
 
     def rolled_out(prompts: Any) -> Any:
         rows = roll_out(prompts)
@@ -404,11 +404,11 @@ def watch_phases(module: Any, gathers: Gathers, found: dict[str, Any], stack: Ex
             prepare(prompts)
         found["prompt_flops"] = (found["calls"].shapes.flops - before) / len(prompts)
 
-    def uncond_once() -> Any:
+    def uncond_once(*given: Any) -> Any:
         with gathers.during("rollout" if gathers.phase == "prompts" else gathers.phase):
-            return uncond()
+            return uncond(*given)
 
-    module.roll_out, module.prepare_prompts, module.encode_uncond = rolled_out, prepared, uncond_once
+    module.roll_out, module.prepare_prompts, module.policy.encode_uncond = rolled_out, prepared, uncond_once
 
 
 # --- bytes that two processes send ---------------------------------------------------------------------------------

@@ -276,7 +276,7 @@ def scale(folder: Path) -> Iterator[list[Any]]:
 
 def wait(folder: Path) -> Iterator[list[Any]]:
     """Yield the share of its training time that the tiny DiNa-LRM waits for data, on a cache of the tiny world."""
-    from latentreward.callbacks import Throughput
+    from latentreward.callbacks import Performance
     from lightning.pytorch import Trainer, seed_everything
 
     from latentreward.diffusion import LoRA, sd35_tiny
@@ -296,11 +296,12 @@ def wait(folder: Path) -> Iterator[list[Any]]:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[Throughput(every_n_batches=100)],
+            log_every_n_steps=100,
+            callbacks=[Performance()],
         )
         trainer.fit(module, data)
-        figures = trainer.callback_metrics
-        yield [workers, 32, f"{figures['train/pairs_per_second']:,.0f}", f"{figures['train/data_wait']:.2%}"]
+        seconds, waiting = (trainer.callback_metrics[f"time/{name}"] for name in ("step", "data_wait"))
+        yield [workers, 32, f"{32 / seconds:,.0f}", f"{waiting / seconds:.2%}"]
 
 
 def tiny(folder: Path, repeats: int) -> Iterator[list[Any]]:

@@ -9,7 +9,7 @@ from latentreward.callbacks.hacking_monitor import HackingMonitor
 from latentreward.callbacks.last_checkpoint import LastCheckpoint
 from latentreward.callbacks.nan_guard import NaNGuard
 from latentreward.callbacks.pairs import AccuracyInterval, PairScoreWriter, ScoredPairGrid
-from latentreward.callbacks.performance import ParameterSummary, Performance, Throughput
+from latentreward.callbacks.performance import ParameterSummary, Performance
 from latentreward.callbacks.policy_lora import PolicyLoRA
 from latentreward.callbacks.prompt_monitor import ReferenceDrift, SampleGrid, SourceChange
 from latentreward.callbacks.resumed_settings import ResumedSettings
@@ -38,7 +38,6 @@ __all__ = [
     "ScoredPairGrid",
     "SourceChange",
     "TensorBoardCharts",
-    "Throughput",
     "TimestepBands",
     "TrainableCheckpoint",
     "TrainableEMA",

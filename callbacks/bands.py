@@ -50,19 +50,15 @@ class NoiseBandAccuracy(Callback):
         self.metrics[stage].reset()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
-        """Add the pairs of a training step."""
         self._update("train", pl_module, outputs["scored"])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the accuracies of the epoch and reset them."""
         self._log("train", pl_module)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
-        """Add the pairs of a validation step, at every evaluation level."""
         self._update("val", pl_module, outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the accuracies of the epoch and reset them."""
         self._log("val", pl_module)
 
 
@@ -90,7 +86,6 @@ class TimestepBands(Callback):
         self._seen: RolloutStatistics | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Log the last rollout at the first batch after it."""
         statistics = getattr(pl_module, "rollout_statistics", None)
         if statistics is None or statistics is self._seen:
             return
@@ -104,7 +99,6 @@ class TimestepBands(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        """Log implicit accuracy and margin of a training step on pairs, over the pairs of all ranks."""
         ratios = outputs.get("ratios") if isinstance(outputs, dict) else None
         if not isinstance(ratios, StepRatios):
             return

@@ -9,7 +9,7 @@ from latentreward.callbacks.prompt_monitor import PromptMonitor, log_now
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from latentreward.alignment import AlignmentModule, Sampling
+from latentreward.alignment import AlignmentModule
 from latentreward.core.contracts import PathText, RolloutStatistics
 from latentreward.core.errors import InputError, check_choices, check_range
 
@@ -33,17 +33,10 @@ class CollapseGuard(PromptMonitor):
     end the run under either ``action``.
 
     Args:
-        prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
-        num_prompts: Prompts to take from the start of the list.
-        every_n_steps: Optimiser steps between two measurements.
         least: Fraction of its first value, in (0, 1), below which a value counts as collapsed.
         action: ``stop`` raises InputError, and earlier checkpoints stay; ``warn`` logs a warning and goes on.
         images_per_prompt: Pictures per prompt, at least 2.
-        batch_size: Pictures that a rank samples at once.
-        sampling: Sampler settings; None takes those of the module's rollouts.
-
-    Raises:
-        InputError: If a setting is out of range, and in training when the policy has collapsed.
+        options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
 
     Example:
         ``--trainer.callbacks+=CollapseGuard --trainer.callbacks.prompts=prompts.txt``
@@ -53,14 +46,12 @@ class CollapseGuard(PromptMonitor):
         self,
         prompts: Sequence[str] | PathText,
         num_prompts: int = 8,
-        every_n_steps: int = 500,
         least: float = 0.3,
         action: Literal["stop", "warn"] = "stop",
         images_per_prompt: int = 4,
-        batch_size: int = 8,
-        sampling: Sampling | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(prompts, num_prompts, every_n_steps, images_per_prompt, batch_size, sampling)
+        super().__init__(prompts, num_prompts, images_per_prompt=images_per_prompt, **options)
         check_range("[2, inf)", "CollapseGuard compares them", images_per_prompt=images_per_prompt)
         check_choices(CollapseGuard, action=action)
         check_range("(0, 1)", least=least)
@@ -69,16 +60,13 @@ class CollapseGuard(PromptMonitor):
         self._first_spread: float | None = None
 
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Measure the reference's samples, with which later samples are compared."""
         self._start = self._measure(trainer, pl_module, reference=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record the first rollout's standard deviation of scores among one prompt's candidates (mean over prompts)."""
         if self._first_spread is None:
             self._first_spread = score_spread(pl_module)
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Measure the policy's samples, log the values, and act if one has collapsed."""
         now, start = self._measure(trainer, pl_module, reference=False), dict(self._start)
         spread = score_spread(pl_module)
         if spread is not None and self._first_spread is not None:
@@ -101,11 +89,9 @@ class CollapseGuard(PromptMonitor):
             logger.warning(message)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the first rollout's standard deviation of scores."""
         return {"first_spread": self._first_spread}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         self._first_spread = state_dict["first_spread"]
 
     def _measure(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> dict[str, float]:

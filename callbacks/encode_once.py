@@ -55,7 +55,6 @@ class EncodeOnce(Callback):
         self.folder = folder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the module and the strategy."""
         data = getattr(trainer, "datamodule", None)
         cached = isinstance(pl_module, RewardModule) and getattr(data, "cached_text", False)
         if not cached and not isinstance(pl_module, AlignmentModule):
@@ -80,7 +79,6 @@ class EncodeOnce(Callback):
             raise InputError("EncodeOnce: a text encoder trains, so that its results change; leave EncodeOnce out")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Encode the prompts, and replace the text encoders."""
         if isinstance(pl_module, RewardModule):
             backbone = pl_module.model.backbone
             if (encoder := backbone.text_encoder) is not None and not isinstance(encoder, StoredPrompts):

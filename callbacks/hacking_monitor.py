@@ -81,7 +81,6 @@ class HackingMonitor(PromptMonitor):
         self._start = self._scores(trainer, pl_module, reference=True)
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Score the policy's samples, log the changes, and act if the policy hacks its reward."""
         measured = (self._start, self._scores(trainer, pl_module, reference=False))
         columns = {"held_out": [scores[:, 0] for scores in measured]}
         if pl_module.reward is not None:

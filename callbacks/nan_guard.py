@@ -26,9 +26,6 @@ class NaNGuard(Callback):
     Args:
         every_n_batches: Check the loss of every n-th batch; each check waits for the device.
 
-    Raises:
-        InputError: If ``every_n_batches`` is below 1, and in training when a loss or a weight is not finite.
-
     Example:
         ``--nan_guard.every_n_batches=10`` on the command line, or in Python ``Trainer(callbacks=[NaNGuard()])``.
     """
@@ -48,7 +45,6 @@ class NaNGuard(Callback):
         wrap_saving(trainer.strategy, save_finite, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the strategy's own ``save_checkpoint``."""
         vars(trainer.strategy).pop("save_checkpoint", None)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -56,7 +52,6 @@ class NaNGuard(Callback):
         self._batch, self._batch_idx = batch, batch_idx
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Raise InputError if the loss is not finite."""
         if self._batch_idx % self.every_n_batches or torch.isfinite(loss).all():
             return
         raise InputError(

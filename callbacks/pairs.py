@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
 from latentreward.core.bootstrap import clustered_accuracy
 from latentreward.core.contracts import to_float64
@@ -76,13 +77,11 @@ class ScoredPairGrid(Callback):
         self._off = False
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Discard the pairs found in the last validation."""
         self._found, self._seen = [], 0
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        """Keep those pairs of the batch that belong to this rank's ``num_pairs`` so far."""
         if trainer.sanity_checking or trainer.fast_dev_run or self._off:  # type: ignore[attr-defined]
             return
         if problem := no_picture(trainer, pl_module, batch):
@@ -109,7 +108,6 @@ class ScoredPairGrid(Callback):
                 del self._found[self.num_pairs :]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the picture to TensorBoard and to the run's folder; each rank draws its own pairs of it."""
         if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = output_path(trainer, self.output_name)  # a collective call
@@ -193,7 +191,6 @@ class PairScoreWriter(BasePredictionWriter):
         self._open = ExitStack()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise InputError if earlier results exist and ``overwrite`` is false, before anything is scored."""
         folder = log_folder(trainer) / "predictions"  # a collective call
         self._path = Path(self.output_dir or folder) / f"scores_rank{trainer.global_rank}.parquet"
         if self._path.exists() and not self.overwrite:
@@ -201,8 +198,8 @@ class PairScoreWriter(BasePredictionWriter):
                 f"{self._path} is there already; set predictions.overwrite: true or another predictions.output_dir"
             )
 
+    @override
     def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any) -> None:
-        """Append the scores of a batch to this rank's file."""
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -230,7 +227,6 @@ class PairScoreWriter(BasePredictionWriter):
             self._writer.write_table(table)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the file, rename it, and print its path."""
         if self._writer is not None:
             self._open.close()
             self._writer = None
@@ -238,7 +234,6 @@ class PairScoreWriter(BasePredictionWriter):
             rank_zero_info(f"scores: {self._path}{others}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the unfinished file."""
         with suppress(Exception):
             self._open.__exit__(type(exception), exception, exception.__traceback__)
         self._writer = None
@@ -257,13 +252,11 @@ class AccuracyInterval(Callback):
         self._pairs = self._levels = 0
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the pairs of an earlier test."""
         self._sums, self._pairs = {}, 0
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        """Add the pairs of a test step, at every evaluation level."""
         if not isinstance(pl_module, PairModule):
             return
         counts = (outputs.weight > 0) & (outputs.label != 0.5)
@@ -280,7 +273,6 @@ class AccuracyInterval(Callback):
         self._pairs += int(counts[: len(batch)].sum())
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the numbers of all ranks, and print a line on rank 0."""
         if not isinstance(pl_module, PairModule):
             return
         ranks = of_all_ranks((self._sums, self._pairs))

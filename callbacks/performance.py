@@ -1,8 +1,7 @@
-"""Callbacks of speed and size: faster steps with a table of their phases, pairs a second, and a table of parameters."""
+"""Callbacks of speed and size: faster steps, with seconds of their phases in the log, and a line of parameters."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from latentreward.alignment import Policy
 from latentreward.core.checkpoints.base_weights import is_quantized
 from latentreward.core.contracts import layout_of
-from latentreward.core.errors import InputError, check_at_least_one, check_range
+from latentreward.core.errors import InputError, check_range
 from latentreward.core.peak_rates import Limits, find_limits
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.compilation import compile_blocks, uncompile_blocks
@@ -99,7 +98,6 @@ class Performance(Callback):
         }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the switches that are null, and apply them to a module whose weights are not sharded yet."""
         if stage != "fit":
             return
         quantized = any(is_quantized(weight) for weight in pl_module.parameters())
@@ -122,7 +120,6 @@ class Performance(Callback):
         self.apply(pl_module)
 
     def apply(self, module: nn.Module) -> None:
-        """Apply the switches to the networks of a module, and to this process."""
         if self.chosen["fused_lora"]:
             from latentreward.diffusion.backbones.fused_lora import fuse_lora  # peft takes seconds of a command's start
 
@@ -161,13 +158,11 @@ class Performance(Callback):
                             state["step"] = state["step"].to(weight.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin to count the operations of some batches."""
         if self.times is not None:
             with suppress(RuntimeError):  # tensors of a user's batch may have no shape, such as nested ones
                 self.times.start_counting(layout_of(batch))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Log the means of the optimiser steps since the last logged one."""
         if self.times is None:
             return
         self.times.stop_counting()
@@ -180,18 +175,15 @@ class Performance(Callback):
                 self.times.restart()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the validation out of the steps' time."""
         if self.times is not None:
             self.times.stop_counting()
             self.times.pause(True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the steps' time."""
         if self.times is not None:
             self.times.pause(False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the measurement."""
         if self.times is not None:
             self.times.stop_counting()
             unlisten(trainer.profiler)  # type: ignore[attr-defined]
@@ -226,62 +218,6 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
         for block in [part] if isinstance(part, LatentEncoder) else blocks:
             layers = [layer for layer in block.modules() if type(layer).__name__ in LAYERS]
             yield from layers or ([] if block is part else [block])
-
-
-class Throughput(Callback):
-    """Callback that logs training speed and the share of time spent waiting for data.
-
-    The values are ``train/pairs_per_second`` (in an alignment rows or prompts), over all ranks, and
-    ``train/data_wait``. Validation time is left out. A ``data_wait`` above a few per cent means that more loader
-    workers would help.
-
-    Args:
-        every_n_batches: Batches per measurement; values are logged after each.
-
-    Example:
-        ``--trainer.callbacks+=Throughput --trainer.callbacks.every_n_batches=20``
-    """
-
-    def __init__(self, every_n_batches: int = 50) -> None:
-        check_at_least_one(every_n_batches=every_n_batches)
-        self.every_n_batches = every_n_batches
-        self._restart()
-
-    def _restart(self) -> None:
-        self._waiting = self._working = 0.0
-        self._pairs = self._batches = 0
-        self._since = perf_counter()
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restart the measurement, with each epoch and after a validation inside one."""
-        self._restart()
-
-    on_validation_end = on_train_epoch_start
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the time since the last batch ended as waiting for data."""
-        now = perf_counter()
-        # Lightning fetches the next batch between these two hooks.
-        self._waiting, self._since = self._waiting + now - self._since, now
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
-    ) -> None:
-        """Count the batch, and log after every ``every_n_batches`` batches."""
-        now = perf_counter()
-        self._working, self._since = self._working + now - self._since, now
-        rows = next(iter(batch.values())) if isinstance(batch, Mapping) else batch  # such as prompts, and images
-        self._pairs, self._batches = self._pairs + len(rows), self._batches + 1
-        if self._batches < self.every_n_batches:
-            return
-        elapsed = self._waiting + self._working
-        pl_module.log_dict(
-            {
-                "train/pairs_per_second": trainer.world_size * self._pairs / elapsed,
-                "train/data_wait": self._waiting / elapsed,
-            }
-        )
-        self._restart()
 
 
 class ParameterSummary(ModelSummary):

@@ -72,7 +72,6 @@ class PromptMonitor(Callback, ABC):
         """Measure the policy; called every ``every_n_steps`` optimiser steps."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the reference, so that settings that cannot work fail before training."""
         if not isinstance(pl_module, AlignmentModule):
             raise InputError(f"{type(self).__name__} watches the alignment of a policy, not {type(pl_module).__name__}")
         self._looked = trainer.global_step
@@ -80,7 +79,6 @@ class PromptMonitor(Callback, ABC):
             self.begin(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Measure the policy if the batch ended with an optimiser step at which a measurement is due."""
         assert isinstance(pl_module, AlignmentModule)
         before, self._looked = self._looked, trainer.global_step
         if before // self.every_n_steps != self._looked // self.every_n_steps:
@@ -155,11 +153,8 @@ class SampleGrid(PromptMonitor):
     log folder, or in ``samples-v1`` if an earlier run wrote ``samples``.
 
     Args:
-        prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
-        num_prompts: Prompts to take from the start of the list.
         image_size: Longer side of a drawn sample, in pixels.
         columns: Prompts side by side.
-        options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
 
     Example:
         ``--trainer.callbacks+=SampleGrid --trainer.callbacks.prompts=prompts.txt``
@@ -181,11 +176,9 @@ class SampleGrid(PromptMonitor):
         self._before: list[Image.Image] = []
 
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Draw the reference's samples."""
         self._before = self._draw(trainer, pl_module, reference=True)
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Sample the fixed prompts now, and write one picture of all samples beside the reference's."""
         folder = output_path(trainer, self.output_name)  # a collective call
         # All ranks sample, and rank 0 alone draws.
         after = self._draw(trainer, pl_module, reference=False)
@@ -231,10 +224,7 @@ class SourceChange(PromptMonitor):
 
     Args:
         prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; each edits a picture.
-        num_prompts: Prompts to take from the start of the list.
-        every_n_steps: Optimiser steps between two measurements.
         share: Share of the places that an edit may be expected to leave alone.
-        options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
 
     Example:
         ``--trainer.callbacks+=SourceChange --trainer.callbacks.prompts=edits.jsonl``
@@ -257,11 +247,9 @@ class SourceChange(PromptMonitor):
         self.region = share
 
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Measure the reference."""
         self._measure(trainer, pl_module, reference=True)
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Measure the policy."""
         self._measure(trainer, pl_module, reference=False)
 
     def _measure(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> None:
@@ -287,9 +275,6 @@ class ReferenceDrift(PromptMonitor):
     change.
 
     Args:
-        prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
-        num_prompts: Prompts to take from the start of the list.
-        every_n_steps: Optimiser steps between two measurements.
         sigmas: Noise levels in (0, 1]; for each, the nearest level of the policy's noise process is used.
         options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; ``sampling`` is that of the
             reference's samples.
@@ -315,7 +300,6 @@ class ReferenceDrift(PromptMonitor):
         self._states: list[tuple[PromptBatch, Tensor, Tensor, Tensor]] = []
 
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Make the noisy latents and the reference's predictions for them."""
         policy, self._states = pl_module.policy, []
         for batch, latents in self.latents(trainer, pl_module, reference=True):
             generators = [pair_generator(SEED, "drift noise", 0, key) for key in batch.keys]
@@ -329,7 +313,6 @@ class ReferenceDrift(PromptMonitor):
                 self._states.append((batch, timesteps.cpu(), noisy.cpu(), predicted.float().cpu()))
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Log the difference of the policy's present predictions from the reference's."""
         policy, device = pl_module.policy, pl_module.device
         errors: list[list[Tensor]] = [[] for _ in self.sigmas]
         for index, (batch, timesteps, noisy, reference) in enumerate(self._states):

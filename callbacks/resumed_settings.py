@@ -58,12 +58,6 @@ class ResumedSettings(Callback):
         in_force: Values of the checkpoint that replaced values of the settings, by name, such as
             ``model.optimizer.lr``.
 
-    Raises:
-        InputError: If the checkpoint holds the state of a callback that the run lacks; another callback undid what was
-            restored; the checkpoint's schedule or optimiser is of another class than the given one, or its optimiser
-            has other parameters; ``override`` names ``lr`` alone while the schedules differ; a OneCycleLR is shorter
-            than the run.
-
     Example:
         ``--resume_override=[lr,schedule]`` on the command line; ``Trainer(callbacks=[ResumedSettings(["lr"])])``.
     """

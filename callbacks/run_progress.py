@@ -58,11 +58,9 @@ class RunProgress(ProgressBar):
         self.is_enabled = True
 
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
-        """Print above the bars."""
         tqdm.write(sep.join(map(str, args)), **kwargs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to count at the present optimiser step: 0, or the step of the resumed checkpoint."""
         if not self.is_enabled:
             return
         if sys.stderr.isatty():  # otherwise log messages would be written into the bar
@@ -85,50 +83,41 @@ class RunProgress(ProgressBar):
         )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Update the number of steps of the run, because epochs may differ in length."""
         if self._run is not None:
             self._run.expect(total_steps(trainer))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Count the optimiser step, if the batch ended with one."""
         if self._run is not None and trainer.global_step > self._shown_step:
             self._run.add(trainer.global_step - self._shown_step, **self._values(trainer, pl_module))
             self._shown_step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the final step with the metrics of a last validation, and close the bar."""
         if self._run is not None:
             self._run.add(0, **self._values(trainer, pl_module))
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the bar before the error is printed."""
         self._close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the progress display of a validation or a sanity check."""
         if trainer.sanity_checking:
             self._begin("sanity check", trainer.num_sanity_val_batches)
         else:
             self._begin("validation", trainer.num_val_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the progress display of a test."""
         self._begin("test", trainer.num_test_batches)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the progress display of a prediction."""
         self._begin("prediction", trainer.num_predict_batches)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Count the batch of a validation, test or prediction."""
         if self._evaluation is not None:
             self._evaluation.add()
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the progress display of a validation, test or prediction."""
         if self._evaluation is not None:
             self._evaluation.close()
             self._evaluation = None

@@ -23,10 +23,6 @@ class TrainableCheckpoint(Callback):
     checkpoints. During a run the module's ``state_dict()`` holds only the trainable weights, so that frozen weights
     are not even gathered.
 
-    Raises:
-        InputError: On loading, if a trainable weight is not in the checkpoint or the reverse; names the first such
-            weight.
-
     Example:
         ``--trainer.callbacks+=TrainableCheckpoint``
     """
@@ -35,13 +31,11 @@ class TrainableCheckpoint(Callback):
         self._hook: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make Lightning save and load without the frozen weights."""
         pl_module.strict_loading = False
         self.teardown(trainer, pl_module, stage)  # of a run that an error ended, perhaps of another module
         self._hook = pl_module.register_state_dict_post_hook(drop_frozen)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the module's full ``state_dict``."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -97,7 +91,6 @@ class TrainableEMA(Callback):
         return {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raise InputError under FSDP1, whose shards cannot be averaged; warn of checkpoints without the average."""
         if isinstance(trainer.strategy, FSDPStrategy):
             raise InputError("TrainableEMA does not work with the strategy fsdp; use fsdp2 or ddp")
         if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
@@ -116,7 +109,6 @@ class TrainableEMA(Callback):
         return weights
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the average from the initial weights, or continue the checkpoint's average."""
         self._place(pl_module)
         self._last_step = trainer.global_step
 
@@ -144,7 +136,6 @@ class TrainableEMA(Callback):
 
     @torch.no_grad()
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Use the average in validation, test and prediction."""
         if not self.updates or self._raw:
             return
         weights = self._place(pl_module)
@@ -153,14 +144,12 @@ class TrainableEMA(Callback):
             weight.copy_(self.average[name])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the raw weights; ``ModelCheckpoint`` saves after this hook."""
         self._swap_out(pl_module)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the raw weights, so that the average never stays in the module."""
         self._swap_out(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,5 +162,4 @@ class TrainableEMA(Callback):
         return {"average": average, "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the average and the number of updates that :meth:`state_dict` returned."""
         self.average, self.updates = dict(state_dict["average"]), state_dict["updates"]

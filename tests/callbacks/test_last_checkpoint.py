@@ -11,7 +11,6 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
 from latentreward.apps.commands.fit_folder import last_checkpoint
-from latentreward.core.errors import InputError
 from tests.callbacks.small_run import assert_same_state, make_trainer
 from tests.callbacks.small_run import fit as fit_small
 from tests.small_user import SEEN, run
@@ -117,8 +116,3 @@ def test_a_new_run_keeps_the_file_of_an_earlier_one(tmp_path: Path) -> None:
     fit(tmp_path, 2, 3)
     steps = {path.name: torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("*.ckpt")}
     assert steps == {"last.ckpt": 7, "last-v1.ckpt": 3}
-
-
-def test_an_interval_below_one_is_refused() -> None:
-    with pytest.raises(InputError, match="every_n_train_steps is 0; it must be at least 1"):
-        LastCheckpoint(0)

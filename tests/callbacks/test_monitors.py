@@ -175,16 +175,6 @@ def test_hacking_stops_a_run_whose_last_checkpoint_is_written_once(make_trainer,
 
 
 @pytest.mark.slow
-def test_hacking_stops_no_run_before_its_least_steps(make_trainer, tmp_path, caplog):
-    monitor = HackingMonitor(PROMPTS, FallingScorer(), every_n_steps=2)
-    trainer = make_trainer(callbacks=[monitor], max_epochs=-1, max_steps=8, min_steps=3, min_epochs=0)
-    with caplog.at_level(logging.WARNING):
-        trainer.fit(grpo(), datamodule=prompts())
-    assert trainer.global_step == 3
-    assert f"Stops at min_steps and min_epochs, saved to {tmp_path / 'checkpoints' / 'last.ckpt'}" in caplog.text
-
-
-@pytest.mark.slow
 def test_hacking_may_only_be_told(make_trainer, tmp_path, caplog):
     monitor = HackingMonitor(PROMPTS, FallingScorer(), every_n_steps=2, action="warn")
     trainer = make_trainer(callbacks=[monitor], max_epochs=-1, max_steps=4)
@@ -394,33 +384,6 @@ def test_every_chart_of_an_alignment_has_curves(make_trainer, tmp_path):
     charts = charts_of(tmp_path / "run")
     assert [*charts] == ["Kept for training", "Reward hacking"]
     assert all(curves for group in charts.values() for curves in group.values()), charts
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: SampleGrid([]), "prompts of SampleGrid is empty"),
-        (lambda: SampleGrid("no/such.txt"), r"SampleGrid.prompts: no/such.txt does not exist"),
-        (lambda: SampleGrid(PROMPTS, every_n_steps=0), "SampleGrid.every_n_steps is 0; it must be at least 1"),
-        (lambda: SampleGrid(PROMPTS, columns=0), "SampleGrid.columns is 0"),
-        (lambda: ReferenceDrift(PROMPTS, sigmas=(0.0,)), "sigmas"),
-        (lambda: ReferenceDrift(PROMPTS, sigmas=(0.2, 0.2)), "each once"),
-        (lambda: HackingMonitor(PROMPTS[:1], held_out()), "at least 2 prompts"),
-        (lambda: HackingMonitor(PROMPTS, held_out(), tolerance=0.0), "tolerance=0"),
-        (lambda: HackingMonitor(PROMPTS, held_out(), reward_sigmas=(2.0,)), r"HackingMonitor.reward_sigmas=\[2.0\]"),
-        (lambda: CollapseGuard(PROMPTS, images_per_prompt=1), "images_per_prompt=1"),
-        (lambda: CollapseGuard(PROMPTS, least=1.0), "least=1"),
-        (lambda: TimestepBands((5, 1)), "edges"),
-    ],
-)
-def test_refused(make, message):
-    with pytest.raises(InputError, match=message):
-        make()
-
-
-def test_a_monitor_of_policies_refuses_a_reward_model(module, batches, loader, make_trainer):
-    with pytest.raises(InputError, match="not DiNaLRMModule"):
-        make_trainer(callbacks=[SampleGrid(PROMPTS)]).fit(module, loader(batches))
 
 
 @pytest.mark.slow

@@ -11,14 +11,12 @@ from latentreward.callbacks import NaNGuard, PolicyLoRA, ResumedSettings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from latentreward.alignment import PolicySource, TrainedLoRA, write_kohya
 from latentreward.alignment.export.lora import FILE
 from latentreward.apps.commands.fit_folder import result_lines
-from latentreward.core.errors import InputError
 from latentreward.diffusion import LoRA
 from tests.alignment.policies.alignment import Matching, tiny_source
 from tests.diffusion.families import own_families
@@ -128,11 +126,6 @@ def test_saving_is_wrapped_once_however_often_an_error_ended_a_fit(tmp_path: Pat
     for callback in callbacks:
         callback.teardown(trainer, module, "fit")
     assert not isinstance(trainer.strategy.save_checkpoint, partial)
-
-
-def test_module_without_a_policy_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="BoringModel has no policy"):
-        Trainer(fast_dev_run=1, logger=False, callbacks=[PolicyLoRA()], default_root_dir=tmp_path).fit(BoringModel())
 
 
 @pytest.mark.slow

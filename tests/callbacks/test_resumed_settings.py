@@ -146,13 +146,6 @@ def test_another_class_of_optimiser_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.slow
-def test_settings_that_were_left_to_their_defaults_are_stated_too(tmp_path: Path) -> None:
-    checkpoint, _ = start(tmp_path, "--model.optimizer=AdamW", "--model.optimizer.lr=0.1")
-    resume(tmp_path, checkpoint)
-    assert saved(tmp_path)["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.1
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
     slow_after(
@@ -218,23 +211,23 @@ def test_a_schedule_of_every_second_step_begins_at_half_of_the_steps(
     assert rate(resumed) == pytest.approx(rate(whole), rel=1e-12)
 
 
-@pytest.mark.slow
-def test_a_given_cycle_has_its_own_rates(tmp_path: Path) -> None:
-    optimizer = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1")
-    cycle = ("--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.total_steps=100")
-    checkpoint, _ = start(tmp_path, *optimizer, *cycle, "--model.lr_scheduler.max_lr=0.2")
-    given = (*optimizer, *cycle, "--model.lr_scheduler.max_lr=0.4")
-    resumed = resume(tmp_path, checkpoint, *given, "--resume_override=[schedule]")
-    whole = run("fit", tmp_path / "whole", "--trainer.max_steps=10", *given)
-    assert rate(resumed) == pytest.approx(rate(whole), rel=1e-12)
+CYCLE = ("--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.total_steps=100")
+LINEAR = ("--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=100")
 
 
 @pytest.mark.slow
-def test_a_schedule_begins_where_the_checkpoint_had_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "given"),
+    [((), LINEAR), ((*CYCLE, "--model.lr_scheduler.max_lr=0.2"), (*CYCLE, "--model.lr_scheduler.max_lr=0.4"))],
+    ids=["none before", "a cycle"],
+)
+def test_a_given_schedule_goes_on_as_if_it_had_always_been(
+    before: tuple[str, ...], given: tuple[str, ...], tmp_path: Path
+) -> None:
     optimizer = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1")
-    linear = ("--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=100")
-    resumed = resume(tmp_path, start(tmp_path, *optimizer)[0], *optimizer, *linear, "--resume_override=[schedule]")
-    whole = run("fit", tmp_path / "whole", "--trainer.max_steps=10", *optimizer, *linear)
+    checkpoint, _ = start(tmp_path, *optimizer, *before)
+    resumed = resume(tmp_path, checkpoint, *optimizer, *given, "--resume_override=[schedule]")
+    whole = run("fit", tmp_path / "whole", "--trainer.max_steps=10", *optimizer, *given)
     assert rate(resumed) == pytest.approx(rate(whole), rel=1e-12)
 
 
@@ -264,10 +257,6 @@ def test_an_optimiser_of_other_parameters_is_one_line(tmp_path: Path, capsys: py
     torch.save(content, checkpoint)
     said = refusal(capsys, "fit", tmp_path, f"--ckpt_path={checkpoint}")
     assert said.startswith("the checkpoint's optimiser has other parameters")
-
-
-def test_only_known_names_are_overridden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refusal(capsys, "fit", tmp_path, "--resume_override=[rate]").startswith("resume_override")
 
 
 @pytest.mark.parametrize(

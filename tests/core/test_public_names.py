@@ -39,7 +39,7 @@ def test_a_folder_of_a_room_finds_its_public_names(path: str) -> None:
         ("latentreward.reward.losses.thurstone.ThurstoneLoss", "latentreward.reward.ThurstoneLoss"),
         ("latentreward.reward.losses.ThurstoneLoss", "latentreward.reward.losses.ThurstoneLoss"),
         ("latentreward.alignment.losses.RAMLoss", "latentreward.alignment.RAMLoss"),
-        ("latentreward.callbacks.older.Throughput", "latentreward.callbacks.Throughput"),
+        ("latentreward.callbacks.older.Performance", "latentreward.callbacks.Performance"),
         ("latentreward.losses", "latentreward.reward.losses"),
         ("latentreward.com", "latentreward.com"),
     ],

@@ -2,15 +2,23 @@ from .export.lora import TrainedLoRA, write_kohya
 from .export.merged import loading_call, write_merged
 from .losses.clipped_policy import (
     ClippedPolicyLoss,
-    ClippedPolicyResult,
     OutcomeProcessLoss,
     gaussian_step_kl,
     held_weights,
 )
-from .losses.diffusion_dpo import LinearDPO, LinearDPOResult, denoising_error, implicit_rewards
-from .losses.group_preference import CRDLoss, CRDResult, DGPOLoss, DGPOResult
-from .losses.matching import MatchingLoss, MatchingResult, velocity_divergence
-from .losses.nft import NFTLoss, NFTResult
+from .losses.dpo import (
+    LinearDPO,
+    StepDPO,
+    StepDPOResult,
+    StepPairLoss,
+    StepRatios,
+    clamped_log_ratio,
+    denoising_error,
+    implicit_rewards,
+)
+from .losses.group_preference import CRDLoss, CRDResult, DGPOLoss
+from .losses.matching import MatchingLoss, velocity_divergence
+from .losses.nft import NFTLoss
 from .losses.trust_region import (
     FlowDPPO,
     GRPOGuard,
@@ -19,18 +27,16 @@ from .losses.trust_region import (
     Penalty,
     RankGate,
     RatioRule,
-    RuleContext,
     StepDrift,
     TrustRegion,
     UncertaintyGate,
-    check_rules,
 )
 from .modules.alignment import AlignmentModule
 from .modules.diffusion_dpo import DiffusionDPOModule
 from .modules.forward_process import AWMModule, DiffusionNFTModule, ForwardProcessModule
 from .modules.group_preference import CRDModule, DGPOModule
 from .modules.grpo import GRPOModule, StepwiseGRPOModule, TrajectoryGRPOModule, group_statistics
-from .modules.lpo import LPOModule, SPOModule, StepDPO, StepDPOResult, StepPairLoss, StepRatios, clamped_log_ratio
+from .modules.lpo import LPOModule, SPOModule
 from .modules.on_policy import OnPolicyDistillationModule, OnPolicyLoss, Teacher
 from .modules.opsd import DiffusionOPSDModule, reward_ascent
 from .modules.ram import RAMLoss, RAMModule, directed_target
@@ -65,15 +71,13 @@ from .rollout.pair_selection import (
 from .rollout.pruning import Agreement, BestAndWorst, Pruning, PruningRule, scaled_advantages
 from .rollout.reward_guidance import (
     GuidedSampler,
-    GuidedTransition,
     RewardGuidance,
-    refuse_float16,
     require_finite,
     require_gradient,
     reward_gradient,
     sample_guided,
 )
-from .rollout.samplers import DDIMSampler, FlowSDESampler, Sampling, StepSampler, Transition, reporting_steps
+from .rollout.samplers import DDIMSampler, FlowSDESampler, Sampling, StepSampler, Transition
 from .rollout.step_choice import (
     MovingWindow,
     NoisiestSteps,
@@ -110,12 +114,10 @@ __all__ = [
     "CallableReward",
     "CandidateStep",
     "ClippedPolicyLoss",
-    "ClippedPolicyResult",
     "Credit",
     "DDIMSampler",
     "DGPOLoss",
     "DGPOModule",
-    "DGPOResult",
     "DiffusionDPOModule",
     "DiffusionNFTModule",
     "DiffusionOPSDModule",
@@ -129,19 +131,15 @@ __all__ = [
     "GainCredit",
     "GroupAdvantage",
     "GuidedSampler",
-    "GuidedTransition",
     "HTTPReward",
     "KLGate",
     "LPOModule",
     "LatentReward",
     "LinearDPO",
-    "LinearDPOResult",
     "LinearThreshold",
     "MatchingLoss",
-    "MatchingResult",
     "MovingWindow",
     "NFTLoss",
-    "NFTResult",
     "NoisiestSteps",
     "NormGuard",
     "OnPolicyDistillationModule",
@@ -171,7 +169,6 @@ __all__ = [
     "RewardMixture",
     "RewardSource",
     "RolloutDraws",
-    "RuleContext",
     "SPOModule",
     "Sampling",
     "ScheduledThreshold",
@@ -203,7 +200,6 @@ __all__ = [
     "WindowedSampler",
     "begin_finished",
     "candidate_steps",
-    "check_rules",
     "check_sigmas",
     "clamped_log_ratio",
     "denoising_error",
@@ -216,8 +212,6 @@ __all__ = [
     "implicit_rewards",
     "load_policy",
     "loading_call",
-    "refuse_float16",
-    "reporting_steps",
     "require_finite",
     "require_gradient",
     "reward_ascent",

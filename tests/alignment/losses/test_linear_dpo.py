@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from latentreward.alignment import LinearDPO
-from latentreward.core.errors import InputError
 
 BETA = 2.0
 
@@ -44,9 +43,3 @@ def test_the_weight_has_no_gradient() -> None:
     result.per_pair.sum().backward()
     slopes = result.weight.item() * torch.tensor([2 * 0.5, -2 * 2.0])
     torch.testing.assert_close(prediction.grad.flatten(), slopes)
-
-
-@pytest.mark.parametrize("eta", [-0.1, 0.5])
-def test_eta_out_of_range_is_refused(eta: float) -> None:
-    with pytest.raises(InputError, match="eta"):
-        LinearDPO(eta)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from latentreward.alignment import (
@@ -20,22 +19,15 @@ from latentreward.alignment import (
     GainCredit,
     GroupAdvantage,
     GRPOGuard,
-    KLGate,
     MovingWindow,
     NormGuard,
     OutcomeProcessLoss,
-    Penalty,
-    PixelReward,
     Policy,
-    PolicySource,
     RankGate,
-    RewardGuidance,
     RewardMixture,
     Sampling,
     StateCredit,
-    StepwiseGRPOModule,
     TrajectoryGRPOModule,
-    TrustRegion,
     TurningPointCredit,
     UncertaintyGate,
 )
@@ -44,11 +36,10 @@ from latentreward.core.contracts import StepSamples, join_rows
 from latentreward.core.errors import InputError
 from latentreward.data.alignment.experience import as_plain, from_plain
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.reward import StepAwareScorer
 from tests.alignment.modules.batches import lrm
 from tests.alignment.modules.lpo_runs import make_trainer
 from tests.alignment.modules.simple_reward import FirstChannelReward, OtherChannelsReward
-from tests.alignment.modules.test_grpo import BATCH, PROMPTS, source, stepwise, trajectory
+from tests.alignment.modules.test_grpo import BATCH, PROMPTS, stepwise, trajectory
 from tests.marks import rotated_after, slow_after
 
 KL = ClippedPolicyLoss(kl_weight=0.1)
@@ -101,11 +92,6 @@ def test_every_setting_learns_from_its_rows(name: str, setting: str) -> None:
     assert any(slope.any() for slope in slopes)
 
 
-def test_without_settings_the_rows_hold_nothing_more() -> None:
-    samples = trajectory().roll_out(BATCH)
-    assert samples.process is samples.old_mean is samples.held is None
-
-
 def test_credit_is_the_gain_of_the_states_rewards() -> None:
     module = trajectory("sd35_tiny", credit=GainCredit(0.0), advantage=GroupAdvantage("none"))
     samples = module.roll_out(BATCH)
@@ -154,19 +140,6 @@ def test_finished_latents_that_are_noisier_than_the_last_state_are_warned_of(
         assert text.endswith("set reward_sigmas to the least noise level that the reward was trained at")
 
 
-def test_gains_change_nothing_among_candidates_of_one_state() -> None:
-    """A gain subtracts the reward of the state, which all candidates of step-wise GRPO share."""
-    samples = stepwise().roll_out(BATCH)
-    scores = 10 * samples.next_latents[:, :, 0].flatten(2).mean(dim=2).double()
-    before = 10 * samples.latents[:, 0].flatten(1).mean(dim=1, keepdim=True).double()
-    groups = torch.arange(len(scores)).repeat_interleave(scores.shape[1])
-    rule = GroupAdvantage()
-    plain, gains = (rule(values.flatten(), groups) for values in (scores, scores - before))
-    torch.testing.assert_close(plain, gains, atol=1e-4, rtol=1e-4)
-    with pytest.raises(TypeError):
-        StepwiseGRPOModule(source("sd15"), FirstChannelReward(), credit=GainCredit())
-
-
 def test_a_window_has_noise_in_its_steps_alone(plain: tuple[TrajectoryGRPOModule, StepSamples]) -> None:
     whole, rows = plain
     samples = trajectory("sd35_tiny", window=MovingWindow(2)).roll_out(BATCH)
@@ -198,11 +171,6 @@ def test_rows_of_other_settings_are_not_joined(plain: tuple[TrajectoryGRPOModule
     guarded = trajectory("sd35_tiny", trust_region=GRPOGuard()).roll_out(BATCH)
     with pytest.raises(InputError, match="made with another loss or trust_region"):
         join_rows([plain[1], guarded])
-
-
-def test_a_mixture_is_recorded_as_before() -> None:
-    assert "parts" not in vars(MIXED)
-    assert MIXED.parts == 2
 
 
 def test_rewards_of_a_mixture_are_normalised_one_by_one() -> None:
@@ -238,81 +206,6 @@ def test_each_reward_of_a_mixture_is_logged(monkeypatch: pytest.MonkeyPatch) -> 
     module.rollout_log.on_train_batch_start(module.trainer, module, rows, 0)
     assert logged["rollout/score"] == pytest.approx(logged["rollout/reward_1"] + logged["rollout/reward_2"], rel=1e-4)
     assert logged["rollout/reward_1"] != 0.0
-
-
-class Pull(Penalty):
-    def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
-        return 7.0 * (prediction - reference - 1).square().mean()
-
-
-class Never(KLGate):
-    takes = "rewards"
-
-    def opens(self, values: Tensor) -> Tensor:
-        return torch.zeros_like(values, dtype=torch.bool)
-
-
-class Sides(Pull):
-    def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
-        return (prediction - reference).flatten(1).mean(dim=1)
-
-
-class Base(TrustRegion):
-    kind = "penalty"
-
-
-class Unknown(Never):
-    takes = "scores"
-
-
-@pytest.mark.slow
-def test_rules_of_a_users_own_act() -> None:
-    plain, pulled = (trajectory("sd35_tiny", trust_region=rule) for rule in (None, Pull()))
-    rows = plain.roll_out(BATCH)
-    difference = pulled.training_step(rows, 0) - plain.training_step(rows, 0)
-    assert difference.item() == pytest.approx(7.0, rel=1e-4)
-    gated = trajectory("sd35_tiny", trust_region=Never(), loss=KL).roll_out(BATCH)
-    assert not gated.held.any()
-
-
-class WrongShape(GroupAdvantage):
-    def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        return super().__call__(rewards, groups)[:3]
-
-
-class NotFinite(GainCredit):
-    def __call__(self, rewards: Tensor) -> Tensor:
-        return super().__call__(rewards) * torch.nan
-
-
-class TooShort(GainCredit):
-    def __call__(self, rewards: Tensor) -> Tensor:
-        return super().__call__(rewards)[:, :1]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"advantage": WrongShape()}, r"WrongShape\.__call__ returned \(3,\); it must be a tensor \(\d+,\)"),
-        ({"credit": NotFinite()}, r"NotFinite\.__call__ returned nan; it must be finite numbers"),
-        ({"credit": TooShort()}, r"TooShort\.__call__ returned \(\d+, 1\); it must be a tensor \(\d+, \d\)"),
-    ],
-    ids=["advantage", "nan", "credit"],
-)
-def test_rules_of_a_users_own_are_checked(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        trajectory("sd35_tiny", **options).roll_out(BATCH)
-
-
-def test_rules_that_nothing_calls_are_refused() -> None:
-    with pytest.raises(InputError, match="Base is neither a RatioRule nor a KLGate nor a Penalty"):
-        trajectory("sd35_tiny", trust_region=Base())
-    with pytest.raises(InputError, match=r"Unknown\.takes is 'scores'; it must be rewards, levels or parts"):
-        trajectory("sd35_tiny", trust_region=Unknown(), loss=KL)
-    module = trajectory("sd35_tiny", trust_region=Sides())
-    rows = module.roll_out(BATCH)
-    with pytest.raises(InputError, match=r"Sides\.penalty returned \(\d+,\); it must be a scalar tensor"):
-        module.training_step(rows, 0)
 
 
 @pytest.mark.parametrize(
@@ -376,26 +269,6 @@ def test_rows_depend_on_the_noise_of_their_steps() -> None:
     assert {"sampling.num_inference_steps", "sampling.eta", "sampling.flow_noise", "guidance_scale"} < set(settings)
 
 
-def test_step_wise_grpo_has_one_advantage() -> None:
-    with pytest.raises(InputError, match="StepwiseGRPOModule has one; take ClippedPolicyLoss"):
-        stepwise("sd35_tiny", loss=OutcomeProcessLoss())
-
-
-@pytest.mark.slow
-def test_the_rank_gate_is_in_the_checkpoint(tmp_path: Path) -> None:
-    module = mixture(trust_region=RankGate(), loss=KL)
-    del module.log, module.log_dict
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path, **quiet)
-    trainer.fit(module, datamodule=PromptLoaders(PROMPTS, batch_size=4, prompts_per_rollout=2, batches_per_epoch=4))
-    trainer.save_checkpoint(tmp_path / "one.ckpt")
-    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
-    assert len(checkpoint["trust_region"]["seen"]) == 1
-    other = mixture(trust_region=RankGate(), loss=KL)
-    other.on_load_checkpoint(checkpoint)
-    assert other.gate.state() == module.gate.state()
-
-
 @pytest.mark.slow
 def test_a_resumed_run_equals_the_whole_one(tmp_path: Path) -> None:
     """With a gate that adapts and a window that moves, stopped in the middle of a rollout's rows."""
@@ -415,81 +288,3 @@ def test_a_resumed_run_equals_the_whole_one(tmp_path: Path) -> None:
     assert gate == gate_again
     assert any(not torch.equal(before[name], weight) for name, weight in whole.items())
     assert all(torch.equal(again[name], weight) for name, weight in whole.items())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"trust_region": [GRPOGuard(), FlowDPPO()]}, "GRPOGuard and FlowDPPO exclude each other"),
-        ({"trust_region": UncertaintyGate(), "reward_sigmas": (0.3, 0.6)}, r"set loss\.kl_weight above 0"),
-        ({"trust_region": UncertaintyGate(), "loss": KL}, "give reward_sigmas two or more"),
-        (
-            {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.4, 0.4)},
-            r"reward_sigmas=\[0.4, 0.4\] must be at least one noise level in \[0, 1\], each once",
-        ),
-        (
-            {
-                "trust_region": UncertaintyGate(),
-                "loss": KL,
-                "reward_sigmas": (0.3, 0.6),
-                "num_trajectories": 2,
-                "source_of_reward": OtherChannelsReward,
-            },
-            "num_trajectories=2: UncertaintyGate compares z-scores",
-        ),
-        ({"advantage": GDPO()}, "GDPO normalises rewards one by one; take a RewardMixture"),
-        (
-            {"advantage": GDPO([1.0]), "source_of_reward": lambda scale: MIXED},
-            r"advantage\.weights=\[1\.0\] for 2 rewards; give one for each",
-        ),
-        (
-            {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.3, 0.6)},
-            "FirstChannelReward does not score",
-        ),
-        ({"trust_region": RankGate(), "loss": KL}, "take a RewardMixture"),
-        ({"trust_region": GRPOGuard(), "sampling": Sampling(4, flow_noise="cps")}, "corrects Gaussian log-prob"),
-        (
-            {"advantage": GDPO(), "credit": GainCredit(), "source_of_reward": lambda scale: MIXED},
-            "GDPO takes each reward of a mixture",
-        ),
-        ({"trust_region": GRPOGuard(), "loss": OutcomeProcessLoss(), "credit": StateCredit()}, "no form for loss"),
-        ({"loss": OutcomeProcessLoss()}, "set credit: StateCredit"),
-        ({"window": MovingWindow(2), "reward_guidance": RewardGuidance()}, "leave one of them out"),
-        (
-            {
-                "reward_guidance": RewardGuidance(),
-                "source_of_reward": lambda scale: RewardMixture([FirstChannelReward(scale)], normalise="group"),
-            },
-            "RewardMixture normalises scores within a prompt; set normalise: none or running",
-        ),
-        (
-            {
-                "credit": GainCredit(),
-                "source_of_reward": lambda scale: RewardMixture([FirstChannelReward(scale)], normalise="running"),
-            },
-            "credit scores noisy states too, which a RewardMixture with normalise: running would count",
-        ),
-        (
-            {
-                "trust_region": UncertaintyGate(),
-                "loss": KL,
-                "reward_sigmas": (0.3, 0.6),
-                "source_of_reward": lambda scale: RewardMixture([OwnReward(scale)], normalise="running"),
-            },
-            "trust_region scores each sample at each level too, which a RewardMixture with normalise: running",
-        ),
-        ({"window": MovingWindow(9)}, r"window\.size=9 must lie between 1 and 4"),
-        ({"sampling": Sampling(1)}, "training needs at least 2"),
-    ],
-)
-def test_settings_that_exclude_each_other_are_refused_before_weights_are_loaded(
-    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(PolicySource, "load", lambda *args: pytest.fail("weights were loaded"))
-    with pytest.raises(InputError, match=message):
-        trajectory("sd35_tiny", **options)
-
-
-def test_credit_needs_the_score_of_a_state() -> None:
-    with pytest.raises(InputError, match="credit needs the score of a noisy state"):
-        TrajectoryGRPOModule(source("sd15"), PixelReward(StepAwareScorer()), credit=GainCredit())

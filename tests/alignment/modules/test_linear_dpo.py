@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 
 from latentreward.alignment import LinearDPO, implicit_rewards
 from latentreward.alignment.policies.moving_average import AVERAGE, DecayRamp
-from latentreward.core.errors import InputError
 from latentreward.reward.modules.reward import EncodedPairs
 from tests.alignment.modules.lpo_runs import make_trainer
 from tests.alignment.modules.test_diffusion_dpo import adapter, dpo, weighted_batch
@@ -87,32 +86,3 @@ def test_the_average_follows_before_each_step_and_is_resumed(tmp_path: Path) -> 
     for one, other in zip([*adapter(whole), *copy_of(whole)], [*adapter(again), *copy_of(again)], strict=True):
         assert torch.equal(one, other)
     assert any(not torch.equal(one, other) for one, other in zip(adapter(whole), copy_of(whole), strict=True))
-
-
-@pytest.mark.slow
-def test_a_checkpoint_without_the_average_is_refused(tmp_path: Path) -> None:
-    data = DataLoader([weighted_batch(2)] * 2, batch_size=None)
-    plain, moving = dpo(moved=0.0), dpo(moved=0.0, linear=LinearDPO(), reference=DecayRamp())
-    del plain.log
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.fit(plain, data)
-    trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(InputError, match="has no adapter 'average', which this run keeps beside the policy"):
-        make_trainer(tmp_path, max_steps=2).fit(moving, data, ckpt_path=tmp_path / "plain.ckpt")
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"slope": -1.0}, "slope=-1 must be at least 0"),
-        ({"most": 1.0}, "most=1 must lie in"),
-    ],
-)
-def test_wrong_ramps_are_refused(settings: dict, words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        DecayRamp(**settings)
-
-
-def test_wrong_weights_are_refused() -> None:
-    with pytest.raises(InputError, match=r"eta=0\.5 must lie in"):
-        LinearDPO(0.5)

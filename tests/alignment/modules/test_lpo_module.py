@@ -22,9 +22,6 @@ from latentreward.alignment import (
     Reward,
     Sampling,
     SPOModule,
-    StepDPO,
-    StepDPOResult,
-    StepPairLoss,
 )
 from latentreward.core.contracts import NoisyStates, PromptBatch, StepPairs, take_rows
 from latentreward.core.errors import InputError
@@ -218,26 +215,6 @@ def test_rollouts_leave_modes_gradients_and_adapter_as_they_were() -> None:
     assert len(weights(module)) > 0
 
 
-@pytest.mark.slow
-def test_the_reward_rises(tmp_path: Path) -> None:
-    module = lpo("sd_tiny", optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-3), threshold=0.1)
-    trainer = make_trainer(tmp_path, max_epochs=1)
-    trainer.fit(module, datamodule=loaders(batches_per_epoch=12, prompts_per_rollout=6, batch_size=8))
-    after = module.rollout_statistics
-    fresh = lpo("sd_tiny", threshold=0.1)
-    with torch.no_grad():
-        for policy in (module, fresh):
-            policy.make_experience(PromptBatch(PROMPTS, tuple(f"x/{row}" for row in range(9))))
-    assert after is not None
-    means = [policy.rollout_statistics.scores[-1].mean().item() for policy in (fresh, module)]
-    assert means[1] > means[0] + 0.5, means
-    logged = trainer.callback_metrics
-    wanted = {f"train/{name}" for name in ("loss", "implicit_accuracy", "margin", "clamped")}
-    wanted |= {f"rollout/{name}" for name in ("seconds", "process_seconds", "time_share", "score", "gap", "kept_share")}
-    assert wanted <= set(logged)
-    assert 0 < logged["rollout/time_share"] < 1
-
-
 def run(folder: Path, checkpoint: Path | None = None, **options: Any) -> LPOModule:
     module = lpo()
     trainer = make_trainer(folder, **options)
@@ -299,24 +276,6 @@ def test_a_run_that_keeps_no_pair_says_which_gaps_there_were(tmp_path: Path) -> 
     assert len(re.findall(r"\n", str(caught.value))) == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sampling": Sampling(eta=0.0)}, "eta"),
-        ({"candidates": Branching(low=999.5, high=1000)}, "widen it"),
-        ({"beta": 0.0}, "beta"),
-        ({"clip_range": 1.5}, "clip_range"),
-        ({"guidance_scale": 0.5}, "guidance_scale"),
-    ],
-)
-def test_impossible_settings_are_refused_before_weights_are_loaded(
-    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(PolicySource, "load", lambda *args: pytest.fail("weights were loaded"))
-    with pytest.raises(InputError, match=message):
-        LPOModule(PolicySource(), BrightnessSource(), **options)
-
-
 def test_spo_is_lpo_with_other_settings() -> None:
     module = SPOModule(PolicySource(), BrightnessSource())
     assert module.loss.beta == 10.0
@@ -350,27 +309,3 @@ def test_a_reward_of_another_size_is_said(size: Any, warned: bool, tmp_path: Pat
         "model.reward: trained on images of 8x24 center-cropped, but the policy samples 16x16; set "
         "model.sampling.height and width, or train a reward at this size"
     ]
-
-
-class Hinge(StepPairLoss):
-    """A loss of one's own."""
-
-    def forward(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> StepDPOResult:
-        margin = chosen - ref_chosen - rejected + ref_rejected
-        return StepDPOResult(
-            (1 - margin).relu().mean(), (margin > 0).float().mean(), margin.mean(), margin.new_zeros(())
-        )
-
-
-@pytest.mark.parametrize(
-    ("loss", "beta", "equal"),
-    [(StepDPO(500.0), 7.0, True), (Hinge(), 500.0, False)],
-    ids=["default", "own"],
-)
-def test_the_loss_can_be_replaced(
-    loss: StepPairLoss, beta: float, equal: bool, module: LPOModule, pairs: StepPairs
-) -> None:
-    other = moved(lpo(loss=loss, beta=beta))
-    found = other.compare(pairs)[0].loss
-    assert torch.equal(found, module.compare(pairs)[0].loss) is equal
-    assert any(gradient.any() for gradient in gradients(other, found))

@@ -96,14 +96,6 @@ def test_the_loss_is_that_of_the_samplers_steps(name: str, factor: str) -> None:
     torch.testing.assert_close(module.training_step(rows, 0).detach(), wanted[factor].mean(), rtol=1e-3, atol=1e-7)
 
 
-def test_only_the_policy_gets_a_gradient(checkpoint: tuple[Path, dict[str, Tensor]]) -> None:
-    module = attached(make(GUIDED, Teacher(str(checkpoint[0])), Teacher(pipeline=source_of("sd35_tiny"))))
-    moved(module)
-    module.training_step(module.roll_out(BATCH), 0).backward()
-    trained = {name for name, weight in module.named_parameters() if weight.grad is not None and weight.grad.any()}
-    assert trained and all(".policy." in name for name in trained)
-
-
 def test_an_adapter_teaches_what_it_predicts(checkpoint: tuple[Path, dict[str, Tensor]]) -> None:
     """As on a policy that has learned the same; its weights are in no checkpoint of the student."""
     path, weights = checkpoint
@@ -175,41 +167,6 @@ def test_a_policy_comes_near_its_teacher(tmp_path: Path) -> None:
             for scale, reference in ((off, False), (off, True), (3.0, True))
         )
     assert (new - wanted).square().mean() < 0.85 * (old - wanted).square().mean()
-
-
-@pytest.mark.slow
-def test_a_resumed_run_equals_the_whole_one(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
-    results = []
-    for stop, resumed in ((5, None), (3, None), (5, tmp_path / "3.ckpt")):
-        teachers = GUIDED, Teacher(str(checkpoint[0])), Teacher(pipeline=source_of("sd35_tiny"))
-        module = make(*teachers, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05))
-        trainer = make_trainer(tmp_path, max_steps=stop)
-        trainer.fit(module, datamodule=loaders(), ckpt_path=resumed)
-        trainer.save_checkpoint(tmp_path / f"{stop}.ckpt")
-        results.append(clones(adapter(module)))
-    assert all(torch.equal(results[2][name], weight) for name, weight in results[0].items())
-
-
-@pytest.mark.parametrize(
-    ("teachers", "options", "words"),
-    [
-        ([], {}, "teachers is empty; give at least one"),
-        ([Teacher()], {}, "without checkpoint, pipeline and a guidance_scale unlike the policy's, a teacher is"),
-        ([Teacher(guidance_scale=1.0)], {}, "a teacher is the policy at its start"),
-        ([Teacher(guidance_scale=0.5)], {}, "guidance_scale=0.5 must be at least 1"),
-        ([Teacher("a.ckpt", "b")], {}, "a teacher has checkpoint and pipeline; give one of them"),
-        ([Teacher("missing.ckpt")], {}, "checkpoint=missing.ckpt does not exist"),
-        ([Teacher(pipeline="sd_tiny")], {}, "pipeline=sd_tiny is .*, of another family or latent space"),
-        ([GUIDED], {"loss": OnPolicyLoss("kl_exact")}, "sampling.noise_level=0 none of the 4 steps adds noise"),
-        ([GUIDED], {"steps": RandomSteps(0.1)}, "share=0.1 of 4 steps leaves none"),
-    ],
-)
-def test_wrong_settings_are_refused_before_anything_is_loaded(
-    teachers: list[Teacher], options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(PolicySource, "load", lambda *args: pytest.fail("loaded"))
-    with pytest.raises(InputError, match=words):
-        OnPolicyDistillationModule(source("sd35_tiny"), teachers, sampling=Sampling(4), **options)
 
 
 def test_a_pipeline_with_other_text_encoders_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.alignment import AlignmentModule, LPOModule, PolicySource
+from latentreward.alignment import LPOModule
 from latentreward.core.contracts import PromptBatch, StepPairs
 from latentreward.core.errors import InputError
 from tests.alignment.modules.lpo_runs import PROMPTS, lpo, make_trainer
@@ -81,28 +81,3 @@ def test_rows_of_a_rollout_that_do_not_fit_together_are_named(
     message = rf"^LPOModule.make_experience returned StepPairs with {problem}.* \(test_rollout_module.py:\d+\)$"
     with pytest.raises(InputError, match=message):
         module.roll_out(prompts)
-
-
-class WithoutRows(AlignmentModule):
-    """A method that does not say of which class its rows are."""
-
-    def make_experience(self, prompts: PromptBatch) -> StepPairs | None:
-        return None
-
-
-class WithoutRollouts(AlignmentModule):
-    """A method with rows and no rollout that makes them."""
-
-    experience = StepPairs
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (WithoutRows, "WithoutRows: set experience to the class of the rows that make_experience returns"),
-        (WithoutRollouts, "WithoutRollouts has experience, but no make_experience"),
-    ],
-)
-def test_rollouts_and_their_rows_belong_together(kind: type[AlignmentModule], message: str) -> None:
-    with pytest.raises(InputError, match=f"^{message}"):
-        kind(PolicySource())

@@ -12,7 +12,7 @@ from latentreward.alignment.rewards.pixel import StepAwareReward
 from latentreward.core.contracts import NoisyStates
 from latentreward.core.errors import InputError
 from latentreward.core.reports.drawing import to_image
-from latentreward.reward import CallableScorer, ImageScorer, StepAwareScorer
+from latentreward.reward import CallableScorer, ImageScorer
 from latentreward.reward.scorers.step_aware import load_step_aware
 from latentreward.reward.scorers.step_aware_clip import StepAwareCLIP
 from latentreward.tinyworld.judge import TinyWorldEditJudge
@@ -97,12 +97,6 @@ def test_finished_latents_are_scored_as_such(policy: Policy, network: StepAwareC
     finished = NoisyStates(given.latents, torch.zeros(5), given.rows, given.latents)
     with torch.no_grad():
         torch.testing.assert_close(reward.score_clean(given.latents, given.rows, encoded), reward(finished, encoded))
-
-
-def test_scorers_without_gradient_are_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(InputError, match="ReFLModule needs the gradient of the reward, and PixelReward has none"):
-        PixelReward(CallableScorer(redness, "redness")).require_gradient("ReFLModule")
-    PixelReward(StepAwareScorer("spm_tiny")).require_gradient("ReFLModule")
 
 
 def test_refusals(policy: Policy) -> None:

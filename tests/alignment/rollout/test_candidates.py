@@ -10,7 +10,6 @@ from torch import Tensor
 from latentreward.alignment import Branching, DDIMSampler, RolloutDraws, Sampling, StepSampler, candidate_steps
 from latentreward.alignment.rollout.samplers import inside_window
 from latentreward.core.contracts import PromptBatch
-from latentreward.core.errors import InputError
 from tests.alignment.rollout.tiny_rollout import PROMPTS, Brightness, NetworkRows, roll_out, tiny_policy
 
 STEPS = Sampling(num_inference_steps=5).with_noise()
@@ -183,48 +182,3 @@ def test_steps_without_noise_have_no_candidates() -> None:
     steps, finished = roll_out(policy, sampler, Brightness(), PROMPTS, Branching(2), STEPS, 1.0, seed=0)
     assert len(steps) == 4
     assert finished.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_candidates": 1}, "num_candidates=1 must be at least 2"),
-        ({"low": 500.0, "high": 100.0}, r"low=500 must lie in \[-inf, 100.0\]; exchange low and high"),
-        ({"low": float("nan")}, "low=nan"),
-    ],
-)
-def test_refused_settings(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Branching(**options)
-
-
-def test_an_empty_window_is_refused() -> None:
-    _, sampler = parts("sd15")
-    with pytest.raises(InputError, match=r"no step with noise lies in the window low=900, high=1000; the 5 timesteps"):
-        Branching(low=900, high=1000).steps(sampler)
-
-
-@both_families
-def test_a_deterministic_sampler_is_refused(name: str) -> None:
-    still = Sampling(5, eta=0.0, noise_level=0.0)
-    policy, sampler = parts(name, still)
-    with NetworkRows(policy) as calls, pytest.raises(InputError, match="adds noise"):
-        roll_out(policy, sampler, Brightness(), PROMPTS, Branching(), still, 1.0, seed=0)
-    assert not calls
-
-
-@pytest.mark.parametrize(
-    ("scores", "message"),
-    [
-        (lambda n: torch.full((n,), float("nan")), "returned nan at timestep"),
-        (lambda n: torch.zeros(n, 1), r"\(6, 1\)"),
-    ],
-)
-def test_rewards_that_return_no_scores(scores: Callable[[int], Tensor], message: str) -> None:
-    class Faulty(Brightness):
-        def score(self, states: Any, encoded: Tensor) -> Tensor:
-            return scores(len(states.latents))
-
-    policy, sampler = parts("sd15")
-    with pytest.raises(InputError, match=message):
-        roll_out(policy, sampler, Faulty(), PROMPTS, Branching(2), STEPS, 1.0, seed=0)

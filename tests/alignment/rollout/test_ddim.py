@@ -129,25 +129,6 @@ def test_next_timestep() -> None:
     assert [sampler.next_timestep(index) for index in (0, 18, 19)] == [901.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("config", "steps", "eta", "message"),
-    [
-        ({}, 0, 1.0, r"num_inference_steps=0 must lie in \[1, 1000\]"),
-        ({}, 1001, 1.0, r"num_inference_steps=1001 must lie in \[1, 1000\]"),
-        ({}, 1000, 1.0, "num_inference_steps=1000 with the scheduler's steps_offset"),
-        ({}, 20, 3.0, "eta=3 is more noise"),
-        ({"clip_sample": True}, 20, 1.0, "clip_sample=true"),
-        ({"thresholding": True}, 20, 1.0, "thresholding=true"),
-        ({"prediction_type": "sample"}, 20, 1.0, "prediction_type 'sample'"),
-        ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 20, 1.0, "rescale_betas_zero_snr=true"),
-    ],
-)
-def test_refused(config: dict[str, Any], steps: int, eta: float, message: str) -> None:
-    with pytest.raises(InputError, match=message) as error:
-        DDIMSampler(CONFIG | config, steps, eta)
-    assert "\n" not in str(error.value)
-
-
 def test_timesteps_of_another_schedule_are_refused() -> None:
     latents, output = tensors(0, 2)
     with pytest.raises(InputError, match="timestep 940 is none of the 20 steps"):

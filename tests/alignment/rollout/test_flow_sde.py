@@ -88,20 +88,6 @@ def test_float32_whatever_comes_in() -> None:
     assert found.mean.dtype == found.std.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("config", "steps", "message"),
-    [
-        ({}, 0, r"num_inference_steps=0 must lie in \[1, 1000\]"),
-        ({}, 1001, r"num_inference_steps=1001 must lie in \[1, 1000\]"),
-        ({"use_dynamic_shifting": True}, 10, "use_dynamic_shifting=true"),
-        ({"invert_sigmas": True}, 10, "invert_sigmas=true"),
-    ],
-)
-def test_refused(config: dict[str, Any], steps: int, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        FlowSDESampler(*static_levels(CONFIG | config, steps))
-
-
 def test_deterministic_samplers_have_no_log_probability() -> None:
     with pytest.raises(InputError, match=r"sampling.noise_level=0 none of the 10 steps adds noise"):
         FlowSDESampler(*static_levels(CONFIG, 10), 0.0).require_noise()

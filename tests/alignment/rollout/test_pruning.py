@@ -11,27 +11,17 @@ from latentreward.alignment import (
     BestAndWorst,
     DGPOLoss,
     GroupAdvantage,
-    PixelReward,
-    Pruning,
     PruningRule,
-    RewardMixture,
     RolloutDraws,
     Sampling,
     sample_pruned,
     sample_trajectories,
     scaled_advantages,
 )
-from latentreward.core.errors import InputError
-from latentreward.reward import CallableScorer
-from tests.alignment.modules.simple_reward import FirstChannelReward
 from tests.alignment.rollout.tiny_rollout import PROMPTS, NetworkRows, tiny_policy
 from tests.marks import slow_after
 
 NONE = torch.Generator()
-
-
-def sameness(prompts: Any, images: Any) -> Tensor:
-    return torch.zeros(len(images))
 
 
 def kept(predicted: Tensor, count: int, rule: PruningRule | None = None) -> Tensor:
@@ -96,14 +86,6 @@ def test_few_samples_do_not_raise_the_contrast(rho: float, prompts: int, count: 
     assert (found >= 1).all() and found.isfinite().all()
 
 
-def test_agreements_of_rollouts_add_up() -> None:
-    predicted, rewards = simulated(0.6, prompts=40)
-    chosen = kept(predicted, 6)
-    parts = [Agreement.of(predicted[at], chosen[at], rewards.gather(1, chosen)[at]) for at in (slice(9), slice(9, 40))]
-    whole = Agreement.of(predicted, chosen, rewards.gather(1, chosen))
-    assert (parts[0] + parts[1]).correlation.item() == pytest.approx(whole.correlation.item(), rel=1e-9)
-
-
 @pytest.mark.parametrize(("predicted", "rewards"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
 def test_equal_scores_correlate_with_nothing(predicted: float, rewards: float) -> None:
     drawn = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
@@ -148,18 +130,6 @@ def test_dgpo_weighs_groups_as_without_pruning(slope: float) -> None:
     assert found[2] != pytest.approx(found[0], rel=0.08)
 
 
-@pytest.mark.parametrize(("ratio", "share", "needed"),
-    [(2, 0.2, 0.47), (2, 0.4, 0.67), (2, 0.6, 0.82), (4, 0.2, 0.53), (4, 0.4, 0.74), (4, 0.6, 0.91)])  # fmt: skip
-def test_pruning_pays_above_a_correlation(ratio: int, share: float, needed: float) -> None:
-    """Rollouts alone, u = 0; training makes it pay earlier, by √(1 + u)."""
-    predicted, rewards = simulated(0.5)
-    chosen = kept(predicted, 24 // ratio)
-    agreement = Agreement.of(predicted, chosen, rewards.gather(1, chosen))
-    pruning = Pruning(24, round(10 * share))
-    assert agreement.least_correlation(pruning, 24 // ratio, 10, 0.0) == pytest.approx(needed, abs=0.02)
-    assert agreement.least_correlation(pruning, 24 // ratio, 10, 30.0) == pytest.approx(needed / 2, abs=0.02)
-
-
 @pytest.mark.parametrize("name", slow_after(1, ["sd35_tiny", "sd_tiny"]))
 def test_kept_trajectories_are_those_of_a_whole_sampling(name: str) -> None:
     """Noise and log-probabilities too; the network sees all samples up to the step, the kept ones after it."""
@@ -188,49 +158,3 @@ def test_keeping_all_is_a_whole_sampling_to_the_bit() -> None:
     taken, _ = sample_pruned(policy, sampler, PROMPTS, steps, 1.0, 3, (1, lambda *_: torch.arange(3)))
     assert torch.equal(taken.latents, whole.latents) and torch.equal(taken.log_prob, whole.log_prob)
     assert torch.equal(taken.latents[0], RolloutDraws(3, PROMPTS.keys).initial(policy.latent_shape()))
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"candidates": 3}, "pruning.candidates=3 is less than num_samples=4, the samples that are finished; raise it"),
-        (
-            {"after_steps": 10},
-            "pruning.after_steps=10 goes beyond step 9, the last one that leaves noise when sampling",
-        ),
-        ({"after_steps": 0}, "pruning.after_steps is 0; it must be at least 1"),
-        ({"candidates": 0}, "pruning.candidates is 0; it must be at least 1"),
-        ({"min_spread": -1.0}, "^pruning.min_spread=-1 must be at least 0 and finite; 0 leaves no prompt out"),
-        (
-            {"reward": PixelReward(CallableScorer(sameness, name="same"))},
-            "pruning needs the score of a noisy state, which PixelReward",
-        ),
-        (
-            {"reward": RewardMixture([FirstChannelReward()], normalise="running")},
-            "pruning scores noisy states too, which a RewardMixture with normalise: running would count among the",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_refused(options: dict[str, Any], said: str) -> None:
-    reward = options.pop("reward", FirstChannelReward())
-    with pytest.raises(InputError, match=said.replace("(", r"\(")) as error:
-        Pruning(**{"candidates": 8, "after_steps": 4, **options}).check("num_samples", 4, 10, reward)
-    assert "\n" not in str(error.value)
-
-
-class Wrong(PruningRule):
-    """Returns what it was given."""
-
-    def __init__(self, found: Tensor) -> None:
-        self.found = found
-
-    def choose(self, predicted: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        return self.found
-
-
-@pytest.mark.parametrize(
-    ("found", "said"), [([0], "must be a tensor"), ([0, 0], "2, each once"), ([0, 4], "from 0 to 3")]
-)
-def test_a_rule_that_returns_something_else_is_named(found: list[int], said: str) -> None:
-    with pytest.raises(InputError, match=f"Wrong.choose returned .*{said}"):
-        Wrong(torch.tensor(found)).choose(torch.arange(4.0), 2, NONE)

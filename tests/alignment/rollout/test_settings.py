@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -82,28 +81,6 @@ def test_a_unet_with_a_scheduler_of_another_process_is_refused(tmp_path: Path) -
             use()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
-        ({"eta": -0.1}, r"eta=-0.1 must lie in \[0, 1\]"),
-        ({"eta": 1.1}, r"eta=1.1 must lie in \[0, 1\]"),
-        ({"noise_level": -1.0}, "noise_level=-1 must be at least 0 and finite"),
-        ({"noise_level": float("inf")}, "noise_level=inf must be at least 0 and finite"),
-    ],
-)
-def test_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Sampling(**options)
-
-
-def test_kinds_of_flow_noise_are_for_flows() -> None:
-    sampling = Sampling(5, noise_level=0.3, flow_noise="dance")
-    sampling.sampler(PolicySource("sd35_tiny").resolve_family())
-    with pytest.raises(InputError, match=r"flow_noise=dance: Stable Diffusion .* is no flow; leave it out"):
-        sampling.sampler(PolicySource("sd_tiny").resolve_family())
-
-
 def test_levels_of_an_estimate_have_values() -> None:
     """An estimate builds modules on the meta device; a family's own ``levels`` may make tensors where it likes."""
     family = PolicySource("sd35_tiny").resolve_family()
@@ -111,8 +88,3 @@ def test_levels_of_an_estimate_have_values() -> None:
     with torch.device("meta"):
         sampler = Sampling(num_inference_steps=4).sampler(family)
     assert sampler.timesteps.tolist() == [1000, 750, 500, 250]
-
-
-def test_too_many_steps_for_the_scheduler() -> None:
-    with pytest.raises(InputError, match=r"num_inference_steps=1001 must lie in \[1, 1000\]"):
-        Sampling(1001).sampler(tiny_policy("sd35_tiny").family)

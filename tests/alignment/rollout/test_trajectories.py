@@ -135,13 +135,6 @@ def test_other_sizes() -> None:
         sample_latents(policy, PROMPTS, Sampling(2, height=50), 1.0, seed=0)
 
 
-@both_families
-def test_a_deterministic_sampler_is_refused(name: str) -> None:
-    policy, still = tiny_policy(name), Sampling(5, eta=0.0, noise_level=0.0)
-    with pytest.raises(InputError, match="adds noise"):
-        still.sampler(policy.family).require_noise()
-
-
 class Noise:
     """A reward that is the noise it is given."""
 

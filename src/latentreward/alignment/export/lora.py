@@ -28,18 +28,13 @@ DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # endings of the names of A and B
 
 @dataclass(frozen=True)
 class TrainedLoRA:
-    """The weights of a trained adapter without its network, not sharded, on the CPU.
+    """The weights of a trained adapter without its network, not sharded, on the CPU."""
 
-    Attributes:
-        weights: Tensors by the names ``LAYER.lora_A.weight`` and ``LAYER.lora_B.weight``, with LAYER the name of the
-            layer in the network.
-        settings: Rank, alpha, dropout and target modules of the adapter.
-        family: Family of the network.
-    """
-
+    # Tensors by the names ``LAYER.lora_A.weight`` and ``LAYER.lora_B.weight``, with LAYER the name of the layer in
+    # the network
     weights: dict[str, Tensor]
-    settings: LoRA
-    family: Family
+    settings: LoRA  # Rank, alpha, dropout and target modules of the adapter
+    family: Family  # Family of the network
 
     def __post_init__(self) -> None:
         require_finite(self.weights, "the adapter")

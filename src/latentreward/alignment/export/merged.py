@@ -39,9 +39,6 @@ def check_classes(base: PipelineSource) -> None:
 
     The base is named by a checkpoint, which may come from a stranger, and diffusers would run Python files in the
     pipeline's folder.
-
-    Raises:
-        InputError: If a part's class is not from diffusers or transformers, or the folder holds a Python file.
     """
     import diffusers
     import transformers
@@ -84,9 +81,6 @@ def write_merged(lora: TrainedLoRA, base: PipelineSource, folder: Path, dtype: t
         base: Pipeline that the adapter was trained on.
         folder: Folder to write; an existing one is replaced.
         dtype: Dtype of all weights that are written.
-
-    Raises:
-        InputError: If diffusers cannot load ``base`` as a whole, or loading ``base`` could run foreign code.
     """
     from diffusers import DiffusionPipeline
 

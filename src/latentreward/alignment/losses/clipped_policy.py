@@ -28,7 +28,7 @@ from latentreward.reward.losses.base import SetLoss
 
 
 def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:
-    r"""Compute the KL divergence of two Gaussian steps of equal spread, averaged over elements.
+    r"""Compute the KL divergence of two Gaussian steps of equal spread, averaged over elements: ``(B,)`` float32.
 
     .. math:: (\mu - \mu_{\mathrm{ref}})^2 / 2 s^2
 
@@ -36,9 +36,6 @@ def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:
         mean: ``(B, C, ...)`` mean μ of the policy's step.
         ref_mean: ``(B, C, ...)`` mean of the reference's step.
         spread: ``(B,)`` standard deviation s, positive; :attr:`latentreward.alignment.Transition.spread`.
-
-    Returns:
-        ``(B,)`` float32.
     """
     squares = (mean.float() - ref_mean.float()).square().flatten(1).mean(dim=1)
     return squares / (2 * spread.to(squares).square())
@@ -66,21 +63,13 @@ Objective = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
 class ClippedPolicyResult(NamedTuple):
-    """Loss and its parts; all scalars, float32.
+    """Loss and its parts; all scalars, float32."""
 
-    Attributes:
-        loss: ``policy + kl_weight · kl``.
-        policy: The clipped policy term.
-        kl: Mean KL divergence from the reference; 0 if ``kl`` was not given.
-        clipped: Share of steps whose ratio lies outside 1 ± ε.
-        ratio: Mean ratio.
-    """
-
-    loss: Tensor
-    policy: Tensor
-    kl: Tensor
-    clipped: Tensor
-    ratio: Tensor
+    loss: Tensor  # ``policy + kl_weight · kl``
+    policy: Tensor  # The clipped policy term
+    kl: Tensor  # Mean KL divergence from the reference; 0 if ``kl`` was not given
+    clipped: Tensor  # Share of steps whose ratio lies outside 1 ± ε
+    ratio: Tensor  # Mean ratio
 
 
 class ClippedPolicyLoss(SetLoss):
@@ -211,20 +200,9 @@ class OutcomeProcessLoss(ClippedPolicyLoss):
     def forward(  # type: ignore[override]  # called where `process` is known
         self, log_prob: Tensor, old_log_prob: Tensor, outcome: Tensor, process: Tensor, kl: Tensor | None = None
     ) -> ClippedPolicyResult:
-        """Compute the loss of B sampled steps.
+        """Compute the loss of B sampled steps from advantages of the finished samples and of the steps' own scores.
 
-        Args:
-            log_prob: ``(B,)`` log-probabilities of the steps under the present policy.
-            old_log_prob: ``(B,)`` log-probabilities of the steps under the policy that sampled them, without guidance.
-            outcome: ``(B,)`` advantages of the steps' finished samples.
-            process: ``(B,)`` advantages of the steps' own scores.
-            kl: ``(B,)`` KL divergence from the reference; must be given if :attr:`needs_reference`.
-
-        Returns:
-            The loss and its parts; ``policy`` is the weighted sum of the two clipped terms.
-
-        Raises:
-            ValueError: If ``kl`` is missing.
+        ``policy`` of the result is the weighted sum of the two clipped terms; log-probabilities are without guidance.
         """
 
         def both(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,39 +18,23 @@ from latentreward.reward.losses.base import SetLoss
 
 
 class DGPOResult(NamedTuple):
-    """Loss and its parts.
+    """Loss and its parts."""
 
-    Attributes:
-        loss: ``policy + kl_weight · kl``, a scalar, float32.
-        policy: Mean over the samples, a scalar.
-        kl: Mean squared difference from the reference, a scalar.
-        weight: ``(G,)`` w of each group, in (0, 1).
-        clipped: ``(G, K)`` bool: samples without a gradient from ``policy``.
-    """
-
-    loss: Tensor
-    policy: Tensor
-    kl: Tensor
-    weight: Tensor
-    clipped: Tensor
+    loss: Tensor  # ``policy + kl_weight · kl``, a scalar, float32
+    policy: Tensor  # Mean over the samples, a scalar
+    kl: Tensor  # Mean squared difference from the reference, a scalar
+    weight: Tensor  # ``(G,)`` w of each group, in (0, 1)
+    clipped: Tensor  # ``(G, K)`` bool: samples without a gradient from ``policy``
 
 
 class CRDResult(NamedTuple):
-    """Loss and its parts.
+    """Loss and its parts."""
 
-    Attributes:
-        loss: ``policy + kl_weight · kl``, a scalar, float32.
-        policy: c/β times the mean of ``rows``, a scalar.
-        kl: Weighted mean squared difference from the reference, a scalar.
-        implicit: ``(G, K)`` implicit rewards ρ.
-        rows: ``(G, K)`` errors of the centred implicit rewards.
-    """
-
-    loss: Tensor
-    policy: Tensor
-    kl: Tensor
-    implicit: Tensor
-    rows: Tensor
+    loss: Tensor  # ``policy + kl_weight · kl``, a scalar, float32
+    policy: Tensor  # c/β times the mean of ``rows``, a scalar
+    kl: Tensor  # Weighted mean squared difference from the reference, a scalar
+    implicit: Tensor  # ``(G, K)`` implicit rewards ρ
+    rows: Tensor  # ``(G, K)`` errors of the centred implicit rewards
 
 
 class DGPOLoss(SetLoss):

@@ -77,23 +77,14 @@ def velocity_divergence(velocity: Tensor, other: Tensor, sigmas: Tensor, weight:
 
 
 class MatchingResult(NamedTuple):
-    """Loss and its parts; all scalars, float32.
+    """Loss and its parts; all scalars, float32."""
 
-    Attributes:
-        loss: ``policy + kl_weight · kl + average_weight · average_kl``.
-        policy: The clipped policy term.
-        kl: Mean divergence from the reference; 0 if not given.
-        average_kl: Mean divergence from the policy's moving average; 0 if not given.
-        clipped: Share of samples whose ratio lies outside 1 ± ``clip_range``.
-        ratio: Mean ratio.
-    """
-
-    loss: Tensor
-    policy: Tensor
-    kl: Tensor
-    average_kl: Tensor
-    clipped: Tensor
-    ratio: Tensor
+    loss: Tensor  # ``policy + kl_weight · kl + average_weight · average_kl``
+    policy: Tensor  # The clipped policy term
+    kl: Tensor  # Mean divergence from the reference; 0 if not given
+    average_kl: Tensor  # Mean divergence from the policy's moving average; 0 if not given
+    clipped: Tensor  # Share of samples whose ratio lies outside 1 ± ``clip_range``
+    ratio: Tensor  # Mean ratio
 
 
 class MatchingLoss(SetLoss):

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from latentreward.alignment.losses.diffusion_dpo import denoising_error
+from latentreward.alignment.losses.dpo import denoising_error
 from latentreward.core.contracts import to_float64, widest_float
 from latentreward.core.errors import check_choices, check_range
 from latentreward.reward.losses.base import SetLoss, per_row
@@ -53,23 +53,14 @@ def optimality(advantage: Tensor, max_advantage: float = 5.0, signs: Signs = "al
 
 
 class NFTResult(NamedTuple):
-    """Loss and its parts.
+    """Loss and its parts."""
 
-    Attributes:
-        loss: ``policy + kl_weight · kl``, a scalar.
-        policy: Mean over samples of the two weighted errors, a scalar.
-        kl: Mean squared difference from the reference, a scalar; 0 without a reference.
-        optimality: ``(B,)`` r of each sample.
-        positive: ``(B,)`` weighted error of v⁺, before r and c / β.
-        negative: ``(B,)`` weighted error of v⁻, before 1 − r and c / β.
-    """
-
-    loss: Tensor
-    policy: Tensor
-    kl: Tensor
-    optimality: Tensor
-    positive: Tensor
-    negative: Tensor
+    loss: Tensor  # ``policy + kl_weight · kl``, a scalar
+    policy: Tensor  # Mean over samples of the two weighted errors, a scalar
+    kl: Tensor  # Mean squared difference from the reference, a scalar; 0 without a reference
+    optimality: Tensor  # ``(B,)`` r of each sample
+    positive: Tensor  # ``(B,)`` weighted error of v⁺, before r and c / β
+    negative: Tensor  # ``(B,)`` weighted error of v⁻, before 1 − r and c / β
 
 
 class NFTLoss(SetLoss):

@@ -5,43 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from latentreward.alignment.losses.clipped_policy import clipped_objective
+from latentreward.alignment.losses.clipped_policy import ClippedPolicyLoss, clipped_objective
 from latentreward.core.contracts import to_float64
 from latentreward.core.errors import InputError, check_range
 from latentreward.core.promises import Part, detached, returns, shown, tensor, wrong_tensor
 
+if TYPE_CHECKING:
+    from latentreward.alignment.rewards.base import RewardSource
+
 Taken = Literal["rewards", "levels", "parts"]
 """Values of a rollout's samples that a gate may take; see :class:`KLGate`."""
-
-
-@dataclass(frozen=True)
-class RuleContext:
-    """What a trust region is used with, known before anything is loaded.
-
-    Attributes:
-        num_samples: Samples K per prompt.
-        reward: Name of the reward's class, for messages.
-        num_rewards: Number of rewards in it: above 1 for a mixture.
-        uses_sigmas: Whether it scores finished latents at noise levels.
-        num_levels: Number of different noise levels at which it is to score them.
-        kl_weight: Weight of the loss's KL term.
-        takes_process: Whether the loss takes two advantages of a step.
-        gaussian: Whether log-probabilities of steps are those of Gaussians.
-    """
-
-    num_samples: int
-    reward: str
-    num_rewards: int
-    uses_sigmas: bool
-    num_levels: int
-    kl_weight: float
-    takes_process: bool
-    gaussian: bool
 
 
 class TrustRegion(Part):
@@ -59,30 +37,30 @@ class TrustRegion(Part):
     def kind(self) -> str:  # abstract, so that the base class alone is refused
         """What the rule changes."""
 
-    def check(self, context: RuleContext) -> None:
-        """Raise InputError if the rule does not go with what it is used with; called before anything is loaded."""
-        if context.takes_process:
+    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
+        """Raise InputError if the rule does not go with what it is used with; called before anything is loaded.
+
+        Args:
+            loss: Loss of the steps.
+            reward: Source of the reward.
+            samples: Samples K per prompt.
+            levels: Number of noise levels at which finished latents are scored.
+            gaussian: Whether log-probabilities of steps are those of Gaussians.
+        """
+        if loss.takes_process:
             name = type(self).__name__
             raise InputError(f"trust_region: {name} has no form for loss OutcomeProcessLoss; use ClippedPolicyLoss")
 
 
 @dataclass(frozen=True)
 class StepDrift:
-    """How far the mean of each step has moved since the rollout, N steps.
+    """How far the mean of each step has moved since the rollout, N steps."""
 
-    Attributes:
-        squares: ``(N,)`` mean square of μ − μ_old over elements, with the gradient of μ.
-        std: ``(N,)`` standard deviation of the step's noise, s√Δ.
-        spread: ``(N,)`` s: for a flow the same without √Δ; see :class:`latentreward.alignment.Transition`.
-        mean_spread: Mean of s over the batch of all ranks, a scalar.
-        mean_length: Mean of √Δ over the batch of all ranks, a scalar.
-    """
-
-    squares: Tensor
-    std: Tensor
-    spread: Tensor
-    mean_spread: Tensor
-    mean_length: Tensor
+    squares: Tensor  # ``(N,)`` mean square of μ − μ_old over elements, with the gradient of μ
+    std: Tensor  # ``(N,)`` standard deviation of the step's noise, s√Δ
+    spread: Tensor  # ``(N,)`` s: for a flow the same without √Δ; see :class:`latentreward.alignment.Transition`
+    mean_spread: Tensor  # Mean of s over the batch of all ranks, a scalar
+    mean_length: Tensor  # Mean of √Δ over the batch of all ranks, a scalar
 
     @classmethod
     def between(
@@ -154,9 +132,9 @@ class GRPOGuard(RatioRule):
     def __init__(self, per_step: bool = False) -> None:
         self.per_step = per_step
 
-    def check(self, context: RuleContext) -> None:
-        super().check(context)
-        if not context.gaussian:
+    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
+        super().check(loss, reward, samples, levels, gaussian)
+        if not gaussian:
             raise InputError(
                 "trust_region: GRPOGuard corrects Gaussian log-probabilities, which sampling.flow_noise=cps does not "
                 "have; use flow or dance"
@@ -210,7 +188,7 @@ class Penalty(TrustRegion):
 
     kind = "penalty"
 
-    def check(self, context: RuleContext) -> None:
+    def check(self, *given: Any) -> None:
         """Accept everything: a term goes with any loss and reward."""
 
     @abstractmethod
@@ -260,22 +238,21 @@ class KLGate(TrustRegion):
     kind = "gate"
     takes: Taken = "rewards"
 
-    def check(self, context: RuleContext) -> None:
-        """See :meth:`TrustRegion.check`: the loss has a KL term, and the reward gives what the gate takes."""
-        super().check(context)
-        name, levels = type(self).__name__, self.takes == "levels"
-        if context.kl_weight == 0:
+    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
+        super().check(loss, reward, samples, levels, gaussian)
+        name, by_level = type(self).__name__, self.takes == "levels"
+        if loss.kl_weight == 0:
             raise InputError(f"trust_region: {name} chooses where the KL term acts; set loss.kl_weight above 0")
         if self.takes not in get_args(Taken):
             raise InputError(f"trust_region: {name}.takes is {self.takes!r}; it must be rewards, levels or parts")
-        if levels and context.num_levels < 2:
+        if by_level and levels < 2:
             raise InputError(f"trust_region: {name} compares noise levels; give reward_sigmas two or more")
-        if levels and not context.uses_sigmas:
+        if by_level and not reward.uses_sigmas:
             raise InputError(
-                f"trust_region: {name} compares noise levels, and {context.reward} does not score at levels; take a "
-                "LatentReward"
+                f"trust_region: {name} compares noise levels, and {type(reward).__name__} does not score at levels; "
+                "take a LatentReward"
             )
-        if self.takes == "parts" and context.num_rewards < 2:
+        if self.takes == "parts" and reward.parts < 2:
             raise InputError(f"trust_region: {name} compares rewards; take a RewardMixture of at least 2")
 
     @abstractmethod
@@ -312,11 +289,11 @@ class UncertaintyGate(KLGate):
         check_range("(0, 1)", "0.2 lets the KL term act on a fifth", share=share)
         self.share = share
 
-    def check(self, context: RuleContext) -> None:
-        super().check(context)
-        if context.num_samples < 3:
+    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
+        super().check(loss, reward, samples, levels, gaussian)
+        if samples < 3:
             raise InputError(
-                f"num_trajectories={context.num_samples}: UncertaintyGate compares z-scores, and those of two samples "
+                f"num_trajectories={samples}: UncertaintyGate compares z-scores, and those of two samples "
                 "are ±1; use at least 3"
             )
 
@@ -360,7 +337,6 @@ class RankGate(KLGate):
         self.seen: list[float] = []
 
     def opens(self, values: Tensor) -> Tensor:
-        """See :meth:`KLGate.opens`; adapts the share."""
         found = self.uncertainty(values.flatten(0, 1)).unflatten(0, values.shape[:2])
         above = found[found >= 0]
         if not len(above):
@@ -388,14 +364,11 @@ class RankGate(KLGate):
         self.share, self.seen = float(state["share"]), [float(mean) for mean in state["seen"]]
 
 
-def check_rules(rules: Sequence[TrustRegion], context: RuleContext) -> dict[str, TrustRegion]:
-    """Check, before anything is loaded, that rules go with each other and with what they are used with.
+def check_rules(rules: Sequence[TrustRegion], *used_with: Any) -> dict[str, TrustRegion]:
+    """Check, before anything is loaded, that rules go with each other and with the arguments of their ``check``.
 
     Returns:
         The rules by their kind.
-
-    Raises:
-        InputError: If they do not.
     """
     kinds: dict[str, TrustRegion] = {}
     for rule in rules:
@@ -408,6 +381,6 @@ def check_rules(rules: Sequence[TrustRegion], context: RuleContext) -> dict[str,
         if rule.kind in kinds:
             other = type(kinds[rule.kind]).__name__
             raise InputError(f"trust_region: {other} and {name} exclude each other; leave one of them out")
-        rule.check(context)
+        rule.check(*used_with)
         kinds[rule.kind] = rule
     return kinds

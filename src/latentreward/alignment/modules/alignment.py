@@ -74,6 +74,7 @@ class AlignmentModule(LightningModule):
         sampling: Settings of the sampler; a derived class sets its own.
         lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
             finder sets this attribute.
+        guided: Whether encoded prompts come with the empty prompt; also where another network alone needs it.
         experience: Class of a rollout's rows: a frozen dataclass with
             :class:`~latentreward.core.contracts.SampledStates` as
             its base, whose fields are tensors ``(N, ...)``, tuples of N values, or None. Rows of a checkpoint are made
@@ -102,14 +103,6 @@ class AlignmentModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
     ) -> None:
-        rolls_out = type(self).make_experience is not AlignmentModule.make_experience
-        if rolls_out and not issubclass(self.experience or object, SampledStates):
-            raise InputError(
-                f"{type(self).__name__}: set experience to the class of the rows that make_experience returns, a "
-                "dataclass derived from latentreward.core.contracts.SampledStates"
-            )
-        if self.experience is not None and not rolls_out:
-            raise InputError(f"{type(self).__name__} has experience, but no make_experience, which returns such rows")
         # Before anything is loaded: a reward of another latent space would otherwise fail after minutes of loading.
         if reward is not None:
             reward.require_latents_of(policy)
@@ -117,7 +110,9 @@ class AlignmentModule(LightningModule):
         self.optimizer, self.lr_scheduler, self.seed = optimizer, lr_scheduler, run_seed(seed)
         self.lr: float | None = None
         self.configured_lr: float | None = None
-        self.guidance_scale = policy.resolve_family().guidance(guidance_scale)
+        family = policy.resolve_family()
+        self.guidance_scale = family.guidance(guidance_scale)
+        self.guided = family.needs_uncond(self.guidance_scale)
         self.policy_source, self.policy = policy, policy.load(self.seed)
         unseen = unseen_settings("policy", vars(policy), self.policy.text_encoder)
         self.frozen_base = FrozenBase(self.policy, self.policy.source, unseen, "policy.frozen_dtype")
@@ -127,12 +122,9 @@ class AlignmentModule(LightningModule):
             self.reward.requires_grad_(False)
         self.rollout_values: dict[str, float] = {}
         self.rollout_log = RolloutLog()
-        self._rows: dict[str, int] = {}
-        self._encoded: tuple[Conditioning, Conditioning | None] | None = None
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Build a module from ``kwargs`` and load a checkpoint's weights; only tensors and plain values are read."""
         kwargs["_instantiator"] = None  # else Lightning takes the function that the checkpoint names
         return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
 
@@ -158,7 +150,6 @@ class AlignmentModule(LightningModule):
         self.frozen_base.prepare(self)
 
     def configure_model(self) -> None:
-        """Under FSDP2, shard the policy, then the reward's blocks and text encoders that are not the policy's."""
         if self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
             shard_policy(self.policy, mesh)
@@ -166,12 +157,10 @@ class AlignmentModule(LightningModule):
             shard_scorers(backbones, {*self._reward_parts(nn.Module)}, mesh)
 
     def configure_optimizers(self) -> Any:
-        """Build one optimiser over the adapter, and its schedule, stepped after each optimiser step."""
         self.configured_lr = self.lr
         return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, lr=self.lr)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the callbacks that check and log optimiser steps, and log rollouts."""
         return [OptimizerSteps(), self.rollout_log]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -284,7 +273,7 @@ class AlignmentModule(LightningModule):
         raise NotImplementedError(f"{type(self).__name__} does not learn from rollouts")
 
     def candidate_steps(self, prompts: PromptBatch) -> Iterator[CandidateStep]:
-        """Sample and score candidates, in derived classes that set ``sampler``, ``sampling`` and ``candidates``."""
+        """Call the function of this name with ``sampler``, ``sampling`` and ``candidates`` of a derived class."""
         draws = RolloutDraws(self.seed, prompts.keys)
         settings = (self.candidates, self.sampling, self.guidance_scale)
         yield from candidate_steps(self.policy, self.sampler, self.reward, prompts, *settings, draws)
@@ -376,7 +365,7 @@ class AlignmentModule(LightningModule):
         if found is not None and type(found) is not self.experience:
             raise InputError(
                 f"{type(self).__name__}: make_experience returned a {type(found).__name__}, but experience is "
-                f"{self.experience.__name__}; set experience to the class of the rows"
+                f"{getattr(self.experience, '__name__', None)}; set experience to the class of the rows"
             )
         if found is not None and (problem := wrong_rows(found)):
             kind = type(self)
@@ -394,31 +383,11 @@ class AlignmentModule(LightningModule):
         be called equally often on every rank.
         """
         with torch.no_grad(), self.compute_precision():
-            # One by one: the last bits can depend on the batch size, and a resumed run has fewer prompts left.
-            parts = [self.policy.encode_prompts([prompt]).to("cpu") for prompt in prompts]
-            if self.policy.require_text_encoder().sees_sources:
-                alone = [self.encode_uncond([prompt]) for prompt in prompts]
-                uncond = Conditioning.join([one.to("cpu") for one in alone if one is not None]) if alone[0] else None
-            else:
-                uncond = self.encode_uncond()
-        # Rows are trained on for many batches; encoding T5 anew in each would cost more than the step.
-        self._rows = {prompt: row for row, prompt in enumerate(prompts)}
-        self._encoded = Conditioning.join(parts), uncond
-
-    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
-        """Encode the empty prompt, see :meth:`Policy.encode_uncond`; None without guidance."""
-        return self.policy.encode_uncond(prompts) if self.policy.family.needs_uncond(self.guidance_scale) else None
+            self.policy.remember(prompts, self.guided)
 
     def conditioning(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning | None]:
-        """Return the encoded prompts and, under guidance, the encoded empty prompt, on the module's device."""
-        if self._encoded is None or not self._rows.keys() >= set(prompts):
-            return self.policy.encode_prompts(prompts), self.encode_uncond(prompts)
-        encoded, uncond = self._encoded
-        rows = [self._rows[prompt] for prompt in prompts]
-        if uncond is not None and self.policy.require_text_encoder().sees_sources:
-            uncond = uncond.select(rows).trimmed().to(self.device)
-        # Text is padded to the longest prompt of the rollout; attention over the rest of the padding is wasted.
-        return encoded.select(rows).trimmed().to(self.device), uncond
+        """Return the encoded prompts and, under guidance, the encoded empty prompt; see :meth:`Policy.conditioning`."""
+        return self.policy.conditioning(prompts, self.guided)
 
 
 def same(found: Tensor | None, value: Tensor | None) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from latentreward.alignment.losses.diffusion_dpo import LinearDPO, denoising_error, implicit_rewards
+from latentreward.alignment.losses.dpo import LinearDPO, denoising_error, implicit_rewards
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.policies.moving_average import AVERAGE, DecayRamp, MovingCopy
@@ -28,17 +28,11 @@ from latentreward.reward.modules.reward import EncodedPairs, PairDraws, Posterio
 
 
 class ImplicitPairs(NamedTuple):
-    """Implicit rewards of pairs at one noise level.
+    """Implicit rewards of pairs at one noise level."""
 
-    Attributes:
-        scores: Implicit rewards of chosen and rejected images; ties have weight 0.
-        drift: ``(2B,)`` mean squared difference of the predictions of policy and reference, chosen images first.
-        losses: ``(B,)`` losses of Linear-DPO; None for the sigmoid loss, which the scores determine.
-    """
-
-    scores: PairScores
-    drift: Tensor
-    losses: Tensor | None = None
+    scores: PairScores  # Implicit rewards of chosen and rejected images; ties have weight 0
+    drift: Tensor  # ``(2B,)`` mean squared difference of the predictions of policy and reference, chosen images first
+    losses: Tensor | None = None  # ``(B,)`` losses of Linear-DPO; None for the sigmoid loss, which the scores determine
 
 
 class DiffusionDPOModule(AlignmentModule):
@@ -60,7 +54,7 @@ class DiffusionDPOModule(AlignmentModule):
         posterior: Whether the VAE's latents of pixels are a ``sample`` of its posterior, new for each image and epoch,
             or the posterior's ``mode``.
         eval_timesteps: Timesteps at which validation compares every pair, with the same noise in each epoch.
-        linear: Linear-DPO's loss in place of the sigmoid; see :mod:`latentreward.alignment.losses.diffusion_dpo`.
+        linear: Linear-DPO's loss in place of the sigmoid; see :mod:`latentreward.alignment.losses.dpo`.
         reference: How slowly a moving average of the policy follows it, one move at each optimiser step. The average
             is then the reference, as in Linear-DPO; None keeps the network without its adapter.
         prior_noise: Add to each image the noise from which ``latentreward generate`` made it, as PNAPO
@@ -99,7 +93,6 @@ class DiffusionDPOModule(AlignmentModule):
         self.average = None if reference is None else MovingCopy(self.policy, AVERAGE, reference)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint has the moving average, if this run has one; see :class:`AlignmentModule`."""
         if self.average is not None:
             self.average.check(checkpoint["state_dict"])
         super().on_load_checkpoint(checkpoint)
@@ -144,7 +137,6 @@ class DiffusionDPOModule(AlignmentModule):
         return weighted_mean(gather_with_grad(pairs.losses), scores.weight), scores
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch, at a random timestep for each pair; weights are normalised over all ranks."""
         draws = PairDraws(batch, self.seed, self.current_epoch)
         encoded = self.encode(batch, draws)
         # The same timestep and noise for both images: their errors then differ by the images alone.
@@ -164,7 +156,6 @@ class DiffusionDPOModule(AlignmentModule):
         return loss
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Compare held-out pairs at every timestep of ``eval_timesteps``, with the random numbers of epoch 0."""
         encoded = self.encode(batch, PairDraws(batch, self.seed, epoch=0))
         for timestep in self.eval_timesteps.to(encoded.latents.device):
             pairs = self.compare(batch, encoded, timestep.repeat(2 * len(batch)))
@@ -176,7 +167,6 @@ class DiffusionDPOModule(AlignmentModule):
             self.log("val/drift", pairs.drift.mean(), batch_size=len(batch), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/implicit_accuracy``, ``val/margin`` and ``val/loss`` over all pairs and timesteps."""
         metrics = {"implicit_accuracy": self.val_accuracy, "margin": self.val_margin, "loss": self.val_loss}
         for name, metric in metrics.items():
             self.log(f"val/{name}", metric.compute(), prog_bar=name == "implicit_accuracy")
@@ -187,9 +177,6 @@ def prior_noises(batch: PreferenceBatch, shape: tuple[int, ...]) -> Tensor:
     """Draw again the noises ``(2B, *shape)`` from which the images were generated, chosen first, on the CPU.
 
     Pairs of weight 0 that have none get zeros.
-
-    Raises:
-        InputError: If another pair has no noise, or one of another shape than its latents.
     """
     names = batch.chosen_noise + batch.rejected_noise or (None,) * 2 * len(batch)
     weights = 2 * batch.weight.tolist() if None in names else []  # of a device, which is waited for only then

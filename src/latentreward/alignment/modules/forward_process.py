@@ -36,17 +36,11 @@ FOLLOWED = "copies_followed"
 
 
 class Renoised(NamedTuple):
-    """Noisy states of a batch, and what the network should predict for them.
+    """Noisy states of a batch, and what the network should predict for them."""
 
-    Attributes:
-        latents: ``(B, C, ...)`` x_σ.
-        target: ``(B, C, ...)`` what the network should predict: ε − x₀ of a flow.
-        sigmas: ``(B,)`` σ.
-    """
-
-    latents: Tensor
-    target: Tensor
-    sigmas: Tensor
+    latents: Tensor  # ``(B, C, ...)`` x_σ
+    target: Tensor  # ``(B, C, ...)`` what the network should predict: ε − x₀ of a flow
+    sigmas: Tensor  # ``(B,)`` σ
 
 
 class ForwardProcessModule(AlignmentModule):
@@ -80,14 +74,12 @@ class ForwardProcessModule(AlignmentModule):
             DGPO's is but for a weight of each group, a function of products of advantages with errors.
         experience: :class:`~latentreward.core.contracts.RenoisedGroups` for a method whose rows hold all samples of a
             prompt, so that no batch, rank or optimiser step has a part of them.
-        row_passes: Passes of the policy in training on a sample at one noise level; forward and backward count as 3.
     """
 
     experience: type[SampledStates] = RenoisedSamples
     flows_only = compares = prunes = True
     usual_sampling: ClassVar = Sampling(10)
     usual_steps: ClassVar[StepChoice | None] = None
-    row_passes = 3
 
     def __init__(
         self,
@@ -122,11 +114,6 @@ class ForwardProcessModule(AlignmentModule):
         if value := getattr(sampling, noise):
             raise InputError(
                 f"sampling.{noise}={value:g}: {type(self).__name__} samples without noise; leave it out or set it to 0"
-            )
-        if family.flow and (sampling.eta or sampling.flow_noise != "flow"):
-            raise InputError(
-                f"sampling: {type(self).__name__} samples a flow without noise, where eta and flow_noise have no "
-                "effect; leave them out"
             )
         if self.compares:
             check_range("[2, inf)", "one leaves nothing to compare", num_samples=num_samples)
@@ -164,23 +151,20 @@ class ForwardProcessModule(AlignmentModule):
         self._warned = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save beside the weights, those of the copies included, the step after which the copies last moved."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[FOLLOWED] = self.followed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check the checkpoint; raise InputError if a copy is missing, as in that of another method."""
         for copy in self.copies:
             copy.check(checkpoint["state_dict"])
         super().on_load_checkpoint(checkpoint)
         self.followed = checkpoint.get(FOLLOWED, 0)
 
     def make_experience(self, prompts: PromptBatch) -> SampledStates | None:
-        """See :meth:`AlignmentModule.make_experience`; the copies follow the policy first."""
         self.move_copies()
         repeated = prompts.times(self.num_samples)
         if self.pruned is not None:
-            self.pruned.begin(self, self.row_passes * len(self.trained_timesteps(repeated.keys[0])[1]))
+            self.pruned.begin()
         sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
             finished = part
@@ -230,7 +214,6 @@ class ForwardProcessModule(AlignmentModule):
                 copy.follow(self.followed)
 
     def rollout_settings(self) -> dict[str, Any]:
-        """Return no settings: finished samples are noised again, whatever sampled them."""
         return {}
 
     def guarded(self, loss: Tensor, velocity: Tensor, reference: Tensor | None) -> Tensor:
@@ -298,11 +281,8 @@ class DiffusionNFTModule(ForwardProcessModule):
     :class:`~latentreward.alignment.NFTLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``.
 
     Args:
-        policy: See :class:`ForwardProcessModule`.
-        reward: See :class:`ForwardProcessModule`.
         old: How slowly the copy that samples follows the policy.
         loss: See :class:`~latentreward.alignment.NFTLoss`.
-        options: See :class:`ForwardProcessModule`.
     """
 
     usual_steps = RandomSteps()
@@ -317,10 +297,8 @@ class DiffusionNFTModule(ForwardProcessModule):
     ) -> None:
         super().__init__(policy, reward, copies={OLD: old or DecayRamp()}, **options)
         self.loss = loss or NFTLoss()
-        self.row_passes = 4 + (self.loss.needs_reference or self.guard is not None)
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
         states = self.renoise(batch)
         old = self.predict_under(OLD, batch, states)
         held = self.loss.needs_reference or self.guard is not None
@@ -341,11 +319,8 @@ class AWMModule(ForwardProcessModule):
     ``train/average_kl``, ``train/clipped``, ``train/ratio``.
 
     Args:
-        policy: See :class:`ForwardProcessModule`.
-        reward: See :class:`ForwardProcessModule`.
         average: How slowly the moving average follows the policy.
         loss: See :class:`~latentreward.alignment.MatchingLoss`.
-        options: See :class:`ForwardProcessModule`.
     """
 
     usual_sampling = Sampling(14)
@@ -367,10 +342,8 @@ class AWMModule(ForwardProcessModule):
             copies[AVERAGE] = average or DecayRamp(most=0.3)
         super().__init__(policy, reward, copies=copies, **options)
         self.loss = loss
-        self.row_passes = 4 + bool(loss.kl_weight or self.guard is not None) + bool(loss.average_weight)
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
         states, loss = self.renoise(batch), self.loss
         kl = average_kl = old = None
         if self.trainer.global_step != self.followed:  # before the first optimiser step the policy equals its copy

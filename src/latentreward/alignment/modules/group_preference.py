@@ -1,6 +1,5 @@
 """DGPO (arXiv:2510.08425) and CRD (arXiv:2603.14128): learn from all finished samples of a prompt at once."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.policies.moving_average import AVERAGE, OLD, DecayRamp
 from latentreward.alignment.rewards.base import RewardSource
 from latentreward.alignment.rollout.step_choice import NoisiestSteps, RandomSteps
-from latentreward.core.contracts import Conditioning, RenoisedGroups, RenoisedSamples
+from latentreward.core.contracts import RenoisedGroups, RenoisedSamples
 from latentreward.core.errors import errors_at
 
 
@@ -26,11 +25,8 @@ class DGPOModule(ForwardProcessModule):
     ``train/clipped``.
 
     Args:
-        policy: See :class:`ForwardProcessModule`.
-        reward: See :class:`ForwardProcessModule`.
         old: How slowly the copy that samples follows the policy; None takes the published 0.001 · step, at most 0.3.
         loss: See :class:`~latentreward.alignment.DGPOLoss`.
-        options: See :class:`ForwardProcessModule`.
     """
 
     experience = RenoisedGroups
@@ -46,10 +42,8 @@ class DGPOModule(ForwardProcessModule):
     ) -> None:
         super().__init__(policy, reward, copies={OLD: old or DecayRamp(most=0.3)}, **options)
         self.loss = loss or DGPOLoss()
-        self.row_passes = 4 + (self.loss.clip_range is not None)
 
     def training_step(self, batch: RenoisedGroups, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
         samples = batch.samples(shared_noise=True)
         states = self.renoise(samples)
         old = None if self.loss.clip_range is None else self.predict_under(OLD, samples, states)
@@ -73,8 +67,6 @@ class CRDModule(ForwardProcessModule):
     ``train/policy`` and ``train/kl``.
 
     Args:
-        policy: See :class:`ForwardProcessModule`.
-        reward: See :class:`ForwardProcessModule`.
         old: How slowly the copy that samples follows the policy; None takes the published one, which follows at once
             up to step 75, and then less by 0.0075 a step, to 0.999.
         average: How slowly the copy follows that implicit rewards compare with; None takes the published 0.25 + 0.005 ·
@@ -82,12 +74,10 @@ class CRDModule(ForwardProcessModule):
         reference_guidance_scale: Guidance scale of the reference, as the pipeline takes it; None takes the policy's,
             which is none. Published: 4.5.
         loss: See :class:`~latentreward.alignment.CRDLoss`.
-        options: See :class:`ForwardProcessModule`.
     """
 
     experience = RenoisedGroups
     usual_steps = RandomSteps()
-    row_passes = 5
     prunes = False
 
     def __init__(
@@ -106,10 +96,7 @@ class CRDModule(ForwardProcessModule):
         copies = {OLD: old or DecayRamp(0.0075, 0.999, 75), AVERAGE: average or DecayRamp(0.005, 0.999, -50)}
         super().__init__(policy, reward, copies=copies, **options)
         self.reference_scale, self.loss = self.guidance_scale if scale is None else scale, loss or CRDLoss()
-
-    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
-        """See :meth:`AlignmentModule.encode_uncond`; the reference may be guided where the policy is not."""
-        return self.policy.encode_uncond(prompts) if self.policy.family.needs_uncond(self.reference_scale) else None
+        self.guided = family.needs_uncond(self.reference_scale)  # the policy itself is not guided
 
     @torch.no_grad()
     def reference_of(self, samples: RenoisedSamples, states: Renoised) -> Tensor:
@@ -119,7 +106,6 @@ class CRDModule(ForwardProcessModule):
             return self.policy.predict_guided(states.latents, samples.timesteps, *encoded, self.reference_scale)
 
     def training_step(self, batch: RenoisedGroups, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
         samples = batch.samples(shared_noise=False)
         states = self.renoise(samples)
         average, reference = self.predict_under(AVERAGE, samples, states), self.reference_of(samples, states)

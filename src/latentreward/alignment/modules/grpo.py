@@ -20,7 +20,7 @@ from latentreward.alignment.losses.clipped_policy import (
     gaussian_step_kl,
     held_weights,
 )
-from latentreward.alignment.losses.trust_region import RuleContext, StepDrift, TrustRegion, check_rules
+from latentreward.alignment.losses.trust_region import StepDrift, TrustRegion, check_rules
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.modules.pruned import PrunedRollouts
 from latentreward.alignment.policies.loading import PolicySource
@@ -88,7 +88,6 @@ class GRPOModule(AlignmentModule):
         return set()
 
     def training_step(self, batch: StepSamples, batch_idx: int) -> Tensor:
-        """Return the loss of a batch of states with K sampled steps each."""
         penalty, reference = self.rules.get("penalty"), None
         if self.loss.needs_reference or penalty is not None:
             with torch.no_grad(), self.policy.reference():
@@ -148,10 +147,7 @@ class StepwiseGRPOModule(GRPOModule):
     Args:
         policy: The generator.
         reward: Source of a reward that scores noisy states.
-        sampling: See :class:`GRPOModule`.
         candidates: Number of candidates K, timestep window, and the candidate with which a rollout goes on.
-        loss: See :class:`GRPOModule`.
-        options: See :class:`GRPOModule`.
     """
 
     def __init__(
@@ -201,7 +197,6 @@ class TrajectoryGRPOModule(GRPOModule):
     Args:
         policy: The generator.
         reward: Source of a reward that scores finished latents.
-        sampling: See :class:`GRPOModule`.
         num_trajectories: Trajectories K per prompt.
         low: Lowest timestep of the steps that are trained on.
         high: Highest timestep of the steps that are trained on. Steps outside are sampled, but not trained on.
@@ -225,7 +220,6 @@ class TrajectoryGRPOModule(GRPOModule):
             them while the next are sampled. None takes all.
         pruning: How many candidates of a prompt are sampled, of which a latent reward picks the ``num_trajectories``
             that are finished. None finishes all.
-        options: See :class:`GRPOModule`.
     """
 
     def __init__(
@@ -262,17 +256,8 @@ class TrajectoryGRPOModule(GRPOModule):
         if window is not None and reward_guidance is not None:
             raise InputError("window and reward_guidance both choose steps of a rollout; leave one of them out")
         cps = sampling is not None and sampling.flow_noise == "cps" and policy.resolve_family().flow
-        context = RuleContext(
-            num_trajectories,
-            type(reward).__name__,
-            reward.parts,
-            reward.uses_sigmas,
-            len(reward_sigmas),
-            loss.kl_weight,
-            loss.takes_process,
-            gaussian=not cps,
-        )
-        rules = check_rules([trust_region] if isinstance(trust_region, TrustRegion) else trust_region or [], context)
+        used_with = loss, reward, num_trajectories, len(reward_sigmas), not cps
+        rules = check_rules([trust_region] if isinstance(trust_region, TrustRegion) else trust_region or [], *used_with)
         if advantage is not None:
             advantage.check(reward.parts)
         if pruning is not None:
@@ -322,7 +307,6 @@ class TrajectoryGRPOModule(GRPOModule):
         return {name for name, there in given.items() if there}
 
     def on_fit_start(self) -> None:
-        """Warn if credit compares noise levels that are too far apart; see :meth:`AlignmentModule.on_fit_start`."""
         super().on_fit_start()
         if self.credit is None or isinstance(self.credit, StateCredit):  # which reads no finished latents
             return
@@ -338,13 +322,11 @@ class TrajectoryGRPOModule(GRPOModule):
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the state of a gate that adapts."""
         super().on_save_checkpoint(checkpoint)
         if self.gate is not None and (state := self.gate.state()):
             checkpoint[GATE] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the state of a gate that adapts."""
         super().on_load_checkpoint(checkpoint)
         if self.gate is not None and GATE in checkpoint:
             self.gate.restore(checkpoint[GATE])
@@ -418,8 +400,7 @@ class TrajectoryGRPOModule(GRPOModule):
             out, and the samples, a row for each trajectory.
         """
         if self.pruned is not None:
-            steps = len(self.trained_steps) if self.window is None else self.window.size
-            self.pruned.begin(self, steps * (3 + (self.loss.needs_reference or "penalty" in self.rules)))
+            self.pruned.begin()
         sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
             if self.pruned is None:

@@ -1,6 +1,4 @@
-r"""On-policy distillation: frozen teachers correct a policy's outputs at the states of its own samples.
-
-On-policy distillation: a policy's outputs at states of its own samples are pulled to those of frozen teachers.
+r"""On-policy distillation: a policy's outputs at states of its own samples are pulled to those of frozen teachers.
 
 .. math:: l = f(\sigma)\,\frac1J \sum_j \langle (v - v_j)^2 \rangle
 
@@ -9,7 +7,6 @@ the output, with the slope c: a flow's is Δ(1 + s²(1 − σ) / 2σ), where Δ 
 of its noise. So losses of means differ from one of outputs by a factor of the noise level alone.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +24,7 @@ from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.alignment.rollout.step_choice import StepChoice
 from latentreward.alignment.rollout.trajectories import sample_trajectories
 from latentreward.core.checkpoints.base_weights import BaseSample
-from latentreward.core.contracts import Conditioning, PathText, PromptBatch, SampledStates, join_rows
+from latentreward.core.contracts import PathText, PromptBatch, SampledStates, join_rows
 from latentreward.core.errors import InputError, check_at_least_one, check_choices, errors_at
 from latentreward.core.running import pair_generator
 from latentreward.diffusion import Family
@@ -150,9 +147,6 @@ def add_teacher(policy: Policy, saved: SavedAdapter, number: int, checkpoint: Pa
 
     Returns:
         Name of the adapter in the network.
-
-    Raises:
-        InputError: If the adapter is of another base.
     """
     from peft import LoraConfig
 
@@ -195,7 +189,6 @@ class OnPolicyDistillationModule(AlignmentModule):
         loss: See :class:`~latentreward.alignment.OnPolicyLoss`.
         prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory. None takes all.
         guidance_scale: Guidance scale of the policy, in sampling and training; None switches guidance off.
-        options: See :class:`~latentreward.alignment.AlignmentModule`.
     """
 
     experience = SampledStates
@@ -238,12 +231,7 @@ class OnPolicyDistillationModule(AlignmentModule):
         others = {str(number): families[number] for number, one in enumerate(teachers) if one.pipeline is not None}
         self.networks = nn.ModuleDict({number: load_teacher(policy, family) for number, family in others.items()})
 
-    def encode_uncond(self, prompts: Sequence[str] = ()) -> Conditioning | None:
-        """See :meth:`AlignmentModule.encode_uncond`; a teacher may be guided where the policy is not."""
-        return self.policy.encode_uncond(prompts) if self.guided else None
-
     def make_experience(self, prompts: PromptBatch) -> SampledStates:
-        """See :meth:`AlignmentModule.make_experience`: the states of a sample, each a row."""
         rows = []
         for part in prompts.split(self.prompts_at_once):
             settings = (part, self.sampling, self.guidance_scale, self.seed)
@@ -275,7 +263,6 @@ class OnPolicyDistillationModule(AlignmentModule):
         return torch.stack(outputs)
 
     def training_step(self, batch: SampledStates, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
         zeros = batch.latents.new_zeros(len(batch), *[1] * (batch.latents.ndim - 1))
         # Means are linear in the output.
         step = self.sampler.transition(zeros, zeros + 1, batch.timesteps)

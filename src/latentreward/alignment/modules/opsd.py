@@ -115,12 +115,10 @@ class DiffusionOPSDModule(ForwardProcessModule):
         self.query = int((levels - query_sigma).abs().argmin())
 
     def setup(self, stage: str) -> None:
-        """Check the precision; raise InputError for float16, where the reward's unscaled gradients vanish."""
         super().setup(stage)
         refuse_float16(self.trainer.precision)
 
     def make_experience(self, prompts: PromptBatch) -> SampledStates:
-        """See :meth:`AlignmentModule.make_experience`; the copies follow the policy first."""
         self.move_copies()
         shape, states = self.sampling.latent_shape(self.policy.family), []
         for part in prompts.split(self.prompts_at_once):
@@ -149,7 +147,6 @@ class DiffusionOPSDModule(ForwardProcessModule):
         return *reward_ascent(anchor, slope_of, radius, self.ascent_steps), rewards[0].detach()
 
     def training_step(self, batch: SampledStates, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
         zeros = torch.zeros_like(batch.latents)
         # Predicted clean latents are linear in the output: a velocity's σ, a noise's s/a.
         without = self.sampler.clean(batch.latents, zeros, batch.timesteps)

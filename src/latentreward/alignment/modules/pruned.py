@@ -1,7 +1,6 @@
 """Pruned rollouts of a module that learns from finished samples: sampling, advantages, and what they cost."""
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from latentreward.alignment.modules.alignment import AlignmentModule
@@ -13,12 +12,9 @@ from latentreward.alignment.rollout.trajectories import Trajectories, sample_pru
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.running import pair_generator
 
-ENOUGH = 256
-"""Degrees of freedom, K − 1 a prompt, from which on ρ is judged; its standard error is then at most 0.06."""
-
 
 class PrunedRollouts:
-    """Pruned rollouts of one module; ρ is measured over all its rollouts, and said once if it is too low.
+    """Pruned rollouts of one module; ρ is measured in each, and logged.
 
     Args:
         pruning: Settings.
@@ -34,32 +30,11 @@ class PrunedRollouts:
         self.pruning, self.count, self.levels = pruning, count, levels
         self.prompts = self.samples = PromptBatch((), ())
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._total: Agreement | None = None
-        self._told = False
 
-    def begin(self, module: AlignmentModule, trained: float) -> None:
-        """Begin a rollout; warn, once, if pruning did not pay in the rollouts before.
-
-        ``trained`` is the number of the policy's passes in training on one sample; forward and backward count as 3.
-        """
+    def begin(self) -> None:
+        """Begin a rollout."""
         self.prompts = self.samples = PromptBatch((), ())
         self._batches.clear()
-        pruning, total, steps = self.pruning, self._total, module.sampling.num_inference_steps
-        if self._told or pruning.candidates == self.count or total is None or total.sums[4] < ENOUGH:
-            return
-        found, needed = total.correlation.item(), total.least_correlation(pruning, self.count, steps, trained)
-        if abs(found) <= needed:
-            self._told = True
-            rank_zero_warn(
-                f"pruning: scores after step {pruning.after_steps} of {steps} correlate with rewards by only ρ = "
-                f"{found:.2f} within prompts; "
-                + (
-                    f"with these settings pruning pays above {needed:.2f}: raise pruning.after_steps, lower "
-                    "pruning.candidates, or leave pruning out and lower the number of samples"
-                    if needed <= 1
-                    else "with these candidates and this rule it pays at no ρ: leave pruning out"
-                )
-            )
 
     def sample(
         self, module: AlignmentModule, prompts: PromptBatch, sampler: StepSampler, keep_means: bool = False
@@ -107,8 +82,7 @@ class PrunedRollouts:
         own[there] = rewards
         everywhere = module.of_all_ranks(there)
         found, indices, values = (module.of_all_ranks(one)[everywhere] for one in (predicted, kept, own))
-        agreement = Agreement.of(found, indices, values)
-        self._total = agreement if self._total is None else self._total + agreement
+        self.agreement = agreement = Agreement.of(found, indices, values)
         every = rewards.new_zeros(len(everywhere), self.count)
         pruned = self.pruning.candidates > self.count  # else C is 1, but for rounding
         every[everywhere] = scaled_advantages(rule, values, agreement.contrast if pruned else None)

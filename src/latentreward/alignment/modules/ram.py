@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from latentreward.alignment.losses.diffusion_dpo import denoising_error
+from latentreward.alignment.losses.dpo import denoising_error
 from latentreward.alignment.losses.matching import squared_error
 from latentreward.alignment.modules.forward_process import ForwardProcessModule
 from latentreward.alignment.policies.loading import PolicySource
@@ -103,7 +103,6 @@ class RAMModule(ForwardProcessModule):
         old: How slowly the copy that samples follows the policy; None takes 0.01 · step, at most 0.9, as ports of
             the authors' code do.
         loss: See :class:`~latentreward.alignment.RAMLoss`.
-        options: See :class:`ForwardProcessModule`.
     """
 
     flows_only = False
@@ -121,14 +120,12 @@ class RAMModule(ForwardProcessModule):
         check_at_least_one(draws=draws)
         super().__init__(policy, reward, copies={OLD: old or DecayRamp(0.01, 0.9)}, steps=None, **options)
         self.levels, self.draws, self.loss = levels or PowerSigma(0.5), draws, loss or RAMLoss()
-        self.row_passes = 4 + (self.loss.residual == "old")
 
     def trained_timesteps(self, key: str) -> tuple[Sequence[int], Tensor]:
         generator, process = pair_generator(self.seed, "trained levels", 0, key), self.policy.noise_process
         return range(self.draws), torch.cat([self.levels.draw(generator, process) for _ in range(self.draws)])
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
         states = self.renoise(batch)
         reference = self.predict_under(None, batch, states)
         old = self.predict_under(OLD, batch, states) if self.loss.residual == "old" else None

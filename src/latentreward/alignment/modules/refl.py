@@ -1,7 +1,5 @@
 r"""Reward feedback learning (ReFL, arXiv:2304.05977): train a policy by the reward's gradient through a few steps.
 
-Reward feedback learning: loss on a sample's reward, and drift from the reference as a regulariser.
-
 .. math:: L = \lambda\,\mathbb E\,\varphi(r) + w_{\mathrm{pre}} L_{\mathrm{pre}} + w_{\mathrm{KL}}
     \lVert f_\theta - f_{\mathrm{ref}}\rVert^2
 
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from latentreward.alignment.losses.diffusion_dpo import denoising_error
+from latentreward.alignment.losses.dpo import denoising_error
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.rewards.base import RewardSource, check_sigmas, score_finished, score_states
@@ -67,21 +65,16 @@ class RewardLoss(SetLoss):
 
 
 class LateSample(NamedTuple):
-    """Result of sampling up to a random step.
+    """Result of sampling up to a random step."""
 
-    Attributes:
-        latents: ``(B, C, ...)`` float32, with the policy's graph: what the reward scores, finished latents as predicted
-            at that step or the states after it.
-        timestep: Timestep of the states; None for finished latents.
-        drift: ``(B,)`` mean squared difference between the predictions of policy and reference in the steps with a
-            graph; None if ``kl_weight`` is 0.
-        step: Index of the step.
-    """
-
+    # ``(B, C, ...)`` float32, with the policy's graph: what the reward scores, finished latents as predicted at
+    # that step or the states after it
     latents: Tensor
-    timestep: float | None
+    timestep: float | None  # Timestep of the states; None for finished latents
+    # ``(B,)`` mean squared difference between the predictions of policy and reference in the steps with a graph;
+    # None if ``kl_weight`` is 0
     drift: Tensor | None
-    step: int
+    step: int  # Index of the step
 
 
 class ReFLModule(AlignmentModule):
@@ -186,7 +179,6 @@ class ReFLModule(AlignmentModule):
         self.levels = TimestepGrid(0, 999, 1)
 
     def setup(self, stage: str) -> None:
-        """Check the precision; raise InputError for float16 too, where the reward's unscaled gradients vanish."""
         super().setup(stage)
         refuse_float16(self.trainer.precision)
         data = getattr(self.trainer, "datamodule", None)
@@ -288,11 +280,7 @@ class ReFLModule(AlignmentModule):
         return denoising_error(output, process.target(latents, noise, timesteps)).mean()
 
     def training_step(self, batch: PromptBatch | Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Return the loss of a batch of prompts, or of ``{"prompts": ..., "images": ...}`` for the pre-training term.
-
-        Raises:
-            InputError: If ``pretraining_weight`` is above 0 and the batch has no images.
-        """
+        """Return the loss of a batch: prompts, or ``{"prompts": ..., "images": ...}`` for the pre-training term."""
         prompts, images = (batch, None) if isinstance(batch, PromptBatch) else (batch["prompts"], batch["images"])
         if self.alternate_pretraining and self.global_step % 2:
             loss = self._weighted_pretraining(images)

@@ -27,7 +27,6 @@ class RolloutLog(Callback):
         self._times = {"seconds": seconds, "process_seconds": process_seconds}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start the clock from which the share of time spent in rollouts is computed."""
         self.began, self._seconds = time.perf_counter(), 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -40,7 +40,6 @@ class StepAwarePixelModule(PairModule):
             negatives is ``mode="batch"``.
         levels: Sampler of a training pair's timestep; None samples uniformly from 0, 1, …, 999.
         eval_timesteps: See :class:`PairModule`.
-        options: See :class:`PairModule`.
 
     Note:
         The released validation scores the images themselves at timestep 0; here images pass VAE and generator at

@@ -26,17 +26,12 @@ PREFIX = "policy."
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """The trained adapter of an alignment run.
+    """The trained adapter of an alignment run."""
 
-    Attributes:
-        weights: Tensors of the adapter by their parameter names in a :class:`Policy`.
-        source: Source of the base network, and settings of the adapter.
-        base: Sample of the base's weights, by which :func:`load_policy` recognises another base; None if the
-            checkpoint holds none.
-    """
-
-    weights: dict[str, Tensor]
-    source: PolicySource
+    weights: dict[str, Tensor]  # Tensors of the adapter by their parameter names in a :class:`Policy`
+    source: PolicySource  # Source of the base network, and settings of the adapter
+    # Sample of the base's weights, by which :func:`load_policy` recognises another base; None if the checkpoint
+    # holds none
     base: dict[str, Any] | None
 
 
@@ -46,10 +41,6 @@ def read_policy_adapter(checkpoint: Path | str, trusted: bool = False) -> SavedA
     Args:
         checkpoint: One file or a folder of shards.
         trusted: Whether the checkpoint may name a family outside this package, whose module would be imported.
-
-    Raises:
-        InputError: If the file is damaged, is not the checkpoint of an alignment run, or names a family outside this
-            package without ``trusted``.
     """
     content = read_checkpoint(Path(checkpoint))
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in content["state_dict"].items() if ADAPTER in name}
@@ -91,10 +82,6 @@ def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> P
             the trainable ones only. To load the moving average of ``TrainableEMA``, first write a checkpoint with
             ``latentreward consolidate --average=true``.
         source: Source of the base, and shape of the adapter; by default those recorded in the checkpoint.
-
-    Raises:
-        InputError: If the file is not the checkpoint of an alignment run, the base has other weights than the base of
-            that run, or the adapter does not fit ``source``.
     """
     saved = read_policy_adapter(checkpoint, trusted=source is not None)
     shapes = {network_name(name): tuple(tensor.shape) for name, tensor in saved.weights.items()}

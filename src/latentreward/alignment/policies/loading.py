@@ -83,12 +83,7 @@ class PolicySource:
         return self.resolve_family().latent_space
 
     def load(self, seed: int = 0) -> Policy:
-        """Load network, text encoders and VAE frozen, and add the trainable adapter.
-
-        Raises:
-            InputError: If the source is not a supported text-to-image pipeline, ``t5_length`` is negative, or no layer
-                matches ``lora.target_modules``.
-        """
+        """Load network, text encoders and VAE frozen, and add the trainable adapter."""
         check_range("[0, inf)", t5_length=self.t5_length)
         check_quantization(self.quantization, "lora")
         family = self.resolve_family()
@@ -115,9 +110,6 @@ def add_lora(network: Any, lora: LoRA, name: str, seed: int, family: Family) -> 
 
     A is drawn from N(0, 1 / rank²) and B is zero, as with peft's ``init_lora_weights="gaussian"``. Unlike peft's, the
     random numbers depend only on ``seed`` and the names of the parameters.
-
-    Raises:
-        InputError: If no layer matches ``lora.target_modules``.
     """
     from peft import LoraConfig, inject_adapter_in_model
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from latentreward.alignment.policies.policy import POLICY, Policy, add_frozen_adapter
 from latentreward.core.errors import InputError, check_range
@@ -41,12 +40,6 @@ class DecayRamp:
         return min(max(step - self.start, 0) * self.slope, self.most)
 
 
-@torch.no_grad()
-def move_towards(old: Tensor, new: Tensor, decay: float) -> None:
-    """Set ``old`` to ``decay · old + (1 − decay) · new``, in place."""
-    old.lerp_(new.to(old.dtype), 1 - decay) if decay else old.copy_(new)
-
-
 class MovingCopy:
     """A frozen copy of a policy's adapter that follows it, as a second adapter on the policy's network.
 
@@ -78,11 +71,12 @@ class MovingCopy:
                 "the same method and settings, or start a new one"
             )
 
+    @torch.no_grad()
     def follow(self, step: int) -> None:
         """Move the copy towards the policy's adapter after ``step`` optimiser steps."""
         weights = dict(self.policy.network.named_parameters())
         decay = self.ramp.decay(step)
         for key, weight in weights.items():
             if f".{self.name}." in key:
-                own = key.replace(f".{self.name}.", f".{POLICY}.")
-                move_towards(weight, weights[own].detach(), decay)
+                new = weights[key.replace(f".{self.name}.", f".{POLICY}.")]
+                weight.lerp_(new.to(weight.dtype), 1 - decay) if decay else weight.copy_(new)

@@ -64,6 +64,8 @@ class Policy(nn.Module):
         self.adapters = AdapterSwitch(network, POLICY)
         self._gradient_seen = self._compared = False
         self._uncond: tuple[Any, Conditioning] | None = None
+        self._rows: dict[str, int] = {}
+        self._remembered: tuple[Conditioning, Conditioning | None] | None = None
 
     @property
     def noise_process(self) -> NoiseProcess:
@@ -126,9 +128,6 @@ class Policy(nn.Module):
             uncond: The encoded empty prompt, one row, or B where it depends on a row's sources; not used without
                 classifier-free guidance.
             guidance_scale: Scale as checked by :meth:`Family.guidance`; None for networks without guidance.
-
-        Raises:
-            InputError: If the guidance needs the empty prompt and ``uncond`` is None.
         """
         prompts = self.with_uncond(conditioning, uncond, guidance_scale)
         return self.predict_packed(latents, timesteps, prompts, guidance_scale)
@@ -201,6 +200,30 @@ class Policy(nn.Module):
         if self._uncond is None or self._uncond[0] != state:
             self._uncond = state, self.family.encode_uncond(encoder)
         return self._uncond[1]
+
+    def remember(self, prompts: Sequence[str], guided: bool) -> None:
+        """Encode prompts, and the empty prompt if ``guided``; keep both on the CPU, in place of those kept before."""
+        # One by one: the last bits can depend on the batch size, and a resumed run has fewer prompts left.
+        parts = [self.encode_prompts([prompt]).to("cpu") for prompt in prompts]
+        uncond = None
+        if guided and self.require_text_encoder().sees_sources:
+            uncond = Conditioning.join([self.encode_uncond([prompt]).to("cpu") for prompt in prompts])
+        elif guided:
+            uncond = self.encode_uncond()
+        # Rows are trained on for many batches; encoding T5 anew in each would cost more than the step.
+        self._rows = {prompt: row for row, prompt in enumerate(prompts)}
+        self._remembered = Conditioning.join(parts), uncond
+
+    def conditioning(self, prompts: Sequence[str], guided: bool) -> tuple[Conditioning, Conditioning | None]:
+        """Return encoded prompts, remembered or new, and the empty prompt if ``guided``, on the network's device."""
+        if self._remembered is None or not self._rows.keys() >= set(prompts):
+            return self.encode_prompts(prompts), self.encode_uncond(prompts) if guided else None
+        encoded, uncond = self._remembered
+        rows, device = [self._rows[prompt] for prompt in prompts], next(self.network.parameters()).device
+        if uncond is not None and self.require_text_encoder().sees_sources:
+            uncond = uncond.select(rows).trimmed().to(device)
+        # Text is padded to the longest prompt of the rollout; attention over the rest of the padding is wasted.
+        return encoded.select(rows).trimmed().to(device), uncond
 
     def require_text_encoder(self) -> PromptEncoder:
         """Return the text encoder; raise InputError if the policy has none."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latentreward.core.contracts import LatentSpace, NoisyStates, PromptBatch
 from latentreward.core.errors import InputError
-from latentreward.core.promises import Part, detached, of_class, returns, shown, tensor, unchanged, wrong_tensor
+from latentreward.core.promises import Part, detached, of_class, returns, shown, unchanged, wrong_tensor
 from latentreward.core.running import pair_generator, phase
 
 if TYPE_CHECKING:
@@ -91,26 +91,21 @@ class Reward(nn.Module, Part):
         """
         return self(NoisyStates(latents, torch.zeros(len(latents), device=latents.device), rows, latents), encoded)
 
-    @returns(tensor(lambda reward, latents, *given: (len(latents), -1)))
-    def score_parts(
-        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
-    ) -> Tensor:
-        """Score finished latents by each reward of a mixture, not weighted: ``(N, R)``; see :meth:`score_clean`."""
-        return self.score_clean(latents, rows, encoded, noise, sigmas)[:, None]
-
     def begin_parts(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Callable[[], Tensor]:
-        """Begin to score finished latents, and return a function that waits for the result of :meth:`score_parts`.
+        """Begin to score finished latents, and return a function that waits for the scores.
+
+        These are ``(N, R)``, those of each reward of a mixture, not weighted; arguments are as of :meth:`score_clean`.
 
         Only a reward with :attr:`answers_later` works in the meantime. The functions are to be called in the order of
         the calls of this method.
         """
-        parts = self.score_parts(latents, rows, encoded, noise, sigmas)
+        parts = self.score_clean(latents, rows, encoded, noise, sigmas)[:, None]
         return lambda: parts
 
     def mix(self, parts: Tensor, rows: Tensor) -> Tensor:
-        """Compute the score ``(N,)`` from those of :meth:`score_parts`; ``rows`` ``(N,)`` are the states' prompts."""
+        """Compute the score ``(N,)`` from those of :meth:`begin_parts`; ``rows`` ``(N,)`` are the states' prompts."""
         return parts[:, 0]
 
     def mix_apart(self, parts: Tensor, spread: Tensor) -> Tensor:
@@ -138,9 +133,6 @@ class Reward(nn.Module, Part):
 
         What was scored, ``latents`` ``(N, C, ...)`` at ``timesteps`` ``(N,)``, tells the cause of a score that is not
         finite.
-
-        Raises:
-            InputError: If the scores are not a tensor ``(N,)``, or a score or what was scored is not finite.
         """
         count, name = len(timesteps), self.name or type(self).__name__
         if not isinstance(scores, Tensor) or scores.shape != (count,):
@@ -246,11 +238,7 @@ class RewardSource(Part):
     @abstractmethod
     @returns(_wrong_reward)
     def load(self, policy: Policy) -> Reward:
-        """Load the reward, frozen, to score states of ``policy``.
-
-        Raises:
-            InputError: If the reward cannot be loaded, or cannot score states of this policy.
-        """
+        """Load the reward, frozen, to score states of ``policy``."""
 
 
 def check_edits(name: str, reward: tuple[int, int | None], policy: tuple[int, int | None]) -> None:
@@ -275,9 +263,6 @@ def score_states(
 
     States are ``(N, C, ...)`` at ``timestep`` of the policy; ``rows`` ``(N,)`` are the indices of their prompts in
     ``encoded``; rewards with ``needs_clean`` get the predicted ``clean`` latents.
-
-    Raises:
-        InputError: If a score has the wrong shape or is not finite.
     """
     timesteps = torch.full((len(latents),), timestep, device=latents.device)
     scores: Tensor = reward(NoisyStates(latents, timesteps, rows.to(latents.device), clean), encoded)

@@ -47,14 +47,12 @@ class CallableReward(RewardSource):
         self.function, self.needs_clean, self.differentiable = function, needs_clean, differentiable
 
     def has_gradient(self) -> bool:
-        """Return ``differentiable``."""
         return self.differentiable
 
     def latent_space(self) -> None:
         """Return None: latents of any policy are passed to the function."""
 
     def scores_states(self) -> bool:
-        """Tell whether the function does without the clean latents."""
         return not self.needs_clean
 
     def load(self, policy: Policy) -> FunctionReward:
@@ -73,7 +71,6 @@ class FunctionReward(Reward):
         self.name = name
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[str, ...]:
-        """Return the prompts unchanged."""
         return tuple(prompts)
 
     def score(self, states: NoisyStates, encoded: tuple[str, ...]) -> Tensor:
@@ -100,7 +97,6 @@ class RandomReward(RewardSource):
         self.kind, self.seed, self.scale = kind, seed, scale
 
     def has_gradient(self) -> bool:
-        """Tell whether the reward is a function of the latents."""
         return self.kind == "readout"
 
     def latent_space(self) -> None:

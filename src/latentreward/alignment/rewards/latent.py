@@ -79,9 +79,6 @@ def signal_and_noise(process: NoiseProcess, timesteps: Tensor) -> tuple[Tensor, 
     """Return the factors a and s of ``x_t = a·x_0 + s·ε`` at ``timesteps`` ``(N,)``, float32.
 
     For flow matching the timesteps may lie between those of the process' table; for DDPM they must be in the table.
-
-    Raises:
-        InputError: If the process is neither flow matching nor DDPM.
     """
     if isinstance(process, FlowMatching):
         sigma = timesteps.float() * (process.sigmas[0] / process.timesteps[0]).item()
@@ -219,7 +216,6 @@ class LatentScorer(Reward):
             self._owned["text_encoder"] = encoder
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """See :meth:`Reward.check_prompts`; a reward of edits takes no plain text, and one of texts no edit."""
         check_sources(self.origin, prompts, self._model[0].backbone.sources)  # without reading weights
 
     @torch.no_grad()
@@ -233,7 +229,6 @@ class LatentScorer(Reward):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> EncodedPrompts:
-        """See :meth:`Reward.encode_prompts`; uses the tokenizers and text encoders of the reward model."""
         self.check_prompts(prompts)
         with self._autocast(self._own_text):
             encoded = EncodedPrompts(*self.model.encode_prompts(prompts))
@@ -258,7 +253,6 @@ class LatentScorer(Reward):
         noise: Tensor | None = None,
         sigmas: Sequence[float] = (),
     ) -> Tensor:
-        """See :meth:`Reward.score_clean`; takes ``noise``, and ``sigmas``, rounded to the model's noise levels."""
         if noise is None or not len(sigmas):
             raise InputError("a latent reward scores finished latents at a noise level; give noise and sigmas")
         process = self.model.backbone.noise_process
@@ -358,7 +352,6 @@ class LatentReward(RewardSource):
         return self.stored.latent_space()
 
     def require_latents_of(self, policy: PolicySource) -> None:
-        """See :meth:`RewardSource.require_latents_of`; the two also edit pictures, or make them from text alone."""
         super().require_latents_of(policy)
         sources = self.stored.sources(self.stored.on_meta_device)
         check_edits(f"reward {self.path}", sources, policy.resolve_family().sources)

@@ -77,7 +77,6 @@ class RewardMixture(RewardSource):
         return any(reward.uses_sigmas for reward in self.rewards)
 
     def latent_space(self) -> LatentSpace | None:
-        """Return the common latent space of the rewards that need one; raises InputError if these differ."""
         spaces = {space for reward in self.rewards if (space := reward.latent_space()) is not None}
         if len(spaces) > 1:
             raise InputError(
@@ -87,23 +86,18 @@ class RewardMixture(RewardSource):
         return next(iter(spaces), None)
 
     def scores_states(self) -> bool:
-        """Tell whether each reward of the mixture scores noisy states as they are."""
         return all(reward.scores_states() for reward in self.rewards)
 
     def has_gradient(self) -> bool:
-        """Tell whether each reward of the mixture has a gradient."""
         return all(reward.has_gradient() for reward in self.rewards)
 
     def remembers(self) -> bool:
-        """Tell whether a score depends on what was scored before, as under ``normalise: running``."""
         return self.normalise == "running" or any(reward.remembers() for reward in self.rewards)
 
     def judges_alone(self) -> bool:
-        """Tell whether the score of a state depends on this state alone; not under ``normalise: group``."""
         return self.normalise != "group" and all(reward.judges_alone() for reward in self.rewards)
 
     def require_latents_of(self, policy: PolicySource) -> None:
-        """See :meth:`RewardSource.require_latents_of`; checks each reward of the mixture."""
         for reward in self.rewards:
             reward.require_latents_of(policy)
 
@@ -129,7 +123,6 @@ class MixedReward(Reward):
             self.register_buffer("seen", torch.zeros(len(rewards), 3, dtype=torch.float64))
 
     def set_precision(self, dtype: torch.dtype) -> None:
-        """Set the precision of each reward."""
         for reward in self.rewards:
             reward.set_precision(dtype)
 
@@ -138,7 +131,6 @@ class MixedReward(Reward):
             reward.check_prompts(prompts)
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Any, ...]:
-        """Encode the prompts for each reward."""
         return tuple(reward.encode_prompts(prompts) for reward in self.rewards)
 
     def score(self, states: NoisyStates, encoded: tuple[Any, ...]) -> Tensor:
@@ -148,14 +140,7 @@ class MixedReward(Reward):
     def score_clean(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Tensor:
-        return self.mix(self.score_parts(latents, rows, encoded, noise, sigmas), rows)
-
-    def score_parts(
-        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
-    ) -> Tensor:
-        """See :meth:`Reward.score_parts`; one column for each reward, neither weighted nor normalised."""
-        pairs = zip(self.rewards, encoded, strict=True)
-        return torch.stack([reward.score_clean(latents, rows, known, noise, sigmas) for reward, known in pairs], dim=1)
+        return self.mix(self.begin_parts(latents, rows, encoded, noise, sigmas)(), rows)
 
     def begin_parts(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
@@ -203,9 +188,6 @@ def standardise(scores: Tensor, groups: Tensor) -> Tensor:
 
     Returns:
         ``(N,)``; no gradient flows into means and standard deviations.
-
-    Raises:
-        InputError: If a group has a single member.
     """
     _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
     if sizes.min() < 2:

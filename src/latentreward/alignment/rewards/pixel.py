@@ -44,11 +44,9 @@ class PixelReward(RewardSource):
         """Return None: latents of any policy can be scored, since the policy's own VAE decodes them."""
 
     def scores_states(self) -> bool:
-        """Return False: a noisy state has no picture."""
         return False
 
     def has_gradient(self) -> bool:
-        """Return whether the scorer is step-aware: other scorers get finished pictures."""
         return isinstance(self.scorer, StepAwareScorer)
 
     def load(self, policy: Policy) -> DecodingReward:
@@ -105,7 +103,6 @@ class StepAwareReward(DecodingReward):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Return CLIP embeddings ``(P, width)`` of the prompts."""
         with torch.autocast(self.network.mean.device.type, enabled=False):
             return self.network.embed_tokens(self.network.tokenize(prompts))
 

@@ -31,9 +31,6 @@ def unchanged_region_change(latents: Tensor, sources: Tensor, share: float = 0.5
 
     Returns:
         ``(N,)`` float32, at least 0, in units of the latents.
-
-    Raises:
-        InputError: If results and sources have unlike sizes.
     """
     if latents.shape != sources.shape:
         raise InputError(
@@ -78,7 +75,6 @@ class UnchangedRegion(RewardSource):
         """Return None: latents of any editor are compared with those of its sources."""
 
     def scores_states(self) -> bool:
-        """Return False: predicted clean latents are scored."""
         return False
 
     def load(self, policy: Policy) -> LoadedUnchangedRegion:
@@ -102,13 +98,11 @@ class LoadedUnchangedRegion(Reward):
         self.share, self.source = share, source
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """See :meth:`Reward.check_prompts`; each prompt edits the picture that is compared."""
         if any(len(sources_of(prompt)) <= self.source for prompt in prompts):
             remedy = "give source: 0" if self.source else "give prompts with source_images"
             raise InputError(f"reward UnchangedRegion: a prompt edits no picture number {self.source}; {remedy}")
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Return the latents ``(P, C, ...)`` of the pictures that the prompts edit."""
         self.check_prompts(prompts)
         encoder = self._policy[0].source_encoder
         assert encoder is not None

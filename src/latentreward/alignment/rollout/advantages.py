@@ -83,7 +83,6 @@ class GroupAdvantage(Advantage):
         self.std, self.ddof, self.epsilon, self.trim, self.clip = std, ddof, epsilon, trim, clip
 
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """See :meth:`Advantage.__call__`; the result has the shape of ``rewards``."""
         # In float64: rewards of a group may differ in the last digits of float32 alone.
         values = to_float64(rewards)
         groups, advantages = groups.to(values.device), torch.zeros_like(values)

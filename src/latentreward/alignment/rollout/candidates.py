@@ -66,23 +66,14 @@ class Branching:
 
 @dataclass(frozen=True)
 class CandidateStep:
-    """Step of a rollout with K scored candidates for each of B prompts.
+    """Step of a rollout with K scored candidates for each of B prompts."""
 
-    Attributes:
-        index: Index of the step.
-        timestep: Timestep of the states before the step.
-        latents: ``(B, C, ...)`` states x_t before the step, float32.
-        candidates: ``(K, B, C, ...)`` candidates for the next state, float32.
-        scores: ``(K, B)`` the candidates' rewards, float32.
-        log_prob: ``(K, B)`` log-probabilities under the policy that sampled the candidates, float32.
-    """
-
-    index: int
-    timestep: float
-    latents: Tensor
-    candidates: Tensor
-    scores: Tensor
-    log_prob: Tensor
+    index: int  # Index of the step
+    timestep: float  # Timestep of the states before the step
+    latents: Tensor  # ``(B, C, ...)`` states x_t before the step, float32
+    candidates: Tensor  # ``(K, B, C, ...)`` candidates for the next state, float32
+    scores: Tensor  # ``(K, B)`` the candidates' rewards, float32
+    log_prob: Tensor  # ``(K, B)`` log-probabilities under the policy that sampled the candidates, float32
 
 
 def candidate_steps(
@@ -107,9 +98,6 @@ def candidate_steps(
 
     Returns:
         The finished latents ``(B, C, ...)``, float32.
-
-    Raises:
-        InputError: If no step of the window has noise, or a score has the wrong shape or is not finite.
     """
     window = branching.steps(sampler)
     policy.edit_at(sampling.height, sampling.width)

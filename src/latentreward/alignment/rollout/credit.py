@@ -101,7 +101,6 @@ class TurningPointCredit(Credit):
         return self.of_steps(rewards, range(rewards.shape[1] - 1))
 
     def of_steps(self, rewards: Tensor, steps: Sequence[int]) -> Tensor:
-        """See :meth:`Credit.of_steps`; bonuses are balanced among these steps."""
         main, bonus = self.parts(rewards, steps)
         return (main + bonus)[:, list(steps)]
 

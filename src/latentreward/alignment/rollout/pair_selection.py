@@ -20,20 +20,14 @@ SHARES = ("[0, 1]", "as gaps tanh(Δ/2) and shares of them do")
 
 @dataclass(frozen=True)
 class SelectedPairs:
-    """Best and worst candidate of each prompt at one step.
+    """Best and worst candidate of each prompt at one step."""
 
-    Attributes:
-        winner: ``(B,)`` int64: index of the candidate with the highest score.
-        loser: ``(B,)`` int64: index of the candidate with the lowest score.
-        gap: ``(B,)`` float32 in [0, 1]: difference of the softmax probabilities of the two scores, which is tanh(Δ/2)
-            for a score difference Δ.
-        kept: ``(B,)`` bool: whether the pair is trained on.
-    """
-
-    winner: Tensor
-    loser: Tensor
+    winner: Tensor  # ``(B,)`` int64: index of the candidate with the highest score
+    loser: Tensor  # ``(B,)`` int64: index of the candidate with the lowest score
+    # ``(B,)`` float32 in [0, 1]: difference of the softmax probabilities of the two scores, which is tanh(Δ/2) for
+    # a score difference Δ
     gap: Tensor
-    kept: Tensor
+    kept: Tensor  # ``(B,)`` bool: whether the pair is trained on
 
 
 def _wrong_pairs(found: SelectedPairs, rule: "PairSelection", step: CandidateStep, sampler: StepSampler) -> str | None:

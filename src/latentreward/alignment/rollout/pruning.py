@@ -1,6 +1,5 @@
 """Pruning: candidates are scored once, at a noisy state, and only some of them are sampled to the end."""
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Self
@@ -10,27 +9,20 @@ from torch import Tensor
 
 from latentreward.alignment.rewards.base import RewardSource
 from latentreward.alignment.rollout.advantages import Advantage
+from latentreward.alignment.rollout.step_choice import wrong_indices
 from latentreward.core.contracts import to_float64
 from latentreward.core.errors import InputError, check_at_least_one, check_range
-from latentreward.core.promises import Part, has_values, returns, wrong_tensor
+from latentreward.core.promises import Part, returns
 
 SMALLEST = torch.finfo(torch.float64).tiny
 """Least divisor, for predictions or rewards that are all equal: their correlation is then 0."""
-
-
-def _wrong_choice(found: Tensor, rule: "PruningRule", predicted: Tensor, count: int, *given: object) -> str | None:
-    if problem := wrong_tensor(found, (count,), "indices", 0, len(predicted) - 1):
-        return problem
-    if not has_values(found) or len(found.unique()) == count:
-        return None
-    return f"candidates {found.tolist()}; it must be {count}, each once"
 
 
 class PruningRule(Part):
     """Rule that picks the candidates of one prompt that are sampled to the end."""
 
     @abstractmethod
-    @returns(_wrong_choice, each=True)
+    @returns(lambda found, rule, predicted, count, *given: wrong_indices(found, len(predicted), count), each=True)
     def choose(self, predicted: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """Return the indices of the candidates to keep, int64 ``(count,)``, each once, in any order.
 
@@ -45,7 +37,6 @@ class BestAndWorst(PruningRule):
     """Rule that keeps the ⌈K/2⌉ candidates with the highest and the ⌊K/2⌋ with the lowest prediction."""
 
     def choose(self, predicted: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """See :meth:`PruningRule.choose`; of equal predictions, later candidates count as higher."""
         order, worst = predicted.argsort(stable=True), count // 2
         return torch.cat([order[:worst], order[len(order) - count + worst :]])
 
@@ -140,9 +131,6 @@ class Agreement:
         free = (torch.ones_like(one[:, 1:]) for one in (own, every))
         return cls(torch.stack([part.sum() for part in (*parts, *free)]))
 
-    def __add__(self, other: "Agreement") -> "Agreement":
-        return Agreement(self.sums + other.sums)
-
     @property
     def spread(self) -> Tensor:
         """Return M, at least 0; 1 if all candidates are kept."""
@@ -170,21 +158,6 @@ class Agreement:
         free, more = self.sums[4], self.spread - 1
         kept = ((self.correlation_kept**2 * free - 1) / (free - 1).clamp(min=1)).clamp(min=0)
         return 1 + kept / (1 + more - kept * more).clamp(min=SMALLEST) * more
-
-    def least_correlation(self, pruning: Pruning, count: int, steps: int, trained: float) -> float:
-        r"""Return the ρ above which pruning pays, from :math:`\rho^2 (M - 1)(1 + u) = f (N / K - 1)`.
-
-        Above 1 it pays at no ρ.
-
-        Args:
-            pruning: Settings: N, and f as ``after_steps`` / T.
-            count: Samples K of a prompt.
-            steps: Steps T of the sampler.
-            trained: Passes of the policy in training on one sample, u · T.
-        """
-        gain = (self.spread.item() - 1) * (1 + trained / steps)
-        cost = pruning.after_steps / steps * (pruning.candidates / count - 1)
-        return math.sqrt(cost / gain) if gain > 0 else math.inf
 
 
 def scaled_advantages(rule: Advantage, rewards: Tensor, contrast: Tensor | None) -> Tensor:

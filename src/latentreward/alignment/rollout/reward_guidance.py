@@ -36,7 +36,6 @@ class GuidedTransition(Transition):
         return Transition(self.mean + self.shift, self.std, self.spread, self.density)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """See :meth:`Transition.sample`; the mean is the moved one."""
         return self.guided.sample(noise)
 
 
@@ -155,7 +154,6 @@ class GuidedSampler(StepSampler):
         self.timesteps, self.noise_std, self.noise_setting = sampler.timesteps, sampler.noise_std, sampler.noise_setting
 
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
-        """See :meth:`StepSampler.transition`; steps outside the window are those of the sampler."""
         plain = self.sampler.transition(latents, model_output, timesteps)
         inside = inside_window(timesteps, self.guidance.low, self.guidance.high)
         if not inside.any():
@@ -181,9 +179,6 @@ def sample_guided(
     """Sample finished latents ``(B, C, ...)``, float32, with steps that are guided by ``reward``.
 
     The policy is in evaluation mode; see :func:`sample_trajectories`.
-
-    Raises:
-        InputError: If no step of the window has noise, or the reward has no gradient.
     """
     sampler = sampling.sampler(policy.family)
     guided = GuidedSampler(sampler, guidance, reward, reward.encode_prompts(prompts.prompts))

@@ -37,21 +37,16 @@ def reporting_steps(report: Callable[[], None]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Transition(TensorRecord):
-    """Gaussian distribution of the next state given the present state, in float32.
+    """Gaussian distribution of the next state given the present state, in float32."""
 
-    Attributes:
-        mean: ``(B, C, ...)`` mean of the next state.
-        std: ``(B,)`` standard deviation of each element; 0 for a deterministic step.
-        spread: ``(B,)`` standard deviation in the KL divergence between two policies. It equals ``std`` for DDIM and
-            ``cps``. For ``flow`` and ``dance`` it is w, not the step's w√|d|, as in Flow-GRPO (arXiv:2505.05470).
-        density: ``normal``: log-probabilities are those of the Gaussian. ``squares``: they are the negative mean square
-            of next state − mean, as released for coefficients-preserving sampling (arXiv:2509.05952); this ignores the
-            standard deviation.
-    """
-
-    mean: Tensor
-    std: Tensor
+    mean: Tensor  # ``(B, C, ...)`` mean of the next state
+    std: Tensor  # ``(B,)`` standard deviation of each element; 0 for a deterministic step
+    # ``(B,)`` standard deviation in the KL divergence between two policies. It equals ``std`` for DDIM and ``cps``.
+    # For ``flow`` and ``dance`` it is w, not the step's w√|d|, as in Flow-GRPO (arXiv:2505.05470)
     spread: Tensor
+    # ``normal``: log-probabilities are those of the Gaussian. ``squares``: they are the negative mean square of
+    # next state − mean, as released for coefficients-preserving sampling (arXiv:2509.05952); this ignores the
+    # standard deviation
     density: Literal["normal", "squares"] = "normal"
 
     def sample(self, noise: Tensor) -> Tensor:
@@ -118,9 +113,6 @@ class StepSampler(ABC):
             latents: States x_t, any dtype.
             model_output: Output of the (guided) network for ``latents``.
             timesteps: Members of :attr:`timesteps`; tensors on the CPU avoid a wait for the accelerator.
-
-        Raises:
-            InputError: If a timestep is not one of this sampler's.
         """
 
     @abstractmethod
@@ -374,11 +366,7 @@ class Sampling:
             )
 
     def sampler(self, family: Family) -> StepSampler:
-        """Make the sampler for a family's pipeline: a flow's SDE at the family's levels, or DDIM.
-
-        Raises:
-            InputError: If the scheduler cannot make these steps, or the size does not suit the family.
-        """
+        """Make the sampler for a family's pipeline: a flow's SDE at the family's levels, or DDIM."""
         shape = self.latent_shape(family)
         if family.flow:
             with torch.device("cpu"):  # an estimate builds modules on the meta device, whose levels have no values

@@ -7,29 +7,26 @@ from torch import Tensor
 
 from latentreward.alignment.rollout.samplers import StepSampler, Transition
 from latentreward.core.errors import InputError, check_range
-from latentreward.core.promises import Part, check_needs, returns, shown, wrong_tensor
+from latentreward.core.promises import Part, check_needs, has_values, returns, shown, wrong_tensor
 from latentreward.diffusion.noise.processes import per_sample
 
 
-def _wrong_choice(found: Tensor, rule: "StepChoice", steps: int, generator: torch.Generator) -> str | None:
-    if problem := wrong_tensor(found, (-1,), "indices", 0, steps - 1):
+def wrong_indices(found: Tensor, below: int, count: int = -1) -> str | None:
+    """Return what is wrong with distinct indices below a number: one or more, or ``count`` of them."""
+    if problem := wrong_tensor(found, (count,), "indices", 0, below - 1):
         return problem
-    if found.is_meta or 0 < len(found) == len(found.unique()):  # an estimate builds modules without values
+    if not has_values(found) or 0 < len(found) == len(found.unique()):  # an estimate builds modules without values
         return None
-    return f"steps {found.tolist()}; it must be one or more, each once"
+    return f"{found.tolist()}; it must be {'one or more' if count < 0 else count}, each once"
 
 
 class StepChoice(Part):
     """Rule that picks steps of a sampler for one finished sample."""
 
     @abstractmethod
-    @returns(_wrong_choice, each=True)
+    @returns(lambda found, rule, steps, *given: wrong_indices(found, steps), each=True)
     def choose(self, steps: int, generator: torch.Generator) -> Tensor:
-        """Return the indices of distinct steps among ``steps``, int64.
-
-        Raises:
-            InputError: If the sampler has too few steps.
-        """
+        """Return the indices of distinct steps among ``steps``, int64."""
 
 
 class RandomSteps(StepChoice):

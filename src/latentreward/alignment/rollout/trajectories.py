@@ -61,17 +61,11 @@ class RolloutDraws:
 
 @dataclass(frozen=True)
 class PriorNoise:
-    """Noise that a sample was drawn from, by what draws it again; its text is kept with the finished picture.
+    """Noise that a sample was drawn from, by what draws it again; its text is kept with the finished picture."""
 
-    Attributes:
-        seed: Seed of the draw.
-        key: Key of the prompt, which no other sample of the run has.
-        shape: Shape ``(C, ...)`` of the latents.
-    """
-
-    seed: int
-    key: str
-    shape: tuple[int, ...]
+    seed: int  # Seed of the draw
+    key: str  # Key of the prompt, which no other sample of the run has
+    shape: tuple[int, ...]  # Shape ``(C, ...)`` of the latents
 
     def __str__(self) -> str:
         return f"{self.seed} {self.key} {'x'.join(map(str, self.shape))}"
@@ -92,19 +86,13 @@ class PriorNoise:
 
 @dataclass(frozen=True)
 class PromptedPolicy:
-    """Guided network of a policy for B prompts, which are encoded once.
+    """Guided network of a policy for B prompts, which are encoded once."""
 
-    Attributes:
-        policy: The generator.
-        conditioning: Encoded prompts, B rows.
-        uncond: Encoded empty prompt, one row, or B where it depends on a row's sources; None without guidance.
-        guidance_scale: Scale as checked by :meth:`Family.guidance`; None for networks without guidance.
-    """
-
-    policy: Policy
-    conditioning: Conditioning
+    policy: Policy  # The generator
+    conditioning: Conditioning  # Encoded prompts, B rows
+    # Encoded empty prompt, one row, or B where it depends on a row's sources; None without guidance
     uncond: Conditioning | None
-    guidance_scale: float | None
+    guidance_scale: float | None  # Scale as checked by :meth:`Family.guidance`; None for networks without guidance
     _packed: dict[int, Conditioning] = field(default_factory=dict, init=False, repr=False)  # number of rows → prompts
 
     @classmethod
@@ -139,20 +127,15 @@ class PromptedPolicy:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """States and log-probabilities of B trajectories of T steps.
+    """States and log-probabilities of B trajectories of T steps."""
 
-    Attributes:
-        latents: ``(T + 1, B, C, ...)`` float32: initial noise first, finished latents last.
-        timesteps: ``(T,)`` float32 on the CPU: timestep of the state before each step.
-        log_prob: ``(T, B)`` float32: log-probability of each step under the policy that sampled the step; 0 for
-            deterministic steps.
-        means: ``(T, B, C, ...)`` mean of each step under the policy that sampled it, without guidance by a reward; None
-            unless they were asked for.
-    """
-
-    latents: Tensor
-    timesteps: Tensor
+    latents: Tensor  # ``(T + 1, B, C, ...)`` float32: initial noise first, finished latents last
+    timesteps: Tensor  # ``(T,)`` float32 on the CPU: timestep of the state before each step
+    # ``(T, B)`` float32: log-probability of each step under the policy that sampled the step; 0 for deterministic
+    # steps
     log_prob: Tensor
+    # ``(T, B, C, ...)`` mean of each step under the policy that sampled it, without guidance by a reward; None
+    # unless they were asked for
     means: Tensor | None = None
 
     @property
