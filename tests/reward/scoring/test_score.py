@@ -13,7 +13,7 @@ from latentreward.core.contracts import ImageRef
 from latentreward.core.errors import InputError
 from latentreward.data.image_sizes import NearestBucket, OneSize
 from latentreward.reward import RewardModel, ScoringNoise
-from latentreward.reward.scoring.batched_scoring import pixel_batches
+from latentreward.reward.scoring.ensemble import pixel_batches
 from tests.reward.scoring.models import PROMPTS, picture, pictures, png, scoring_model
 from tests.tiny_pipelines import PIXELS
 

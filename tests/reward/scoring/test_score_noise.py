@@ -12,7 +12,7 @@ from latentreward.core.errors import InputError
 from latentreward.core.running import scoring_generator
 from latentreward.diffusion import DDPM, FlowMatching
 from latentreward.reward import RewardModel, ScoringNoise
-from latentreward.reward.scoring.batched_scoring import content_key
+from latentreward.reward.scoring.ensemble import content_key
 from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
 from tests.reward.scoring.models import picture, pictures, scoring_model
 from tests.tiny_pipelines import LATENTS

@@ -14,7 +14,7 @@ from torch import Tensor
 from latentreward.core.contracts import Conditioning, check_sources
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.core.running import find_device
-from latentreward.reward.scoring.batched_scoring import (
+from latentreward.reward.scoring.ensemble import (
     ImageInput,
     Images,
     PromptMemory,

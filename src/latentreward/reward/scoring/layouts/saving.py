@@ -33,7 +33,7 @@ from latentreward.core.storage.durable import (
 from latentreward.core.storage.json_files import read_config
 from latentreward.diffusion.encoders.stored_prompts import StoredPrompts
 from latentreward.diffusion.encoders.vae import edit_of_grey
-from latentreward.reward.scoring.batched_scoring import score_given_latents
+from latentreward.reward.scoring.ensemble import score_given_latents
 from latentreward.reward.scoring.files import write_adapter
 from latentreward.reward.scoring.layouts.card import Card, model_card
 from latentreward.reward.scoring.layouts.model_folder import (

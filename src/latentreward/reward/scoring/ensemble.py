@@ -1,4 +1,4 @@
-"""Scoring of images or latents in batches, under one or several noise settings."""
+"""Scores of images or latents in batches: the ensemble over noise levels, and the mean over seeds."""
 
 from __future__ import annotations
 
