@@ -22,10 +22,8 @@ from latentreward.apps.cli import main
 from latentreward.core.checkpoints.shards import INDEX, REST
 from latentreward.core.errors import InputError
 from latentreward.reward import RewardModel, RewardModelScorer
-from tests.alignment.rewards.stored import write_run
 from tests.formats.conftest import COMMITTED
 from tests.marks import slow_after
-from tests.reward.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import pipeline_folder
 
 SECRET = "hunter2"
@@ -40,17 +38,6 @@ class Payload:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {self.canary}",)
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound run, model folder and published layout of each kind, to be copied and spoilt."""
-    folder = tmp_path_factory.mktemp("good")
-    write_run(folder / "run", "dina", "sd35", lora={"rank": 2, "alpha": 3.0}, tuning="lora")
-    RewardModel.from_pretrained(folder / "run").save_pretrained(folder / "model", base=pipeline_folder("sd35"))
-    write_lrm(folder / "lrm", "sd15")
-    write_dina(folder / "dina")
-    return folder
 
 
 @pytest.fixture

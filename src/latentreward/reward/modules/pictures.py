@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Subset
 
+from latentreward.core.errors import errors_at
 from latentreward.core.storage.json_files import checked
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
@@ -41,7 +42,8 @@ class TrainingPictures(Callback):
         """Read what :meth:`record` saved."""
         model.exif = checked(ExifOrientation, checkpoint.get("exif"), "exif")
         model.edits = checked(bool | None, checkpoint.get("edits"), "edits")
-        self.note_sizes(model, sizes_of(checkpoint.get("image_sizes")))
+        with errors_at("image_sizes: "):
+            self.note_sizes(model, sizes_of(checkpoint.get("image_sizes")))
 
     def note_sizes(self, model: RewardModel, sizes: ImageSizes | None) -> None:
         """Note the sizes of the training pictures; None leaves those of the model."""

@@ -92,9 +92,6 @@ def latents_of(
     """Return the latents of ``sides`` of a batch, one side after the other: ``(len(sides) · B, C, ...)`` float32.
 
     The VAE of ``network`` encodes pixels, to a sample of its posterior or to the mode.
-
-    Raises:
-        InputError: If the batch holds latents of another space than the network's, or pixels without a VAE.
     """
     # In float32 before `cat`, which raises for float16 under bfloat16 autocast on a CPU.
     images = torch.cat([getattr(batch, side).float() for side in sides])
@@ -318,9 +315,6 @@ class RewardModule(LightningModule):
         """Encode images and prompts on the module's device, and draw the noise with ``draws``.
 
         Rows i and B + i of the result share a prompt and, by default, the noise.
-
-        Raises:
-            InputError: If the batch holds latents of another space.
         """
         latents = latents_of(self.model.backbone, batch, draws, self.posterior)
         sources = tuple(source.float() for source in batch.sources)  # for the reason of `latents_of`
@@ -500,11 +494,7 @@ class RewardModule(LightningModule):
 
 
 def snap_timesteps(process: NoiseProcess, eval_timesteps: Sequence[float]) -> Tensor:
-    """Return the timesteps of ``process`` nearest to ``eval_timesteps``.
-
-    Raises:
-        InputError: If one is out of range, or given twice.
-    """
+    """Return the timesteps of ``process`` nearest to ``eval_timesteps``."""
     check_once(eval_timesteps=eval_timesteps)
     with torch.device("cpu"), errors_at(f"eval_timesteps={list(eval_timesteps)}: "):  # where the process has its tables
         timesteps = torch.tensor([float(timestep) for timestep in eval_timesteps])

@@ -58,9 +58,6 @@ def as_images(images: ImageInput | Images, value_range: tuple[float, float] | No
     """Return images as a list; a tensor as pixels ``(N, 3, H, W)``, or of clips ``(N, 3, F, H, W)``, in [-1, 1].
 
     For the arguments see :meth:`~latentreward.reward.RewardModel.score`; a single image becomes a list of one.
-
-    Raises:
-        InputError: If ``images`` is neither images nor a tensor of pixels.
     """
     if isinstance(images, Tensor):
         return as_pixels(images, value_range)
@@ -79,10 +76,6 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
     """Convert pixels in ``value_range`` to ``(N, 3, H, W)``, or of clips to ``(N, 3, F, H, W)``, in [-1, 1].
 
     ``images`` are ``(N, 3, H, W)``, ``(3, H, W)`` or ``(N, 3, F, H, W)``, floating point.
-
-    Raises:
-        InputError: If shape or type differ, ``value_range`` is not ascending, or a converted pixel has a magnitude
-            above :data:`LARGEST_PIXEL`.
     """
     pixels = images[None] if images.ndim == 3 else images
     if pixels.ndim not in (4, 5) or pixels.shape[1] != 3 or not pixels.is_floating_point():
@@ -106,11 +99,7 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
 
 
 def check_frames(images: Images, sizes: ImageSizes | None, space: LatentSpace) -> None:
-    """Check that a model trained on images gets images, and one trained on clips gets clips of as many frames.
-
-    Raises:
-        InputError: If it does not, or if pixels have a time axis and the model's latents have none.
-    """
+    """Check that a model trained on images gets images, and one trained on clips gets clips of as many frames."""
     if isinstance(images, Tensor) and images.ndim == 5 and space.frame_downscale is None:
         shape = f"{tuple(images.shape)}, but this model's latents have no time axis"
         raise InputError(f"images are a tensor of shape {shape}; give (N, 3, H, W)")
@@ -164,9 +153,6 @@ def pixel_batches(
 
     Images are decoded, turned upright if ``exif`` says so, and resized; pixels are only cut into batches. For ``step``
     see :func:`even_parts`. A batch holds images of one group only, if ``groups`` names that of each image.
-
-    Raises:
-        InputError: If an image cannot be read, an item is not an image, or ``sizes`` is None and images need resizing.
     """
     if isinstance(images, Tensor):
         for part in even_parts(len(images), batch_size, step):
@@ -218,12 +204,7 @@ def source_ref(source: ImageInput, number: int) -> ImageRef:
 
 
 def decode_any(image: Any, row: int, exif: ExifOrientation) -> Image.Image:
-    """Decode one image of any type in :data:`ImageInput` to 8-bit RGB.
-
-    Raises:
-        ImageError: If the image cannot be decoded.
-        InputError: If ``image`` is of another type, an array of the wrong shape or dtype, or one of floats up to 1.
-    """
+    """Decode one image of any type in :data:`ImageInput` to 8-bit RGB."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             remedy = "give uint8 (H, W, 3), or a tensor (N, 3, H, W) with its value_range"
