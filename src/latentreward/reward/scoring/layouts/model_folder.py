@@ -59,6 +59,7 @@ from latentreward.reward.scoring.layouts.recipe import (
     ModelRecipe,
     build_backbone,
     build_head,
+    called,
     check_class,
     check_family,
     is_ours,
@@ -89,9 +90,9 @@ def sizes_of(record: Any) -> ImageSizes | None:
     part = checked(ModelPart, record)
     if part.name not in IMAGE_SIZES:
         raise InputError(f"unknown class {part.name!r}{did_you_mean(part.name, IMAGE_SIZES)}")
-    sizes = checked(IMAGE_SIZES[part.name], part.init_args)
+    sizes = called(IMAGE_SIZES[part.name], part.init_args)
     if isinstance(sizes, NearestBucket):
-        sizes = replace(sizes, buckets=tuple(sizes.buckets))
+        sizes = replace(sizes, buckets=tuple(map(tuple, sizes.buckets)))
     for height, width in sizes.buckets if isinstance(sizes, NearestBucket) else [(sizes.height, sizes.width)]:
         if min(height, width) < 1 or height * width > MAX_PIXELS:
             raise InputError(f"{height}x{width} is not a size from 1 to {MAX_PIXELS} pixels")
