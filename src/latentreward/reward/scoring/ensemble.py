@@ -361,31 +361,10 @@ def score_given_latents(
     def score(batch: EncodedBatch, part: slice) -> Tensor:
         return score_encoded(model, replace(batch, draws=None if draws is None else draws[part]), noise)
 
-    return _score_parts(model, prompts, range(len(latents)), latents, conditioning, batch_size, score)
+    return score_parts(model, prompts, range(len(latents)), latents, conditioning, batch_size, score)
 
 
-def score_given_states(
-    model: RewardNetwork,
-    prompts: Sequence[str],
-    latents: Tensor,
-    timesteps: Tensor,
-    conditioning: tuple[Conditioning, Conditioning | None] | None,
-    batch_size: int,
-) -> Tensor:
-    """Score the S noisy states of N trajectories: ``(N, S)`` or ``(N, S, out_dim)``, at least float32."""
-    count, steps = latents.shape[:2]
-    times = timesteps.flatten().to(model.device)
-
-    def score(batch: EncodedBatch, part: slice) -> Tensor:
-        features = _features(model, batch.latents, times[part], batch.conditioning, batch.uncond)
-        return _head_scores(model, [features], len(batch.latents))
-
-    rows = [state // steps for state in range(count * steps)]
-    flat = _score_parts(model, prompts, rows, latents.flatten(0, 1), conditioning, batch_size, score)
-    return flat.unflatten(0, (count, steps))
-
-
-def _score_parts(
+def score_parts(
     model: RewardNetwork,
     prompts: Sequence[str],
     rows: Sequence[int],
@@ -440,11 +419,11 @@ def _score_draw(model: RewardNetwork, batch: EncodedBatch, timesteps: Tensor, dr
     for timestep, draw in zip(timesteps.to(batch.latents.device), draws, strict=True):
         repeated = timestep.repeat(len(batch.latents))
         noisy = process.add_noise(batch.latents, draw.to(batch.latents), repeated)
-        levels.append(_features(model, noisy, repeated, batch.conditioning, batch.uncond))
-    return _head_scores(model, levels, len(batch.latents))
+        levels.append(features_at(model, noisy, repeated, batch.conditioning, batch.uncond))
+    return head_scores(model, levels, len(batch.latents))
 
 
-def _features(
+def features_at(
     model: RewardNetwork, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None
 ) -> Features:
     """Compute the features of noisy latents ``(B, C, ...)`` at ``timesteps`` ``(B,)``, at least float32."""
@@ -452,7 +431,7 @@ def _features(
     return features.to(torch.promote_types(noisy.dtype, torch.float32))
 
 
-def _head_scores(model: RewardNetwork, levels: Sequence[Features], count: int) -> Tensor:
+def head_scores(model: RewardNetwork, levels: Sequence[Features], count: int) -> Tensor:
     """Score ``count`` rows from their features at each level, on a CPU one row at a time."""
     rows = even_parts(count, 1 if even_step(model) > 1 else count, 1)
     parts = [[rows_of(features, part) for features in levels] for part in rows]
