@@ -156,6 +156,7 @@ class TrainedReward(StoredReward):
 
     @property
     def image_sizes(self) -> ImageSizes | None:  # type: ignore[override]
+        """Rule for image sizes that the checkpoint notes."""
         with errors_at(f"{self.checkpoint}: image_sizes: "):
             return sizes_of(self._recorded.get("image_sizes"))
 
