@@ -108,9 +108,9 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
         recipe = recipe.on(source, revision or None)
     elif (place := recipe.backbone.init_args.get("source")) and Path(place).exists():
         recipe = recipe.on(name_of(place))  # a path of this machine would mean nothing to others
-    for name, part in (("backbone", recipe.backbone), ("head", recipe.head)):
+    for name, made in (("backbone", recipe.backbone), ("head", recipe.head)):
         try:
-            json.dumps(part.init_args)
+            json.dumps(made.init_args)
         except (TypeError, ValueError) as error:
             raise InputError(f"the model's recipe cannot be saved: {name}.init_args: {error}") from error
     return FolderConfig(
