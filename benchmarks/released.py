@@ -104,7 +104,7 @@ def own_scoring(model: RewardModel, noise: ScoringNoise, given: Conditioning | N
         return model.score_latents(prompts, latents, noise=noise, conditioning=conditioning, batch_size=len(latents))
 
     def not_invariant() -> Tensor:
-        with patch("latentreward.reward.scoring.batched_scoring.even_step", lambda model: 1):
+        with patch("latentreward.reward.scoring.ensemble.even_step", lambda model: 1):
             return score()
 
     return {"ours": score, "not invariant": not_invariant}

@@ -12,13 +12,13 @@ from latentreward.alignment import StepRatios
 from latentreward.core.contracts import RolloutStatistics
 from latentreward.core.errors import InputError
 from latentreward.reward import ByNoiseLevel, PairwiseAccuracy, gather_with_grad
-from latentreward.reward.modules.reward import PairModule
+from latentreward.reward.modules.reward import RewardModule
 
 
 class NoiseBandAccuracy(Callback):
     """Callback that logs pair accuracy per band of the noise level, in training and validation.
 
-    Reads the ``ScoredPairs`` that the steps of a ``PairModule`` return; logs ``train/accuracy_sigma_{low}_{high}``
+    Reads the ``ScoredPairs`` that the steps of a ``RewardModule`` return; logs ``train/accuracy_sigma_{low}_{high}``
     and ``val/accuracy_sigma_{low}_{high}`` at the end of each epoch. Bands without a pair are left out.
 
     Args:
@@ -33,7 +33,7 @@ class NoiseBandAccuracy(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise InputError for a module that scores no pairs."""
-        if not isinstance(pl_module, PairModule):
+        if not isinstance(pl_module, RewardModule):
             raise InputError(f"NoiseBandAccuracy: {type(pl_module).__name__} scores no pairs; leave it out")
 
     def _update(self, stage: str, pl_module: LightningModule, scored: Any) -> None:

@@ -24,7 +24,7 @@ from latentreward.core.errors import InputError
 from latentreward.core.storage.durable import write_errors_named
 from latentreward.diffusion.encoders.prompts import PromptEncoder, equal_lengths
 from latentreward.diffusion.encoders.stored_prompts import StoredPrompts
-from latentreward.reward import RewardModule
+from latentreward.reward import RewardModel
 
 AT_ONCE = 16  # prompts that are encoded at once; on one core, 32 at once took longer at widths of 128 and 256
 KEPT = "free some space, or set EncodeOnce's folder"  # remedy in messages about the file of encoded prompts
@@ -56,7 +56,7 @@ class EncodeOnce(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         data = getattr(trainer, "datamodule", None)
-        cached = isinstance(pl_module, RewardModule) and getattr(data, "cached_text", False)
+        cached = isinstance(getattr(pl_module, "model", None), RewardModel) and getattr(data, "cached_text", False)
         if not cached and not isinstance(pl_module, AlignmentModule):
             raise InputError(
                 f"EncodeOnce: {type(pl_module).__name__} trains on prompts that are not encoded yet; cache them by "
@@ -79,7 +79,7 @@ class EncodeOnce(Callback):
             raise InputError("EncodeOnce: a text encoder trains, so that its results change; leave EncodeOnce out")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(pl_module, RewardModule):
+        if isinstance(getattr(pl_module, "model", None), RewardModel):
             backbone = pl_module.model.backbone
             if (encoder := backbone.text_encoder) is not None and not isinstance(encoder, StoredPrompts):
                 backbone.text_encoder = StoredPrompts(encoder, (), None, pl_module.device, "use cached prompts")

@@ -30,7 +30,7 @@ from latentreward.core.storage.durable import replacing, write_errors_named
 from latentreward.data.alignment.experience import of_all_ranks
 from latentreward.data.readers.base import normalise_prompt
 from latentreward.reward.metrics.pairwise import preferred_margin
-from latentreward.reward.modules.reward import PairModule
+from latentreward.reward.modules.reward import RewardModule
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class FoundPair(NamedTuple):
 
 def no_picture(trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:
     """Return the reason why pairs of a batch cannot be drawn; an empty string if they can."""
-    if not isinstance(pl_module, PairModule):
+    if not isinstance(pl_module, RewardModule):
         return f"{type(pl_module).__name__} does not score pairs"
     if batch.latent_space is None:
         return ""
@@ -257,7 +257,7 @@ class AccuracyInterval(Callback):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        if not isinstance(pl_module, PairModule):
+        if not isinstance(pl_module, RewardModule):
             return
         counts = (outputs.weight > 0) & (outputs.label != 0.5)
         margin = preferred_margin(outputs.chosen[counts], outputs.rejected[counts], outputs.label[counts])
@@ -273,7 +273,7 @@ class AccuracyInterval(Callback):
         self._pairs += int(counts[: len(batch)].sum())
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, PairModule):
+        if not isinstance(pl_module, RewardModule):
             return
         ranks = of_all_ranks((self._sums, self._pairs))
         if not trainer.is_global_zero:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from latentreward.alignment import AlignmentModule
-from latentreward.reward.modules.reward import PairModule
+from latentreward.reward.modules.reward import RewardModule
 
 Charts = Iterable[tuple[str, str, bool]]
 """Charts of a group: title, regular expression of the names of the curves, and whether the run logs such curves."""
@@ -48,7 +48,7 @@ def chart_groups(trainer: Trainer, pl_module: LightningModule) -> dict[str, dict
     def has(kind: type[Callback]) -> bool:
         return any(isinstance(callback, kind) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
-    pairs = isinstance(pl_module, PairModule)
+    pairs = isinstance(pl_module, RewardModule)
     rollouts = isinstance(pl_module, AlignmentModule) and pl_module.experience is not None
     bands, steps, watched = has(NoiseBandAccuracy), has(TimestepBands), has(HackingMonitor)
     drift = has(ReferenceDrift)

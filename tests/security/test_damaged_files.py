@@ -20,11 +20,8 @@ from latentreward.core.storage.run_folder import WRITERS
 from latentreward.data.score_table import read_table
 from latentreward.diffusion.cache import store
 from latentreward.reward import RewardModel
-from latentreward.reward.scoring.layouts.model_folder import PretrainedReward
-from tests.alignment.rewards.stored import write_run
 from tests.diffusion.cache.written_caches import write_cache
 from tests.marks import slow_after
-from tests.tiny_pipelines import pipeline_folder
 
 
 def truncated(data: bytes) -> bytes:
@@ -44,10 +41,6 @@ def flipped(data: bytes) -> bytes:
 DAMAGES: tuple[Callable[[bytes], bytes], ...] = (truncated, zeroed, flipped)
 
 
-def load_model(folder: Path) -> None:
-    PretrainedReward(folder, pipeline_folder("sd35" if "dina" in folder.name else "sd15")).load(RewardModel)
-
-
 def check(folder: Path) -> None:
     for file in store.files_of(folder):
         store.check_file(folder, store.read_plan(folder), file)
@@ -55,13 +48,13 @@ def check(folder: Path) -> None:
 
 KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "checkpoint": ("last.ckpt", read_checkpoint),
-    "run": ("dina_run/reward.ckpt", lambda path: RewardModel.from_pretrained(path.parent)),
+    "run": ("run/reward.ckpt", lambda path: RewardModel.from_pretrained(path.parent)),
     "shard": ("shards/__0_0.distcp", lambda path: read_checkpoint(path.parent)),
     "index": (f"shards/{INDEX}", lambda path: read_checkpoint(path.parent)),
     "values beside shards": (f"shards/{REST}", lambda path: read_checkpoint(path.parent)),
-    "head": ("dina/head.safetensors", lambda path: load_model(path.parent)),
-    "backbone": ("lrm/backbone.safetensors", lambda path: load_model(path.parent)),
-    "LoRA": ("dina/adapter/adapter_model.safetensors", lambda path: load_model(path.parents[1])),
+    "head": ("model/head.safetensors", lambda path: RewardModel.from_pretrained(path.parent)),
+    "backbone": ("whole/backbone.safetensors", lambda path: RewardModel.from_pretrained(path.parent)),
+    "LoRA": ("model/adapter/adapter_model.safetensors", lambda path: RewardModel.from_pretrained(path.parents[1])),
     "cache": ("cache", lambda path: check(path.parent)),
     "table": ("table.parquet", read_table),
 }
@@ -76,10 +69,6 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     distributed_checkpoint.save({"state_dict": {"w": torch.randn(5000)}}, checkpoint_id=folder / "shards", no_dist=True)
     torch.save({"callbacks": {"average": torch.randn(5000)}}, folder / "shards" / REST)
     (folder / "shards" / INDEX_HASH).write_text(file_hash(folder / "shards" / INDEX))
-    write_run(folder / "dina_run", "dina", "sd35", lora={"rank": 2, "alpha": 3.0}, tuning="lora")
-    write_run(folder / "lrm_run", "lrm", "sd15")
-    for name, base in (("dina", "sd35"), ("lrm", "sd15")):
-        RewardModel.from_pretrained(folder / f"{name}_run").save_pretrained(folder / name, base=pipeline_folder(base))
     table = pa.table({"pair_id": [f"{n}" for n in range(99)], "score": np.random.default_rng(0).normal(size=99)})
     with WRITERS[".parquet"](folder / "table.parquet", table.schema) as writer:
         writer.write_table(table)
@@ -89,14 +78,17 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("kind", "damage"), slow_after(3, [(kind, damage) for damage in reversed(DAMAGES) for kind in KINDS])
 )
-def test_damage_is_noticed(kind: str, damage: Callable[[bytes], bytes], stored: Path, tmp_path: Path) -> None:
+def test_damage_is_noticed(
+    kind: str, damage: Callable[[bytes], bytes], stored: Path, good: Path, tmp_path: Path
+) -> None:
     name, load = KINDS[kind]
     path = tmp_path / name
     if kind == "cache":
         write_cache(path, [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
         path = next(path.glob("*.safetensors"))
     else:
-        whole = stored / name.split("/")[0]
+        first = name.split("/")[0]
+        whole = (good if (good / first).exists() else stored) / first
         (shutil.copytree if whole.is_dir() else shutil.copy)(whole, tmp_path / whole.name)
     load(path)
     path.write_bytes(damage(path.read_bytes()))

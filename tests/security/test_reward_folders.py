@@ -22,10 +22,8 @@ from latentreward.apps.cli import main
 from latentreward.core.checkpoints.shards import INDEX, REST
 from latentreward.core.errors import InputError
 from latentreward.reward import RewardModel, RewardModelScorer
-from tests.alignment.rewards.stored import write_run
 from tests.formats.conftest import COMMITTED
 from tests.marks import slow_after
-from tests.reward.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import pipeline_folder
 
 SECRET = "hunter2"
@@ -40,17 +38,6 @@ class Payload:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {self.canary}",)
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound run, model folder and published layout of each kind, to be copied and spoilt."""
-    folder = tmp_path_factory.mktemp("good")
-    write_run(folder / "run", "dina", "sd35", lora={"rank": 2, "alpha": 3.0}, tuning="lora")
-    RewardModel.from_pretrained(folder / "run").save_pretrained(folder / "model", base=pipeline_folder("sd35"))
-    write_lrm(folder / "lrm", "sd15")
-    write_dina(folder / "dina")
-    return folder
 
 
 @pytest.fixture
@@ -72,35 +59,19 @@ def call(target: str, canary: Path) -> dict[str, Any]:
     code = f"open({str(canary)!r}, 'w')"
     settings: dict[str, dict[str, Any]] = {
         "os.system": {"command": f"touch {canary}"},
-        "os.popen": {"cmd": f"touch {canary}"},
-        "subprocess.run": {"args": ["touch", str(canary)]},
         "subprocess.Popen": {"args": ["touch", str(canary)]},
         "builtins.exec": {"source": code},
-        "builtins.eval": {"source": code},
         "builtins.open": {"file": str(canary), "mode": "w"},
-        "pathlib.Path.touch": {"self": str(canary)},
         "importlib.import_module": {"name": "evil_module"},
-        "runpy.run_path": {"path_name": "evil_module.py"},
         "torch.load": {"f": str(canary), "weights_only": False},
-        "shutil.copyfile": {"src": "evil_module.py", "dst": str(canary)},
     }
     return {"class_path": target, "init_args": settings.get(target, {})}
 
 
 TARGETS = (
-    *("os.system", "os.popen", "subprocess.run", "subprocess.Popen", "builtins.exec", "builtins.eval"),
-    *("builtins.open", "pathlib.Path.touch", "importlib.import_module", "runpy.run_path", "torch.load"),
-    *(
-        "shutil.copyfile",
-        "evil_module.Head",
-        "latentreward.evil_module.Head",
-        "latentreward.reward.heads.evil_module.Head",
-    ),
-    *(
-        "latentreward.reward.heads.base.os.system",
-        "latentreward.reward.scoring.layouts.recipe.import_module",
-        "__main__.os.system",
-    ),
+    *("os.system", "subprocess.Popen", "builtins.exec", "builtins.open", "importlib.import_module", "torch.load"),
+    *("evil_module.Head", "latentreward.evil_module.Head", "latentreward.reward.heads.evil_module.Head"),
+    *("latentreward.reward.scoring.layouts.recipe.import_module", "__main__.os.system"),
 )
 """What a configuration may name that is no class of a reward."""
 

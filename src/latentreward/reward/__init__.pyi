@@ -44,7 +44,7 @@ from .scorers.http import HTTPScorer
 from .scorers.plugins import CallableScorer, TableColumn
 from .scorers.reward_model import RewardModelScorer
 from .scorers.step_aware import StepAwareScorer
-from .scoring.batched_scoring import edit_prompt
+from .scoring.ensemble import edit_prompt
 from .scoring.layouts.card import Card
 from .scoring.layouts.find import ModelSource
 from .scoring.layouts.papers import PublishedSettings

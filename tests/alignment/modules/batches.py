@@ -10,7 +10,7 @@ from torch import Tensor
 from latentreward.core.contracts import ImageRef, LatentSpace, PreferenceBatch, PreferencePair
 from latentreward.data import LoadedPair, collate_pairs
 from latentreward.reward import CLIPProjectionHead, DiNaLRMModule, GatedQFormerHead, LRMModule
-from latentreward.reward.modules.reward import PairModule
+from latentreward.reward.modules.reward import RewardModule
 from tests.diffusion.backbones.networks import tiny_backbone
 from tests.tiny_pipelines import PIXELS
 
@@ -107,7 +107,7 @@ def dina(
 MODULES = {"lrm": lrm, "dina": dina}
 
 
-def scores_of(module: PairModule, batch: PreferenceBatch, epoch: int = 0) -> Any:
+def scores_of(module: RewardModule, batch: PreferenceBatch, epoch: int = 0) -> Any:
     """What a training step scores, before the loss."""
     from latentreward.reward.modules.reward import PairDraws
 

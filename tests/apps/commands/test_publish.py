@@ -176,7 +176,7 @@ def test_to_the_hub(run: Path, hub: StubHub, tmp_path: Path, monkeypatch: pytest
     assert hub.tokens >= {"Bearer hf_secret"}
 
 
-@pytest.mark.parametrize(("module", "step"), slow_after(1, [(saving, "write_weights"), (durable, "_swapped")]))
+@pytest.mark.parametrize(("module", "step"), slow_after(1, [(saving, "write_tensors"), (durable, "_swapped")]))
 def test_ctrl_c_leaves_a_whole_folder_or_none(
     run: Path, tmp_path: Path, module: Any, step: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

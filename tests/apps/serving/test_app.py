@@ -29,7 +29,7 @@ from latentreward.apps.serving.protocol import parse_request
 from latentreward.apps.serving.served import ScoringService, ServedModel, tried_shape
 from latentreward.apps.serving.tensors import Accepted
 from latentreward.reward import Calibration, RewardModel, ScoringNoise
-from latentreward.reward.scoring.batched_scoring import pixel_batches
+from latentreward.reward.scoring.ensemble import pixel_batches
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.servers import raw, served_model, serving, tiny_reward
 from tests.data.rotated import photograph, upright

@@ -19,7 +19,7 @@ from latentreward.apps.serving.served import ServedModel
 from latentreward.apps.serving.tensors import Accepted, memory_bytes
 from latentreward.core.contracts import Conditioning
 from latentreward.reward import RewardModel, ScoringNoise
-from latentreward.reward.scoring.batched_scoring import pixel_batches
+from latentreward.reward.scoring.ensemble import pixel_batches
 from tests.apps.serving.latent_requests import HEADERS, mutated, tensors_of
 from tests.apps.serving.servers import served_model, serving, tiny_reward
 from tests.unequal_prompts import SPACE, clip_reward, letter_states

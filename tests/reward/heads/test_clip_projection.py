@@ -49,21 +49,6 @@ def test_score_is_the_formula(options: dict, enhanced: list[bool], taken: list[b
     torch.testing.assert_close(head(features), by_hand(head, features, enhanced, taken))
 
 
-def test_guidance_has_its_fixed_points() -> None:
-    head = CLIPProjectionHead(UNET_SPEC)
-    cond, uncond = torch.randn(2, 3, 5)
-    torch.testing.assert_close(head.enhance(cond, cond), cond)
-    head.guidance = 1.0
-    torch.testing.assert_close(head.enhance(cond, uncond), cond)
-    head.guidance = 0.0
-    torch.testing.assert_close(head.enhance(cond, uncond), uncond)
-
-
-@pytest.mark.parametrize(("guidance", "needed"), [(7.5, True), (1.0, False), (0.0, False)])
-def test_empty_prompt_is_read_only_if_used(guidance: float, needed: bool) -> None:
-    assert CLIPProjectionHead(UNET_SPEC, guidance=guidance).needs_uncond is needed
-
-
 @pytest.mark.parametrize("name", SPECS)
 def test_any_backbone(name: str) -> None:
     """Images and video, U-Net and DiT: the last tap is mid, the pooled text is T, text taps are not read."""
@@ -75,13 +60,6 @@ def test_any_backbone(name: str) -> None:
     assert (scores.abs() <= head.logit_scale.exp()).all()
     torch.testing.assert_close(head(replace(features, text=())), scores, rtol=0, atol=0)
     assert not torch.allclose(head(replace(features, pooled_text=-features.pooled_text)), scores)
-
-
-def test_sdxl_has_no_text_projection() -> None:
-    head = CLIPProjectionHead(UNET_SPEC, project_text=False)
-    assert set(head.state_dict()) == {"visual_projection.weight", "logit_scale"}
-    image, text = head.embed(random_features(UNET_SPEC, uncond=True))
-    assert image.shape == text.shape == (3, UNET_SPEC.pooled_text_dim)
 
 
 def test_start() -> None:
@@ -99,12 +77,6 @@ def test_matrix_agrees_with_the_rows() -> None:
     matrix = head.similarity_matrix(text, image)
     torch.testing.assert_close(matrix.diagonal(), head(features))
     torch.testing.assert_close(matrix[1, 2], head.similarity(image[2:], text[1:2])[0])
-
-
-def test_ensemble_is_the_mean_of_the_scores() -> None:
-    head = CLIPProjectionHead(DIT_SPEC, guidance=1.0)
-    levels = [random_features(DIT_SPEC) for _ in range(3)]
-    torch.testing.assert_close(head.score_ensemble(levels), torch.stack([head(f) for f in levels]).mean(dim=0))
 
 
 def test_half_precision_features_are_pooled_in_float32() -> None:
@@ -132,17 +104,3 @@ def test_clip_model_without_a_projection_is_no_source(tmp_path: Path) -> None:
     CLIPTextModel(clip_config(clip_tokenizer())).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"holds no text_projection\.weight"):
         CLIPProjectionHead(UNET_SPEC, text_projection_source=str(tmp_path))
-
-
-def test_without_weights_a_folder_without_a_config_is_no_source(tmp_path: Path) -> None:
-    """transformers would take its default config, and a wrong width would be named."""
-    refused = pytest.raises(InputError, match=r"^text_projection_source='\S+': no file named config\.json")
-    with refused, torch.device("meta"):
-        CLIPProjectionHead(UNET_SPEC, text_projection_source=str(tmp_path))
-
-
-def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="text_projection_source="):
-        CLIPProjectionHead(UNET_SPEC, text_projection_source=str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="embed_dim=7 differs from the pooled text's width 20; set project_text: true"):
-        CLIPProjectionHead(UNET_SPEC, embed_dim=7, project_text=False)

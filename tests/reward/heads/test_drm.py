@@ -2,11 +2,9 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 
 from latentreward.core.contracts import Features, TapSpec
-from latentreward.core.errors import InputError
 from latentreward.reward import DRMHead
 from tests.reward.heads.features import DIT_SPEC, random_features
 
@@ -32,20 +30,6 @@ def test_averages_the_frames_of_a_clip() -> None:
     head, image = DRMHead(SPEC, widths=(8,), groups=4).eval(), features(8, 12)
     clip = replace(image, output=image.output.unsqueeze(2).expand(-1, -1, 5, -1, -1))
     torch.testing.assert_close(head(clip), head(image))
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [({"widths": (8, 12), "groups": 8}, "12"), ({"widths": ()}, "widths"), ({"hidden": 0}, "hidden")],
-)
-def test_refuses_sizes_that_do_not_fit(settings: dict, named: str) -> None:
-    with pytest.raises(InputError, match=named):
-        DRMHead(SPEC, **settings)
-
-
-def test_refuses_a_backbone_without_the_map() -> None:
-    with pytest.raises(InputError, match="output_map: true"):
-        DRMHead(DIT_SPEC)
 
 
 def test_the_mlp_reads_the_mean_over_the_last_stages_pixels() -> None:

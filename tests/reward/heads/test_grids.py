@@ -33,11 +33,6 @@ def test_constant_stays_constant_on_grids_that_do_not_divide() -> None:
     assert resample_tokens(torch.ones(1, 35, 3), (5, 7), (3, 4)).allclose(torch.ones(1, 12, 3))
 
 
-def test_same_grid_is_left_alone() -> None:
-    tokens = torch.randn(1, 4, 3)
-    assert resample_tokens(tokens, (2, 2), (2, 2)) is tokens
-
-
 def test_choice() -> None:
     grids = [(8, 4), (4, 2), (2, 8)]
     assert common_grid(grids) == (4, 2)

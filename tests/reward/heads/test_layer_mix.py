@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from latentreward.core.errors import InputError
 from latentreward.reward import LayerMixHead
 from tests.reward.heads.features import SPECS, random_features
 
@@ -25,8 +24,3 @@ def test_score_by_hand(name: str) -> None:
     for index in range(len(given.visual)):
         visual = tuple(v + torch.randn(v.shape[2]) * (i == index) for i, v in enumerate(given.visual))
         assert not torch.allclose(head(replace(given, visual=visual)), head(given))
-
-
-def test_refuses_no_width() -> None:
-    with pytest.raises(InputError, match="width"):
-        LayerMixHead(SPECS["dit"], width=0)

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentreward.core.errors import InputError
 from latentreward.reward import PAVRMHead
 from tests.reward.heads.features import DIT_SPEC, SPECS, random_features
 
@@ -32,15 +31,6 @@ def test_a_row_scores_as_it_does_alone() -> None:
     head, given = PAVRMHead(DIT_SPEC), random_features(DIT_SPEC, batch=4)
     alone = [head(replace(given, visual=tuple(tap[row : row + 1] for tap in given.visual))) for row in range(4)]
     torch.testing.assert_close(torch.cat(alone), head(given))
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [({"num_heads": 5}, "num_heads=5"), ({"num_queries": 0}, "num_queries"), ({"widths": (0,)}, "widths")],
-)
-def test_refuses_sizes_that_do_not_fit(settings: dict, named: str) -> None:
-    with pytest.raises(InputError, match=named):
-        PAVRMHead(DIT_SPEC, **settings)
 
 
 @pytest.mark.parametrize("add_query", [True, False])

@@ -142,29 +142,3 @@ def test_refuses_data_without_targets_or_with_too_few_columns(loss: PreferenceLo
 def test_refuses_values_that_are_no_labels() -> None:
     with pytest.raises(InputError, match=r"1\.5, which is no label"):
         LabelLoss()(taught(random_scores(0), torch.full((6,), 1.5), torch.zeros(6)))
-
-
-def test_ties_pull_scores_together() -> None:
-    """The tie's loss is least at margin 0, where it is 2·softplus(m); with a margin, pairs have BT's loss beyond it."""
-    margin = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64, requires_grad=True)
-    ties = TieLoss(margin=3.0).per_pair(scores_of(margin, label=0.5))
-    torch.testing.assert_close(ties[0], 2 * torch.nn.functional.softplus(torch.tensor(3.0).double()))
-    slope = torch.autograd.grad(ties.sum(), margin)[0]
-    assert slope.sign().tolist() == [0, 1, -1]
-    pairs = TieLoss(margin=3.0).per_pair(scores_of(torch.tensor([3.0])))
-    torch.testing.assert_close(pairs, torch.tensor([math.log(2)]).double())
-
-
-@pytest.mark.parametrize(
-    ("make", "named"),
-    [
-        (lambda: TieLoss(margin=-1.0), "margin=-1"),
-        (lambda: TieLoss(tie_weight=NAN), "tie_weight"),
-        (lambda: TieLoss(label_smoothing=0.6), r"label_smoothing=0\.6"),
-        (lambda: LabelLoss(label_smoothing=-0.1), "label_smoothing"),
-        (lambda: RankingDistillation(0.0), "temperature=0"),
-    ],
-)
-def test_refuses_settings_out_of_range(make, named: str) -> None:
-    with pytest.raises(InputError, match=named):
-        make()

@@ -1,7 +1,6 @@
 """Thurstone's model: values and slopes against 50-digit arithmetic, tails, ties, refused constants."""
 
 import math
-import re
 from collections.abc import Callable
 
 import mpmath
@@ -9,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.core.errors import InputError
 from latentreward.reward import (
     ConstantVarianceThurstoneLoss,
     PreferenceLoss,
@@ -74,11 +72,6 @@ def test_log_ndtr_and_its_gradient_hold_in_the_tail(dtype: torch.dtype) -> None:
     for value, slope, at in zip(log_p.tolist(), z.grad.tolist(), z.tolist(), strict=True):
         assert value == pytest.approx(float(log_of(mpmath.mpf(at))), rel=2e-6)
         assert slope == pytest.approx(float(mpmath.npdf(at) / oracle.ndtr(mpmath.mpf(at))), rel=1e-5)
-
-
-def test_log_ndtr_gradient_passes_gradcheck() -> None:
-    z = torch.linspace(-9, 9, 37, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(log_ndtr, z)
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -154,23 +147,3 @@ def test_constant_variance_ignores_the_noise_level() -> None:
     )
     # variance 0.5 on both sides makes z the margin itself
     torch.testing.assert_close(loss.win_probability(scores_of(margins)), torch.special.ndtr(margins))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"sigma_u": 0.0}, "sigma_u=0 must lie"),
-        ({"sigma_u": float("nan")}, "sigma_u=nan must lie"),
-        ({"k": -1.0}, "k=-1 must be at least 0"),
-        ({"objective": "fidelty"}, "did you mean 'fidelity'"),
-        ({"form": "hellinger"}, "ThurstoneLoss: form='hellinger' is not known"),
-    ],
-)
-def test_bad_constants_are_refused(arguments: dict, message: str) -> None:
-    with pytest.raises(InputError, match=re.escape(message)):
-        ThurstoneLoss(**arguments)
-
-
-def test_bad_constant_variance_is_refused() -> None:
-    with pytest.raises(InputError, match="variance=0"):
-        ConstantVarianceThurstoneLoss(variance=0.0)

@@ -17,7 +17,7 @@ from latentreward.reward import WarmupSchedule
 from tests.alignment.modules.batches import lrm, pixel_batch
 from tests.alignment.modules.lpo_runs import loaders, lpo
 from tests.marks import rotated_after
-from tests.small_user import SteppedUserModule, run
+from tests.small_user import SteppedUserModule
 
 GIVEN = 1e-5
 SEARCH = {"min_lr": 1e-4, "max_lr": 1e-2, "early_stop_threshold": None}
@@ -57,28 +57,6 @@ def test_a_found_rate_trains(
     assert module.lr is not None and 1e-4 <= module.lr <= 1e-2
     assert rates.seen == pytest.approx([module.lr / 2, module.lr, module.lr, module.lr])
     assert {group["lr"] for group in trainer.optimizers[0].param_groups} == {module.lr}
-
-
-@pytest.mark.slow
-def test_a_found_rate_trains_under_the_command_line(tmp_path: Path) -> None:
-    module = run(
-        "fit",
-        tmp_path,
-        "--model=tests.small_user.SteppedUserModule",
-        f"--model.optimizer.lr={GIVEN}",
-        "--model.lr_scheduler=latentreward.reward.WarmupSchedule",
-        "--model.lr_scheduler.warmup_steps=2",
-        "--trainer.max_steps=4",
-        "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateFinder",
-        "--trainer.callbacks.min_lr=0.0001",
-        "--trainer.callbacks.max_lr=0.01",
-        "--trainer.callbacks.num_training_steps=14",
-        "--trainer.callbacks.early_stop_threshold=null",
-        "--trainer.callbacks+=tests.reward.modules.test_learning_rate.Rates",
-    )
-    (rates,) = (callback for callback in module.trainer.callbacks if isinstance(callback, Rates))
-    assert 1e-4 <= module.lr <= 1e-2
-    assert rates.seen == pytest.approx([module.lr / 2, module.lr, module.lr, module.lr])
 
 
 def test_without_a_search_the_optimisers_own_rate_trains() -> None:

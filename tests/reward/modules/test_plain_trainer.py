@@ -13,16 +13,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from latentreward.alignment import LPOModule, PolicySource
 from latentreward.apps.cli import main
 from latentreward.core.contracts import Features, FeatureSpec
 from latentreward.core.errors import InputError
 from latentreward.diffusion import LoRA, sd15, sd35_medium
 from latentreward.reward import CLIPProjectionHead, DiNaLRMModule, GatedQFormerHead, LRMModule, RewardHead, RewardModel
 from tests.alignment.modules.batches import pixel_batch
-from tests.alignment.modules.lpo_runs import BrightnessSource, loaders, lpo, make_trainer
 from tests.marks import rotated_after
-from tests.tiny_pipelines import pipeline_folder, source_of
+from tests.tiny_pipelines import pipeline_folder
 
 TAPS = {"visual_taps": (1, 2), "text_taps": (1, 2), "t5_length": 2, "load_t5": False}
 
@@ -110,20 +108,6 @@ def test_load_from_checkpoint(small: bool, tmp_path: Path) -> None:
         return
     with pytest.raises(InputError, match=r"belongs to the base .* set source to the base it was trained on"):
         LRMModule.load_from_checkpoint(path, backbone=other, head=head)
-
-
-@pytest.mark.slow
-def test_a_policy_by_load_from_checkpoint(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_epochs=1)
-    trainer.fit(lpo(), datamodule=loaders())
-    path = tmp_path / "policy.ckpt"
-    trainer.save_checkpoint(path)
-    policy = PolicySource(source_of("sd15"), lora=LoRA(rank=2, alpha=2.0))
-    module = LPOModule.load_from_checkpoint(path, policy=policy, reward=BrightnessSource())
-    state = torch.load(path, weights_only=True)["state_dict"]
-    changed = [name for name, weight in module.named_parameters() if weight.requires_grad]
-    assert changed
-    assert all(torch.equal(module.get_parameter(name), state[name]) for name in changed)
 
 
 def test_what_cannot_be_saved_says_so(tmp_path: Path) -> None:

@@ -62,20 +62,6 @@ def photograph_as_stored() -> Any:
     return Image.fromarray(np.array(Image.open(io.BytesIO(photograph()))))
 
 
-def test_a_folder_without_a_known_value_is_refused(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "lrm", "sd15")
-    RewardModel.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "folder")
-    config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    del config["exif"]
-    for changed, told in (
-        (config, "exif is missing"),
-        ({**config, "exif": "perhaps"}, "exif: it must be 'apply' or 'ignore'"),
-    ):
-        (tmp_path / "folder" / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(InputError, match=told):
-            RewardModel.from_pretrained(tmp_path / "folder", base=pipeline_folder("sd15"))
-
-
 @pytest.mark.parametrize("value", rotated_after(1, ["perhaps", None, ["apply"], torch.zeros(2)]), ids=str)
 def test_another_value_in_a_checkpoint_is_refused(value: Any, tmp_path: Path) -> None:
     write_run(tmp_path / "run", "lrm", "sd15")

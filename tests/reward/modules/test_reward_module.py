@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -242,24 +241,6 @@ def test_negatives_need_a_single_output() -> None:
         InputError, match="in-batch negatives need a head with one output; set out_dim: 1 or mode: pair"
     ):
         loss_of(module, pixel_batch(2))
-
-
-@pytest.mark.parametrize("loss", ["lrm_pair", "bradley_terry", "thurstone_mixture", "thurstone_nll"])
-def test_several_outputs(loss: str) -> None:
-    module = dina(head=lambda spec: GatedQFormerHead(spec, num_heads=2, out_dim=3), loss=LOSSES[loss])
-    assert scores_of(module, pixel_batch(2)).chosen.shape == (2, 3)
-    loss_of(module, pixel_batch(2)).backward()
-    assert all(isfinite(value) for value in metrics_of(module, pixel_batch(2)).values())
-
-
-@pytest.mark.parametrize("option", ["pooled_text", "taps"])
-def test_lrm_on_sd3(option: str) -> None:
-    backbone = {"visual_taps": (3,), "text_taps": ()} | ({"pooled_text": "t5"} if option == "pooled_text" else {})
-    module = lrm("sd3", backbone=backbone)
-    head = module.model.head
-    assert head.text_projection.in_features == (48 if option == "pooled_text" else 32)
-    assert head.visual_projection.in_features == 24
-    loss_of(module, pixel_batch(2)).backward()
 
 
 # refusals

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from latentreward.core.errors import InputError
 from latentreward.reward import WarmupSchedule
 
 
@@ -32,19 +31,3 @@ def rates(steps: int, **options: object) -> list[float]:
 )
 def test_rates(options: dict, expected: list[float]) -> None:
     assert rates(len(expected), **options) == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("options", [{"decay": "linear"}, {"decay": "cosine", "warmup_steps": 5, "total_steps": 5}])
-def test_decay_without_an_end_is_refused(options: dict) -> None:
-    with pytest.raises(InputError, match=r"decay='.*' needs total_steps above warmup_steps"):
-        rates(1, **options)
-
-
-def test_unknown_decay_is_refused() -> None:
-    with pytest.raises(InputError, match="decay='exponential'"):
-        rates(1, decay="exponential", total_steps=5)
-
-
-def test_negative_warmup_is_refused() -> None:
-    with pytest.raises(InputError, match="warmup_steps=-1"):
-        rates(1, warmup_steps=-1)

@@ -85,16 +85,6 @@ def test_the_older_linear_predictor(clip_folder: str, pictures, reference, tmp_p
     torch.testing.assert_close(scores, layer(reference[0]).squeeze(-1).detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_half_precision_is_near(clip_folder: str, pictures) -> None:
-    full = CLIPScorer(clip_folder, device="cpu")(PROMPTS, pictures)
-    half = CLIPScorer(clip_folder, device="cpu", dtype="bfloat16")(PROMPTS, pictures)
-    torch.testing.assert_close(half, full, rtol=0, atol=0.05)
-
-
-def test_scorers_of_one_model_share_it(clip_folder: str, aesthetic_file: str) -> None:
-    assert CLIPScorer(clip_folder).towers() is AestheticScorer(aesthetic_file, clip_folder).towers()
-
-
 def test_identities_differ_where_scores_do(clip_folder: str, aesthetic_file: str, tmp_path: Path) -> None:
     other = torch.load(aesthetic_file, weights_only=True)
     other["layers.0.bias"] += 1

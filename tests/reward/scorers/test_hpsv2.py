@@ -11,8 +11,7 @@ from torch.nn.functional import normalize
 
 from latentreward.core.errors import InputError
 from latentreward.reward import HPSv2Scorer
-from latentreward.reward.scorers.hpsv2 import HEADS, MEAN, STD, padded_pixels
-from latentreward.reward.scorers.open_clip_weights import clip_model
+from latentreward.reward.scorers.hpsv2 import HEADS, MEAN, STD, clip_model, padded_pixels
 from tests.tiny_pipelines import clip_tokenizer
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "hpsv2_open_clip.safetensors")

@@ -35,23 +35,6 @@ def test_it_scores_as_the_model_does(folder: Path) -> None:
     assert scorer.model.score("a cat", images).shape == (3,)
 
 
-@pytest.mark.slow
-def test_settings_reach_the_model_and_its_identity(folder: Path) -> None:
-    noise = ScoringNoise(timesteps=(501,))
-    base = pipeline_folder("sd15")
-    scorers = [
-        RewardModelScorer(str(folder), "lrm", base=base, device="cpu"),
-        RewardModelScorer(str(folder), "lrm", base=base, device="cpu", noise=noise),
-        RewardModelScorer(str(folder), "lrm", base=base, device="cpu", dtype="bfloat16"),
-    ]
-    assert len({scorer.identity() for scorer in scorers}) == 3
-    assert all("\n" not in scorer.identity() and str(folder) in scorer.identity() for scorer in scorers)
-    images = pictures(2)
-    plain, by_timestep, half = (scorer.score(PROMPTS[:2], images) for scorer in scorers)
-    assert torch.equal(by_timestep, scorers[0].model.score(PROMPTS[:2], images, noise=noise))
-    assert 0 < (half - plain).abs().max() < 0.1
-
-
 @pytest.mark.parametrize(
     ("path", "name"),
     [

@@ -18,6 +18,10 @@ from tests.diffusion.families.twins import TWINS
 PROMPTS = ["a cat", "a dog", "a cat", "", "a red square left of a blue circle", "a dog"]
 
 
+class ForeignHead(CLIPProjectionHead):
+    """A head that latentreward does not export."""
+
+
 def scoring_model(name: str) -> RewardModel:
     """LRM on a U-Net (``sd15``, ``sdxl``) or DiNa-LRM on a transformer (``sd3``, ``sd35``), every weight at work."""
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """A calibrated score says where an image stands in the reference set; what cannot be calibrated is refused."""
 
 import json
-from dataclasses import asdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +9,9 @@ import torch
 
 from latentreward.core.errors import InputError
 from latentreward.reward import Calibration, ScoringNoise
-from latentreward.reward.scoring.layouts.model_folder import calibration_of
+from latentreward.reward.scoring.layouts.model_folder import FolderConfig
 from latentreward.reward.scoring.scoring_noise import FEWEST, GRID
+from tests.reward.scoring.test_model_card import config
 
 NOISE = ScoringNoise(sigmas=(0.4,))
 
@@ -63,26 +64,10 @@ def test_a_value_that_half_the_reference_set_shares_is_its_middle() -> None:
     assert calibration.quantile(torch.tensor([2.001])).item() == pytest.approx(0.75, abs=0.002)
 
 
-@pytest.mark.parametrize(
-    ("scores", "message"),
-    [
-        (torch.randn(FEWEST - 1), "too few"),
-        (torch.full((50,), 1.5), "all 50 scores are 1.5"),
-        (torch.cat([torch.randn(50), torch.tensor([torch.nan])]), "1 of 51 scores are NaN or infinite"),
-        (torch.cat([torch.randn(50), torch.tensor([torch.inf] * 2)]), "2 of 52 scores are NaN or infinite"),
-    ],
-)
-def test_scores_that_calibrate_nothing(scores: torch.Tensor, message: str) -> None:
-    with pytest.raises(InputError, match=message) as caught:
-        Calibration.fit(scores, "my images", NOISE)
-    assert "'my images'" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_json_keeps_every_bit() -> None:
     noise = ScoringNoise(timesteps=(1, 251), seeds=(0, 3), noise_key="image")
     calibration = Calibration.fit(normal_scores(100) / 3, "ünïcode", noise, seed=7)
-    again = calibration_of(json.loads(json.dumps(asdict(calibration))))
+    again = FolderConfig.of_record(json.loads(replace(config(), calibration=calibration).text())).calibration
     assert again == calibration
     assert again.noise == noise
 
@@ -95,7 +80,6 @@ def test_json_keeps_every_bit() -> None:
         lambda record: record.update(std=0.0),
         lambda record: record.update(std=float("nan")),
         lambda record: record.update(std="wide"),
-        lambda record: record.pop("axes"),
         lambda record: record.update(quantiles=[1.0]),
         lambda record: record.update(quantiles=[2.0, 1.0]),
         lambda record: record.update(quantiles=7),
@@ -105,10 +89,10 @@ def test_json_keeps_every_bit() -> None:
     ],
 )
 def test_damaged_records(change) -> None:
-    record = json.loads(json.dumps(asdict(Calibration.fit(normal_scores(100), "reference", NOISE))))
-    change(record)
-    with pytest.raises(InputError) as caught:
-        calibration_of(record)
+    record = json.loads(config().text())
+    change(record["calibration"])
+    with pytest.raises(InputError, match=r"calibration") as caught:
+        FolderConfig.of_record(record)
     assert "\n" not in str(caught.value)
 
 

@@ -145,18 +145,6 @@ def test_of_many_the_best_and_the_worst_are_shown(tmp_path: Path) -> None:
     assert "Shown are the 4 best and the 3 worst; the table has all." in html
 
 
-@pytest.mark.slow
-def test_five_hundred_photographs_stay_below_20_mb(tmp_path: Path) -> None:
-    """Thumbnails of fine grain, which compresses badly, and prompts of 1 000 characters."""
-    generator = np.random.default_rng(0)
-    fine = Image.fromarray(generator.integers(0, 256, (128, 128, 3), dtype=np.uint8)).resize((512, 512))
-    fine.save(tmp_path / "a.jpg")
-    rows = tuple(ListedImage("a.jpg", "x" * 1000, str(tmp_path / "a.jpg")) for _ in range(500))
-    gallery = Gallery(tmp_path / "g.html", 500, 2, 10**6)
-    gallery.write(ImageList("l", rows), table_of([0.0] * 500, [None] * 500), "m")
-    assert (tmp_path / "g.html").stat().st_size < 20e6
-
-
 def test_an_image_that_is_gone_and_a_model_without_calibration(tmp_path: Path) -> None:
     rows = (ListedImage("gone.png", "it was there", str(tmp_path / "gone.png")),)
     Gallery(tmp_path / "g.html", 5, 1, 10**6).write(ImageList("l", rows), table_of([1.0], [None], False), "m")

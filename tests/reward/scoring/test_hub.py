@@ -113,16 +113,6 @@ def test_without_a_network_the_cache_will_do(hub: StubHub, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_a_hub_that_says_nothing_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        set_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
-        start = time.monotonic()
-        with pytest.raises(InputError, match="the hub does not answer"):
-            RewardModel.from_pretrained("owner/reward")
-        assert time.monotonic() - start < 2 * TIMEOUT + 3  # connecting and reading have it each
-
-
-@pytest.mark.slow
 def test_names_and_tokens_that_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, hub: StubHub, tmp_path: Path) -> None:
     model = trained(tmp_path)
     with pytest.raises(InputError, match=r"'no/hub/id' is not a hub id .*; give owner/name"):
@@ -135,3 +125,13 @@ def test_names_and_tokens_that_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, 
 def refuse(self: huggingface_hub.HfApi, *args: object, **options: object) -> None:
     """What the client does without a token."""
     raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required, but no token found")
+
+
+@pytest.mark.slow
+def test_a_hub_that_says_nothing_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        set_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
+        start = time.monotonic()
+        with pytest.raises(InputError, match="the hub does not answer"):
+            RewardModel.from_pretrained("owner/reward")
+        assert time.monotonic() - start < 2 * TIMEOUT + 3  # connecting and reading have it each

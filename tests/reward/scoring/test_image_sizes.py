@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from latentreward.data.image_sizes import Bucket, ImageSizes, NearestBucket, OneSize
+from latentreward.data.image_sizes import Bucket, NearestBucket
 from latentreward.diffusion.cache.sources import ImageSettings
 
 OWN = ((64, 64), (96, 64), (64, 96), (128, 192), (32, 32))
@@ -27,11 +27,6 @@ def test_an_image_is_scored_in_the_bucket_that_the_cache_puts_it_into(
             found += 1
         assert loader.resize == cached.resize
     assert 50 < found < 700
-
-
-def test_one_size_fits_all() -> None:
-    sizes: ImageSizes = OneSize(24, 16)
-    assert sizes.fits(1, 1000)
 
 
 def test_a_bucket_named_twice_counts_once() -> None:

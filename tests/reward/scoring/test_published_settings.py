@@ -1,6 +1,5 @@
 """What the files of a published layout do not hold: given by an argument, told, recorded, refused elsewhere."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -8,13 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from latentreward.alignment import LatentReward
-from latentreward.apps.cli import main
 from latentreward.core.errors import InputError
 from latentreward.reward import CLIPProjectionHead, PublishedSettings, RewardModel
-from latentreward.reward.scoring.image_lists import read_scores
 from tests.alignment.rewards.stored import states_of, tiny_policy, write_run
 from tests.diffusion.backbones.networks import tiny_backbone
 from tests.marks import rotated_after
@@ -130,34 +126,6 @@ def test_settings_of_another_layout_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             LatentReward(str(tmp_path / name), published=PublishedSettings(**settings)).latent_space()
-
-
-@pytest.mark.slow
-def test_score_notes_them_and_does_not_go_on_with_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_lrm(tmp_path / "lrm", "sd15")
-    (tmp_path / "pics").mkdir()
-    for place, image in enumerate(pictures(3)):
-        Image.Image.save(image, tmp_path / "pics" / f"{place}.png")
-    output = tmp_path / "scores.csv"
-
-    def score(*options: str) -> torch.Tensor:
-        words = [str(tmp_path / "pics"), str(output), f"--model={tmp_path / 'lrm'}", f"--base={BASE}", "--prompt=a cat"]
-        main(["score", *words, "--device=cpu", *options])
-        return torch.tensor(read_scores(output)["score"].to_pylist())
-
-    own = score("--published.guidance=1")
-    files = sorted((tmp_path / "pics").iterdir())
-    model = RewardModel.from_pretrained(tmp_path / "lrm", base=BASE, published=PublishedSettings(guidance=1.0))
-    torch.testing.assert_close(own, model.score("a cat", files), rtol=0, atol=2e-5)
-    assert torch.equal(score("--published.guidance=1"), own)
-    assert json.loads(Path(f"{output}.json").read_text())["published"]["guidance"] == 1.0
-    for options in (["--published.guidance=2"], []):
-        with pytest.raises(SystemExit):
-            score(*options)
-        assert "was begun with" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        score("--published.rms_eps=-1")
-    assert "published.rms_eps: -1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

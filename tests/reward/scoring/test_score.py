@@ -13,7 +13,7 @@ from latentreward.core.contracts import ImageRef
 from latentreward.core.errors import InputError
 from latentreward.data.image_sizes import NearestBucket, OneSize
 from latentreward.reward import RewardModel, ScoringNoise
-from latentreward.reward.scoring.batched_scoring import pixel_batches
+from latentreward.reward.scoring.ensemble import pixel_batches
 from tests.reward.scoring.models import PROMPTS, picture, pictures, png, scoring_model
 from tests.tiny_pipelines import PIXELS
 
@@ -71,13 +71,6 @@ def test_floats_up_to_1_are_not_read_as_black(lrm: RewardModel) -> None:
     assert torch.equal(lrm.score("a cat", [black]), lrm.score("a cat", [Image.new("L", (8, 8))]))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 7), (640, 480), (1000, 3000)])
-@pytest.mark.parametrize("name", ["lrm", "dina"])
-def test_any_size_is_brought_to_the_models_own(name: str, size: tuple[int, int], request: Any) -> None:
-    model = request.getfixturevalue(name)
-    assert model.score("a cat", [picture(0, *size)]).isfinite().all()
-
-
 def test_sizes_follow_the_network(lrm: RewardModel, dina: RewardModel) -> None:
     assert lrm.image_sizes == OneSize(PIXELS, PIXELS)
     assert isinstance(dina.image_sizes, NearestBucket)
@@ -88,24 +81,6 @@ def test_sizes_follow_the_network(lrm: RewardModel, dina: RewardModel) -> None:
     portrait, landscape = (dina.image_sizes.loader(*size) for size in ((480, 320), (320, 480)))
     assert (portrait.height, portrait.width) == (landscape.width, landscape.height)
     assert portrait.height > portrait.width
-
-
-@pytest.mark.slow
-def test_buckets_at_full_size_are_the_published_ones() -> None:
-    import tempfile
-
-    from latentreward.apps.estimate.pipelines import write_pipelines
-    from latentreward.core.registry import create_backbone
-    from latentreward.reward.scoring.network import own_sizes
-
-    with tempfile.TemporaryDirectory() as folder:
-        folders = write_pipelines(Path(folder))
-        with torch.device("meta"):
-            sd35 = create_backbone("sd35_medium", source=folders["sd35"], load_t5=False)
-            sd15 = create_backbone("sd15", source=folders["sd15"])
-    assert own_sizes(sd35) == NearestBucket()
-    assert sd35.side_multiple == 16
-    assert own_sizes(sd15) == OneSize(512, 512)
 
 
 def test_results_keep_the_order_given_though_sizes_are_scored_together(dina: RewardModel) -> None:
@@ -189,15 +164,6 @@ def test_a_single_image_gives_one_score(lrm: RewardModel, tmp_path: Path) -> Non
         assert torch.equal(lrm.score(["a cat"], form), expected)
     assert lrm.score_levels("a cat", image, [lrm.noise] * 2).shape == (1, 2)
     torch.testing.assert_close(lrm.score("a cat", to_tensor(image)[0], value_range=(0, 1)), expected)
-
-
-def test_uint8_arrays_are_pictures(lrm: RewardModel) -> None:
-    images = pictures(3)
-    expected = lrm.score("a cat", images)
-    arrays = [np.array(image) for image in images]
-    assert torch.equal(lrm.score("a cat", arrays), expected)
-    assert torch.equal(lrm.score("a cat", np.stack(arrays)), expected)
-    assert lrm.score("a cat", np.zeros((0, 4, 4, 3), np.uint8)).shape == (0,)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -343,3 +309,21 @@ def test_equal_prompts_are_encoded_once_and_others_one_by_one(lrm: RewardModel, 
     lrm.score(PROMPTS, pictures(6), batch_size=2)
     assert sorted(asked) == sorted({(prompt,) for prompt in PROMPTS} | {("",)}) or asked.count(("",)) == 2
     assert all(len(prompts) == 1 for prompts in asked)
+
+
+@pytest.mark.slow
+def test_buckets_at_full_size_are_the_published_ones() -> None:
+    import tempfile
+
+    from latentreward.apps.estimate.pipelines import write_pipelines
+    from latentreward.core.registry import create_backbone
+    from latentreward.reward.scoring.network import own_sizes
+
+    with tempfile.TemporaryDirectory() as folder:
+        folders = write_pipelines(Path(folder))
+        with torch.device("meta"):
+            sd35 = create_backbone("sd35_medium", source=folders["sd35"], load_t5=False)
+            sd15 = create_backbone("sd15", source=folders["sd15"])
+    assert own_sizes(sd35) == NearestBucket()
+    assert sd35.side_multiple == 16
+    assert own_sizes(sd15) == OneSize(512, 512)

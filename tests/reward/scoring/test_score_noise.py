@@ -8,11 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.core.errors import InputError
 from latentreward.core.running import scoring_generator
 from latentreward.diffusion import DDPM, FlowMatching
 from latentreward.reward import RewardModel, ScoringNoise
-from latentreward.reward.scoring.batched_scoring import content_key
+from latentreward.reward.scoring.ensemble import content_key
 from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
 from tests.reward.scoring.models import picture, pictures, scoring_model
 from tests.tiny_pipelines import LATENTS
@@ -79,13 +78,6 @@ def test_defaults_are_timestep_1_and_sigma_04(lrm: RewardModel, dina: RewardMode
         assert torch.equal(model.score("a cat", images), model.score("a cat", images, noise=noise))
 
 
-def test_lrm_scores_by_timestep(lrm: RewardModel) -> None:
-    levels = [ScoringNoise(timesteps=(timestep,)) for timestep in (1, 251, 501, 951)]
-    scores = lrm.score_levels("a cat", pictures(2), levels)
-    assert scores.shape == (2, 4)
-    assert len({round(score, 5) for score in scores[0].tolist()}) == 4
-
-
 @pytest.mark.parametrize("name", ["lrm", "dina"])
 def test_k_settings_are_k_scores_with_one_encoding(name: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name)
@@ -103,14 +95,6 @@ def test_k_settings_are_k_scores_with_one_encoding(name: str, request: pytest.Fi
     handle.remove()
     each = [model.score(prompts, images, noise=noise) for noise in levels]
     assert torch.equal(together, torch.stack(each, dim=1))
-
-
-def test_several_seeds_are_averaged(dina: RewardModel) -> None:
-    images = pictures(2)
-    each = [dina.score("a cat", images, noise=ScoringNoise(sigmas=(0.6,), seeds=(seed,))) for seed in (0, 1, 7)]
-    mean = dina.score("a cat", images, noise=ScoringNoise(sigmas=(0.6,), seeds=(0, 1, 7)))
-    torch.testing.assert_close(mean, torch.stack(each).mean(dim=0))
-    assert not torch.equal(each[0], each[1])
 
 
 def test_each_level_of_an_ensemble_has_its_own_draw(dina: RewardModel) -> None:
@@ -146,11 +130,6 @@ def test_content_has_one_name() -> None:
     assert content_key(torch.tensor(1.0)) != content_key(torch.zeros(0))
 
 
-def test_half_precision_latents_are_noised_in_float32(dina: RewardModel) -> None:
-    latents = torch.randn(2, *SHAPE).half()
-    assert torch.equal(dina.score_latents("a cat", latents), dina.score_latents("a cat", latents.float()))
-
-
 def test_given_conditioning_stands_for_the_prompts(lrm: RewardModel) -> None:
     latents = torch.randn(2, *SHAPE)
     conditioning, uncond = lrm.encode_prompts(["a cat", "a dog"])
@@ -160,18 +139,14 @@ def test_given_conditioning_stands_for_the_prompts(lrm: RewardModel) -> None:
         torch.testing.assert_close(given, expected)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({}, "give levels as one of the two"),
-        ({"sigmas": (0.4,), "timesteps": (1,)}, "give levels as one of the two"),
-        ({"sigmas": (1.2,)}, r"noise.sigmas holds 1.2; noise levels lie in \[0, 1\]"),
-        ({"sigmas": (float("nan"),)}, "noise levels lie in"),
-        ({"sigmas": (0.4,), "seeds": ()}, "give at least one seed, each once"),
-        ({"sigmas": (0.4,), "seeds": (1, 1)}, "give at least one seed, each once"),
-        ({"sigmas": (0.4, 0.5), "seeds": range(501)}, "levels times seeds are 1002; give at most 1000 together"),
-    ],
-)
-def test_settings_that_make_no_sense(settings: dict, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        ScoringNoise(**settings)
+def test_several_seeds_are_averaged(dina: RewardModel) -> None:
+    images = pictures(2)
+    each = [dina.score("a cat", images, noise=ScoringNoise(sigmas=(0.6,), seeds=(seed,))) for seed in (0, 1, 7)]
+    mean = dina.score("a cat", images, noise=ScoringNoise(sigmas=(0.6,), seeds=(0, 1, 7)))
+    torch.testing.assert_close(mean, torch.stack(each).mean(dim=0))
+    assert not torch.equal(each[0], each[1])
+
+
+def test_half_precision_latents_are_noised_in_float32(dina: RewardModel) -> None:
+    latents = torch.randn(2, *SHAPE).half()
+    assert torch.equal(dina.score_latents("a cat", latents), dina.score_latents("a cat", latents.float()))

@@ -10,7 +10,6 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-import yaml
 from safetensors.torch import save
 
 from latentreward.alignment import LatentReward
@@ -22,7 +21,6 @@ from tests.alignment.modules.batches import dina, pixel_batch, scores_of
 from tests.alignment.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.servers import serving
-from tests.formats.conftest import COMMITTED
 from tests.reward.scoring.models import pictures
 from tests.tiny_pipelines import LATENTS
 
@@ -153,17 +151,3 @@ def test_the_server_answers_with_both(model: RewardModel) -> None:
         torch.testing.assert_close(both, expected, atol=2e-5, rtol=0)
         torch.testing.assert_close(torch.tensor(reply["scores"]), expected @ WEIGHTS, atol=2e-5, rtol=0)
         assert httpx.get(f"{address}/health").json()["rewards"] == {"reward": ["score", "fidelity", "aesthetics"]}
-
-
-@pytest.mark.slow
-def test_the_benchmark_reports_both(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    sets = [{"class_path": "HPDv3Benchmark", "init_args": {"root": str(COMMITTED / "hpdv3")}}]
-    Path("settings.yaml").write_text(yaml.safe_dump({"benchmarks": sets, "levels": [0.5], "draws": 1}))
-    main(["benchmark", "out", "--config=settings.yaml", f"--model={run}"])
-    report = json.loads(Path("out/report.json").read_text())
-    for result in report["protocols"]:
-        axes = result["details"]["axes"]
-        assert [*axes] == ["fidelity", "aesthetics"]
-        assert all(0 <= value <= 1 for value in axes.values())
-    assert "fidelity alone" in Path("out/report.md").read_text()

@@ -20,6 +20,7 @@ from latentreward.reward import RewardModel
 from latentreward.reward.scoring.layouts.recipe import guarded_imports
 from tests.alignment.rewards.stored import write_run
 from tests.marks import slow_after
+from tests.reward.scoring.models import ForeignHead
 from tests.reward.scoring.stub_hub import StubHub, running_hub
 from tests.reward.scoring.test_pretrained import scores
 from tests.tiny_pipelines import pipeline_folder
@@ -87,25 +88,6 @@ def test_our_own_classes_by_any_of_their_names(head: Any, hub: StubHub, tmp_path
     RewardModel.from_pretrained(upload(hub, tmp_path))
 
 
-CLASSES: dict[str, Callable[[dict[str, Any]], object]] = {
-    "head": lambda model: model.update(head={"class_path": "this.Foo"}),
-    "head by its path alone": lambda model: model.update(head="this.Foo"),
-    "backbone": lambda model: model["backbone"].update(class_path="this.Foo"),
-    "class inside a package of ours": lambda model: model.update(head="latentreward.this.Foo"),
-}
-
-
-@pytest.mark.parametrize("change", slow_after(1, CLASSES.values()), ids=list(CLASSES))
-def test_foreign_classes_are_refused_before_they_are_imported(
-    change: Callable[[dict[str, Any]], object], hub: StubHub, tmp_path: Path
-) -> None:
-    write_run(tmp_path, "dina", "sd35")
-    edit(tmp_path, change)
-    sys.modules.pop("this", None)
-    refused(upload(hub, tmp_path), r"config\.yaml: model\.\w+: class '\S*this\.Foo' is not .*trust_remote_code=True")
-    assert "this" not in sys.modules
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["here", "hub"])
 def test_trust_allows_all_and_nothing_else_does(
@@ -115,7 +97,7 @@ def test_trust_allows_all_and_nothing_else_does(
     write_run(tmp_path / "run", "dina", "sd35")
     edit(tmp_path / "run", lambda model: model["backbone"]["init_args"].update(source="${oc.env:BASE}"))
     write_run(tmp_path / "mine", "lrm", "sd15")
-    head = {"class_path": "tests.reward.scoring.test_pretrained_damage.ForeignHead"}
+    head = {"class_path": "tests.reward.scoring.models.ForeignHead"}
     edit(tmp_path / "mine", lambda model: model.update(head=head))
     for folder in (tmp_path / "run", tmp_path / "mine"):
         source = str(folder) if place == "here" else upload(hub, folder, f"owner/{folder.name}")
@@ -136,25 +118,13 @@ def test_variables_that_no_model_reads_need_no_trust(tmp_path: Path) -> None:
         RewardModel.from_pretrained(tmp_path, trust_remote_code=trusted)
 
 
-@pytest.mark.parametrize("setting", [{"source": "a/${name}"}, {"lora": {"target_modules": ["a/${name}"]}}], ids=str)
-def test_a_setting_that_leads_to_a_variable_is_not_resolved(
-    setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("SECRET", "hunter2")
-    write_run(tmp_path, "dina", "sd35")
-    edit(tmp_path, lambda model: model["backbone"]["init_args"].update(setting))
-    path = tmp_path / "config.yaml"
-    path.write_text(path.read_text() + "name: ${oc.env:SECRET}\n")
-    refused(tmp_path, r"'a/\$\{name\}' would be resolved.*trust_remote_code=True")
-
-
 @pytest.mark.slow
 def test_what_was_downloaded_imports_nothing_of_its_own(
     hub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write_run(tmp_path / "run", "lrm", "sd15")
     (tmp_path / "run" / "beside").mkdir()
-    code = "from tests.reward.scoring.test_pretrained_damage import ForeignHead\nprint('ran')\n"
+    code = "from tests.reward.scoring.models import ForeignHead\nprint('ran')\n"
     for name in ("beside.py", "beside/inner.py"):
         (tmp_path / "run" / name).write_text(code)
     RewardModel.from_pretrained(upload(hub, tmp_path / "run"))
@@ -178,18 +148,15 @@ def test_a_module_beside_a_model_that_a_link_leads_to_is_refused(
         importlib.import_module("beside_a_link")
 
 
-@pytest.mark.slow
-def test_settings_of_training_are_left_out_of_a_run(hub: StubHub, tmp_path: Path) -> None:
-    write_run(tmp_path, "dina", "sd35")
-    options = {"attention_backend": "flash_hub", "gradient_checkpointing": True}
-    edit(tmp_path, lambda model: model["backbone"]["init_args"].update(options))
-    RewardModel.from_pretrained(upload(hub, tmp_path))
-
-
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
-@pytest.mark.parametrize("value", ["owner/kernel", "flash_attention_2", {"": "owner/kernel:name"}])
-@pytest.mark.parametrize(("name", "part"), [("sd15", "text_encoder"), ("sd35", "text_encoder_3")])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("key", "value", "name", "part"),
+    [
+        ("attn_implementation", "owner/kernel", "sd15", "text_encoder"),
+        ("_attn_implementation", "flash_attention_2", "sd35", "text_encoder_3"),
+        ("attn_implementation", {"": "owner/kernel:name"}, "sd35", "text_encoder_3"),
+    ],
+)
 def test_a_text_encoder_names_no_code_to_download(
     key: str, value: Any, name: str, part: str, device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -208,3 +175,24 @@ def test_a_text_encoder_names_no_code_to_download(
 def reached(*args: Any, **options: Any) -> None:
     """Stands where transformers would download the kernel."""
     raise AssertionError("transformers was asked for a kernel")
+
+
+def test_a_foreign_head_needs_trust(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", "lrm", "sd15")
+    head = {"class_path": f"{ForeignHead.__module__}.ForeignHead"}
+    edit(tmp_path / "run", lambda model: model.update(head=head))
+    refused(tmp_path / "run", r"head: class '.*ForeignHead' is not registered .* trust_remote_code=True")
+    model = RewardModel.from_pretrained(tmp_path / "run", trust_remote_code=True)
+    model.save_pretrained(tmp_path / "saved")
+    refused(tmp_path / "saved", r"head: class '.*ForeignHead' is not registered .* trust_remote_code=True")
+    again = RewardModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert type(again.head) is ForeignHead
+    latents = torch.randn(2, 4, 8, 8)
+    assert torch.equal(again.score_latents("a cat", latents), model.score_latents("a cat", latents))
+
+
+def test_settings_that_do_not_go_with_what_lies_there(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", "lrm", "sd15")
+    RewardModel.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "saved")
+    refused(tmp_path / "saved", "config is set, but .* needs none", config="run.yaml")
+    refused(tmp_path / "saved", "revision='v1' is for hub ids", revision="v1")

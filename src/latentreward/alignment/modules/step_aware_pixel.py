@@ -11,7 +11,7 @@ from latentreward.core.contracts import CrossScores, PairScores, PathText, Prefe
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.diffusion import LevelSampler, TimestepGrid
 from latentreward.reward import LRMLoss, PreferenceLoss, gather_with_grad
-from latentreward.reward.modules.reward import EncodedPairs, PairDraws, PairModule, latents_of
+from latentreward.reward.modules.reward import EncodedPairs, PairDraws, RewardModule, latents_of
 from latentreward.reward.scorers.clip import PICKSCORE
 from latentreward.reward.scorers.step_aware import load_step_aware
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from latentreward.diffusion.encoders.vae import LatentEncoder
 
 
-class StepAwarePixelModule(PairModule):
+class StepAwarePixelModule(RewardModule):
     """Module that trains SPO's scorer on a generator's predictions of noised images.
 
     The latents of both images of a pair get the same timestep and the same noise. The generator predicts the clean
@@ -39,7 +39,7 @@ class StepAwarePixelModule(PairModule):
         loss: Preference loss; None takes ``LRMLoss(mode="pair")``, SPO's loss. SPO's loss with in-batch
             negatives is ``mode="batch"``.
         levels: Sampler of a training pair's timestep; None samples uniformly from 0, 1, …, 999.
-        eval_timesteps: See :class:`PairModule`.
+        eval_timesteps: See :class:`~latentreward.reward.RewardModule`.
 
     Note:
         The released validation scores the images themselves at timestep 0; here images pass VAE and generator at
@@ -65,11 +65,12 @@ class StepAwarePixelModule(PairModule):
         checked = generator.resolve_family().guidance(guidance_scale)
         policy = generator.load()
         super().__init__(
-            policy.noise_process,
-            policy.source,
+            policy,  # type: ignore[arg-type]  # it has a backbone's encoders and noise process
+            None,  # type: ignore[arg-type]  # the scorer reads pictures, not features
             loss=loss or LRMLoss(),
             levels=levels or TimestepGrid(0, 999, 1),
             eval_timesteps=eval_timesteps,
+            ensemble_sigmas=(),
             **options,
         )
         self.generator = policy.requires_grad_(False).eval()

@@ -28,7 +28,7 @@ from latentreward.apps.serving.served import Scores, ServedModel
 from latentreward.core.contracts import EditPrompt, ImageRef, sources_of
 from latentreward.data import ImageError, decode_image
 from latentreward.data.images import TOO_LARGE, ExifOrientation, decoding_bytes
-from latentreward.reward.scoring.batched_scoring import source_ref
+from latentreward.reward.scoring.ensemble import source_ref
 
 EXAMPLE = '{"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}'  # JSON of a request, for messages
 EDIT_EXAMPLE = f'{EXAMPLE[:-1]}, "source_images": [BASE64, ...] or a list of these for each image}}'

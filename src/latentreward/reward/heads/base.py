@@ -18,11 +18,7 @@ how good it looks."""
 
 
 def check_axes(axes: Sequence[float] | None) -> tuple[float, float] | None:
-    """Check the weights of the two axes in the score, and return them; None for a head with one score.
-
-    Raises:
-        InputError: If there are not two finite weights of at least 0, one of them positive.
-    """
+    """Check the weights of the two axes in the score, and return them; None for a head with one score."""
     if axes is None:
         return None
     sound = len(axes) == len(AXES) and all(math.isfinite(weight) and weight >= 0 for weight in axes) and sum(axes) > 0

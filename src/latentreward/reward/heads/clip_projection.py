@@ -132,11 +132,7 @@ def unit(embeds: Tensor) -> Tensor:
 
 
 def clip_text_projection(source: str) -> Tensor:
-    """Read the text projection weight ``(projection_dim, hidden_size)`` of a CLIP model, and nothing else of it.
-
-    Raises:
-        InputError: If ``source`` is not a folder or hub id of a CLIP model with a text projection.
-    """
+    """Read the text projection weight ``(projection_dim, hidden_size)`` of a CLIP model, and nothing else of it."""
     with errors_at(f"text_projection_source={source!r}: "):
         local = read_locally(source)
         if torch.get_default_device().type == "meta":  # only the shape is needed

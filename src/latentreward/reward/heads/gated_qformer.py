@@ -249,7 +249,6 @@ class GatedQFormerHead(RewardHead):
         return score if self.logistic is None else self.logistic(score)
 
     def forward(self, features: Features) -> Tensor:
-        """See :meth:`RewardHead.forward`; unbounded unless ``use_logistic``."""
         return self.pool(*self.tokens(features), features.text_mask).squeeze(-1)
 
     def score_ensemble(self, levels: Sequence[Features]) -> Tensor:

@@ -62,7 +62,6 @@ class DRMHead(RewardHead):
         )
 
     def forward(self, features: Features) -> Tensor:
-        """See :meth:`RewardHead.forward`; unbounded."""
         assert features.output is not None
         output = features.output.to(self.mlp[0].weight.dtype)
         frames = output.movedim(1, -3).flatten(0, -4)  # (B, C, h, w) stays as it is
@@ -97,7 +96,6 @@ class LayerMixHead(RewardHead):
         self.mlp = nn.Sequential(nn.LayerNorm(total), nn.Linear(total, width), nn.SiLU(), nn.Linear(width, outputs))
 
     def forward(self, features: Features) -> Tensor:
-        """See :meth:`RewardHead.forward`; unbounded."""
         dtype = self.mlp[0].weight.dtype
         pooled = torch.cat([tokens.to(dtype).mean(dim=1) for tokens in features.visual], dim=-1)
         with torch.autocast(pooled.device.type, enabled=False):  # bfloat16 would round close scores to one value
@@ -164,7 +162,6 @@ class PAVRMHead(RewardHead):
         return (pooled + queries if self.add_query else pooled).mean(dim=1)
 
     def forward(self, features: Features) -> Tensor:
-        """See :meth:`RewardHead.forward`; the logit, unbounded."""
         pooled = self.pool(features.visual[-1])
         with torch.autocast(pooled.device.type, enabled=False):  # bfloat16 would round close scores to one value
             return self.mlp(pooled.to(self.queries.dtype)).squeeze(-1)

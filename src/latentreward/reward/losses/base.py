@@ -120,9 +120,6 @@ class PreferenceLoss(SetLoss):
 
         Returns:
             Scalar, float32.
-
-        Raises:
-            ValueError: If the columns of ``scores`` do not have one row per pair.
         """
         rows = scores.chosen.shape[:1]
         if scores.chosen.ndim not in (1, 2) or scores.rejected.shape != scores.chosen.shape:
@@ -248,7 +245,6 @@ class BradleyTerryLoss(PreferenceLoss):
         self.margin = margin
 
     def per_pair(self, scores: PairScores) -> Tensor:
-        """See :meth:`PreferenceLoss.per_pair`; the formula is in the class docstring."""
         margin = scores.margin.double()
         label = per_row(scores.label.double(), margin)
         return mean_over_outputs(bradley_terry_nll(margin - (2 * label - 1) * self.margin, label))

@@ -87,12 +87,7 @@ class LRMLoss(PreferenceLoss):
         self.needs_cross_scores = mode != "pair"
 
     def per_pair(self, scores: PairScores) -> Tensor:
-        """Compute the loss of each pair, ``aux_loss_coeff`` included: ``(B,)``, float64.
-
-        Raises:
-            InputError: If the mode needs ``scores.cross`` and that is None.
-            ValueError: If ``scores.cross`` does not have a row and a column for each pair.
-        """
+        """Compute the loss of each pair, ``aux_loss_coeff`` included: ``(B,)``, float64."""
         differ = (scores.chosen_sigmas != scores.rejected_sigmas).double()
         factor = 1 + (self.aux_loss_coeff - 1) * differ
         if self.mode == "batch":

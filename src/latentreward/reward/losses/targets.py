@@ -90,17 +90,11 @@ class LabelLoss(TargetLoss):
         self.label_smoothing = label_smoothing
 
     def check_targets(self, values: Tensor | None) -> None:
-        """See :meth:`TargetLoss.check_targets`; labels must lie in [0, 1] too."""
         super().check_targets(values)
         if values is not None:
             check_labels(values[:, :, 0])
 
     def per_pair(self, scores: PairScores) -> Tensor:
-        """See :meth:`PreferenceLoss.per_pair`; of each image :func:`bradley_terry_nll` of its score and label.
-
-        Raises:
-            InputError: If a label is not in [0, 1].
-        """
         return mean_over_outputs(label_loss(scores, self.targets_of(scores), self.label_smoothing))
 
 
@@ -148,11 +142,7 @@ def check_labels(values: Tensor) -> None:
 
 
 def label_loss(scores: PairScores, targets: PairTargets, smoothing: float) -> Tensor:
-    """Compute the mean cross-entropy of a pair's labelled images, in the shape of the scores.
-
-    Raises:
-        InputError: If a label is not in [0, 1].
-    """
+    """Compute the mean cross-entropy of a pair's labelled images, in the shape of the scores."""
     for values in (targets.chosen, targets.rejected):
         check_labels(values)
     sides = (scores.chosen, targets.chosen), (scores.rejected, targets.rejected)
@@ -204,14 +194,12 @@ class TieLoss(TargetLoss):
         self.label_smoothing, self.label_weight = label_smoothing, label_weight
 
     def check_targets(self, values: Tensor | None) -> None:
-        """See :meth:`TargetLoss.check_targets`; nothing is needed without ``label_weight``."""
         if self.label_weight:
             super().check_targets(values)
             if values is not None:
                 check_labels(values[:, :, 0])
 
     def per_pair(self, scores: PairScores) -> Tensor:
-        """See :meth:`PreferenceLoss.per_pair`; the formula is in the class docstring."""
         margin = scores.margin.double()
         label = per_row(scores.label.double(), margin)
         first = self.label_smoothing + (1 - 2 * self.label_smoothing) * label

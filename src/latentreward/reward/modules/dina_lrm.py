@@ -14,16 +14,16 @@ from latentreward.reward.modules.reward import RewardModule
 class DiNaLRMModule(RewardModule):
     """Reward module with DiNa-LRM's training: a uniform noise level per pair, and the same noise for its images.
 
-    The step is :meth:`PairModule.training_step <latentreward.reward.modules.reward.PairModule.training_step>`, and
-    ``RewardModule.encode`` and ``score`` do its work. PairModule's defaults give both images of a pair one noise and
-    one level. Evaluation also uses the head's ensemble over several noise levels.
+    The step is :meth:`RewardModule.training_step <latentreward.reward.modules.reward.RewardModule.training_step>`; its
+    defaults give both images of a pair one noise and one level. Evaluation also uses the head's ensemble over several
+    noise levels.
 
     Args:
         backbone: Any backbone; a DiT in the paper.
         head: See :class:`RewardModule`.
         loss: None takes the paper's ``ThurstoneLoss()``.
         levels: Sampler of noise levels; None takes uniform noise levels.
-        eval_sigmas: See :class:`~latentreward.reward.modules.reward.PairModule`.
+        eval_sigmas: See :class:`RewardModule`.
         ensemble_sigmas: See :class:`RewardModule`.
         options: See :class:`RewardModule`.
     """

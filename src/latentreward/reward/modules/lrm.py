@@ -20,8 +20,8 @@ class LRMModule(RewardModule):
         head: See :class:`RewardModule`.
         loss: None takes ``LRMLoss(mode="pair")``.
         levels: Sampler of timesteps; None takes LRM's grid.
-        noise_per_image: See :class:`~latentreward.reward.modules.reward.PairModule`.
-        eval_timesteps: See :class:`~latentreward.reward.modules.reward.PairModule`.
+        noise_per_image: See :class:`RewardModule`.
+        eval_timesteps: See :class:`RewardModule`.
         options: See :class:`RewardModule`.
     """
 

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Subset
 
+from latentreward.core.errors import errors_at
 from latentreward.core.storage.json_files import checked
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
@@ -41,7 +42,8 @@ class TrainingPictures(Callback):
         """Read what :meth:`record` saved."""
         model.exif = checked(ExifOrientation, checkpoint.get("exif"), "exif")
         model.edits = checked(bool | None, checkpoint.get("edits"), "edits")
-        self.note_sizes(model, sizes_of(checkpoint.get("image_sizes")))
+        with errors_at("image_sizes: "):
+            self.note_sizes(model, sizes_of(checkpoint.get("image_sizes")))
 
     def note_sizes(self, model: RewardModel, sizes: ImageSizes | None) -> None:
         """Note the sizes of the training pictures; None leaves those of the model."""
@@ -77,17 +79,13 @@ class TrainingPictures(Callback):
         self.note_sizes(model, sizes or self.sizes)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if a validation without training has pictures of other sizes, or only one of the two has edits."""
-        if trainer.state.fn == "validate":
-            self.compare(trainer, "validate", pl_module.model, trainer.val_dataloaders)
+        """Warn if an evaluation without training has pictures of other sizes, or only one of the two has edits."""
+        evaluated = {"validate": trainer.val_dataloaders, "test": trainer.test_dataloaders}
+        evaluated["predict"] = trainer.predict_dataloaders
+        if (command := str(trainer.state.fn.value)) in evaluated:  # type: ignore[union-attr]
+            self.compare(trainer, command, pl_module.model, evaluated[command])
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if the test data have pictures of other sizes than the training, or only one of them has edits."""
-        self.compare(trainer, "test", pl_module.model, trainer.test_dataloaders)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if the data have pictures of other sizes than the training, or only one of them has edits."""
-        self.compare(trainer, "predict", pl_module.model, trainer.predict_dataloaders)
+    on_test_start = on_predict_start = on_validation_start
 
     def compare(self, trainer: Trainer, command: str, model: RewardModel, loaders: Any) -> None:
         """Warn of pictures of other sizes than those of the training, or of edits in only one of the two."""

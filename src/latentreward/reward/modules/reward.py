@@ -1,7 +1,6 @@
 """Training of a latent reward model on preference pairs: noise, network, head and loss of a step, top to bottom."""
 
 import logging
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -93,9 +92,6 @@ def latents_of(
     """Return the latents of ``sides`` of a batch, one side after the other: ``(len(sides) · B, C, ...)`` float32.
 
     The VAE of ``network`` encodes pixels, to a sample of its posterior or to the mode.
-
-    Raises:
-        InputError: If the batch holds latents of another space than the network's, or pixels without a VAE.
     """
     # In float32 before `cat`, which raises for float16 under bfloat16 autocast on a CPU.
     images = torch.cat([getattr(batch, side).float() for side in sides])
@@ -118,7 +114,7 @@ def latents_of(
 
 
 class ScoredPairs(NamedTuple):
-    """Scores that a step of :class:`PairModule` returns for callbacks; N = pairs × noise levels, all detached.
+    """Scores that a step of :class:`RewardModule` returns for callbacks; N = pairs × noise levels, all detached.
 
     Attributes:
         pair_ids: N pair names.
@@ -194,16 +190,16 @@ class LevelMetrics(nn.Module):
         return values
 
 
-class PairModule(LightningModule):
-    """Base module that trains a scorer of noised images with a preference loss.
+class RewardModule(LightningModule):
+    """Module that trains a reward model, any backbone with any head, with any preference loss.
 
     In training each pair gets a random noise level. Validation, test and prediction score each pair at every level of
-    ``eval_timesteps`` and ``eval_sigmas``, with the same noise in each epoch. Derived classes implement :meth:`encode`
-    and :meth:`score`.
+    ``eval_timesteps`` and ``eval_sigmas``, with the same noise in each epoch. A derived class that scores pairs by
+    another network has its own :meth:`encode` and :meth:`score`, and gives that network and no head.
 
     Args:
-        process: Noise process of the latents.
-        base: Folder or hub id that the frozen weights come from.
+        backbone: Backbone that gives features; it owns the encoders and the noise process.
+        head: Function that makes the head from the backbone's feature spec.
         loss: Preference loss.
         levels: Sampler of a training pair's timestep.
         noise_per_image: Whether the two images of a training pair get different noise (LRM) or the same (DiNa-LRM). In
@@ -214,6 +210,7 @@ class PairModule(LightningModule):
             or the posterior's ``mode``.
         eval_timesteps: Timesteps at which evaluation scores.
         eval_sigmas: Noise levels at which evaluation scores; for each, the nearest level of the process is used.
+        ensemble_sigmas: Noise levels of an additional evaluation with the head's ensemble score; empty for none.
         equal_scores: Whether a pair with equal scores counts as ``wrong`` or as ``half`` right.
         metrics: Further torchmetrics metrics, whose ``update`` takes chosen rewards, rejected rewards and labels; each
             is logged like the built-in metrics, under its class name.
@@ -229,12 +226,12 @@ class PairModule(LightningModule):
         cross_spans_ranks: Whether scores with ``with_cross`` span the batches of all ranks, or only this rank's.
     """
 
-    cross_spans_ranks: bool = True
+    model: RewardModel
 
     def __init__(
         self,
-        process: NoiseProcess,
-        base: str,
+        backbone: DiffusionBackbone,
+        head: Callable[[FeatureSpec], RewardHead],
         loss: PreferenceLoss,
         levels: LevelSampler,
         noise_per_image: bool = False,
@@ -242,6 +239,7 @@ class PairModule(LightningModule):
         posterior: Posterior = "sample",
         eval_timesteps: Sequence[float] = (),
         eval_sigmas: Sequence[float] = (),
+        ensemble_sigmas: Sequence[float] = (),
         equal_scores: Equal = "wrong",
         metrics: Sequence[Metric] = (),
         decay_vectors: bool = False,
@@ -250,92 +248,47 @@ class PairModule(LightningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        if head is not None:
+            if not isinstance(backbone, DiffusionBackbone):
+                raise InputError(f"backbone is {backbone!r}, not a DiffusionBackbone; let its function return one")
+            check_process(backbone)
         self.optimizer, self.lr_scheduler, self.seed = optimizer, lr_scheduler, run_seed(seed)
         self.lr: float | None = None
         self.configured_lr: float | None = None
-        self.frozen_base = FrozenBase(self, base, {})
+        self.frozen_base = FrozenBase(self, backbone.source, {})
         self.loss, self.levels, self.decay_vectors = loss, levels, decay_vectors
         self.noise_per_image, self.timestep_per_image, self.posterior = noise_per_image, timestep_per_image, posterior
-        self.noise_process = process
+        self.noise_process = process = backbone.noise_process
         if not (eval_timesteps or eval_sigmas):
             raise InputError("eval_timesteps and eval_sigmas are both empty; name at least one level to evaluate at")
-        check_once(eval_sigmas=eval_sigmas)
-        for sigma in eval_sigmas:
-            check_range("[0, 1]", eval_sigmas=sigma)
         snapped = snap_timesteps(process, eval_timesteps)[:, None]
+        at_sigmas = nearest_timesteps(process, eval_sigmas=eval_sigmas)[:, None]
         self.eval_levels = {f"t{t:g}": level for t, level in zip(eval_timesteps, snapped, strict=True)}
-        # Where the process has its tables, also if the module is built under another default device.
-        with torch.device("cpu"):
-            self.eval_levels |= {f"sigma{s:g}": process.timesteps_at(torch.tensor([float(s)])) for s in eval_sigmas}
+        self.eval_levels |= {f"sigma{s:g}": level for s, level in zip(eval_sigmas, at_sigmas, strict=True)}
+        self.ensemble_timesteps = nearest_timesteps(process, ensemble_sigmas=ensemble_sigmas)
+        self.cross_spans_ranks, self.pictures = True, TrainingPictures()
         self.metrics = nn.ModuleDict()
-        self._metric_settings = equal_scores, metrics
-        for name in (*self.eval_levels, "all"):
-            self._add_metrics(name)
+        for name in (*self.eval_levels, "all", *(["ensemble"] if ensemble_sigmas else [])):
+            # In-batch negatives need a collective call, and in evaluation ranks may have different numbers of batches.
+            with_loss = name in self.eval_levels and not loss.needs_cross_scores
+            # ModuleDict takes no dots in its keys, and levels such as sigma0.2 have one.
+            self.metrics[name.replace(".", "_")] = LevelMetrics(equal_scores, metrics, with_loss)
+        if head is not None:
+            self._take(backbone, head(backbone.feature_spec))
 
-    def _add_metrics(self, name: str) -> None:
-        """Create the metrics of one more evaluation, logged under ``name``."""
-        # ModuleDict takes no dots in its keys, and levels such as sigma0.2 have one.
-        # In-batch negatives need a collective call, and in evaluation ranks may have different numbers of batches.
-        with_loss = name in self.eval_levels and not self.loss.needs_cross_scores
-        self.metrics[name.replace(".", "_")] = LevelMetrics(*self._metric_settings, with_loss)
-
-    @abstractmethod
-    def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
-        """Encode images and prompts on the module's device, and draw the noise with ``draws``.
-
-        Raises:
-            InputError: If the batch holds latents of another space.
-        """
-
-    @abstractmethod
-    def score(
-        self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor, with_cross: bool = False
-    ) -> PairScores:
-        """Score both images of each pair at ``timesteps`` ``(2B,)``.
-
-        ``with_cross`` adds the scores of every image with every prompt. Under several processes that is a collective
-        call, which only training can make: in evaluation, ranks may have different numbers of batches.
-        """
-
-    @property
-    def latent_decoder(self) -> "LatentEncoder | None":
-        """Return the VAE that decodes latents, for callbacks; None without a VAE."""
-        return None
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Build a module from ``kwargs`` and load a checkpoint's weights; only tensors and plain values are read."""
-        kwargs["_instantiator"] = None  # else Lightning takes the function that the checkpoint names
-        return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
-
-    def setup(self, stage: str) -> None:
-        """Check the trainer's precision, and share frozen weights; see :meth:`FrozenBase.prepare`."""
-        self.frozen_base.prepare(self)
-
-    def configure_optimizers(self) -> Any:
-        """Build one optimiser over the trainable parameters, and its schedule, stepped after each optimiser step."""
-        self.configured_lr = self.lr
-        return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, self.decay_vectors, self.lr)
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Return the callback that checks and logs optimiser steps."""
-        return [OptimizerSteps()]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save which base model the checkpoint's weights belong to, as far as frozen weights are left out."""
-        self.frozen_base.save(self, checkpoint, checkpoint["state_dict"])
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that a checkpoint belongs to this base, and fill in the weights that it leaves out."""
-        self.frozen_base.check(self, checkpoint)
-
-    def summed(self, rewards: Tensor) -> Tensor:
-        """Return one number per row: for a head with two outputs (two axes) their weighted sum, else the rewards."""
-        return rewards
-
-    def add_noise(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:
-        """Return noisy latents ``(2B, C, ...)`` at ``timesteps`` ``(2B,)``."""
-        return self.noise_process.add_noise(encoded.latents, encoded.noise, timesteps)
+    def _take(self, backbone: DiffusionBackbone, head: RewardHead) -> None:
+        """Join backbone and head to the model that trains."""
+        self.model = RewardModel(backbone, head)
+        self.cross_spans_ranks = isinstance(head, EmbeddingHead)  # others read image and prompt together
+        built = {} if backbone.built_by is None else backbone.built_by.init_args
+        self.frozen_base.settings = unseen_settings("backbone", built, backbone.text_encoder)
+        if backbone.feature_spec.output is not None and not head.reads_output:
+            name = type(head).__name__
+            raise InputError(f"backbone.output_map is true, but {name} does not read the output map; set it to false")
+        # Parameters that get no gradient would fail DDP, and taps that no head reads cost memory.
+        backbone.drop_unread(head.reads_text, head.reads_temb)
+        with suppress(InputError):  # raised when the model is saved instead
+            self.model.recipe = recipe_in_python(backbone, head)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Return the ``loss`` of a batch at random noise levels, and as ``scored`` a :class:`ScoredPairs`.
@@ -358,157 +311,11 @@ class PairModule(LightningModule):
         self.log("train/margin", (margin * decided).sum() / decided.sum(), batch_size=size)
         return {"loss": loss, "scored": scored_pairs(batch, timesteps, self._summed(scores))}
 
-    def _summed(self, scores: PairScores) -> PairScores:
-        return replace(scores, chosen=self.summed(scores.chosen), rejected=self.summed(scores.rejected))
-
-    def evaluation_step(self, batch: PreferenceBatch, stage: str | None = None) -> ScoredPairs:
-        """Score at every evaluation level; under a ``stage`` (``val``, ``test``) also update and log its metrics.
-
-        Random numbers are those of epoch 0, so that every evaluation uses the same noise.
-        """
-        encoded, levels = self.encode(batch, PairDraws(batch, self.seed, epoch=0)), []
-        for name, timestep in self.eval_levels.items():
-            timesteps = timestep.repeat(2 * len(batch))
-            scores = self.score(batch, encoded, timesteps)
-            summed = self._summed(scores)
-            levels.append(scored_pairs(batch, timesteps, summed))
-            if stage is None:
-                continue
-            self._update((name, "all"), summed)
-            if (mean_loss := getattr(self.metrics[name.replace(".", "_")], "loss", None)) is not None:
-                mean_loss.update(self.loss(scores), scores.weight)
-        if stage is not None:
-            self.evaluate_more(batch, encoded)
-        columns = zip(*levels, strict=True)
-        return ScoredPairs(*(torch.cat(c) if isinstance(c[0], Tensor) else sum(c, ()) for c in columns))
-
-    def _update(self, names: Sequence[str], scores: PairScores) -> None:
-        """Update the metrics of some evaluations with the pairs of one noise level."""
-        for name in names:
-            self.metrics[name.replace(".", "_")].update(scores, self.loss)
-
-    def evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
-        """Update the metrics of further evaluations; derived classes may override this method."""
-
-    def _log_metrics(self, stage: str) -> None:
-        for key, metrics in self.metrics.items():
-            suffix = "" if key == "all" else f"_{key.replace('_', '.')}"
-            for kind, value in metrics.values().items():
-                shown = kind == "accuracy" and key == "all"
-                self.log(f"{stage}/{kind}{suffix}", value, prog_bar=shown, sync_dist=True)
-
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
-        """Score at every evaluation level, and update the metrics."""
-        return self.evaluation_step(batch, "val")
-
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
-        """Score at every evaluation level, and update the metrics."""
-        return self.evaluation_step(batch, "test")
-
-    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
-        """Score at every evaluation level; pairs need no label."""
-        return self.evaluation_step(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/accuracy``, ``val/margin``, ``val/calibration`` and other metrics, over all levels and for each."""
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics of the test as in validation, under ``test/``."""
-        self._log_metrics("test")
-
-
-def snap_timesteps(process: NoiseProcess, eval_timesteps: Sequence[float]) -> Tensor:
-    """Return the timesteps of ``process`` nearest to ``eval_timesteps``.
-
-    Raises:
-        InputError: If one is out of range, or given twice.
-    """
-    check_once(eval_timesteps=eval_timesteps)
-    with torch.device("cpu"), errors_at(f"eval_timesteps={list(eval_timesteps)}: "):  # where the process has its tables
-        timesteps = torch.tensor([float(timestep) for timestep in eval_timesteps])
-        process.sigma(timesteps)
-        return process.snap(timesteps)
-
-
-def scored_pairs(batch: PreferenceBatch, timesteps: Tensor, scores: PairScores) -> ScoredPairs:
-    """Make the detached record of one level's scores, for callbacks; ``timesteps`` ``(2B,)``."""
-    names = batch.pair_ids, batch.chosen_keys, batch.rejected_keys
-    pairs = scores.label, scores.weight, scores.chosen_sigmas, scores.rejected_sigmas
-    return ScoredPairs(*names, timesteps[: len(batch)], scores.chosen.detach(), scores.rejected.detach(), *pairs)
-
-
-class RewardModule(PairModule):
-    """Module that trains a reward model, any backbone with any head, with any preference loss.
-
-    Args:
-        backbone: Backbone that gives features; it owns the encoders and the noise process.
-        head: Function that makes the head from the backbone's feature spec.
-        loss: Preference loss.
-        levels: Sampler of a training pair's timestep.
-        ensemble_sigmas: Noise levels of an additional evaluation with the head's ensemble score; empty for none.
-        options: See :class:`~latentreward.reward.modules.reward.PairModule`.
-    """
-
-    def __init__(
-        self,
-        backbone: DiffusionBackbone,
-        head: Callable[[FeatureSpec], RewardHead],
-        loss: PreferenceLoss,
-        levels: LevelSampler,
-        ensemble_sigmas: Sequence[float] = (),
-        **options: Any,
-    ) -> None:
-        if not isinstance(backbone, DiffusionBackbone):
-            raise InputError(f"backbone is {backbone!r}, not a DiffusionBackbone; let its function return one")
-        check_process(backbone)
-        super().__init__(backbone.noise_process, backbone.source, loss, levels, **options)
-        self.model = RewardModel(backbone, head(backbone.feature_spec))
-        self.cross_spans_ranks = isinstance(self.model.head, EmbeddingHead)  # others read image and prompt together
-        built = {} if backbone.built_by is None else backbone.built_by.init_args
-        self.frozen_base.settings = unseen_settings("backbone", built, backbone.text_encoder)
-        self.pictures = TrainingPictures()
-        if backbone.feature_spec.output is not None and not self.model.head.reads_output:
-            name = type(self.model.head).__name__
-            raise InputError(f"backbone.output_map is true, but {name} does not read the output map; set it to false")
-        # Parameters that get no gradient would fail DDP, and taps that no head reads cost memory.
-        backbone.drop_unread(self.model.head.reads_text, self.model.head.reads_temb)
-        with suppress(InputError):  # raised when the model is saved instead
-            self.model.recipe = recipe_in_python(backbone, self.model.head)
-        for sigma in ensemble_sigmas:
-            check_range("[0, 1]", ensemble_sigmas=sigma)
-        check_once(ensemble_sigmas=ensemble_sigmas)
-        with torch.device("cpu"):
-            self.ensemble_timesteps = self.noise_process.timesteps_at(torch.tensor([float(s) for s in ensemble_sigmas]))
-        if ensemble_sigmas:
-            self._add_metrics("ensemble")
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Return the callbacks that check optimiser steps, and compare the data with those of the training."""
-        return [*super().configure_callbacks(), self.pictures]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore how the training images were turned and resized, and whether they were edits."""
-        super().on_load_checkpoint(checkpoint)
-        self.pictures.restore(self.model, checkpoint)
-
-    def configure_model(self) -> None:
-        """Shard weights over the ranks under Lightning's ``ModelParallelStrategy`` (FSDP2); see :mod:`.sharding`."""
-        if self.device_mesh is not None:
-            shard(self, self.model.backbone, self.device_mesh["data_parallel"])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what is known of the training images and, if the run writes no config, how to build the model."""
-        super().on_save_checkpoint(checkpoint)
-        self.pictures.record(self.model, checkpoint)
-        if not any(isinstance(callback, SaveConfigCallback) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            record_building(self, checkpoint)
-
-    def summed(self, rewards: Tensor) -> Tensor:
-        return rewards if rewards.ndim == 1 else self.model.head.total(rewards)
-
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
-        """See :meth:`PairModule.encode`; rows i and B + i of the result share a prompt and, by default, the noise."""
+        """Encode images and prompts on the module's device, and draw the noise with ``draws``.
+
+        Rows i and B + i of the result share a prompt and, by default, the noise.
+        """
         latents = latents_of(self.model.backbone, batch, draws, self.posterior)
         sources = tuple(source.float() for source in batch.sources)  # for the reason of `latents_of`
         if batch.conditioning is None:
@@ -520,10 +327,19 @@ class RewardModule(PairModule):
         rows = [*range(len(batch))] * 2
         return EncodedPairs(latents.float(), noise, conditioning.select(rows), uncond and uncond.empty_for(rows))
 
+    def add_noise(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:
+        """Return noisy latents ``(2B, C, ...)`` at ``timesteps`` ``(2B,)``."""
+        return self.noise_process.add_noise(encoded.latents, encoded.noise, timesteps)
+
     def score(
         self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor, with_cross: bool = False
     ) -> PairScores:
-        """See :meth:`PairModule.score`; ``with_cross`` takes B forward passes with a head that has no embeddings."""
+        """Score both images of each pair at ``timesteps`` ``(2B,)``.
+
+        ``with_cross`` adds the scores of every image with every prompt, by B forward passes with a head that has no
+        embeddings. Under several processes that is a collective call, which only training can make: in evaluation,
+        ranks may have different numbers of batches.
+        """
         noisy, cross = self.add_noise(encoded, timesteps), None
         if with_cross:
             rewards, cross = self._score_with_negatives(noisy, timesteps, encoded)
@@ -559,9 +375,35 @@ class RewardModule(PairModule):
         cross = CrossScores(*torch.stack(rows).chunk(2, dim=1))
         return torch.cat([cross.chosen.diagonal(), cross.rejected.diagonal()]), cross
 
-    @property
-    def latent_decoder(self) -> "LatentEncoder | None":
-        return self.model.backbone.vae
+    def summed(self, rewards: Tensor) -> Tensor:
+        """Return one number per row: for a head with two outputs (two axes) their weighted sum, else the rewards."""
+        return rewards if rewards.ndim == 1 else self.model.head.total(rewards)
+
+    def _summed(self, scores: PairScores) -> PairScores:
+        return replace(scores, chosen=self.summed(scores.chosen), rejected=self.summed(scores.rejected))
+
+    def evaluation_step(self, batch: PreferenceBatch, stage: str | None = None) -> ScoredPairs:
+        """Score at every evaluation level; under a ``stage`` (``val``, ``test``) also update and log its metrics.
+
+        Random numbers are those of epoch 0, so that every evaluation uses the same noise.
+        """
+        encoded, levels = self.encode(batch, PairDraws(batch, self.seed, epoch=0)), []
+        for name, timestep in self.eval_levels.items():
+            timesteps = timestep.repeat(2 * len(batch))
+            scores = self.score(batch, encoded, timesteps)
+            summed = self._summed(scores)
+            levels.append(scored_pairs(batch, timesteps, summed))
+            if stage is None:
+                continue
+            metrics: Any = self.metrics[name.replace(".", "_")]
+            for one in (metrics, self.metrics["all"]):
+                one.update(summed, self.loss)
+            if (mean_loss := metrics.loss) is not None:
+                mean_loss.update(self.loss(scores), scores.weight)
+        if stage is not None and len(self.ensemble_timesteps):
+            self.metrics["ensemble"].update(self._summed(self.score_ensemble(batch, encoded)), self.loss)
+        columns = zip(*levels, strict=True)
+        return ScoredPairs(*(torch.cat(c) if isinstance(c[0], Tensor) else sum(c, ()) for c in columns))
 
     def score_ensemble(self, batch: PreferenceBatch, encoded: EncodedPairs) -> PairScores:
         """Score each pair with the head's ensemble over ``ensemble_sigmas``; the returned sigmas are their mean."""
@@ -575,7 +417,103 @@ class RewardModule(PairModule):
         sigmas = sigma.repeat(len(batch))
         return PairScores(chosen, rejected, batch.label, batch.weight, sigmas, sigmas)
 
-    def evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
-        """See :meth:`PairModule.evaluate_more`; the ensemble over noise levels."""
-        if len(self.ensemble_timesteps):
-            self._update(["ensemble"], self._summed(self.score_ensemble(batch, encoded)))
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
+        """Score at every evaluation level, and update the metrics."""
+        return self.evaluation_step(batch, "val")
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
+        """Score at every evaluation level, and update the metrics."""
+        return self.evaluation_step(batch, "test")
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
+        """Score at every evaluation level; pairs need no label."""
+        return self.evaluation_step(batch)
+
+    def _log_metrics(self, stage: str) -> None:
+        for key, metrics in self.metrics.items():
+            suffix = "" if key == "all" else f"_{key.replace('_', '.')}"
+            for kind, value in metrics.values().items():
+                shown = kind == "accuracy" and key == "all"
+                self.log(f"{stage}/{kind}{suffix}", value, prog_bar=shown, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/accuracy``, ``val/margin``, ``val/calibration`` and other metrics, over all levels and for each."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the test as in validation, under ``test/``."""
+        self._log_metrics("test")
+
+    def setup(self, stage: str) -> None:
+        """Check the trainer's precision, and share frozen weights; see :meth:`FrozenBase.prepare`."""
+        self.frozen_base.prepare(self)
+
+    def configure_model(self) -> None:
+        """Shard weights over the ranks under Lightning's ``ModelParallelStrategy`` (FSDP2); see :mod:`.sharding`."""
+        if self.device_mesh is not None:
+            if not hasattr(self, "model"):
+                raise InputError(f"trainer.strategy: {type(self).__name__} is not sharded; set ddp")
+            shard(self, self.model.backbone, self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        """Build one optimiser over the trainable parameters, and its schedule, stepped after each optimiser step."""
+        self.configured_lr = self.lr
+        return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, self.decay_vectors, self.lr)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callbacks that check optimiser steps, and compare the data with those of the training."""
+        return [OptimizerSteps(), *([self.pictures] if hasattr(self, "model") else [])]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the base of the weights, the training images and, if the run writes no config, how to build the model.
+
+        The base counts as far as frozen weights are left out.
+        """
+        self.frozen_base.save(self, checkpoint, checkpoint["state_dict"])
+        if hasattr(self, "model"):
+            self.pictures.record(self.model, checkpoint)
+            if not any(isinstance(callback, SaveConfigCallback) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+                record_building(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint belongs to this base, fill in what it leaves out, and restore the training images."""
+        self.frozen_base.check(self, checkpoint)
+        if hasattr(self, "model"):
+            self.pictures.restore(self.model, checkpoint)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Build a module from ``kwargs`` and load a checkpoint's weights; only tensors and plain values are read."""
+        kwargs["_instantiator"] = None  # else Lightning takes the function that the checkpoint names
+        return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
+
+    @property
+    def latent_decoder(self) -> "LatentEncoder | None":
+        """Return the VAE that decodes latents, for callbacks; None without a VAE."""
+        return self.model.backbone.vae
+
+
+def snap_timesteps(process: NoiseProcess, eval_timesteps: Sequence[float]) -> Tensor:
+    """Return the timesteps of ``process`` nearest to ``eval_timesteps``."""
+    check_once(eval_timesteps=eval_timesteps)
+    with torch.device("cpu"), errors_at(f"eval_timesteps={list(eval_timesteps)}: "):  # where the process has its tables
+        timesteps = torch.tensor([float(timestep) for timestep in eval_timesteps])
+        process.sigma(timesteps)
+        return process.snap(timesteps)
+
+
+def nearest_timesteps(process: NoiseProcess, **sigmas: Sequence[float]) -> Tensor:
+    """Return the timesteps of ``process`` nearest to a setting's noise levels; each lies in [0, 1], and stands once."""
+    ((name, levels),) = sigmas.items()
+    check_once(**sigmas)
+    for sigma in levels:
+        check_range("[0, 1]", **{name: sigma})
+    with torch.device("cpu"):  # where the process has its tables, also if the module is built under another device
+        return process.timesteps_at(torch.tensor([float(sigma) for sigma in levels]))
+
+
+def scored_pairs(batch: PreferenceBatch, timesteps: Tensor, scores: PairScores) -> ScoredPairs:
+    """Make the detached record of one level's scores, for callbacks; ``timesteps`` ``(2B,)``."""
+    names = batch.pair_ids, batch.chosen_keys, batch.rejected_keys
+    pairs = scores.label, scores.weight, scores.chosen_sigmas, scores.rejected_sigmas
+    return ScoredPairs(*names, timesteps[: len(batch)], scores.chosen.detach(), scores.rejected.detach(), *pairs)

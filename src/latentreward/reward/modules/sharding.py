@@ -36,9 +36,6 @@ def shard(module: nn.Module, backbone: DiffusionBackbone, mesh: DeviceMesh) -> N
 
     The module is built whole first, so each process needs CPU memory for the whole module once. The blocks of
     ``backbone`` become groups of their own. All ranks must hold the same weights.
-
-    Raises:
-        InputError: If a parameter is a scalar, which has no axis to shard.
     """
     if isinstance(module, FSDPModule):
         return

@@ -64,10 +64,6 @@ class FrozenBase:
         """Prepare ``module`` for its trainer, in ``setup``: weights that train stay float32, frozen ones are shared.
 
         In bfloat16, an update that is small beside its weight would be lost.
-
-        Raises:
-            InputError: If ``trainer.precision`` is not 32-true, 16-mixed or bf16-mixed, or FSDP1 is to shard quantised
-                weights.
         """
         if module.trainer.precision not in ("32-true", "16-mixed", "bf16-mixed"):
             raise InputError(
@@ -99,9 +95,6 @@ class FrozenBase:
 
         Quantised layers are filled in from this base. So are all frozen weights that the checkpoint leaves out, if it
         is of a quantised run, or outside a Trainer, where ``load_from_checkpoint`` calls the hook.
-
-        Raises:
-            InputError: If the checkpoint belongs to another base, or a resumed run has other ``settings``.
         """
         if "base" in checkpoint:
             self.sample.check(checkpoint["base"])
@@ -220,9 +213,6 @@ def single_optimizer(
 
     The schedule is stepped after each optimiser step. With ``decay_vectors``, vectors and scalars (biases, norms) get
     the optimiser's weight decay too. ``lr`` is the learning rate before any schedule; None keeps the optimiser's own.
-
-    Raises:
-        InputError: If the optimiser refuses its settings, or a ReduceLROnPlateau has no ``monitor``.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     # AdamW decays every parameter of a group; norms, biases and a temperature have no reason to shrink to 0.
@@ -340,9 +330,6 @@ class OptimizerSteps(Callback):
         """Step a ReduceLROnPlateau with its metric; a sanity check only looks for the metric.
 
         Lightning steps it after the checkpoint of an epoch's end, so that a resumed run would lack that step.
-
-        Raises:
-            InputError: If the validation logs no metric of that name.
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return

@@ -28,10 +28,6 @@ class AestheticScorer(CLIPImageScorer):
         options: See :class:`~latentreward.reward.scorers.clip.CLIPImageScorer`. ``dtype`` applies to CLIP; the
             predictor
             always computes in float32.
-
-    Raises:
-        InputError: If the file does not exist, holds more than tensors, or holds no chain of linear layers with one
-            output.
     """
 
     uses_prompt = False
@@ -50,16 +46,11 @@ class AestheticScorer(CLIPImageScorer):
         self.layers = linear_chain(self.weights, tensors).to(self.device)
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`: class, model, revision, dtype and a hash of the predictor's weights."""
         weights = digest((parameter.detach().cpu().numpy().tobytes() for parameter in self.layers.parameters()), 8)
         return f"{super().identity()} weights {weights}"
 
     def prepare(self) -> None:
-        """Load CLIP, and check that its embeddings have the width that the predictor takes.
-
-        Raises:
-            InputError: If the widths differ, or CLIP cannot be loaded.
-        """
+        """Load CLIP, and check that its embeddings have the width that the predictor takes."""
         expected, width = self.layers[0].in_features, self.towers().width
         if expected != width:
             raise InputError(
@@ -76,9 +67,6 @@ def linear_chain(path: Path, tensors: Mapping[str, Tensor]) -> nn.Sequential:
 
     Tensors have the names ``layers.0.weight``, ``layers.0.bias``, ``layers.2.weight``, …, or ``weight`` and ``bias``
     for a single layer.
-
-    Raises:
-        InputError: If the widths do not fit together, a tensor has another name, or the last layer has several outputs.
     """
     found = {name: re.fullmatch(r"(?:layers\.(\d+)\.)?weight", name) for name in tensors}
     order = sorted((int(match[1] or 0), name) for name, match in found.items() if match and tensors[name].ndim == 2)

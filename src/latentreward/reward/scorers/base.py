@@ -22,9 +22,6 @@ class Scorer(Part):
     Args:
         name: Name of the scores in tables, with columns ``NAME_a``, ``NAME_b`` and ``NAME_gap``: ASCII letters, digits
             and underscores, beginning with a letter.
-
-    Raises:
-        InputError: If the name has other characters, or is ``image``, ``label`` or ``problem``.
     """
 
     def __init__(self, name: str) -> None:
@@ -57,9 +54,6 @@ class ImageScorer(Scorer):
     Attributes:
         uses_prompt: Whether the score depends on the prompt. If False, an image is scored once, also if it occurs with
             several prompts.
-
-    Raises:
-        InputError: If ``batch_size`` is below 1, or the name is not allowed.
     """
 
     uses_prompt: bool = True
@@ -98,10 +92,6 @@ class ImageScorer(Scorer):
 
         Returns:
             Scores ``(N,)``, or ``(N, K)`` for K :attr:`columns`, float32 on the CPU.
-
-        Raises:
-            InputError: If the numbers of prompts and images differ, or :meth:`score` returns another shape, or a value
-                that is not finite.
         """
         if len(prompts) != len(images):
             given = f"{len(prompts)} prompts for {len(images)} images"

@@ -80,9 +80,6 @@ class CLIPImageScorer(ImageScorer):
         dtype: Dtype of weights and pixels.
         device: Device such as ``cuda:1``; ``auto`` takes the accelerator if there is one.
         batch_size: Images per forward pass.
-
-    Raises:
-        InputError: If a folder does not exist or is not that of a CLIP model.
     """
 
     def __init__(
@@ -107,7 +104,6 @@ class CLIPImageScorer(ImageScorer):
                 raise InputError(f"source of {name}: no {file} in {folder}; give a folder saved from a CLIPModel")
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`: class, source, processor if it is another one, revision and dtype."""
         sources = self.source if self.processor == self.source else f"{self.source} processor {self.processor}"
         return f"{type(self).__name__} {sources} revision {self.revision} {self.dtype}"
 
@@ -144,7 +140,6 @@ class CLIPScorer(CLIPImageScorer):
         self.scale = scale
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`: class, source, processor if it is another one, revision, dtype and scale."""
         return f"{super().identity()} {self.scale}"
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
@@ -175,9 +170,6 @@ def load_towers(source: str, processor: str, revision: str | None, dtype: Dtype,
 
     Images are preprocessed with PIL by transformers, as the published models were used: shortest edge resized, bicubic
     with antialiasing in 8 bits; centre crop; mean and standard deviation of ``preprocessor_config.json``.
-
-    Raises:
-        InputError: If a part cannot be loaded, or a tensor is missing.
     """
     model, tokenizer, preprocess = load_clip(source, processor, revision, getattr(torch, dtype))
 
@@ -200,9 +192,6 @@ def load_clip(source: str, processor: str, revision: str | None, dtype: torch.dt
 
     Only safetensors files of the model are read. ``source`` and ``processor`` are folders or hub ids; ``revision`` is
     that of ``source``, and also of ``processor`` if both are the same.
-
-    Raises:
-        InputError: If a part cannot be loaded, or a tensor is missing or of another shape.
     """
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 

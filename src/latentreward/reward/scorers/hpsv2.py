@@ -1,9 +1,10 @@
-"""Scorer by HPSv2 (arXiv:2306.09341), versions 2.0 and 2.1."""
+"""Scorer by HPSv2 (arXiv:2306.09341), versions 2.0 and 2.1, whose OpenCLIP weights become a ``CLIPModel``."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,13 +12,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from latentreward.core.contracts import PathText
-from latentreward.core.errors import InputError, first_line
+from latentreward.core.errors import InputError, first_line, one_line
 from latentreward.core.running import find_device
 from latentreward.core.storage.hub import hub_answers
 from latentreward.diffusion.backbones.loading import check_tokenizer
 from latentreward.reward.scorers.base import ImageScorer
 from latentreward.reward.scorers.clip import PICKSCORE_PROCESSOR, CLIPTowers, Dtype, load_part
-from latentreward.reward.scorers.open_clip_weights import clip_model
 from latentreward.reward.scoring.files import read_state_dict
 
 REPOSITORY = "xswu/HPSv2"  # hub id of the published weights
@@ -44,9 +44,6 @@ class HPSv2Scorer(ImageScorer):
         device: Device such as ``cuda:1``; ``auto`` takes the accelerator if there is one.
         batch_size: Images per forward pass.
 
-    Raises:
-        InputError: If ``weights`` is neither a version nor a file.
-
     Note:
         Images keep their aspect ratio, as in ``hpsv2`` 1.2.0 at inference (``resize_longest_max``): the longest side is
         resized to 224 pixels, bicubic with antialiasing in 8 bits, and the rest is padded with black. Other CLIP models
@@ -72,7 +69,6 @@ class HPSv2Scorer(ImageScorer):
         self.dtype, self.device = dtype, find_device(device)
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`: class, weights, size of a weight file, tokenizer, dtype and scale."""
         size = f" {Path(self.weights).stat().st_size} bytes" if self.weights not in FILES else ""
         how = f"transformers tokenizer {self.tokenizer} {self.dtype} {self.scale}"
         return f"{type(self).__name__} {self.weights}{size} {how}"
@@ -120,3 +116,102 @@ def padded_pixels(image: Image.Image, side: int) -> Tensor:
     padded = ImageOps.expand(image, (left, top, side - width - left, side - height - top))
     pixels = torch.from_numpy(np.array(padded)).permute(2, 0, 1).float() / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+# Names are OpenCLIP's → transformers': beginnings within a block, whole names, and whole names of transposed matrices.
+BLOCK = {
+    "ln_1.": "layer_norm1.",
+    "ln_2.": "layer_norm2.",
+    "attn.out_proj.": "self_attn.out_proj.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+}
+WHOLE = {
+    "logit_scale": "logit_scale",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+}
+TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
+IN_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
+
+
+def clip_model(tensors: Mapping[str, Tensor], origin: str, heads: int, dtype: torch.dtype) -> Any:
+    """Build a ``CLIPModel`` from OpenCLIP weights, in evaluation mode and without gradients.
+
+    All sizes but the number of heads, equal in both towers, are read from the weights. The conversion is exact for
+    OpenCLIP models with GELU (not QuickGELU), a class token, and text pooled at the end token, such as ViT-H-14 of
+    LAION-2B and HPSv2. Error messages name ``origin``, the source of the weights.
+    """
+    from transformers import CLIPModel
+
+    try:
+        converted = _renamed(tensors)
+        with torch.device("meta"):
+            model = CLIPModel(_config(tensors, heads))
+        model.load_state_dict({name: value.to(dtype) for name, value in converted.items()}, assign=True)
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = one_line(error)[:200]
+        raise InputError(f"weights: {origin} are not those of an OpenCLIP model with a ViT ({reason})") from error
+    for tower in (model.text_model, model.vision_model):  # buffers that no state dict holds and that are still meta
+        positions = tower.embeddings.position_embedding.weight
+        tower.embeddings.position_ids = torch.arange(len(positions), device=positions.device).expand(1, -1)
+    return model.eval().requires_grad_(False)
+
+
+def _config(tensors: Mapping[str, Tensor], heads: int) -> Any:
+    from transformers import CLIPConfig
+
+    numbers: dict[str, set[str]] = {"": set(), "visual.": set()}
+    for match in filter(None, map(IN_BLOCK.fullmatch, tensors)):
+        numbers[match[1] or ""].add(match[2])
+    embedding, patches = tensors["token_embedding.weight"], tensors["visual.conv1.weight"]
+    width = tensors["visual.proj"].shape[1]
+    tower = {"num_attention_heads": heads, "hidden_act": "gelu", "projection_dim": width}
+    text = {
+        "vocab_size": len(embedding),
+        "hidden_size": embedding.shape[1],
+        "intermediate_size": len(tensors["transformer.resblocks.0.mlp.c_fc.bias"]),
+        "num_hidden_layers": len(numbers[""]),
+        "max_position_embeddings": len(tensors["positional_embedding"]),
+        "bos_token_id": len(embedding) - 2,
+        "eos_token_id": len(embedding) - 1,  # OpenCLIP pools at the largest id
+    }
+    grid = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
+    vision = {
+        "hidden_size": len(patches),
+        "intermediate_size": len(tensors["visual.transformer.resblocks.0.mlp.c_fc.bias"]),
+        "num_hidden_layers": len(numbers["visual."]),
+        "patch_size": patches.shape[-1],
+        "image_size": grid * patches.shape[-1],
+    }
+    return CLIPConfig(text_config=text | tower, vision_config=vision | tower, projection_dim=width)
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    converted: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        match = IN_BLOCK.fullmatch(name)
+        tower, block, inner = match.groups("") if match else ("", "", "")
+        layer = f"{'vision' if tower else 'text'}_model.encoder.layers.{block}."
+        start = next((start for start in BLOCK if inner.startswith(start)), None)
+        if name in WHOLE:
+            converted[WHOLE[name]] = value
+        elif name in TRANSPOSED:
+            converted[TRANSPOSED[name]] = value.T.contiguous()
+        elif start is not None:
+            converted[layer + BLOCK[start] + inner.removeprefix(start)] = value
+        elif packed := re.fullmatch(r"attn\.in_proj_(weight|bias)", inner):
+            for part, tensor in zip("qkv", value.chunk(3), strict=True):
+                converted[f"{layer}self_attn.{part}_proj.{packed[1]}"] = tensor.clone()
+        elif name not in ("attn_mask", "logit_bias"):  # a buffer in old files, and a parameter that only SigLIP uses
+            raise KeyError(f"{name} is unknown")
+    return converted

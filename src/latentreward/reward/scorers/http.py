@@ -27,9 +27,6 @@ class HTTPScorer(ImageScorer):
         name: Name of the scores in tables.
         batch_size: Images of a request.
 
-    Raises:
-        InputError: If ``batch_size`` is below 1, or the name is not allowed.
-
     Example:
         .. code-block:: yaml
 

@@ -38,10 +38,6 @@ class PairScoring:
     Scores are kept in memory for the life of the object, by a hash of image key and prompt, so that an image that
     recurs is not scored again. A score takes about 0.2 kB. ``decode_threads`` decode images ahead; images of more than
     ``max_pixels`` are recorded as unreadable.
-
-    Raises:
-        InputError: If there is no scorer, two scorers have the same name, a scorer does not score pairs, or the reader
-            holds latents instead of images.
     """
 
     def __init__(
@@ -90,11 +86,7 @@ class PairScoring:
             scorer.prepare()
 
     def recall(self, rows: range, table: pa.Table) -> None:
-        """Take over the scores in ``table``, which an earlier run wrote for ``rows`` of the reader.
-
-        Raises:
-            InputError: If a server named another model with them than with those of another table.
-        """
+        """Take over the scores in ``table``, which an earlier run wrote for ``rows`` of the reader."""
         for name, model in json.loads((table.schema.metadata or {}).get(MODELS, b"{}")).items():
             self._note_model(name, model)
         for side in ("a", "b"):
@@ -234,9 +226,6 @@ def require_images(name: str, reader: PairReader, rows: int) -> None:
     """Check that some image of a split can be read, so that a wrong folder is refused before a model is loaded.
 
     Up to ``TRIED_PAIRS`` of the ``rows`` that are going to be scored are tried. Messages call the split ``name``.
-
-    Raises:
-        InputError: If the split has no pair, or none of the tried images can be read, such as where they are clips.
     """
     if not rows:
         raise InputError(f"{name}: there are no pairs; rows left out by the reader: {count_text(reader.skipped)}")

@@ -32,9 +32,6 @@ class CallableScorer(ImageScorer):
         name: Name of the scores in tables.
         uses_prompt: Whether the score depends on the prompt.
         batch_size: Greatest number of images per call.
-
-    Raises:
-        InputError: If ``function`` cannot be called.
     """
 
     def __init__(
@@ -48,7 +45,6 @@ class CallableScorer(ImageScorer):
         self._settings = settings_of(function)  # as given: calls may change the object
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`: dotted path of the function or class, and a hash of an object's settings."""
         named = code_of(self.function)
         return f"{type(self).__name__} {named.__module__}.{named.__qualname__}{self._settings}"
 
@@ -91,9 +87,6 @@ class TableColumn(TableScorer):
         path: File that ends in ``.csv``, ``.jsonl`` or ``.parquet``.
         column: Name COLUMN of the score, without ``_a`` and ``_b``.
         name: Name of the scores in tables that are written; ``column`` by default.
-
-    Raises:
-        InputError: If the file cannot be read, lacks a column, or has two rows for the same pair or image.
     """
 
     def __init__(self, path: str | Path, column: str, *, name: str | None = None) -> None:
@@ -114,7 +107,6 @@ class TableColumn(TableScorer):
             raise InputError(f"{path}: {repeated} rows repeat an earlier {' and '.join(names)}; keep one of each")
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`: class, file and column."""
         return f"{type(self).__name__} {self.path} {self.column}"
 
     def lookup(self, pairs: Sequence[PreferencePair]) -> np.ndarray:

@@ -83,7 +83,6 @@ class RewardModelScorer(ImageScorer):
         self.noise, self.device, self.dtype = noise, find_device(device), dtype
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`: class, path, revision, base, published settings, noise and dtype."""
         base = "" if self.base is None else f" base {self.base}"
         own = "" if self.model_source.published is None else f" {self.model_source.published}"
         noise = self.noise or "of the model"
@@ -100,11 +99,7 @@ class RewardModelScorer(ImageScorer):
 
     @cached_property
     def model(self) -> RewardModel:
-        """Reward model, loaded at the first use.
-
-        Raises:
-            InputError: If a file is missing or damaged, or does not fit, or the model was trained on clips.
-        """
+        """Reward model, loaded at the first use."""
         from latentreward.reward.scoring.reward_model import RewardModel
 
         model = RewardModel.from_pretrained(self.model_source, device=self.device, dtype=getattr(torch, self.dtype))

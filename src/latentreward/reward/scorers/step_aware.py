@@ -36,9 +36,6 @@ class StepAwareScorer(CLIPImageScorer):
         options: See :class:`~latentreward.reward.scorers.clip.CLIPImageScorer`. A ``PixelReward`` ignores ``device``
             and uses
             the device of the policy.
-
-    Raises:
-        InputError: If a file or folder does not exist.
     """
 
     def __init__(
@@ -50,15 +47,10 @@ class StepAwareScorer(CLIPImageScorer):
             raise InputError(f"weights of {name}: no file {weights}; give a checkpoint, or the file that SPO released")
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`: class, source, processor if it is another one, revision, dtype and weights."""
         return f"{super().identity()} weights {self.weights}"
 
     def load(self) -> StepAwareCLIP:
-        """Load the network, frozen, on the CPU.
-
-        Raises:
-            InputError: If the weights cannot be loaded, or are those of a plain CLIP model, not trained with timesteps.
-        """
+        """Load the network, frozen, on the CPU."""
         network, trained = load_step_aware(self.source, self.processor, self.revision, self.weights)
         if not (trained or network.mean.is_meta):  # which has shapes alone
             remedy = "train one with configs/model/spm_sd15.yaml, and give its checkpoint as weights"
@@ -74,7 +66,6 @@ class StepAwareScorer(CLIPImageScorer):
         return self.load().to(self.device)
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """See :meth:`ImageScorer.score`; the timestep is 0, as for finished images."""
         network, finished = self._network, torch.zeros(1, device=self.device)
         pixels = (to_pixels(image.convert("RGB"))[None].to(self.device) for image in images)
         embeds = torch.cat([network.embed_images(one, finished) for one in pixels])
@@ -96,9 +87,6 @@ def load_step_aware(
 
     Returns:
         The network, and whether trained weights were loaded. Without them the timestep does not change the embeddings.
-
-    Raises:
-        InputError: If a part cannot be loaded, or the weights are those of another network.
     """
     from latentreward.reward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP, rename_published
 

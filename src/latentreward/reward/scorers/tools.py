@@ -99,9 +99,6 @@ class CommandScorer(ToolScorer):
         folder: Working directory of the program; by default the folder with the program's input, output and log.
         timeout_s: Seconds after which the program and all processes that it started are killed.
         headline: Number reported first: ``mean`` over prompts, or ``mean_of_groups``, the mean of the groups' means.
-
-    Raises:
-        InputError: If the program does not exist, fails, takes too long, or writes no score for an image.
     """
 
     def __init__(
@@ -120,7 +117,6 @@ class CommandScorer(ToolScorer):
         self.command, self.folder, self.timeout_s = list(command), folder, timeout_s
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`: class and command."""
         return f"{type(self).__name__} {' '.join(self.command)}"
 
     def prepare(self) -> None:
@@ -184,9 +180,6 @@ class ScoreFile(ToolScorer):
         column: Column of the scores.
         name: Name of the scores in reports; ``column`` by default.
         headline: Number reported first: ``mean`` over prompts, or ``mean_of_groups``, the mean of the groups' means.
-
-    Raises:
-        InputError: If the file cannot be read, has no row for an image, or holds values other than finite numbers.
     """
 
     def __init__(
@@ -196,7 +189,6 @@ class ScoreFile(ToolScorer):
         self.path, self.column = path, column
 
     def identity(self) -> str:
-        """See :meth:`Scorer.identity`: class, file and column."""
         return f"{type(self).__name__} {self.path} {self.column}"
 
     def score_pictures(self, pictures: Sequence[JudgedPicture], policy: str, work: Path) -> np.ndarray:

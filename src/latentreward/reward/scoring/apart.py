@@ -71,9 +71,6 @@ def check_predictions(
     """Compare a family's predictions for the first and last row of a batch with those of each row alone.
 
     Rows are given as in :func:`check_apart`.
-
-    Raises:
-        InputError: If they differ.
     """
     # Ranks that share a network's weights must call it equally often, and their batches may differ.
     if is_sharded(network) or not all(map(has_values, (latents, *network.parameters()))):

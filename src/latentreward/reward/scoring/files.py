@@ -29,9 +29,6 @@ def load_exactly(
     """Load ``state`` of the file ``path`` into ``module``, after checking that names and shapes match.
 
     Tensors named in ``absent_by_design`` may be missing and then keep their initial values.
-
-    Raises:
-        InputError: If a tensor is missing, unexpected or has the wrong shape; names the first one.
     """
     own = module.state_dict().items()
     expected = {name: tensor for name, tensor in own if name not in absent_by_design or name in state}
@@ -70,12 +67,7 @@ def not_dense(state: Mapping[str, Any], meta: bool = False) -> str | None:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Read a state dict from a ``torch.save`` file with ``weights_only=True``, which runs no code of the file.
-
-    Raises:
-        InputError: If the file is damaged, holds anything but named tensors and plain values, or would take more memory
-            than it has bytes: PyTorch unpacks compressed records, which ``torch.save`` does not write.
-    """
+    """Read a state dict from a ``torch.save`` file with ``weights_only=True``, which runs no code of the file."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as records:
@@ -94,11 +86,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def read_state_dict(path: Path, model: str) -> dict[str, Tensor]:
-    """Read tensors by name from a safetensors or ``torch.save`` file of ``model``, perhaps under ``state_dict``.
-
-    Raises:
-        InputError: If the file does not exist, is damaged, or holds more than tensors and so could run code.
-    """
+    """Read tensors by name from a safetensors or ``torch.save`` file of ``model``, perhaps under ``state_dict``."""
     if not path.is_file():
         raise InputError(f"weights: no file {path}; give that of {model}")
     with errors_at("weights: "):
@@ -186,9 +174,6 @@ def inject_adapter(network: nn.Module, folder: Path) -> None:
     """Add the LoRA layers that the config in ``folder`` describes to ``network``, in float32 with initial values.
 
     The new tensors are trainable; all other parameters of the network are frozen.
-
-    Raises:
-        InputError: If a file is missing or damaged, or the config does not fit the network.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -214,11 +199,7 @@ def inject_adapter(network: nn.Module, folder: Path) -> None:
 
 
 def read_lora(folder: Path, network: nn.Module) -> dict[str, Tensor]:
-    """Read the tensors of the adapter in ``folder``, by their names in ``network``.
-
-    Raises:
-        InputError: If the file is missing or damaged, or a tensor is missing, unexpected or has the wrong shape.
-    """
+    """Read the tensors of the adapter in ``folder``, by their names in ``network``."""
     path = existing_folder(folder, WEIGHTS) / WEIGHTS
     state = {name.removeprefix(PREFIX): tensor for name, tensor in read_safetensors(path).items()}
     own = {name.removeprefix(PREFIX): full for name, full in names_in_file(network).items()}

@@ -35,9 +35,6 @@ class Gallery:
 
     Of a list longer than ``limit`` the best and the worst are shown, half each. An image of more than ``max_pixels`` is
     shown without a thumbnail.
-
-    Raises:
-        InputError: If ``path`` does not end in ``.html`` or ``.htm``, is a folder, or cannot be written to.
     """
 
     def __init__(self, path: Path, limit: int, threads: int, max_pixels: int) -> None:

@@ -63,9 +63,6 @@ class ListedScoring:
     """Scorer of the rows of an image list.
 
     The last bits of a score depend on which images share a batch, and so on the other rows of the same part.
-
-    Raises:
-        InputError: If the model has no rule for image sizes, or a level lies outside the model's noise process.
     """
 
     def __init__(
@@ -278,9 +275,6 @@ def read_scores(path: Path) -> pa.Table:
     """Read a ``.csv``, ``.jsonl`` or ``.parquet`` file of scores.
 
     Columns in :data:`TEXTS` are strings, columns in :data:`SIDES` are int32, all others are float32.
-
-    Raises:
-        InputError: If the file is damaged, or is not a table of scores.
     """
     try:
         table = load_table(path, TEXTS, strings_can_be_null=True, quoted_strings_can_be_null=False)

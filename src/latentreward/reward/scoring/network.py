@@ -171,11 +171,7 @@ class RewardNetwork(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the model to another device; refuse a cast, after which :attr:`dtype` and saved weights would be wrong.
-
-        Raises:
-            InputError: If ``fn`` changes the type of a weight, as ``to(torch.bfloat16)``, ``half`` and ``double`` do.
-        """
+        """Move the model to a device; refuse a cast, after which :attr:`dtype` and saved weights would be wrong."""
         for dtype, device in {(tensor.dtype, tensor.device) for tensor in (*self.parameters(), *self.buffers())}:
             found = fn(torch.empty(1, dtype=dtype, device=device)).dtype  # before any weight has changed
             if found != dtype:
@@ -219,11 +215,7 @@ class RewardNetwork(nn.Module):
         return ", ".join(parts)
 
     def encode_images(self, pixels: Tensor, noise: Tensor | None = None, *, differentiable: bool = False) -> Tensor:
-        """Encode ``pixels`` ``(B, 3, ...)`` in [-1, 1] into scaled latents; see ``LatentEncoder.encode``.
-
-        Raises:
-            InputError: If the backbone has no VAE.
-        """
+        """Encode ``pixels`` ``(B, 3, ...)`` in [-1, 1] into scaled latents; see ``LatentEncoder.encode``."""
         return self._vae().encode(pixels, noise, differentiable=differentiable)
 
     def latent_shape(self, pixels: Tensor) -> tuple[int, ...]:

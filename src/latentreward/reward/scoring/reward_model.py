@@ -14,7 +14,8 @@ from torch import Tensor
 from latentreward.core.contracts import Conditioning, check_sources
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.core.running import find_device
-from latentreward.reward.scoring.batched_scoring import (
+from latentreward.reward.scoring.ensemble import (
+    EncodedBatch,
     ImageInput,
     Images,
     PromptMemory,
@@ -22,10 +23,12 @@ from latentreward.reward.scoring.batched_scoring import (
     check_floating,
     check_frames,
     doubts_of_pixels,
+    features_at,
+    head_scores,
     prompt_of_each,
     score_given_latents,
-    score_given_states,
     score_images,
+    score_parts,
 )
 from latentreward.reward.scoring.network import RewardNetwork
 from latentreward.reward.scoring.scoring_noise import ScoringNoise, check_noise
@@ -314,8 +317,15 @@ class RewardModel(RewardNetwork):
                 "divide states of diffusers' Euler schedulers (x + σ·ε) by √(σ² + 1), as their scale_model_input does",
             )
         texts = self._check_conditioning(prompts, count, conditioning)
+        flat_times, rows = times.flatten().to(self.device), [state // steps for state in range(count * steps)]
+
+        def score(batch: EncodedBatch, part: slice) -> Tensor:
+            features = features_at(self, batch.latents, flat_times[part], batch.conditioning, batch.uncond)
+            return head_scores(self, [features], len(batch.latents))
+
         size = batch_size or max(count * steps, 1)
-        outputs = score_given_states(self, texts, latents, times, conditioning, size)
+        flat = score_parts(self, texts, rows, latents.flatten(0, 1), conditioning, size, score)
+        outputs = flat.unflatten(0, (count, steps))
         return outputs if axes else self.head.total(outputs)
 
     def _check_conditioning(

@@ -33,11 +33,6 @@ class ScoringNoise:
         seeds: Seeds; each gives one noise sample per level.
         noise_key: ``prompt``: images of one prompt get the same noise. ``image``: each image gets noise of its own,
             seeded also with the hash of its pixels (of its latents, if latents are scored).
-
-    Raises:
-        InputError: If neither or both of ``sigmas`` and ``timesteps`` are given, a sigma lies outside [0, 1], seeds are
-            missing, repeated or not whole numbers, levels times seeds exceed :data:`MOST_DRAWS`, or ``noise_key`` is
-            unknown.
     """
 
     sigmas: tuple[float, ...] = ()
@@ -83,11 +78,7 @@ def check_noise(noise: Any) -> None:
 
 
 def timesteps_of(noise: ScoringNoise, process: NoiseProcess) -> Tensor:
-    """Return the timesteps ``(K,)``, float32, of ``process`` that are nearest to the K levels of ``noise``.
-
-    Raises:
-        InputError: If a timestep lies outside the range of ``process``.
-    """
+    """Return the timesteps ``(K,)``, float32, of ``process`` that are nearest to the K levels of ``noise``."""
     if noise.sigmas:
         return process.timesteps_at(torch.tensor(noise.sigmas, dtype=torch.float32))
     return process.snap(torch.tensor(noise.timesteps, dtype=torch.float32))
@@ -132,10 +123,6 @@ class Calibration:
         noise: Noise levels and seeds at which the reference set was scored.
         seed: Seed with which the reference set was sampled from a larger data set.
         axes: Weights of the two axes of the scores; None for a model with one score.
-
-    Raises:
-        InputError: If ``std`` is not positive, or there are fewer than two quantiles, or quantiles are not finite or do
-            not ascend.
     """
 
     mean: float
@@ -210,9 +197,6 @@ class Calibration:
         Args:
             scores: Raw scores.
             noise: See :meth:`z_score`.
-
-        Raises:
-            InputError: As in :meth:`z_score`.
         """
         self.check(noise)
         raw = scores.detach().double()

@@ -40,11 +40,7 @@ class StoredReward(ABC):
 
     @abstractmethod
     def load(self, kind: type[Network]) -> Network:
-        """Load the whole model as an object of the class ``kind``, frozen and in evaluation mode.
-
-        Raises:
-            InputError: If a file is missing or damaged, or the weights do not fit.
-        """
+        """Load the whole model as an object of the class ``kind``, frozen and in evaluation mode."""
 
     @abstractmethod
     def backbone(self) -> DiffusionBackbone:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from latentreward import __version__
-from latentreward.core.errors import did_you_mean
 from latentreward.core.reports.tables import Table, markdown_table, plain
 from latentreward.core.storage.hub import is_hub_id
 from latentreward.reward.heads.base import AXES
@@ -21,18 +19,6 @@ from latentreward.reward.scoring.layouts.model_folder import FolderConfig
 LICENCE_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.+-]*")
 """Pattern of a licence that is treated as an identifier of the hub, not as a text."""
 MOST_METRICS = 60  # largest number of metrics in a card
-_NAMES = """
-afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
-bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0
-cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
-cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0
-creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2
-fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community h-research intel-research isc lgpl
-lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by
-ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
-"""
-LICENCES = tuple(_NAMES.split())  # identifiers of licences on the hub (huggingface.co/docs/hub/repositories-licenses)
-AS_OF = 2025  # year in which the identifiers were copied from the hub's documentation
 
 
 @dataclass(frozen=True)
@@ -42,7 +28,7 @@ class Card:
     Attributes:
         name: Hub id or title; empty takes the folder's name.
         licence: Licence of the weights: an identifier of the hub such as ``apache-2.0``, ``openrail++`` or ``other``,
-            or a text of several words. A single word that is not a known identifier logs a warning.
+            or a text of several words.
         description: Description of the model, Markdown.
         datasets: Training data, as hub ids or names; empty takes the names of the run's readers.
         training: Further rows of the card's table on training, e.g. number of pairs, learning rate, hardware.
@@ -56,21 +42,12 @@ class Card:
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if LICENCE_ID.fullmatch(self.licence) and self.licence not in LICENCES:
-            logging.getLogger(__name__).warning(
-                "licence is %r, which is not among the hub's identifiers of %s; the hub may refuse it%s",
-                self.licence,
-                AS_OF,
-                did_you_mean(self.licence, LICENCES),
-            )
-
 
 def model_card(config: FolderConfig, card: Card, name: str) -> str:
     """Return the text of ``README.md``."""
     title, metrics = card.name or name, list(flat(card.metrics))
     more = f"\n\n{len(metrics) - MOST_METRICS} more are not shown." if len(metrics) > MOST_METRICS else ""
-    base = plain(base_on_hub(config) or config.trained_on or config.recipe.backbone.name)
+    base = plain(base_on_hub(config) or config.base or config.recipe.backbone.name)
     licence = f"Weights in this folder: {plain(card.licence)}." if card.licence else "The author stated no licence."
     judged = (
         "how well a picture was edited as an instruction says" if config.edits else "how good an image is for a prompt"
@@ -166,7 +143,7 @@ def training_rows(config: FolderConfig, card: Card) -> Iterator[tuple[str, Any]]
     """Yield the rows of the table on training: base, data, backbone, head and trained modules."""
     recipe = config.recipe
     shipped = ", shipped with latentreward" * ("." not in recipe.backbone.name)
-    yield "base", config.trained_on or f"that of {recipe.backbone.name}{shipped}"
+    yield "base", config.base or f"that of {recipe.backbone.name}{shipped}"
     yield "data", ", ".join(card.datasets) or recipe.training.get("data") or "not stated"
     yield "backbone", recipe.backbone.name
     yield "head", recipe.head.name

@@ -36,9 +36,6 @@ def downloaded(name: str, revision: str | None = None) -> Path:
     """Download a reward model ``owner/name[/folder]`` at a branch, tag or commit, and return its local folder.
 
     The local cache serves if the hub is offline.
-
-    Raises:
-        InputError: If ``name`` does not look like a hub id, or neither hub nor cache has the model.
     """
     if not is_hub_id(name := name.rstrip("/"), folders=True):
         raise InputError(f"reward model {name!r} does not exist; give a model folder, a run, a checkpoint or a hub id")
@@ -67,24 +64,13 @@ def downloaded(name: str, revision: str | None = None) -> Path:
 
 
 def check_folder(name: str, folder: str, files: Iterable[str]) -> None:
-    """Raise InputError, before gigabytes are loaded, if ``folder`` of a repository is missing or holds no model."""
+    """Raise InputError, before gigabytes are loaded, if ``folder`` of a repository holds no model."""
     inside = [PurePosixPath(file) for file in files]
-    if folder and not any(path.is_relative_to(folder) for path in inside):
-        raise InputError(f"reward model {name!r}: the repository has no folder {folder!r}; {others(inside)}")
     own = {str(path.relative_to(folder)) for path in inside if path.is_relative_to(folder)}
     if not own.intersection(MARKS) and not any(path.endswith(NEEDED) for path in own):
-        raise InputError(f"reward model {name!r} does not point to a reward model; {others(inside)}")
-
-
-def models_in(files: Iterable[PurePosixPath]) -> list[str]:
-    """Return the folders of a repository that hold a model, from the paths of its files."""
-    return sorted({str(path).removesuffix(f"/{mark}") for path in files for mark in MARKS if path.match(f"?*/{mark}")})
-
-
-def others(files: Iterable[PurePosixPath]) -> str:
-    """Return the end of an error message: a list of the repository's folders that hold models."""
-    found = models_in(files)
-    return f"add one of its folders: {', '.join(found)}" if found else "check the name"
+        found = {str(path).removesuffix(f"/{mark}") for path in inside for mark in MARKS if path.match(f"?*/{mark}")}
+        remedy = f"add one of its folders: {', '.join(sorted(found))}" if found else "check the name"
+        raise InputError(f"reward model {name!r} does not point to a reward model; {remedy}")
 
 
 def upload(
@@ -166,10 +152,6 @@ def find_reward(source: ModelSource, average: bool = True) -> StoredReward:
     """Detect the layout of the reward model at ``source``; weights are not read yet.
 
     ``average`` takes the weights that the callback ``TrainableEMA`` averaged, if a checkpoint has them.
-
-    Raises:
-        InputError: If no layout is found, ``path`` is a diffusers pipeline, or ``config``, ``revision`` or
-            ``published`` does not apply to the layout.
     """
     path, config, base, revision = source.path, source.config, source.base, source.revision
     if not str(path).strip():
@@ -220,9 +202,6 @@ def checkpoint_of(place: Path) -> Path:
 
     Of several checkpoints, those with the first name in :data:`PREFERRED` that occurs count; of these (or of all, if
     no name occurs) the newest is returned.
-
-    Raises:
-        InputError: If ``place`` is a file that is not a checkpoint, or a folder without one.
     """
     if place.suffix.lower() in (".yaml", ".yml", ".json", ".safetensors", ".md", ".txt") and place.is_file():
         raise InputError(f"reward model {str(place)!r} is not a checkpoint; give one (.ckpt), or the folder of a run")

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
 from latentreward.core.contracts import LatentSpace
@@ -39,15 +40,8 @@ if TYPE_CHECKING:
 
 PUBLISHED_RMS_EPS = 2.0**-7  # epsilon of the RMS norms with which DiNa-LRM's published weights were trained
 DINA_ADAPTER = "checkpoint/backbone_lora"
-TYPES = {
-    "backbone_model_id": str,
-    "num_transformer_layers": int,
-    "visual_head_idx": Sequence[int],
-    "text_head_idx": Sequence[int],
-    "use_logistic": bool,
-}
-"""Entry of the section ``model`` of DiNa-LRM's ``config.json`` → its type."""
-_HEAD_KEYS = ("width", "num_queries", "num_attn_heads", "out_dim", "use_proj_in")
+OF_AUTHORS = ConfigDict(allow_inf_nan=False, extra="ignore")
+"""Types are checked, and settings that no score depends on left alone."""
 _SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _FACTORIES = {"SD1.5": "sd15", "SD2.1": "sd21", "SDXL": "sdxl"}
 _LATENT_SPACES = {
@@ -79,11 +73,7 @@ class PublishedSettings:
 
 
 class PublishedLayout(StoredReward):
-    """Base class of the two papers' layouts, on ``base``, a pipeline's folder or hub id.
-
-    Raises:
-        InputError: If a setting that does not apply to the layout differs from its default.
-    """
+    """Base class of the two papers' layouts, on ``base``, a pipeline's folder or hub id."""
 
     takes: tuple[str, ...] = ()  # names of the fields of PublishedSettings that apply to the layout
     used: dict[str, Any]  # settings in use that the files do not hold, once the head is loaded
@@ -97,7 +87,6 @@ class PublishedLayout(StoredReward):
                 raise InputError(f"published.{field.name}={value!r} does not concern {other}")
 
     def load(self, kind: type[Network]) -> Network:
-        """See :meth:`StoredReward.load`; logs the settings in use that the files do not hold."""
         with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten
             backbone = self.backbone()
             model = kind(backbone, self.head(backbone))
@@ -126,7 +115,6 @@ class PublishedLRM(PublishedLayout):
     judged: PipelineSource | None = None  # pipeline of the policy that the model judges, if of the same family
 
     def latent_space(self) -> LatentSpace:
-        """See :meth:`StoredReward.latent_space`; raises InputError if ``base`` belongs to another model family."""
         existing_folder(self.folder, "unet/config.json")
         if self.base is not None:
             return self._pipeline().latent_space()
@@ -149,7 +137,6 @@ class PublishedLRM(PublishedLayout):
         return pipeline
 
     def backbone(self) -> SDUNetBackbone:
-        """See :meth:`StoredReward.backbone`; a file that is missing or a base of another family raises InputError."""
         from diffusers import UNet2DConditionModel
 
         folder = str(existing_folder(self.folder, "unet/config.json", "state_dict.pt"))
@@ -165,7 +152,6 @@ class PublishedLRM(PublishedLayout):
         return backbone
 
     def head(self, backbone: DiffusionBackbone) -> RewardHead:
-        """See :meth:`StoredReward.head`; the recipe of the model depends on the head's weights, and is set here."""
         path = self.folder / "state_dict.pt"
         state = lrm_head_state(read_tensors(path), path)
         spec, projects_text = backbone.feature_spec, "text_projection.weight" in state
@@ -221,9 +207,6 @@ def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor
     """Convert the contents of a published ``state_dict.pt`` to a state dict of :class:`CLIPProjectionHead`.
 
     The log temperature is a number in some published files and a tensor in others.
-
-    Raises:
-        InputError: If an entry is missing or unknown.
     """
     unknown = sorted(set(published) - {"visual_projection", "text_projection", "logit_scale"})
     missing = [name for name in ("visual_projection", "logit_scale") if name not in published]
@@ -243,6 +226,34 @@ def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor
     return state
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiNaHead:
+    """Section ``model.reward_head`` of DiNa-LRM's ``config.json``."""
+
+    __pydantic_config__ = OF_AUTHORS
+    width: int
+    num_queries: int
+    num_attn_heads: int
+    out_dim: int
+    use_proj_in: bool
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiNaSettings:
+    """Section ``model`` of DiNa-LRM's ``config.json``, as far as a score depends on it."""
+
+    __pydantic_config__ = OF_AUTHORS
+    backbone_model_id: str
+    num_transformer_layers: int
+    visual_head_idx: Sequence[int]
+    text_head_idx: Sequence[int]
+    reward_head: DiNaHead
+    use_logistic: bool = False
+    use_t_embed: Literal[True] = True
+    use_lora: Literal[True] = True
+
+
 class PublishedDiNaLRM(PublishedLayout):
     """Stored reward in the layout of ``liuhuohuo/DiNa-LRM-SD35M-12layers``.
 
@@ -252,13 +263,13 @@ class PublishedDiNaLRM(PublishedLayout):
     takes = ("rms_eps", "t5_length")
 
     @cached_property
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> DiNaSettings:
         existing_folder(self.folder, "config.json")
         return model_section(self.folder / "config.json")
 
     @cached_property
     def _pipeline(self) -> PipelineSource:
-        return PipelineSource(self.base or self._config["backbone_model_id"])
+        return PipelineSource(self.base or self._config.backbone_model_id)
 
     def latent_space(self) -> LatentSpace:
         existing_folder(self.folder, "config.json")
@@ -268,7 +279,6 @@ class PublishedDiNaLRM(PublishedLayout):
         return read_lora(self.folder / DINA_ADAPTER, backbone.get_submodule(backbone.network_name))
 
     def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
-        """See :meth:`StoredReward.same_base`; this layout records only the source of its base, which is compared."""
         return self.on_meta_device.source == source
 
     def _taps(self) -> dict[str, Any]:
@@ -279,14 +289,10 @@ class PublishedDiNaLRM(PublishedLayout):
         ``adapter_config.json`` states.
         """
         config = self._config
-        return {
-            "num_layers": config["num_transformer_layers"],
-            "visual_taps": config["visual_head_idx"],
-            "text_taps": config["text_head_idx"],
-        }
+        taps = {"visual_taps": config.visual_head_idx, "text_taps": config.text_head_idx}
+        return {"num_layers": config.num_transformer_layers, **taps}
 
     def backbone(self) -> SD3DiTBackbone:
-        """See :meth:`StoredReward.backbone`; all parameters are frozen."""
         from diffusers import SD3Transformer2DModel
 
         existing_folder(self.folder, "config.json", "checkpoint/rm_head.pt")
@@ -308,19 +314,18 @@ class PublishedDiNaLRM(PublishedLayout):
         return backbone.requires_grad_(False)
 
     def head(self, backbone: DiffusionBackbone) -> RewardHead:
-        """See :meth:`StoredReward.head`; sets the recipe too."""
-        path, options = self.folder / "checkpoint" / "rm_head.pt", self._config["reward_head"]
+        path, options = self.folder / "checkpoint" / "rm_head.pt", self._config.reward_head
         part = ModelPart(
             GatedQFormerHead.__name__,
             {
-                "width": None if options["width"] in (-1, 0) else options["width"],
-                "num_queries": options["num_queries"],
-                "num_heads": options["num_attn_heads"],
-                "out_dim": options["out_dim"],
-                "use_proj_in": options["use_proj_in"],
+                "width": None if options.width in (-1, 0) else options.width,
+                "num_queries": options.num_queries,
+                "num_heads": options.num_attn_heads,
+                "out_dim": options.out_dim,
+                "use_proj_in": options.use_proj_in,
                 "rms_eps": self.settings.rms_eps,
-                "dropout": options.get("dropout", 0.0),
-                "use_logistic": self._config.get("use_logistic", False),
+                "dropout": options.dropout,
+                "use_logistic": self._config.use_logistic,
             },
         )
         self.report(rms_eps=self.settings.rms_eps, t5_length=self.settings.t5_length)
@@ -337,20 +342,7 @@ class PublishedDiNaLRM(PublishedLayout):
         return head
 
 
-def model_section(path: Path) -> dict[str, Any]:
-    """Read the section ``model`` of a ``config.json``; raise InputError if a key is missing or unsupported."""
-    config = read_config(path).get("model", {})
-    if not isinstance(config, dict) or not isinstance(config.get("reward_head", {}), dict):
-        raise InputError(f"{path}: model and model.reward_head must be mappings; download it again")
-    for key, expected in (("use_t_embed", True), ("use_lora", True)):
-        if config.get(key, expected) != expected:
-            raise InputError(f"{path}: model.{key}={config[key]} is not supported, only {expected}")
-    needed = ("backbone_model_id", "num_transformer_layers", "visual_head_idx", "text_head_idx", "reward_head")
-    lacks = [key for key in needed if key not in config]
-    lacks += [f"reward_head.{key}" for key in _HEAD_KEYS if key not in config.get("reward_head", _HEAD_KEYS)]
-    if lacks:
-        raise InputError(f"{path} lacks model.{lacks[0]}; is this a DiNa-LRM checkpoint? Download it again")
-    for key, kind in TYPES.items():
-        if key in config:
-            checked(kind, config[key], f"{path}: model.{key}", "download it again")
-    return config
+def model_section(path: Path) -> DiNaSettings:
+    """Read the section ``model`` of a ``config.json``."""
+    remedy = "is this a DiNa-LRM checkpoint? Download it again"
+    return checked(DiNaSettings, read_config(path).get("model", {}), f"{path}: model", remedy)

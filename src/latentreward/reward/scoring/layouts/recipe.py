@@ -13,9 +13,10 @@ from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from latentreward.core.contracts import FeatureSpec
@@ -25,7 +26,7 @@ from latentreward.core.registry import Construction, backbone_names, find_module
 from latentreward.core.settings.errors import leaves
 from latentreward.core.settings.functions import reworded
 from latentreward.core.settings.rewriting import show_secrets
-from latentreward.core.storage.json_files import check_arguments
+from latentreward.core.storage.json_files import STRICT, check_arguments
 from latentreward.diffusion import DiffusionBackbone, LoRA, import_family, is_foreign
 from latentreward.diffusion.backbones.loading import SHIPPED
 from latentreward.reward.heads.base import RewardHead
@@ -44,20 +45,14 @@ SMALL = 10_000_000
 class ModelPart:
     """Class or factory with its settings."""
 
-    name: str  # short name of a registered class or factory; import path of any other
+    __pydantic_config__ = STRICT
+    # Short name of a registered class or factory; import path of any other
+    name: Annotated[str, Field(alias="class")]
     init_args: dict[str, Any] = field(default_factory=dict)  # settings, in types that JSON has
 
     def record(self) -> dict[str, Any]:
         """Return the part as values for JSON."""
         return {"class": self.name, "init_args": self.init_args}
-
-    @classmethod
-    def of_record(cls, name: str, record: Any) -> Self:
-        """Build a part from an entry of ``config.json``; raise InputError if it has not the form of :meth:`record`."""
-        known = isinstance(record, Mapping) and isinstance(record.get("class"), str)
-        if not known or not isinstance(record.get("init_args", {}), dict) or set(record) - {"class", "init_args"}:
-            raise InputError(f'{name} is not of the form {{"class": ..., "init_args": {{...}}}}')
-        return cls(record["class"], record.get("init_args", {}))
 
 
 @dataclass(frozen=True)
@@ -179,9 +174,6 @@ def build_backbone(part: ModelPart, folder: Path | None = None, **overrides: Any
 
     Under ``torch.device("meta")`` the backbone has shapes but no weights. ``overrides`` replace settings of a
     registered factory. Nothing may be imported from ``folder``, the model's.
-
-    Raises:
-        InputError: If the factory rejects the settings, or the base pipeline cannot be loaded.
     """
     path = backbone_names().get(part.name)
     settings = {**part.init_args, **overrides}
@@ -237,11 +229,7 @@ def build_errors(place: str = "") -> Iterator[None]:
 
 
 def instantiated(kind: Any, part: ModelPart, folder: Path | None) -> Any:
-    """Import and build a class that is not registered, with jsonargparse, as from a run's ``config.yaml``.
-
-    Raises:
-        InputError: If the class lies in ``folder`` or the hub's cache, or rejects the settings.
-    """
+    """Import and build a class that is not registered, with jsonargparse, as from a run's ``config.yaml``."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)

@@ -72,9 +72,6 @@ class TrainedReward(StoredReward):
     that the callback ``TrainableEMA`` averaged, if the checkpoint has them. ``base`` is loaded in place of the pipeline
     that the settings name. ``trusted`` settings may name classes that are not registered, and contain ``${...}`` for
     OmegaConf to resolve; see :mod:`.recipe`.
-
-    Raises:
-        InputError: If no settings are found, they do not describe a reward, or they need ``trusted``.
     """
 
     recipe: ModelRecipe
@@ -104,7 +101,6 @@ class TrainedReward(StoredReward):
         self.recipe = ModelRecipe(**parts, training=settings["training"])
 
     def backbone(self) -> DiffusionBackbone:
-        """See :meth:`StoredReward.backbone`; the settings decide which parameters are trainable, as in the run."""
         part = self.recipe.backbone
         if is_ours(part):  # attention backend and compilation were chosen for the machine of the run
             settings = {n: v for n, v in part.init_args.items() if n == "lora" or n not in ONLY_IN_TRAINING}
@@ -150,23 +146,19 @@ class TrainedReward(StoredReward):
         """Entries of the checkpoint, read without its tensors' values."""
         return read_checkpoint(self.checkpoint, with_tensors=False)
 
-    @property
-    def exif(self) -> ExifOrientation:  # type: ignore[override]
-        """See :attr:`StoredReward.exif`. No tensor is read."""
+    def _noted(self, entry: str, kind: Any) -> Any:
+        """Return what the checkpoint notes of its training's pictures; no tensor is read."""
         with errors_at(f"{self.checkpoint}: "):
-            return checked(ExifOrientation, self._recorded.get("exif"), "exif")  # type: ignore[no-any-return]
+            return checked(kind, self._recorded.get(entry), entry)
+
+    exif = property(lambda self: self._noted("exif", ExifOrientation))  # type: ignore[assignment]
+    edits = property(lambda self: self._noted("edits", bool | None))  # type: ignore[assignment]
 
     @property
     def image_sizes(self) -> ImageSizes | None:  # type: ignore[override]
-        """See :attr:`StoredReward.image_sizes`. No tensor is read."""
-        with errors_at(f"{self.checkpoint}: "):
+        """Rule for image sizes that the checkpoint notes."""
+        with errors_at(f"{self.checkpoint}: image_sizes: "):
             return sizes_of(self._recorded.get("image_sizes"))
-
-    @property
-    def edits(self) -> bool | None:  # type: ignore[override]
-        """See :attr:`StoredReward.edits`. No tensor is read."""
-        with errors_at(f"{self.checkpoint}: "):
-            return checked(bool | None, self._recorded.get("edits"), "edits")  # type: ignore[no-any-return]
 
     def _fitting(self, backbone: DiffusionBackbone, kind: type[Network]) -> tuple[Network, nn.ModuleDict]:
         """Build the model with initial weights, and check that the checkpoint's names and shapes fit.
@@ -232,7 +224,6 @@ class TrainedReward(StoredReward):
         }
 
     def base_values(self) -> Mapping[str, Tensor]:
-        """See :meth:`StoredReward.base_values`; weights that the checkpoint holds are sampled here."""
         state, base, prefix = self._content.weights, self._content.base, "model.backbone."
         values = dict(zip(base["names"], base["values"], strict=True)) if base is not None else {}
         values |= {name: sample(tensor) for name, tensor in state.items() if tensor.is_floating_point()}
@@ -244,9 +235,6 @@ def noted_settings(checkpoint: Path) -> dict[str, Any]:
     """Read the settings of a reward from the checkpoint itself, in the form that :func:`model_settings` returns.
 
     Interpolations ``${...}`` are not resolved.
-
-    Raises:
-        InputError: If the checkpoint is damaged or contains no settings.
     """
     noted = read_checkpoint(checkpoint, with_tensors=False).get(SETTINGS)
     if noted is None:
@@ -268,10 +256,6 @@ def model_settings(path: Path, trusted: bool = False) -> dict[str, Any]:
         A dict with three keys. ``backbone`` and ``head`` hold ``class_path`` and ``init_args``. ``training`` holds
         ``module`` and ``data_module``, the class paths of the run's module and data module, and ``data``, the names of
         the readers of training pairs.
-
-    Raises:
-        InputError: If the file is damaged, its model is not a reward, or backbone or head contain ``${...}`` and
-            ``trusted`` is False.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from inspect import Parameter, signature
 from itertools import chain
 from pathlib import Path
 from typing import Self
@@ -18,22 +17,13 @@ from torch import Tensor
 from latentreward.core.checkpoints.base_weights import sample
 from latentreward.core.checkpoints.shards import require_finite
 from latentreward.core.errors import InputError
-from latentreward.core.interrupts import interrupts_held
 from latentreward.core.settings.errors import leaves
 from latentreward.core.storage.digests import file_hash
-from latentreward.core.storage.durable import (
-    contents,
-    discard,
-    put_in_place,
-    sync,
-    sync_files,
-    temporary_name,
-    write_errors_named,
-)
+from latentreward.core.storage.durable import contents, replacing
 from latentreward.core.storage.json_files import read_config
 from latentreward.diffusion.encoders.stored_prompts import StoredPrompts
 from latentreward.diffusion.encoders.vae import edit_of_grey
-from latentreward.reward.scoring.batched_scoring import score_given_latents
+from latentreward.reward.scoring.ensemble import score_given_latents
 from latentreward.reward.scoring.files import write_adapter
 from latentreward.reward.scoring.layouts.card import Card, model_card
 from latentreward.reward.scoring.layouts.model_folder import (
@@ -50,9 +40,7 @@ from latentreward.reward.scoring.layouts.model_folder import (
     own_weights,
 )
 from latentreward.reward.scoring.layouts.recipe import (
-    ModelPart,
     ModelRecipe,
-    imported,
     is_ours,
     own_parts,
     recipe_in_python,
@@ -68,38 +56,26 @@ OURS = (CONFIG, HEAD, BACKBONE, BASE, README)
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder to write a model into; it replaces ``folder`` if the block ends without an error.
 
-    If ``folder`` is a link, the folder that the link points to is replaced. If it is the current folder, the folder
-    itself stays and its files are replaced, ``config.json`` last, because a folder without ``config.json`` does not
-    load.
-
-    Raises:
-        InputError: If ``folder`` holds anything but a model, or cannot be written.
+    If ``folder`` is a link, the folder that the link points to is replaced.
     """
     folder = folder.resolve()
     check_target(folder)
-    partial = temporary_name(folder)
-    try:
-        with write_errors_named(folder):
-            partial.mkdir(parents=True)
-            yield partial
-            if folder == Path.cwd():
-                with interrupts_held():
-                    fill(folder, partial)
-            else:
-                put_in_place(partial, folder)
-    finally:
-        discard(partial)
+    with replacing(folder) as partial:
+        partial.mkdir()
+        yield partial
 
 
 def write_model(model: RewardNetwork, folder: Path, card: Card, base: str | None, name: str) -> None:
-    """Write the files of ``model`` into the empty ``folder``.
-
-    Raises:
-        InputError: As in :func:`config_of`, or if a weight is not finite.
-    """
+    """Write the files of ``model`` into the empty ``folder``."""
     config = config_of(model, base)
     require_finite(dict(model.named_parameters()), "the reward model")
-    write_weights(model, config, folder)
+    backbone, own = model.backbone, config.own_weights
+    write_tensors(model.head.state_dict().items(), folder / HEAD)
+    for part, place in adapter_folders(config.adapters).items():
+        write_adapter(backbone.get_submodule(part), folder / place, config.base)
+    if own:
+        write_tensors(own_weights(backbone, own), folder / BACKBONE)
+    write_tensors(base_samples(backbone, own), folder / BASE)
     weights = sorted(folder.rglob("*.safetensors"))
     config = replace(config, sha256={path.relative_to(folder).as_posix(): file_hash(path) for path in weights})
     (folder / README).write_text(model_card(config, card, name), encoding="utf-8")
@@ -107,11 +83,7 @@ def write_model(model: RewardNetwork, folder: Path, card: Card, base: str | None
 
 
 def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
-    """Build the contents of ``config.json`` for ``model``.
-
-    Raises:
-        InputError: If the model cannot be rebuilt from files, has no VAE or text encoder, or was loaded in bfloat16.
-    """
+    """Build the contents of ``config.json`` for ``model``."""
     if model.recipe is None and not any(weight.requires_grad for weight in model.parameters()):
         raise InputError(
             "the model was built in Python and has no trainable weights, so its trained weights cannot be told from "
@@ -132,64 +104,45 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
             "pipeline, then save it"
         )
     if base is not None:
-        check_takes_source(recipe)
         source, _, revision = base.partition("@")
         recipe = recipe.on(source, revision or None)
     elif (place := recipe.backbone.init_args.get("source")) and Path(place).exists():
         recipe = recipe.on(name_of(place))  # a path of this machine would mean nothing to others
-    settings = {"backbone.init_args": recipe.backbone.init_args, "head.init_args": recipe.head.init_args}
-    for name, value in settings.items():
+    for name, made in (("backbone", recipe.backbone), ("head", recipe.head)):
         try:
-            json.dumps(value)
+            json.dumps(made.init_args)
         except (TypeError, ValueError) as error:
-            raise InputError(f"the model's recipe cannot be saved: {name}: {error}; give plain values") from error
-    adapters = adapters_of(backbone)
-    check_adapter_folders(adapters)
-    shown = model.noise, model.image_sizes, model.calibration
-    return FolderConfig(recipe, adapters, *shown, recipe.source, model.exif, edits=model.edits)
-
-
-def check_takes_source(recipe: ModelRecipe) -> None:
-    """Raise InputError if the backbone's factory has no parameter ``source``, with which to name another base."""
-    if "source" in recipe.backbone.init_args or is_ours(recipe.backbone):
-        return
-    parameters = signature(imported(recipe.backbone.name)).parameters.values()
-    if not any(parameter.name == "source" or parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
-        raise InputError(
-            f"the backbone {recipe.backbone.name} has no setting source, so its base cannot be given another name; "
-            "leave base_name out, or give the factory a parameter source"
-        )
-
-
-def check_adapter_folders(adapters: Sequence[str]) -> None:
-    """Raise InputError if the adapters of two modules would be written into one folder."""
-    owner: dict[str, str] = {}
-    for part, place in adapter_folders(adapters).items():
-        if place in owner:
-            both = f"the adapters of {owner[place]} and {part} would both be written to {place}"
-            raise InputError(f"{both}; give one of the two modules another name in the backbone")
-        owner[place] = part
+            raise InputError(f"the model's recipe cannot be saved: {name}.init_args: {error}") from error
+    return FolderConfig(
+        backbone=recipe.backbone,
+        head=recipe.head,
+        own_weights=recipe.own,
+        adapters=adapters_of(backbone),
+        base=recipe.source,
+        noise=model.noise,
+        image_sizes=model.image_sizes,
+        exif=model.exif,
+        edits=model.edits,
+        calibration=model.calibration,
+        training=recipe.training,
+    )
 
 
 def paths_here(recipe: ModelRecipe) -> dict[str, str]:
     """Return settings of backbone and head that are absolute paths, by name; the base pipeline is left out."""
     settings = {"backbone.init_args": recipe.backbone.init_args, "head.init_args": recipe.head.init_args}
-    values = ((f"{part}.{name}", value) for part, record in settings.items() for name, value in leaves(record))
-    return {
-        name: value
-        for name, value in values
-        if isinstance(value, str) and name != "backbone.init_args.source" and Path(value).is_absolute()
-    }
+    named = ((f"{part}.{name}", value) for part, record in settings.items() for name, value in leaves(record))
+    texts = {name: value for name, value in named if isinstance(value, str) and name != "backbone.init_args.source"}
+    return {name: value for name, value in texts.items() if Path(value).is_absolute()}
 
 
 def check_target(folder: Path) -> None:
     """Raise InputError if ``folder`` is a file, or a folder that is neither empty nor a model folder."""
-    problem = target_problem(folder)
-    while problem is not None:
-        # Another process may have replaced the folder while it was read: then a half removed one was seen.
-        seen, problem = problem, target_problem(folder)
-        if seen == problem:
-            raise InputError(problem)
+    problem, seen = target_problem(folder), None
+    while problem != seen:  # another process may have replaced the folder while it was read, half removed
+        problem, seen = target_problem(folder), problem
+    if problem is not None:
+        raise InputError(problem)
 
 
 def target_problem(folder: Path) -> str | None:
@@ -201,39 +154,12 @@ def target_problem(folder: Path) -> str | None:
     try:
         found = contents(folder)
         foreign = [name for name in found if name not in OURS and not name.startswith("adapter")]
-        ours = not foreign and CONFIG in found and read_config(folder / CONFIG).get("format") == FORMAT
-        if ours or not found:
+        if not found or (not foreign and read_config(folder / CONFIG).get("format") == FORMAT):
             return None
-    except InputError as error:
-        return str(error)
-    except FileNotFoundError as error:
-        return f"folder {str(folder)!r} cannot be read ({error}); choose another one"
-    return (
-        f"folder {str(folder)!r} holds {(foreign or found)[0]} and is not a model folder that may be replaced; choose "
-        "an empty or a new one"
-    )
-
-
-def fill(folder: Path, partial: Path) -> None:
-    """Replace the files in ``folder`` by those in ``partial``, ``config.json`` last."""
-    sync_files(partial, folder)
-    (folder / CONFIG).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        discard(path)
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == CONFIG):
-        path.replace(folder / path.name)
-    sync(folder)
-
-
-def write_weights(model: RewardNetwork, config: FolderConfig, folder: Path) -> None:
-    """Write the head, the adapters, the modules that the model stores in full, and samples of the base's weights."""
-    backbone, own = model.backbone, config.recipe.own
-    write_tensors(model.head.state_dict().items(), folder / HEAD)
-    for name, place in adapter_folders(config.adapters).items():
-        write_adapter(backbone.get_submodule(name), folder / place, config.trained_on)
-    if own:
-        write_tensors(own_weights(backbone, own), folder / BACKBONE)
-    write_tensors(base_samples(backbone, own), folder / BASE)
+    except (InputError, FileNotFoundError) as error:
+        return f"folder {str(folder)!r} is not a model folder that may be replaced ({error}); choose an empty one"
+    held = (foreign or found)[0]
+    return f"folder {str(folder)!r} holds {held} and is not a model folder that may be replaced; choose an empty one"
 
 
 def write_tensors(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
@@ -285,17 +211,11 @@ class Probe:
         return cls(model.recipe, weights, scores.cpu())
 
     def compare(self, folder: Path, device: torch.device, trusted: bool) -> None:
-        """Load ``folder`` as another user would, but on this machine's copy of the base; compare weights and scores.
-
-        Raises:
-            InputError: If the folder does not load, or a weight or a score differs.
-        """
+        """Load ``folder`` as another user would, but on this machine's copy of the base; compare weights and scores."""
         stored = PretrainedReward(folder, None, trusted)
         built = self.recipe.backbone
-        here = {name: built.init_args[name] for name in ("source", "revision") if name in built.init_args}
-        named = stored.recipe.backbone
-        settings = {name: value for name, value in named.init_args.items() if name not in ("source", "revision")}
-        stored.recipe = replace(stored.recipe, backbone=ModelPart(named.name, settings | here))
+        if "source" in built.init_args:
+            stored.recipe = stored.recipe.on(built.init_args["source"], built.init_args.get("revision"))
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(1)  # to detect weights that a factory draws from the global generator

@@ -1,4 +1,4 @@
-"""Scoring of images or latents in batches, under one or several noise settings."""
+"""Scores of images or latents in batches: the ensemble over noise levels, and the mean over seeds."""
 
 from __future__ import annotations
 
@@ -58,9 +58,6 @@ def as_images(images: ImageInput | Images, value_range: tuple[float, float] | No
     """Return images as a list; a tensor as pixels ``(N, 3, H, W)``, or of clips ``(N, 3, F, H, W)``, in [-1, 1].
 
     For the arguments see :meth:`~latentreward.reward.RewardModel.score`; a single image becomes a list of one.
-
-    Raises:
-        InputError: If ``images`` is neither images nor a tensor of pixels.
     """
     if isinstance(images, Tensor):
         return as_pixels(images, value_range)
@@ -79,10 +76,6 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
     """Convert pixels in ``value_range`` to ``(N, 3, H, W)``, or of clips to ``(N, 3, F, H, W)``, in [-1, 1].
 
     ``images`` are ``(N, 3, H, W)``, ``(3, H, W)`` or ``(N, 3, F, H, W)``, floating point.
-
-    Raises:
-        InputError: If shape or type differ, ``value_range`` is not ascending, or a converted pixel has a magnitude
-            above :data:`LARGEST_PIXEL`.
     """
     pixels = images[None] if images.ndim == 3 else images
     if pixels.ndim not in (4, 5) or pixels.shape[1] != 3 or not pixels.is_floating_point():
@@ -106,11 +99,7 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
 
 
 def check_frames(images: Images, sizes: ImageSizes | None, space: LatentSpace) -> None:
-    """Check that a model trained on images gets images, and one trained on clips gets clips of as many frames.
-
-    Raises:
-        InputError: If it does not, or if pixels have a time axis and the model's latents have none.
-    """
+    """Check that a model trained on images gets images, and one trained on clips gets clips of as many frames."""
     if isinstance(images, Tensor) and images.ndim == 5 and space.frame_downscale is None:
         shape = f"{tuple(images.shape)}, but this model's latents have no time axis"
         raise InputError(f"images are a tensor of shape {shape}; give (N, 3, H, W)")
@@ -164,9 +153,6 @@ def pixel_batches(
 
     Images are decoded, turned upright if ``exif`` says so, and resized; pixels are only cut into batches. For ``step``
     see :func:`even_parts`. A batch holds images of one group only, if ``groups`` names that of each image.
-
-    Raises:
-        InputError: If an image cannot be read, an item is not an image, or ``sizes`` is None and images need resizing.
     """
     if isinstance(images, Tensor):
         for part in even_parts(len(images), batch_size, step):
@@ -218,12 +204,7 @@ def source_ref(source: ImageInput, number: int) -> ImageRef:
 
 
 def decode_any(image: Any, row: int, exif: ExifOrientation) -> Image.Image:
-    """Decode one image of any type in :data:`ImageInput` to 8-bit RGB.
-
-    Raises:
-        ImageError: If the image cannot be decoded.
-        InputError: If ``image`` is of another type, an array of the wrong shape or dtype, or one of floats up to 1.
-    """
+    """Decode one image of any type in :data:`ImageInput` to 8-bit RGB."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             remedy = "give uint8 (H, W, 3), or a tensor (N, 3, H, W) with its value_range"
@@ -380,31 +361,10 @@ def score_given_latents(
     def score(batch: EncodedBatch, part: slice) -> Tensor:
         return score_encoded(model, replace(batch, draws=None if draws is None else draws[part]), noise)
 
-    return _score_parts(model, prompts, range(len(latents)), latents, conditioning, batch_size, score)
+    return score_parts(model, prompts, range(len(latents)), latents, conditioning, batch_size, score)
 
 
-def score_given_states(
-    model: RewardNetwork,
-    prompts: Sequence[str],
-    latents: Tensor,
-    timesteps: Tensor,
-    conditioning: tuple[Conditioning, Conditioning | None] | None,
-    batch_size: int,
-) -> Tensor:
-    """Score the S noisy states of N trajectories: ``(N, S)`` or ``(N, S, out_dim)``, at least float32."""
-    count, steps = latents.shape[:2]
-    times = timesteps.flatten().to(model.device)
-
-    def score(batch: EncodedBatch, part: slice) -> Tensor:
-        features = _features(model, batch.latents, times[part], batch.conditioning, batch.uncond)
-        return _head_scores(model, [features], len(batch.latents))
-
-    rows = [state // steps for state in range(count * steps)]
-    flat = _score_parts(model, prompts, rows, latents.flatten(0, 1), conditioning, batch_size, score)
-    return flat.unflatten(0, (count, steps))
-
-
-def _score_parts(
+def score_parts(
     model: RewardNetwork,
     prompts: Sequence[str],
     rows: Sequence[int],
@@ -459,11 +419,11 @@ def _score_draw(model: RewardNetwork, batch: EncodedBatch, timesteps: Tensor, dr
     for timestep, draw in zip(timesteps.to(batch.latents.device), draws, strict=True):
         repeated = timestep.repeat(len(batch.latents))
         noisy = process.add_noise(batch.latents, draw.to(batch.latents), repeated)
-        levels.append(_features(model, noisy, repeated, batch.conditioning, batch.uncond))
-    return _head_scores(model, levels, len(batch.latents))
+        levels.append(features_at(model, noisy, repeated, batch.conditioning, batch.uncond))
+    return head_scores(model, levels, len(batch.latents))
 
 
-def _features(
+def features_at(
     model: RewardNetwork, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None
 ) -> Features:
     """Compute the features of noisy latents ``(B, C, ...)`` at ``timesteps`` ``(B,)``, at least float32."""
@@ -471,7 +431,7 @@ def _features(
     return features.to(torch.promote_types(noisy.dtype, torch.float32))
 
 
-def _head_scores(model: RewardNetwork, levels: Sequence[Features], count: int) -> Tensor:
+def head_scores(model: RewardNetwork, levels: Sequence[Features], count: int) -> Tensor:
     """Score ``count`` rows from their features at each level, on a CPU one row at a time."""
     rows = even_parts(count, 1 if even_step(model) > 1 else count, 1)
     parts = [[rows_of(features, part) for features in levels] for part in rows]
