@@ -1,16 +1,19 @@
 """Batches of a cache's pairs, and the data module that deals them out."""
 
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from latentreward.core.contracts import (
     Conditioning,
@@ -27,7 +30,7 @@ from latentreward.data.clips import check_frames
 from latentreward.data.collate import is_turned, stack_targets
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
-from latentreward.data.loading import ResumableLoader, as_is, shares_of
+from latentreward.data.loading import ResumableLoader, WorkerLoader, as_is, shares_of
 from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.data.splits import SharedPrompts, tell_unopened
 from latentreward.data.targets import check_targets, label_remedy
@@ -181,9 +184,6 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         elif index.spec.origin == "vae":
             self.image_sizes = OneSize(*images.sizes()[0], images.resize, images.frames, images.fps)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_mapped": {}}
-
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -249,7 +249,7 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
             return Conditioning(self._read(PROMPTS, store.EMBEDS, prompts), pooled)
         spans, files = index.tokens[prompts], index.places[PROMPTS][prompts, 0]
         like, _ = self._opened(files[0], store.EMBEDS)
-        embeds = batch_memory((len(prompts), spans[:, 1].max(), like.shape[1]), like.dtype).zero_()
+        embeds = torch.zeros(len(prompts), spans[:, 1].max(), like.shape[1], dtype=like.dtype)
         for row, file, (first, count) in zip(embeds, files.tolist(), spans.tolist(), strict=True):
             row[:count] = self._opened(file, store.EMBEDS)[0][first : first + count]
         return Conditioning(embeds, pooled, torch.arange(embeds.shape[1]) < torch.tensor(spans[:, 1:]))
@@ -258,7 +258,7 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         """Read rows of a tensor by the numbers of their images or prompts."""
         places = self.index.places[table][numbers].tolist()
         like, _ = self._opened(places[0][0], name)
-        found = batch_memory((len(places), *like.shape[1:]), like.dtype)
+        found = torch.empty(len(places), *like.shape[1:], dtype=like.dtype)
         for row, (file, place) in zip(_bytes(found), places, strict=True):
             row[:] = self._opened(file, name)[1][place]
         return found
@@ -271,17 +271,47 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         return self._mapped[number, name]
 
 
-def batch_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Allocate a tensor; in a loader's worker in shared memory, so that the trainer gets it without another copy."""
-    if get_worker_info() is None:
-        return torch.empty(*shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(dtype.itemsize * int(np.prod(shape)))
-    return torch.empty(0, dtype=dtype).set_(storage).view(*shape)
-
-
 def _bytes(tensor: Tensor) -> np.ndarray:
     content: np.ndarray = tensor.reshape(len(tensor), -1).view(torch.uint8).numpy()
     return content
+
+
+class ReadAhead(DataLoader[Any]):
+    """Loader whose workers are threads, which read batches ahead of the trainer.
+
+    A process would hand each batch on in new pages of shared memory, which takes longer than to read it. Threads use
+    the memory of earlier batches again, and copy rows without the interpreter's lock.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if not self.num_workers:
+            yield from super().__iter__()
+            return
+        on_device = None
+        if self.pin_memory:  # a thread of its own would make its pages known to the first accelerator
+            on_device = partial(torch.accelerator.set_device_index, torch.accelerator.current_device_index())
+        rows, pool = iter(self.batch_sampler or self.sampler), ThreadPoolExecutor(self.num_workers, "cache", on_device)
+        ahead = self.num_workers * (self.prefetch_factor or 1)
+        try:
+            waiting = deque(pool.submit(self._batch, numbers) for numbers in islice(rows, ahead))
+            while waiting:
+                batch = waiting.popleft().result()
+                waiting.extend(pool.submit(self._batch, numbers) for numbers in islice(rows, 1))
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _batch(self, numbers: Any) -> Any:
+        batch = self.dataset[numbers]
+        return batch.pin_memory() if self.pin_memory else batch
+
+
+class TrainingLoader(ResumableLoader, ReadAhead):
+    """Loader of training batches of a cache."""
+
+
+class EvaluationLoader(WorkerLoader, ReadAhead):
+    """Loader of batches of a cache that are used once."""
 
 
 def check_backbone(spec: CacheSpec, backbone: "LatentNetwork", with_text: bool) -> None:
@@ -351,8 +381,8 @@ class CachedPreferenceDataModule(PairLoaders):
             :class:`~latentreward.data.size_sampling.BucketBatchSampler`. Evaluation always takes every pair once.
         cached_text: Whether to take prompt embeddings from the caches, if all caches hold them. Otherwise the model
             encodes prompts.
-        num_workers: Number of loader processes per rank; 0 reads in the training process.
-        prefetch_factor: Number of batches that each worker loads in advance.
+        num_workers: Number of threads per rank that read ahead; 0 reads when a batch is asked for.
+        prefetch_factor: Number of batches that each thread reads in advance.
         shared_prompts: See :class:`~latentreward.data.PreferenceDataModule`.
         targets: See :class:`~latentreward.data.PreferenceDataModule`.
         loading: See :class:`~latentreward.data.datamodules.PairLoaders`.
@@ -474,7 +504,7 @@ class CachedPreferenceDataModule(PairLoaders):
         sampler = BucketBatchSampler(*self._sizing(dataset), rank)
         if rank == 0:
             logger.info("data.train: %s", sampler.describe())
-        return ResumableLoader(dataset, sampler, collate_fn=as_is, **self._worker_settings())
+        return TrainingLoader(dataset, sampler, collate_fn=as_is, **self._worker_settings())
 
     def _sizing(self, dataset: CachedPairDataset) -> tuple[np.ndarray, Sizing]:
         """Return the latents' sizes of a data set, and the settings of its batches."""
@@ -484,7 +514,8 @@ class CachedPreferenceDataModule(PairLoaders):
         sizing = Sizing(self.batch_size, tokens, self.small_buckets, world, self.seed, self.shuffle)
         return dataset.sizes() // [scale, scale, 1], sizing
 
-    def evaluation_loading(self, dataset: CachedPairDataset) -> dict[str, Any]:
-        """Return the settings of an evaluation loader: batches of one size, in the order of the rows where possible."""
+    def _evaluation_loader(self, name: str) -> DataLoader[Any]:
+        """Return a loader of batches of one size, in the order of the rows where possible."""
+        dataset = self._dataset(name)
         sampler = EvaluationBatches(*self._sizing(dataset), shares_of(self.trainer)["rank"])
-        return {"batch_size": None, "sampler": sampler, "collate_fn": as_is}
+        return EvaluationLoader(dataset, batch_size=None, sampler=sampler, collate_fn=as_is, **self._worker_settings())
