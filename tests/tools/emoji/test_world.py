@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from latentreward.core.errors import InputError
-from latentreward.tinyworld.tokenizer import build_tokenizer
 from tools.emoji.world import KINDS, VARIABLE, EmojiWorld, caption_of, degrade, group_of
+from tools.pretraining.tokenizer import build_tokenizer
 
 SPLITS = ("train", "validation", "test")
 

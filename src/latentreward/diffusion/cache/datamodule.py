@@ -56,9 +56,6 @@ class CacheIndex:
         seen: Whether the text encoder saw the pictures of edits, so that a text with others is another prompt.
         places: Table → ``(n, 2)`` file, and row in the file, of each image or prompt.
         tokens: ``(T, 2)`` first token in the file, and number of tokens, of each prompt; for an encoder with a mask.
-
-    Raises:
-        InputError: If a file is missing, damaged, of another cache or of an earlier version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -115,9 +112,6 @@ class CachedPairs(PairReader):
 
     Attributes:
         rows: ``(N,)`` row of each pair in the table of pairs, ascending.
-
-    Raises:
-        InputError: If the cache has no such split.
     """
 
     holds = "nothing"
@@ -318,10 +312,6 @@ def check_backbone(spec: CacheSpec, backbone: "LatentNetwork", with_text: bool) 
     """Check that a cache was encoded as the backbone of a reward model, or a policy, encodes images and prompts.
 
     If the backbone has no VAE, or the cache does not record one, only the latent spaces are compared.
-
-    Raises:
-        InputError: If the latent space, the VAE or the text encoder differs, if embeddings are cached while the model
-            trains its text encoder, or if the cache holds clips and the model takes images.
     """
     if spec.latent_space != backbone.latent_space:
         raise InputError(
@@ -386,10 +376,6 @@ class CachedPreferenceDataModule(PairLoaders):
         shared_prompts: See :class:`~latentreward.data.PreferenceDataModule`.
         targets: See :class:`~latentreward.data.PreferenceDataModule`.
         loading: See :class:`~latentreward.data.datamodules.PairLoaders`.
-
-    Raises:
-        InputError: If a setting is out of range, or a cache is damaged or unfinished. If a split has no pairs left, its
-            loader raises InputError.
     """
 
     remedy = "give it a cache, e.g. --data.{split}.cache FOLDER --data.{split}.split NAME"
