@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from sys import getrefcount
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -243,7 +245,7 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
             return Conditioning(self._read(PROMPTS, store.EMBEDS, prompts), pooled)
         spans, files = index.tokens[prompts], index.places[PROMPTS][prompts, 0]
         like, _ = self._opened(files[0], store.EMBEDS)
-        embeds = torch.zeros(len(prompts), spans[:, 1].max(), like.shape[1], dtype=like.dtype)
+        embeds = batch_memory((len(prompts), spans[:, 1].max(), like.shape[1]), like.dtype).zero_()
         for row, file, (first, count) in zip(embeds, files.tolist(), spans.tolist(), strict=True):
             row[:count] = self._opened(file, store.EMBEDS)[0][first : first + count]
         return Conditioning(embeds, pooled, torch.arange(embeds.shape[1]) < torch.tensor(spans[:, 1:]))
@@ -252,7 +254,7 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         """Read rows of a tensor by the numbers of their images or prompts."""
         places = self.index.places[table][numbers].tolist()
         like, _ = self._opened(places[0][0], name)
-        found = torch.empty(len(places), *like.shape[1:], dtype=like.dtype)
+        found = batch_memory((len(places), *like.shape[1:]), like.dtype)
         for row, (file, place) in zip(_bytes(found), places, strict=True):
             row[:] = self._opened(file, name)[1][place]
         return found
@@ -263,6 +265,22 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
             with store.opened(self.index.folder, self.index.files[number].name) as tensors:
                 self._mapped[number, name] = tensors[name], _bytes(tensors[name])
         return self._mapped[number, name]
+
+
+_memory, _taking = list[np.ndarray](), Lock()  # memory of batches, and who looks for some of it that is free
+_MOST = 64  # blocks of memory that are kept; as a rule there are as many as batches and their parts at one time
+
+
+def batch_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor in the memory of an earlier batch, of which no tensor is left: new pages take longer to make."""
+    size = dtype.itemsize * int(np.prod(shape))
+    with _taking:
+        free = (block for block in _memory if block.nbytes >= size and getrefcount(block) == 3)  # list, block, argument
+        if (found := next(free, None)) is None:
+            if len(_memory) == _MOST:
+                _memory.clear()
+            _memory.append(found := torch.empty(max(size, 1), dtype=torch.uint8).numpy())
+        return torch.from_numpy(found[:size]).view(dtype).view(*shape)
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
