@@ -259,7 +259,7 @@ def compare(folder: Path, kib: int, repeats: int, most: float, released: bool) -
 
 
 def scale(folder: Path) -> Iterator[list[Any]]:
-    """Yield the time of an epoch and the memory of trainer and worker, by number of pairs."""
+    """Yield the time of an epoch and the memory of the process, by number of pairs."""
     for pairs in (1_000, 3_000, 10_000, 30_000, 100_000):
         cache = write_cache(folder / f"scale{pairs}", pairs, SHAPES[4])
         started = time.perf_counter()
@@ -267,9 +267,8 @@ def scale(folder: Path) -> Iterator[list[Any]]:
         opened = time.perf_counter() - started
         pairs_per_second(loader)
         rate = median(pairs_per_second(loader) for _ in range(3))
-        worker = loader._iterator._workers[0].pid  # type: ignore[union-attr]
-        sizes = [f"{proportional(pid) / MIB:.0f}" for pid in (os.getpid(), worker)]
-        yield [f"{pairs:,}", f"{opened:.2f}", f"{pairs / rate:.2f}", f"{1e6 / rate:.1f}", *sizes]
+        size = f"{proportional(os.getpid()) / MIB:.0f}"
+        yield [f"{pairs:,}", f"{opened:.2f}", f"{pairs / rate:.2f}", f"{1e6 / rate:.1f}", size]
         del loader
         shutil.rmtree(cache)
 
@@ -399,7 +398,7 @@ def measurements(folder: Path, options: argparse.Namespace) -> Iterator[tuple[st
         rows_of = (compare(folder, kib, options.repeats, options.most, released) for kib in options.kib)
         yield "Pairs per second", (*columns, *ratios), chain.from_iterable(rows_of)
     if "scale" in options.parts:
-        columns = ["pairs", "open s", "epoch s", "µs per pair", "trainer MiB", "worker MiB"]
+        columns = ["pairs", "open s", "epoch s", "µs per pair", "MiB"]
         yield "Epochs over latents of 4 KiB, one worker", columns, scale(folder)
     if "wait" in options.parts:
         yield "Waiting for cached data", ("workers", "batch", "pairs/s", "share of time waiting"), wait(folder)

@@ -29,7 +29,6 @@ gc.disable()  # until all is imported: looking through what stays takes a quarte
 LONGEST = [
     "test_checkpoints_of_configs",
     "docs/test_site",
-    "diffusion/families/test_learning",
     "apps/estimate/test_estimate",
     "statistical/test_learning",
     "test_grpo_configs",

@@ -29,8 +29,8 @@ from latentreward.tinyworld.edits import (
 from latentreward.tinyworld.judge import TinyWorldEditJudge
 from latentreward.tinyworld.rendering import render
 from latentreward.tinyworld.scenes import Item, Scene
-from latentreward.tinyworld.tokenizer import tokenize
 from latentreward.tinyworld.writers import write_edits
+from tools.pretraining.tokenizer import tokenize
 
 CIRCLE, CROSS = Item("red", "circle", 8.0, 10.0, 4.5), Item("green", "cross", 23.0, 18.0, 4.0)
 SOURCE = Scene("gray", (CIRCLE, CROSS))

@@ -10,8 +10,8 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from latentreward.tinyworld.captions import all_captions, held_out_captions
 from latentreward.tinyworld.oracle import mean_verdict
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
-from latentreward.tinyworld.tokenizer import build_tokenizer
 from tests.marks import rotated_after
+from tools.pretraining.tokenizer import build_tokenizer
 from tools.pretraining.vae import (
     draw_training_pictures,
     normalize_pictures,

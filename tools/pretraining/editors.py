@@ -38,9 +38,9 @@ from latentreward.tinyworld.edit_pairs import draw_edit
 from latentreward.tinyworld.edits import edit_splits, edited, judge_edit
 from latentreward.tinyworld.rendering import render
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, quiet_libraries
-from latentreward.tinyworld.tokenizer import MAX_TOKENS, build_tokenizer
 from tools.pretraining.networks import denoiser, save_pipeline
 from tools.pretraining.pipelines import CAPTION_DROPOUT, stratified_uniform
+from tools.pretraining.tokenizer import MAX_TOKENS, build_tokenizer
 from tools.pretraining.training import TrainingRecipe, readme, train_averaged
 from tools.pretraining.vae import encode_pictures
 

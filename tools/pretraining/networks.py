@@ -11,7 +11,7 @@ from torch import nn
 
 from latentreward.core.storage.durable import replacing
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
-from latentreward.tinyworld.tokenizer import build_tokenizer
+from tools.pretraining.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from latentreward.core.errors import InputError
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
-from latentreward.tinyworld.tokenizer import tokenize
 from tools.emoji.judge import EmojiTraining
 from tools.pretraining.networks import TRAINED, build_pipeline, save_pipeline
+from tools.pretraining.tokenizer import tokenize
 from tools.pretraining.training import TrainingRecipe, readme, train_averaged
 from tools.pretraining.vae import draw_training_pictures, encode_pictures, train_vae
 from tools.pretraining.worlds import TrainingWorld

@@ -29,9 +29,9 @@ from latentreward.core.storage.progress import Progress
 from latentreward.reward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP
 from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
-from latentreward.tinyworld.tokenizer import build_tokenizer, tokenize
 from tools.pretraining.networks import token_settings
 from tools.pretraining.pipelines import WORLDS, open_world
+from tools.pretraining.tokenizer import build_tokenizer, tokenize
 from tools.pretraining.training import TrainingRecipe, readme, train_averaged
 from tools.pretraining.vae import draw_training_pictures, normalize_pictures
 from tools.pretraining.worlds import CLEAR_GAP, TrainingWorld

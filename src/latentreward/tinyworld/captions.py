@@ -67,11 +67,7 @@ def all_captions() -> dict[str, Caption]:
 
 
 def parse_caption(text: str) -> Caption:
-    """Return the caption with a text.
-
-    Raises:
-        InputError: If the tiny world has no such caption.
-    """
+    """Return the caption with a text."""
     if text not in all_captions():
         raise InputError(
             f"not a caption of the tiny world: {text!r}; see latentreward.tinyworld.captions.all_captions()"

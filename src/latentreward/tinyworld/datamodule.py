@@ -36,9 +36,6 @@ class TinyWorldDataModule(PreferenceDataModule):
             ``data_seed``.
         sources: Whether to read the pictures that were edited, in the layout ``edits``; see :class:`PairReader`.
         options: See :class:`PreferenceDataModule`.
-
-    Raises:
-        InputError: If ``root`` holds pairs of other settings.
     """
 
     def __init__(
@@ -84,9 +81,6 @@ class TinyWorldPromptDataModule(PromptLoaders):
         captions: Number of captions.
         data_seed: Seed of the choice of captions.
         options: See :class:`~latentreward.data.alignment.prompts.PromptLoaders`.
-
-    Raises:
-        InputError: If ``captions`` is below 1 or above the number of captions in the training split.
     """
 
     def __init__(self, captions: int = 1024, data_seed: int = 0, **options: Any) -> None:
@@ -105,9 +99,6 @@ class TinyWorldEditPromptDataModule(PromptLoaders):
         edits: Number of edits.
         data_seed: Seed of the edits.
         options: See :class:`~latentreward.data.alignment.prompts.PromptLoaders`.
-
-    Raises:
-        InputError: If ``edits`` is below 1.
     """
 
     def __init__(self, edits: int = 1024, data_seed: int = 0, **options: Any) -> None:

@@ -84,11 +84,7 @@ def all_edits() -> dict[str, Edit]:
 
 
 def parse_edit(text: str) -> Edit:
-    """Return the edit with a text.
-
-    Raises:
-        InputError: If the tiny world has no such instruction.
-    """
+    """Return the edit with a text."""
     text = str(text)  # without the pictures of a prompt
     if text not in all_edits():
         raise InputError(f"not an edit of the tiny world: {text[:80]!r}; see latentreward.tinyworld.edits.all_edits()")
@@ -194,10 +190,6 @@ def _checks(
 
 
 def judge_edit(source: np.ndarray | Image.Image, result: np.ndarray | Image.Image, instruction: str) -> EditVerdict:
-    """Judge a picture as the result of an edit of another one; both ``(32, 32, 3)``, uint8 or PIL.
-
-    Raises:
-        InputError: If a picture has another size or dtype, or the tiny world has no such instruction.
-    """
+    """Judge a picture as the result of an edit of another one; both ``(32, 32, 3)``, uint8 or PIL."""
     edit = parse_edit(instruction)
     return scene_verdict(detect_scene(source), detect_scene(result), edit)

@@ -56,11 +56,7 @@ class TinyWorldEditJudge(ImageScorer):
         return type(self).__name__
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """See :meth:`ImageScorer.score`; scores ``(B, 3)``.
-
-        Raises:
-            InputError: If a prompt carries no picture.
-        """
+        """See :meth:`ImageScorer.score`; scores ``(B, 3)``."""
         rows = []
         for prompt, image in zip(prompts, images, strict=True):
             if not sources_of(prompt):

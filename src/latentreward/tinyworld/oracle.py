@@ -51,11 +51,7 @@ class Verdict:
 
 
 def judge(picture: np.ndarray | Image.Image, caption: str) -> Verdict:
-    """Judge a picture ``(32, 32, 3)``, uint8 or PIL, for a caption of the tiny world.
-
-    Raises:
-        InputError: If the picture has another size or dtype, or the tiny world has no such caption.
-    """
+    """Judge a picture ``(32, 32, 3)``, uint8 or PIL, for a caption of the tiny world."""
     scene = detect_scene(picture)
     checks = alignment_checks(parse_caption(caption), scene.background, scene.items)
     alignment = sum(checks.values()) / len(checks)

@@ -82,9 +82,6 @@ def draw_pairs(
         mixed: Shares of winners that are worse in one part of the utility; there are no ties then. By default pairs are
             kept as they are drawn: about 20 % of the winners have less quality, 15 % less alignment.
         world: World of captions and pictures; the shapes if None, which alone can be ``unique``.
-
-    Raises:
-        InputError: If ``unique`` asks for more pairs than the split has captions.
     """
     world = world or World()
     available = sum(map(len, caption_splits()[split].values()))

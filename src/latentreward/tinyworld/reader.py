@@ -21,9 +21,6 @@ class TinyWorldReader(PickAPicReader):
             :func:`~latentreward.tinyworld.writers.write_generated`. ``mixed``: drawn pairs of the training split, half
             of whose winners have less quality than the loser, and 40 % less alignment
             (:class:`~latentreward.tinyworld.pairs.Mixed`).
-
-    Raises:
-        InputError: If ``root`` holds other files, or pairs of other settings.
     """
 
     def __init__(

@@ -91,10 +91,6 @@ def write_pickapic(
 
     Returns:
         ``root``.
-
-    Raises:
-        InputError: If a split is unknown or has less than one pair, a ``_unique`` split has too few captions, or
-            ``root`` holds other files or pairs of other settings.
     """
     _check_splits(pairs_per_split, PICKAPIC_SPLITS)
 

@@ -251,4 +251,4 @@ def test_bare_network_folder_is_a_pipeline_without_encoders(copied: Callable[[st
     assert not source.has("vae")
     with pytest.raises(InputError, match="without a vae"):
         source.latent_space()
-    assert len(source.transformer().transformer_blocks) == 4
+    assert source.config("transformer")["num_layers"] == 4

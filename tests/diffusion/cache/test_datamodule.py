@@ -139,22 +139,6 @@ def test_text_encoders_are_freed_where_prompts_are_cached(method: str, world: Pa
         RewardModel.of(modules[1].model).save_pretrained(tmp_path / "folder")
 
 
-@pytest.mark.slow
-def test_a_head_that_asks_for_the_empty_prompt_takes_it_from_the_cache(world: Path) -> None:
-    module = LRMModule(
-        sd_tiny(text_encoder_tuning="frozen"), CLIPProjectionHead, LRMLoss(), eval_timesteps=[1], posterior="mode"
-    )
-    assert module.model.head.needs_uncond
-    wanted = fit(module, pixels(world), max_epochs=1, limit_train_batches=1)
-    module = LRMModule(
-        sd_tiny(text_encoder_tuning="frozen"), CLIPProjectionHead, LRMLoss(), eval_timesteps=[1], posterior="mode"
-    )
-    module.model.backbone.text_encoder.forward = None  # would fail if it were asked
-    got = fit(module, cached(world / "sd"), max_epochs=1, limit_train_batches=1)
-    assert got.pairs == wanted.pairs
-    assert len(got.values) == 1
-
-
 def test_a_cache_of_another_latent_space_is_refused_before_training(tmp_path: Path) -> None:
     folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
     with pytest.raises(InputError, match="the cache holds latents of the space") as error:

@@ -1,6 +1,5 @@
 """Caches of edits: every source is encoded once, to the posterior's mode, and read beside the images."""
 
-import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -239,29 +238,6 @@ def test_unreadable_sources_follow_on_error(pictures: Path, tmp_path: Path, caps
     assert dict(kept.skipped) == {"unreadable image": len(lost)}
 
 
-def kontext(folder: Path) -> Path:
-    """A folder with the configs of a tiny FLUX.1-Kontext, and its VAE."""
-    shutil.copytree(TWINS["flux1_dev"].folder, folder, ignore=shutil.ignore_patterns("text_encoder*", "tokenizer*"))
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxKontextPipeline"}))
-    return folder
-
-
-@pytest.mark.slow
-def test_pairs_with_another_number_of_sources_follow_on_error(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = str(kontext(tmp_path / "kontext"))
-    settings = ("--reader.pictures=3", f"--encoder.source={source}")
-    with pytest.raises(SystemExit):
-        main(arguments(tmp_path / "raised", pictures, *settings))
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "reader: pair 1: FLUX.1-Kontext takes 0 to 1 pictures to edit, and 2 were given" in error
-    main(arguments(tmp_path / "skipped", pictures, *settings, "--reader.on_error=skip"))
-    assert read_plan(tmp_path / "skipped").dropped == {"wrong number of pictures to edit": 4}
-    assert {len(row["source_images"]) for row in table(tmp_path / "skipped", PAIRS)} == {1}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("pictures_of_pair", [1, 2])
 def test_a_network_that_edits_nothing_is_refused_before_its_weights_are_read(
@@ -310,29 +286,3 @@ def test_a_text_encoder_that_sees_the_pictures_needs_its_states_cached(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "reader: the text encoder of FLUX.2-klein reads the 1 sources of a pair too" in error
     assert error.endswith("set encoder.text: states")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["policy", "backbone"])
-def test_training_refuses_a_cache_of_edits_before_weights_are_read(
-    part: str, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flux = shutil.copytree(TWINS["flux1_dev"].folder, tmp_path / "flux", ignore=shutil.ignore_patterns("*.safetensors"))
-    network = {"source": str(flux)}
-    model = {
-        "policy": {"class_path": "DiffusionDPOModule", "init_args": {"policy": network}},
-        "backbone": {
-            "class_path": "DiNaLRMModule",
-            "init_args": {
-                "backbone": {"class_path": "flux1", "init_args": network},
-                "head": {"class_path": "GatedQFormerHead"},
-                "loss": {"class_path": "ThurstoneLoss"},
-            },
-        },
-    }[part]
-    data = {"class_path": "CachedPreferenceDataModule", "init_args": {"train": {"cache": str(written / "sample")}}}
-    (tmp_path / "run.yaml").write_text(json.dumps({"model": model, "data": data}))
-    with pytest.raises(SystemExit):
-        main(["fit", f"--config={tmp_path / 'run.yaml'}", f"--trainer.default_root_dir={tmp_path}"])
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "have 2 sources, but the model's network makes pictures from text alone; write" in error

@@ -185,32 +185,6 @@ def test_what_the_text_encoder_does_not_take_follows_on_error(
         assert data.datasets["train"].skipped() == {"edit that the text encoder does not take": 2}
 
 
-class Repeated(Edits):
-    """The pairs five times; ``renamed`` changes the prompt of a row that the record of the data does not sample."""
-
-    def __init__(self, root: str, pictures: int = 2, renamed: bool = False) -> None:
-        super().__init__(root, pictures)
-        self.renamed = renamed
-
-    def __len__(self) -> int:
-        return 5 * len(SOURCES_OF)
-
-    def __getitem__(self, index: int) -> PreferencePair:
-        pair = replace(super().__getitem__(index % len(SOURCES_OF)), pair_id=f"pair {index}")
-        return replace(pair, prompt=like_prompt("add a dog", pair.prompt)) if self.renamed and index == 3 else pair
-
-
-@pytest.mark.slow
-def test_other_prompts_are_refused(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cache = write(tmp_path / "cache", pictures, f"--reader={__name__}.Repeated")
-    for path in cache.glob("text-*"):
-        path.unlink()
-    with pytest.raises(SystemExit):
-        write(cache, pictures, f"--reader={__name__}.Repeated", "--reader.renamed=true")
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "reader: the prompt of row 3 is 'add a dog', but was 'add a cat' when the cache was planned" in error
-
-
 @pytest.mark.slow
 def test_training_refuses_a_cache_that_lacks_what_the_model_reads_of_the_pictures(
     written: dict[str, Path], tmp_path: Path

@@ -15,7 +15,6 @@ from latentreward.core.contracts import ImageRef, PreferencePair
 from latentreward.core.errors import InputError
 from latentreward.core.running import pair_generator
 from latentreward.data import ImageError, PixelLoader
-from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
 from latentreward.diffusion.cache.datamodule import CachedPairDataset, CachedPairs, CacheIndex
 from latentreward.diffusion.cache.sources import ImageSettings, PublishedLatents
 from latentreward.diffusion.cache.store import IMAGES, PROMPTS, CacheSpec, read_plan
@@ -84,17 +83,6 @@ def test_a_batch_is_padded_to_its_longest_prompt(written: tuple[Path, Path]) -> 
         torch.testing.assert_close(found.prompt_embeds, wanted.prompt_embeds * kept, rtol=1e-5, atol=1e-6)
         assert uncond.prompt_embeds.shape == (1, 1, 6) and uncond.prompt_mask.all()
         torch.testing.assert_close(uncond.prompt_embeds, encoder([""]).prompt_embeds, rtol=1e-5, atol=1e-6)
-
-
-def test_a_loader_s_worker_gives_these_batches(written: tuple[Path, Path]) -> None:
-    module = CachedPreferenceDataModule(predict=CachedSplit(str(written[1])), batch_size=2, num_workers=1, seed=0)
-    encoder, seen = letter_states(), []
-    for batch in module.predict_dataloader():
-        wanted = encoder(batch.prompts)
-        assert torch.equal(batch.conditioning.prompt_mask, wanted.prompt_mask)
-        torch.testing.assert_close(batch.conditioning.pooled(), wanted.pooled(), rtol=1e-5, atol=1e-6)
-        seen += batch.prompts
-    assert sorted(seen) == sorted(PROMPT_TEXTS)
 
 
 def test_a_resumed_run_and_loader_processes_give_the_same_bytes(written: tuple[Path, Path], tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from latentreward.diffusion.backbones.loading import PipelineSource, tiny_pipeli
 from latentreward.diffusion.cache import writing
 from latentreward.diffusion.cache.datamodule import CachedPairDataset, CacheIndex
 from latentreward.diffusion.cache.store import IMAGES, OLD_SPEC, PAIRS, PROMPTS, SPEC, read_plan
-from latentreward.diffusion.cache.writing import describe_data
 from tests.data.rotated import photograph, upright, write_jsonl
 from tests.diffusion.cache.writing import (
     LARGE,
@@ -139,15 +137,6 @@ def test_images_that_cannot_be_read(
         assert not found.any() if lost else torch.equal(found, other)  # its neighbours do not notice
 
 
-def test_an_image_without_header_is_dropped_in_planning(tmp_path: Path) -> None:
-    data = write_data(tmp_path / "data", sizes=[SQUARE])
-    (data / "images/3b.jpg").write_bytes(b"not an image")
-    run_cache(tmp_path / "cache", data, "--reader.on_error=skip")
-    assert read_plan(tmp_path / "cache").dropped == {"unknown image format": 1}
-    with pytest.raises(SystemExit):
-        run_cache(tmp_path / "other", data)
-
-
 @pytest.mark.slow
 def test_workers_threads_and_processes_do_not_change_a_byte(written: tuple[Path, Path], tmp_path: Path) -> None:
     data, cache = written
@@ -251,14 +240,6 @@ def test_photographs_are_cached_upright_and_the_cache_says_so(tmp_path: Path) ->
     noise = torch.randn(4, 12, 8, generator=pair_generator(0, "posterior", 0, "", "0a.jpg"))
     expected = PipelineSource(tiny_pipeline("sd_tiny")).latent_encoder().encode(pixels[None], noise[None])[0]
     torch.testing.assert_close(stored(tmp_path / "apply")[keys.index("0a.jpg")], expected)
-
-
-def test_other_labels_are_other_data(written: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, read = HPDv3Reader(str(written[0]), "train"), HPDv3Reader.__getitem__
-    before = describe_data(reader)
-    assert describe_data(reader) == before
-    monkeypatch.setattr(HPDv3Reader, "__getitem__", lambda self, row: replace(read(self, row), label_a=0.25))
-    assert describe_data(reader) != before
 
 
 def test_a_row_that_changed_since_planning_is_found(

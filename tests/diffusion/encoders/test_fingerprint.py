@@ -88,13 +88,6 @@ def test_text_fingerprint_tells_the_side_of_the_padding(name: str) -> None:
     assert (text_fingerprint(loaded) != before) == (not loaded.masked)
 
 
-def test_text_fingerprint_tells_what_is_put_before_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = TWINS["lumina2"].source().resolve_family().load_prompt_encoder()
-    before = text_fingerprint(encoder)
-    monkeypatch.setattr("latentreward.diffusion.families.lumina2.SYSTEM", "be kind: ")
-    assert text_fingerprint(encoder) != before
-
-
 class OwnVAE(nn.Module):
     """A VAE of one's own: parts with other names, a weight outside them, and a plain object as config."""
 

@@ -1,4 +1,6 @@
-"""Qwen3, the text encoder of Z-Image, in small."""
+"""Qwen3, the text encoder of Z-Image and FLUX.2-klein, in small."""
+
+from typing import Any
 
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -24,14 +26,18 @@ def qwen_tokenizer(**options: str) -> Qwen2Tokenizer:
     return tokenizer
 
 
+def qwen_config(tokenizer: Qwen2Tokenizer, **options: Any) -> Qwen3Config:
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    return Qwen3Config(**{**settings, **options})
+
+
 def qwen(tokenizer: Qwen2Tokenizer) -> Qwen3Model:
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    return Qwen3Model(config)
+    return Qwen3Model(qwen_config(tokenizer))

@@ -30,13 +30,6 @@ def test_twins_are_recognised_by_their_configs(twin: Twin) -> None:
     assert twin.source().resolve_family().name == twin.family
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd3", "sd35"])
-def test_stable_diffusion_is_recognised(name: str) -> None:
-    family = PolicySource(pipeline_folder(name)).resolve_family()
-    assert family.name == ("sd3" if name.startswith("sd3") else "sd")
-    assert family.model == {"sd15": "SD1.5", "sd21": "SD2.1", "sdxl": "SDXL", "sd3": "SD3", "sd35": "SD3.5"}[name]
-
-
 def test_unknown_families_are_refused_with_those_known() -> None:
     unknown = MadeConfigs({"transformer": {"_class_name": "SomethingElse"}, "vae": VAE})
     with pytest.raises(InputError, match="is of no known family") as refused:

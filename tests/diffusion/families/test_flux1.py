@@ -1,7 +1,6 @@
 """FLUX.1: levels, embedded guidance, lengths of prompts, and what is refused."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +9,7 @@ from latentreward.core.errors import InputError
 from latentreward.diffusion import find_family
 from latentreward.diffusion.noise.schedules import EULER
 from tests.diffusion.families.made_configs import MadeConfigs
-from tests.diffusion.families.test_parity import STEPS, assert_near, sampled
-from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
+from tests.diffusion.families.twins import TWINS
 
 VAE = {"latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "scaling_factor": 0.3611,
        "shift_factor": 0.1159}  # fmt: skip
@@ -30,15 +28,6 @@ def family(dev: bool = True, index: Mapping[str, Any] | None = None, **network: 
     return find_family(MadeConfigs(parts, **{"_class_name": "FluxPipeline", **(index or {})}))
 
 
-def test_shift_at_native_size() -> None:
-    found = family()
-    assert found.native_size == (1024, 1024)
-    assert found.latent_shape() == (16, 128, 128)
-    assert found.mu(28, found.latent_shape()) == pytest.approx(1.15)
-    _, sigmas = family(dev=False).levels(4, found.latent_shape())
-    assert sigmas.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
-
-
 def test_guidance_is_an_input_of_dev() -> None:
     dev, schnell = family(), family(dev=False)
     assert (dev.guidance(None), dev.guidance(0.0), dev.guidance(1.0)) == (3.5, 0.0, 1.0)
@@ -48,26 +37,6 @@ def test_guidance_is_an_input_of_dev() -> None:
     assert (schnell.guidance(None), schnell.guidance(schnell.no_guidance)) == (None, 1.0)
     with pytest.raises(InputError, match=r"FLUX.1-schnell was distilled to sample without guidance"):
         schnell.guidance(3.5)
-
-
-@pytest.mark.slow
-def test_other_guidance_equals_the_pipelines() -> None:
-    twin = replace(TWINS["flux1_dev"], call={"guidance_scale": 8.0}, guidance=8.0)
-    noise = noise_for(twin.source().resolve_family().latent_shape(*twin.size))
-    found = sampled(twin, PROMPTS, noise)
-    assert_near(found, twin.sample(twin.pipeline(), PROMPTS, noise, STEPS))
-    assert (found - sampled(replace(twin, guidance=3.5), PROMPTS, noise)).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(("name", "length"), [("flux1_dev", 512), ("flux1_schnell", 256)])
-def test_number_of_t5_tokens(name: str, length: int) -> None:
-    found = TWINS[name].source().resolve_family()
-    assert found.load_prompt_encoder().num_tokens == length
-    encoder = found.load_prompt_encoder(t5_length=77)
-    encoded = encoder(PROMPTS)
-    assert encoded.prompt_embeds.shape == (2, 77, encoder.token_dim)
-    assert encoded.pooled().shape == (2, encoder.pooled_dim)
-    assert encoded.prompt_mask is None
 
 
 @pytest.mark.parametrize("length", [0, 513])

@@ -14,14 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentreward.core.errors import InputError
-from latentreward.core.registry import create_backbone
 from latentreward.diffusion import find_family
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.flux2_klein import Flux2Klein
 from latentreward.diffusion.noise.schedules import EULER
 from tests.diffusion.families.flux2_vae import CHANNELS, statistics
 from tests.diffusion.families.made_configs import MadeConfigs
-from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
+from tests.diffusion.families.twins import TWINS, noise_for
 
 BASE, DISTILLED = TWINS["klein_base"], TWINS["klein_distilled"]
 DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
@@ -80,18 +79,6 @@ def test_noise_of_the_posterior_has_the_shape_of_latents() -> None:
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
-def test_decoding_is_differentiable_and_undoes_the_codec() -> None:
-    encoder = BASE.source().resolve_family().load_latent_encoder()
-    raw = noise_for((CHANNELS, 16, 24))
-    latents = encoder.scale(raw).requires_grad_()
-    torch.testing.assert_close(encoder.unscale(latents), raw, rtol=0, atol=1e-5)
-    decoded = encoder.decode(latents)
-    torch.testing.assert_close(decoded, encoder.vae.decode(raw).sample, rtol=1e-4, atol=1e-4)
-    decoded.square().mean().backward()
-    assert latents.grad is not None
-    assert latents.grad.abs().amax(dim=(0, 2, 3)).min() > 0
-
-
 def test_statistics_stay_float32_in_a_bfloat16_vae() -> None:
     encoder = BASE.source().resolve_family().load_latent_encoder("bfloat16")
     assert encoder.vae.dtype == torch.bfloat16
@@ -120,22 +107,6 @@ def copied_again(found: Flux2Klein) -> Any:
     return BASE.source(source=found.pipeline.source).resolve_family()
 
 
-def test_missing_weights_of_the_vae_are_named(tmp_path: Path) -> None:
-    copytree(BASE.folder, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(path)
-    tensors.pop("bn.running_var")
-    save_file(tensors, path)
-    with pytest.raises(InputError, match=r"vae has no weight bn\.running_var"):
-        BASE.source(source=str(tmp_path)).resolve_family()
-    path.unlink()
-    with pytest.raises(InputError, match=r"no file named diffusion_pytorch_model\.safetensors"):
-        BASE.source(source=str(tmp_path)).resolve_family()
-
-
-# Levels and guidance
-
-
 @pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 28), ((512, 768), 4), ((2048, 1024), 4)])
 def test_levels_equal_those_of_the_pipeline(size: tuple[int, int], steps: int) -> None:
     found, scheduler = family(), FlowMatchEulerDiscreteScheduler(**DYNAMIC)
@@ -155,21 +126,6 @@ def test_distilled_models_take_no_guidance() -> None:
 # Text
 
 
-def test_prompts_are_padded_on_the_tokenizers_side_without_a_mask() -> None:
-    for twin, column in ((BASE, 0), (DISTILLED, -1)):
-        encoder = twin.source().resolve_family().load_prompt_encoder()
-        ids, mask = encoder.tokenize(PROMPTS)
-        assert ids.shape == mask.shape == (2, 512)
-        assert mask[:, column].all()
-        text = encoder.tokenizer.decode(ids[0][mask[0].bool()])
-        assert text == "<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-        encoded = encoder(PROMPTS)
-        assert encoded.prompt_embeds.shape == (2, 512, encoder.token_dim)
-        assert encoded.prompt_mask is None
-        own = encoded.prompt_embeds[0][mask[0].bool()]
-        torch.testing.assert_close(encoded.pooled_prompt_embeds[0], own.mean(dim=0))
-
-
 def test_text_encoders_with_too_few_layers_are_refused(tmp_path: Path) -> None:
     found = copied(tmp_path)
     config = tmp_path / "text_encoder" / "config.json"
@@ -183,16 +139,3 @@ def test_text_encoders_with_too_few_layers_are_refused(tmp_path: Path) -> None:
 
 
 # Network
-
-
-def test_joint_sequence_of_a_single_block_is_text_and_then_image() -> None:
-    policy, taps = BASE.source().load().eval(), [3]
-    backbone = create_backbone(BASE.backbone, source=BASE.folder, visual_taps=taps, text_taps=taps, tuning="frozen")
-    seen: list[Tensor] = []
-    policy.network.single_transformer_blocks[0].register_forward_hook(lambda *call: seen.append(call[-1]))
-    latents, timesteps = noise_for(policy.latent_shape(*BASE.size)), torch.tensor([300.0, 800.0])
-    with torch.no_grad():
-        conditioning = policy.encode_prompts(PROMPTS)
-        policy.predict(latents, timesteps, conditioning)
-        features = backbone(latents, timesteps, conditioning)
-    torch.testing.assert_close(torch.cat([*features.text, *features.visual], dim=1), seen[0], rtol=0, atol=1e-6)

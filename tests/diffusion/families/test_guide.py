@@ -75,26 +75,6 @@ def test_its_check_finds_rounding_alone(folder: Path, capsys: pytest.CaptureFixt
     assert {"guidance: 3.5, of the pipeline 3.5", "idle: none"} <= {*printed}
 
 
-WRONG_NAMES = """
-class AuraFlow(AuraFlow):
-    default_guidance = 1.5
-    idle = ("joint_transformer_blocks.0.attn.to_q",)
-"""
-
-
-@pytest.mark.slow
-def test_its_check_names_layers_that_are_read_and_another_guidance(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder / "aura_flow.py").write_text((folder / "aura_flow.py").read_text() + WRONG_NAMES)
-    monkeypatch.delitem(sys.modules, "aura_flow", raising=False)
-    runpy.run_path(str(folder / "check_aura_flow.py"))
-    printed = capsys.readouterr().out.splitlines()
-    assert "guidance: 1.5, of the pipeline 3.5" in printed
-    (idle,) = [line for line in printed if line.startswith("idle")]
-    assert idle.startswith("idle: joint_transformer_blocks.0.attn.to_q.")
-
-
 def assert_rounding(printed: list[str], side: int, tokens: list[str]) -> None:
     """Check the lines that the page's check of a family prints; ``side`` is its native height in pixels."""
     found = [line.rsplit(": ", 1) for line in printed if re.match("latents|image|encoded|text|row|gradient", line)]
@@ -102,52 +82,6 @@ def assert_rounding(printed: list[str], side: int, tokens: list[str]) -> None:
     latents = [f"latents of {prompt!r} at {size}" for size in ((side, side), (side // 2, side)) for prompt in prompts]
     assert [name for name, _ in found] == [*latents, "image", "encoded", *tokens, *ROWS, "gradient"]
     assert all(float(difference) <= (1e-2 if name == "gradient" else 1e-5) for name, difference in found)
-
-
-OTHER_SCALE = """
-from latentreward.core.contracts import LatentSpace
-
-class PlainUNet(PlainUNet):
-    latent_space = LatentSpace(4, 2, 0.25)
-"""
-UNSCALED = """
-from latentreward.diffusion.encoders.vae import LatentEncoder
-
-class Unscaled(LatentEncoder):
-    def encode(self, pixels, noise=None, *, differentiable=False):
-        return self.vae.encode(pixels).latent_dist.mean
-
-class PlainUNet(PlainUNet):
-    latent_encoder = Unscaled
-"""
-OTHER_PREDICTION = """
-class PlainUNet(PlainUNet):
-    def predict(self, *given):
-        return 1.1 * super().predict(*given)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("added", "differs"),
-    [("", "nothing"), (OTHER_SCALE, "image"), (UNSCALED, "encoded"), (OTHER_PREDICTION, "latents")],
-    ids=["right", "other scale", "encodes unscaled", "other prediction"],
-)
-def test_its_check_takes_a_unet_and_names_what_differs(
-    added: str, differs: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("AURA_FLOW", pipeline_folder("sd15"))
-    (folder / "plain_unet.py").write_text((folder / "plain_unet.py").read_text() + added)
-    check = folder / "check_aura_flow.py"
-    check.write_text(check.read_text().replace("aura_flow.AuraFlow", "plain_unet.PlainUNet"))
-    monkeypatch.delitem(sys.modules, "plain_unet", raising=False)
-    runpy.run_path(str(check))
-    printed = capsys.readouterr().out.splitlines()
-    wrong = [number for number, line in enumerate(printed) if line.startswith(differs)]
-    assert bool(wrong) == bool(added) and all(float(printed[number].rsplit(": ")[-1]) > 1e-2 for number in wrong)
-    for number in wrong:
-        printed[number] = printed[number].rsplit(": ", 1)[0] + ": 0"
-    assert_rounding(printed, 16, [])
 
 
 def test_its_editor_is_led_by_the_picture(folder: Path) -> None:

@@ -8,8 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentreward.core.errors import InputError
-from latentreward.core.registry import create_backbone
-from latentreward.reward.scoring.network import halve_products
 from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 TWIN = TWINS["ideogram4"]
@@ -45,21 +43,6 @@ def test_layers_of_text_run_on_the_tokens_of_the_prompt_alone() -> None:
     with torch.no_grad():
         policy.predict(noise_for(policy.latent_shape(*TWIN.size)), torch.tensor([300.0, 800.0]), conditioning)
     assert seen == [conditioning.prompt_embeds.shape]
-
-
-def test_queries_and_keys_get_the_type_of_values_where_scoring_is_in_bfloat16() -> None:
-    """The rotation raises bfloat16 to its own type, and attention on an accelerator takes one type."""
-    backbone, found = (
-        create_backbone("ideogram4", source=TWIN.folder, visual_taps=[1], text_taps=[], tuning="frozen"),
-        [],
-    )
-    halve_products(backbone.transformer)
-    attention = backbone.transformer.layers[0].attention
-    attention.register_forward_pre_hook(lambda module, inputs, named: found.append(named), with_kwargs=True)
-    latents, conditioning = noise_for(backbone.family.latent_shape(*TWIN.size)), backbone.encode_prompts(PROMPTS)
-    features = backbone(latents, torch.tensor([300.0, 800.0]), conditioning)
-    assert {part.dtype for part in found[0]["image_rotary_emb"]} == {torch.bfloat16}
-    assert features.visual[0].dtype == features.temb.dtype == torch.float32
 
 
 def test_times_and_positions_stay_exact_in_bfloat16() -> None:

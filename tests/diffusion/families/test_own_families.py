@@ -19,7 +19,7 @@ from latentreward.core.errors import InputError
 from latentreward.diffusion import ContinuousFlow, LoRA, find_family
 from latentreward.diffusion.backbones.loading import PipelineSource
 from latentreward.diffusion.backbones.weights import settle
-from latentreward.reward import CLIPProjectionHead, GatedQFormerHead
+from latentreward.reward import CLIPProjectionHead
 from latentreward.reward.scoring.network import RewardNetwork
 from tests.alignment.policies.alignment import perturbed
 from tests.diffusion.families import own_families
@@ -95,27 +95,6 @@ def test_a_misspelt_member_is_told(name: str, near: str, monkeypatch: pytest.Mon
         find_family(configs, path)
 
 
-def test_text_narrower_than_the_image_has_a_width_of_its_own(pixart: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    split = own_families.PixArt.split
-
-    def narrow(*given: Any) -> Any:
-        visual, text = split(*given)
-        return visual, text[..., :24]
-
-    monkeypatch.setattr(own_families.PixArt, "split", narrow)
-    given = torch.zeros(2, 4, 8, 8), torch.full((2,), 500.0)
-    for width in (32, 24):
-        monkeypatch.setattr(own_families.PixArt, "text_width", width)
-        backbone = own_families.own_pixart(pixart, visual_taps=[2], text_taps=[2])
-        network = RewardNetwork(backbone, GatedQFormerHead(backbone.feature_spec, num_queries=2, num_heads=2))
-        text = network.encode_prompts(PROMPTS)
-        if width == 32:
-            with pytest.raises(InputError, match=r"returned text tap 0 \(2, 32, 24\); .* as feature_spec"):
-                network(*given, *text)
-        else:
-            assert network(*given, *text).shape == (2,)
-
-
 def made_configs(scheduler: str, **settings: Any) -> MadeConfigs:
     vae = {"latent_channels": 4, "block_out_channels": [8], "scaling_factor": 0.2}
     parts = {"transformer": {"caption_channels": 8, "in_channels": 4}, "vae": vae}
@@ -128,22 +107,9 @@ def made_configs(scheduler: str, **settings: Any) -> MadeConfigs:
     [
         ("lora_loader", "PixArtLoraLoaderMixin"),
         ("lora_loader", "FluxLoraLoaderMixin"),
-        ("vae_class", "AutoencoderNone"),
-        ("network_class", "PixArtTransformer4DModel"),
-        ("block_classes", ("PixArtBlock",)),
-        ("text_field", "caption_chanels"),
         ("title", ""),
         ("name", "sd15"),
         ("name", "flux1"),
-        ("native_size", (128, 128.0)),
-        ("default_guidance", "3.5"),
-        ("lists", "transformer_blocks"),
-        ("lists", ()),
-        ("packing", 0),
-        ("max_side", 64.0),
-        ("max_prompt", "77"),
-        ("unread", None),
-        ("part", "unet"),
         ("noise_process", ContinuousFlow()),
     ],
 )

@@ -16,7 +16,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from torch import Tensor
 
 from latentreward.alignment import Policy, PolicySource, Sampling, TrainedLoRA, sample_latents
-from latentreward.core.contracts import Conditioning, EditPrompt, ImageRef, PromptBatch, seen_as
+from latentreward.core.contracts import EditPrompt, ImageRef, PromptBatch, seen_as
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.data import ImageError, JSONLPairReader, PairDataset, PixelLoader, decode_image
@@ -244,23 +244,6 @@ def test_the_text_encoder_sees_the_picture_that_the_network_gets(
         backbone.encode_prompts([reader[0].prompt])
 
 
-@pytest.mark.usefixtures("_small")
-@forms
-def test_pictures_are_refused_just_where_the_tokens_would_be_cut(
-    form: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plus, count = FORMS[form]
-    encoder: Any = PolicySource(folders["plus" if plus else "single"]).resolve_family().load_prompt_encoder()
-    (prompt,) = edits(count, ("",))
-    (row,) = encoder.tokenize([prompt])[0].tolist()
-    needed = len(row) - row[::-1].index(encoder.picture_token) - encoder.dropped_tokens
-    monkeypatch.setattr(edit.SeenPictures, "most_tokens", needed)
-    encoder.seen.check(prompt)
-    monkeypatch.setattr(edit.SeenPictures, "most_tokens", needed - 1)
-    with pytest.raises(InputError, match="give fewer pictures"):
-        encoder.seen.check(prompt)
-
-
 def test_long_texts_are_cut_and_pictures_are_not(folders: dict[str, str]) -> None:
     encoder = PolicySource(folders["plus"]).resolve_family().load_prompt_encoder()
     (prompt,) = edits(2, ("x " * 2000,))
@@ -281,15 +264,3 @@ def test_releases_are_told_apart(folders: dict[str, str], tmp_path: Path) -> Non
     path.unlink()
     with pytest.raises(InputError, match=r"lacks processor/preprocessor_config\.json"):
         PolicySource(str(tmp_path / "copy")).load()
-
-
-@pytest.mark.usefixtures("_small")
-def test_prompts_of_a_batch_equal_single_ones(folders: dict[str, str]) -> None:
-    encoder = PolicySource(folders["plus"]).load().text_encoder
-    assert encoder is not None
-    prompts = [*edits(1)[:1], "a cat", edits(2)[1]]
-    with torch.no_grad():
-        both: Conditioning = encoder(prompts)
-        for row, prompt in enumerate(prompts):
-            one = encoder([prompt])
-            assert_near(both.select([row]).trimmed().prompt_embeds, one.prompt_embeds)

@@ -170,9 +170,6 @@ class DiffusionBackbone(nn.Module, Part):
             timesteps: ``(B,)`` timesteps of :attr:`noise_process`.
             conditioning: Encoded prompts, B rows.
             uncond: Encoded empty prompt, one row.
-
-        Raises:
-            InputError: If the latents do not have the number of channels that the network takes.
         """
         if latents.shape[1] != self.latent_space.channels:
             found, remedy = f"{latents.shape[1]} channels", "encode the images with the VAE of its own pipeline"
@@ -206,9 +203,6 @@ class DiffusionBackbone(nn.Module, Part):
             prompts: B prompts.
             sources: Pixels ``(B, 3, H, W)`` of each picture that the prompts edit; empty reads those of the prompts.
             latents: Whether ``sources`` are latents ``(B, C, ...)`` instead.
-
-        Raises:
-            InputError: If there is no text encoder, or the prompts edit pictures, which the network does not.
         """
         if self.text_encoder is None:
             raise InputError("this backbone was built without a text encoder; load it from a full pipeline folder")
@@ -272,11 +266,7 @@ def rows_of(features: Features, rows: slice) -> Features:
 
 
 def check_taps(name: str, taps: Sequence[int], last: int, least: int = 0) -> tuple[int, ...]:
-    """Check block numbers to read features at, and return them as a tuple.
-
-    Raises:
-        InputError: If there are fewer than ``least`` taps, they do not ascend, or one is not in 0..``last``.
-    """
+    """Check block numbers to read features at, and return them as a tuple."""
     taps = tuple(taps)
     if len(taps) < least:
         raise InputError(f"{name}={list(taps)} is empty; name at least one block from 0 to {last}")
@@ -385,11 +375,7 @@ class TransformerBackbone(DiffusionBackbone):
     def keep_blocks(
         self, transformer: Any, num_layers: int | None, visual_taps: Sequence[int], text_taps: Sequence[int]
     ) -> None:
-        """Set transformer and taps, and drop the blocks after the first ``num_layers``; None keeps those up to a tap.
-
-        Raises:
-            InputError: If a tap or ``num_layers`` is over the number of blocks.
-        """
+        """Set transformer and taps, and drop the blocks after ``num_layers``, or with None those after the last tap."""
         self.block_counts = [len(getattr(transformer, name)) for name in self.lists]  # before any are dropped
         depth = sum(self.block_counts)
         check_range(f"[1, {depth}]", "the network has no more blocks", num_layers=num_layers)

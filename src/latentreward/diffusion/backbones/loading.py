@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -35,7 +36,7 @@ from latentreward.diffusion.noise.processes import DDPM, FlowMatching, process_f
 from latentreward.diffusion.noise.schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS, fits_kind
 
 if TYPE_CHECKING:
-    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
     from latentreward.diffusion.backbones.base import DiffusionBackbone
     from latentreward.diffusion.encoders.prompts import CLIPPromptEncoder, SD3PromptEncoder, SDXLPromptEncoder
@@ -153,11 +154,7 @@ class PipelineSource:
         return deepcopy(self._read[name])
 
     def config(self, part: str) -> dict[str, Any]:
-        """Read the config of ``part``, such as ``unet``, ``vae`` or ``scheduler``.
-
-        Raises:
-            InputError: If the pipeline does not have ``part``, or the file is missing or damaged.
-        """
+        """Read the config of ``part``, such as ``unet``, ``vae`` or ``scheduler``."""
         self._require(part)
         return self._json(f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json")
 
@@ -198,11 +195,7 @@ class PipelineSource:
         return (map_model if mapped else load_weights)(kind, self.configs, **place)
 
     def tensors(self, part: str, names: Sequence[str]) -> list[Tensor]:
-        """Read single weights of ``part``.
-
-        Raises:
-            InputError: If the pipeline does not have ``part``, or a weight is missing.
-        """
+        """Read single weights of ``part``."""
         self._require(part)
         place = {"subfolder": part, "revision": self.revision, "variant": self.variant}
         weights = map_weights(find_weights(self.configs, "diffusion_pytorch_model", **place))
@@ -217,12 +210,6 @@ class PipelineSource:
         from diffusers import UNet2DConditionModel
 
         return self.load(UNet2DConditionModel, "unet", mapped=False)
-
-    def transformer(self) -> SD3Transformer2DModel:
-        """Load the SD3 transformer in float32."""
-        from diffusers import SD3Transformer2DModel
-
-        return self.load(SD3Transformer2DModel, "transformer", mapped=False)
 
     def noise_process(self) -> NoiseProcess:
         """Return the forward noise process that the pipeline's scheduler config describes, if it fits the network."""
@@ -255,10 +242,6 @@ class PipelineSource:
         Args:
             part: Name of the tokenizer.
             kind: Class of the tokenizer in transformers; None takes the one that ``model_index.json`` names.
-
-        Raises:
-            InputError: If the pipeline does not have ``part``, its class is not one of transformers' own, or the
-                vocabulary does not fit the text encoder.
         """
         import transformers
 
@@ -288,11 +271,7 @@ class PipelineSource:
         return tokenizer
 
     def image_processor(self, part: str, kind: type[Any]) -> Any:
-        """Create the image processor of class ``kind`` in transformers with the settings of ``part``.
-
-        Raises:
-            InputError: If the pipeline does not have ``part``, or its settings are not those of such a processor.
-        """
+        """Create the image processor of class ``kind`` in transformers with the settings of ``part``."""
         self._require(part)
         name = f"{part}/preprocessor_config.json"
         try:
@@ -384,9 +363,6 @@ def check_sample_size(size: Any) -> tuple[int, int]:
 
     Args:
         size: Side in latent pixels, or height and width.
-
-    Raises:
-        InputError: If a side is not a whole number from 1 to :data:`LARGEST_SAMPLE`.
     """
     sides = size if isinstance(size, list | tuple) else [size, size]
     if len(sides) != 2 or not all(type(side) is int and 1 <= side <= LARGEST_SAMPLE for side in sides):
@@ -431,20 +407,8 @@ def finish(
 ) -> Backbone:
     """Apply the settings that all factories share to a newly built backbone, and return the backbone.
 
-    Args:
-        backbone: New backbone.
-        network: diffusers network of the backbone.
-        unread: Names of the network's modules that no tap depends on.
-        tuning: Weights of the network that train: ``full`` (all), ``lora`` (adapters) or ``frozen`` (none).
-        lora: Adapter settings for ``tuning: lora``; the default is DiNa-LRM's rank 64, alpha 128.
-        text_encoder_tuning: Weights of the text encoders that train: ``full``, ``lora`` or ``frozen``.
-        frozen_dtype: Type in which frozen weights are stored; use ``bfloat16`` with ``precision: bf16-mixed``.
-        float32_parts: Parts of the names of the network's weights that are float32 whatever ``frozen_dtype`` is.
-        execution: See :func:`set_execution`.
-
-    Raises:
-        InputError: If ``lora`` is set but neither tuning is ``lora``, the attention backend cannot be used, or the
-            quantisation does not suit the tuning or this machine.
+    The settings are those of :class:`~latentreward.diffusion.families.backbone.BackboneOptions`; ``unread`` are names
+    of the network's modules that no tap depends on, ``float32_parts`` those of :class:`~latentreward.diffusion.Family`.
     """
     if lora is not None and "lora" not in (tuning, text_encoder_tuning):
         raise InputError(f"lora is set, but tuning is {tuning!r}; set tuning: lora or lora: null")
@@ -453,10 +417,10 @@ def finish(
     targets = backbone.lora_targets if lora.target_modules is None else lora.target_modules
     if tuning == "lora":
         warn_of_layers(network, lora, getattr(backbone, "family", backbone))
-    tune(network, tuning, LoRA(lora.rank, lora.alpha, lora.dropout, targets), unread)
+    tune(network, tuning, replace(lora, target_modules=targets), unread)
     network.train(tuning != "frozen")
     if backbone.text_encoder is not None:
-        text_lora = LoRA(lora.rank, lora.alpha, lora.dropout, TEXT_ATTENTION)
+        text_lora = replace(lora, target_modules=TEXT_ATTENTION)
         tune(backbone.text_encoder, text_encoder_tuning, text_lora, backbone.text_encoder.unread)
         backbone.text_encoder.train(text_encoder_tuning != "frozen")
     for module, kind, parts in ((network, tuning, float32_parts), (backbone.text_encoder, text_encoder_tuning, ())):
@@ -476,10 +440,6 @@ def set_execution(
     """Set gradient checkpointing, attention kernels and quantisation of a network and its ``blocks``.
 
     For the settings see :class:`~latentreward.diffusion.families.backbone.BackboneOptions`.
-
-    Raises:
-        InputError: If the network has no gradient checkpointing, or the attention backend is unknown, its library is
-            missing, or the network cannot use it.
     """
     if gradient_checkpointing:
         try:
@@ -494,11 +454,7 @@ def set_execution(
 
 
 def set_attention_backend(network: nn.Module, name: str) -> None:
-    """Let a network compute its attention with another of diffusers' backends; other networks keep theirs.
-
-    Raises:
-        InputError: If the backend is unknown, its library is missing, or the network cannot use it.
-    """
+    """Let a network compute its attention with another of diffusers' backends; other networks keep theirs."""
     from diffusers.models.attention_dispatch import attention_backend
 
     try:

@@ -158,9 +158,6 @@ def beside_sources(unet: Any, latents: Tensor, conditioning: Conditioning, space
 
     InstructPix2Pix takes the mode of the VAE's posterior as it is, without the scaling of other latents
     (arXiv:2211.09800, released code). A U-Net that edits no picture gets ``latents`` back.
-
-    Raises:
-        InputError: If there are more or fewer sources than the U-Net takes, or a source has another size.
     """
     sources, taken = conditioning.source_latents, unet.config.in_channels // space.channels - 1
     if len(sources) != taken:

@@ -18,11 +18,7 @@ reads them: NoobAI's v prediction, its levels up to pure noise, CosXL."""
 
 
 def find_configs(path: Path) -> str:
-    """Return the folder beside a checkpoint, or the hub id, with the configs of its kind, as diffusers recognises it.
-
-    Raises:
-        InputError: If the file is no safetensors file, or its tensors are those of no pipeline.
-    """
+    """Return the folder beside a checkpoint, or the hub id, with the configs of the kind that diffusers recognises."""
     from diffusers.loaders import single_file_utils
 
     if path.suffix != ".safetensors":
@@ -54,11 +50,7 @@ def find_configs(path: Path) -> str:
 
 
 def weights_of_part(path: Path, family: type[Any], config: Any, source: str, part: str) -> MappedWeights | None:
-    """Map the weights of one part of a single-file checkpoint, renamed as in diffusers; None if it has none of them.
-
-    Raises:
-        InputError: If the file is damaged, or diffusers cannot convert it.
-    """
+    """Map the weights of one part of a single-file checkpoint, renamed as in diffusers; None if it has none of them."""
     from diffusers.loaders import single_file_model, single_file_utils
 
     stored = map_weights([path])

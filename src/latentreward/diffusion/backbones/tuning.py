@@ -55,9 +55,6 @@ def tune(network: nn.Module, tuning: Tuning, lora: LoRA, unread: Sequence[str] =
         tuning: ``full``, ``lora`` (only adapters train) or ``frozen``.
         lora: Adapter settings, used with ``lora``.
         unread: Names of modules and weights that no feature depends on; they are frozen and get no adapter.
-
-    Raises:
-        InputError: If no layer matches ``lora.target_modules``.
     """
     network.requires_grad_(tuning == "full")
     if tuning == "full":
@@ -172,10 +169,6 @@ def stored_ranks(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], orig
         network: Network that the adapter is for; adapters that it already has do not matter.
         shapes: Shape of each stored tensor by its :func:`plain_name`, ``LAYER.lora_A.weight`` or such.
         origin: Source of the tensors, for messages; None leaves tensors without a place out.
-
-    Raises:
-        InputError: If a tensor is of no linear layer or convolution of ``network``, is of a kind other than
-            :data:`PARTS`, has another width than its layer, or A is there without B.
     """
     sizes = {
         name.removesuffix(".base_layer"): (
@@ -205,12 +198,7 @@ def stored_ranks(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], orig
 
 
 def check_settings(settings: Mapping[str, Any], stored: Iterable[int], origin: str) -> None:
-    """Check the settings of a stored adapter, whose patterns PEFT matches with the names of all layers.
-
-    Raises:
-        InputError: If an expression is not a name with dots and escapes, a setting has another type, alpha is not
-            finite, the ranks are not those of the stored tensors, or a setting has more names than there are layers.
-    """
+    """Check the settings of a stored adapter, whose patterns PEFT matches with the names of all layers."""
     stored = [*stored]
     for name, value in settings.items():
         if isinstance(value, list | Mapping) and len(value) > max(FEW, len(stored)):

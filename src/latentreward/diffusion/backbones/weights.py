@@ -43,9 +43,6 @@ def check_quantization(kind: str | None, tuning: str) -> None:
     """Check a setting ``quantization`` before any weight is loaded.
 
     On the meta device, where costs are estimated, this machine needs neither a GPU nor the library.
-
-    Raises:
-        InputError: If the kind is unknown, its library or a GPU that it needs is missing, or the weights train.
     """
     if kind is None:
         return
@@ -184,21 +181,10 @@ def load_weights(
     torch_dtype: torch.dtype = torch.float32,
     **place: Any,
 ) -> Any:
-    """Load a model in evaluation mode, and check that the files' tensors match those of the model.
+    """Load a model in ``torch_dtype`` in evaluation mode; for the other arguments see :func:`map_model`.
 
     Weights are read from safetensors, never from pickles. Under ``torch.device("meta")`` only the config is read: the
     model then has shapes but no weights.
-
-    Args:
-        family: diffusers or transformers model class.
-        source: Folder or hub id.
-        refused: Kinds of mismatch that are errors: tensors ``missing`` in the files, ``unexpected`` ones in the files,
-            and ``mismatched`` shapes.
-        torch_dtype: Type of the weights.
-        place: ``subfolder``, ``revision``, ``variant`` and ``local_files_only``.
-
-    Raises:
-        InputError: If the files cannot be read, or have a mismatch of a kind in ``refused``.
     """
     model = map_model(family, source, refused, **place)
     settle(model, torch_dtype)
@@ -219,13 +205,11 @@ def map_model(
     Args:
         family: diffusers or transformers model class.
         source: Folder or hub id.
-        refused: See :func:`load_weights`.
+        refused: Kinds of mismatch that are errors: tensors ``missing`` in the files, ``unexpected`` ones in the files,
+            and ``mismatched`` shapes.
         variant: File variant of the weights, such as ``fp16``.
         checkpoint: Single-file checkpoint whose weights take the place of those in ``source``, if it has this model's.
         place: ``subfolder``, ``revision`` and ``local_files_only``.
-
-    Raises:
-        InputError: See :func:`load_weights`.
     """
     if torch.get_default_device().type == "meta":
         return from_config(family, source, None, **place).eval()
@@ -536,12 +520,7 @@ def check_unquantized(config: Mapping[str, Any], where: str) -> None:
 
 
 def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
-    """Read the config of a transformers model, and refuse an ``attn_implementation`` whose code would be downloaded.
-
-    Raises:
-        InputError: If the config cannot be read, is of quantised weights, or names an attention that is not in
-            :data:`OWN_ATTENTION`.
-    """
+    """Read the config of a transformers model, and refuse an ``attn_implementation`` whose code would be downloaded."""
     where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
     try:
         config = family.config_class.from_pretrained(source, **place)

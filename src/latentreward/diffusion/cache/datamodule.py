@@ -1,16 +1,21 @@
 """Batches of a cache's pairs, and the data module that deals them out."""
 
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
+from sys import getrefcount
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from latentreward.core.contracts import (
     Conditioning,
@@ -27,7 +32,7 @@ from latentreward.data.clips import check_frames
 from latentreward.data.collate import is_turned, stack_targets
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
-from latentreward.data.loading import ResumableLoader, as_is, shares_of
+from latentreward.data.loading import ResumableLoader, WorkerLoader, as_is, shares_of
 from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.data.splits import SharedPrompts, tell_unopened
 from latentreward.data.targets import check_targets, label_remedy
@@ -53,9 +58,6 @@ class CacheIndex:
         seen: Whether the text encoder saw the pictures of edits, so that a text with others is another prompt.
         places: Table → ``(n, 2)`` file, and row in the file, of each image or prompt.
         tokens: ``(T, 2)`` first token in the file, and number of tokens, of each prompt; for an encoder with a mask.
-
-    Raises:
-        InputError: If a file is missing, damaged, of another cache or of an earlier version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -112,9 +114,6 @@ class CachedPairs(PairReader):
 
     Attributes:
         rows: ``(N,)`` row of each pair in the table of pairs, ascending.
-
-    Raises:
-        InputError: If the cache has no such split.
     """
 
     holds = "nothing"
@@ -180,9 +179,6 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
             self.image_sizes = NearestBucket(plain, images.resize)
         elif index.spec.origin == "vae":
             self.image_sizes = OneSize(*images.sizes()[0], images.resize, images.frames, images.fps)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_mapped": {}}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -271,12 +267,20 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         return self._mapped[number, name]
 
 
+_memory, _taking = list[np.ndarray](), Lock()  # memory of batches, and who looks for some of it that is free
+_MOST = 64  # blocks of memory that are kept; as a rule there are as many as batches and their parts at one time
+
+
 def batch_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Allocate a tensor; in a loader's worker in shared memory, so that the trainer gets it without another copy."""
-    if get_worker_info() is None:
-        return torch.empty(*shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(dtype.itemsize * int(np.prod(shape)))
-    return torch.empty(0, dtype=dtype).set_(storage).view(*shape)
+    """Return a tensor in the memory of an earlier batch, of which no tensor is left: new pages take longer to make."""
+    size = dtype.itemsize * int(np.prod(shape))
+    with _taking:
+        free = (block for block in _memory if block.nbytes >= size and getrefcount(block) == 3)  # list, block, argument
+        if (found := next(free, None)) is None:
+            if len(_memory) == _MOST:
+                _memory.clear()
+            _memory.append(found := torch.empty(max(size, 1), dtype=torch.uint8).numpy())
+        return torch.from_numpy(found[:size]).view(dtype).view(*shape)
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
@@ -284,14 +288,48 @@ def _bytes(tensor: Tensor) -> np.ndarray:
     return content
 
 
+class ReadAhead(DataLoader[Any]):
+    """Loader whose workers are threads, which read batches ahead of the trainer.
+
+    A process would hand each batch on in new pages of shared memory, which takes longer than to read it. Threads use
+    the memory of earlier batches again, and copy rows without the interpreter's lock.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if not self.num_workers:
+            yield from super().__iter__()
+            return
+        on_device = None
+        if self.pin_memory:  # a thread of its own would make its pages known to the first accelerator
+            on_device = partial(torch.accelerator.set_device_index, torch.accelerator.current_device_index())
+        rows, pool = iter(self.batch_sampler or self.sampler), ThreadPoolExecutor(self.num_workers, "cache", on_device)
+        ahead = self.num_workers * (self.prefetch_factor or 1)
+        try:
+            waiting = deque(pool.submit(self._batch, numbers) for numbers in islice(rows, ahead))
+            while waiting:
+                batch = waiting.popleft().result()
+                waiting.extend(pool.submit(self._batch, numbers) for numbers in islice(rows, 1))
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _batch(self, numbers: Any) -> Any:
+        batch = self.dataset[numbers]
+        return batch.pin_memory() if self.pin_memory else batch
+
+
+class TrainingLoader(ResumableLoader, ReadAhead):
+    """Loader of training batches of a cache."""
+
+
+class EvaluationLoader(WorkerLoader, ReadAhead):
+    """Loader of batches of a cache that are used once."""
+
+
 def check_backbone(spec: CacheSpec, backbone: "LatentNetwork", with_text: bool) -> None:
     """Check that a cache was encoded as the backbone of a reward model, or a policy, encodes images and prompts.
 
     If the backbone has no VAE, or the cache does not record one, only the latent spaces are compared.
-
-    Raises:
-        InputError: If the latent space, the VAE or the text encoder differs, if embeddings are cached while the model
-            trains its text encoder, or if the cache holds clips and the model takes images.
     """
     if spec.latent_space != backbone.latent_space:
         raise InputError(
@@ -351,15 +389,11 @@ class CachedPreferenceDataModule(PairLoaders):
             :class:`~latentreward.data.size_sampling.BucketBatchSampler`. Evaluation always takes every pair once.
         cached_text: Whether to take prompt embeddings from the caches, if all caches hold them. Otherwise the model
             encodes prompts.
-        num_workers: Number of loader processes per rank; 0 reads in the training process.
-        prefetch_factor: Number of batches that each worker loads in advance.
+        num_workers: Number of threads per rank that read ahead; 0 reads when a batch is asked for.
+        prefetch_factor: Number of batches that each thread reads in advance.
         shared_prompts: See :class:`~latentreward.data.PreferenceDataModule`.
         targets: See :class:`~latentreward.data.PreferenceDataModule`.
         loading: See :class:`~latentreward.data.datamodules.PairLoaders`.
-
-    Raises:
-        InputError: If a setting is out of range, or a cache is damaged or unfinished. If a split has no pairs left, its
-            loader raises InputError.
     """
 
     remedy = "give it a cache, e.g. --data.{split}.cache FOLDER --data.{split}.split NAME"
@@ -474,7 +508,7 @@ class CachedPreferenceDataModule(PairLoaders):
         sampler = BucketBatchSampler(*self._sizing(dataset), rank)
         if rank == 0:
             logger.info("data.train: %s", sampler.describe())
-        return ResumableLoader(dataset, sampler, collate_fn=as_is, **self._worker_settings())
+        return TrainingLoader(dataset, sampler, collate_fn=as_is, **self._worker_settings())
 
     def _sizing(self, dataset: CachedPairDataset) -> tuple[np.ndarray, Sizing]:
         """Return the latents' sizes of a data set, and the settings of its batches."""
@@ -484,7 +518,8 @@ class CachedPreferenceDataModule(PairLoaders):
         sizing = Sizing(self.batch_size, tokens, self.small_buckets, world, self.seed, self.shuffle)
         return dataset.sizes() // [scale, scale, 1], sizing
 
-    def evaluation_loading(self, dataset: CachedPairDataset) -> dict[str, Any]:
-        """Return the settings of an evaluation loader: batches of one size, in the order of the rows where possible."""
+    def _evaluation_loader(self, name: str) -> DataLoader[Any]:
+        """Return a loader of batches of one size, in the order of the rows where possible."""
+        dataset = self._dataset(name)
         sampler = EvaluationBatches(*self._sizing(dataset), shares_of(self.trainer)["rank"])
-        return {"batch_size": None, "sampler": sampler, "collate_fn": as_is}
+        return EvaluationLoader(dataset, batch_size=None, sampler=sampler, collate_fn=as_is, **self._worker_settings())

@@ -142,11 +142,7 @@ def files_of(folder: Path) -> list[CacheFile]:
 
 @contextmanager
 def opened(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Yield the tensors of a safetensors file, mapped and not read, and its metadata as the entry "cache".
-
-    Raises:
-        InputError: If the file is missing or damaged.
-    """
+    """Yield the tensors of a safetensors file, mapped and not read, and its metadata as the entry "cache"."""
     try:
         with safe_open(folder / name, "pt") as file:
             record = json.loads((file.metadata() or {}).get("cache", "{}"))
@@ -160,11 +156,7 @@ def opened(folder: Path, name: str) -> Iterator[dict[str, Any]]:
 
 
 def check_file(folder: Path, plan: CachePlan, file: CacheFile, contents: bool = True) -> dict[int, str]:
-    """Check shapes and, if ``contents``, the digest of a file; return why rows of the table have no latents.
-
-    Raises:
-        InputError: If the file is missing, damaged or of another cache.
-    """
+    """Check shapes and, if ``contents``, the digest of a file; return why rows of the table have no latents."""
     with opened(folder, file.name) as tensors:
         record, lengths = tensors.pop("cache"), tensors.get(LENGTHS)
         if record.get("plan") != plan.name:

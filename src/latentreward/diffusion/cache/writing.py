@@ -219,11 +219,7 @@ def _parquet(rows: list[tuple[Any, ...]], schema: dict[str, pa.DataType]) -> byt
 def prepare_cache(
     folder: Path, reader: PairReader, spec: CacheSpec, encoder: LatentSource, encoders: Encoders, num_workers: int
 ) -> list[int]:
-    """Write the plan, or compare it with an earlier run's; return the numbers of the files to write.
-
-    Raises:
-        InputError: If the folder holds other files, or was begun with other settings or data.
-    """
+    """Write the plan, or compare it with an earlier run's; return the numbers of the files to write."""
     with write_errors_named(folder, KEPT):
         remove_temporary(folder)
         begun, problems = None, list[str]()
@@ -346,11 +342,7 @@ class EncodeBatches(Dataset[Any]):
 def encode_batch(
     names: Sequence[str], content: Tensor | None, noise: Tensor | None, encoders: Encoders, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Encode a batch to the tensors of its file in ``dtype``; of prompts with a mask the tokens follow each other.
-
-    Raises:
-        InputError: If a value is not finite, because the encoder or the stored dtype has overflowed.
-    """
+    """Encode a batch to the tensors of its file in ``dtype``; of prompts with a mask the tokens follow each other."""
     mask, encoded = None, {store.LATENTS: content}
     if content is None and encoders.text is not None:
         text = encoders.text(names)

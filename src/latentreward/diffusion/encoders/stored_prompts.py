@@ -12,7 +12,17 @@ from latentreward.core.errors import InputError
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 
 
-class StoredPrompts(PromptEncoder):
+class StandIn(PromptEncoder):
+    """Prompt encoder in the place of ``encoder``, with the same sizes."""
+
+    def __init__(self, encoder: PromptEncoder) -> None:
+        super().__init__()
+        self.num_tokens, self.token_dim, self.pooled_dim = encoder.num_tokens, encoder.token_dim, encoder.pooled_dim
+        self.masked, self.sees_sources = encoder.masked, encoder.sees_sources
+        self.clip_length = getattr(encoder, "clip_length", None)  # of SD3's encoder, whose T5 tokens come after CLIP's
+
+
+class StoredPrompts(StandIn):
     """Prompt encoder that looks prompts up in a table; it has no weights.
 
     Args:
@@ -31,10 +41,7 @@ class StoredPrompts(PromptEncoder):
         device: torch.device,
         remedy: str = "give it to data.prompts or to a callback's prompts",
     ) -> None:
-        super().__init__()
-        self.num_tokens, self.token_dim, self.pooled_dim = encoder.num_tokens, encoder.token_dim, encoder.pooled_dim
-        self.masked, self.sees_sources = encoder.masked, encoder.sees_sources
-        self.clip_length = getattr(encoder, "clip_length", None)  # of SD3's encoder, whose T5 tokens come after CLIP's
+        super().__init__(encoder)
         self._remedy = remedy
         self._rows, self._table, self._device = {prompt: row for row, prompt in enumerate(prompts)}, table, device
 
@@ -61,7 +68,7 @@ class StoredPrompts(PromptEncoder):
 AHEAD = 256  # number of prompts that are encoded at once: SD3.5's take 1.4 GB of CPU memory, FLUX.2-klein's 4 GB
 
 
-class OffloadedEncoder(PromptEncoder):
+class OffloadedEncoder(StandIn):
     """Prompt encoder that leaves the accelerator between groups of prompts.
 
     A prompt that is not encoded yet brings the encoder to the accelerator for this prompt and the next ones of the
@@ -77,10 +84,7 @@ class OffloadedEncoder(PromptEncoder):
     def __init__(
         self, encoder: PromptEncoder, prompts: Sequence[str], device: torch.device, ahead: int = AHEAD
     ) -> None:
-        super().__init__()
-        self.num_tokens, self.token_dim, self.pooled_dim = encoder.num_tokens, encoder.token_dim, encoder.pooled_dim
-        self.masked, self.sees_sources = encoder.masked, encoder.sees_sources
-        self.clip_length = getattr(encoder, "clip_length", None)  # of SD3's encoder, whose T5 tokens come after CLIP's
+        super().__init__(encoder)
         self._encoder = (encoder.to("cpu"),)  # in a tuple, so that moves of the policy leave it on the CPU
         self._order = [*dict.fromkeys(prompts)]
         self._places = {prompt: place for place, prompt in enumerate(self._order)}

@@ -54,12 +54,7 @@ class LatentEncoder(nn.Module, Part):
 
     @classmethod
     def space_of(cls, vae_config: Mapping[str, Any], name: str = "the VAE's config") -> LatentSpace:
-        """Return the latent space that a config of the VAE describes.
-
-        Raises:
-            InputError: If an entry is missing or wrong, latents would be scaled by 0, or the config has a mean or
-                standard deviation of each channel (Playground v2.5), which this encoder does not apply.
-        """
+        """Return the latent space that a config of the VAE describes."""
         for field in ("latents_mean", "latents_std"):
             if vae_config.get(field) is not None:
                 raise InputError(f"{name} has {field}, a number for each channel, which is not supported")
@@ -332,9 +327,6 @@ class SourceEncoder:
         Args:
             prompts: B prompts with equally many pictures.
             pixels: Pixels ``(B, 3, H, W)`` of each picture, resized; empty reads those of the prompts.
-
-        Raises:
-            InputError: If the prompts have unlike numbers of pictures, or pictures at one place have unlike sizes.
         """
         if pixels:
             return tuple(torch.stack([*map(self._encode, place)]) for place in pixels)
@@ -373,9 +365,6 @@ def encode_edits(
         encoder: Encoder of pictures; None for a network that takes none.
         sources: Pixels ``(B, 3, H, W)`` of each picture that the prompts edit; empty reads those of the prompts.
         latents: Whether ``sources`` are latents ``(B, C, ...)`` instead.
-
-    Raises:
-        InputError: If there are pictures, and ``encoder`` is None because the network takes none.
     """
     conditioning = encode_texts(text_encoder, prompts)
     edit = next((prompt for prompt in prompts if sources_of(prompt)), None)

@@ -33,9 +33,6 @@ class FamilyBackbone(TransformerBackbone):
         visual_taps: Numbers of the blocks whose visual tokens are read, ascending.
         text_taps: Numbers of the blocks whose text tokens are read, ascending; may be empty.
         options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
-
-    Raises:
-        InputError: If a tap is not one of the network's blocks, or would only run blocks that nothing reads.
     """
 
     takes_aspects = True
@@ -151,9 +148,6 @@ class BackboneOptions:
             that call PyTorch's attention themselves (U-Nets, SD3) have no other.
         quantization: Storage of the frozen linear layers of the blocks: ``int8`` (torchao), ``bnb_int8`` or ``nf4``
             (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
-
-    Raises:
-        InputError: If the quantisation does not suit the tuning or this machine.
     """
 
     revision: str | None = None
@@ -179,9 +173,6 @@ class BackboneOptions:
             name: Name of the family that it must be of; None takes any.
             model: Beginning of the model's name within the family, such as ``SD3.5``; None takes any.
             own: Import path of a family of one's own; None finds the family among those of this package.
-
-        Raises:
-            InputError: If the source is of another family or model.
         """
         found = find_family(PipelineSource(source, self.revision, self.variant), own)
         if (name is not None and found.name != name) or (model is not None and found.model.split()[0] != model):
@@ -203,9 +194,9 @@ class BackboneOptions:
 
     def finish(self, backbone: Backbone, family: Family, unread: tuple[str, ...] = ()) -> Backbone:
         """Apply these options to a new backbone of a family, and return it; see :func:`.loading.finish`."""
-        backbone.source = str(family.pipeline)
-        network = backbone.get_submodule(backbone.network_name)
-        shared = {name: getattr(self, name) for name in FINISHING}
+        backbone.source, network = str(family.pipeline), backbone.get_submodule(backbone.network_name)
+        loading = ("revision", "variant", "pretrained", "vae_dtype", "load_t5", "t5_length")  # before the backbone
+        shared = {name: value for name, value in vars(self).items() if name not in loading}
         return finish(backbone, network, unread, float32_parts=family.float32_parts, **shared)
 
 
@@ -225,13 +216,6 @@ class TransformerOptions(BackboneOptions):
 
     def parts(self, family: Family, **text: Any) -> tuple[Any, dict[str, Any]]:
         return super().parts(family, t5_length=self.t5_length, load_t5=self.load_t5, **text)
-
-
-FINISHING = (
-    *("tuning", "lora", "text_encoder_tuning", "frozen_dtype"),
-    *("gradient_checkpointing", "attention_backend", "quantization"),
-)
-"""Fields of :class:`BackboneOptions` that apply to a backbone once it is built."""
 
 
 def load_family_backbone(
@@ -255,10 +239,6 @@ def load_family_backbone(
         text_taps: Numbers of the blocks whose text tokens are read; may be empty.
         output_map: Whether to return the network's output after the last tapped block too, for a head that reads it.
         options: See :class:`TransformerOptions` and :class:`BackboneOptions`.
-
-    Raises:
-        InputError: If the source is not a pipeline of that family, its parts do not fit together, or a tap is not one
-            of the network's blocks.
     """
     chosen = TransformerOptions(**options)
     found = chosen.family(source, name, own=family)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib import import_module
-from inspect import unwrap
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from latentreward.core.contracts import Conditioning, LatentSpace, sources_of, sources_wanted
 from latentreward.core.errors import InputError, check_range, errors_at
-from latentreward.core.promises import COUNT, Part, finite, is_count, of_class, returns, shown, tensor, wrong_tensor
+from latentreward.core.promises import Part, finite, of_class, returns, shown, tensor, wrong_tensor
 from latentreward.core.registry import backbone_names, import_class, of_this_package
 from latentreward.core.storage.json_files import Kind, entry
 from latentreward.diffusion.backbones.tuning import ATTENTION, StorageDtype
@@ -167,51 +166,20 @@ class Family(Part):
         """Tell whether a pipeline's network is of this family, from its configs."""
 
     def check(self) -> None:
-        """Check that this variant of the family is supported, and that network and VAE belong together.
-
-        Raises:
-            InputError: With the reason if not.
-        """
+        """Check that this variant of the family is supported, and that network and VAE belong together."""
 
     def check_names(self) -> None:
-        """Check attributes of a family of one's own, and that what it names is there, before anything is loaded.
-
-        Raises:
-            InputError: If an attribute is missing or of another type, or a name is that of nothing.
-        """
+        """Check a family of one's own for what would be wrong in silence or late: flow, LoRA loader, misspelt names."""
         import diffusers
         from diffusers import loaders
 
         for field in ("name", "title", "network_class"):
-            self._require(field, isinstance(value := getattr(self, field), str) and value, "must be a text")
-        for field in (
-            "block_classes", "text_layers", "lora_targets", "idle", "float32_parts", "lists", "tail", "time_embedding",
-        ):  # fmt: skip
-            names = getattr(self, field, ())
-            right = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-            self._require(field, right, "must be a tuple of names")
-        guidance = type(self.default_guidance) in (int, float, type(None))
-        self._require("default_guidance", guidance, "must be a number or None")
+            self._require(field, getattr(self, field), "must be a text")
         known = self.lora_loader is None or hasattr(loaders, self.lora_loader)
         self._require("lora_loader", known, "is not in diffusers.loaders")
         kind = getattr(diffusers, str(self.pipeline.index.get("_class_name")), None)
         reads = self.lora_loader is None or kind is None or issubclass(kind, getattr(loaders, self.lora_loader))
         self._require("lora_loader", reads, f"{getattr(kind, '__name__', kind)} is not derived from; set it to None")
-        if type(self).load_latent_encoder is Family.load_latent_encoder:
-            self._require("vae_class", hasattr(diffusers, self.vae_class), "is not in diffusers")
-        if unwrap(type(self).load_network) is Family.load_network:
-            self._require("network_class", hasattr(diffusers, self.network_class), "is not in diffusers")
-        found = [part for part in ("unet", "transformer") if self.pipeline.has(part)]  # none: the source of a cache
-        right = self.part in found or not found
-        self._require("part", right, f"source={self.pipeline.source!r} lacks; set part = {''.join(found[:1])!r}")
-        size = self.native_size
-        right = isinstance(size, list | tuple) and [type(side) for side in size] == [int, int]
-        self._require("native_size", right, "must be (height, width) in pixels")
-        for field, default in {"packing": 1, "positions": 1, "max_side": None, "max_prompt": None}.items():
-            value = getattr(self, field, default)
-            self._require(field, is_count(value) and (value or not default), COUNT + ", or None" * (not default))
-        for field in ("unread", "unread_outside", "mu"):
-            self._require(field, callable(getattr(self, field, print)), "must be a method")
         config = self.pipeline.config("scheduler") if self.pipeline.has("scheduler") else {}
         scheduler, other = config.get("_class_name"), f"set flow = {not self.flow}"
         right = fits_kind(config, self.flow)
@@ -289,11 +257,7 @@ class Family(Part):
 
     @cached_property
     def latent_space(self) -> LatentSpace:
-        """Space of the latents, from the VAE's config.
-
-        Raises:
-            InputError: If the config describes none, or the VAE is of a class that the family's encoder does not read.
-        """
+        """Space of the latents, from the VAE's config."""
         config, name = self.pipeline.config("vae"), self.named("vae")
         found, encoder = config.get("_class_name", self.vae_class), self.latent_encoder
         try:
@@ -328,10 +292,6 @@ class Family(Part):
             height: Height in pixels; None takes the native height.
             width: Width in pixels; None takes the native width.
             frames: Number of frames; 1 for an image.
-
-        Raises:
-            InputError: If a side is not a multiple of :attr:`side_multiple` or over :attr:`max_side`, or the family
-                makes no such clips.
         """
         sides, space = [], self.latent_space
         for name, side, native in zip(("height", "width"), (height, width), self.native_size, strict=True):
@@ -381,9 +341,6 @@ class Family(Part):
         Args:
             height: Height of the picture in pixels.
             width: Width of the picture in pixels.
-
-        Raises:
-            InputError: If the pipeline refuses such a picture, or the family takes none.
         """
         self.check_sources(1)
         raise NotImplementedError(f"{type(self).__name__} gives no size for sources")
@@ -446,9 +403,6 @@ class Family(Part):
         Args:
             num_inference_steps: Number of steps n.
             shape: Shape of one sample's latents, on which some families' levels depend.
-
-        Raises:
-            InputError: If the scheduler cannot make these steps, or its config has settings that are not supported.
         """
         raise NotImplementedError(f"{type(self).__name__} is not a flow")
 
@@ -469,11 +423,7 @@ class Family(Part):
         """``guidance_scale`` of the family's pipeline; None for networks without guidance."""
 
     def guidance(self, scale: float | None) -> float | None:
-        """Check a ``guidance_scale`` and return it; None is replaced by the family's own.
-
-        Raises:
-            InputError: If the network takes no guidance, or the value is out of range.
-        """
+        """Check a ``guidance_scale`` and return it; None is replaced by the family's own."""
         if scale is None:
             return self.default_guidance
         if self.default_guidance is None and scale != self.no_guidance:
@@ -551,9 +501,6 @@ class Family(Part):
 
         Returns:
             For each layer the A and B of its parts in order; a part without a trained adapter is None.
-
-        Raises:
-            InputError: If the format has no names for the family.
         """
         other = "peft" if self.lora_loader is None else "diffusers"
         raise InputError(
@@ -564,11 +511,7 @@ class Family(Part):
     # Search inside diffusers' pipelines
 
     def search_inputs(self) -> list[str]:
-        """Return the names of the tensors that a callback needs from the pipeline to predict clean latents.
-
-        Raises:
-            InputError: If the pipeline's states are not canonical latents.
-        """
+        """Return the names of the tensors that a callback needs from the pipeline to predict clean latents."""
         raise InputError(
             f"StepSearch cannot read the states of {self.title}'s pipeline; use `latentreward generate` with a reward, "
             "or search_latents"
@@ -604,9 +547,6 @@ def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
     Args:
         pipeline: Configs of the pipeline.
         own: Import path of a family to use without asking those of this package.
-
-    Raises:
-        InputError: If no family knows the pipeline, its family refuses the variant, or ``own`` cannot be imported.
     """
     if own is not None:
         family = import_family(own)(pipeline)

@@ -18,7 +18,7 @@ from latentreward.core.registry import register_backbone
 from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.families.flux1 import Flux1, positions, t5_tokens, unread_of_dual
+from latentreward.diffusion.families.flux1 import TEXT_OUTPUT, VISUAL_OUTPUT, Flux1, positions, t5_tokens
 from latentreward.diffusion.families.qwen_image import needed_mask
 
 
@@ -32,6 +32,8 @@ class Chroma(FlowFamily):
     text_layers = ("T5Block",)
     lists = ("transformer_blocks", "single_transformer_blocks")
     positions = 4
+    text_input = ("context_embedder",)
+    text_output, visual_output = TEXT_OUTPUT, VISUAL_OUTPUT
     sinusoids = ("time_text_embed.time_proj", 1000.0)
     time_embedding = ("distilled_guidance_layer",)
     lora_targets = Flux1.lora_targets
@@ -87,10 +89,7 @@ class Chroma(FlowFamily):
         return 2 * self.width
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return unread_of_dual(visual, text) if 1 <= number <= self.dual_blocks else ()
-
-    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return () if number or text else ("context_embedder",)
+        return super().unread(number, visual, text) if number <= self.dual_blocks else ()
 
 
 class ChromaPromptEncoder(PromptEncoder):
@@ -158,10 +157,5 @@ def masked_checkpoints(network: nn.Module, mask: Tensor | None) -> Iterator[None
 
 @register_backbone
 def chroma(source: PathText, **options: Any) -> FamilyBackbone:
-    """Load the first blocks of Chroma (lodestones, Apache-2.0): 19 blocks with image and text apart, 38 with both.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.load_family_backbone`.
-    """
+    """Load the first blocks of Chroma (lodestones, Apache-2.0): 19 blocks with image and text apart, 38 with both."""
     return load_family_backbone(source, "chroma", **options)

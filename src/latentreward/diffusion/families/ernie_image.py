@@ -41,6 +41,7 @@ class ErnieImage(FlowFamily):
     text_field = "text_in_dim"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     lora_loader = "ErnieImageLoraLoaderMixin"
+    text_input, modulation = ("text_proj",), ("adaLN_modulation",)
     default_guidance = 4.0
 
     @cached_property
@@ -88,10 +89,6 @@ class ErnieImage(FlowFamily):
     def width(self) -> int:
         return self.entry(self.part, "hidden_size", int)
 
-    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread_outside`; the modulation of blocks that are not there."""
-        return () if number else ("adaLN_modulation", *(() if text else ("text_proj",)))
-
 
 class ErnieImagePromptEncoder(LanguageModelEncoder):
     """Prompt encoder with Ministral, which gets each prompt as it is."""
@@ -102,10 +99,5 @@ class ErnieImagePromptEncoder(LanguageModelEncoder):
 
 @register_backbone
 def ernie_image(source: PathText, **options: Any) -> FamilyBackbone:
-    """Load the first blocks of ERNIE-Image or ERNIE-Image-Turbo (Baidu, Apache-2.0), 8 billion parameters in 36 blocks.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.load_family_backbone`.
-    """
+    """Load the first blocks of ERNIE-Image or ERNIE-Image-Turbo (Baidu, Apache-2.0), 8 billion parameters."""
     return load_family_backbone(source, "ernie_image", **options)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from inspect import unwrap
 from typing import Any, ClassVar
 
 import torch
@@ -50,6 +48,10 @@ class FlowFamily(Family):
         sinusoids: Name of the module that makes sinusoids of the noise levels, and the factor of σ in what it takes,
             for networks that round it to the type of the tokens; bfloat16 would join several levels to one.
         text_field: Field of the network's config with the width of the text encoder's tokens.
+        text_input: Names of modules and weights before the blocks that only text tokens depend on.
+        modulation: Names of modules and weights outside the blocks that make the modulation of all blocks.
+        text_output: Names of a block's submodules that only its text output depends on.
+        visual_output: Names of a block's submodules that only its visual output depends on.
     """
 
     lists: ClassVar[Sequence[str]] = ()
@@ -63,23 +65,14 @@ class FlowFamily(Family):
     refines: ClassVar[bool] = False
     sinusoids: ClassVar[tuple[str, float] | None] = None
     text_field: ClassVar[str] = "joint_attention_dim"
+    text_input: ClassVar[Sequence[str]] = ()
+    modulation: ClassVar[Sequence[str]] = ()
+    text_output: ClassVar[Sequence[str]] = ()
+    visual_output: ClassVar[Sequence[str]] = ()
 
     @classmethod
     def recognises(cls, pipeline: PipelineConfigs) -> bool:
         return pipeline.has(cls.part) and pipeline.config(cls.part).get("_class_name") == cls.network_class
-
-    def check_names(self) -> None:
-        """See :meth:`Family.check_names`; blocks must be where the network's module can find their classes."""
-        import diffusers
-
-        super().check_names()
-        self._require("lists", self.lists, "must name the network's lists of blocks")
-        found = self.text_field == FlowFamily.text_field or self.text_field in self.config
-        self._require("text_field", found, f"is not in {self.named(self.part)}")
-        if unwrap(type(self).load_network) is Family.load_network:
-            module = getattr(diffusers, self.network_class).__module__
-            known = [hasattr(sys.modules[module], name) for name in self.block_classes]
-            self._require("block_classes", all(known), f"is not in {module}")
 
     def check(self) -> None:
         check_channels(self.pipeline.source, self.part, self.config, self.latent_space, self.positions)
@@ -133,11 +126,7 @@ class FlowFamily(Family):
         return self.entry(self.part, "num_layers", int)
 
     def fitting(self, encoder: PromptEncoder) -> PromptEncoder:
-        """Return a text encoder whose output is as wide as the network's config says.
-
-        Raises:
-            InputError: If the tokens or the pooled vectors have another width.
-        """
+        """Return a text encoder whose output is as wide as the network's config says."""
         check_needs(encoder)
         own = "" if of_this_package(type(self).__module__) else f", or {type(self).__name__} needs another "
         for output, member, given, taken in (
@@ -152,11 +141,7 @@ class FlowFamily(Family):
         return encoder
 
     def chat_tokenizer(self) -> Any:
-        """Load the pipeline's tokenizer, whose chat template the prompts get.
-
-        Raises:
-            InputError: If the tokenizer has no chat template, or one that cannot be rendered.
-        """
+        """Load the pipeline's tokenizer, whose chat template the prompts get."""
         tokenizer = self.pipeline.tokenizer("tokenizer")
         if not tokenizer.chat_template:
             raise InputError(
@@ -186,11 +171,7 @@ class FlowFamily(Family):
         return None
 
     def linear_mu(self, tokens: int) -> float:
-        """Return the logarithm of the shift that the scheduler config gives linearly in the number of tokens.
-
-        Raises:
-            InputError: If the config does not give one.
-        """
+        """Return the logarithm of the shift that the scheduler config gives linearly in the number of tokens."""
         few = self.entry("scheduler", "base_image_seq_len", int, 256)
         many = self.entry("scheduler", "max_image_seq_len", int, 4096)
         low, high = (
@@ -337,8 +318,8 @@ class FlowFamily(Family):
             visual: Whether its visual tokens are read.
             text: Whether its text tokens are read.
         """
-        return ()
+        return *(() if text else self.text_output), *(() if visual else self.visual_output)
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """Return names of modules and weights outside blocks that taps up to block ``number`` do not depend on."""
-        return ()
+        return () if number else (*self.modulation, *(() if text else self.text_input))

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 EDITOR = "FluxKontextPipeline"  # class of FLUX.1-Kontext's pipeline
+TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
+VISUAL_OUTPUT = ("attn.to_q", "attn.norm_q", "attn.to_out", "ff")
+"""Submodules of a dual block of FLUX.1 or FLUX.2 that only its text output, or only its visual output, depends on."""
 MOST_TOKENS = 512  # largest number of T5 tokens per prompt that FLUX.1's pipeline takes
 
 
@@ -94,6 +97,8 @@ class Flux1(FlowFamily):
     }
     lists = ("transformer_blocks", "single_transformer_blocks")
     positions = 4
+    text_input = ("context_embedder",)
+    text_output, visual_output = TEXT_OUTPUT, VISUAL_OUTPUT
     sinusoids = ("time_text_embed.time_proj", 1000.0)
     time_embedding = ("time_text_embed",)
     # Those of diffusers' training script and of Flow-GRPO for FLUX.1.
@@ -191,18 +196,11 @@ class Flux1(FlowFamily):
     # Features
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return unread_of_dual(visual, text) if 1 <= number <= self.dual_blocks else ()
-
-    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return () if number or text else ("context_embedder",)
+        return super().unread(number, visual, text) if number <= self.dual_blocks else ()
 
 
 def t5_tokens(family: FlowFamily, t5_length: int | None, load_t5: bool, usual: int = MOST_TOKENS) -> int:
-    """Return the number of T5 tokens per prompt of a family that cannot do without T5: ``t5_length``, or the usual one.
-
-    Raises:
-        InputError: If T5 is to be left out, or the number is out of range.
-    """
+    """Return the number of T5 tokens per prompt, ``t5_length`` or the usual one, of a family that needs T5."""
     if not load_t5:
         raise InputError(f"load_t5=false: {family.title} takes a prompt's tokens from T5; leave load_t5 out")
     length = usual if t5_length is None else t5_length
@@ -223,20 +221,7 @@ def positions(length: int, grids: Sequence[Sequence[int]], device: torch.device)
     return torch.zeros(length, 3, device=device), torch.cat(ids) if len(ids) > 1 else ids[0]
 
 
-def unread_of_dual(visual: bool, text: bool) -> tuple[str, ...]:
-    """Return the modules of a dual block of FLUX.1 or FLUX.2 that its read outputs do not depend on."""
-    if visual and text:
-        return ()
-    of_text = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
-    return of_text if visual else ("attn.to_q", "attn.norm_q", "attn.to_out", "ff")
-
-
 @register_backbone
 def flux1(source: PathText, **options: Any) -> FamilyBackbone:
-    """Load the first blocks of FLUX.1-dev (FLUX.1 [dev] Non-Commercial License) or FLUX.1-schnell (Apache-2.0).
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.load_family_backbone`.
-    """
+    """Load the first blocks of FLUX.1-dev (FLUX.1 [dev] Non-Commercial License) or FLUX.1-schnell (Apache-2.0)."""
     return load_family_backbone(source, "flux1", **options)

@@ -55,10 +55,5 @@ class Flux1Kontext(Flux1):
 
 @register_backbone
 def flux1_kontext(source: PathText, **options: Any) -> FamilyBackbone:
-    """Load the first blocks of FLUX.1-Kontext-dev (FLUX.1 [dev] Non-Commercial License).
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.load_family_backbone`.
-    """
+    """Load the first blocks of FLUX.1-Kontext-dev (FLUX.1 [dev] Non-Commercial License)."""
     return load_family_backbone(source, "flux1_kontext", **options)

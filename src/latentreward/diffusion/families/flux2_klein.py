@@ -25,7 +25,7 @@ from latentreward.diffusion.encoders.prompts import PromptEncoder, first_layers,
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder, SourceSize
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.families.flux1 import unread_of_dual
+from latentreward.diffusion.families.flux1 import TEXT_OUTPUT, VISUAL_OUTPUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
@@ -46,9 +46,6 @@ class Flux2KleinPromptEncoder(PromptEncoder):
     Args:
         text_encoder: Qwen3 with its language head, which is removed from this object.
         tokenizer: Tokenizer with Qwen3's chat template; None if only token ids are encoded.
-
-    Raises:
-        InputError: If the text encoder has fewer layers than :data:`LAYERS` names.
     """
 
     pools_tokens = True
@@ -112,6 +109,9 @@ class Flux2Klein(FlowFamily):
     )
     lora_loader = "Flux2LoraLoaderMixin"
     sources = (0, None)
+    text_input = ("context_embedder",)
+    modulation = ("double_stream_modulation_img", "double_stream_modulation_txt")
+    text_output, visual_output = TEXT_OUTPUT, VISUAL_OUTPUT
 
     def check(self) -> None:
         if self.config.get("guidance_embeds", True):
@@ -201,14 +201,12 @@ class Flux2Klein(FlowFamily):
     # Features
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return unread_of_dual(visual, text) if 0 < number <= self.dual_blocks else ()
+        return super().unread(number, visual, text) if number <= self.dual_blocks else ()
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`; the modulation of blocks that are not there."""
-        if number > self.dual_blocks:
-            return ()
-        dual = () if number else ("double_stream_modulation_img", "double_stream_modulation_txt")
-        return (*dual, "single_stream_modulation", *(() if number or text else ("context_embedder",)))
+        single = ("single_stream_modulation",) if number <= self.dual_blocks else ()
+        return *single, *super().unread_outside(number, visual, text)
 
 
 def normalised_space(family: FlowFamily, arrange: Callable[[Tensor], Tensor] = Tensor.detach) -> LatentSpace:
@@ -240,10 +238,5 @@ def positions(length: int, grids: Sequence[Sequence[int]], device: torch.device)
 
 @register_backbone
 def flux2_klein(source: PathText, **options: Any) -> FamilyBackbone:
-    """Load the first blocks of FLUX.2-klein: 4B (Apache-2.0) or 9B (FLUX Non-Commercial License).
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.load_family_backbone`.
-    """
+    """Load the first blocks of FLUX.2-klein: 4B (Apache-2.0) or 9B (FLUX Non-Commercial License)."""
     return load_family_backbone(source, "flux2_klein", **options)

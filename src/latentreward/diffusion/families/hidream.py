@@ -48,6 +48,8 @@ class HiDream(FlowFamily):
     lora_targets = ("to_q", "to_k", "to_v", "to_out")
     lora_loader = "HiDreamImageLoraLoaderMixin"
     default_guidance = 5.0
+    text_output = ("block.attn1.to_q_t", "block.attn1.q_rms_norm_t", "block.attn1.to_out_t", "block.ff_t")
+    visual_output = ("block.attn1.to_q", "block.attn1.q_rms_norm", "block.attn1.to_out", "block.ff_i")
 
     def check(self) -> None:
         super().check()
@@ -176,11 +178,7 @@ class HiDream(FlowFamily):
         return found[0] + found[1]
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        if (visual and text) or not 1 <= number <= self.dual_blocks:
-            return ()
-        if visual:
-            return ("block.attn1.to_q_t", "block.attn1.q_rms_norm_t", "block.attn1.to_out_t", "block.ff_t")
-        return ("block.attn1.to_q", "block.attn1.q_rms_norm", "block.attn1.to_out", "block.ff_i")
+        return super().unread(number, visual, text) if number <= self.dual_blocks else ()
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`; the projections for blocks that are not there."""
@@ -251,8 +249,6 @@ def mixed(experts: Any, states: Tensor) -> Tensor:
 def hidream(source: PathText, **options: Any) -> FamilyBackbone:
     """Load the first blocks of HiDream-I1-Full (MIT; its text encoder Llama has terms of its own), 48 blocks.
 
-    Args:
-        source: Diffusers pipeline folder that holds Llama too.
-        options: See :func:`~latentreward.diffusion.load_family_backbone`.
+    The pipeline folder ``source`` must hold Llama too.
     """
     return load_family_backbone(source, "hidream", **options)

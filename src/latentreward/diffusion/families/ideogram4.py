@@ -71,6 +71,7 @@ class Ideogram4(FlowFamily):
     text_field = "llm_features_dim"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     lora_loader = "Ideogram4LoraLoaderMixin"
+    text_input = ("llm_cond_norm", "llm_cond_proj")
     default_guidance = None
 
     @cached_property
@@ -170,9 +171,6 @@ class Ideogram4(FlowFamily):
     def temb_dim(self) -> int:
         return self.entry(self.part, "adaln_dim", int)
 
-    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return () if number or text else ("llm_cond_norm", "llm_cond_proj")
-
 
 def positions(length: int, grid: Sequence[int], device: torch.device) -> Tensor:
     """Return positions ``(n, 3)`` of tokens: (j, j, j) for text, and far from it (0, row, column) for the image."""
@@ -221,10 +219,5 @@ class Ideogram4PromptEncoder(LanguageModelEncoder):
 
 @register_backbone
 def ideogram4(source: PathText, **options: Any) -> FamilyBackbone:
-    """Load the first blocks of Ideogram 4 (Ideogram Non-Commercial Model Agreement), 9.3 billion parameters.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.load_family_backbone`.
-    """
+    """Load the first blocks of Ideogram 4 (Ideogram Non-Commercial Model Agreement), 9.3 billion parameters."""
     return load_family_backbone(source, "ideogram4", **options)

@@ -85,21 +85,11 @@ def widened(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 @register_backbone
 def ip2p_sd15(source: PathText, **options: Any) -> SDUNetBackbone:
-    """Load InstructPix2Pix on Stable Diffusion 1.5 (CreativeML OpenRAIL-M; the authors' code MIT).
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.families.sd.load_sd`.
-    """
+    """Load InstructPix2Pix on Stable Diffusion 1.5 (CreativeML OpenRAIL-M; the authors' code MIT)."""
     return load_sd(source, "InstructPix2Pix-SD1.5", "instruct_pix2pix", **options)
 
 
 @register_backbone
 def ip2p_sdxl(source: PathText, **options: Any) -> SDUNetBackbone:
-    """Load InstructPix2Pix on Stable Diffusion XL (CreativeML OpenRAIL++-M).
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.families.sd.load_sd`.
-    """
+    """Load InstructPix2Pix on Stable Diffusion XL (CreativeML OpenRAIL++-M)."""
     return load_sd(source, "InstructPix2Pix-SDXL", "instruct_pix2pix", **options)

@@ -53,6 +53,7 @@ class Krea2(FlowFamily):
     float32_parts = ("norm", "norm1", "norm2", "norm_q", "norm_k")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     lora_loader = "Krea2LoraLoaderMixin"
+    text_input, modulation = ("text_fusion", "txt_in"), ("time_mod_proj",)
 
     @property
     def distilled(self) -> bool:
@@ -132,10 +133,6 @@ class Krea2(FlowFamily):
     def temb(self, *found: Any) -> Tensor:
         return super().temb(*found).squeeze(1)
 
-    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread_outside`; the modulation of blocks that are not there."""
-        return () if number else ("time_mod_proj", *(() if text else ("text_fusion", "txt_in")))
-
 
 class Krea2PromptEncoder(PromptEncoder):
     """Prompt encoder of Krea 2: outputs of several layers of Qwen3-VL, one after another, with a mask.
@@ -177,10 +174,5 @@ class Krea2PromptEncoder(PromptEncoder):
 
 @register_backbone
 def krea2(source: PathText, **options: Any) -> FamilyBackbone:
-    """Load the first blocks of Krea 2 Raw or Turbo (Krea 2 Community License), 12.9 billion parameters in 28 blocks.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.load_family_backbone`.
-    """
+    """Load the first blocks of Krea 2 Raw or Turbo (Krea 2 Community License), 12.9 billion parameters in 28 blocks."""
     return load_family_backbone(source, "krea2", **options)

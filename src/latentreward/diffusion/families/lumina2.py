@@ -43,6 +43,7 @@ class Lumina2(FlowFamily):
     refines = True
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     default_guidance = 4.0
+    text_input = ("time_caption_embed.caption_embedder", "context_refiner")
     lora_loader = "Lumina2LoraLoaderMixin"
 
     # Text
@@ -101,9 +102,6 @@ class Lumina2(FlowFamily):
     def temb_dim(self) -> int:
         return min(self.width, 1024)
 
-    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return () if number or text else ("time_caption_embed.caption_embedder", "context_refiner")
-
 
 class Lumina2PromptEncoder(LanguageModelEncoder):
     """Prompt encoder with Gemma 2, which gets each prompt, also the empty one, after :data:`SYSTEM`."""
@@ -121,10 +119,5 @@ def masked(conditioning: Conditioning) -> tuple[Tensor, Tensor]:
 
 @register_backbone
 def lumina2(source: PathText, **options: Any) -> FamilyBackbone:
-    """Lumina-Image 2.0 (Alpha-VLLM, Apache-2.0; text encoder under Gemma's terms), 2.6 billion parameters in 26 blocks.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.load_family_backbone`.
-    """
+    """Lumina-Image 2.0 (Alpha-VLLM, Apache-2.0; text encoder under Gemma's terms), 2.6 billion parameters."""
     return load_family_backbone(source, "lumina2", **options)

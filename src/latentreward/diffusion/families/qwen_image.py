@@ -28,9 +28,6 @@ TEMPLATE = (
 """Text that is encoded for a prompt; the tokens before the prompt are dropped afterwards."""
 EDITORS = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")  # classes of pipelines of Qwen-Image-Edit
 PREFIX = 34  # number of tokens before the prompt with Qwen's own tokenizer
-TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
-VISUAL_OUTPUT = ("attn.to_q", "attn.norm_q", "attn.to_out", "img_mlp")
-"""Submodules of a block that only its text output, or only its visual output, depends on."""
 
 
 class QwenImage(FlowFamily):
@@ -55,6 +52,9 @@ class QwenImage(FlowFamily):
     time_embedding = ("time_text_embed",)
     uncond_prompt = " "
     lora_loader = "QwenImageLoraLoaderMixin"
+    text_input = ("txt_in", "txt_norm")
+    text_output = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
+    visual_output = ("attn.to_q", "attn.norm_q", "attn.to_out", "img_mlp")
     default_guidance = 4.0
 
     @classmethod
@@ -142,12 +142,6 @@ class QwenImage(FlowFamily):
             img_shapes=[grids] * len(latents),
         ).sample
         return self.unpack(output, grids[0])
-
-    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return (() if text else TEXT_OUTPUT) + (() if visual else VISUAL_OUTPUT)
-
-    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return () if number or text else ("txt_in", "txt_norm")
 
     # Adapters
 
@@ -240,10 +234,5 @@ class QwenImagePromptEncoder(PromptEncoder):
 
 @register_backbone
 def qwen_image(source: PathText, **options: Any) -> FamilyBackbone:
-    """Load Qwen-Image (Apache-2.0): 60 blocks.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.load_family_backbone`.
-    """
+    """Load Qwen-Image (Apache-2.0): 60 blocks."""
     return load_family_backbone(source, "qwen_image", **options)

@@ -106,11 +106,7 @@ class QwenImageEdit(QwenImage):
 
 
 def sides(area: float, height: int, width: int) -> tuple[int, int]:
-    """Return the sides of about ``area`` pixels, multiples of 32, with the aspect of ``height`` and ``width``.
-
-    Raises:
-        InputError: If one side is over :data:`MOST_ASPECT` times the other.
-    """
+    """Return the sides of about ``area`` pixels, multiples of 32, with the aspect of ``height`` and ``width``."""
     if max(height, width) > MOST_ASPECT * min(height, width):
         raise InputError(
             f"a picture to edit has {width}×{height} pixels, and a side must be at most {MOST_ASPECT} times the other; "
@@ -141,11 +137,7 @@ class SeenPictures:
         return {name: getattr(self.processor, name) for name in READ_BY} | {"size": dict(self.processor.size)}
 
     def check(self, prompt: str) -> None:
-        """Check a prompt's pictures by their headers, and that its text has no token of a picture.
-
-        Raises:
-            InputError: If it has, a picture cannot be read or is too long and narrow, or there are too many.
-        """
+        """Check a prompt's pictures by their headers, and that its text has no token of a picture."""
         images, name = sources_of(prompt), f"the prompt {str(prompt)[:80]!r}"
         if self.label_tokens is None and len(images) > 1:
             raise InputError(
@@ -189,9 +181,6 @@ class QwenImageEditPromptEncoder(PromptEncoder):
         text_encoder: Qwen2.5-VL without its language head.
         tokenizer: Its tokenizer, which also tells how many tokens the template begins with.
         seen: Pictures as it sees them.
-
-    Raises:
-        InputError: If the parts belong to different models.
     """
 
     pooled_dim = 0
@@ -269,10 +258,5 @@ class QwenImageEditPromptEncoder(PromptEncoder):
 
 @register_backbone
 def qwen_image_edit(source: PathText, **options: Any) -> FamilyBackbone:
-    """Load Qwen-Image-Edit, 2509 or 2511 (Apache-2.0): 60 blocks.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.load_family_backbone`.
-    """
+    """Load Qwen-Image-Edit, 2509 or 2511 (Apache-2.0): 60 blocks."""
     return load_family_backbone(source, "qwen_image_edit", **options)

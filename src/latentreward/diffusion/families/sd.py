@@ -183,10 +183,6 @@ def load_sd(
         text_taps: ``[0]`` reads the prompt embeddings; ``[]`` reads no text.
         output_map: Whether to run the whole U-Net and return its output too, for a head that reads it.
         options: See :class:`UNetOptions` and :class:`~latentreward.diffusion.families.backbone.BackboneOptions`.
-
-    Raises:
-        InputError: If the source is not a pipeline of that model, its parts do not fit together, or a tap is not one
-            of the network's blocks.
     """
     chosen = UNetOptions(**options)
     family = chosen.family(source, name, model)
@@ -199,22 +195,13 @@ def load_sd(
 
 @register_backbone
 def sd15(source: PathText, **options: Any) -> SDUNetBackbone:
-    """Load Stable Diffusion 1.5 (CreativeML OpenRAIL-M), the backbone of LRM-SD1.5.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`load_sd`.
-    """
+    """Load Stable Diffusion 1.5 (CreativeML OpenRAIL-M), the backbone of LRM-SD1.5."""
     return load_sd(source, "SD1.5", **options)
 
 
 @register_backbone
 def sd21(source: PathText, **options: Any) -> SDUNetBackbone:
     """Load Stable Diffusion 2.1 (CreativeML OpenRAIL++-M) with its OpenCLIP-H text encoder; v- or ε-prediction.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`load_sd`.
 
     Note:
         LPO's published SD2.1 runs use the reward trained on SD1.5, which has the same VAE; this factory is for a reward
@@ -225,21 +212,11 @@ def sd21(source: PathText, **options: Any) -> SDUNetBackbone:
 
 @register_backbone
 def sdxl(source: PathText, **options: Any) -> SDUNetBackbone:
-    """Load Stable Diffusion XL base (CreativeML OpenRAIL++-M), the backbone of LRM-SDXL.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`load_sd`.
-    """
+    """Load Stable Diffusion XL base (CreativeML OpenRAIL++-M), the backbone of LRM-SDXL."""
     return load_sd(source, "SDXL", **options)
 
 
 @register_backbone
 def sd_tiny(source: PathText | None = None, **options: Any) -> SDUNetBackbone:
-    """Load the tiny Stable Diffusion that is shipped with the package for tests and tutorials.
-
-    Args:
-        source: Pipeline folder; None takes the shipped one.
-        options: See :func:`load_sd`.
-    """
+    """Load the tiny Stable Diffusion that is shipped with the package for tests and tutorials."""
     return load_sd(source or tiny_pipeline("sd_tiny"), **options)

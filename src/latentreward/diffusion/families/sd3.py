@@ -202,10 +202,6 @@ def load_sd3(
         pooled_text: Pooled text vector for heads: ``clip`` or ``t5``; see :class:`SD3DiTBackbone`.
         output_map: Whether to return the network's output after the last tapped block too, for a head that reads it.
         options: See :class:`~latentreward.diffusion.families.backbone.TransformerOptions`.
-
-    Raises:
-        InputError: If the source is not a pipeline of that model, its parts do not fit together, or a tap is not one
-            of the network's blocks.
     """
     chosen = TransformerOptions(**options)
     family = chosen.family(source, "sd3", model)
@@ -217,23 +213,13 @@ def load_sd3(
 
 @register_backbone
 def sd3_medium(source: PathText, **options: Any) -> SD3DiTBackbone:
-    """Load Stable Diffusion 3 Medium (Stability AI Community License): 24 blocks without QK normalisation.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`load_sd3`.
-    """
+    """Load Stable Diffusion 3 Medium (Stability AI Community License): 24 blocks without QK normalisation."""
     return load_sd3(source, "SD3", **options)
 
 
 @register_backbone
 def sd35_medium(source: PathText, **options: Any) -> SD3DiTBackbone:
-    """Load Stable Diffusion 3.5 Medium (Stability AI Community License); DiNa-LRM uses 12 of its 24 blocks.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`load_sd3`.
-    """
+    """Load Stable Diffusion 3.5 Medium (Stability AI Community License); DiNa-LRM uses 12 of its 24 blocks."""
     return load_sd3(source, "SD3.5", **options)
 
 
@@ -246,11 +232,7 @@ def sd35_large(
 ) -> SD3DiTBackbone:
     """Load Stable Diffusion 3.5 Large (Stability AI Community License): half of its 38 blocks, as DiNa-LRM of Medium's.
 
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        visual_taps: Numbers of the blocks whose visual tokens are read; by default thirds of the first 19 blocks.
-        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
-        options: See :func:`load_sd3`.
+    By default thirds of the first 19 blocks are read.
     """
     return load_sd3(source, "SD3.5", visual_taps=visual_taps, text_taps=text_taps, **options)
 
@@ -266,19 +248,7 @@ def sd35_tiny(
 ) -> SD3DiTBackbone:
     """Load the tiny SD3.5-like pipeline that is shipped with the package for tests and tutorials: 4 blocks, no T5.
 
-    Args:
-        source: Pipeline folder; None takes the shipped one.
-        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
-        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
-        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
-        t5_length: Number of zero tokens in the place of T5's; the shipped pipeline was trained with none.
-        options: See :func:`load_sd3`.
+    The shipped pipeline was trained without tokens in the place of T5's.
     """
-    return load_sd3(
-        source or tiny_pipeline("sd35_tiny"),
-        num_layers=num_layers,
-        visual_taps=visual_taps,
-        text_taps=text_taps,
-        t5_length=t5_length,
-        **options,
-    )
+    taps = {"num_layers": num_layers, "visual_taps": visual_taps, "text_taps": text_taps}
+    return load_sd3(source or tiny_pipeline("sd35_tiny"), t5_length=t5_length, **taps, **options)

@@ -75,6 +75,7 @@ class Wan21(FlowFamily):
     float32_parts = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     lora_loader = "WanLoraLoaderMixin"
+    text_input, modulation = ("condition_embedder.text_embedder",), ("condition_embedder.time_proj",)
     kohya_module = "networks.lora_wan"
     default_guidance = 5.0
 
@@ -134,12 +135,6 @@ class Wan21(FlowFamily):
         ).sample
         return output
 
-    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """See :meth:`FlowFamily.unread_outside`; the modulation of blocks that are not there."""
-        if number:
-            return ()
-        return "condition_embedder.time_proj", *(() if text else ("condition_embedder.text_embedder",))
-
     # Adapters
 
     def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
@@ -166,9 +161,6 @@ class WanPromptEncoder(PromptEncoder):
         text_encoder: UMT5 encoder.
         tokenizer: Its tokenizer.
         length: Number of tokens per prompt.
-
-    Raises:
-        InputError: If ``length`` is not a whole number from 1 to 4096.
     """
 
     pooled_dim = 0
@@ -199,10 +191,5 @@ def cleaned(prompt: str) -> str:
 
 @register_backbone
 def wan21(source: PathText, **options: Any) -> FamilyBackbone:
-    """Load Wan 2.1 text-to-video (Apache-2.0): 30 blocks (1.3B) or 40 (14B).
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.load_family_backbone`.
-    """
+    """Load Wan 2.1 text-to-video (Apache-2.0): 30 blocks (1.3B) or 40 (14B)."""
     return load_family_backbone(source, "wan21", **options)

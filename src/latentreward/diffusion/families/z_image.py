@@ -47,6 +47,7 @@ class ZImage(FlowFamily):
     no_guidance = 0.0
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     lora_loader = "ZImageLoraLoaderMixin"
+    text_input = ("cap_embedder", "cap_pad_token", "context_refiner")
 
     def check(self) -> None:
         if self.config.get("siglip_feat_dim") is not None:
@@ -130,9 +131,6 @@ class ZImage(FlowFamily):
     def temb_dim(self) -> int:
         return min(self.width, 256)
 
-    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return () if number or text else ("cap_embedder", "cap_pad_token", "context_refiner")
-
 
 class ZImagePromptEncoder(LanguageModelEncoder):
     """Prompt encoder with Qwen3, which gets the prompt as a user's message of its chat template."""
@@ -158,10 +156,5 @@ def lengths_of(conditioning: Conditioning) -> list[int]:
 
 @register_backbone
 def z_image(source: PathText, **options: Any) -> FamilyBackbone:
-    """Load the first blocks of Z-Image or Z-Image-Turbo (Tongyi-MAI, Apache-2.0), 6 billion parameters in 30 blocks.
-
-    Args:
-        source: Diffusers pipeline folder, or hub id.
-        options: See :func:`~latentreward.diffusion.load_family_backbone`.
-    """
+    """Load the first blocks of Z-Image or Z-Image-Turbo (Tongyi-MAI, Apache-2.0), 6 billion parameters in 30 blocks."""
     return load_family_backbone(source, "z_image", **options)

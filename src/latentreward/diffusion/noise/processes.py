@@ -90,19 +90,11 @@ class NoiseProcess(Part):
         return self.timesteps[self.nearest(u)]
 
     def snap(self, timesteps: Tensor) -> Tensor:
-        """Return the timesteps of the table nearest to ``timesteps`` ``(B,)``, e.g. of a grid for another process.
-
-        Raises:
-            InputError: If a timestep lies outside the table.
-        """
+        """Return the timesteps of the table nearest to ``timesteps`` ``(B,)``, e.g. of a grid for another process."""
         return self.timesteps[self._index(timesteps)]
 
     def sigma(self, timesteps: Tensor) -> Tensor:
-        """Return the noise levels ``(B,)`` float32 at ``timesteps`` ``(B,)``, on the device of ``timesteps``.
-
-        Raises:
-            InputError: If a timestep lies outside the table.
-        """
+        """Return the noise levels ``(B,)`` float32 at ``timesteps`` ``(B,)``, on the device of ``timesteps``."""
         return self.sigmas[self._index(timesteps)].to(timesteps.device)
 
     def _index(self, timesteps: Tensor) -> Tensor:
@@ -185,11 +177,7 @@ class DDPM(NoiseProcess):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DDPM":
-        """Build the process from the config of a diffusers DDPM-family scheduler (DDIM, PNDM, Euler, ...).
-
-        Raises:
-            InputError: If the scheduler refuses the config, such as an unknown ``beta_schedule``.
-        """
+        """Build the process from the config of a diffusers DDPM-family scheduler (DDIM, PNDM, Euler, ...)."""
         from diffusers import DDPMScheduler
 
         scheduler = make_scheduler(DDPMScheduler, {**config, "thresholding": False}, 1)
@@ -283,12 +271,7 @@ class ContinuousFlow(FlowMatching):
 def process_from_scheduler(
     config: dict[str, Any], taken: Sequence[str] = (*FLOW_SCHEDULERS, *DDPM_SCHEDULERS)
 ) -> NoiseProcess:
-    """Build the noise process of a saved diffusers scheduler config: flow matching or DDPM, by its class name.
-
-    Raises:
-        InputError: If the config has no ``_class_name`` (the ``config`` of a scheduler object has none) or one that is
-            not in ``taken``, or its ``prediction_type`` or ``beta_schedule`` is unknown.
-    """
+    """Build the noise process of a saved diffusers scheduler config: flow matching or DDPM, by its class name."""
     check_scheduler(config, taken)
     family = FlowMatching if config["_class_name"] in FLOW_SCHEDULERS else DDPM
     with torch.device("cpu"):  # the tables stay on the CPU, whatever the default device

@@ -69,12 +69,7 @@ def fits_kind(config: Mapping[str, Any], flow: bool) -> bool:
 
 
 def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: int, **options: Any) -> Any:
-    """Make a diffusers scheduler on the CPU, and set its timesteps, with ``options`` of its ``set_timesteps``.
-
-    Raises:
-        InputError: If the scheduler refuses the config, or cannot make ``num_inference_steps`` steps, such as a single
-            one with ``shift_terminal``.
-    """
+    """Make a diffusers scheduler on the CPU, and set its timesteps, with ``options`` of its ``set_timesteps``."""
     for field in ("shift", "flow_shift"):
         entry(config, field, float, NAME, default=1.0)
     if num_inference_steps == 1 and (last := entry(config, "shift_terminal", float, NAME, default=0.0)):
@@ -111,11 +106,6 @@ def static_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[
 
     Returns:
         Timesteps ``(n,)`` and noise levels ``(n + 1,)``, the last one 0; float32.
-
-    Raises:
-        InputError: If the scheduler is of another class, cannot make ``num_inference_steps`` steps, or its config has
-            ``use_dynamic_shifting`` (timesteps depend on the image size), ``invert_sigmas`` or
-            ``stochastic_sampling``, or gives levels that do not fall from 1 to 0.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -135,10 +125,6 @@ def unipc_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[T
 
     Returns:
         Timesteps ``(n,)``, 1000·σ, and noise levels ``(n + 1,)``, the last one 0; float32.
-
-    Raises:
-        InputError: If the scheduler is of another class, cannot make ``num_inference_steps`` steps, or its config has
-            settings that are not those of a flow with a static shift.
     """
     check_scheduler(config, (UNIPC, EULER))
     if config["_class_name"] == EULER:
@@ -179,11 +165,6 @@ def shifted_levels(
 
     Returns:
         Timesteps ``(n,)``, 1000·σ, and noise levels ``(n + 1,)``, the last one 0; float32.
-
-    Raises:
-        InputError: If the number of steps is out of range, or the config is of another scheduler, has
-            ``invert_sigmas``, ``stochastic_sampling``, another ``num_train_timesteps`` than 1000 or
-            ``use_dynamic_shifting`` without ``mu``, or gives levels that do not fall from 1 to 0.
     """
     import numpy as np
     from diffusers import FlowMatchEulerDiscreteScheduler

@@ -23,6 +23,7 @@ def build_tokenizer(words: tuple[str, ...] | None = None) -> CLIPTokenizer:
     ``words`` have one token each; those of all captions if None.
     """
     from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     words = words or tuple(sorted({word for text in all_captions() for word in text.split()}))
     merges: list[tuple[str, str]] = []  # byte-pair merges, in rank order, that make each word one token
@@ -33,10 +34,7 @@ def build_tokenizer(words: tuple[str, ...] | None = None) -> CLIPTokenizer:
         while len(pieces) > 1:
             merges.append((pieces[0], pieces[1]))
             pieces = _apply(merges[-1], pieces)
-    # Byte-level BPE uses 256 characters for bytes; unprintable bytes get characters from 256 on.
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    symbols = [chr(byte) if byte in printable else chr(256 + hidden.index(byte)) for byte in range(256)]
+    symbols = list(bytes_to_unicode().values())
     vocab = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *(a + b for a, b in merges)]
     vocab += ["<|startoftext|>", "<|endoftext|>"]
     numbers = {token: number for number, token in enumerate(vocab)}
