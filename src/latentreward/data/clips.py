@@ -76,9 +76,6 @@ class ClipLoader(PixelLoader):
     which need not be constant. A file must be shown for as long as the frames take; what follows them is not used.
     Files are mp4, mov, or animated WebP as ``latentreward generate`` writes it. Rotation in a file's header and audio
     are ignored.
-
-    Raises:
-        InputError: If ``frames`` or ``fps`` is out of range.
     """
 
     frames: int = 1  # number of frames F
@@ -168,11 +165,7 @@ def clip_size(image: ImageRef) -> tuple[int, int]:
 
 
 def check_clips(place: str, frames: int, fps: float) -> None:
-    """Check the settings of clips.
-
-    Raises:
-        InputError: If a value is out of range.
-    """
+    """Check the settings of clips."""
     check_at_least_one(place, frames=frames)
     check_range("(0, 1000]", f"Wan 2.1 has {FPS:g}", **{f"{place}fps": fps})
 
@@ -184,11 +177,7 @@ def require_pyav(frames: int) -> None:
 
 
 def check_frames(place: str, network: Any, frames: int) -> None:
-    """Check that a backbone or a policy takes clips of ``frames`` frames; ``place`` as in :func:`check_clips`.
-
-    Raises:
-        InputError: If it does not.
-    """
+    """Check that a backbone or a policy takes clips of ``frames`` frames; ``place`` as in :func:`check_clips`."""
     with errors_at(place):
         if (family := getattr(network, "family", None)) is not None:
             family.latent_shape(frames=frames)

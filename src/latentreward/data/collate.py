@@ -61,11 +61,7 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair], blanks: bool = True
 
 
 def stack_sources(rows: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Stack the pictures that B pairs are edits of, place by place.
-
-    Raises:
-        InputError: If the pairs have unlike numbers of pictures.
-    """
+    """Stack the pictures that B pairs are edits of, place by place."""
     counts = sorted({len(row) for row in rows})
     if len(counts) > 1:
         raise InputError(

@@ -73,9 +73,6 @@ class CutReader(ChosenRows):
         seed: Seed of the choice.
         apart_from: Reader of pairs that the model will be tested on; rows with one of its prompts are left out.
         on_error: What happens to images that cannot be read, see :class:`PairReader`; by default as ``reader`` has it.
-
-    Raises:
-        InputError: If fewer rows are left than ``pairs``.
     """
 
     def __init__(

@@ -158,9 +158,6 @@ class PreferenceDataModule(PairLoaders):
         fps: Frames per second of clips, see :class:`~latentreward.data.clips.ClipLoader`.
         targets: Given values of the images, such as a teacher's scores, for a loss that learns from them.
         loading: See :class:`PairLoaders`.
-
-    Raises:
-        InputError: If a setting is out of range. If a split has no rows left, its loader raises InputError.
     """
 
     remedy = (
@@ -212,12 +209,7 @@ class PreferenceDataModule(PairLoaders):
             dataset.check_files(f"data.{name}")
 
     def setup(self, stage: str) -> None:
-        """Check that the module's backbone, policy or generator takes images of ``size``, or clips of ``frames``.
-
-        Raises:
-            InputError: If a side is not a multiple of the network's ``side_multiple``, or the network does not take
-                clips of so many frames.
-        """
+        """Check that the module's backbone, policy or generator takes images of ``size``, or clips of ``frames``."""
         module = self.trainer.lightning_module if self.trainer else None
         check_targets(module, self.datasets, stage)
         owners = (getattr(module, "model", None), "backbone"), (module, "policy"), (module, "generator")

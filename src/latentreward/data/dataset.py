@@ -66,9 +66,6 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         taken: Least and largest number of pictures to edit that the network takes; None for any number.
         check_prompt: Function that raises InputError for a prompt that the network's text encoder does not take.
         unused: ``(rows, 2)`` number of frames of both clips that are read and not used; ``(0, 2)`` for images.
-
-    Raises:
-        InputError: If the reader's rows hold latents or nothing instead of images.
     """
 
     taken: tuple[int, int | None] = (0, None)

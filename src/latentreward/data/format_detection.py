@@ -49,11 +49,7 @@ EXPECTED = (
 
 
 def recognise(data: str) -> Splits:
-    """Find the readers for a folder or file, by split, in the order train…, val…, test…, others.
-
-    Raises:
-        InputError: If ``data`` does not exist or has no known format.
-    """
+    """Find the readers for a folder or file, by split, in the order train…, val…, test…, others."""
     path = Path(data)
     if not path.exists():
         raise InputError(f"data: no folder or file {data!r}; name a data set of the hub as --reader CLASS with its id")
@@ -102,11 +98,7 @@ def _found(path: Path) -> Iterator[Splits]:
 
 
 def choose_splits(splits: Splits, names: Iterable[str]) -> Splits:
-    """Return the named splits in the order of ``names``.
-
-    Raises:
-        InputError: If a name is not a split.
-    """
+    """Return the named splits in the order of ``names``."""
     for name in names:
         if name not in splits:
             raise InputError(f"splits: there is no split {name!r}{did_you_mean(name, splits)}")

@@ -111,11 +111,7 @@ class CountedBatches:
         return {"epoch": self.epoch, "batches": self.batches + batches, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the epoch and the number of batches taken in it.
-
-        Raises:
-            InputError: If the state was saved with another seed.
-        """
+        """Restore the epoch and the number of batches taken in it."""
         check_same_order(state_dict, seed=self.seed)
         self.epoch, self.batches, self.taken = state_dict["epoch"], state_dict["batches"], 0
 
@@ -224,11 +220,7 @@ class ResumableLoader(WorkerLoader):
         return self.places.state_dict(self.delivered() - undo)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a position in the epoch; to be called before iterating.
-
-        Raises:
-            InputError: If it is one of batches of another kind.
-        """
+        """Restore a position in the epoch; to be called before iterating."""
         if lacking := sorted(self.places.state_dict(0).keys() - state_dict.keys()):
             raise InputError(
                 "data.train: the checkpoint stopped in an epoch of batches that were put together in another way (its "

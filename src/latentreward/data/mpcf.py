@@ -40,9 +40,6 @@ class MPCF:
         floors: Scorer → floor, in place of the strategy's floors; only these scorers apply.
         tie_limits: Scorer → limit for the gap of a tie; by default the released code's limits for the scorers in use.
 
-    Raises:
-        InputError: If a setting is out of range, or ``ties`` is ``"limits"`` and a scorer in use has no limit.
-
     Note:
         The paper compares with ≥ and states no rule for ties. The released code compares with >, and uses the gaps of
         ties from its table, which presumably are absolute differences.
@@ -131,9 +128,6 @@ class FilteredReader(ChosenRows):
         scores: Path of the table of scores, see :class:`ScoreTable`.
         on_error: What happens to images that cannot be read, see :class:`PairReader`; by default as ``reader`` has it.
         rule: Settings of :class:`MPCF`.
-
-    Raises:
-        InputError: If the table does not fit the reader or the settings, or no row is left.
     """
 
     def __init__(self, reader: PairReader, scores: str | Path, *, on_error: OnError | None = None, **rule: Any) -> None:

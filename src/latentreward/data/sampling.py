@@ -94,11 +94,7 @@ class PairBatchSampler:
         return {"epoch": self.epoch, "used": self.used + taken, **order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the epoch and the number of pairs used; batch size and world size may differ from those at saving.
-
-        Raises:
-            InputError: If the state was saved with another number of pairs, another seed or another ``shuffle``.
-        """
+        """Restore the epoch and the number of pairs used; batch size and world size may differ from those at saving."""
         if state_dict["rows"] != self.rows:
             raise InputError(
                 f"data.train has {self.rows} pairs, but the checkpoint stopped in an epoch of {state_dict['rows']}; "

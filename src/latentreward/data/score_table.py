@@ -54,9 +54,6 @@ class ScoreTable:
 
     Args:
         path: File that ends in ``.csv``, ``.jsonl`` or ``.parquet``.
-
-    Raises:
-        InputError: If the file is missing or not a table, has no score columns, or has two rows with one ``pair_id``.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -93,10 +90,6 @@ class ScoreTable:
 
         ``problems`` marks pairs that are not in the table, unlabelled pairs, and pairs whose ``different_flag``
         contradicts the reader's label (a sign that the table belongs to other rows).
-
-        Raises:
-            InputError: If the table has no ``pair_id`` and not as many rows as the reader, no pair of the reader is
-                in the table, or the table's ``image_a`` and ``image_b`` are not those of the reader.
         """
         rows, labels = self._rows_of(reader), reader.labels()
         sided = any(f"{name}{GAP}" not in self._table.column_names and self._by_side(name) for name in self.scorers)
@@ -121,10 +114,6 @@ class ScoreTable:
 
         Those of a reader's rows are of its images a and b. Images without a score, and pairs that are not in the table,
         have NaN.
-
-        Raises:
-            InputError: If a column is missing or holds no numbers, the table does not fit the reader, or columns of
-                chosen and rejected images are given for pairs without a winner.
         """
         if reader is None:
             return self._scores(name, np.arange(len(self)))
@@ -206,12 +195,7 @@ def oriented_gap(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> n
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read a CSV file, JSON lines or a parquet file; a column ``pair_id`` is read as text.
-
-    Raises:
-        InputError: If the file does not exist, does not end in ``.csv``, ``.jsonl`` or ``.parquet``, is damaged, or has
-            two columns of one name.
-    """
+    """Read a CSV file, JSON lines or a parquet file; a column ``pair_id`` is read as text."""
     if path.suffix not in (".csv", ".jsonl", ".parquet"):
         raise InputError(f"{path}: a table of scores ends in .csv, .jsonl or .parquet")
     if not path.is_file():
@@ -243,11 +227,7 @@ def load_table(path: Path, texts: Sequence[str], **nulls: bool) -> pa.Table:
 
 
 def numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
-    """Return column ``name`` as ``(rows,)`` float64, with NaN for nulls.
-
-    Raises:
-        InputError: If the column does not exist or does not hold numbers.
-    """
+    """Return column ``name`` as ``(rows,)`` float64, with NaN for nulls."""
     if name not in table.column_names:
         raise InputError(f"{path}: no column {name}; it has {', '.join(table.column_names)}")
     column = table.column(name)

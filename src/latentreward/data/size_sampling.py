@@ -54,9 +54,6 @@ class BucketBatchSampler:
         sizes: ``(N, 2)`` latent height and width of each pair, or ``(N, 3)`` with its number of sources too.
         sizing: Settings of the batches.
         rank: Global rank of this process.
-
-    Raises:
-        InputError: If no size has enough pairs for a batch, with ``small_buckets="drop"``.
     """
 
     def __init__(self, sizes: np.ndarray, sizing: Sizing, rank: int = 0) -> None:
@@ -100,11 +97,7 @@ class BucketBatchSampler:
         return {"epoch": self.epoch, "pairs": len(self.bucket), "spans": [dict(span) for span in spans]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state that :meth:`state_dict` returned.
-
-        Raises:
-            InputError: If the state is inside an epoch over another number of pairs.
-        """
+        """Restore the state that :meth:`state_dict` returned."""
         spans = [dict(span) for span in state_dict["spans"]]
         if spans and state_dict["pairs"] != len(self.bucket):
             raise InputError(
@@ -183,9 +176,6 @@ class EvaluationBatches(DistributedSampler[list[int]]):
         sizes: ``(N, 2)`` latent height and width of each pair, or ``(N, 3)`` with its number of sources too.
         sizing: Batch size and world size.
         rank: Global rank of this process.
-
-    Raises:
-        InputError: If the ranks cannot get the same number of batches.
     """
 
     def __init__(self, sizes: np.ndarray, sizing: Sizing, rank: int = 0) -> None:

@@ -80,9 +80,6 @@ def split_by_prompt(reader: PairReader, share: float) -> tuple[PairReader, PairR
     """Divide a reader's rows into two readers that share no prompt; the second has this share of the prompts.
 
     Which prompts these are depends on their texts and number alone, not on the seed of a run or the order of rows.
-
-    Raises:
-        InputError: If there are too few prompts.
     """
     prompts = [normalise_prompt(prompt) for prompt in reader.prompts()]
     drawn = sorted(set(prompts), key=lambda prompt: digest(["val", prompt]))

@@ -84,9 +84,6 @@ class PairStream(RowReader):
         shuffle_buffer: Rows, with their images' bytes, that each loader process keeps in memory to draw the next row
             from at random; files are drawn in a random order too. 1 keeps the order of the source.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
-
-    Raises:
-        InputError: If the source cannot be opened, or its first row lacks a column or has another type.
     """
 
     def __init__(
@@ -413,11 +410,7 @@ class StreamSampler(CountedBatches):
         return {**super().state_dict(batches), **taken}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the batches used.
-
-        Raises:
-            InputError: If the state was saved with another number of ranks, or another setting of the order.
-        """
+        """Restore the batches used."""
         if (saved := state_dict["world_size"]) != self.num_replicas:
             raise InputError(
                 f"trainer.devices: the run has {self.num_replicas} ranks, but had {saved}; a stream goes on with as "
@@ -445,9 +438,6 @@ class StreamedPreferenceDataModule(PreferenceDataModule):
         train: Stream of the pairs to train on.
         batches_per_epoch: Batches per rank in an epoch; sets when validation and epoch checkpoints happen.
         options: Other settings of :class:`PreferenceDataModule`, but for ``frames`` and ``targets``.
-
-    Raises:
-        InputError: If a setting is out of range or needs all rows of ``train``.
     """
 
     def __init__(
@@ -484,11 +474,7 @@ class StreamedPreferenceDataModule(PreferenceDataModule):
         )
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return batches of the stream; every rank gets ``batches_per_epoch`` of them.
-
-        Raises:
-            InputError: If ``train`` is not set, or the trainer's ``overfit_batches`` is.
-        """
+        """Return batches of the stream; every rank gets ``batches_per_epoch`` of them."""
         if getattr(self.trainer, "overfit_batches", 0):
             raise InputError("trainer.overfit_batches: a stream has no fixed batches; use a reader in data.train")
         dataset, shares = self._dataset("train"), shares_of(self.trainer)

@@ -33,9 +33,6 @@ class ScoreTargets:
         uncertainties: Names of the standard deviations of ``columns``, in the same order; empty for none.
         standardise: Whether to z-score each column: the mean and standard deviation over all images in the table of
             ``train`` become 0 and 1. Uncertainties are divided by the same standard deviation. Set False for labels.
-
-    Raises:
-        InputError: If no column or no table is named, or the numbers of columns and uncertainties differ.
     """
 
     tables: Mapping[str, PathText]
@@ -65,10 +62,6 @@ class ScoreTargets:
         Returns:
             ``(N, 2, 1, K)`` float32 for images a and b and K columns, ``(N, 2, 2, K)`` with the uncertainties after the
             values; NaN where an image has none. None if the split has no table.
-
-        Raises:
-            InputError: If a table lacks a column, does not fit the reader, has a value that is not finite or an
-                uncertainty that is not positive, or no image has a value.
         """
         if split not in self.tables:
             return None
@@ -127,11 +120,7 @@ def label_remedy(targets: ScoreTargets | None) -> str:
 
 
 def check_targets(module: Any, datasets: Mapping[str, Any], stage: str | None) -> None:
-    """Check, before the first batch, that the splits of a stage hold the values that the module's loss needs.
-
-    Raises:
-        InputError: If a split lacks values, or has some that the loss does not take.
-    """
+    """Check, before the first batch, that the splits of a stage hold the values that the module's loss needs."""
     check = getattr(getattr(module, "loss", None), "check_targets", None)
     if check is None:
         return

@@ -187,11 +187,7 @@ class ExperienceSampler(CountedBatches):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore counts, unused rows and statistics; batch size and world size may differ from those at saving.
-
-        Raises:
-            InputError: If there are unused rows, and the model's settings do not suit them.
-        """
+        """Restore counts, unused rows and statistics; batch size and world size may differ from those at saving."""
         super().load_state_dict(state_dict)
         self.rows.record, self.cursor = from_plain(state_dict["rows"], self.learner.experience), 0
         if self.rows.record is not None:
@@ -263,11 +259,7 @@ def as_plain(record: TensorRecord | None) -> dict[str, Any] | None:
 
 
 def from_plain(values: dict[str, Any] | None, kind: type[Any]) -> Any:
-    """Rebuild a record of class ``kind`` from the dict that :func:`as_plain` made; tensors are copied.
-
-    Raises:
-        InputError: If the dict is that of a record of another class, or with other fields.
-    """
+    """Rebuild a record of class ``kind`` from the dict that :func:`as_plain` made; tensors are copied."""
     if values is None:
         return None
     given = {name: value for name, value in values.items() if name != "record"}

@@ -101,9 +101,6 @@ class PromptLoaders(LightningDataModule):
             step. None leaves the end to the trainer. Papers give their training length in such passes.
         max_empty_rollouts: Stop the run with an error after this many rollouts in succession that kept no row.
         seed: Seed of the orders of prompts and rows; None takes the run's ``seed_everything``.
-
-    Raises:
-        InputError: If a number is below 1.
     """
 
     def __init__(
@@ -133,11 +130,7 @@ class PromptLoaders(LightningDataModule):
         self.seed = run_seed(seed)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return batches of rollout rows or of prompts; every rank gets equally many rows.
-
-        Raises:
-            InputError: If there are fewer prompts than ranks, or the trainer's ``overfit_batches`` is set.
-        """
+        """Return batches of rollout rows or of prompts; every rank gets equally many rows."""
         shares, order = shares_of(self.trainer), PromptOrder(self.prompts, self.seed)
         if len(self.prompts) < shares["num_replicas"]:
             raise InputError(
@@ -185,9 +178,6 @@ class PromptDataModule(PromptLoaders):
         prompts: File of prompts to train on.
         max_prompt_chars: Largest number of characters in a prompt; text encoders read a few hundred.
         options: See :class:`PromptLoaders`.
-
-    Raises:
-        InputError: If the file cannot be read or holds no prompt, or a setting is out of range.
     """
 
     def __init__(self, prompts: PathText, max_prompt_chars: int = MAX_PROMPT_CHARS, **options: Any) -> None:

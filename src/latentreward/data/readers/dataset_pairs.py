@@ -94,10 +94,6 @@ class DatasetPairReader(RowReader):
             then reads only this row, not its row group.
         options: See :class:`~latentreward.data.readers.rows.RowReader`. Of rows with ``chosen`` and ``rejected``, the
             chosen image is a or b at random; rows with ``image_a`` and ``image_b`` stay as written.
-
-    Raises:
-        InputError: If the split cannot be found, is damaged, lacks a column or rows, a column has another type, or a
-            row breaks a rule under ``on_error: raise``.
     """
 
     def __init__(
@@ -265,10 +261,6 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str, sour
     """Choose the column of each of ``FIELDS``; of images, ``chosen`` and ``rejected``, or ``image_a`` and ``image_b``.
 
     The pictures to edit are in ``source_images`` or ``source_image``; they are left out if ``sources`` is ``"ignore"``.
-
-    Raises:
-        InputError: If there is no such field or column, the prompt or the images are missing or could be several, or
-            there is another column of pictures to edit.
     """
     check_fields(named)
     for field, column in named.items():

@@ -56,10 +56,6 @@ class DiffusionRMReader(RowReader):
         split: Name of the split.
         buckets: (height, width) in pixels of the accepted sizes; by default the 13 published buckets.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
-
-    Raises:
-        InputError: If a file or column is missing, no row is left, or a row breaks a rule above under
-            ``on_error: raise``.
     """
 
     holds: Contents = "latents"

@@ -145,10 +145,6 @@ class EditPairReader(RowReader):
         config: Name of the configuration, where the hub data set has several, e.g. ``image_edition`` of GenAI-Bench.
         root: Folder that paths are relative to and that all images must lie in; by default the file's folder.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
-
-    Raises:
-        InputError: If the file is missing, has no known layout or no rows left, lacks the scores of ``axis``, or breaks
-            a rule under ``on_error: raise``.
     """
 
     exif = "ignore"

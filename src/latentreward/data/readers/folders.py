@@ -59,9 +59,6 @@ class FolderPairReader(RowReader):
             it, behind links, are not opened, unless ``allow_outside`` is true.
         split: Name of the split's subfolder; null if ``root`` itself holds ``chosen/`` and ``rejected/``.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
-
-    Raises:
-        InputError: If a folder is missing, no row is left, or a row breaks a rule above under ``on_error: raise``.
     """
 
     def __init__(self, root: PathText, split: str | None = None, **options: Any) -> None:
@@ -157,11 +154,7 @@ def read_caption(file: Path, root: Path | None = None) -> str | None:
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, bytes) of every line that is not blank, for :func:`parse_line`.
-
-    Raises:
-        InputError: If the file cannot be opened, or is in UTF-16.
-    """
+    """Yield (line number from 1, bytes) of every line that is not blank, for :func:`parse_line`."""
     try:
         with whole_file(file).open("rb") as stream:
             if stream.read(2) in UTF_16:

@@ -69,10 +69,6 @@ class Img2DatasetReader(RowReader):
         max_group: Largest number of images in a group; n images give n (n − 1) / 2 rows.
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Of a truncated tar, the whole
             samples are kept under ``skip`` and ``placeholder``.
-
-    Raises:
-        InputError: If the folder has no shards, no image has the columns, no group has two images, or a rule above is
-            broken under ``on_error: raise``.
     """
 
     def __init__(

@@ -115,11 +115,7 @@ class PairRowParser:
         self._whole: set[bool] = set()  # whether labels are whole numbers
 
     def table(self, rows: Iterable[Row], columns: Mapping[str, pa.DataType] | None = None) -> pa.Table:
-        """Parse all rows to a table with the columns of ``INDEX``, and more ``columns``, that are not all null.
-
-        Raises:
-            InputError: If a row is bad under ``on_error: raise``, or all labels are whole numbers without a map.
-        """
+        """Parse all rows to a table with the columns of ``INDEX``, and more ``columns``, that are not all null."""
         pairs = (pair for row in rows for pair in self.parse(*row))
         table = pack(pairs, pa.schema({**INDEX, **(columns or {})}))
         self._seen.clear()

@@ -46,9 +46,6 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
     A ``source`` is a folder that holds ``{split}-*.parquet`` or ``{split}.parquet``, directly or in its subfolder
     ``data/`` (or the subfolder ``config``, if given); or one parquet file, or a pattern of files with ``*``, ``?`` or
     ``[]``; otherwise the id of a hub data set, whose files of this split are downloaded.
-
-    Raises:
-        InputError: If the folder, data set or split does not exist, or the split is in the folder in both forms.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -85,11 +82,7 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
 def fetch_split(
     source: str, split: str, ending: str, revision: str | None = None, config: str | None = None
 ) -> list[tuple[str, Path]]:
-    """Download all files of a split of a hub data set; return (published file name, local path) of each, by URL.
-
-    Raises:
-        InputError: If the data set or split does not exist, a file has another suffix, or the hub cannot be reached.
-    """
+    """Download all files of a split of a hub data set; return (published file name, local path) of each, by URL."""
     from datasets import DownloadManager, load_dataset_builder  # slow to import
 
     try:
@@ -184,11 +177,7 @@ def read_index(
 
 
 def cast_columns(table: pa.Table, columns: dict[str, pa.DataType | None], place: str, hint: str) -> pa.Table:
-    """Cast the columns of a table, which are those of ``columns`` in their order; see :func:`read_index`.
-
-    Raises:
-        InputError: If a column cannot be cast, or holds text that is not UTF-8.
-    """
+    """Cast the columns of a table, which are those of ``columns`` in their order; see :func:`read_index`."""
     for number, (name, kind) in enumerate(columns.items()):
         found = table.column(name)
         try:

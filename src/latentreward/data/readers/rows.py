@@ -73,11 +73,7 @@ class RowReader(PairReader):
         self.allow_outside = allow_outside
 
     def fill(self, rows: Iterable[Row], told: str, empty: str, parser: PairRowParser, **columns: pa.DataType) -> None:
-        """Parse all rows to the table, with more ``columns``, and report what was left out.
-
-        Raises:
-            InputError: If a row is bad under ``on_error: raise``, or none is left: ``empty``.
-        """
+        """Parse all rows to the table, with more ``columns``, and report what was left out."""
         self.table = parser.table(rows, columns)
         self.report(told, empty)
 

@@ -63,11 +63,7 @@ class SplitTable(ABC):
 
     @abstractmethod
     def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
-        """Read whole columns without images into one table, in the order of ``columns``; to be called once.
-
-        Raises:
-            InputError: If a column is missing or cannot be cast, or a file is damaged.
-        """
+        """Read whole columns without images into one table, in the order of ``columns``; to be called once."""
 
     @abstractmethod
     def row_names(self) -> pa.Array:
@@ -96,9 +92,6 @@ class SplitTable(ABC):
 
     def check_images(self, columns: Sequence[str], hint: str, absent: str = "", lists: bool = False) -> None:
         """Check that the columns of images hold bytes, or the structs that ``datasets`` writes, or ``lists`` of them.
-
-        Raises:
-            InputError: If a column does not, or is missing, with the remedy ``hint``, or ``absent`` if all are missing.
         """
         for place, schema in self.schemas():
             if missing := [name for name in columns if name not in schema.names]:
@@ -192,9 +185,6 @@ def open_table(
 
     A ``source`` is a ``Dataset``, a ``DatasetDict`` with the split, a folder that ``save_to_disk`` wrote, or what
     :func:`~latentreward.data.readers.parquet_store.find_parts` takes.
-
-    Raises:
-        InputError: If there is no such source or split, or a folder is damaged.
     """
     set_folder(reader, source)
     if not isinstance(source, str | os.PathLike):
@@ -227,11 +217,7 @@ def table_rows(
     memory_map: bool = False,
     absent: str = "",
 ) -> Iterator[Row]:
-    """Return the rows of a table without images, and let the reader find its two ``images`` there.
-
-    Raises:
-        InputError: If a column is missing or of another type, with the remedy ``hint``; ``absent`` without any images.
-    """
+    """Return the rows of a table without images, and let the reader find its two ``images`` there."""
     table.check_images(images, hint, absent)
     rows = table.records(columns, hint)
     if images:
@@ -254,9 +240,6 @@ def read_list(file: Path) -> Iterator[Row]:
     """Yield ``FILE:NUMBER``, number and fields of each row of a table of text.
 
     The number is that of the line; of an item of a JSON list, from 0. An empty cell of CSV or TSV is null.
-
-    Raises:
-        InputError: If the file cannot be read, or is no table.
     """
     suffix = file.suffix.lower()
     if suffix in (".json", ".csv", ".tsv") and not file.is_file():
@@ -319,11 +302,7 @@ def source_name(source: Source) -> str:
 
 
 def saved_splits(folder: Path) -> list[str]:
-    """Return the names of the splits that ``save_to_disk`` wrote into a folder.
-
-    Raises:
-        InputError: If the folder's list of splits is damaged.
-    """
+    """Return the names of the splits that ``save_to_disk`` wrote into a folder."""
     try:
         names = json.loads((folder / SAVED_SPLITS).read_bytes())["splits"]
         return [name for name in names if not escapes(name) and (folder / name / SAVED).is_file()]
@@ -385,9 +364,6 @@ def fetch_files(source: str, names: Sequence[str], revision: str | None = None, 
     """Download files of a hub data set, or find them in the cache; return their local paths.
 
     With ``extract``, archives are unpacked, and the folders with their contents are returned.
-
-    Raises:
-        InputError: If the data set or a file does not exist, or the hub cannot be reached.
     """
     from datasets import DownloadManager  # slow to import
 

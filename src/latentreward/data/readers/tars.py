@@ -142,9 +142,6 @@ class ImageArchives:
 
     Attributes:
         parts: Name of each part → its path.
-
-    Raises:
-        ImageError: If a file is not a whole zip file.
     """
 
     def __init__(self, places: Sequence[Path], allow_outside: bool = False) -> None:
@@ -177,11 +174,7 @@ class ImageArchives:
             return ImageRef(name, b"".join(bites))
 
     def read_rows(self, part: str) -> tuple[bytes, str]:
-        """Return content and name (for messages) of the file ``{part}.json`` in a part.
-
-        Raises:
-            InputError: If the part has no such file or it cannot be read.
-        """
+        """Return content and name (for messages) of the file ``{part}.json`` in a part."""
         place, name = self.parts[part], f"{part}.json"
         try:
             data = (place / name).read_bytes() if place.is_dir() else self._member(part, name)
@@ -229,9 +222,6 @@ class PickAPicTarReader(RowReader):
             each prompt counts once, as in the training of PickScore and LRM. ``equal`` is 1 for every row.
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Of a truncated tar, the whole
             samples are kept under ``skip`` and ``placeholder``.
-
-    Raises:
-        InputError: If there are no tars or no samples in them, or a rule above is broken under ``on_error: raise``.
     """
 
     exif = "ignore"
