@@ -121,7 +121,14 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         return np.clip([len(sources_of(prompts[row])) for row in self.rows], least, most)
 
     def __getitem__(self, index: int | Sequence[int]) -> Any:
-        """Read, decode and resize the pair at position ``index`` of ``rows``; several positions give a list.
+        """Read, decode and resize the pair at position ``index`` of ``rows``, see :meth:`load`; several give a list."""
+        if isinstance(index, Sequence):
+            return [self[one] for one in index]
+        row = int(self.rows[index])
+        return self.load(self.reader[row], index, None if self.targets is None else self.targets[row])
+
+    def load(self, pair: PreferencePair, place: int, targets: Tensor | None = None) -> LoadedPair | SkippedPair:
+        """Decode and resize the images of a pair, and the pictures that they are edits of.
 
         Returns:
             A :class:`SkippedPair` if ``on_error`` is ``"skip"`` and an image or a picture to edit cannot be read, or
@@ -132,67 +139,68 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
             ImageError: If one of these problems occurs and ``on_error`` is ``"raise"``, or :data:`MOST_IN_A_ROW` pairs
                 one after the other are skipped.
         """
-        if isinstance(index, Sequence):
-            return [self[one] for one in index]
-        row = int(self.rows[index])
-        pair, targets = self.reader[row], None if self.targets is None else self.targets[row]
         try:
+            check_taken(pair.prompt, self.taken)
             if isinstance(self.loader, ClipLoader):
-                check_taken(pair.prompt, self.taken)
                 clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)
-                self.unused[index] = torch.tensor([clip.unused for clip in clips])
+                self.unused[place] = torch.tensor([clip.unused for clip in clips])
                 loaded = LoadedPair(pair, clips[0].pixels, clips[1].pixels, targets)
             else:
-                pair, sources = load_sources(self.loader, pair, self.taken, self.check_prompt)
-                loaded = LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, sources)
+                if sources := sources_of(pair.prompt):  # as text encoders see them
+                    pictures = {"exif": self.loader.exif, "max_pixels": self.loader.max_pixels}
+                    pair = replace(pair, prompt=seen_as(pair.prompt, **pictures))
+                check_edit(pair.prompt, self.check_prompt)
+                edited = tuple(map(self.loader, sources))
+                loaded = LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, edited)
         except ImageError as error:
-            split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
-            if self.on_error == "raise":
-                fix = "replace the file"
-                if error.problem == COUNT:
-                    fix = "correct the row" if self.taken[1] != 0 else "set the reader's sources to ignore"
-                remedy = f"{fix}, or set {setting} to skip or placeholder"
-                raise ImageError(f"{split}{pair.pair_id}: {error}; {remedy}", error.problem) from error
-            self._problems[index] = 1 + IMAGE_PROBLEMS.index(error.problem)
-            if not self._warned:
-                self._warned = True
-                logger.warning("%s%s: %s; this process only counts further ones", split, pair.pair_id, error)
-            blank = blank_pair(self.loader, pair, self.taken, error, targets)
-            if self.on_error != "skip":
-                return blank
-            self._in_a_row += 1
-            refuse_lost(self._in_a_row, f"{split}{pair.pair_id}", error)
-            return SkippedPair(pair.pair_id, str(error), blank)
+            return self._without(pair, place, error, targets)
         self._in_a_row = 0
         return loaded
+
+    def _without(
+        self, pair: PreferencePair, place: int, error: ImageError, targets: Tensor | None
+    ) -> LoadedPair | SkippedPair:
+        """Apply ``on_error`` to a pair that cannot be read."""
+        split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
+        problem = f"{split}{pair.pair_id}: {error}"
+        if self.on_error == "raise":
+            fix = "replace the file"
+            if error.problem == COUNT:
+                fix = "correct the row" if self.taken[1] != 0 else "set the reader's sources to ignore"
+            raise ImageError(f"{problem}; {fix}, or set {setting} to skip or placeholder", error.problem) from error
+        self.count(place, error.problem)
+        if not self._warned:
+            self._warned = True
+            logger.warning("%s; this process only counts further ones", problem)
+        blank = self._blank(pair, error, targets)
+        if self.on_error != "skip":
+            return blank
+        self._in_a_row += 1
+        if self._in_a_row >= MOST_IN_A_ROW:
+            lost = f"{self._in_a_row} pairs one after the other cannot be read, the last is {problem}"
+            raise ImageError(f"{lost}; see that the files are there", error.problem) from error
+        return SkippedPair(pair.pair_id, str(error), blank)
+
+    def _blank(self, pair: PreferencePair, error: ImageError, targets: Tensor | None) -> LoadedPair:
+        """Return a pair without a label and with mid-grey images, in the place of one that cannot be read."""
+        number, (least, most) = len(sources_of(pair.prompt)), self.taken
+        number = max(least, number if most is None else min(number, most))
+        text = "" if error.problem == REFUSED else str(pair.prompt)
+        prompt = EditPrompt(text, [grey_picture()] * number)  # text encoders may see it, latents are kept by the key
+        unlabelled, blanks = (
+            replace(pair, label_a=None, prompt=prompt),
+            tuple(self.loader.blank() for _ in range(number)),
+        )
+        return LoadedPair(unlabelled, self.loader.blank(), self.loader.blank(), targets, blanks)
+
+    def count(self, place: int, problem: str) -> None:
+        """Count the pair at position ``place`` of ``rows`` by its problem, once."""
+        self._problems[place] = 1 + IMAGE_PROBLEMS.index(problem)
 
     def skipped(self) -> Counter[str]:
         """Count, by reason, the pairs that this process and its workers skipped or replaced by a placeholder so far."""
         counts = torch.bincount(self._problems, minlength=len(IMAGE_PROBLEMS) + 1).tolist()[1:]
         return Counter({problem: count for problem, count in zip(IMAGE_PROBLEMS, counts, strict=True) if count})
-
-
-def refuse_lost(in_a_row: int, place: str, error: ImageError) -> None:
-    """Raise ImageError if :data:`MOST_IN_A_ROW` pairs one after the other cannot be read, the last one at ``place``."""
-    if in_a_row >= MOST_IN_A_ROW:
-        problem = f"{in_a_row} pairs one after the other cannot be read, the last is {place}: {error}"
-        raise ImageError(f"{problem}; see that the files are there", error.problem) from error
-
-
-def blank_pair(
-    loader: PixelLoader,
-    pair: PreferencePair,
-    taken: tuple[int, int | None],
-    error: ImageError,
-    targets: Tensor | None = None,
-) -> LoadedPair:
-    """Return a pair without a label and with mid-grey images, in the place of one that cannot be read."""
-    number, (least, most) = len(sources_of(pair.prompt)), taken
-    number = max(least, number if most is None else min(number, most))
-    text = "" if error.problem == REFUSED else str(pair.prompt)
-    prompt = EditPrompt(text, [grey_picture()] * number)  # text encoders may see it, latents are kept by the key
-    unlabelled, blanks = replace(pair, label_a=None, prompt=prompt), tuple(loader.blank() for _ in range(number))
-    return LoadedPair(unlabelled, loader.blank(), loader.blank(), targets, blanks)
 
 
 def check_edit(prompt: str, check: Callable[[str], None]) -> None:
@@ -206,24 +214,8 @@ def check_edit(prompt: str, check: Callable[[str], None]) -> None:
 
 
 def check_taken(prompt: str, taken: tuple[int, int | None]) -> None:
-    """Raise ImageError if a prompt edits another number of pictures than are ``taken``, as of :func:`load_sources`."""
+    """Raise ImageError if a prompt edits fewer or more pictures than are ``taken``."""
     number = len(sources_of(prompt))
     if wanted := sources_wanted(number, taken):
         edits = "" if number else " in data of edits"
         raise ImageError(f"number of pictures to edit: {number}, and the network takes {wanted}{edits}", COUNT)
-
-
-def load_sources(
-    loader: PixelLoader, pair: PreferencePair, taken: tuple[int, int | None], check: Callable[[str], None]
-) -> tuple[PreferencePair, tuple[Tensor, ...]]:
-    """Decode and resize the pictures that a pair's prompt edits; return the pair as text encoders see it, and them.
-
-    Raises:
-        ImageError: If one cannot be read, or their number is not among those that are ``taken``: least and largest,
-            None for any number; or if ``check`` raises InputError.
-    """
-    check_taken(pair.prompt, taken)
-    if sources := sources_of(pair.prompt):
-        pair = replace(pair, prompt=seen_as(pair.prompt, exif=loader.exif, max_pixels=loader.max_pixels))
-    check_edit(pair.prompt, check)
-    return pair, tuple(map(loader, sources))

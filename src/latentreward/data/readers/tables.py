@@ -91,8 +91,7 @@ class SplitTable(ABC):
             yield names[number].as_py(), number, row
 
     def check_images(self, columns: Sequence[str], hint: str, absent: str = "", lists: bool = False) -> None:
-        """Check that the columns of images hold bytes, or the structs that ``datasets`` writes, or ``lists`` of them.
-        """
+        """Check that columns hold images, in bytes or structs of ``datasets``, or ``lists`` of them; see the hints."""
         for place, schema in self.schemas():
             if missing := [name for name in columns if name not in schema.names]:
                 remedy = absent if absent and len(missing) == len(columns) else hint
