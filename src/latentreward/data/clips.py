@@ -108,7 +108,6 @@ class ClipLoader(PixelLoader):
             return Clip(torch.stack(taken, dim=1), size, unused)
 
     def blank(self) -> Tensor:
-        """Return mid-grey pixels ``(3, F, height, width)``; see :meth:`PixelLoader.blank`."""
         return torch.zeros(3, self.frames, self.height, self.width)
 
     def _shown(self, image: ImageRef, source: Source) -> Iterator[Frame]:

@@ -37,26 +37,21 @@ class ChosenRows(PairReader):
         return [(places[row], path) for row, path in self.reader.missing_files(own)]
 
     def labels(self) -> np.ndarray:
-        """Return ``label_a`` of every chosen row, ``(len,)`` float64."""
         return self.reader.labels()[self.rows]
 
     def prompts(self) -> list[str]:
-        """Return the raw prompt of every chosen row."""
         prompts = self.reader.prompts()
         return [prompts[row] for row in self.rows]
 
     def pair_ids(self) -> list[str]:
-        """Return the ``pair_id`` of every chosen row."""
         pair_ids = self.reader.pair_ids()
         return [pair_ids[row] for row in self.rows]
 
     def groups(self) -> list[str]:
-        """Return the group of every chosen row."""
         groups = self.reader.groups()
         return [groups[row] for row in self.rows]
 
     def facts(self) -> dict[str, list[Any]]:
-        """Return the facts of every chosen row, see :meth:`PairReader.facts`."""
         return {name: [values[row] for row in self.rows] for name, values in self.reader.facts().items()}
 
 

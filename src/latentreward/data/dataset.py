@@ -187,11 +187,8 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         number = max(least, number if most is None else min(number, most))
         text = "" if error.problem == REFUSED else str(pair.prompt)
         prompt = EditPrompt(text, [grey_picture()] * number)  # text encoders may see it, latents are kept by the key
-        unlabelled, blanks = (
-            replace(pair, label_a=None, prompt=prompt),
-            tuple(self.loader.blank() for _ in range(number)),
-        )
-        return LoadedPair(unlabelled, self.loader.blank(), self.loader.blank(), targets, blanks)
+        image_a, image_b, *blanks = (self.loader.blank() for _ in range(2 + number))
+        return LoadedPair(replace(pair, label_a=None, prompt=prompt), image_a, image_b, targets, tuple(blanks))
 
     def count(self, place: int, problem: str) -> None:
         """Count the pair at position ``place`` of ``rows`` by its problem, once."""

@@ -9,7 +9,7 @@ from torch.utils.data import DistributedSampler
 
 from latentreward.core.errors import InputError
 from latentreward.core.running import pair_generator
-from latentreward.data.loading import check_same_order
+from latentreward.data.loading import ResumableBatchSampler, check_same_order
 
 
 class PairSampler(DistributedSampler[int]):
@@ -35,7 +35,7 @@ class PairSampler(DistributedSampler[int]):
         return len(self.share)
 
 
-class PairBatchSampler:
+class PairBatchSampler(ResumableBatchSampler):
     """Sampler of one rank's training batches, from an order of the pairs that depends on seed and epoch alone.
 
     Each step takes the next ``batch_size * num_replicas`` pairs of the order. Rank r takes every ``num_replicas``-th
@@ -43,8 +43,7 @@ class PairBatchSampler:
     global batch size is equal. The last batch of an epoch may be smaller, with equally many pairs on all ranks. Fewer
     than ``num_replicas`` pairs may remain after the last batch; they are not used in this epoch.
 
-    Implements :class:`~latentreward.data.loading.ResumableBatchSampler`; the state is the epoch, the number of
-    pairs used, and what determines their order.
+    The state is the epoch, the number of pairs used, and what determines their order.
 
     Args:
         rows: Number of pairs.
@@ -63,7 +62,6 @@ class PairBatchSampler:
         self.epoch = self.used = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; an epoch other than the current one starts at its first pair."""
         if epoch != self.epoch:
             self.epoch, self.used = epoch, 0
 
@@ -84,17 +82,14 @@ class PairBatchSampler:
         return self._batches(self.rows)
 
     def remaining(self) -> int:
-        """Return the number of batches per rank that are left in the epoch."""
         return self._batches(self.rows - self.used)
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Return the state after ``batches`` batches of an iteration started now."""
         taken = min(batches * self.batch_size, (self.rows - self.used) // self.num_replicas) * self.num_replicas
         order = {"rows": self.rows, "seed": self.seed, "shuffle": self.shuffle}
         return {"epoch": self.epoch, "used": self.used + taken, **order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the epoch and the number of pairs used; batch size and world size may differ from those at saving."""
         if state_dict["rows"] != self.rows:
             raise InputError(
                 f"data.train has {self.rows} pairs, but the checkpoint stopped in an epoch of {state_dict['rows']}; "

@@ -11,6 +11,7 @@ from torch.utils.data import DistributedSampler
 
 from latentreward.core.errors import InputError
 from latentreward.core.running import pair_generator
+from latentreward.data.loading import ResumableBatchSampler
 
 SmallBuckets = Literal["fill", "short", "drop"]
 """Treatment of the last pairs of an image size, see :class:`BucketBatchSampler`."""
@@ -32,12 +33,11 @@ class Sizing:
         return self.batch_size if self.tokens_per_batch is None else max(1, self.tokens_per_batch // tokens)
 
 
-class BucketBatchSampler:
+class BucketBatchSampler(ResumableBatchSampler):
     """Sampler of a rank's training batches, each with pairs of one image size, that can resume inside an epoch.
 
-    It implements :class:`~latentreward.data.loading.ResumableBatchSampler`. Each training step takes batch size × world
-    size pairs of one size and splits them over the ranks, so that all ranks have batches of one shape. The last pairs
-    of a size, too few for a full step, are treated as ``small_buckets`` says:
+    Each training step takes batch size × world size pairs of one size and splits them over the ranks, so that all ranks
+    have batches of one shape. The last pairs of a size, too few for a full step, are treated as ``small_buckets`` says:
 
     - ``short``: They make one smaller step. If their number is not a multiple of the world size, fewer pairs than ranks
       are repeated. Every pair is used.
@@ -70,7 +70,6 @@ class BucketBatchSampler:
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; an epoch other than the present one starts from its first batch."""
         if epoch != self.epoch:
             self.epoch, self.skip, self.spans = epoch, 0, []
 
@@ -84,20 +83,14 @@ class BucketBatchSampler:
         return sum(full + (rest > 0 and self.sizing.small_buckets != "drop") for full, rest in steps)
 
     def remaining(self) -> int:
-        """Return the number of batches per rank that are left of the epoch."""
         return len(self._groups()) - self.skip
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Return the state after ``batches`` more batches.
-
-        The state holds the epoch and, for each sizing that the epoch was run with in turn, the batches taken.
-        """
         span = {**asdict(self.sizing), "batches": self.skip + batches}
         spans = [*self.spans, span] if span["batches"] else self.spans
         return {"epoch": self.epoch, "pairs": len(self.bucket), "spans": [dict(span) for span in spans]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state that :meth:`state_dict` returned."""
         spans = [dict(span) for span in state_dict["spans"]]
         if spans and state_dict["pairs"] != len(self.bucket):
             raise InputError(

@@ -92,8 +92,7 @@ class ExperienceSampler(CountedBatches):
     as the global batch size is equal. Rows that a step does not take stay in store for the next step. No rollout runs
     in the middle of a step, so that a checkpoint can go back to the step's first batch.
 
-    Implements :class:`~latentreward.data.loading.ResumableBatchSampler`. The state holds the rows that are not used
-    yet (tensors, beside plain values) and the number of prompts used.
+    The state holds the rows that are not used yet (tensors, beside plain values) and the number of prompts used.
 
     Args:
         prompts: Sequence from which each rollout takes its prompts.
@@ -187,7 +186,6 @@ class ExperienceSampler(CountedBatches):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore counts, unused rows and statistics; batch size and world size may differ from those at saving."""
         super().load_state_dict(state_dict)
         self.rows.record, self.cursor = from_plain(state_dict["rows"], self.learner.experience), 0
         if self.rows.record is not None:

@@ -47,8 +47,7 @@ class PromptSampler(CountedBatches):
     """Sampler of one rank's batches of indices into the sequence of prompts.
 
     A global batch is the next ``batch_size * num_replicas`` indices. Rank r takes every ``num_replicas``-th of them,
-    starting with index r. Implements :class:`~latentreward.data.loading.ResumableBatchSampler`; the state adds the
-    number of prompts used to that of ``CountedBatches``.
+    starting with index r. The state adds the number of prompts used to that of ``CountedBatches``.
 
     Args:
         settings: Arguments of :class:`~latentreward.data.loading.CountedBatches`.
@@ -59,7 +58,6 @@ class PromptSampler(CountedBatches):
         self.used = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; a new epoch continues with the prompts after those used."""
         if epoch != self.epoch:
             self.used += self.taken * self.global_batch
         super().set_epoch(epoch)
@@ -73,11 +71,9 @@ class PromptSampler(CountedBatches):
             yield list(range(start + self.rank, start + self.global_batch, self.num_replicas))
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Return the batches and prompts used, ``batches`` batches of the current iteration included."""
         return {**super().state_dict(batches), "used": self.used + batches * self.global_batch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the batches and prompts used; batch size and world size may differ from those at saving."""
         super().load_state_dict(state_dict)
         self.used = state_dict["used"]
 

@@ -101,7 +101,6 @@ class DiffusionRMReader(RowReader):
         self.report(f"{root} {index or ''}".rstrip(), empty)
 
     def read_row(self, index: int) -> dict[str, Any]:
-        """Return the values of row ``index`` by column, with those of the parquet file unless it is a placeholder."""
         row = super().read_row(index)
         if row.get("part") is None:
             return row

@@ -199,7 +199,6 @@ class EditPairReader(RowReader):
         self.report(f"{name} {split}", f"split: {split!r} of {name} has no rows left; check the files")
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return the two results of a row with their bytes, or references to their files."""
         if self.images_in is None:
             return super().find_images(row)
         table, columns = self.images_in

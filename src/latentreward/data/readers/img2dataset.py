@@ -109,7 +109,6 @@ class Img2DatasetReader(RowReader):
         self.report(str(root), f"root: no two images of {root} share a {group}; set group to a column that they share")
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return references to two images: with their bytes from a tar or parquet file, or with their paths."""
         images = []
         for (shard, *place), name in ((row[f"place_{side}"], row[f"image_{side}"]) for side in "ab"):
             if self._columns is not None:

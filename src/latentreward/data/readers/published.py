@@ -141,7 +141,6 @@ class PickAPicReader(RowReader):
             raise
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return both images of a row with their bytes, or their names alone."""
         if self.holds == "images":
             return super().find_images(row)
         return [ImageRef(row["image_a"] or ""), ImageRef(row["image_b"] or "")]
@@ -238,7 +237,6 @@ class GenAIBenchCMUReader(RowReader):
         self.fill(rows, name, empty, parser, tags=pa.list_(TEXT))
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return references to two images with their bytes from the table."""
         table, _ = self.images_in  # type: ignore[misc]
         return self.embedded_images(table.read(row["row"], [row["model_a"], row["model_b"]]))
 
@@ -525,7 +523,6 @@ class ImageRewardDBReader(RowReader):
         self.fill(self._groups(rows), name, f"split: {name} has no pairs left; check the files and parts", parser)
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return references to two images, with their bytes from a zip file or their paths in an unpacked folder."""
         places = [(row[name] or "").partition("/") for name in ("image_a", "image_b")]
         return [self._archives.image(part, file) if part else ImageRef("") for part, _, file in places]
 

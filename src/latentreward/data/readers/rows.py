@@ -181,12 +181,10 @@ class RowReader(PairReader):
         return self.make_pair(self.read_row(index))
 
     def labels(self) -> np.ndarray:
-        """Return ``label_a`` of every row after any exchange of images, ``(len,)`` float64, NaN for unlabelled rows."""
         labels = self.table.column("label").to_numpy()
         return np.where(self.exchanged, 1.0 - labels, labels)
 
     def labelled(self) -> np.ndarray:
-        """Return whether each row has a label, ``(len,)`` bool."""
         return self.table.column("label").is_valid().to_numpy()
 
     def prompts(self) -> list[str]:
@@ -217,15 +215,12 @@ class RowReader(PairReader):
         return named
 
     def pair_ids(self) -> list[str]:
-        """Return the ``pair_id`` of every row."""
         return self.table.column("pair_id").to_pylist()
 
     def groups(self) -> list[str]:
-        """Return the group of every row: that of the table, else the normalised prompt."""
         return self.table.column("group").to_pylist() if "group" in self.table.column_names else super().groups()
 
     def facts(self) -> dict[str, list[Any]]:
-        """Return the columns of ``FACTS`` that the table has, after any exchange of images."""
         others = {f"{name}_{side}": f"{name}_{other}" for name in SIDED for side, other in ("ab", "ba")}
         columns = {name: self.table[name].combine_chunks() for name in FACTS if name in self.table.column_names}
         turned = pa.array(self.exchanged)

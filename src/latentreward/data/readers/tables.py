@@ -124,7 +124,6 @@ class _DatasetTable(SplitTable):
         return cast_columns(table, columns, self._place, hint).combine_chunks()
 
     def row_names(self) -> pa.Array:
-        """Return ``SPLIT:ROW`` of every row."""
         return number_rows(self._split, len(self._rows))
 
     def open_images(self, columns: Sequence[str], memory_map: bool = False) -> None:
@@ -155,7 +154,6 @@ class _ParquetTable(SplitTable):
         return table
 
     def row_names(self) -> pa.Array:
-        """Return ``FILE:ROW`` of every row."""
         rows = np.diff([*self._starts, self._rows]).tolist()
         return pa.concat_arrays([number_rows(part.name, count) for part, count in zip(self.parts, rows, strict=True)])
 

@@ -260,7 +260,6 @@ class PickAPicTarReader(RowReader):
         self.report(f"{root} {split}", empty)
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return references to the images of a sample, with their bytes."""
         with self._tars[row["tar"]].open("rb", buffering=0) as tar:
             contents = [read_extent(tar, row[name]) for name in IMAGES]
         return [ImageRef(content_key(data), data) for data in contents]
