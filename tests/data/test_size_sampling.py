@@ -10,7 +10,7 @@ import pytest
 from latentreward.core.errors import InputError
 from latentreward.data import PairBatchSampler
 from latentreward.data.loading import ResumableLoader
-from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing
+from latentreward.data.sampling import BucketBatchSampler, EvaluationBatches, Sizing
 
 MIX = [(8, 8)] * 41 + [(8, 16)] * 17 + [(16, 8)] * 3 + [(16, 16)] * 1
 

@@ -25,7 +25,7 @@ from latentreward.data import (
     ScoreTable,
     ScoreTargets,
 )
-from latentreward.data.collate import is_turned
+from latentreward.data.dataset import is_turned
 from latentreward.data.targets import check_targets
 from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
 from latentreward.reward import LabelLoss, PreferenceLoss, RankingDistillation, TieLoss

@@ -16,7 +16,7 @@ from latentreward.core.errors import InputError
 from latentreward.data import ImageError, decode_image
 from latentreward.data.images import TOO_LARGE, UNKNOWN, png
 from latentreward.data.readers import parquet_store, tars
-from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, read_index
+from latentreward.data.readers.tables import ParquetPart, RowGroupColumns, read_index
 from latentreward.data.readers.tars import ImageArchives
 from latentreward.reward.scoring.files import read_tensors
 

@@ -1,8 +1,6 @@
 from .alignment.prompts import PromptDataModule, PromptsAndImages
-from .collate import collate_pairs
-from .cut import CutReader
 from .datamodules import PreferenceDataModule
-from .dataset import LoadedPair, PairDataset, SkippedPair
+from .dataset import LoadedPair, PairDataset, SkippedPair, collate_pairs
 from .images import ImageError, PixelLoader, decode_image
 from .mpcf import MPCF, FilteredReader, select_consistent
 from .readers.base import OnError, PairReader, count_text
@@ -23,7 +21,7 @@ from .readers.published import (
 from .readers.tars import PickAPicTarReader
 from .sampling import PairBatchSampler, PairSampler
 from .score_table import PairGaps, ScoreTable
-from .splits import normalise_prompt, select_rows
+from .splits import CutReader, normalise_prompt, select_rows
 from .streaming import PairStream, StreamedPreferenceDataModule
 from .targets import ScoreTargets
 

@@ -17,13 +17,18 @@ from latentreward.core.contracts import taken_of_edits
 from latentreward.core.errors import InputError, check_at_least_one, check_multiples
 from latentreward.core.running import run_seed
 from latentreward.data.clips import FPS, ClipLoader, check_clips, check_frames, require_pyav
-from latentreward.data.collate import collate_pairs
-from latentreward.data.dataset import PairDataset
+from latentreward.data.dataset import PairDataset, collate_pairs
 from latentreward.data.images import MAX_PIXELS, PixelLoader, ResizePolicy
 from latentreward.data.loading import ResumableBatchSampler, ResumableLoader, WorkerLoader, ignore_signals, shares_of
 from latentreward.data.readers.base import OnError, PairReader, count_text
-from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
-from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing
+from latentreward.data.sampling import (
+    BucketBatchSampler,
+    EvaluationBatches,
+    PairBatchSampler,
+    PairSampler,
+    Sizing,
+    even_batch_size,
+)
 from latentreward.data.splits import SharedPrompts, select_rows, split_by_prompt
 from latentreward.data.targets import ScoreTargets, check_targets, label_remedy
 

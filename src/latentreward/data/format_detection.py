@@ -20,7 +20,6 @@ from latentreward.data.readers.edits import EditPairReader, find_layout
 from latentreward.data.readers.folders import CAPTIONS_FILE, SIDES, FolderPairReader
 from latentreward.data.readers.img2dataset import STATS, Img2DatasetReader
 from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST
-from latentreward.data.readers.parquet_store import ParquetPart, nested_pattern, open_part
 from latentreward.data.readers.published import (
     OLDER_FILE,
     GenAIBenchCMUReader,
@@ -31,7 +30,15 @@ from latentreward.data.readers.published import (
     ImageRewardReader,
     PickAPicReader,
 )
-from latentreward.data.readers.tables import LISTS, SAVED, SAVED_SPLITS, saved_splits
+from latentreward.data.readers.tables import (
+    LISTS,
+    SAVED,
+    SAVED_SPLITS,
+    ParquetPart,
+    nested_pattern,
+    open_part,
+    saved_splits,
+)
 from latentreward.data.readers.tars import PickAPicTarReader
 
 Splits = dict[str, Callable[..., PairReader]]

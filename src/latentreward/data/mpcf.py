@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from latentreward.core.errors import InputError, did_you_mean
-from latentreward.data.cut import ChosenRows
 from latentreward.data.readers.base import OnError, PairReader, count_text
 from latentreward.data.score_table import PairGaps, ScoreTable
+from latentreward.data.splits import ChosenRows
 
 Strategy = Literal[1, 2, 3]
 Comparison = Literal["code", "paper"]

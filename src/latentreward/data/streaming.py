@@ -16,23 +16,23 @@ from latentreward.core.contracts import ImageRef, PreferencePair, sources_of, so
 from latentreward.core.errors import InputError, check_at_least_one, first_line
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.hub import is_hub_id
-from latentreward.data.collate import collate_pairs
 from latentreward.data.datamodules import PreferenceDataModule
-from latentreward.data.dataset import LoadedPair, PairDataset, SkippedPair
+from latentreward.data.dataset import LoadedPair, PairDataset, SkippedPair, collate_pairs
 from latentreward.data.images import COUNT, PixelLoader
 from latentreward.data.loading import CountedBatches, ResumableLoader, check_same_order, shares_of
 from latentreward.data.readers.base import OnError, count_text, normalise_prompt
 from latentreward.data.readers.dataset_pairs import KEYS, SOURCE_KEYS, choose_columns
 from latentreward.data.readers.json_rows import SOURCES, edit_problem, edit_remark, find_edit_source, short
 from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST, PairRowParser, WholeNumbersError
-from latentreward.data.readers.parquet_store import ParquetPart, plain_features
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     DAMAGE,
+    ParquetPart,
     Source,
     class_names,
     find_all_parts,
     name_class,
+    plain_features,
     set_folder,
     source_name,
 )

@@ -22,7 +22,6 @@ from latentreward.data.readers.pair_rows import (
     PairRowParser,
     Row,
 )
-from latentreward.data.readers.parquet_store import plain_type
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     Source,
@@ -33,6 +32,7 @@ from latentreward.data.readers.tables import (
     holds_images,
     name_class,
     open_table,
+    plain_type,
     read_list,
     source_name,
     warn_row_groups,

@@ -17,8 +17,8 @@ from latentreward.data.image_sizes import PUBLISHED_BUCKETS, Bucket, sort_bucket
 from latentreward.data.readers.base import MAX_VOTES, Contents
 from latentreward.data.readers.json_rows import parse_number
 from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row
-from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, damage_named, open_part
 from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.tables import ParquetPart, RowGroupColumns, damage_named, open_part
 
 LATENTS = ("latent1", "latent2")
 SHAPES = ("latent1_shape", "latent2_shape")

@@ -17,9 +17,8 @@ from latentreward.core.storage.user_files import find_files
 from latentreward.data.readers.folders import read_caption
 from latentreward.data.readers.json_rows import parse_json, parse_number, parse_text, short
 from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row, batches, pack, ranked_pairs
-from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, open_part, read_index
 from latentreward.data.readers.rows import RowReader
-from latentreward.data.readers.tables import holds_images
+from latentreward.data.readers.tables import ParquetPart, RowGroupColumns, holds_images, open_part, read_parquet
 from latentreward.data.readers.tars import read_extent, whole_samples
 
 ENCODED = ("jpg", "png", "webp")
@@ -167,7 +166,7 @@ class Img2DatasetReader(RowReader):
         self._keys |= {*names}
         wanted = dict.fromkeys(("key", TEXT, CAPTION, STATUS, self._group, self._rating or ""))
         columns: dict[str, pa.DataType | None] = {name: None for name in wanted if name in names}
-        index, _ = read_index([part], {**columns, "key": pa.string()}, HINT)
+        index, _ = read_parquet([part], {**columns, "key": pa.string()}, HINT)
         for row, facts in enumerate(index.to_pylist()):
             if (status := facts.get(STATUS)) not in (SUCCESS, None):
                 self.skipped[f"not downloaded ({short(status)})"] += 1

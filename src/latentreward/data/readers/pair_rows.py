@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import combinations, islice
 from typing import Any
 
@@ -76,6 +77,16 @@ class BadRow(ValueError):
     def __init__(self, problem: str, reason: str, pairs: Sequence[Pair] = ({},)) -> None:
         super().__init__(problem)
         self.problem, self.reason, self.pairs = problem, reason, pairs
+
+
+@contextmanager
+def keeping(pairs: Sequence[Pair]) -> Iterator[None]:
+    """Let ``on_error: placeholder`` keep ``pairs`` of a row that breaks a rule inside the block."""
+    try:
+        yield
+    except BadRow as error:
+        error.pairs = pairs
+        raise
 
 
 class PairRowParser:
@@ -193,7 +204,7 @@ class PairRowParser:
         pair: Pair = {field: parse_text(text) for field in TEXTS if (text := row.get(field)) is not None}
         pair |= {"winner_first": images is WINNER_FIRST, "label": 1.0, "confidence": self._confidence(name, row)}
         pair["image_a"], pair["image_b"] = map(parse_text, values)
-        try:
+        with keeping([pair]):
             if pair_id := parse_text(row.get("pair_id")):
                 if pair_id in self._seen:
                     raise BadRow(f"pair_id {short(pair_id)} occurred before", "pair_id occurs twice")
@@ -209,9 +220,6 @@ class PairRowParser:
             elif row.get("label") is not None:
                 self.reader.remark(name, "label not read (chosen and rejected say who won)")
             self._weigh(name, pair, row)
-        except BadRow as error:
-            error.pairs = [pair]
-            raise
         return [pair]
 
     def _confidence(self, name: str, row: Mapping[str, Any]) -> float | None:

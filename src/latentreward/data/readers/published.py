@@ -22,13 +22,15 @@ from latentreward.data.readers.pair_rows import (
     PairRowParser,
     Row,
     choice,
+    keeping,
     parse_ranks,
     ranked_pairs,
 )
-from latentreward.data.readers.parquet_store import ParquetPart, damage_named
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
+    ParquetPart,
     Source,
+    damage_named,
     fetch_files,
     open_table,
     read_list,
@@ -134,11 +136,8 @@ class PickAPicReader(RowReader):
             self.remark(name, "unlabelled (has_label is not true)")
             return [pair]
         names = ("label_0", "label_1")
-        try:
+        with keeping([pair]):
             return [{**pair, "label": choice(self, name, [row[one] for one in names], names)}]
-        except BadRow as error:
-            error.pairs = [pair]
-            raise
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         if self.holds == "images":
@@ -368,11 +367,8 @@ def ranked_files(
     for path in paths:
         reader.check_path(name, fields[0], path)
     images = [*map(parse_text, paths)]
-    try:
+    with keeping(ranked_pairs(name, images, [None] * len(images), **shared)):
         return images, parse_ranks(reader, name, fields[1], row.get(fields[1]), len(paths))
-    except BadRow as error:
-        error.pairs = ranked_pairs(name, images, [None] * len(images), **shared)
-        raise
 
 
 class HPDv2Reader(RowReader):
@@ -574,11 +570,8 @@ class ImageRewardDBReader(RowReader):
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
         images, shared = row["images"], {"group": name, "group_id": name}
-        try:
+        with keeping(ranked_pairs(name, images, [None] * len(images), **shared)):
             ranks = parse_ranks(self, name, "rank", row["ranks"], len(images))
-        except BadRow as error:
-            error.pairs = ranked_pairs(name, images, [None] * len(images), **shared)
-            raise
         return ranked_pairs(name, images, ranks, **shared)
 
 

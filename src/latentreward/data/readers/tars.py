@@ -21,9 +21,9 @@ from latentreward.core.storage.user_files import find_files, is_ignored, whole_f
 from latentreward.data.images import TOO_LARGE, ImageError, file_image
 from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.json_rows import encodable
-from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row, choice
-from latentreward.data.readers.parquet_store import fetch_split
+from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row, choice, keeping
 from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.tables import fetch_split
 
 ABSENT = (-1, 0)
 MAX_TEXT = 1 << 20
@@ -279,11 +279,8 @@ class PickAPicTarReader(RowReader):
         pair = {"tar": row["tar"], **images}
         if PROMPT in sample.unreadable:
             raise BadRow(sample.unreadable[PROMPT], "prompt not readable", [pair])
-        try:
+        with keeping([pair]):
             return [{**pair, "label": choice(self, name, [_number(sample.texts.get(one)) for one in LABELS], LABELS)}]
-        except BadRow as error:
-            error.pairs = [pair]
-            raise
 
     def _identical(self, tar: Path, first: Extent, second: Extent) -> bool:
         if first[1] != second[1] or ABSENT in (first, second):
