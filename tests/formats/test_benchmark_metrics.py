@@ -185,7 +185,8 @@ def test_every_published_row_of_pickapic_counts_by_pickscore(tmp_path: Path) -> 
     """All rows with both images, unlabelled ones as the second image's, as PickScore's code has it."""
     changes = [{}, {"label_0": 1.0, "label_1": 1.0}, {"has_label": False, "label_0": None}, {"jpg_0": b""}]
     table = pa.Table.from_pylist([pickapic_row(n, **change) for n, change in enumerate(changes)], SCHEMA)
-    pq.write_table(table, tmp_path / "train.parquet")
+    for split in ("train", "validation_unique"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
     benchmark = PickAPicBenchmark(str(tmp_path), "train")
     scored = scores(benchmark)
     found = results(benchmark, scored)
