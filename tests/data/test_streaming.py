@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 
 from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError
@@ -167,28 +167,6 @@ def test_another_order_is_refused(write, change, message) -> None:
         module(source, **change).train_dataloader().load_state_dict(state)
     with pytest.raises(InputError, match=r"trainer\.devices: the run has 1 ranks, but had 8; a stream goes on"):
         module(source).train_dataloader().load_state_dict({**state, "world_size": 8})
-
-
-def test_a_label_of_a_class_counts_by_its_name(write, tmp_path) -> None:
-    table = Dataset.from_parquet(f"{write()}/*.parquet", cache_dir=str(tmp_path / "cache"))
-    table = table.rename_columns({"chosen": "image_a", "rejected": "image_b"})
-    classes = table.add_column("label", [0, 1, 2, -1] * 6).cast_column("label", ClassLabel(names=["a", "b", "tie"]))
-    stream = PairStream(classes.to_iterable_dataset(), shuffle_buffer=1)
-    assert [pair.label_a for pair in stream.pairs(0, 1, 0, print)] == [1.0, 0.0, 0.5] * 6
-    whole = table.add_column("label", [0, 1] * 12).to_iterable_dataset()
-    with pytest.raises(InputError, match="label holds whole numbers"):
-        PairStream(whole)
-    stream = PairStream(whole, shuffle_buffer=1, labels={0: "a", 1: "b"})
-    assert [pair.label_a for pair in stream.pairs(0, 1, 0, print)] == [1.0, 0.0] * 12
-
-
-def test_parts_that_are_missing_follow_on_error(write, caplog) -> None:
-    source = write()
-    next(Path(source).glob("train-00002*")).unlink()
-    with pytest.raises(InputError, match=r"train lacks 1 of its parquet parts \(00002-of-00006\); download them"):
-        PairStream(source)
-    assert len(names(PairStream(Path(source), on_error="skip"))) == 20
-    assert caplog.messages == [f"{source} train: 1 parquet part missing"]
 
 
 @pytest.mark.slow

@@ -61,15 +61,6 @@ def test_unlike_captions_of_a_name_follow_on_error_and_a_name_without_picture_is
     assert "captions.jsonl: no picture for 1 names, such as '3.jpg'" in caplog.text
 
 
-def test_sides_are_randomised_by_name(write) -> None:
-    names = [f"{side}/{n}.jpg" for n in range(20) for side in ("chosen", "rejected")]
-    root = write(*names, **{f"captions__{n}.txt": f"prompt {n}" for n in range(20)})
-    plain, mixed = FolderPairReader(root, randomise_sides=False), FolderPairReader(root)
-    assert 3 < mixed.labels().sum() < 17
-    for n in range(20):
-        assert mixed[n] == (plain[n] if mixed.labels()[n] else plain[n].swapped())
-
-
 @pytest.mark.parametrize(
     ("extra", "name", "reason"),
     [
@@ -171,12 +162,6 @@ NOT_READ = "left out: this kind of picture is not read; convert them to JPEG or 
             "",
         ),
         (["chosen/4.jpg", "rejected/4.jpg"], {"on_error": "skip"}, r"no pairs in .*; 1 no caption left out; 4: no", ""),
-        (
-            ["chosen/4.heic", "rejected/4.jpg"],
-            {},
-            f"^4: no image of this name in chosen/; chosen/: 1 .heic file is {NOT_READ}",
-            "",
-        ),
         (
             [*PAIRS[:2], "chosen/a/4.dng", "chosen/5.dng", "chosen/5.tiff", "chosen/.git/6.heic"],
             {},

@@ -78,14 +78,6 @@ def test_a_split_of_ones_own_names_its_images(write) -> None:
     assert pair.image_a.path == Path(root, "train/a.jpg")
 
 
-def test_nothing_to_read_is_one_clear_line(write) -> None:
-    root = write([])
-    with pytest.raises(InputError, match="no pairs left"):
-        HPDv2Reader(root, "train")
-    with pytest.raises(InputError, match=r"no file .*absent\.json"):
-        HPDv2Reader(root, "absent")
-
-
 def test_hub_id_downloads_and_unpacks(write, tmp_path, monkeypatch) -> None:
     root = Path(write([PAIR]))
     with tarfile.open(root / "train.tar.gz", "w:gz") as archive:

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError
 from latentreward.data import HPDv3Reader, PairDataset, PixelLoader
 from latentreward.data.format_detection import recognise
@@ -25,16 +24,13 @@ def test_row_becomes_a_record(write_hpdv3, hpdv3_rows) -> None:
         ({"choice_dist": ..., "confidence": ..., "model1": ..., "model2": ...}, None, None, []),
         ({"choice_dist": "[8, 1]", "confidence": "0.98"}, (8, 1), 0.98, []),
         ({"choice_dist": "null", "confidence": "null"}, None, None, []),
-        ({"choice_dist": [3, 9]}, (3, 9), 0.97, []),
         ({"choice_dist": [0, 0]}, (0, 0), 0.97, []),
         ({"choice_dist": [5, 5.0]}, (5, 5), 0.97, []),
         ({"choice_dist": [7]}, None, 0.97, ["votes not readable"]),
-        ({"choice_dist": [-1, 2]}, None, 0.97, ["votes not readable"]),
         ({"choice_dist": "__import__('os')"}, None, 0.97, ["votes not readable"]),
         ({"choice_dist": {"a": 1}}, None, 0.97, ["votes not readable"]),
         ({"confidence": "high"}, (9, 3), None, ["confidence not readable"]),
         ({"confidence": float("nan")}, (9, 3), None, ["confidence not readable"]),
-        ({"confidence": True}, (9, 3), None, ["confidence not readable"]),
     ],
 )
 def test_votes_and_confidence(write_hpdv3, hpdv3_rows, changes, votes, confidence, remarks) -> None:
@@ -104,24 +100,6 @@ def test_hpdv3_plus_is_read_by_the_subfolder_of_its_file(hpdv3_rows, write_hpdv3
     assert (readers["stage1_labeled"][0].votes, readers["stage1_labeled"][0].confidence) == ((8, 1), 0.98)
 
 
-def test_nothing_to_read_is_one_clear_line(write_hpdv3, hpdv3_rows, tmp_path) -> None:
-    root = write_hpdv3([hpdv3_rows(0)])
-    with pytest.raises(InputError, match=r"split: no file .*test\.json; correct"):
-        HPDv3Reader(root, "test")
-    for content, message in [
-        ("{}", "holds {}; give"),
-        ("[1,", "not JSON"),
-        ("[" * 200_000, "not JSON"),
-        ("[]", "no rows left"),
-    ]:
-        Path(root, "odd.json").write_text(content)
-        with pytest.raises(InputError, match=message) as error:
-            HPDv3Reader(root, "odd")
-        assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"no rows left; 1 .* left out; check the file and min_confidence"):
-        HPDv3Reader(root, "train", min_confidence=0.99)
-
-
 @pytest.mark.parametrize("label", ["hard", "votes"])
 def test_labels_and_facts_need_no_rows(write_hpdv3, hpdv3_rows, monkeypatch, label) -> None:
     votes = [[9, 3], [0, 0], None, [1, 4]]
@@ -131,12 +109,3 @@ def test_labels_and_facts_need_no_rows(write_hpdv3, hpdv3_rows, monkeypatch, lab
     monkeypatch.setattr(HPDv3Reader, "read_row", None)
     assert reader.labels().tolist() == [pair.label_a for pair in pairs]
     assert reader.facts()["votes_a"] == [pair.votes and pair.votes[0] for pair in pairs]
-
-
-def test_an_edit_is_refused_by_the_field_of_its_picture(write_hpdv3, hpdv3_rows) -> None:
-    root = write_hpdv3([hpdv3_rows(0, path_src="images/0-good.jpg")])
-    with pytest.raises(InputError, match=r"train\.json:0: 'path_src' is a picture to edit, and source_images is read"):
-        HPDv3Reader(root, "train")
-    assert HPDv3Reader(root, "train", sources="ignore").prompts() == ["prompt 0"]
-    renamed = HPDv3Reader(write_hpdv3([hpdv3_rows(0, source_images=["images/0-good.jpg"])]), "train")
-    assert [source.image_key for source in sources_of(renamed[0].prompt)] == ["images/0-good.jpg"]

@@ -69,17 +69,6 @@ def test_item_gives_all_pairs(write_items, folder) -> None:
     PairDataset(reader, PixelLoader(8, 8))[0]
 
 
-def test_sides_are_randomised_by_name_and_seed(write_items) -> None:
-    root = write_items([{**ITEM, "ranking": [1, 2, 3]}] * 60)
-    plain, reader = ImageRewardReader(root, randomise_sides=False), ImageRewardReader(root)
-    assert set(plain.labels()) == {1}
-    assert 60 < reader.labels().sum() < 120
-    for n in range(len(reader)):
-        assert reader[n] in (plain[n], plain[n].swapped())
-        assert reader[n].label_a == reader.labels()[n]
-    assert ImageRewardReader(root, seed=1).labels().tolist() != reader.labels().tolist()
-
-
 @pytest.mark.parametrize("metadata", [True, False])
 def test_rows_of_a_prompt_give_all_pairs(write_db, metadata) -> None:
     rows = [db_row(7, rank) for rank in (1, 3)] + [db_row(2, 1, part=2), db_row(2, 2, part=2), db_row(7, 2)]

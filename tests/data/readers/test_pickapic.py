@@ -1,8 +1,6 @@
 import pickle
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from latentreward.core.errors import InputError
@@ -77,50 +75,9 @@ def test_odd_values_are_survived(write_pickapic, pickapic_rows) -> None:
     assert reader[3].pair_id != reader[4].pair_id
 
 
-@pytest.mark.parametrize("column", ["caption", "label_0", "image_1_uid", "jpg_1", "num_example_per_prompt"])
-def test_missing_column_is_named(write_pickapic, pickapic_rows, column) -> None:
-    with pytest.raises(InputError, match=f"no column {column};"):
-        PickAPicReader(write_pickapic([pickapic_rows(0)], drop=[column]), "train")
-
-
-@pytest.mark.parametrize("values", [[2], [-1], [float("nan")], ["N/A"]])
-def test_what_is_no_truth_value_is_not_true(write_pickapic, pickapic_rows, values) -> None:
-    path = Path(write_pickapic([pickapic_rows(0)])) / "data" / NAME
-    table = pq.read_table(path)
-    place = table.column_names.index("has_label")
-    pq.write_table(table.set_column(place, "has_label", pa.array([1])), path)
-    assert PickAPicReader(str(path.parent), "train").labelled().all()
-    pq.write_table(table.set_column(place, "has_label", pa.array(values)), path)
-    with pytest.raises(InputError, match=r"column has_label is .*, not bool"):
-        PickAPicReader(str(path.parent), "train")
-
-
-def test_wrong_column_types_are_named(write_pickapic, pickapic_rows) -> None:
-    path = Path(write_pickapic([pickapic_rows(0)])) / "data" / NAME
-    table = pq.read_table(path)
-    labels = table.set_column(table.column_names.index("label_0"), "label_0", pa.array(["left"]))
-    pq.write_table(labels, path)
-    with pytest.raises(InputError, match="column label_0 is string, not double"):
-        PickAPicReader(str(path.parent), "train")
-    images = table.set_column(table.column_names.index("jpg_0"), "jpg_0", pa.array([7]))
-    pq.write_table(images, path)
-    with pytest.raises(InputError, match="column jpg_0 is int64, not images"):
-        PickAPicReader(str(path.parent), "train")
-
-
-def test_nothing_to_read_is_one_clear_line(write_pickapic, pickapic_rows, tmp_path, monkeypatch) -> None:
-    source = write_pickapic([pickapic_rows(0)])
+def test_nothing_to_read_is_one_clear_line(write_pickapic, pickapic_rows, monkeypatch) -> None:
     with pytest.raises(InputError, match=r"split: no test-\*\.parquet"):
-        PickAPicReader(source, "test")
-    with pytest.raises(InputError, match="source: no folder '/nowhere/at/all'"):
-        PickAPicReader("/nowhere/at/all", "train")
-    with pytest.raises(InputError, match="has no rows left"):
-        PickAPicReader(write_pickapic([], split="validation"), "validation")
-    with pytest.raises(InputError, match="has no rows left"):
-        PickAPicReader(write_pickapic([pickapic_rows(0, are_different=False)]), "train", drop_identical=True)
-    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"not parquet at all")
-    with pytest.raises(InputError, match="not a whole parquet file"):
-        PickAPicReader(str(tmp_path), "train")
+        PickAPicReader(write_pickapic([pickapic_rows(0)]), "test")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="source: no folder 'no/such-set', and the hub does not give it") as error:
