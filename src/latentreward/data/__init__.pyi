@@ -19,7 +19,7 @@ from .readers.published import (
     PickAPicReader,
 )
 from .readers.tars import PickAPicTarReader
-from .sampling import PairBatchSampler, PairSampler
+from .sampling import PairBatchSampler
 from .score_table import PairGaps, ScoreTable
 from .splits import CutReader, normalise_prompt, select_rows
 from .streaming import PairStream, StreamedPreferenceDataModule
@@ -48,7 +48,6 @@ __all__ = [
     "PairDataset",
     "PairGaps",
     "PairReader",
-    "PairSampler",
     "PairStream",
     "PickAPicReader",
     "PickAPicTarReader",

@@ -85,11 +85,7 @@ class ClipLoader(PixelLoader):
         check_clips("", self.frames, self.fps)
 
     def __call__(self, image: ImageRef) -> Tensor:
-        """Decode a clip to pixels ``(3, F, height, width)``, float32 in [-1, 1].
-
-        Raises:
-            ImageError: If the clip cannot be read, or is too short.
-        """
+        """Decode a clip to pixels ``(3, F, height, width)``, float32 in [-1, 1]; may raise ImageError."""
         return self.load(image).pixels
 
     def load(self, image: ImageRef) -> Clip:
@@ -152,12 +148,7 @@ class ClipLoader(PixelLoader):
 
 
 def clip_size(image: ImageRef) -> tuple[int, int]:
-    """Read height and width of a clip from its header; the rest of the file may still be damaged.
-
-    Raises:
-        ImageError: As :class:`ClipLoader`, except for damage behind the header.
-        InputError: If PyAV is missing.
-    """
+    """Read height and width of a clip from its header; the rest of the file may still be damaged."""
     with _opened(image, MAX_PIXELS) as source:
         check_pixels(image, source.size[::-1], MAX_PIXELS)
         return source.size

@@ -25,9 +25,7 @@ from latentreward.data.sampling import (
     BucketBatchSampler,
     EvaluationBatches,
     PairBatchSampler,
-    PairSampler,
     Sizing,
-    even_batch_size,
 )
 from latentreward.data.splits import SharedPrompts, select_rows, split_by_prompt
 from latentreward.data.targets import ScoreTargets, check_targets, label_remedy
@@ -237,18 +235,11 @@ class PreferenceDataModule(PairLoaders):
         dataset, shares = self._dataset("train"), shares_of(self.trainer)
         order = {"shuffle": self.shuffle, "seed": self.seed}
         sampler: ResumableBatchSampler = PairBatchSampler(len(dataset), self.batch_size, **shares, **order)
-        if (sizes := self._unlike(dataset)) is not None:
+        # Which sampler it is does not depend on the batch size, which may change where a run goes on.
+        if len(np.unique(sizes := _sizes(dataset), axis=0)) > 1:
             sizing = Sizing(self.batch_size, world_size=shares["num_replicas"], **order)
             sampler = BucketBatchSampler(sizes, sizing, shares["rank"])
         return ResumableLoader(dataset, sampler, collate_fn=collate_pairs, **self._worker_settings())
-
-    def _unlike(self, dataset: PairDataset) -> np.ndarray | None:
-        """Return the size of each pair, ``(N, 3)``, if pairs edit unlike numbers of pictures; a batch holds one.
-
-        It does not depend on the batch size, which may change where a run goes on.
-        """
-        numbers = dataset.source_numbers()
-        return np.column_stack([np.ones((len(numbers), 2), int), numbers]) if len(np.unique(numbers)) > 1 else None
 
     def teardown(self, stage: str) -> None:
         """Log, for each split, the numbers of pairs with unreadable images by reason, and of frames not used."""
@@ -261,13 +252,13 @@ class PreferenceDataModule(PairLoaders):
 
     def evaluation_loading(self, dataset: PairDataset) -> dict[str, Any]:
         shares = shares_of(self.trainer)
+        sizing = Sizing(self.batch_size, world_size=shares["num_replicas"])
+        batches = EvaluationBatches(_sizes(dataset), sizing, shares["rank"])
         collate = partial(collate_pairs, blanks=dataset is not self.datasets.get("predict"))
-        if (sizes := self._unlike(dataset)) is not None:
-            sizing = Sizing(self.batch_size, world_size=shares["num_replicas"])
-            batches = EvaluationBatches(sizes, sizing, shares["rank"])
-            return {"batch_size": None, "sampler": batches, "collate_fn": collate}
-        return {
-            "batch_size": even_batch_size(len(dataset), shares["num_replicas"], self.batch_size),
-            "sampler": PairSampler(len(dataset), **shares),
-            "collate_fn": collate,
-        }
+        return {"batch_size": None, "sampler": batches, "collate_fn": collate}
+
+
+def _sizes(dataset: PairDataset) -> np.ndarray:
+    """Return the size of each pair, ``(N, 3)``, images of one size: a batch edits one number of pictures."""
+    numbers = dataset.source_numbers()
+    return np.column_stack([np.ones((len(numbers), 2), int), numbers])

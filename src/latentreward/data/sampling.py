@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, combinations, count
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -12,29 +12,6 @@ from torch.utils.data import DistributedSampler
 from latentreward.core.errors import InputError
 from latentreward.core.running import pair_generator
 from latentreward.data.loading import ResumableBatchSampler, check_same_order
-
-
-class PairSampler(DistributedSampler[int]):
-    """Sampler of one rank's rows for evaluation: every ``num_replicas``-th row, starting with row ``rank``.
-
-    No row is repeated. Lightning's own distributed sampler repeats rows until all ranks have equally many, and metrics
-    would count the repeated rows twice. Lightning does not replace a ``DistributedSampler``, hence the base class.
-
-    Args:
-        rows: Number of pairs.
-        num_replicas: World size.
-        rank: Number of this rank.
-    """
-
-    def __init__(self, rows: int, *, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(range(rows), num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
-        self.share = range(rank, rows, num_replicas)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.share)
-
-    def __len__(self) -> int:
-        return len(self.share)
 
 
 class PairBatchSampler(ResumableBatchSampler):
@@ -102,20 +79,6 @@ class PairBatchSampler(ResumableBatchSampler):
 
     def _batches(self, rows: int) -> int:
         return -(-(rows // self.num_replicas) // self.batch_size)
-
-
-def even_batch_size(rows: int, num_replicas: int, batch_size: int) -> int:
-    """Return a batch size near ``batch_size`` that gives all ranks equally many evaluation batches.
-
-    Numbers of pairs per rank differ by at most one. The extra pair makes an extra batch only if the other ranks' pairs
-    fill their batches exactly. A rank with an extra batch would wait forever in that batch's first collective call.
-    Sizes below ``batch_size`` are tried first. ``rows`` counts the pairs of all ranks.
-    """
-    share, extra = divmod(rows, num_replicas)
-    if not extra or share % batch_size:
-        return batch_size
-    smaller_first = chain(range(batch_size - 1, 1, -1), count(batch_size + 1))
-    return next(size for size in smaller_first if share % size)
 
 
 SmallBuckets = Literal["fill", "short", "drop"]
@@ -267,8 +230,10 @@ class EvaluationBatches(DistributedSampler[list[int]]):
     """Sampler of a rank's evaluation batches, each with pairs of one image size.
 
     It is the ``sampler`` of a ``DataLoader`` with ``batch_size=None``. Over all ranks, every pair is used once, and
-    every rank gets the same number of batches. If the number of batches is not a multiple of the world size, the
-    largest batches are cut in two. If there are too few pairs to cut, small batches of one size are joined instead.
+    every rank gets the same number of batches: one with more would wait forever in its last one's first collective
+    call. If the number of batches is not a multiple of the world size, the largest are cut in two. If there are too few
+    pairs to cut, small batches of one size are joined instead. Lightning's own distributed sampler repeats pairs, which
+    metrics would count twice; it does not replace a ``DistributedSampler``, hence the base class.
 
     Args:
         sizes: ``(N, 2)`` latent height and width of each pair, or ``(N, 3)`` with its number of sources too.

@@ -63,13 +63,10 @@ def files_between(rows: Any, start: int, stop: int) -> list[Any]:
 class PairStream(RowReader):
     """Source of pairs for :class:`StreamedPreferenceDataModule`, read in their order and never by number.
 
-    The columns are those of :class:`~latentreward.data.DatasetPairReader`, but images must be
-    bytes. A pair without ``pair_id`` is named by a hash of its prompt and images. Only the first row is read by the
-    constructor; later rows are checked when they are read. Unlabelled rows are left out, and ``on_error: placeholder``
-    is as ``skip``, since no row has a number to keep. No code of a data set is run.
-
-    A stream has no number of rows. ``inspect``, ``cache``, ``score-pairs``, ``export-pairs``, ``benchmark`` and the
-    splits ``val``, ``test`` and ``predict`` therefore take readers only.
+    The columns are those of :class:`~latentreward.data.DatasetPairReader`, but images must be bytes. A pair without
+    ``pair_id`` is named by a hash of its prompt and images. Only the first row is read by the constructor; later rows
+    are checked when they are read. Unlabelled rows are left out, and ``on_error: placeholder`` is as ``skip``, since no
+    row has a number to keep. No code of a data set is run. What needs the number of rows takes readers only.
 
     Args:
         source: Id of a hub data set, in any format that ``datasets`` streams; folder or file of parquet files, as for
@@ -382,12 +379,10 @@ class StreamedPreferenceDataModule(PreferenceDataModule):
     """Pairs to train on from a stream, and readers for the other splits, as :class:`PreferenceDataModule`.
 
     Nothing is copied to this machine. In return the order is random only within ``shuffle_buffer`` rows and the order
-    of the files; an epoch is a number of batches, and goes on where the last one ended; the stream is divided among
-    the ranks and their loader processes by files; all of them read the files left over, fewer than there are processes,
-    and each takes its share of their rows. Files of unlike lengths end a process's pass before others'. A run that goes
-    on reads the stream again from its start up to its place, without decoding images; the same pairs then follow.
-
-    Rows whose prompt is in ``val`` or ``test`` are left out, unless ``shared_prompts`` is ``"keep"``.
+    of the files; an epoch is a number of batches, and goes on where the last one ended. Files of unlike lengths end a
+    process's pass before others'. A run that goes on reads the stream again from its start up to its place, without
+    decoding images; the same pairs then follow. Rows whose prompt is in ``val`` or ``test`` are left out, unless
+    ``shared_prompts`` is ``"keep"``.
 
     Args:
         size: Side in pixels, or (height, width), of the images that the network takes.

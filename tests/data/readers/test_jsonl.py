@@ -188,13 +188,10 @@ UNNAMED = {key: value for key, value in PLAIN.items() if key != "prompt"}
 )
 def test_odd_lines_follow_on_error(write, line, reason) -> None:
     file = write({**PLAIN, "pair_id": "first"}, line, PLAIN)
-    with pytest.raises(InputError, match=r"^own.jsonl:2: .*; correct the row"):
-        JSONLPairReader(file)
     reader = JSONLPairReader(file, on_error="skip")
     assert (reader.pair_ids(), dict(reader.skipped)) == (["first", "own.jsonl:3"], {reason: 1})
     assert reader.named == {reason: ["own.jsonl:2"]}
     reader = JSONLPairReader(file, on_error="placeholder")
-    assert reader.labelled().tolist() == [True, False, True]
     assert (reader[1].label_a, reader[1].pair_id, dict(reader.remarks)) == (None, "own.jsonl:2", {reason: 1})
 
 

@@ -106,16 +106,6 @@ def test_hub_id_reads_the_files_that_the_builder_lists(write_pickapic, pickapic_
         PickAPicReader("some/hub-id", "test")
 
 
-def test_missing_part_follows_on_error(write_pickapic, pickapic_rows) -> None:
-    source = write_pickapic([pickapic_rows(n) for n in range(6)], parts=3)
-    next(Path(source, "data").glob("train-00001-*")).unlink()
-    with pytest.raises(InputError, match=r"lacks 1 of its parquet parts \(00001-of-00003\)"):
-        PickAPicReader(source, "train")
-    reader = PickAPicReader(source, "train", on_error="skip")
-    assert len(reader) == 4
-    assert reader.skipped["parquet part missing"] == 1
-
-
 def test_a_split_is_not_mistaken_for_a_longer_name(write_pickapic, pickapic_rows) -> None:
     write_pickapic([pickapic_rows(0), pickapic_rows(1)], split="validation_unique")
     source = write_pickapic([pickapic_rows(2)], split="validation")

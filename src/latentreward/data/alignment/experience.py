@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, distributed
@@ -30,6 +30,9 @@ from latentreward.core.errors import InputError
 from latentreward.core.promises import shown
 from latentreward.core.running import pair_generator
 from latentreward.data.loading import CountedBatches
+
+if TYPE_CHECKING:
+    from latentreward.data.alignment.prompts import PromptOrder
 
 
 class Learner(Protocol):
@@ -60,13 +63,6 @@ class Learner(Protocol):
         """Describe the last rollout in one line, for messages."""
 
 
-class Prompts(Protocol):
-    """Interface of an endless sequence of prompts."""
-
-    def __getitems__(self, places: Sequence[int]) -> PromptBatch:
-        """Return the prompts at the given indices of the sequence."""
-
-
 class ExperienceRows(Dataset[Any]):
     """Data set of the rows in store from rollouts, equal on all ranks and on the CPU."""
 
@@ -95,7 +91,7 @@ class ExperienceSampler(CountedBatches):
     The state holds the rows that are not used yet (tensors, beside plain values) and the number of prompts used.
 
     Args:
-        prompts: Sequence from which each rollout takes its prompts.
+        prompts: Endless sequence from which each rollout takes its prompts.
         learner: Module that rolls out the prompts.
         prompts_per_rollout: Prompts per rollout and rank.
         max_empty_rollouts: Raise InputError after this many rollouts in succession that kept no row.
@@ -106,7 +102,7 @@ class ExperienceSampler(CountedBatches):
 
     def __init__(
         self,
-        prompts: Prompts,
+        prompts: "PromptOrder",
         learner: Learner,
         *,
         prompts_per_rollout: int,

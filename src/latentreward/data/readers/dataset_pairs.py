@@ -70,11 +70,9 @@ class DatasetPairReader(RowReader):
     ``path`` as ``datasets`` writes them for its feature ``Image``. An image in bytes without a name is named by a hash.
     A label with the feature ``ClassLabel`` counts by the name of its class.
 
-    A row falls under ``on_error`` if it is not an object, if its prompt is not text or too long, if its label or weight
-    is out of range, if an image has more than a billion votes, if it has more than 16 pictures to edit or one in
-    another field, or if its ``pair_id`` occurred before. Unreadable ``votes`` and ``confidence`` are ignored.
-
-    The constructor reads all these columns but the images. No code of a data set is run.
+    A row is also bad if its label or weight is out of range, an image has more than a billion votes, its ``pair_id``
+    occurred before, or it has more than 16 pictures to edit or one in another field. Unreadable ``votes`` and
+    ``confidence`` are ignored. The constructor reads all these columns but the images. No code of a data set is run.
 
     Args:
         source: File ``.jsonl``, ``.json`` (a list), ``.csv``, ``.tsv`` or ``.parquet``, or a pattern of parquet files;

@@ -47,8 +47,8 @@ class DiffusionRMReader(RowReader):
     ``bucket_id`` is not used, because it depends on the writer's list of buckets. Rows are ordered as in the parquet
     files, with placeholders last, because reading in the order of the index could decode a row group for every row.
 
-    A row falls under ``on_error`` if its size is not a bucket or differs from the shape stated in the parquet file, if
-    it points to a missing file or row, or if its prompt is too long. Damaged latents are found when they are decoded.
+    A row is bad if its size is not a bucket or differs from the shape stated in the parquet file, or if it points to a
+    missing file or row. Damaged latents are found when they are decoded.
 
     Args:
         root: Folder with the parquet files and the index; or one parquet file, with ``index`` null.

@@ -125,14 +125,9 @@ LAYOUTS = {
 class EditPairReader(RowReader):
     """Reader of published sets of image edits, by the names of their fields.
 
-    The layouts are ``editreward_data`` (``train.json`` of EditReward-Data) and ``editreward_data_hub`` (its hub form),
-    ``editreward_bench`` and ``editreward_bench_json`` (TIGER-Lab/EditReward-Bench), ``editscore_bench``
-    (EditScore/EditReward-Bench), ``genai_bench_edits`` (GenAI-Bench, configuration ``image_edition``),
-    ``editreward_compass``, ``vcreward_bench`` and ``mmrb2``.
-
-    JSON and JSON lines name image files; tables hold the images. Where the file names the better result first, the
-    sides change at random; a row that it marks as a tie (``tie_case``) has label ½. A group of K ranked results gives
-    K (K − 1) / 2 pairs. A row without a known verdict falls under ``on_error``, one with a null verdict is unlabelled.
+    ``LAYOUTS`` lists the sets. JSON and JSON lines name image files; tables hold the images. Where the file names the
+    better result first, the sides change at random; a row that it marks as a tie (``tie_case``) has label ½. K ranked
+    results give K (K − 1) / 2 pairs. A row without a known verdict is bad, one with a null verdict unlabelled.
 
     Args:
         source: JSON file, or a file of JSON lines; folder that holds ``{split}.json`` or ``{split}.jsonl``; otherwise a

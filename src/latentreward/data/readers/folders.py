@@ -50,9 +50,8 @@ class FolderPairReader(RowReader):
     If there is a folder ``source/``, the pair's images are edits of its picture ``source/cats/1.jpg``, and the caption
     is the instruction; for edits of several pictures, write JSON lines.
 
-    A text file is read whole, without one line break at its end. A name falls under ``on_error`` if it has no image or
-    several in one of these folders, no caption, unlike ones in ``captions.jsonl``, or one that is too long. A line of
-    ``captions.jsonl`` falls under ``on_error`` if it is not an object with the texts ``name`` and ``prompt``.
+    A text file is read whole, without one line break at its end. A name is bad if it has no image or several in one of
+    these folders, no caption, or unlike ones in ``captions.jsonl``; so is a line there without ``name`` and ``prompt``.
 
     Args:
         root: Folder with ``chosen/`` and ``rejected/``, or with one subfolder per split that holds both. Images outside

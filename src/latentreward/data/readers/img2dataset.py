@@ -48,12 +48,10 @@ class Img2DatasetReader(RowReader):
 
     Such a folder holds single images. Images of one caption, or of one value of the column ``group``, are a group, and
     each pair of a group's images is a row, labelled by the column ``rating``. Both columns come from img2dataset's
-    option ``save_additional_columns``. Equal ratings are ties and are kept. Pairs of an image without a rating are
-    unlabelled. Images without a caption or without the column ``group`` are left out and counted, as are images that
-    img2dataset could not download; a caption or value that only one image has gives no row.
-
-    An image whose ``.json`` cannot be read falls under ``on_error``, as does a group as a whole if it has a rating
-    that is not a number, more than ``max_group`` images, several captions, or a caption that is too long.
+    option ``save_additional_columns``. Equal ratings are ties; pairs of an image without rating are unlabelled. Images
+    without a caption or without the column ``group`` are left out and counted, as are images that img2dataset could not
+    download; a caption or value that only one image has gives no row. A group is bad as a whole if it has a rating that
+    is not a number, more than ``max_group`` images or several captions.
 
     The constructor reads captions and columns of all images once: the headers and texts of tars, a ``.json`` for each
     image of ``files``, or the columns without images of parquet files. Images are read row by row, at their place.

@@ -37,8 +37,10 @@ class RowReader(PairReader):
     of, ``noise_a`` and ``noise_b``, the names of the noises that the images were generated from, and what
     :meth:`find_images` needs.
 
-    Of files, a path that is missing or leads out of their folder raises InputError in the constructor under ``on_error:
-    raise``; otherwise the problem is found when the image is decoded, as is a missing file.
+    A row is bad, and falls under ``on_error``, if it is no object, its prompt is no text or too long, or a field is not
+    as the format says. Of files, a path that is missing or leads out of their folder raises InputError in the
+    constructor under ``on_error: raise``; otherwise the problem is found when the image is decoded, as is a missing
+    file. Under ``skip`` and ``placeholder``, a split is read without its missing files. Ties and copies are kept.
 
     Args:
         source: Name of the data set.

@@ -307,6 +307,7 @@ logger = logging.getLogger(__name__)
 Source = PathText | Any
 """Folder, file or hub id; from Python also a ``Dataset`` or ``DatasetDict`` of the library ``datasets``."""
 
+HINT = "give the published files, or read your own by DatasetPairReader"
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files by which ``save_to_disk`` marks the folder of a data set, and the folder of several splits."""
 LARGE_ROW_GROUP = 64 * 2**20
@@ -475,13 +476,12 @@ def table_rows(
     table: SplitTable,
     columns: Mapping[str, pa.DataType | None],
     images: Sequence[str],
-    hint: str,
     memory_map: bool = False,
-    absent: str = "",
+    absent: str = HINT,
 ) -> Iterator[Row]:
-    """Return the rows of a table without images, and let the reader find its two ``images`` there."""
-    table.check_images(images, hint, absent)
-    rows = table.records(columns, hint)
+    """Return the rows of a published table without images, and let the reader find its two ``images`` there."""
+    table.check_images(images, HINT, absent)
+    rows = table.records(columns, HINT)
     if images:
         table.open_images(images, memory_map)
         reader.images_in = table, images

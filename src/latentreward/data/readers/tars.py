@@ -204,10 +204,9 @@ class PickAPicTarReader(RowReader):
     """Reader of Pick-a-Pic tars; image 0 is a, image 1 is b.
 
     A sample consists of consecutive members with one file name up to the first dot; members with suffixes other than
-    ``MEMBERS`` are ignored. The label is ``label_0`` (1, 0, or ½ for a tie). A row is unlabelled if a label is missing
-    or not a number, or if the two labels do not add up to 1. A row falls under ``on_error`` if a label is NaN or
-    outside [0, 1], or its prompt is too long. A missing prompt is read as an empty prompt; a missing image counts as
-    unreadable. Images are named by a hash of their bytes, because the tars give no uid.
+    ``MEMBERS`` are ignored. Labels are as those of :class:`PickAPicReader`; one that is no number is a missing one. A
+    missing prompt is read as an empty prompt; a missing image counts as unreadable. Images are named by a hash of their
+    bytes, because the tars give no uid.
 
     The constructor reads the headers and texts of all tars once, which takes minutes for the whole data set. Rows are
     then read at their offsets, in any order. Tars must be uncompressed.
@@ -218,8 +217,8 @@ class PickAPicTarReader(RowReader):
         split: Name of the split.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         drop_identical: Leave out rows whose two images have identical bytes; recommended for training.
-        weight: Weight of a row in the loss. ``per_prompt`` is 1 / (number of rows read with the row's prompt), so that
-            each prompt counts once, as in the training of PickScore and LRM. ``equal`` is 1 for every row.
+        weight: Weight of a row in the loss: ``per_prompt`` is 1 / (number of rows read with the row's prompt),
+            ``equal`` is 1 for every row.
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Of a truncated tar, the whole
             samples are kept under ``skip`` and ``placeholder``.
     """
