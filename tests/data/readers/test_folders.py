@@ -62,14 +62,14 @@ def test_unlike_captions_of_a_name_follow_on_error_and_a_name_without_picture_is
 
 
 @pytest.mark.parametrize(
-    ("extra", "name", "reason"),
+    ("extra", "reason"),
     [
-        (["rejected/3.jpg"], "3", "no image in chosen/"),
-        (["chosen/3.jpg", "rejected/3.jpg", "rejected/3.png"], "3", "several images in rejected/"),
-        (["chosen/4.jpg", "rejected/4.jpg"], "4", "no caption"),
+        (["rejected/3.jpg"], "no image in chosen/"),
+        (["chosen/3.jpg", "rejected/3.jpg", "rejected/3.png"], "several images in rejected/"),
+        (["chosen/4.jpg", "rejected/4.jpg"], "no caption"),
     ],
 )
-def test_incomplete_names_follow_on_error(write, extra, name, reason, caplog) -> None:
+def test_incomplete_names_follow_on_error(write, extra, reason, caplog) -> None:
     captions = {"captions__2.txt": "two", "captions__3.txt": "three", "captions__cats__1.txt": "cat"}
     root = write(*PAIRS, *extra, **captions)
     reader = FolderPairReader(root, on_error="skip")

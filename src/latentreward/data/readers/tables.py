@@ -118,12 +118,7 @@ def nested_pattern(folder: Path) -> str:
 
 
 def open_part(part: ParquetPart) -> pq.ParquetFile:
-    """Open a parquet file; only its footer is read.
-
-    Raises:
-        ImageError: If the file is not a whole parquet file.
-        InputError: If two columns have one name, or the field ``huggingface``, which ``datasets`` writes, is no JSON.
-    """
+    """Open a parquet file, of which only the footer is read and checked."""
     with damage_named(part):
         file = pq.ParquetFile(whole_file(part.path), page_checksum_verification=True)
         schema = file.schema_arrow
@@ -168,10 +163,6 @@ def read_parquet(
 
     ``columns`` are types to cast to by name, in the order of the result; None keeps the files' type, of several the one
     that holds all values. ``hint`` is the remedy if a file lacks a column or has another type.
-
-    Raises:
-        ImageError: If a part is not a whole parquet file.
-        InputError: If a column is missing or cannot be cast, or has types that do not go together.
     """
     tables = []
     for part in parts:
@@ -216,13 +207,10 @@ def row_group_bytes(file: pq.ParquetFile, number: int, columns: Sequence[str]) -
 
 
 def read_groups(file: pq.ParquetFile, part: ParquetPart, columns: Iterable[str], groups: Sequence[int]) -> pa.Table:
-    """Read columns of row groups.
-
-    Raises:
-        ImageError: If the values take far more memory than the file has bytes: one long value may stand in every row.
-    """
+    """Read columns of row groups; refuse values that take far more memory than the file has bytes."""
     names, most = list(columns), LEAST_LIMIT + EXPANSION * part.path.stat().st_size
-    # Every batch repeats the values of a dictionary, which are no more than the row group holds.
+    # One long value may stand in every row. Every batch repeats the values of a dictionary, which are no more than the
+    # row group holds.
     repeating = [name for name in names if not pa.types.is_dictionary(file.schema_arrow.field(name).type)]
     largest = max([row_group_bytes(file, number, repeating) for number in groups], default=0)
     rows = min(2**16, max(1, LEAST_LIMIT // max(1, largest)))
