@@ -252,9 +252,11 @@ class PreferenceDataModule(PairLoaders):
 
     def evaluation_loading(self, dataset: PairDataset) -> dict[str, Any]:
         shares = shares_of(self.trainer)
+        collate = partial(collate_pairs, blanks=dataset is not self.datasets.get("predict"))
+        if getattr(self.trainer, "overfit_batches", 0):  # Lightning sets a sampler of its own, of single pairs
+            return {"batch_size": self.batch_size, "collate_fn": collate}
         sizing = Sizing(self.batch_size, world_size=shares["num_replicas"])
         batches = EvaluationBatches(_sizes(dataset), sizing, shares["rank"])
-        collate = partial(collate_pairs, blanks=dataset is not self.datasets.get("predict"))
         return {"batch_size": None, "sampler": batches, "collate_fn": collate}
 
 
