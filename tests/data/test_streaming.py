@@ -22,7 +22,7 @@ from latentreward.data import (
     PreferenceDataModule,
     StreamedPreferenceDataModule,
 )
-from latentreward.data.streaming import StreamedPairs, files_between
+from latentreward.data.streaming import StreamedPairs
 
 FEATURES = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image(), "pair_id": Value("string")})
 ROWS, SIDES = 24, ("chosen", "rejected")
@@ -85,14 +85,6 @@ def test_the_first_pass_of_all_lanes_holds_every_row_though_files_do_not_divide(
         assert sorted(seen) == NAMES
         for file in Path(stream._place).glob("*.parquet"):
             file.unlink()
-
-
-def test_many_files_are_joined_in_few_pieces() -> None:
-    rows = Dataset.from_dict({"row": range(100)}).to_iterable_dataset(num_shards=100)
-    for start, stop in ((0, 100), (0, 99), (37, 38), (64, 97), (50, 50), (99, 100)):
-        found = files_between(rows, start, stop)
-        assert [row["row"] for piece in found for row in piece] == list(range(start, stop))
-        assert len(found) <= 7
 
 
 def test_pairs_hold_the_bytes_of_the_file(write, jpeg) -> None:

@@ -26,7 +26,7 @@ from latentreward.data import (
     ScoreTargets,
 )
 from latentreward.data.dataset import is_turned
-from latentreward.data.targets import check_targets
+from latentreward.data.score_table import check_targets
 from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
 from latentreward.reward import LabelLoss, PreferenceLoss, RankingDistillation, TieLoss
 from latentreward.tinyworld import TinyWorldDataModule

@@ -2,7 +2,6 @@ from .alignment.prompts import PromptDataModule, PromptsAndImages
 from .datamodules import PreferenceDataModule
 from .dataset import LoadedPair, PairDataset, SkippedPair, collate_pairs
 from .images import ImageError, PixelLoader, decode_image
-from .mpcf import MPCF, FilteredReader, select_consistent
 from .readers.base import OnError, PairReader, count_text
 from .readers.dataset_pairs import DatasetPairReader, JSONLPairReader
 from .readers.diffusion_rm import DiffusionRMReader
@@ -20,10 +19,9 @@ from .readers.published import (
 )
 from .readers.tars import PickAPicTarReader
 from .sampling import PairBatchSampler
-from .score_table import PairGaps, ScoreTable
+from .score_table import MPCF, FilteredReader, PairGaps, ScoreTable, ScoreTargets, select_consistent
 from .splits import CutReader, normalise_prompt, select_rows
 from .streaming import PairStream, StreamedPreferenceDataModule
-from .targets import ScoreTargets
 
 __all__ = [
     "MPCF",

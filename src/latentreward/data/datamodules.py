@@ -27,8 +27,8 @@ from latentreward.data.sampling import (
     PairBatchSampler,
     Sizing,
 )
+from latentreward.data.score_table import ScoreTargets, check_targets, label_remedy
 from latentreward.data.splits import SharedPrompts, select_rows, split_by_prompt
-from latentreward.data.targets import ScoreTargets, check_targets, label_remedy
 
 logger = logging.getLogger(__name__)
 

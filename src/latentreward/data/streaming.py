@@ -45,21 +45,6 @@ COUNTED = ("left out by on_error", "unlabelled", "prompt in another split", "ima
 """What is counted of the rows that a stream has read."""
 
 
-def files_between(rows: Any, start: int, stop: int) -> list[Any]:
-    """Return the files from number ``start`` up to ``stop`` of a streamed data set, as a few data sets of many files.
-
-    ``datasets`` takes minutes to join thousands of data sets of one file.
-    """
-    files = rows.num_shards
-    if start <= 0 and files <= stop:
-        return [rows]
-    if stop <= 0 or files <= start:
-        return []
-    first, second = (rows.shard(2, half) for half in range(2))
-    middle = first.num_shards
-    return files_between(first, start, stop) + files_between(second, start - middle, stop - middle)
-
-
 class PairStream(RowReader):
     """Source of pairs for :class:`StreamedPreferenceDataModule`, read in their order and never by number.
 
@@ -168,8 +153,11 @@ class PairStream(RowReader):
 
         files = self._rows.num_shards  # that can be read independently of each other
         own = files // parts
-        mine = files_between(self._rows.shard(parts, part, contiguous=False), 0, own) if own else []
-        for found, first, step in ((mine, 0, 1), (files_between(self._rows, own * parts, files), part, parts)):
+        mine = [self._rows.shard(parts, part, contiguous=False)] if own else []
+        if own and mine[0].num_shards > own:  # its last file is one of those left over
+            mine = [mine[0].shard(own + 1, number) for number in range(own)]
+        left = [self._rows.shard(files, number) for number in range(own * parts, files)]
+        for found, first, step in ((mine, 0, 1), (left, part, parts)):
             if found:
                 rows = concatenate_datasets(found)
                 if self.shuffle_buffer > 1:

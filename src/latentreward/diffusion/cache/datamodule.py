@@ -30,7 +30,7 @@ from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.loading import ResumableLoader, as_is, shares_of
 from latentreward.data.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.data.splits import SharedPrompts, tell_unopened
-from latentreward.data.targets import check_targets, label_remedy
+from latentreward.data.score_table import check_targets, label_remedy
 from latentreward.diffusion.cache import store
 from latentreward.diffusion.cache.store import IMAGES, PAIRS, PROMPTS, CacheSpec
 from latentreward.diffusion.encoders.fingerprint import text_fingerprint, vae_fingerprint
