@@ -24,13 +24,13 @@ from latentreward.core.contracts import (
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.data import PairReader, ScoreTargets, select_rows
 from latentreward.data.clips import check_frames
-from latentreward.data.dataset import is_turned, stack_targets
 from latentreward.data.datamodules import PairLoaders
+from latentreward.data.dataset import is_turned, stack_targets
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.loading import ResumableLoader, as_is, shares_of
 from latentreward.data.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
-from latentreward.data.splits import SharedPrompts, tell_unopened
 from latentreward.data.score_table import check_targets, label_remedy
+from latentreward.data.splits import SharedPrompts, tell_unopened
 from latentreward.diffusion.cache import store
 from latentreward.diffusion.cache.store import IMAGES, PAIRS, PROMPTS, CacheSpec
 from latentreward.diffusion.encoders.fingerprint import text_fingerprint, vae_fingerprint
