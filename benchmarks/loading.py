@@ -374,7 +374,7 @@ def rows(folder: Path) -> Iterator[list[Any]]:
 def measure_rows(file: Path) -> None:
     """Print the figures of :func:`rows` for one file; in a process of its own, whose peak of memory counts."""
     from latentreward.data import JSONLPairReader
-    from latentreward.data.size_sampling import BucketBatchSampler, Sizing
+    from latentreward.data.sampling import BucketBatchSampler, Sizing
 
     def cpu(work: Callable[[], Any]) -> tuple[Any, str]:
         began = time.process_time()

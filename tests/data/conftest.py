@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ def encode(
     stream = io.BytesIO()
     Image.new(mode, size, color if mode != "L" else color[0]).save(stream, fmt)
     return stream.getvalue()
+
+
+def write_tar(path: Path, members: Mapping[str, bytes], fmt: int = tarfile.GNU_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=fmt) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
 
 
 def pickapic_row(number: int, **changes: Any) -> dict[str, Any]:

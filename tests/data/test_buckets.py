@@ -2,7 +2,6 @@
 
 import pytest
 
-from latentreward.core.errors import InputError
 from latentreward.data.image_sizes import PUBLISHED_BUCKETS, Bucket, assign_bucket, nearest_bucket, sort_buckets
 
 
@@ -11,11 +10,6 @@ def test_published_buckets_ascend_by_area_and_keep_their_order_within_one() -> N
     assert areas == sorted(areas)
     assert len(PUBLISHED_BUCKETS) == 13
     assert PUBLISHED_BUCKETS[2:4] == (Bucket(1024, 768), Bucket(768, 1024))
-
-
-@pytest.mark.parametrize("bucket", PUBLISHED_BUCKETS, ids=str)
-def test_a_bucket_is_its_own(bucket: Bucket) -> None:
-    assert assign_bucket(bucket.height, bucket.width) == bucket
 
 
 @pytest.mark.parametrize(
@@ -47,15 +41,6 @@ def test_custom_buckets_and_smallest_size() -> None:
     assert assign_bucket(40, 60, buckets, min_pixels=0) == Bucket(64, 96)
     assert assign_bucket(40, 50, buckets, min_pixels=0) is None
     assert assign_bucket(40, 59, buckets, min_pixels=0) == Bucket(64, 96)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [([], "none given"), ([(64, 0)], r"\[64, 0\] is not a size"), ([(64, 32), (64, 32)], "twice")],
-)
-def test_bad_bucket_lists_are_refused(sizes: list[tuple[int, int]], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        sort_buckets(sizes)
 
 
 def test_an_image_that_must_have_a_bucket_gets_its_own_or_the_nearest_in_aspect() -> None:

@@ -1,7 +1,6 @@
 """Clips are decoded by the times of their frames, and bad files give one clear line."""
 
 import logging
-import math
 import random
 import struct
 from pathlib import Path
@@ -76,13 +75,6 @@ def test_animated_webp(tmp_path: Path) -> None:
     (tmp_path / "b.webp").write_bytes((tmp_path / "a.webp").read_bytes()[:300])
     with pytest.raises(ImageError, match=r"image 'b\.webp': truncated or damaged image"):
         loader(ref(tmp_path / "b.webp"))
-
-
-def test_still_webp(tmp_path: Path) -> None:
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.webp")
-    with pytest.raises(ImageError, match="its frames have no durations") as caught:
-        ClipLoader(16, 16)(ref(tmp_path / "a.webp"))
-    assert caught.value.problem == SHORT
 
 
 def broken(folder: Path) -> dict[str, tuple[Path, str, str]]:
@@ -274,13 +266,7 @@ def test_commands_that_compare_images_refuse_clips(
     assert "is a pair of clips; score clips by" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for frames, fps, told in ((0, 16, "frames is 0"), (5, math.nan, "fps=nan must lie in"), (5, math.inf, "fps=inf")):
-        with pytest.raises(InputError, match=told):
-            ClipLoader(16, 16, frames=frames, fps=fps)
-    for options, told in (({"frames": 0}, "data.frames is 0"), ({"frames": 5, "fps": 0.0}, "data.fps=0 must lie in")):
-        with pytest.raises(InputError, match=told):
-            PreferenceDataModule(16, **options)
+def test_clips_alone_need_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     PreferenceDataModule(16)
     with pytest.raises(InputError, match=r"clips need PyAV; install latentreward\[video\]"):

@@ -1,9 +1,8 @@
 """The YAML files for pairs of one's own and for tars: each reads a small data set of its layout."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,16 +13,18 @@ from lightning.pytorch import LightningDataModule
 from latentreward.apps.commands.fit import Parser
 from latentreward.core.settings.functions import MODE, prepare_parsing
 from latentreward.data import PreferenceDataModule
+from tests.data.conftest import write_tar
+from tests.formats.conftest import COMMITTED
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
 
 
-def load(name: str) -> PreferenceDataModule:
+def load(name: str, **splits: Any) -> PreferenceDataModule:
     prepare_parsing([], classes=True)
     parser = Parser(parser_mode=MODE)
     parser.add_subclass_arguments(LightningDataModule, "data")
     settings = parser.parse_string((CONFIGS / f"{name}.yaml").read_text())
-    settings.data.init_args.update(Namespace(size=16, batch_size=2, num_workers=0))
+    settings.data.init_args.update(Namespace(size=16, batch_size=2, num_workers=0, **splits))
     return parser.instantiate(settings).data
 
 
@@ -59,14 +60,11 @@ def test_json_lines(root, jpeg) -> None:
 
 
 def test_tars(root, jpeg) -> None:
-    with tarfile.open(root / "00000.tar", "w") as archive:
-        for number in range(2):
-            members = {"jpg_0.jpg": jpeg((9, 9, 9)), "jpg_1.jpg": jpeg(), "label_0.txt": b"1.0", "label_1.txt": b"0.0"}
-            members["original_prompt.txt"] = f"prompt {number}".encode()
-            for suffix, content in members.items():
-                info = tarfile.TarInfo(f"{number}.{suffix}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
+    members = {}
+    for n in range(2):
+        members |= {f"{n}.jpg_0.jpg": jpeg((9, 9, 9)), f"{n}.jpg_1.jpg": jpeg(), f"{n}.label_0.txt": b"1.0"}
+        members |= {f"{n}.label_1.txt": b"0.0", f"{n}.original_prompt.txt": f"prompt {n}".encode()}
+    write_tar(root / "00000.tar", members)
     (batch,) = load("pickapic_v2_tars").train_dataloader()
     assert sorted(batch.prompts) == ["prompt 0", "prompt 1"]
 
@@ -90,6 +88,23 @@ def test_streamed(root, jpeg, monkeypatch) -> None:
     batches = [batch for batch, _ in zip(data.train_dataloader(), range(8), strict=False)]
     prompts = {prompt for batch in batches for prompt in batch.prompts}
     assert prompts == {f"p {n}" for n in range(8) if n != 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "absent", "loaders"),
+    [
+        ("hpdv2", [], ["train", "val", "predict"]),
+        ("imagereward", [], ["test", "predict"]),
+        ("imagerewarddb", ["train", "val"], ["test", "predict"]),  # the samples lack these splits
+        ("genai_bench", [], ["test", "predict"]),
+        ("genai_bench_cmu", [], ["test", "predict"]),
+    ],
+)
+def test_published_sets(name, absent, loaders, monkeypatch) -> None:
+    monkeypatch.setenv(f"{name.upper()}_ROOT", str(COMMITTED / name))
+    data = load(name, **dict.fromkeys(absent))
+    for loader in loaders:
+        assert next(iter(getattr(data, f"{loader}_dataloader")())).chosen.shape == (2, 3, 16, 16)
 
 
 def test_edits(root, jpeg) -> None:

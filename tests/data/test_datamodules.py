@@ -4,13 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
 from latentreward.core.contracts import PreferenceBatch
 from latentreward.core.errors import InputError
 from latentreward.data import (
-    HPDv3Reader,
     JSONLPairReader,
     LoadedPair,
     PickAPicReader,
@@ -126,15 +124,6 @@ def test_test_does_not_look_at_emptied_splits(readers) -> None:
         trainer(max_epochs=1).fit(module, data)
 
 
-def test_batches_have_the_contracts_form(readers) -> None:
-    data = PreferenceDataModule((8, 12), **readers, batch_size=4, num_workers=0, resize="center_crop")
-    batch = next(iter(data.train_dataloader()))
-    assert batch.chosen.shape == batch.rejected.shape == (4, 3, 8, 12)
-    assert batch.chosen.abs().max() <= 1
-    assert batch.label.min() >= 0.5
-    torch.testing.assert_close(batch.weight, torch.ones(4))
-
-
 def test_bad_images_are_reported_once_at_the_end(readers, write_pickapic, pickapic_rows, caplog) -> None:
     rows = [pickapic_rows(n, **({"jpg_0": b""} if n in (1, 2) else {})) for n in range(6)]
     reader = PickAPicReader(write_pickapic(rows), "train", on_error="skip")
@@ -155,20 +144,6 @@ def test_distributed_shares(readers) -> None:
     Two.distributed_sampler_kwargs = {"num_replicas": 8, "rank": 0}
     with pytest.raises(InputError, match=r"data\.train has 7 pairs for 8 ranks"):
         data.train_dataloader()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"size": 0}, "data.size is 0"),
-        ({"size": (8, -1)}, "data.size is -1"),
-        ({"batch_size": 0}, "data.batch_size is 0"),
-        ({"prefetch_factor": 0}, "data.prefetch_factor is 0"),
-    ],
-)
-def test_settings_out_of_range(options, message) -> None:
-    with pytest.raises(InputError, match=message):
-        PreferenceDataModule(**{"size": 8, **options})
 
 
 @pytest.mark.parametrize("name", ["backbone", "policy", "generator"])
@@ -249,33 +224,6 @@ def test_a_batch_holds_pairs_that_edit_one_number_of_pictures(tmp_path, jpeg, wo
     assert [len(pairs) for pairs in model.seen["train"]] == [len(batch) for batch in data.train_dataloader()]
     found = [pair for batch in trainer().predict(model, data) for pair in batch]
     assert sorted(found) == [f"pairs.jsonl:{n + 1}" for n in kept]
-
-
-def test_missing_split_is_named() -> None:
-    data = PreferenceDataModule(8)
-    assert data.val_dataloader() == []
-    for stage in ("train", "test", "predict"):
-        with pytest.raises(
-            InputError, match=rf"data\.{stage} is not set; give it a reader.*--data\.{stage} JSONLPairReader"
-        ):
-            getattr(data, f"{stage}_dataloader")()
-
-
-def test_readers_come_from_yaml(write_hpdv3, hpdv3_rows) -> None:
-    root = write_hpdv3([hpdv3_rows(n) for n in range(4)])
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(PreferenceDataModule, "data")
-    text = f"""
-    data:
-      class_path: latentreward.data.PreferenceDataModule
-      init_args:
-        size: [16, 24]
-        num_workers: 0
-        train: {{class_path: latentreward.data.HPDv3Reader, init_args: {{root: {root}, split: train}}}}
-    """
-    data = parser.instantiate_classes(parser.parse_string(text)).data
-    assert isinstance(data.datasets["train"].reader, HPDv3Reader)
-    assert next(iter(data.train_dataloader())).chosen.shape == (4, 3, 16, 24)
 
 
 def test_one_table_is_enough_and_its_files_are_looked_at_before_a_step(tmp_path, jpeg) -> None:

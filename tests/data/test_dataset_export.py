@@ -112,22 +112,6 @@ def test_images_that_cannot_be_read_follow_on_error(pairs, tmp_path) -> None:
     assert (reader[0].image_a.data is None, reader[0].image_b.data is None) == (False, True)
 
 
-def test_wrong_settings_are_one_line(pairs, tmp_path) -> None:
-    reader = JSONLPairReader(str(pairs))
-    with pytest.raises(InputError, match=r"split is 'train/aes'; give a name of letters"):
-        export_split(reader, tmp_path, "train/aes", {})
-    with pytest.raises(InputError, match="rows_per_file is 0; it must be at least 1"):
-        export_split(reader, tmp_path, "train", {}, 0)
-    reader.holds = "latents"
-    with pytest.raises(InputError, match="reader: JSONLPairReader holds latents; only images"):
-        export_split(reader, tmp_path, "train", {})
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train-00000-of-00001.parquet").touch()
-    reader.holds = "images"
-    with pytest.raises(InputError, match="holds files of train that no export wrote; choose another folder"):
-        export_split(reader, tmp_path, "train", {})
-
-
 def test_a_random_row_costs_few_rows(pairs, tmp_path) -> None:
     lines = pairs.read_text().split("\n")
     pairs.write_text("\n".join(lines[:5] * 20))

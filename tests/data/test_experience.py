@@ -126,32 +126,6 @@ def test_passes_end_the_run(tmp_path: Path) -> None:
     assert trainer.global_step == len(module.seen) // 5 * 3 + len(module.seen) % 5 // 2
 
 
-def test_rows_come_in_an_order_that_no_world_size_changes() -> None:
-    def steps(world_size: int) -> list[list[str]]:
-        samplers = [
-            ExperienceSampler(
-                PromptOrder(PROMPTS, 3),
-                RollingModule(),
-                batch_size=4 // world_size,
-                batches_per_epoch=1,
-                prompts_per_rollout=8 // world_size,
-                num_replicas=world_size,
-                rank=rank,
-            )
-            for rank in range(world_size)
-        ]
-        shares = [prompts(sampler) for sampler in samplers]
-        return [list(step) for step in zip(*shares, strict=True)]
-
-    def prompts(sampler: ExperienceSampler) -> list[str]:
-        places = range(sampler.prompts_used + sampler.rank, sampler.rollout, sampler.num_replicas)
-        return list(sampler.prompts.__getitems__(places).keys)
-
-    one = [key for step in steps(1) for key in step]
-    two = [key for step in steps(2) for key in step]
-    assert one == two
-
-
 def test_counts_of_rollouts_survive_a_checkpoint() -> None:
     counts = {"prompts_used": 12, "rollouts": 6, "empty_rollouts": 3}
     before, after = (

@@ -1,18 +1,14 @@
 """Which reader a folder or file is given to."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import datasets
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from latentreward.core.errors import InputError
 from latentreward.data.format_detection import choose_splits, recognise
+from tests.data.conftest import write_tar
 
 SAMPLES = Path(__file__).parents[1] / "formats" / "data"
 
@@ -46,12 +42,7 @@ def test_published_formats(folder: str, expected: dict[str, str]) -> None:
 
 def test_tars(tmp_path, jpeg) -> None:
     for folder in ("", "train", "test"):
-        (tmp_path / "tars" / folder).mkdir(parents=True, exist_ok=True)
-        with tarfile.open(tmp_path / "tars" / folder / "00000.tar", "w") as archive:
-            for suffix in ("jpg_0.jpg", "jpg_1.jpg"):
-                info = tarfile.TarInfo(f"0.{suffix}")
-                info.size = len(jpeg())
-                archive.addfile(info, io.BytesIO(jpeg()))
+        write_tar(tmp_path / "tars" / folder / "00000.tar", dict.fromkeys(("0.jpg_0.jpg", "0.jpg_1.jpg"), jpeg()))
     assert readers_of(tmp_path / "tars") == readers_of(tmp_path / "tars/00000.tar") == {"train": "PickAPicTarReader"}
     (tmp_path / "tars/00000.tar").unlink()
     assert readers_of(tmp_path / "tars") == dict.fromkeys(("train", "test"), "PickAPicTarReader")
@@ -75,28 +66,9 @@ def test_json_lines(tmp_path) -> None:
 
 
 def test_what_is_not_known(tmp_path) -> None:
-    with pytest.raises(InputError, match=r"^data: no folder or file '.*nowhere'; name a data set of the hub"):
-        recognise(str(tmp_path / "nowhere"))
-    (tmp_path / "train-00000-of-00001.parquet").parent.mkdir(exist_ok=True)
-    pq.write_table(pa.table({"x": np.arange(3)}), tmp_path / "train-00000-of-00001.parquet")
-    told = (
-        r"is a table whose columns no reader knows: x; name those of a pair by --reader DatasetPairReader --reader.so"
-    )
-    with pytest.raises(InputError, match=told):
-        recognise(str(tmp_path))
     datasets.Dataset.from_dict({"caption": ["a"], "chosen": ["b"]}).save_to_disk(tmp_path / "saved")
     with pytest.raises(InputError, match=r"is a table whose columns no reader knows: caption, chosen; name those"):
         recognise(str(tmp_path / "saved"))
-    (tmp_path / "lines").mkdir()
-    (tmp_path / "lines" / "rows.json").write_text("[1, 2]")
-    with pytest.raises(InputError, match=r"is none of Pick-a-Pic .*--reader CLASS"):
-        recognise(str(tmp_path / "lines"))
-    (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(InputError, match=r"is a cache of latents; verify it with `latentreward cache .* --check`"):
-        recognise(str(tmp_path))
-    (tmp_path / "test-00000-of-00001.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(InputError, match=r"test-00000-of-00001.parquet: not a whole parquet file"):
-        recognise(str(tmp_path))
 
 
 def test_splits_by_name() -> None:

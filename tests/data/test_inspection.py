@@ -1,6 +1,5 @@
 """What is counted over a data set: labels, images, bad rows, shared prompts."""
 
-import json
 import math
 from io import BytesIO
 
@@ -10,7 +9,7 @@ import pytest
 from latentreward.core.contracts import EditPrompt, ImageRef, PreferencePair
 from latentreward.core.errors import InputError
 from latentreward.data import PairReader
-from latentreward.data.inspection import MOST_SIZES, ImageCensus, Report, inspect_reader, shared_prompts
+from latentreward.data.inspection import ImageCensus, Report, inspect_reader, shared_prompts
 from tests.data.rotated import photograph
 
 
@@ -116,22 +115,3 @@ def test_edits_are_counted_and_their_pictures_looked_at(jpeg) -> None:
     assert counts.images is not None and counts.images.unreadable_rows == {"unknown image format": 1}
     assert counts.images.first_unreadable[0].startswith("row 1, pair 1: image 'odd': unknown image format")
     assert "edits                             2 (66.7 %)" in Report("data", splits=[counts]).to_text()
-
-
-def test_reasons_and_sizes_of_all_splits_share_a_table(jpeg) -> None:
-    report = Report("data")
-    for name, reason, number in (("train", "few", 1), ("test", "many", 7)):
-        images = [jpeg(size=(20, side)) for side in range(20, 20 + MOST_SIZES + number)]
-        reader = Pairs(*(("a", image, image, 1.0) for image in images))
-        reader.skipped.clear()
-        reader.skipped[reason] = number
-        report.splits.append(inspect_reader(name, reader))
-    lines = report.to_text().splitlines()
-    assert [line.split() for line in lines[lines.index("Rows left out") + 1 :][:3]] == [
-        ["train", "test"],
-        ["many", "0", "7"],
-        ["few", "1", "0"],
-    ]
-    sizes = lines[next(number for number, line in enumerate(lines) if line.startswith("Sizes")) :]
-    assert sizes[sizes.index("") - 1].split() == ["other", "sizes", "1", "7"]
-    assert json.loads(report.to_json())["splits"][0]["images"]["sizes"]["20x20"] == 1

@@ -153,27 +153,6 @@ def test_which_scorers_apply_is_a_setting() -> None:
     assert clip_only.limits_in_use() == {"clipscore": 0.03}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"strategy": 4}, "strategy is 4; choose from 1, 2, 3"),
-        ({"comparison": ">"}, "comparison is '>'; choose from code, paper"),
-        ({"ties": "maybe"}, "ties is 'maybe'; choose from limits, drop, keep"),
-        ({"floors": {}}, "floors is empty, so nothing would be filtered"),
-        ({"floors": {"pickscore": 0.0}}, "tie_limits lacks 'pickscore'"),
-    ],
-)
-def test_settings_that_are_refused(options, message: str) -> None:
-    with pytest.raises(InputError, match=message.replace("[", r"\[")):
-        MPCF(**options)
-
-
-def test_a_scorer_that_the_table_lacks() -> None:
-    rows = PairGaps(np.array([True]), dict.fromkeys(("aesthetic", "clipscore", "vqa_score"), np.ones(1)))
-    with pytest.raises(InputError, match="no 'vqascore'; did you mean 'vqa_score'"):
-        select_consistent(rows, MPCF())
-
-
 def test_rows_without_scores(tmp_path: Path, write_pickapic, pickapic_rows) -> None:
     """NaN and empty gaps, another flag, and a row that the reader has no label for."""
     rows = [pickapic_rows(number) for number in range(7)]
@@ -252,53 +231,12 @@ def test_a_table_that_names_other_images_is_refused(
         assert len(FilteredReader(reader, path, floors={"clip": 0.0}, ties="keep")) == 6
 
 
-@pytest.mark.parametrize("value", ["10", None, NAN])
-def test_floors_and_limits_are_numbers(value: object) -> None:
-    with pytest.raises(InputError, match=r"^floors\.clip is .*; give a finite number, in the scorer's unit$"):
-        MPCF(floors={"clip": value}, ties="drop")  # type: ignore[dict-item]
-    with pytest.raises(InputError, match=r"^tie_limits\.clip is "):
-        MPCF(floors={"clip": 0.0}, tie_limits={"clip": value})  # type: ignore[dict-item]
-
-
 def test_gap_of_a_tie_is_absolute(tmp_path: Path, write_pickapic, pickapic_rows) -> None:
     tie = {"label_0": 0.5, "label_1": 0.5}
     rows = [pickapic_rows(0, **tie), pickapic_rows(1, **tie), pickapic_rows(2, label_0=None, label_1=None)]
     reader = PickAPicReader(write_pickapic(rows), "train")
     path = write_csv(tmp_path / "scores.csv", "1,3", "3,1", "1,3", header="clip_a,clip_b")
     np.testing.assert_array_equal(ScoreTable(path).gaps(reader).values["clip"], [2.0, 2.0, NAN])
-
-
-TABLE_WITHOUT_SCORES = (
-    "no column NAME_gap, nor NAME_a and NAME_b, nor NAME_chosen and NAME_rejected; it has pair_id, score"
-)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("scores.txt", b"", "ends in .csv, .jsonl or .parquet"),
-        ("scores.parquet", b"PAR1 not", "not a whole parquet file"),
-        ("scores.csv", b"", "not a whole csv file"),
-        ("scores.csv", b"pair_id,score\nx,1\n", TABLE_WITHOUT_SCORES),
-        ("scores.csv", b"a_gap,a_gap\n1,1\n", "column 'a_gap' is there twice"),
-        ("scores.csv", b"pair_id,a_gap\nx,1\nx,2\n", "pair_id 'x' is in 2 rows"),
-        ("scores.csv", b"different_flag,a_gap\n1,word\n", "column a_gap is string, not numbers"),
-    ],
-)
-def test_tables_that_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message.replace("[", r"\[")) as error:
-        ScoreTable(tmp_path / name).gaps(Labelled(np.ones(1)))
-    assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="no table of scores"):
-        ScoreTable(tmp_path / "absent.csv")
-
-
-def test_a_table_of_another_data_set(tmp_path: Path, write_hpdv3, hpdv3_rows) -> None:
-    reader = HPDv3Reader(write_hpdv3([hpdv3_rows(0)]), "train")
-    scores = write_csv(tmp_path / "scores.csv", "test.json:0,1,1,1,1", header=f"pair_id,{HEADER}")
-    with pytest.raises(InputError, match=r"first is 'train\.json:0', the table's 'test\.json:0'"):
-        FilteredReader(reader, scores)
 
 
 def test_number_like_pair_ids_stay_text(tmp_path: Path) -> None:

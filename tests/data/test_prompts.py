@@ -66,74 +66,6 @@ def test_options_in_a_line_are_told(line: str, tmp_path: Path, caplog: pytest.Lo
     assert f"1 lines have options, the first is line 3 with {line.split()[2]}" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.txt", b"\n \n", "holds no prompt"),
-        ("latin.txt", "Fuß".encode("latin-1"), "is not UTF-8 at byte 3"),
-        ("comments.txt", b"# a\n#\n", "holds no prompt"),
-        ("key.json", b'[{"prompt_text": "a cat"}]', "row 1 has no column 'prompt' or 'caption' .it has: 'prompt_text'"),
-        ("key.jsonl", b'{"prompt": "a cat", "prompt": "a dog"}', "line 1: key 'prompt' is given twice"),
-        ("latin.csv", "prompt\nFuß".encode("latin-1"), "is not UTF-8"),
-        ("column.csv", b"text,id\na cat,1\n", "row 1 has no column 'prompt' or 'caption' .it has: 'text', 'id'"),
-        ("column.jsonl", b'{"text": "a cat"}\n', "it has: 'text'"),
-        ("number.json", b'[{"prompt": 3}]', "row 1 holds 3 as prompt, not text"),
-        ("broken.json", b"[", "not JSON .Expecting value: line 1"),
-        ("scalar.json", b"3", "scalar.json: holds 3; give a list of prompts"),
-        ("text.json", b'"a cat"', "holds 'a cat'; give a list"),
-        ("keys.json", b'{"0": "a cat", "1": "a dog"}', "holds {'0': 'a cat', '1': 'a dog'}; give a list"),
-        ("mixed.json", b'{"0": {"prompt": "a cat"}, "name": "mine"}', "'name': 'mine'}; give a list"),
-        (
-            "edit.jsonl",
-            b'{"prompt": "make it red", "input_image": "a.png"}',
-            "row 1 is an edit of a picture, in 'input_image'; name it source_images, or leave the column out",
-        ),
-        (
-            "two.jsonl",
-            b'{"prompt": "make it red", "source_images": ["a.png"], "source_image": "b.png"}',
-            "row 1 is an edit of a picture, in 'source_image'; name it source_images",
-        ),
-        ("gone.jsonl", b'{"prompt": "make it red", "source_image": "a.png"}', r"row 1: image 'a\.png': missing file"),
-        (
-            "text.jsonl",
-            b'{"prompt": "a"}\n{"prompt": "b", "source_image": "text.jsonl"}',
-            r"row 2: image 'text\.jsonl': unknown image format .*; replace the file, or leave the row out",
-        ),
-        ("out.jsonl", b'{"prompt": "x", "source_images": ["../a.png"]}', r"row 1: image .*: path outside the root"),
-        ("odd.jsonl", b'{"prompt": "x", "source_images": [3]}', "row 1 has 3 in source_images; give a path"),
-        (
-            "many.jsonl",
-            b'{"prompt": "x", "source_images": [1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7,8]}',
-            "row 1 has 17 pictures",
-        ),
-        (
-            "edit.json",
-            b'[{"prompt": "a"}, {"prompt": "b", "reference_image": "a.png"}]',
-            "row 2 is an edit of a picture",
-        ),
-        ("numbers.json", b"[3]", "row 1 holds 3, neither a text nor"),
-        ("lists.jsonl", b'["prompt"]', r"row 1 holds \['prompt'\], neither"),
-        ("edit.csv", b"prompt,source\nmake it red,in/a.PNG\n", "row 1 is an edit of a picture, in 'source'"),
-        ("surrogate.json", b'["\\ud800"]', "surrogates not allowed"),
-        ("broken.parquet", b"PAR1", "cannot be read .Parquet file size"),
-        ("line.jsonl", b'{"prompt": "a cat"}\n\n{bad\n', "line 3: no JSON at character 2; correct it"),
-        ("comma.csv", b"id,prompt\n1,a cat, a dog\n", "line 2: more fields than the header's 2; put texts with commas"),
-        ("short.csv", b"id,prompt\n1\n", "row 1 holds None as prompt"),
-        ("open.csv", b'prompt\n"a cat\na dog\n', "unexpected end of data"),
-        ("backslash.csv", b'prompt\n"a \\"red\\" cat"\na dog\n', "',' expected after"),
-        ("twice.csv", b"prompt,prompt\na cat,a dog\n", "two columns have the name 'prompt'"),
-        ("twice.tsv", b"prompt\tprompt\na cat\ta dog\n", "two columns have the name 'prompt'"),
-        ("prompts.docx", b"", "is none of .txt"),
-    ],
-)
-def test_bad_files_are_refused_in_one_line(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message) as caught:
-        PromptDataModule(str(tmp_path / name))
-    assert "\n" not in str(caught.value)
-    assert name in str(caught.value)
-
-
 def test_a_text_has_a_prompt_a_line_whatever_ends_it(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"a cat\ra dog\r\n\r\n2\xe2\x80\xa8birds\n")
     assert [row.prompt for row in read_prompt_set(str(tmp_path / "prompts.txt"))] == [
@@ -141,12 +73,6 @@ def test_a_text_has_a_prompt_a_line_whatever_ends_it(tmp_path: Path) -> None:
         "a dog",
         "2\u2028birds",
     ]
-
-
-def test_a_parquet_file_without_prompts_tells_its_columns(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["a cat"], "tag": ["colors"]}), tmp_path / "prompts.parquet")
-    with pytest.raises(InputError, match="it has: 'text', 'tag'"):
-        read_prompt_set(str(tmp_path / "prompts.parquet"))
 
 
 def test_a_json_object_counts_by_its_list_or_by_values_that_have_prompts(tmp_path: Path) -> None:
@@ -174,13 +100,6 @@ def test_pictures_to_edit_in_parquet_are_refused_and_other_columns_are_not(tmp_p
 def test_a_table_is_cut_where_lines_end_alone(tmp_path: Path) -> None:
     (tmp_path / "prompts.tsv").write_text("prompt\tnote\na\u2028cat\t" + "x" * 140_000 + "\na\x85dog\t\n")
     assert PromptDataModule(str(tmp_path / "prompts.tsv")).prompts == ("a\u2028cat", "a\x85dog")
-
-
-def test_an_absent_file_and_bad_numbers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
-        PromptDataModule(str(tmp_path / "none.txt"))
-    with pytest.raises(InputError, match="prompts_per_rollout is 0"):
-        PromptLoaders(WANTED, prompts_per_rollout=0)
 
 
 class Ranks:

@@ -1,10 +1,16 @@
-from itertools import chain
+"""Which pairs meet in a step: equal shares, one size, none lost, and exact from any place on."""
 
+from collections import Counter
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
 import pytest
 
 from latentreward.core.errors import InputError
-from latentreward.data import PairBatchSampler, PairSampler
-from latentreward.data.sampling import even_batch_size
+from latentreward.data import PairBatchSampler
+from latentreward.data.loading import ResumableLoader
+from latentreward.data.sampling import BucketBatchSampler, EvaluationBatches, Sizing
 
 
 def samplers(rows: int, batch_size: int, world: int, epoch: int = 0, **options) -> list[PairBatchSampler]:
@@ -41,10 +47,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 
 
 @pytest.mark.parametrize("rows", [7, 8, 9])
-def test_evaluation_sees_each_row_once_and_training_is_even(rows: int) -> None:
-    shares = [list(PairSampler(rows, num_replicas=4, rank=rank)) for rank in range(4)]
-    assert sorted(chain(*shares)) == list(range(rows))
-    assert [len(PairSampler(rows, num_replicas=4, rank=rank)) for rank in range(4)] == list(map(len, shares))
+def test_ranks_get_equally_many_pairs_to_train_on(rows: int) -> None:
     assert sum(map(len, steps(samplers(rows, 3, 4)))) == rows - rows % 4
 
 
@@ -92,16 +95,7 @@ def test_state_of_other_data_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("other", "message"),
-    [
-        (
-            {"seed": 7},
-            r"^seed_everything \(or data\.seed\) is 7, but 0 in the checkpoint, .*; go on with 0, or start anew$",
-        ),
-        (
-            {"shuffle": False},
-            r"^data\.shuffle is False, but True in the checkpoint, .*; go on with True, or start anew$",
-        ),
-    ],
+    [({"seed": 7}, "data.seed. is 7, but 0 in the ch"), ({"shuffle": False}, "data.shuffle is False, but True in the")],
 )
 def test_state_of_another_order_is_refused(other: dict[str, int], message: str) -> None:
     state = PairBatchSampler(50, 4).state_dict(2)
@@ -110,15 +104,176 @@ def test_state_of_another_order_is_refused(other: dict[str, int], message: str) 
         resumed.load_state_dict(state)
 
 
-def test_ranks_run_equally_many_evaluation_batches() -> None:
-    for rows in range(2, 200):
-        for world in (1, 2, 3, 8):
-            for batch_size in (1, 2, 5, 16):
-                if rows < world:
-                    continue
-                size = even_batch_size(rows, world, batch_size)
-                counts = {-(-len(range(rank, rows, world)) // size) for rank in range(world)}
-                assert len(counts) == 1, (rows, world, batch_size, size)
-    assert even_batch_size(500, 8, 16) == 16
-    assert even_batch_size(65, 4, 16) == 15
-    assert even_batch_size(64, 4, 16) == 16
+MIX = [(8, 8)] * 41 + [(8, 16)] * 17 + [(16, 8)] * 3 + [(16, 16)] * 1
+
+
+def ranks(sizes: Any, world: int, epoch: int = 0, **options: Any) -> list[list[list[int]]]:
+    """Batches of every rank."""
+    sizing = Sizing(**{"batch_size": 4, "world_size": world, **options})
+    samplers = [BucketBatchSampler(np.array(sizes), sizing, rank) for rank in range(world)]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+        assert len(sampler) == sampler.remaining()
+    batches = [list(sampler) for sampler in samplers]
+    assert {len(share) for share in batches} == {len(samplers[0])}
+    return batches
+
+
+@pytest.mark.parametrize("small", ["short", "fill", "drop"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_get_equal_shapes_and_counts_in_every_step(world: int, small: str) -> None:
+    for step in zip(*ranks(MIX, world, small_buckets=small), strict=True):
+        assert len({len(batch) for batch in step}) == 1
+        assert len({MIX[pair] for batch in step for pair in batch}) == 1
+        if small != "short":
+            assert len(step[0]) == 4
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_short_and_fill_use_every_pair_and_repeat_only_what_they_must(world: int) -> None:
+    short = Counter(pair for share in ranks(MIX, world) for batch in share for pair in batch)
+    assert set(short) == set(range(len(MIX)))
+    assert sum(short.values()) - len(MIX) == sum(-count % world for count in (41, 17, 3, 1))
+    if world == 1:
+        assert set(short.values()) == {1}
+    fill = Counter(pair for share in ranks(MIX, world, small_buckets="fill") for batch in share for pair in batch)
+    assert set(fill) == set(range(len(MIX)))
+    assert sum(fill.values()) - len(MIX) == sum(-count % (4 * world) for count in (41, 17, 3, 1))
+
+
+def test_drop_leaves_out_the_rest_of_each_size_and_other_pairs_every_epoch() -> None:
+    seen = [{p for share in ranks(MIX, 2, epoch, small_buckets="drop") for b in share for p in b} for epoch in range(9)]
+    assert all(len(epoch) == 40 + 16 for epoch in seen)
+    assert set().union(*seen) == set(range(41 + 17))
+    with pytest.raises(InputError, match=r"3 pairs in 1 sizes.*small_buckets=drop"):
+        ranks([(8, 8)] * 3, 1, small_buckets="drop")
+
+
+def test_sizes_are_interleaved_in_the_order_of_the_pairs() -> None:
+    alternating = [(8, 8), (16, 16)] * 6
+    in_order = ranks(alternating, 1, batch_size=2, shuffle=False)
+    assert in_order == [[[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11]]]
+    shuffled = [batch[0] % 2 for batch in ranks(alternating * 20, 1, batch_size=2)[0]]
+    changes = sum(one != other for one, other in pairwise(shuffled))
+    assert changes > 40  # of 119; sizes one after the other would change once
+
+
+def test_fewer_pairs_than_one_batch() -> None:
+    assert sorted(ranks([(8, 8)] * 3, 1)[0][0]) == [0, 1, 2]
+    assert [len(share[0]) for share in ranks([(8, 8)] * 3, 2)] == [2, 2]
+    assert ranks([(8, 8)], 3) == [[[0]], [[0]], [[0]]]
+    assert ranks([(8, 8)], 1, small_buckets="fill") == [[[0, 0, 0, 0]]]
+
+
+def test_a_new_order_every_epoch_the_same_for_every_split_into_ranks() -> None:
+    first, second = ranks(MIX, 1), ranks(MIX, 1, epoch=1)
+    assert first != second
+    assert first == ranks(MIX, 1)
+    assert first != ranks(MIX, 1, seed=1)
+    one = [set(batch) for batch in ranks([(8, 8)] * 40, 1, batch_size=8)[0]]
+    two = [set(a) | set(b) for a, b in zip(*ranks([(8, 8)] * 40, 2, batch_size=4), strict=True)]
+    assert one == two
+
+
+def test_one_size_gives_the_batches_of_the_loader_of_images() -> None:
+    sampler = PairBatchSampler(37, 4, seed=5)
+    sampler.set_epoch(3)
+    assert ranks([(8, 8)] * 37, 1, epoch=3, seed=5) == [list(sampler)]
+
+
+def test_unshuffled_pairs_stand_as_the_rows_do() -> None:
+    assert ranks([(8, 8)] * 3 + [(8, 16)] * 2, 1, batch_size=2, shuffle=False) == [[[0, 1], [2], [3, 4]]]
+
+
+def test_batches_follow_a_token_budget() -> None:
+    batches = ranks([(8, 8)] * 40 + [(16, 16)] * 8 + [(64, 64)] * 2, 1, tokens_per_batch=1024)[0]
+    sizes = Counter(len(batch) for batch in batches)
+    assert sizes == {16: 2, 8: 1, 4: 2, 1: 2}
+
+
+@pytest.mark.parametrize("small", ["short", "fill", "drop"])
+def test_a_resumed_epoch_goes_on_where_it_was(small: str) -> None:
+    sizing = Sizing(4, small_buckets=small, world_size=2)
+    whole = list(sampler_at(sizing, epoch=2))
+    for taken in range(len(whole) + 1):
+        resumed = BucketBatchSampler(np.array(MIX), sizing)
+        resumed.load_state_dict(sampler_at(sizing, epoch=2).state_dict(taken))
+        resumed.set_epoch(2)
+        assert list(resumed) == whole[taken:]
+        assert (len(resumed), resumed.remaining()) == (len(whole), len(whole) - taken)
+        assert resumed.state_dict(0) == sampler_at(sizing, epoch=2).state_dict(taken)
+        resumed.set_epoch(3)
+        assert list(resumed) == list(sampler_at(sizing, epoch=3))
+
+
+def sampler_at(sizing: Sizing, epoch: int) -> BucketBatchSampler:
+    sampler = BucketBatchSampler(np.array(MIX), sizing)
+    sampler.set_epoch(epoch)
+    return sampler
+
+
+def test_resume_under_other_sizings_uses_what_is_left_and_nothing_else() -> None:
+    sizings = [Sizing(4, world_size=2), Sizing(3, world_size=1), Sizing(2, world_size=3), Sizing(4, world_size=2)]
+    used: list[int] = []
+    state: dict[str, Any] = {"epoch": 1, "pairs": len(MIX), "spans": []}
+    for number, sizing in enumerate(sizings):
+        samplers = [BucketBatchSampler(np.array(MIX), sizing, rank) for rank in range(sizing.world_size)]
+        for sampler in samplers:
+            sampler.load_state_dict(state)
+        assert samplers[0].remaining() <= len(samplers[0])
+        shares = [list(sampler) for sampler in samplers]
+        taken = len(shares[0]) if number == len(sizings) - 1 else 3
+        fresh = {pair for share in shares for batch in share[:taken] for pair in batch}
+        assert not fresh & set(used)
+        assert {pair for share in shares for batch in share for pair in batch} | set(used) == set(range(len(MIX)))
+        used += fresh
+        state = samplers[0].state_dict(taken)
+        assert all(sampler.state_dict(taken) == state for sampler in samplers)
+    assert set(used) == set(range(len(MIX)))
+
+
+def test_a_place_in_an_epoch_of_other_data_is_refused() -> None:
+    state = sampler_at(Sizing(4), epoch=0).state_dict(1)
+    with pytest.raises(InputError, match="go on with the data it was trained on"):
+        BucketBatchSampler(np.array(MIX[:-1]), Sizing(4)).load_state_dict(state)
+    BucketBatchSampler(np.array(MIX[:-1]), Sizing(4)).load_state_dict(sampler_at(Sizing(4), 0).state_dict(0))
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_a_place_among_batches_of_another_kind_is_refused(turn: int) -> None:
+    """As where ``sources: ignore`` is set for the rest of a run over unlike numbers of pictures, or left out."""
+    samplers = BucketBatchSampler(np.array(MIX), Sizing(4)), PairBatchSampler(len(MIX), 4)
+    saved, resumed = (ResumableLoader(MIX, sampler, collate_fn=list) for sampler in samplers[::turn])
+    told = r"^data\.train: .* in another way .* sources as in its training, or start anew$"
+    with pytest.raises(InputError, match=told):
+        resumed.load_state_dict(saved.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("small", "steps", "rest"),
+    [
+        ("short", 11, "4 smaller steps, 4 pairs twice"),
+        ("fill", 11, "26 repeats fill up 4 steps"),
+        ("drop", 7, "6 pairs left out per epoch"),
+    ],
+)
+def test_the_report_says_what_becomes_of_the_last_pairs(small: Any, steps: int, rest: str) -> None:
+    wanted = f"62 pairs of 4 sizes in {steps} steps of up to 8 pairs over 2 ranks; small_buckets={small}: {rest}"
+    assert BucketBatchSampler(np.array(MIX), Sizing(4, None, small, world_size=2)).describe() == wanted
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
+def test_evaluation_takes_every_pair_once_in_equally_many_batches(world: int, batch_size: int) -> None:
+    shares = [list(EvaluationBatches(np.array(MIX), Sizing(batch_size, world_size=world), r)) for r in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(pair for share in shares for batch in share for pair in batch) == list(range(len(MIX)))
+    for share in shares:
+        for batch in share:
+            assert len({MIX[pair] for pair in batch}) == 1
+            assert len(batch) <= max(batch_size, 2)
+
+
+def test_evaluation_says_when_pairs_cannot_be_shared_out() -> None:
+    with pytest.raises(InputError, match="3 pairs of 3 sizes cannot be dealt out to 2 ranks"):
+        EvaluationBatches(np.array([(8, 8), (8, 16), (16, 16)]), Sizing(4, world_size=2))

@@ -1,9 +1,14 @@
+"""No prompt is in two splits; a fixed random cut of a data set."""
+
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from latentreward.core.contracts import EditPrompt, ImageRef, PreferencePair, sources_of
 from latentreward.core.errors import InputError
-from latentreward.data import CutReader, PairReader, normalise_prompt, select_rows
+from latentreward.data import CutReader, HPDv3Reader, PairReader, normalise_prompt, select_rows
 from latentreward.data.splits import SharedPrompts, split_by_prompt
 
 
@@ -83,11 +88,6 @@ def test_nothing_left_is_an_error() -> None:
         selected({"train": Prompts("a", unlabelled=(0,))})
 
 
-def test_the_remedy_of_the_most_frequent_cause_comes_first() -> None:
-    with pytest.raises(InputError, match=r"left: 2 have a prompt that val has too, 1 are unlabelled; set data\.shared"):
-        selected({"train": Prompts("a", "b", "c", unlabelled=(2,)), "val": Prompts("a", "b")})
-
-
 def test_keeping_shared_prompts_is_proposed_only_if_rows_would_remain() -> None:
     unlabelled = Prompts("a", "b", unlabelled=(0, 1))
     unlabelled.remarks["unlabelled (no label (at all))"] += 2
@@ -103,18 +103,6 @@ def test_shared_prompts_may_be_kept(caplog) -> None:
     rows = selected({"train": Prompts("a", "b", unlabelled=(1,)), "val": Prompts("a", "b")}, "keep")
     assert {name: indices.tolist() for name, indices in rows.items()} == {"train": [0], "val": [0, 1]}
     assert caplog.text == ""
-
-
-def test_a_small_loss_is_told_without_a_remedy(caplog) -> None:
-    selected({"train": Prompts("a", "b", "c", "d", "e"), "val": Prompts("a")})
-    assert "data.train: 1 of 5 rows have a prompt that val has too; left out" in caplog.text
-    assert "keep" not in caplog.text
-
-
-def test_the_remedy_for_unlabelled_rows_does_not_depend_on_what_other_splits_lost() -> None:
-    splits = {"train": Prompts("z", unlabelled=(0,)), "val": Prompts("x", "y"), "test": Prompts("x")}
-    with pytest.raises(InputError, match=r"^data\.train: .*: 1 are unlabelled; label rows, or give other splits$"):
-        selected(splits)
 
 
 def test_edits_of_unlike_pictures_share_no_prompt() -> None:
@@ -139,3 +127,36 @@ def test_a_share_of_the_prompts_is_held_out_whatever_the_order() -> None:
     for share, few in ((0.0, prompts), (1.0, prompts), (0.5, ["x"] * 9)):
         with pytest.raises(InputError, match=r"data\.val_share"):
             split_by_prompt(Prompts(*few), share)
+
+
+def reader(folder: Path, names: range) -> HPDv3Reader:
+    """Pairs whose prompts are ``p0``, ``p1``, …; two pairs of each prompt."""
+    rows = [{"prompt": f"p{name // 2}", "path1": f"{name}a.jpg", "path2": f"{name}b.jpg"} for name in names]
+    folder.mkdir(exist_ok=True)
+    (folder / "train.json").write_text(json.dumps(rows))
+    return HPDv3Reader(str(folder), "train", on_error="skip")
+
+
+def test_a_cut_is_fixed_by_its_seed_and_keeps_the_order(tmp_path: Path) -> None:
+    whole = reader(tmp_path, range(60))
+    cut = CutReader(whole, 20)
+    assert len(cut) == len(set(cut.pair_ids())) == 20
+    assert cut.pair_ids() == CutReader(whole, 20).pair_ids() == [pair.pair_id for pair in cut]
+    assert sorted(cut.rows) == list(cut.rows)
+    assert cut.pair_ids() != CutReader(whole, 20, seed=1).pair_ids()
+    assert cut.rows.tolist() != list(range(20))
+
+
+def test_a_smaller_cut_is_part_of_a_larger_one_and_of_a_longer_copy(tmp_path: Path) -> None:
+    whole, part = reader(tmp_path / "whole", range(60)), reader(tmp_path / "part", range(50))
+    assert set(CutReader(whole, 10).pair_ids()) < set(CutReader(whole, 30).pair_ids())
+    both = set(CutReader(whole, 30).pair_ids()) & set(part.pair_ids())
+    assert both <= set(CutReader(part, 30).pair_ids())
+
+
+def test_prompts_of_the_test_set_are_left_out(tmp_path: Path) -> None:
+    whole, test = reader(tmp_path / "whole", range(60)), reader(tmp_path / "test", range(20))
+    cut = CutReader(whole, 40, apart_from=test)
+    assert not set(cut.prompts()) & set(test.prompts())
+    with pytest.raises(InputError, match=r"pairs=41, but 40 of 60 rows have a label and no prompt of apart_from"):
+        CutReader(whole, 41, apart_from=test)

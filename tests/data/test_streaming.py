@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 
 from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError
@@ -22,7 +22,7 @@ from latentreward.data import (
     PreferenceDataModule,
     StreamedPreferenceDataModule,
 )
-from latentreward.data.streaming import StreamedPairs, files_between
+from latentreward.data.streaming import StreamedPairs
 
 FEATURES = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image(), "pair_id": Value("string")})
 ROWS, SIDES = 24, ("chosen", "rejected")
@@ -85,14 +85,6 @@ def test_the_first_pass_of_all_lanes_holds_every_row_though_files_do_not_divide(
         assert sorted(seen) == NAMES
         for file in Path(stream._place).glob("*.parquet"):
             file.unlink()
-
-
-def test_many_files_are_joined_in_few_pieces() -> None:
-    rows = Dataset.from_dict({"row": range(100)}).to_iterable_dataset(num_shards=100)
-    for start, stop in ((0, 100), (0, 99), (37, 38), (64, 97), (50, 50), (99, 100)):
-        found = files_between(rows, start, stop)
-        assert [row["row"] for piece in found for row in piece] == list(range(start, stop))
-        assert len(found) <= 7
 
 
 def test_pairs_hold_the_bytes_of_the_file(write, jpeg) -> None:
@@ -167,28 +159,6 @@ def test_another_order_is_refused(write, change, message) -> None:
         module(source, **change).train_dataloader().load_state_dict(state)
     with pytest.raises(InputError, match=r"trainer\.devices: the run has 1 ranks, but had 8; a stream goes on"):
         module(source).train_dataloader().load_state_dict({**state, "world_size": 8})
-
-
-def test_a_label_of_a_class_counts_by_its_name(write, tmp_path) -> None:
-    table = Dataset.from_parquet(f"{write()}/*.parquet", cache_dir=str(tmp_path / "cache"))
-    table = table.rename_columns({"chosen": "image_a", "rejected": "image_b"})
-    classes = table.add_column("label", [0, 1, 2, -1] * 6).cast_column("label", ClassLabel(names=["a", "b", "tie"]))
-    stream = PairStream(classes.to_iterable_dataset(), shuffle_buffer=1)
-    assert [pair.label_a for pair in stream.pairs(0, 1, 0, print)] == [1.0, 0.0, 0.5] * 6
-    whole = table.add_column("label", [0, 1] * 12).to_iterable_dataset()
-    with pytest.raises(InputError, match="label holds whole numbers"):
-        PairStream(whole)
-    stream = PairStream(whole, shuffle_buffer=1, labels={0: "a", 1: "b"})
-    assert [pair.label_a for pair in stream.pairs(0, 1, 0, print)] == [1.0, 0.0] * 12
-
-
-def test_parts_that_are_missing_follow_on_error(write, caplog) -> None:
-    source = write()
-    next(Path(source).glob("train-00002*")).unlink()
-    with pytest.raises(InputError, match=r"train lacks 1 of its parquet parts \(00002-of-00006\); download them"):
-        PairStream(source)
-    assert len(names(PairStream(Path(source), on_error="skip"))) == 20
-    assert caplog.messages == [f"{source} train: 1 parquet part missing"]
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ from latentreward.data import (
     ScoreTable,
     ScoreTargets,
 )
-from latentreward.data.collate import is_turned
-from latentreward.data.targets import check_targets
+from latentreward.data.dataset import is_turned
+from latentreward.data.score_table import check_targets
 from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
 from latentreward.reward import LabelLoss, PreferenceLoss, RankingDistillation, TieLoss
 from latentreward.tinyworld import TinyWorldDataModule
@@ -112,22 +112,6 @@ class DecidedPairs(PairReader):
         return np.where(self.reader.labels() > 0.5, 1.0, 0.0)
 
 
-def test_a_table_of_exchanged_images_is_refused(reader: PairReader, tmp_path: Path) -> None:
-    pairs = [reader[row] for row in range(len(reader))]
-    for exchanged in (False, True):
-        table, lines = tmp_path / "images.csv", ["pair_id,image_a,image_b,mine_a,mine_b"]
-        for number, pair in enumerate(pairs):
-            keys = pair.image_a.image_key, pair.image_b.image_key
-            lines.append(",".join((pair.pair_id, *(keys[::-1] if exchanged else keys), str(number), "0")))
-        table.write_text("\n".join(lines))
-        targets = ScoreTargets({"train": str(table)}, ["mine"], standardise=False)
-        error = pytest.raises(
-            InputError, match="which is image b of the reader; make the table by score-pairs, or name"
-        )
-        with error if exchanged else nullcontext():
-            assert targets.values("train", reader)[:, 0, 0, 0].tolist() == list(range(8))
-
-
 def test_unlabelled_pairs_are_told_what_to_do(tmp_path: Path) -> None:
     """Where a teacher's values are learned, a label of ½ is enough."""
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "image_a": "1.png", "image_b": "2.png"}\n' * 2)
@@ -208,30 +192,6 @@ def test_a_cache_gives_the_values_that_images_give(tmp_path: Path) -> None:
     assert sum(map(len, batches)) == 6
     for batch in batches:
         check(batch, sides_of(reader, values))
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"columns": []}, "columns is empty"),
-        ({"tables": {}}, "tables is empty"),
-        ({"uncertainties": ["a", "b"]}, "2 names for 1 columns"),
-        ({"tables": {"val": "x.csv"}}, "no train"),
-        ({"tables": {"train": "x.csv", "vla": "x.csv"}}, "there is no split 'vla'; did you mean 'val'"),
-    ],
-)
-def test_refuses_settings_that_do_not_fit(settings: dict, named: str) -> None:
-    with pytest.raises(InputError, match=named):
-        ScoreTargets(**{"tables": {"train": "x.csv"}, "columns": ["teacher"], **settings})
-
-
-def test_refuses_tables_that_do_not_serve(reader: PairReader, tmp_path: Path) -> None:
-    names = reader.pair_ids()
-    table = write_table(tmp_path / "t.csv", names, teacher=numbers(8), same=[(1, 1)] * 8, zero=[(1, 0)] * 8)
-    cases = ((["other"], [], "no column other_a"), (["same"], [], "values of same are equal"))
-    for columns, uncertainties, named in (*cases, (["teacher"], ["zero"], "zero is 0 for an image with a value")):
-        with pytest.raises(InputError, match=named):
-            ScoreTargets({"train": table}, columns, uncertainties).values("train", reader)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,16 @@
 """Every protocol on the sample sets with the luminance scorer: the numbers of EXPECTED.json, whatever folder it is in.
 
-A set that a folder lacks is skipped, a number that its EXPECTED.json lacks is a failure; the set full of odd rows
-states no numbers, and must survive.
+A set that a folder lacks is skipped, a number that its EXPECTED.json lacks is a failure.
 """
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -22,11 +21,10 @@ from latentreward.apps.evaluation.benchmark.sets import PickAPicBenchmark, recog
 from latentreward.core.reports.tables import Row
 from latentreward.reward import CallableScorer
 from latentreward.reward.scorers.pair_scoring import PairScoring
-from tests.formats.conftest import COMMITTED, write_hpdv3, write_pickapic
-from tests.formats.odd_groups import write_all
+from tests.data.conftest import SCHEMA, pickapic_row
+from tests.formats.conftest import COMMITTED, SAMPLES, expected_of
 
 SETS = ("imagereward", "imagerewarddb", "hpdv2", "hpdv3", "pickapic_v1", "genai_bench", "genai_bench_cmu")
-GIVEN = Path(os.environ.get("LATENTREWARD_SAMPLES_DIR") or COMMITTED)
 
 
 def luminance(prompts: Sequence[str], images: Sequence[Image.Image]) -> torch.Tensor:
@@ -58,11 +56,11 @@ class Found:
     """One sample set through its benchmark, and what EXPECTED.json says of it."""
 
     def __init__(self, name: str) -> None:
-        if not (GIVEN / name).is_dir():
-            pytest.skip(f"no {name} in {GIVEN}")
-        self.expected: dict[str, Any] = json.loads((GIVEN / "EXPECTED.json").read_text())[name]
+        if not (SAMPLES / name).is_dir():
+            pytest.skip(f"no {name} in {SAMPLES}")
+        self.expected: dict[str, Any] = expected_of(name)
         self.metrics = self.expected.get("luminance_scorer", self.expected.get("luminance_scorer_before_removal", {}))
-        self.benchmark = recognise_benchmark(str(GIVEN / name))
+        self.benchmark = recognise_benchmark(str(SAMPLES / name))
         self.scored = scores(self.benchmark, self.metrics.get("temperature"))
         self.results = results(self.benchmark, self.scored)
 
@@ -169,32 +167,26 @@ def test_genai_bench_cmu() -> None:
     found.count("pairs", result["pairs"] + sum(result["excluded"].values()))
 
 
-@pytest.fixture(scope="module")
-def odd_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("odd_benchmarks")
-    write_pickapic(root / "pickapic_v1")
-    write_hpdv3(root / "hpdv3")
-    write_all(root)
-    return root
-
-
 @pytest.mark.parametrize("name", SETS)
-def test_odd_rows_are_left_out_and_counted(odd_rows, name) -> None:
-    benchmark = recognise_benchmark(str(odd_rows / name))
+def test_rows_are_counted_or_left_out_for_a_reason(name: str) -> None:
+    benchmark = recognise_benchmark(str(COMMITTED / name))
     scored = scores(benchmark)
     for (_, split), result in results(benchmark, scored).items():
         assert result["pairs"] > 0
         assert 0 <= result["estimate"].value <= 1
         assert result["pairs"] + sum(result["excluded"].values()) == len(scored[split].pair_ids)
-        unreadable = int(np.isnan(scored[split].first + scored[split].second).sum())
-        assert unread(result) == unreadable
+        assert unread(result) == int(np.isnan(scored[split].first + scored[split].second).sum())
         assert "no score" not in result["excluded"]
     assert {item.protocol for item in benchmark.evaluations} <= set(PROTOCOLS)
 
 
-def test_every_published_row_of_pickapic_counts_by_pickscore(odd_rows) -> None:
+def test_every_published_row_of_pickapic_counts_by_pickscore(tmp_path: Path) -> None:
     """All rows with both images, unlabelled ones as the second image's, as PickScore's code has it."""
-    benchmark = PickAPicBenchmark(str(odd_rows / "pickapic_v1"), "train")
+    changes = [{}, {"label_0": 1.0, "label_1": 1.0}, {"has_label": False, "label_0": None}, {"jpg_0": b""}]
+    table = pa.Table.from_pylist([pickapic_row(n, **change) for n, change in enumerate(changes)], SCHEMA)
+    for split in ("train", "validation_unique"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    benchmark = PickAPicBenchmark(str(tmp_path), "train")
     scored = scores(benchmark)
     found = results(benchmark, scored)
     assert set(found["pickapic/pickscore", "train"]["excluded"]) == set(scored["train"].columns["problem"]) - {None}

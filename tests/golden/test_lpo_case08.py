@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from latentreward.data import MPCF, PairGaps, select_consistent
-from latentreward.data.mpcf import AESTHETIC_FLOORS, TIE_LIMITS
+from latentreward.data.score_table import AESTHETIC_FLOORS, TIE_LIMITS
 from tests.golden.catalogue import Case, cases
 
 SCORERS = ("aesthetic", "clipscore", "vqascore")

@@ -15,8 +15,8 @@ from latentreward.core.contracts import ImageRef
 from latentreward.core.errors import InputError
 from latentreward.data import ImageError, decode_image
 from latentreward.data.images import TOO_LARGE, UNKNOWN, png
-from latentreward.data.readers import parquet_store, tars
-from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, read_index
+from latentreward.data.readers import tables, tars
+from latentreward.data.readers.tables import ParquetPart, RowGroupColumns, read_parquet
 from latentreward.data.readers.tars import ImageArchives
 from latentreward.reward.scoring.files import read_tensors
 
@@ -51,13 +51,13 @@ def test_compressed_records_of_torch_save(tmp_path: Path) -> None:
 
 
 def test_a_value_that_stands_in_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet_store, "LEAST_LIMIT", 2**24)
+    monkeypatch.setattr(tables, "LEAST_LIMIT", 2**24)
     part = ParquetPart("train.parquet", tmp_path / "train.parquet")
     long = pa.DictionaryArray.from_arrays(pa.array(np.zeros(1200, np.int32)), pa.array(["x" * 2_000_000]))
     pq.write_table(pa.table({"prompt": long}), part.path, compression="zstd", store_schema=False)
     assert part.path.stat().st_size < 10_000
     for read in (
-        lambda: read_index([part], {"prompt": None}, ""),
+        lambda: read_parquet([part], {"prompt": None}, ""),
         lambda: RowGroupColumns([part], ["prompt"]).read(0, 5),
     ):
         with pytest.raises(ImageError, match=r"over \d+ bytes of values in a file of far fewer"):
@@ -67,7 +67,7 @@ def test_a_value_that_stands_in_every_row(tmp_path: Path, monkeypatch: pytest.Mo
 def test_images_in_a_dictionary_count_as_often_as_rows_hold_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_store, "LEAST_LIMIT", 2**20)
+    monkeypatch.setattr(tables, "LEAST_LIMIT", 2**20)
     part = ParquetPart("train.parquet", tmp_path / "train.parquet")
     images = pa.array([np.random.default_rng(seed).bytes(100_000) for seed in range(60)])
     pq.write_table(pa.table({"image": images.dictionary_encode()}), part.path)
@@ -82,7 +82,7 @@ def test_rows_are_read_as_before(tmp_path: Path) -> None:
     part = ParquetPart("train.parquet", tmp_path / "train.parquet")
     table = pa.table({"b": [{"x": n} for n in range(9)], "a": [f"{n % 2}" for n in range(9)], "c": [b"1"] * 9})
     pq.write_table(table, part.path, row_group_size=4)
-    assert read_index([part], {"a": None, "c": None}, "")[0].to_pylist() == table.select(["a", "c"]).to_pylist()
+    assert read_parquet([part], {"a": None, "c": None}, "")[0].to_pylist() == table.select(["a", "c"]).to_pylist()
     assert RowGroupColumns([part], ["a", "b"]).read(0, 6) == ("0", {"x": 6})
 
 

@@ -1,10 +1,7 @@
 from .alignment.prompts import PromptDataModule, PromptsAndImages
-from .collate import collate_pairs
-from .cut import CutReader
 from .datamodules import PreferenceDataModule
-from .dataset import LoadedPair, PairDataset, SkippedPair
+from .dataset import LoadedPair, PairDataset, SkippedPair, collate_pairs
 from .images import ImageError, PixelLoader, decode_image
-from .mpcf import MPCF, FilteredReader, select_consistent
 from .readers.base import OnError, PairReader, count_text
 from .readers.dataset_pairs import DatasetPairReader, JSONLPairReader
 from .readers.diffusion_rm import DiffusionRMReader
@@ -21,11 +18,10 @@ from .readers.published import (
     PickAPicReader,
 )
 from .readers.tars import PickAPicTarReader
-from .sampling import PairBatchSampler, PairSampler
-from .score_table import PairGaps, ScoreTable
-from .splits import normalise_prompt, select_rows
+from .sampling import PairBatchSampler
+from .score_table import MPCF, FilteredReader, PairGaps, ScoreTable, ScoreTargets, select_consistent
+from .splits import CutReader, normalise_prompt, select_rows
 from .streaming import PairStream, StreamedPreferenceDataModule
-from .targets import ScoreTargets
 
 __all__ = [
     "MPCF",
@@ -50,7 +46,6 @@ __all__ = [
     "PairDataset",
     "PairGaps",
     "PairReader",
-    "PairSampler",
     "PairStream",
     "PickAPicReader",
     "PickAPicTarReader",

@@ -76,9 +76,6 @@ class ClipLoader(PixelLoader):
     which need not be constant. A file must be shown for as long as the frames take; what follows them is not used.
     Files are mp4, mov, or animated WebP as ``latentreward generate`` writes it. Rotation in a file's header and audio
     are ignored.
-
-    Raises:
-        InputError: If ``frames`` or ``fps`` is out of range.
     """
 
     frames: int = 1  # number of frames F
@@ -88,11 +85,7 @@ class ClipLoader(PixelLoader):
         check_clips("", self.frames, self.fps)
 
     def __call__(self, image: ImageRef) -> Tensor:
-        """Decode a clip to pixels ``(3, F, height, width)``, float32 in [-1, 1].
-
-        Raises:
-            ImageError: If the clip cannot be read, or is too short.
-        """
+        """Decode a clip to pixels ``(3, F, height, width)``, float32 in [-1, 1]; may raise ImageError."""
         return self.load(image).pixels
 
     def load(self, image: ImageRef) -> Clip:
@@ -111,7 +104,6 @@ class ClipLoader(PixelLoader):
             return Clip(torch.stack(taken, dim=1), size, unused)
 
     def blank(self) -> Tensor:
-        """Return mid-grey pixels ``(3, F, height, width)``; see :meth:`PixelLoader.blank`."""
         return torch.zeros(3, self.frames, self.height, self.width)
 
     def _shown(self, image: ImageRef, source: Source) -> Iterator[Frame]:
@@ -156,23 +148,14 @@ class ClipLoader(PixelLoader):
 
 
 def clip_size(image: ImageRef) -> tuple[int, int]:
-    """Read height and width of a clip from its header; the rest of the file may still be damaged.
-
-    Raises:
-        ImageError: As :class:`ClipLoader`, except for damage behind the header.
-        InputError: If PyAV is missing.
-    """
+    """Read height and width of a clip from its header; the rest of the file may still be damaged."""
     with _opened(image, MAX_PIXELS) as source:
         check_pixels(image, source.size[::-1], MAX_PIXELS)
         return source.size
 
 
 def check_clips(place: str, frames: int, fps: float) -> None:
-    """Check the settings of clips.
-
-    Raises:
-        InputError: If a value is out of range.
-    """
+    """Check the settings of clips."""
     check_at_least_one(place, frames=frames)
     check_range("(0, 1000]", f"Wan 2.1 has {FPS:g}", **{f"{place}fps": fps})
 
@@ -184,11 +167,7 @@ def require_pyav(frames: int) -> None:
 
 
 def check_frames(place: str, network: Any, frames: int) -> None:
-    """Check that a backbone or a policy takes clips of ``frames`` frames; ``place`` as in :func:`check_clips`.
-
-    Raises:
-        InputError: If it does not.
-    """
+    """Check that a backbone or a policy takes clips of ``frames`` frames; ``place`` as in :func:`check_clips`."""
     with errors_at(place):
         if (family := getattr(network, "family", None)) is not None:
             family.latent_shape(frames=frames)

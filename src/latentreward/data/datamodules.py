@@ -17,15 +17,18 @@ from latentreward.core.contracts import taken_of_edits
 from latentreward.core.errors import InputError, check_at_least_one, check_multiples
 from latentreward.core.running import run_seed
 from latentreward.data.clips import FPS, ClipLoader, check_clips, check_frames, require_pyav
-from latentreward.data.collate import collate_pairs
-from latentreward.data.dataset import PairDataset
+from latentreward.data.dataset import PairDataset, collate_pairs
 from latentreward.data.images import MAX_PIXELS, PixelLoader, ResizePolicy
 from latentreward.data.loading import ResumableBatchSampler, ResumableLoader, WorkerLoader, ignore_signals, shares_of
 from latentreward.data.readers.base import OnError, PairReader, count_text
-from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
-from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing
+from latentreward.data.sampling import (
+    BucketBatchSampler,
+    EvaluationBatches,
+    PairBatchSampler,
+    Sizing,
+)
+from latentreward.data.score_table import ScoreTargets, check_targets, label_remedy
 from latentreward.data.splits import SharedPrompts, select_rows, split_by_prompt
-from latentreward.data.targets import ScoreTargets, check_targets, label_remedy
 
 logger = logging.getLogger(__name__)
 
@@ -158,9 +161,6 @@ class PreferenceDataModule(PairLoaders):
         fps: Frames per second of clips, see :class:`~latentreward.data.clips.ClipLoader`.
         targets: Given values of the images, such as a teacher's scores, for a loss that learns from them.
         loading: See :class:`PairLoaders`.
-
-    Raises:
-        InputError: If a setting is out of range. If a split has no rows left, its loader raises InputError.
     """
 
     remedy = (
@@ -212,12 +212,7 @@ class PreferenceDataModule(PairLoaders):
             dataset.check_files(f"data.{name}")
 
     def setup(self, stage: str) -> None:
-        """Check that the module's backbone, policy or generator takes images of ``size``, or clips of ``frames``.
-
-        Raises:
-            InputError: If a side is not a multiple of the network's ``side_multiple``, or the network does not take
-                clips of so many frames.
-        """
+        """Check that the module's backbone, policy or generator takes images of ``size``, or clips of ``frames``."""
         module = self.trainer.lightning_module if self.trainer else None
         check_targets(module, self.datasets, stage)
         owners = (getattr(module, "model", None), "backbone"), (module, "policy"), (module, "generator")
@@ -240,18 +235,11 @@ class PreferenceDataModule(PairLoaders):
         dataset, shares = self._dataset("train"), shares_of(self.trainer)
         order = {"shuffle": self.shuffle, "seed": self.seed}
         sampler: ResumableBatchSampler = PairBatchSampler(len(dataset), self.batch_size, **shares, **order)
-        if (sizes := self._unlike(dataset)) is not None:
+        # Which sampler it is does not depend on the batch size, which may change where a run goes on.
+        if len(np.unique(sizes := _sizes(dataset), axis=0)) > 1:
             sizing = Sizing(self.batch_size, world_size=shares["num_replicas"], **order)
             sampler = BucketBatchSampler(sizes, sizing, shares["rank"])
         return ResumableLoader(dataset, sampler, collate_fn=collate_pairs, **self._worker_settings())
-
-    def _unlike(self, dataset: PairDataset) -> np.ndarray | None:
-        """Return the size of each pair, ``(N, 3)``, if pairs edit unlike numbers of pictures; a batch holds one.
-
-        It does not depend on the batch size, which may change where a run goes on.
-        """
-        numbers = dataset.source_numbers()
-        return np.column_stack([np.ones((len(numbers), 2), int), numbers]) if len(np.unique(numbers)) > 1 else None
 
     def teardown(self, stage: str) -> None:
         """Log, for each split, the numbers of pairs with unreadable images by reason, and of frames not used."""
@@ -265,12 +253,14 @@ class PreferenceDataModule(PairLoaders):
     def evaluation_loading(self, dataset: PairDataset) -> dict[str, Any]:
         shares = shares_of(self.trainer)
         collate = partial(collate_pairs, blanks=dataset is not self.datasets.get("predict"))
-        if (sizes := self._unlike(dataset)) is not None:
-            sizing = Sizing(self.batch_size, world_size=shares["num_replicas"])
-            batches = EvaluationBatches(sizes, sizing, shares["rank"])
-            return {"batch_size": None, "sampler": batches, "collate_fn": collate}
-        return {
-            "batch_size": even_batch_size(len(dataset), shares["num_replicas"], self.batch_size),
-            "sampler": PairSampler(len(dataset), **shares),
-            "collate_fn": collate,
-        }
+        if getattr(self.trainer, "overfit_batches", 0):  # Lightning sets a sampler of its own, of single pairs
+            return {"batch_size": self.batch_size, "collate_fn": collate}
+        sizing = Sizing(self.batch_size, world_size=shares["num_replicas"])
+        batches = EvaluationBatches(_sizes(dataset), sizing, shares["rank"])
+        return {"batch_size": None, "sampler": batches, "collate_fn": collate}
+
+
+def _sizes(dataset: PairDataset) -> np.ndarray:
+    """Return the size of each pair, ``(N, 3)``, images of one size: a batch edits one number of pictures."""
+    numbers = dataset.source_numbers()
+    return np.column_stack([np.ones((len(numbers), 2), int), numbers])

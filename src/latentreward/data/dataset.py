@@ -1,4 +1,4 @@
-"""A data set that decodes the image pairs of a reader and applies ``on_error`` to unreadable images."""
+"""A data set that decodes a reader's pairs under ``on_error``, and their collation to a batch."""
 
 import logging
 from collections import Counter
@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentreward.core.contracts import EditPrompt, PreferencePair, seen_as, sources_of, sources_wanted
+from latentreward.core.contracts import (
+    EditPrompt,
+    PairTargets,
+    PreferenceBatch,
+    PreferencePair,
+    seen_as,
+    sources_of,
+    sources_wanted,
+)
 from latentreward.core.errors import InputError, quoted
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_sizes import OneSize
@@ -66,9 +74,6 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         taken: Least and largest number of pictures to edit that the network takes; None for any number.
         check_prompt: Function that raises InputError for a prompt that the network's text encoder does not take.
         unused: ``(rows, 2)`` number of frames of both clips that are read and not used; ``(0, 2)`` for images.
-
-    Raises:
-        InputError: If the reader's rows hold latents or nothing instead of images.
     """
 
     taken: tuple[int, int | None] = (0, None)
@@ -124,7 +129,14 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         return np.clip([len(sources_of(prompts[row])) for row in self.rows], least, most)
 
     def __getitem__(self, index: int | Sequence[int]) -> Any:
-        """Read, decode and resize the pair at position ``index`` of ``rows``; several positions give a list.
+        """Read, decode and resize the pair at position ``index`` of ``rows``, see :meth:`load`; several give a list."""
+        if isinstance(index, Sequence):
+            return [self[one] for one in index]
+        row = int(self.rows[index])
+        return self.load(self.reader[row], index, None if self.targets is None else self.targets[row])
+
+    def load(self, pair: PreferencePair, place: int, targets: Tensor | None = None) -> LoadedPair | SkippedPair:
+        """Decode and resize the images of a pair, and the pictures that they are edits of.
 
         Returns:
             A :class:`SkippedPair` if ``on_error`` is ``"skip"`` and an image or a picture to edit cannot be read, or
@@ -135,67 +147,65 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
             ImageError: If one of these problems occurs and ``on_error`` is ``"raise"``, or :data:`MOST_IN_A_ROW` pairs
                 one after the other are skipped.
         """
-        if isinstance(index, Sequence):
-            return [self[one] for one in index]
-        row = int(self.rows[index])
-        pair, targets = self.reader[row], None if self.targets is None else self.targets[row]
         try:
+            check_taken(pair.prompt, self.taken)
             if isinstance(self.loader, ClipLoader):
-                check_taken(pair.prompt, self.taken)
                 clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)
-                self.unused[index] = torch.tensor([clip.unused for clip in clips])
+                self.unused[place] = torch.tensor([clip.unused for clip in clips])
                 loaded = LoadedPair(pair, clips[0].pixels, clips[1].pixels, targets)
             else:
-                pair, sources = load_sources(self.loader, pair, self.taken, self.check_prompt)
-                loaded = LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, sources)
+                if sources := sources_of(pair.prompt):  # as text encoders see them
+                    pictures = {"exif": self.loader.exif, "max_pixels": self.loader.max_pixels}
+                    pair = replace(pair, prompt=seen_as(pair.prompt, **pictures))
+                check_edit(pair.prompt, self.check_prompt)
+                edited = tuple(map(self.loader, sources))
+                loaded = LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, edited)
         except ImageError as error:
-            split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
-            if self.on_error == "raise":
-                fix = "replace the file"
-                if error.problem == COUNT:
-                    fix = "correct the row" if self.taken[1] != 0 else "set the reader's sources to ignore"
-                remedy = f"{fix}, or set {setting} to skip or placeholder"
-                raise ImageError(f"{split}{pair.pair_id}: {error}; {remedy}", error.problem) from error
-            self._problems[index] = 1 + IMAGE_PROBLEMS.index(error.problem)
-            if not self._warned:
-                self._warned = True
-                logger.warning("%s%s: %s; this process only counts further ones", split, pair.pair_id, error)
-            blank = blank_pair(self.loader, pair, self.taken, error, targets)
-            if self.on_error != "skip":
-                return blank
-            self._in_a_row += 1
-            refuse_lost(self._in_a_row, f"{split}{pair.pair_id}", error)
-            return SkippedPair(pair.pair_id, str(error), blank)
+            return self._without(pair, place, error, targets)
         self._in_a_row = 0
         return loaded
+
+    def _without(
+        self, pair: PreferencePair, place: int, error: ImageError, targets: Tensor | None
+    ) -> LoadedPair | SkippedPair:
+        """Apply ``on_error`` to a pair that cannot be read."""
+        split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
+        problem = f"{split}{pair.pair_id}: {error}"
+        if self.on_error == "raise":
+            fix = "replace the file"
+            if error.problem == COUNT:
+                fix = "correct the row" if self.taken[1] != 0 else "set the reader's sources to ignore"
+            raise ImageError(f"{problem}; {fix}, or set {setting} to skip or placeholder", error.problem) from error
+        self.count(place, error.problem)
+        if not self._warned:
+            self._warned = True
+            logger.warning("%s; this process only counts further ones", problem)
+        blank = self._blank(pair, error, targets)
+        if self.on_error != "skip":
+            return blank
+        self._in_a_row += 1
+        if self._in_a_row >= MOST_IN_A_ROW:
+            lost = f"{self._in_a_row} pairs one after the other cannot be read, the last is {problem}"
+            raise ImageError(f"{lost}; see that the files are there", error.problem) from error
+        return SkippedPair(pair.pair_id, str(error), blank)
+
+    def _blank(self, pair: PreferencePair, error: ImageError, targets: Tensor | None) -> LoadedPair:
+        """Return a pair without a label and with mid-grey images, in the place of one that cannot be read."""
+        number, (least, most) = len(sources_of(pair.prompt)), self.taken
+        number = max(least, number if most is None else min(number, most))
+        text = "" if error.problem == REFUSED else str(pair.prompt)
+        prompt = EditPrompt(text, [grey_picture()] * number)  # text encoders may see it, latents are kept by the key
+        image_a, image_b, *blanks = (self.loader.blank() for _ in range(2 + number))
+        return LoadedPair(replace(pair, label_a=None, prompt=prompt), image_a, image_b, targets, tuple(blanks))
+
+    def count(self, place: int, problem: str) -> None:
+        """Count the pair at position ``place`` of ``rows`` by its problem, once."""
+        self._problems[place] = 1 + IMAGE_PROBLEMS.index(problem)
 
     def skipped(self) -> Counter[str]:
         """Count, by reason, the pairs that this process and its workers skipped or replaced by a placeholder so far."""
         counts = torch.bincount(self._problems, minlength=len(IMAGE_PROBLEMS) + 1).tolist()[1:]
         return Counter({problem: count for problem, count in zip(IMAGE_PROBLEMS, counts, strict=True) if count})
-
-
-def refuse_lost(in_a_row: int, place: str, error: ImageError) -> None:
-    """Raise ImageError if :data:`MOST_IN_A_ROW` pairs one after the other cannot be read, the last one at ``place``."""
-    if in_a_row >= MOST_IN_A_ROW:
-        problem = f"{in_a_row} pairs one after the other cannot be read, the last is {place}: {error}"
-        raise ImageError(f"{problem}; see that the files are there", error.problem) from error
-
-
-def blank_pair(
-    loader: PixelLoader,
-    pair: PreferencePair,
-    taken: tuple[int, int | None],
-    error: ImageError,
-    targets: Tensor | None = None,
-) -> LoadedPair:
-    """Return a pair without a label and with mid-grey images, in the place of one that cannot be read."""
-    number, (least, most) = len(sources_of(pair.prompt)), taken
-    number = max(least, number if most is None else min(number, most))
-    text = "" if error.problem == REFUSED else str(pair.prompt)
-    prompt = EditPrompt(text, [grey_picture()] * number)  # text encoders may see it, latents are kept by the key
-    unlabelled, blanks = replace(pair, label_a=None, prompt=prompt), tuple(loader.blank() for _ in range(number))
-    return LoadedPair(unlabelled, loader.blank(), loader.blank(), targets, blanks)
 
 
 def check_edit(prompt: str, check: Callable[[str], None]) -> None:
@@ -209,24 +219,87 @@ def check_edit(prompt: str, check: Callable[[str], None]) -> None:
 
 
 def check_taken(prompt: str, taken: tuple[int, int | None]) -> None:
-    """Raise ImageError if a prompt edits another number of pictures than are ``taken``, as of :func:`load_sources`."""
+    """Raise ImageError if a prompt edits fewer or more pictures than are ``taken``."""
     number = len(sources_of(prompt))
     if wanted := sources_wanted(number, taken):
         edits = "" if number else " in data of edits"
         raise ImageError(f"number of pictures to edit: {number}, and the network takes {wanted}{edits}", COUNT)
 
 
-def load_sources(
-    loader: PixelLoader, pair: PreferencePair, taken: tuple[int, int | None], check: Callable[[str], None]
-) -> tuple[PreferencePair, tuple[Tensor, ...]]:
-    """Decode and resize the pictures that a pair's prompt edits; return the pair as text encoders see it, and them.
+NAMED = 5
+
+
+def collate_pairs(items: Sequence[LoadedPair | SkippedPair], blanks: bool = True) -> PreferenceBatch:
+    """Stack pairs to a batch, each with its preferred image as ``chosen``, so that labels are in [½, 1].
+
+    In a tie or an unlabelled pair the image with the smaller ``image_key`` becomes ``chosen``. The batch is therefore
+    the same if images a and b of the source are exchanged. An unlabelled pair gets label ½ and weight 0: it is scored,
+    but losses and metrics ignore it. Unlabelled pairs occur only in prediction and as placeholders.
+
+    Args:
+        items: Pairs of one image size; each :class:`SkippedPair` makes the batch one pair smaller.
+        blanks: Whether a batch of such pairs alone becomes one grey pair without a label, which counts nowhere. For
+            prediction, which would write its score, it is an error.
 
     Raises:
-        ImageError: If one cannot be read, or their number is not among those that are ``taken``: least and largest,
-            None for any number; or if ``check`` raises InputError.
+        ImageError: If every item is a :class:`SkippedPair` and ``blanks`` is false.
     """
-    check_taken(pair.prompt, taken)
-    if sources := sources_of(pair.prompt):
-        pair = replace(pair, prompt=seen_as(pair.prompt, exif=loader.exif, max_pixels=loader.max_pixels))
-    check_edit(pair.prompt, check)
-    return pair, tuple(map(loader, sources))
+    skipped = [item for item in items if isinstance(item, SkippedPair)]
+    if len(skipped) == len(items) and not blanks:
+        problems = "; ".join(f"{item.pair_id}: {item.problem}" for item in skipped[:NAMED])
+        more = f" and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
+        problem = f"no pair of this batch can be read: {problems}{more}"
+        raise ImageError(f"{problem}; replace the files, or set {DATA_ON_ERROR} to placeholder")
+    pairs = []
+    for item in [item for item in items if isinstance(item, LoadedPair)] or [skipped[0].blank]:
+        pair, targets = item.pair, item.targets
+        if is_turned(pair.label_a, pair.image_a.image_key, pair.image_b.image_key):
+            turned = None if targets is None else targets.flip(0)
+            pairs.append(LoadedPair(pair.swapped(), item.pixels_b, item.pixels_a, turned, item.sources))
+        else:
+            pairs.append(item)
+    records = [item.pair for item in pairs]
+    return PreferenceBatch(
+        pair_ids=tuple(pair.pair_id for pair in records),
+        prompts=tuple(pair.prompt for pair in records),
+        chosen=torch.stack([item.pixels_a for item in pairs]),
+        rejected=torch.stack([item.pixels_b for item in pairs]),
+        chosen_keys=tuple(pair.image_a.image_key for pair in records),
+        rejected_keys=tuple(pair.image_b.image_key for pair in records),
+        label=torch.tensor([0.5 if one.label_a is None else one.label_a for one in records], dtype=torch.float32),
+        weight=torch.tensor([0.0 if one.label_a is None else one.weight for one in records], dtype=torch.float32),
+        targets=stack_targets([item.targets for item in pairs if item.targets is not None]),
+        sources=stack_sources([item.sources for item in pairs]),
+        chosen_noise=tuple(pair.image_a.noise for pair in records),
+        rejected_noise=tuple(pair.image_b.noise for pair in records),
+    )
+
+
+def stack_sources(rows: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Stack the pictures that B pairs are edits of, place by place."""
+    counts = sorted({len(row) for row in rows})
+    if len(counts) > 1:
+        raise InputError(
+            f"pairs of one batch are edits of {counts[0]} and of {counts[-1]} pictures; split the data by that number, "
+            "or set batch_size: 1"
+        )
+    return tuple(torch.stack(place) for place in zip(*rows, strict=True))
+
+
+def stack_targets(targets: Sequence[Tensor]) -> PairTargets | None:
+    """Stack the given values of B oriented pairs, each ``(2, T, K)``; a single column becomes ``(B,)``."""
+    if not targets:
+        return None
+    images = torch.stack(tuple(targets)).unbind(dim=1)
+    chosen, rejected = ((image.squeeze(-1) if image.shape[-1] == 1 else image).unbind(dim=1) for image in images)
+    return PairTargets(chosen[0], rejected[0], *((chosen[1], rejected[1]) if len(chosen) > 1 else ()))
+
+
+def is_turned(label_a: float | None, key_a: str, key_b: str) -> bool:
+    """Tell whether image b becomes the chosen image.
+
+    Image b is chosen if the label prefers it. For a tie or an unlabelled pair, it is chosen if its key is the smaller.
+    """
+    if label_a is None or label_a == 0.5:
+        return key_b < key_a
+    return label_a < 0.5

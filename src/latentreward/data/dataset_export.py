@@ -43,10 +43,6 @@ def export_split(
     Every image's header is read. A row with an image that cannot be read falls under the reader's ``on_error``;
     ``placeholder`` writes it without label and without that image. The columns are those of
     :class:`~latentreward.data.DatasetPairReader`.
-
-    Raises:
-        InputError: If a setting is wrong, an image cannot be read under ``on_error: raise``, or ``output`` holds the
-            split of other data.
     """
     check_at_least_one(rows_per_file=rows_per_file)
     if not re.fullmatch(SPLIT, split):

@@ -20,7 +20,6 @@ from latentreward.data.readers.edits import EditPairReader, find_layout
 from latentreward.data.readers.folders import CAPTIONS_FILE, SIDES, FolderPairReader
 from latentreward.data.readers.img2dataset import STATS, Img2DatasetReader
 from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST
-from latentreward.data.readers.parquet_store import ParquetPart, nested_pattern, open_part
 from latentreward.data.readers.published import (
     OLDER_FILE,
     GenAIBenchCMUReader,
@@ -31,7 +30,15 @@ from latentreward.data.readers.published import (
     ImageRewardReader,
     PickAPicReader,
 )
-from latentreward.data.readers.tables import LISTS, SAVED, SAVED_SPLITS, saved_splits
+from latentreward.data.readers.tables import (
+    LISTS,
+    SAVED,
+    SAVED_SPLITS,
+    ParquetPart,
+    nested_pattern,
+    open_part,
+    saved_splits,
+)
 from latentreward.data.readers.tars import PickAPicTarReader
 
 Splits = dict[str, Callable[..., PairReader]]
@@ -49,11 +56,7 @@ EXPECTED = (
 
 
 def recognise(data: str) -> Splits:
-    """Find the readers for a folder or file, by split, in the order train…, val…, test…, others.
-
-    Raises:
-        InputError: If ``data`` does not exist or has no known format.
-    """
+    """Find the readers for a folder or file, by split, in the order train…, val…, test…, others."""
     path = Path(data)
     if not path.exists():
         raise InputError(f"data: no folder or file {data!r}; name a data set of the hub as --reader CLASS with its id")
@@ -102,11 +105,7 @@ def _found(path: Path) -> Iterator[Splits]:
 
 
 def choose_splits(splits: Splits, names: Iterable[str]) -> Splits:
-    """Return the named splits in the order of ``names``.
-
-    Raises:
-        InputError: If a name is not a split.
-    """
+    """Return the named splits in the order of ``names``."""
     for name in names:
         if name not in splits:
             raise InputError(f"splits: there is no split {name!r}{did_you_mean(name, splits)}")

@@ -54,9 +54,6 @@ def read_rows(file: Path, remedy: str, as_list: Callable[[Any], Any] | None = No
     Yields:
         Number of the line, or of the list's item from 1; its value, a dict in tables; and what is wrong with it, empty
         if nothing is.
-
-    Raises:
-        InputError: If the file as a whole cannot be read; ``remedy`` tells what to do about JSON that is no list.
     """
     suffix, number = file.suffix.lower(), 0
     if suffix == ".json":
@@ -74,11 +71,7 @@ def read_rows(file: Path, remedy: str, as_list: Callable[[Any], Any] | None = No
 
 
 def read_objects(file: Path) -> list[Line]:
-    """Read every line of a list of images that is not blank, as its number with its row or what is wrong with it.
-
-    Raises:
-        InputError: If the file does not exist, is empty, or has no readable line.
-    """
+    """Read every line of a list of images that is not blank, as its number with its row or what is wrong with it."""
     with errors_at("images: "):
         try:
             rows = read_rows(file, "give a list of images as one JSON list of objects")
@@ -99,9 +92,6 @@ def find_columns(
     """Choose the columns with paths and with prompts: those ``asked`` for, else the first of the usual names.
 
     The second name is empty if no column ``with_prompts`` is needed.
-
-    Raises:
-        InputError: If a column is missing.
     """
     rows = (row for _, row in lines if not isinstance(row, str))
     names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
@@ -189,10 +179,6 @@ def read_images(
             is a column.
         allow_outside: Whether a list may name files outside its folder.
         max_prompt_chars: Largest number of characters in a prompt; a row with a longer one gets a ``problem``.
-
-    Raises:
-        InputError: If there are no images or rows, a column is missing, or no picture of a folder or pattern has a
-            prompt.
     """
     found, rows = _read(source, prompt, (image_column, prompt_column), allow_outside), []
     for row in found.rows:
@@ -270,9 +256,6 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
     """Find the pictures of a folder, pattern or file name: the folder that names are relative to, and sorted files.
 
     The third result are messages about folders and files that are not read.
-
-    Raises:
-        InputError: If there are no pictures of kinds that are read.
     """
     place, remarks = find_file(Path(source)), list[str]()
     if not place.is_dir() and os.path.lexists(place):

@@ -38,11 +38,7 @@ class Bucket(NamedTuple):
 
 
 def sort_buckets(sizes: Sequence[tuple[int, int]]) -> tuple[Bucket, ...]:
-    """Return buckets of (height, width) in pixels by ascending area; those of equal area keep their order.
-
-    Raises:
-        InputError: If ``sizes`` is empty, a size is not positive, or a size occurs twice.
-    """
+    """Return buckets of (height, width) in pixels by ascending area; those of equal area keep their order."""
     if not sizes:
         raise InputError("buckets: none given; give at least one [height, width]")
     for number, (height, width) in enumerate(sizes):

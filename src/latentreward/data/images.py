@@ -175,11 +175,7 @@ class PixelLoader:
     exif: ExifOrientation = "ignore"
 
     def __call__(self, image: ImageRef) -> Tensor:
-        """Decode and resize an image to pixels ``(3, height, width)``, float32 in [-1, 1].
-
-        Raises:
-            ImageError: If the image cannot be read.
-        """
+        """Decode and resize an image to pixels ``(3, height, width)``, float32 in [-1, 1]; may raise ImageError."""
         return self.pixels(decode_image(image, self.max_pixels, self.exif))
 
     def pixels(self, decoded: Image.Image) -> Tensor:
@@ -230,11 +226,7 @@ def check_scans(image: ImageRef, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def convert_image(image: Image.Image, name: str, exif: ExifOrientation = "ignore") -> Image.Image:
-    """Convert an image that Pillow has opened to 8-bit RGB by the rules of :func:`decode_image`.
-
-    Raises:
-        ImageError: If the image has no pixels or more than ``MAX_PIXELS``, or its file is damaged.
-    """
+    """Convert an image that Pillow has opened to 8-bit RGB by the rules of :func:`decode_image`."""
     ref = ImageRef(name)
     if not image.width * image.height:
         raise image_error(ref, EMPTY, f"{image.width}×{image.height} pixels")
@@ -284,11 +276,7 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def decoding_bytes(image: ImageRef, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Estimate memory in bytes from an image's header: for the decoded image, and beside it while decoding.
-
-    Raises:
-        ImageError: As :func:`read_header`.
-    """
+    """Estimate memory in bytes from an image's header: for the decoded image, and beside it while decoding."""
     with _opened(image, max_pixels) as opened:
         pixels, rows = opened.width * opened.height, 8 * max(opened.size)  # a pointer to each row, also when turned
         extra = EXTRA_BYTES.get(opened.format or "") or EXTRA_BYTES.get(opened.mode, 8)

@@ -129,11 +129,7 @@ class ImageCensus:
 
 
 def inspect_reader(name: str, reader: PairReader, decode: bool = False, limit: int | None = None) -> SplitCounts:
-    """Count labels, prompts and images of a split; images are those of the first ``limit`` rows, or of all.
-
-    Raises:
-        InputError: If ``limit`` is negative.
-    """
+    """Count labels, prompts and images of a split; images are those of the first ``limit`` rows, or of all."""
     check_range("[0, inf)", "0 counts no images, leave it out for all", limit=limit)
     total = 0 if reader.holds == "nothing" else len(reader) if limit is None else min(len(reader), limit)
     census = ImageCensus(decode, reader.exif)

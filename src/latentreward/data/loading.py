@@ -58,8 +58,8 @@ class ResumableBatchSampler(Protocol):
         """Restore a state; the next iteration yields the remaining batches of the state's epoch."""
 
 
-class CountedBatches:
-    """Base of :class:`ResumableBatchSampler` classes whose epochs have a fixed number of batches; counts the batches.
+class CountedBatches(ResumableBatchSampler):
+    """Base of batch samplers whose epochs have a fixed number of batches; counts the batches.
 
     Args:
         batch_size: Rows per batch and rank.
@@ -95,7 +95,6 @@ class CountedBatches:
         self.epoch = self.batches = self.taken = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Start ``epoch`` at its first batch; setting the current epoch again changes nothing."""
         if epoch != self.epoch:
             self.epoch, self.batches, self.taken = epoch, 0, 0
 
@@ -103,19 +102,12 @@ class CountedBatches:
         return self.batches_per_epoch
 
     def remaining(self) -> int:
-        """Return the number of batches per rank that are left in the epoch."""
         return max(self.batches_per_epoch - self.batches, 0)
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Return the epoch and the batches taken in it, ``batches`` batches of the current iteration included."""
         return {"epoch": self.epoch, "batches": self.batches + batches, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the epoch and the number of batches taken in it.
-
-        Raises:
-            InputError: If the state was saved with another seed.
-        """
         check_same_order(state_dict, seed=self.seed)
         self.epoch, self.batches, self.taken = state_dict["epoch"], state_dict["batches"], 0
 
@@ -224,11 +216,7 @@ class ResumableLoader(WorkerLoader):
         return self.places.state_dict(self.delivered() - undo)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a position in the epoch; to be called before iterating.
-
-        Raises:
-            InputError: If it is one of batches of another kind.
-        """
+        """Restore a position in the epoch; to be called before iterating."""
         if lacking := sorted(self.places.state_dict(0).keys() - state_dict.keys()):
             raise InputError(
                 "data.train: the checkpoint stopped in an epoch of batches that were put together in another way (its "

@@ -1,8 +1,11 @@
-"""Tables of scores of pairs, and each scorer's gap between winner and loser for the rows of a reader."""
+"""Tables of scores of pairs: gaps between winner and loser, values that a loss learns from, and a filter."""
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -10,10 +13,14 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
-from latentreward.core.errors import InputError, first_line
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, did_you_mean, errors_at, first_line
 from latentreward.core.storage.user_files import whole_file
-from latentreward.data.readers.base import PairReader, count_text
+from latentreward.data.readers.base import OnError, PairReader, count_text
+from latentreward.data.splits import ChosenRows
 
 PAIR_ID = "pair_id"
 FLAG = "different_flag"
@@ -54,9 +61,6 @@ class ScoreTable:
 
     Args:
         path: File that ends in ``.csv``, ``.jsonl`` or ``.parquet``.
-
-    Raises:
-        InputError: If the file is missing or not a table, has no score columns, or has two rows with one ``pair_id``.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -93,10 +97,6 @@ class ScoreTable:
 
         ``problems`` marks pairs that are not in the table, unlabelled pairs, and pairs whose ``different_flag``
         contradicts the reader's label (a sign that the table belongs to other rows).
-
-        Raises:
-            InputError: If the table has no ``pair_id`` and not as many rows as the reader, no pair of the reader is
-                in the table, or the table's ``image_a`` and ``image_b`` are not those of the reader.
         """
         rows, labels = self._rows_of(reader), reader.labels()
         sided = any(f"{name}{GAP}" not in self._table.column_names and self._by_side(name) for name in self.scorers)
@@ -121,10 +121,6 @@ class ScoreTable:
 
         Those of a reader's rows are of its images a and b. Images without a score, and pairs that are not in the table,
         have NaN.
-
-        Raises:
-            InputError: If a column is missing or holds no numbers, the table does not fit the reader, or columns of
-                chosen and rejected images are given for pairs without a winner.
         """
         if reader is None:
             return self._scores(name, np.arange(len(self)))
@@ -206,12 +202,7 @@ def oriented_gap(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> n
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read a CSV file, JSON lines or a parquet file; a column ``pair_id`` is read as text.
-
-    Raises:
-        InputError: If the file does not exist, does not end in ``.csv``, ``.jsonl`` or ``.parquet``, is damaged, or has
-            two columns of one name.
-    """
+    """Read a CSV file, JSON lines or a parquet file; a column ``pair_id`` is read as text."""
     if path.suffix not in (".csv", ".jsonl", ".parquet"):
         raise InputError(f"{path}: a table of scores ends in .csv, .jsonl or .parquet")
     if not path.is_file():
@@ -243,11 +234,7 @@ def load_table(path: Path, texts: Sequence[str], **nulls: bool) -> pa.Table:
 
 
 def numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
-    """Return column ``name`` as ``(rows,)`` float64, with NaN for nulls.
-
-    Raises:
-        InputError: If the column does not exist or does not hold numbers.
-    """
+    """Return column ``name`` as ``(rows,)`` float64, with NaN for nulls."""
     if name not in table.column_names:
         raise InputError(f"{path}: no column {name}; it has {', '.join(table.column_names)}")
     column = table.column(name)
@@ -260,3 +247,247 @@ def numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
 def _take(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return ``values[rows]``, with NaN where a row is -1."""
     return np.where(rows >= 0, values[rows], np.nan) if len(values) else np.full(len(rows), np.nan)
+
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test", "predict")
+
+
+@dataclass(frozen=True)
+class ScoreTargets:
+    """Columns of tables of scores, as ``latentreward score-pairs`` writes them, that a loss compares scores with.
+
+    For each name NAME a table has two columns, with the values of images a and b as the reader gives them, NAME_a and
+    NAME_b, or NAME_chosen and NAME_rejected; see :class:`~latentreward.data.ScoreTable`. Images may lack a
+    value.
+
+    Attributes:
+        tables: Split, such as ``train`` or ``val`` → CSV or parquet file of its pairs.
+        columns: Names of the values, one for each score of the head.
+        uncertainties: Names of the standard deviations of ``columns``, in the same order; empty for none.
+        standardise: Whether to z-score each column: the mean and standard deviation over all images in the table of
+            ``train`` become 0 and 1. Uncertainties are divided by the same standard deviation. Set False for labels.
+    """
+
+    tables: Mapping[str, PathText]
+    columns: Sequence[str]
+    uncertainties: Sequence[str] = ()
+    standardise: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.columns or not self.tables:
+            missing = "columns" if self.tables else "tables"
+            raise InputError(f"data.targets.{missing} is empty; name at least one, or leave targets out")
+        if unknown := [name for name in self.tables if name not in SPLITS]:
+            raise InputError(f"data.targets.tables: there is no split {unknown[0]!r}{did_you_mean(unknown[0], SPLITS)}")
+        if self.uncertainties and len(self.uncertainties) != len(self.columns):
+            raise InputError(
+                f"data.targets.uncertainties has {len(self.uncertainties)} names for {len(self.columns)} columns; name "
+                "one for each, or none"
+            )
+        if self.standardise and "train" not in self.tables:
+            raise InputError(
+                "data.targets.tables has no train, over which columns are z-scored; add it or set standardise: false"
+            )
+
+    def values(self, split: str, reader: PairReader) -> Tensor | None:
+        """Return the values of every row of the reader of a split.
+
+        Returns:
+            ``(N, 2, 1, K)`` float32 for images a and b and K columns, ``(N, 2, 2, K)`` with the uncertainties after the
+            values; NaN where an image has none. None if the split has no table.
+        """
+        if split not in self.tables:
+            return None
+        table = ScoreTable(self.tables[split])
+        values = np.stack([table.sides(name, reader) for name in self.columns], axis=-1)
+        self._check_finite(table, values, self.columns, reader)
+        missing = np.isnan(values).all(axis=-1)
+        if missing.all():
+            raise InputError(f"{table.path}: no image of data.{split} has a value of {', '.join(self.columns)}")
+        if missing.any():
+            logger.warning(
+                "%s: %d of %d images of data.%s have no value, and are left out of the loss",
+                table.path, missing.sum(), missing.size, split,
+            )  # fmt: skip
+        mean, scale = self._scales()
+        parts = [(values - mean) / scale]
+        if self.uncertainties:
+            spread = np.stack([table.sides(name, reader) for name in self.uncertainties], axis=-1)
+            self._check_finite(table, spread, self.uncertainties, reader)
+            if (wrong := ~(spread > 0) & ~np.isnan(values)).any():
+                name = self.uncertainties[int(np.argwhere(wrong)[0][-1])]
+                raise InputError(
+                    f"{table.path}: {name} is {spread[wrong][0]:g} for an image with a value; an uncertainty is a "
+                    "positive number"
+                )
+            parts.append(spread / scale)
+        return torch.from_numpy(np.stack(parts, axis=2)).float()
+
+    @staticmethod
+    def _check_finite(table: ScoreTable, values: np.ndarray, names: Sequence[str], reader: PairReader) -> None:
+        if (wrong := np.isinf(values)).any():
+            row, side, column = np.argwhere(wrong)[0]
+            raise InputError(
+                f"{table.path}: {names[column]}_{'ab'[side]} of pair {reader[int(row)].pair_id} is "
+                f"{values[row, side, column]:g}; give a finite number, or an empty cell for none"
+            )
+
+    def _scales(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation of each column over the images of ``train``, 0 and 1 for no z-scores."""
+        if not self.standardise:
+            return np.zeros(len(self.columns)), np.ones(len(self.columns))
+        table = ScoreTable(self.tables["train"])
+        values = np.stack([table.sides(name).ravel() for name in self.columns], axis=-1)
+        mean, scale = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+        if not (scale > 0).all():
+            name = self.columns[int(np.argmin(scale > 0))]
+            raise InputError(
+                f"{table.path}: all values of {name} are equal or missing; give a column that tells images"
+            )
+        return mean, scale
+
+
+def label_remedy(targets: ScoreTargets | None) -> str:
+    """Return what to do about unlabelled rows."""
+    return "label rows" + (" (0.5 where only the values of data.targets are learned)" if targets else "")
+
+
+def check_targets(module: Any, datasets: Mapping[str, Any], stage: str | None) -> None:
+    """Check, before the first batch, that the splits of a stage hold the values that the module's loss needs."""
+    check = getattr(getattr(module, "loss", None), "check_targets", None)
+    if check is None:
+        return
+    for name in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", ()):
+        if name in datasets:
+            with errors_at(f"data.targets.tables.{name}: "):
+                check(datasets[name].targets)
+
+
+Strategy = Literal[1, 2, 3]
+Comparison = Literal["code", "paper"]
+Ties = Literal["limits", "drop", "keep"]
+
+AESTHETIC_FLOORS: dict[int, float] = {1: 0.0, 2: -0.5, 3: -1.0}
+"""Strategy → floor of the aesthetic gap; the floor of the CLIP and VQA gaps is 0 in all strategies."""
+TIE_LIMITS = {"aesthetic": 0.2, "clipscore": 0.03, "vqascore": 0.07}
+"""Scorer → gap below which the released code keeps a tie; in aesthetic points, cosine similarity and probability."""
+
+
+@dataclass(frozen=True)
+class MPCF:
+    """Rule by which multi-preference consistent filtering keeps a pair.
+
+    A decided pair is kept if each scorer's gap (score of the winner minus score of the loser) is above a floor. The
+    scorers of the published strategies are ``aesthetic``, ``clipscore`` and ``vqascore``.
+
+    Attributes:
+        strategy: Published preset. The floor of the aesthetic gap is 0 (strategy 1), -0.5 (strategy 2, used for the
+            released models) or -1 (strategy 3); the floor of the CLIP and VQA gaps is 0.
+        comparison: ``"code"`` keeps gaps above the floor, as the released code does; ``"paper"`` also keeps gaps equal
+            to the floor.
+        ties: ``"limits"`` keeps a tie if all its gaps are below ``tie_limits``; ``"drop"`` drops all ties; ``"keep"``
+            keeps all ties.
+        floors: Scorer → floor, in place of the strategy's floors; only these scorers apply.
+        tie_limits: Scorer → limit for the gap of a tie; by default the released code's limits for the scorers in use.
+
+    Note:
+        The paper compares with ≥ and states no rule for ties. The released code compares with >, and uses the gaps of
+        ties from its table, which presumably are absolute differences.
+    """
+
+    strategy: Strategy = 2
+    comparison: Comparison = "code"
+    ties: Ties = "limits"
+    floors: Mapping[str, float] | None = None
+    tie_limits: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"strategy": (1, 2, 3), "comparison": ("code", "paper"), "ties": ("limits", "drop", "keep")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(map(str, allowed))}")
+        for name in ("floors", "tie_limits"):
+            for scorer, value in (getattr(self, name) or {}).items():
+                if not isinstance(value, float | int | np.number) or not np.isfinite(value):
+                    raise InputError(f"{name}.{scorer} is {value!r}; give a finite number, in the scorer's unit")
+        if self.floors is not None and not self.floors:
+            raise InputError("floors is empty, so nothing would be filtered; name a scorer, or leave it out")
+        if self.ties == "limits" and (lacking := set(self.floors_in_use()) - set(self.limits_in_use())):
+            raise InputError(f"tie_limits lacks {sorted(lacking)[0]!r}; add its limit, or set ties to drop or keep")
+
+    def floors_in_use(self) -> dict[str, float]:
+        """Return scorer → floor: ``floors`` if set, else those of the strategy."""
+        if self.floors is not None:
+            return dict(self.floors)
+        return {"aesthetic": AESTHETIC_FLOORS[self.strategy], "clipscore": 0.0, "vqascore": 0.0}
+
+    def limits_in_use(self) -> dict[str, float]:
+        """Return scorer → limit for ties: ``tie_limits`` if set, else those of the released code."""
+        if self.tie_limits is not None:
+            return dict(self.tie_limits)
+        return {name: TIE_LIMITS[name] for name in self.floors_in_use() if name in TIE_LIMITS}
+
+
+def select_consistent(gaps: PairGaps, rule: MPCF) -> tuple[np.ndarray, Counter[str]]:
+    """Select the pairs that a rule keeps.
+
+    Returns:
+        ``(N,)`` bool, true for kept pairs; and the number of dropped pairs by reason, each pair counted under the
+        first reason that applies.
+
+    Raises:
+        InputError: If ``gaps`` lacks a scorer of the rule.
+    """
+    floors, limits = rule.floors_in_use(), rule.limits_in_use() if rule.ties == "limits" else {}
+    for name in (*floors, *limits):
+        if name not in gaps.values:
+            raise InputError(
+                f"the score table has no {name!r}{did_you_mean(name, gaps.values)}; "
+                "set FilteredReader's floors to the scorers that should count"
+            )
+    keep, dropped = np.ones(len(gaps), dtype=bool), Counter[str]()
+
+    def drop(rows: np.ndarray, reason: str) -> None:
+        if number := int((keep & rows).sum()):
+            dropped[reason] += number
+        keep[rows] = False
+
+    for reason, rows in gaps.problems.items():
+        drop(rows, reason)
+    for name in dict.fromkeys((*floors, *limits)):
+        drop(np.isnan(gaps.values[name]), f"{name} missing or NaN")
+    for name, floor in floors.items():
+        above = gaps.values[name] >= floor if rule.comparison == "paper" else gaps.values[name] > floor
+        drop(gaps.decided & ~above, f"{name} gap too low")
+    for name, limit in limits.items():
+        drop(~gaps.decided & ~(gaps.values[name] < limit), f"{name} gap of a tie too large")
+    if rule.ties == "drop":
+        drop(~gaps.decided, "tie")
+    return keep, dropped
+
+
+class FilteredReader(ChosenRows):
+    """Reader of the rows of another reader that multi-preference consistent filtering keeps, in their order.
+
+    The constructor selects the rows from labels and scores, without decoding images. ``skipped`` counts the dropped
+    rows by reason.
+
+    Args:
+        reader: Source of the pairs. If the table has no column ``pair_id``, the reader must keep every row of its
+            files.
+        scores: Path of the table of scores, see :class:`ScoreTable`.
+        on_error: What happens to images that cannot be read, see :class:`PairReader`; by default as ``reader`` has it.
+        rule: Settings of :class:`MPCF`.
+    """
+
+    def __init__(self, reader: PairReader, scores: str | Path, *, on_error: OnError | None = None, **rule: Any) -> None:
+        self.rule = MPCF(**rule)
+        keep, skipped = select_consistent(ScoreTable(scores).gaps(reader), self.rule)
+        super().__init__(reader, np.flatnonzero(keep), on_error)
+        self.skipped = skipped
+        if not len(self.rows):
+            reasons = count_text(self.skipped)
+            raise InputError(f"{scores}: none of {len(reader)} rows left ({reasons}); check the table and the floors")
+        self.report(f"filtered by {scores}")

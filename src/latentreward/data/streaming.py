@@ -4,37 +4,35 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow as pa
 import torch
-from torch.utils.data import Dataset
 
 from latentreward.core.contracts import ImageRef, PreferencePair, sources_of, sources_wanted
 from latentreward.core.errors import InputError, check_at_least_one, first_line
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.hub import is_hub_id
-from latentreward.data.collate import collate_pairs
 from latentreward.data.datamodules import PreferenceDataModule
-from latentreward.data.dataset import LoadedPair, SkippedPair, any_prompt, blank_pair, load_sources, refuse_lost
-from latentreward.data.image_sizes import OneSize
-from latentreward.data.images import COUNT, ImageError, PixelLoader
+from latentreward.data.dataset import LoadedPair, PairDataset, SkippedPair, collate_pairs
+from latentreward.data.images import COUNT, PixelLoader
 from latentreward.data.loading import CountedBatches, ResumableLoader, check_same_order, shares_of
-from latentreward.data.readers.base import DATA_ON_ERROR, OnError, count_text, normalise_prompt
+from latentreward.data.readers.base import OnError, count_text, normalise_prompt
 from latentreward.data.readers.dataset_pairs import KEYS, SOURCE_KEYS, choose_columns
 from latentreward.data.readers.json_rows import SOURCES, edit_problem, edit_remark, find_edit_source, short
 from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST, PairRowParser, WholeNumbersError
-from latentreward.data.readers.parquet_store import ParquetPart, plain_features
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     DAMAGE,
+    ParquetPart,
     Source,
     class_names,
     find_all_parts,
     name_class,
+    plain_features,
     set_folder,
     source_name,
 )
@@ -47,31 +45,13 @@ COUNTED = ("left out by on_error", "unlabelled", "prompt in another split", "ima
 """What is counted of the rows that a stream has read."""
 
 
-def files_between(rows: Any, start: int, stop: int) -> list[Any]:
-    """Return the files from number ``start`` up to ``stop`` of a streamed data set, as a few data sets of many files.
-
-    ``datasets`` takes minutes to join thousands of data sets of one file.
-    """
-    files = rows.num_shards
-    if start <= 0 and files <= stop:
-        return [rows]
-    if stop <= 0 or files <= start:
-        return []
-    first, second = (rows.shard(2, half) for half in range(2))
-    middle = first.num_shards
-    return files_between(first, start, stop) + files_between(second, start - middle, stop - middle)
-
-
 class PairStream(RowReader):
     """Source of pairs for :class:`StreamedPreferenceDataModule`, read in their order and never by number.
 
-    The columns are those of :class:`~latentreward.data.DatasetPairReader`, but images must be
-    bytes. A pair without ``pair_id`` is named by a hash of its prompt and images. Only the first row is read by the
-    constructor; later rows are checked when they are read. Unlabelled rows are left out, and ``on_error: placeholder``
-    is as ``skip``, since no row has a number to keep. No code of a data set is run.
-
-    A stream has no number of rows. ``inspect``, ``cache``, ``score-pairs``, ``export-pairs``, ``benchmark`` and the
-    splits ``val``, ``test`` and ``predict`` therefore take readers only.
+    The columns are those of :class:`~latentreward.data.DatasetPairReader`, but images must be bytes. A pair without
+    ``pair_id`` is named by a hash of its prompt and images. Only the first row is read by the constructor; later rows
+    are checked when they are read. Unlabelled rows are left out, and ``on_error: placeholder`` is as ``skip``, since no
+    row has a number to keep. No code of a data set is run. What needs the number of rows takes readers only.
 
     Args:
         source: Id of a hub data set, in any format that ``datasets`` streams; folder or file of parquet files, as for
@@ -84,9 +64,6 @@ class PairStream(RowReader):
         shuffle_buffer: Rows, with their images' bytes, that each loader process keeps in memory to draw the next row
             from at random; files are drawn in a random order too. 1 keeps the order of the source.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
-
-    Raises:
-        InputError: If the source cannot be opened, or its first row lacks a column or has another type.
     """
 
     def __init__(
@@ -144,7 +121,6 @@ class PairStream(RowReader):
         self._parser = PairRowParser(self, labels=labels)
 
     def __len__(self) -> NoReturn:
-        """Raise InputError: a stream has no number of rows."""
         raise InputError(
             f"{type(self).__name__}: a stream has no number of rows; read {self._place} by DatasetPairReader, or train "
             "on it in StreamedPreferenceDataModule"
@@ -177,8 +153,11 @@ class PairStream(RowReader):
 
         files = self._rows.num_shards  # that can be read independently of each other
         own = files // parts
-        mine = files_between(self._rows.shard(parts, part, contiguous=False), 0, own) if own else []
-        for found, first, step in ((mine, 0, 1), (files_between(self._rows, own * parts, files), part, parts)):
+        mine = [self._rows.shard(parts, part, contiguous=False)] if own else []
+        if own and mine[0].num_shards > own:  # its last file is one of those left over
+            mine = [mine[0].shard(own + 1, number) for number in range(own)]
+        left = [self._rows.shard(files, number) for number in range(own * parts, files)]
+        for found, first, step in ((mine, 0, 1), (left, part, parts)):
             if found:
                 rows = concatenate_datasets(found)
                 if self.shuffle_buffer > 1:
@@ -186,11 +165,9 @@ class PairStream(RowReader):
                 yield from islice(self._guarded(rows), first, None, step)
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return the images of a row that was read."""
         return row["images"]
 
     def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return the pictures to edit of a row that was read."""
         return row["sources"]
 
     def _read(self, content: Mapping[str, Any]) -> PreferencePair | None:
@@ -245,7 +222,7 @@ class PairStream(RowReader):
         return rows.decode(False) if rows.features else rows
 
 
-class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
+class StreamedPairs(PairDataset):
     """Batches of a stream by their number, for one rank; consecutive numbers are read without going back.
 
     The stream is divided into lanes, one for each rank and loader process. Batch ``n`` of a rank comes from its lane
@@ -264,15 +241,7 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
 
     Attributes:
         share: Rank and world size, as ``{"rank": 0, "num_replicas": 1}``.
-        exif: Treatment of EXIF orientation, as the stream has it.
-        taken, check_prompt: As those of :class:`~latentreward.data.PairDataset`.
-        image_sizes: Rule by which images are resized.
     """
-
-    taken: tuple[int, int | None] = (0, None)
-    check_prompt: Callable[[str], None] = staticmethod(any_prompt)
-    targets = None
-    unused = torch.zeros(0, 2)
 
     def __init__(
         self,
@@ -286,12 +255,11 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         on_error: OnError = "raise",
         seed: int = 0,
     ) -> None:
-        self.stream, self.loader = stream, replace(loader, exif=stream.exif)
-        self.exif, self.image_sizes = stream.exif, OneSize(loader.height, loader.width, loader.resize)
-        self.lanes, self.batch_size, self.batches_per_epoch = lanes, batch_size, batches_per_epoch
-        self.apart, self.on_error, self.seed = frozenset(apart), stream.own_on_error or on_error, seed
-        self.share = {"rank": 0, "num_replicas": 1}
-        self._in_a_row = 0
+        super().__init__(stream, loader, (), on_error, "train")
+        if self.on_error == "placeholder":  # no row has a number to keep
+            self.on_error = "skip"
+        self.stream, self.lanes, self.batch_size, self.batches_per_epoch = stream, lanes, batch_size, batches_per_epoch
+        self.apart, self.seed, self.share = frozenset(apart), seed, {"rank": 0, "num_replicas": 1}
         self._open: dict[int, tuple[Iterator[list[PreferencePair]], int]] = {}  # a lane's batches left, and those taken
         # Of each lane one row, because the processes that read lanes write it.
         self._counts = torch.zeros(lanes, len(COUNTED), dtype=torch.int64).share_memory_()
@@ -300,7 +268,6 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         return self.batch_size * self.batches_per_epoch
 
     def edits(self) -> bool:
-        """Tell whether the stream has a column of pictures to edit."""
         return self.stream.edits
 
     def __getitems__(self, numbers: Sequence[int]) -> list[LoadedPair | SkippedPair]:
@@ -311,27 +278,13 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
             self._open[lane] = self._batches(lane), 0
         rest, taken = self._open[lane]
         self._open[lane] = rest, start + 1
-        loaded: list[LoadedPair | SkippedPair] = []
-        for pair in next(islice(rest, start - taken, None)):
-            try:
-                pixels = self.loader(pair.image_a), self.loader(pair.image_b)
-                seen, sources = load_sources(self.loader, pair, self.taken, self.check_prompt)
-                loaded.append(LoadedPair(seen, *pixels, sources=sources))
-            except ImageError as error:
-                if self.on_error == "raise":
-                    remedy = f"replace the file, or set {DATA_ON_ERROR} to skip"
-                    raise ImageError(f"data.train: {pair.pair_id}: {error}; {remedy}", error.problem) from error
-                self._counts[lane, COUNTED.index("images not read")] += 1
-                self._in_a_row += 1
-                refuse_lost(self._in_a_row, f"data.train: {pair.pair_id}", error)
-                blank = blank_pair(self.loader, pair, self.taken, error)
-                loaded.append(SkippedPair(pair.pair_id, str(error), blank))
-            else:
-                self._in_a_row = 0
-        return loaded
+        return [self.load(pair, lane) for pair in next(islice(rest, start - taken, None))]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
+
+    def count(self, place: int, problem: str) -> None:
+        self._counts[place, COUNTED.index(problem if problem in COUNTED else "images not read")] += 1
 
     def skipped(self) -> Counter[str]:
         """Count, by reason, the rows that this rank has left out; rows that are read again are counted again."""
@@ -342,20 +295,16 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         """Yield batches without end, each of pairs with equally many pictures to edit."""
         waiting: dict[int, list[PreferencePair]] = {}
         part, parts = self.share["rank"] * self.lanes + lane, self.share["num_replicas"] * self.lanes
-
-        def counted(reason: str) -> None:
-            self._counts[lane, COUNTED.index(reason)] += 1
-
         for number in count():
             yielded = False
-            for pair in self.stream.pairs(part, parts, self.seed + number, counted):
+            for pair in self.stream.pairs(part, parts, self.seed + number, partial(self.count, lane)):
                 pictures = len(sources_of(pair.prompt))
                 if self.apart and normalise_prompt(pair.prompt) in self.apart:
-                    counted(COUNTED[2])
+                    self.count(lane, COUNTED[2])
                     continue
                 # Here, because a batch of such pairs alone would be empty.
                 if self.on_error != "raise" and sources_wanted(pictures, self.taken):
-                    counted(COUNT)
+                    self.count(lane, COUNT)
                     continue
                 yielded = True
                 batch = waiting.setdefault(pictures, [])
@@ -372,8 +321,12 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
 class StreamSampler(CountedBatches):
     """Sampler of the numbers of one rank's batches of a stream, over all epochs.
 
+    An epoch goes on after the last batch of the one before, also if that one was stopped. It begins with the first
+    lane, for which a few batches are left out: torch gives every epoch's first batch to its first worker process, which
+    would else read the stream again up to the place of another lane.
+
     A stream cannot be read from another place than its start, and its order depends on how it is divided. The state
-    therefore fits only a run with as many ranks and loader processes, and with the same batch size and seed.
+    therefore fits only a run with as many ranks and loader processes, and with the same settings of the order.
 
     Args:
         dataset: Batches of the stream.
@@ -383,41 +336,24 @@ class StreamSampler(CountedBatches):
 
     def __init__(self, dataset: StreamedPairs, num_workers: int, **shares: int) -> None:
         super().__init__(dataset.batch_size, dataset.batches_per_epoch, seed=dataset.seed, **shares)
-        self.used, self._lanes = 0, dataset.lanes
+        self._rounds = -(-dataset.batches_per_epoch // dataset.lanes) * dataset.lanes
         self._order = {
             "num_workers": num_workers,
             "batch_size": dataset.batch_size,
+            "batches_per_epoch": dataset.batches_per_epoch,
             "shuffle_buffer": dataset.stream.shuffle_buffer,
         }
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; a new epoch continues after the last batch of the one before, also if that one was stopped.
-
-        A few batches are left out so that it begins with the first lane: torch gives every epoch's first batch to its
-        first worker process, which would else read the stream again up to the place of another lane.
-        """
-        if epoch != self.epoch:
-            end = self.used + self.remaining()  # not what was taken: loader processes take some ahead
-            self.used = -(-end // self._lanes) * self._lanes
-        super().set_epoch(epoch)
-
     def __iter__(self) -> Iterator[list[int]]:
-        self.taken = 0
+        start = self.epoch * self._rounds + self.batches
         for number in range(self.remaining()):
             self.taken = number + 1
-            yield [self.used + number]
+            yield [start + number]
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Return the batches used and what determines their order, ``batches`` of the current iteration included."""
-        taken = {"used": self.used + batches, "world_size": self.num_replicas, **self._order}
-        return {**super().state_dict(batches), **taken}
+        return {**super().state_dict(batches), "world_size": self.num_replicas, **self._order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the batches used.
-
-        Raises:
-            InputError: If the state was saved with another number of ranks, or another setting of the order.
-        """
         if (saved := state_dict["world_size"]) != self.num_replicas:
             raise InputError(
                 f"trainer.devices: the run has {self.num_replicas} ranks, but had {saved}; a stream goes on with as "
@@ -425,29 +361,22 @@ class StreamSampler(CountedBatches):
             )
         check_same_order(state_dict, **self._order)
         super().load_state_dict(state_dict)
-        self.used = state_dict["used"]
 
 
 class StreamedPreferenceDataModule(PreferenceDataModule):
     """Pairs to train on from a stream, and readers for the other splits, as :class:`PreferenceDataModule`.
 
     Nothing is copied to this machine. In return the order is random only within ``shuffle_buffer`` rows and the order
-    of the files; an epoch is a number of batches, and goes on where the last one ended; the stream is divided among
-    the ranks and their loader processes by files; all of them read the files left over, fewer than there are processes,
-    and each takes its share of their rows. Files of unlike lengths end a process's pass before others'. A run that goes
-    on reads the stream again from its start up to its place, without decoding images, and must have as many
-    ranks and ``num_workers`` and the same ``batch_size``, ``shuffle_buffer`` and seed; the same pairs then follow.
-
-    Rows whose prompt is in ``val`` or ``test`` are left out, unless ``shared_prompts`` is ``"keep"``.
+    of the files; an epoch is a number of batches, and goes on where the last one ended. Files of unlike lengths end a
+    process's pass before others'. A run that goes on reads the stream again from its start up to its place, without
+    decoding images; the same pairs then follow. Rows whose prompt is in ``val`` or ``test`` are left out, unless
+    ``shared_prompts`` is ``"keep"``.
 
     Args:
         size: Side in pixels, or (height, width), of the images that the network takes.
         train: Stream of the pairs to train on.
         batches_per_epoch: Batches per rank in an epoch; sets when validation and epoch checkpoints happen.
         options: Other settings of :class:`PreferenceDataModule`, but for ``frames`` and ``targets``.
-
-    Raises:
-        InputError: If a setting is out of range or needs all rows of ``train``.
     """
 
     def __init__(
@@ -484,11 +413,6 @@ class StreamedPreferenceDataModule(PreferenceDataModule):
         )
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return batches of the stream; every rank gets ``batches_per_epoch`` of them.
-
-        Raises:
-            InputError: If ``train`` is not set, or the trainer's ``overfit_batches`` is.
-        """
         if getattr(self.trainer, "overfit_batches", 0):
             raise InputError("trainer.overfit_batches: a stream has no fixed batches; use a reader in data.train")
         dataset, shares = self._dataset("train"), shares_of(self.trainer)

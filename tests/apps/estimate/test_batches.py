@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 from latentreward.apps.estimate.batches import pair_batch
 from latentreward.apps.estimate.shapes import ShapesOnly
 from latentreward.core.registry import create_backbone
-from latentreward.data.size_sampling import Sizing
+from latentreward.data.sampling import Sizing
 from latentreward.diffusion import CachedPreferenceDataModule
 from tests.diffusion.cache.written_caches import spec, write_cache
 from tests.diffusion.families.twins import TWINS

@@ -187,31 +187,6 @@ def test_scores_of_one_side_alone_are_facts_of_both(write_json) -> None:
     assert {*zip(facts["overall_a"], facts["overall_b"], strict=True)} == {(6.0, None), (None, 6.0)}
 
 
-def test_odd_rows_follow_on_error(write_json) -> None:
-    good, row = SAMPLES["genai_bench_edits"][0], "train.json:1: "
-    cases = [
-        (7, "7 is no JSON object", 1),
-        ({**good, "vote_type": "upvote"}, "vote_type is 'upvote', no verdict", 1),
-        ({**good, "vote_type": 1}, "vote_type is 1, no verdict", 1),
-        ({**good, "vote_type": "A>A"}, "vote_type is 'A>A', no verdict", 1),
-        ({**good, "source_image": "../x.jpg"}, r"source_images '\.\./x\.jpg' leads out of", 0),
-        ({**good, "left_output_image": None}, "image_a is None, not a path", 0),
-        ({**good, "instruct_prompt": 3}, "prompt is 3, not text", 1),
-    ]
-    for odd, message, skipped in cases:
-        file = str(write_json([good, odd, good]))
-        with pytest.raises(InputError, match=row + message):
-            EditPairReader(file)
-        reader = EditPairReader(file, on_error="skip")
-        assert (len(reader), reader.skipped.total()) == (3 - skipped, skipped)
-        assert len(EditPairReader(file, on_error="placeholder")) == 3
-    ranked = {**RANKED, "human_vote": {"ranking": "A>B"}}
-    with pytest.raises(InputError, match=r"train\.json:1: human_vote\.ranking is 'A>B', no ranking of paths_gen"):
-        EditPairReader(str(file := write_json([SAMPLES["editreward_bench_json"][0], ranked])))
-    assert len(EditPairReader(str(file), on_error="skip")) == 3
-    assert EditPairReader(str(file), on_error="placeholder").labelled().tolist() == [True] * 3 + [False]
-
-
 def test_a_mark_of_ties_is_known_or_the_row_is_bad(write_json) -> None:
     for values, label in (((True, 1, 1.0, " Yes"), 0.5), ((False, None, 0, 0.0, "", "no", "None"), 1.0)):
         reader = EditPairReader(str(write_json([{**TRAIN, "tie_case": one} for one in values])), randomise_sides=False)
@@ -221,21 +196,3 @@ def test_a_mark_of_ties_is_known_or_the_row_is_bad(write_json) -> None:
     with pytest.raises(InputError, match=r"train\.json:1: tie_case is nan, no verdict"):
         EditPairReader(file)
     assert EditPairReader(file, on_error="skip").skipped.total() == len(odd)
-
-
-def test_what_is_no_set_of_edits_is_one_line(write_json) -> None:
-    file = str(write_json([TRAIN]))
-    for options, message in [
-        ({"layout": "mmrb"}, "layout is 'mmrb'; did you mean 'mmrb2'.; choose from editreward_data, "),
-        ({"layout": "mmrb2"}, r"train\.json: has not the fields of mmrb2 \(it has choice_dist, "),
-        ({"split": "test"}, None),
-    ]:
-        if message is None:
-            assert len(EditPairReader(file, **options)) == 1  # a file is its own split
-            continue
-        with pytest.raises(InputError, match=message) as error:
-            EditPairReader(file, **options)
-        assert "\n" not in str(error.value)
-    file = str(write_json(SAMPLES["vcreward_bench"]))
-    with pytest.raises(InputError, match=r"axis: .* has no scores of visual_quality; set overall"):
-        EditPairReader(file, axis="visual_quality")

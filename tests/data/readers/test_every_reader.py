@@ -1,10 +1,8 @@
 """What holds for every reader: committed samples read as pinned, a bad row under each `on_error`, paths stay inside."""
 
 import hashlib
-import io
 import json
 import pickle
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from latentreward.data import (
 )
 from latentreward.data.format_detection import recognise
 from latentreward.data.images import ImageError, image_bytes
-from tests.data.conftest import SCHEMA, encode, pickapic_row
+from tests.data.conftest import SCHEMA, encode, pickapic_row, write_tar
 from tests.formats.conftest import COMMITTED
 
 PINNED = {
@@ -57,6 +55,10 @@ CHOICE = {"prompt": "x", "file_path": ["a.jpg", "b.jpg"], "human_preference": [1
 RANKED = {"prompt": "x", "image_path": ["a.jpg", "b.jpg"], "rank": [1, 2]}
 ITEM = {"prompt": "x", "generations": ["a.jpg", "b.jpg"], "ranking": [1, 2]}
 EDIT = {"prompt": "x", "path_src": "a.jpg", "path1": "a.jpg", "path2": "b.jpg", "tie_case": False}
+EDIT_VOTE = {"instruct_prompt": "x", "source_image": "a.jpg", "vote_type": "leftvote"}
+EDIT_VOTE |= {"left_output_image": "a.jpg", "right_output_image": "b.jpg", "left_model": "l", "right_model": "r"}
+EDIT_RANKED = {"prompt": "x", "path_src": "a.jpg", "paths_generated": ["a.jpg", "b.jpg"]}
+EDIT_RANKED |= {"human_vote": {"ranking": "A>B"}}
 VOTE = {
     "prompt": "x",
     "left_model": "l",
@@ -90,12 +92,8 @@ def pickapic(root: Path, rows: list[Any]) -> None:
 
 
 def tar(root: Path, rows: list[Any]) -> None:
-    with tarfile.open(root / "0.tar", "w") as archive:
-        for number, members in enumerate(rows):
-            for name, content in members.items():
-                info = tarfile.TarInfo(f"{number}.{name}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
+    members = {f"{number}.{name}": content for number, row in enumerate(rows) for name, content in row.items()}
+    write_tar(root / "0.tar", members)
 
 
 def folders(root: Path, rows: list[Any]) -> None:
@@ -137,7 +135,15 @@ KINDS: dict[str, tuple[Callable[[Path, list[Any]], None], Callable[..., PairRead
     ),
     "edits": (
         *(text("train.json"), at(EditPairReader, "train"), EDIT),
-        [7, {**EDIT, "tie_case": "dim1"}, {**EDIT, "path_src": ["a.jpg"] * 17}],
+        [7, {**EDIT, "tie_case": "dim1"}, {**EDIT, "path_src": ["a.jpg"] * 17}, {**EDIT, "prompt": 3}],
+    ),
+    "votes on edits": (
+        *(text("train.json"), at(EditPairReader, "train"), EDIT_VOTE),
+        [{**EDIT_VOTE, "vote_type": vote} for vote in ("upvote", 1, "A>A")],
+    ),
+    "ranked edits": (
+        *(text("train.json"), at(EditPairReader, "train"), EDIT_RANKED),
+        [{**EDIT_RANKED, "human_vote": {"ranking": ranking}} for ranking in ("A>B>C", "A", None)],
     ),
     "pickapic": (pickapic, at(PickAPicReader, "train"), {}, [{"label_0": 2.0}, {"caption": LONG}]),
     "votes": (parquet, at(GenAIBenchReader, "train"), VOTE, [{**VOTE, "prompt": LONG}]),
@@ -196,6 +202,19 @@ def test_a_bad_row_follows_on_error(kind: str, tmp_path: Path) -> None:
             assert [pair.prompt for pair in pairs] == reader.prompts()
             labels = [np.nan if pair.label_a is None else pair.label_a for pair in pairs]
             np.testing.assert_array_equal(labels, reader.labels())
+
+
+@pytest.mark.parametrize("kind", ["hpdv3", "imagereward", "edits", "ratings", "folders"])
+def test_sides_change_at_random_by_name_and_seed(kind: str, tmp_path: Path) -> None:
+    """A model that always prefers the first image would else be right wherever a file names the winner first."""
+    write, build, good, _ = KINDS[kind]
+    write(tmp_path, [good] * 40)
+    plain, mixed = build(tmp_path, randomise_sides=False), build(tmp_path)
+    assert set(plain.labels()) == {1.0}
+    assert 8 < mixed.labels().sum() < 32
+    for n in range(40):
+        assert mixed[n] == (plain[n] if mixed.labels()[n] else plain[n].swapped())
+    assert build(tmp_path, seed=1).labels().tolist() != mixed.labels().tolist()
 
 
 OUTSIDE = ("../secret.jpg", "/etc/hostname", "in/../../secret.jpg", "link/secret.jpg")

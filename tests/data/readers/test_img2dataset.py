@@ -1,6 +1,5 @@
 """Folders as img2dataset writes them: tars, files and parquet, with captions and additional columns."""
 
-import io
 import json
 import pickle
 import tarfile
@@ -15,6 +14,7 @@ import pytest
 from latentreward.core.errors import InputError
 from latentreward.data import Img2DatasetReader, PairDataset, PixelLoader
 from latentreward.data.format_detection import recognise
+from tests.data.conftest import write_tar
 
 LOADER = PixelLoader(8, 8)
 FORMATS = ("webdataset", "files", "parquet")
@@ -29,12 +29,6 @@ ROWS: list[dict[str, Any]] = [
     {"caption": "a cat", "score": 9.0, "rank": 1, "status": "failed_to_download"},
 ]
 SHARD = 3
-
-
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
 
 
 @pytest.fixture
@@ -68,9 +62,7 @@ def write(tmp_path: Path, jpeg):
                 )
             }
             if kind == "webdataset":
-                with tarfile.open(root / f"{shard:05d}.tar", "w") as tar:
-                    for name, content in members.items():
-                        add(tar, name, content)
+                write_tar(root / f"{shard:05d}.tar", members)
             elif kind == "files":
                 (root / f"{shard:05d}").mkdir(exist_ok=True)
                 for name, content in members.items():
@@ -153,10 +145,11 @@ def test_bad_rows_follow_on_error(write) -> None:
         assert labels == [True, False]
 
 
-def test_a_json_that_cannot_be_read_is_one_image_less(write) -> None:
+@pytest.mark.parametrize("text", ["{", '{"caption": "b", "caption": "c"}'])
+def test_a_json_that_cannot_be_read_is_one_image_less(write, text) -> None:
     root = write("files")
-    (root / "00000" / "000000001.json").write_text("{")
-    with pytest.raises(InputError, match=r"00000/000000001\.jpg: json is '\{', not an object; correct the row"):
+    (root / "00000" / "000000001.json").write_text(text)
+    with pytest.raises(InputError, match=r"00000/000000001\.jpg: json is '\{.*', not an object; correct the row"):
         Img2DatasetReader(str(root), rating="score")
     for on_error in ("skip", "placeholder"):
         reader = Img2DatasetReader(str(root), rating="score", on_error=on_error)
@@ -219,15 +212,6 @@ HOSTILE = {
 }
 
 
-def test_an_image_whose_json_gives_a_key_twice_is_left_out(write) -> None:
-    root = write("files")
-    meta = root / "00000" / "000000001.json"
-    meta.write_text('{"caption": "b", ' + meta.read_text()[1:])
-    with pytest.raises(InputError, match=r"00000/000000001\.jpg: json is .*, not an object"):
-        Img2DatasetReader(str(root), rating="score")
-    assert Img2DatasetReader(str(root), rating="score", on_error="skip").skipped["txt or json not readable"] == 1
-
-
 @pytest.mark.parametrize("damage", HOSTILE)
 def test_a_hostile_tar_is_one_line_and_keeps_its_whole_samples(write, damage) -> None:
     root = write("webdataset", [{"caption": "a cat", "score": float(n)} for n in range(2)])
@@ -270,15 +254,6 @@ def test_many_images_keep_a_compact_index(tmp_path) -> None:
     assert len(reader) == len(set(reader.groups())) == shards * 50
     assert kept / (shards * size) < 25 and most / (shards * size) < 250  # bytes outside of Arrow's pool
     assert reader[len(reader) - 1].image_b.image_key == "00019/000190491"
-
-
-def test_nothing_to_read_is_one_clear_line(tmp_path, write) -> None:
-    with pytest.raises(InputError, match="root: no folder"):
-        Img2DatasetReader(str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match=r"root: no \*\.tar, no folder of images and no parquet with images in"):
-        Img2DatasetReader(str(tmp_path))
-    with pytest.raises(InputError, match=r"root: no two images of .* share a caption; .* left out; set group"):
-        Img2DatasetReader(str(write("files", ROWS[:2])), rating="score")
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -1,6 +1,5 @@
 """Pick-a-Pic tars: samples at their offsets, labels as text, archives that end early."""
 
-import io
 import pickle
 import tarfile
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 
 from latentreward.core.errors import InputError
 from latentreward.data import PairDataset, PickAPicTarReader, PixelLoader, SkippedPair
+from tests.data.conftest import write_tar
 
 
 @pytest.fixture
@@ -29,19 +29,15 @@ def sample(jpeg):
     return make
 
 
-@pytest.fixture
-def write_tar(tmp_path: Path):
+@pytest.fixture(name="write_tar")
+def write_samples(tmp_path: Path):
     def write(name: str, *samples, folder: str = "", fmt: int = tarfile.GNU_FORMAT) -> Path:
-        path = tmp_path / "tars" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, "w", format=fmt) as archive:
-            for number, members in enumerate(samples):
-                for suffix, content in members.items():
-                    data = content.encode() if isinstance(content, str) else content
-                    info = tarfile.TarInfo(f"{folder}{number:08d}.{suffix}")
-                    info.size = len(data)
-                    archive.addfile(info, io.BytesIO(data))
-        return path
+        members = {
+            f"{folder}{number:08d}.{suffix}": content.encode() if isinstance(content, str) else content
+            for number, sample in enumerate(samples)
+            for suffix, content in sample.items()
+        }
+        return write_tar(tmp_path / "tars" / name, members, fmt)
 
     return write
 
@@ -61,18 +57,6 @@ def test_samples_of_all_tars_become_rows(write_tar, sample) -> None:
     assert [reader[n].pair_id for n in range(3)] == reader.pair_ids()
     assert not reader.skipped
     assert not reader.remarks
-
-
-def test_prompts_that_are_no_text_follow_on_error(write_tar, sample) -> None:
-    marked = sample(0, original_prompt__txt="\ufeffprompt 0")
-    root = write_tar("00000.tar", marked, sample(1, original_prompt__txt="café".encode("latin-1"))).parent
-    write_tar("._00000.tar", sample(2))
-    with pytest.raises(InputError, match=r"^00000.tar:00000001: original_prompt.txt is not UTF-8 at byte 4"):
-        PickAPicTarReader(str(root))
-    reader = PickAPicTarReader(str(root), on_error="skip")
-    assert (reader.prompts(), dict(reader.skipped)) == (["prompt 0"], {"prompt not readable": 1})
-    reader = PickAPicTarReader(str(root), on_error="placeholder")
-    assert (reader.prompts(), reader.labelled().tolist()) == (["prompt 0", ""], [True, False])
 
 
 def test_rows_pickle_and_equal_bytes_have_one_key(write_tar, sample, jpeg) -> None:

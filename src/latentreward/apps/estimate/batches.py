@@ -29,7 +29,7 @@ from latentreward.core.errors import InputError, check_multiples
 from latentreward.core.running import evaluating
 from latentreward.data import PromptsAndImages
 from latentreward.data.clips import FPS, check_clips, check_frames
-from latentreward.data.collate import stack_targets
+from latentreward.data.dataset import stack_targets
 from latentreward.diffusion import CachedPreferenceDataModule
 from latentreward.diffusion.cache.store import SPEC, CacheSpec, read_plan
 from latentreward.diffusion.encoders.vae import edit_of_grey

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, distributed
@@ -30,6 +30,9 @@ from latentreward.core.errors import InputError
 from latentreward.core.promises import shown
 from latentreward.core.running import pair_generator
 from latentreward.data.loading import CountedBatches
+
+if TYPE_CHECKING:
+    from latentreward.data.alignment.prompts import PromptOrder
 
 
 class Learner(Protocol):
@@ -60,13 +63,6 @@ class Learner(Protocol):
         """Describe the last rollout in one line, for messages."""
 
 
-class Prompts(Protocol):
-    """Interface of an endless sequence of prompts."""
-
-    def __getitems__(self, places: Sequence[int]) -> PromptBatch:
-        """Return the prompts at the given indices of the sequence."""
-
-
 class ExperienceRows(Dataset[Any]):
     """Data set of the rows in store from rollouts, equal on all ranks and on the CPU."""
 
@@ -92,11 +88,10 @@ class ExperienceSampler(CountedBatches):
     as the global batch size is equal. Rows that a step does not take stay in store for the next step. No rollout runs
     in the middle of a step, so that a checkpoint can go back to the step's first batch.
 
-    Implements :class:`~latentreward.data.loading.ResumableBatchSampler`. The state holds the rows that are not used
-    yet (tensors, beside plain values) and the number of prompts used.
+    The state holds the rows that are not used yet (tensors, beside plain values) and the number of prompts used.
 
     Args:
-        prompts: Sequence from which each rollout takes its prompts.
+        prompts: Endless sequence from which each rollout takes its prompts.
         learner: Module that rolls out the prompts.
         prompts_per_rollout: Prompts per rollout and rank.
         max_empty_rollouts: Raise InputError after this many rollouts in succession that kept no row.
@@ -107,7 +102,7 @@ class ExperienceSampler(CountedBatches):
 
     def __init__(
         self,
-        prompts: Prompts,
+        prompts: "PromptOrder",
         learner: Learner,
         *,
         prompts_per_rollout: int,
@@ -187,11 +182,6 @@ class ExperienceSampler(CountedBatches):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore counts, unused rows and statistics; batch size and world size may differ from those at saving.
-
-        Raises:
-            InputError: If there are unused rows, and the model's settings do not suit them.
-        """
         super().load_state_dict(state_dict)
         self.rows.record, self.cursor = from_plain(state_dict["rows"], self.learner.experience), 0
         if self.rows.record is not None:
@@ -263,11 +253,7 @@ def as_plain(record: TensorRecord | None) -> dict[str, Any] | None:
 
 
 def from_plain(values: dict[str, Any] | None, kind: type[Any]) -> Any:
-    """Rebuild a record of class ``kind`` from the dict that :func:`as_plain` made; tensors are copied.
-
-    Raises:
-        InputError: If the dict is that of a record of another class, or with other fields.
-    """
+    """Rebuild a record of class ``kind`` from the dict that :func:`as_plain` made; tensors are copied."""
     if values is None:
         return None
     given = {name: value for name, value in values.items() if name != "record"}

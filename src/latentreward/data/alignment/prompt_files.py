@@ -59,10 +59,6 @@ def read_prompts(path: str, setting: str = "data.prompts", max_prompt_chars: int
     MJHQ-30K, by its values if all are objects with such a field. A column ``source_images`` or ``source_image`` has the
     pictures that a prompt edits: paths in the file's folder, in CSV one path or a JSON list of them, and in parquet
     also bytes. ``setting`` names the file's setting in messages.
-
-    Raises:
-        InputError: If the file does not exist, has another format, is not UTF-8, has a prompt that is too long or no
-            prompt, or a picture to edit is missing, outside the folder, one of more than 16, or in another column.
     """
     return tuple(dict.fromkeys(row.prompt for row in read_prompt_rows(path, setting, max_prompt_chars)))
 
@@ -71,9 +67,6 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
     """Read all prompts of a file, see :func:`read_prompts`, with their groups; repeated ones included, no blank ones.
 
     A column ``tag`` (GenEval) or ``Category`` (PartiPrompts) is the group.
-
-    Raises:
-        InputError: As :func:`read_prompts`.
     """
     file = Path(path)
     with errors_at(f"{setting}: "):
@@ -106,9 +99,6 @@ def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list
     For T2I-CompBench++ the pattern is ``examples/dataset/*_val.txt``, with groups ``color``, ``shape``, ...; for the
     benchmark of HPSv2 it is ``benchmark/[!d]*.json``, with groups ``anime``, ``concept-art``, ``paintings`` and
     ``photo``.
-
-    Raises:
-        InputError: As :func:`read_prompts`, and if the pattern matches no file.
     """
     if Path(path).exists() or not glob.has_magic(path):
         return read_prompt_rows(path, max_prompt_chars=max_prompt_chars)

@@ -47,8 +47,7 @@ class PromptSampler(CountedBatches):
     """Sampler of one rank's batches of indices into the sequence of prompts.
 
     A global batch is the next ``batch_size * num_replicas`` indices. Rank r takes every ``num_replicas``-th of them,
-    starting with index r. Implements :class:`~latentreward.data.loading.ResumableBatchSampler`; the state adds the
-    number of prompts used to that of ``CountedBatches``.
+    starting with index r. The state adds the number of prompts used to that of ``CountedBatches``.
 
     Args:
         settings: Arguments of :class:`~latentreward.data.loading.CountedBatches`.
@@ -59,7 +58,6 @@ class PromptSampler(CountedBatches):
         self.used = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; a new epoch continues with the prompts after those used."""
         if epoch != self.epoch:
             self.used += self.taken * self.global_batch
         super().set_epoch(epoch)
@@ -73,11 +71,9 @@ class PromptSampler(CountedBatches):
             yield list(range(start + self.rank, start + self.global_batch, self.num_replicas))
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Return the batches and prompts used, ``batches`` batches of the current iteration included."""
         return {**super().state_dict(batches), "used": self.used + batches * self.global_batch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the batches and prompts used; batch size and world size may differ from those at saving."""
         super().load_state_dict(state_dict)
         self.used = state_dict["used"]
 
@@ -101,9 +97,6 @@ class PromptLoaders(LightningDataModule):
             step. None leaves the end to the trainer. Papers give their training length in such passes.
         max_empty_rollouts: Stop the run with an error after this many rollouts in succession that kept no row.
         seed: Seed of the orders of prompts and rows; None takes the run's ``seed_everything``.
-
-    Raises:
-        InputError: If a number is below 1.
     """
 
     def __init__(
@@ -133,11 +126,7 @@ class PromptLoaders(LightningDataModule):
         self.seed = run_seed(seed)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return batches of rollout rows or of prompts; every rank gets equally many rows.
-
-        Raises:
-            InputError: If there are fewer prompts than ranks, or the trainer's ``overfit_batches`` is set.
-        """
+        """Return batches of rollout rows or of prompts; every rank gets equally many rows."""
         shares, order = shares_of(self.trainer), PromptOrder(self.prompts, self.seed)
         if len(self.prompts) < shares["num_replicas"]:
             raise InputError(
@@ -185,9 +174,6 @@ class PromptDataModule(PromptLoaders):
         prompts: File of prompts to train on.
         max_prompt_chars: Largest number of characters in a prompt; text encoders read a few hundred.
         options: See :class:`PromptLoaders`.
-
-    Raises:
-        InputError: If the file cannot be read or holds no prompt, or a setting is out of range.
     """
 
     def __init__(self, prompts: PathText, max_prompt_chars: int = MAX_PROMPT_CHARS, **options: Any) -> None:

@@ -95,9 +95,6 @@ class PairReader(Part):
             :class:`~latentreward.core.contracts.EditPrompt`. ``ignore`` gives the text alone, with which a
             text-to-image reward is trained on the same results.
 
-    Raises:
-        InputError: If ``max_prompt_chars`` is below 1.
-
     Attributes:
         exif: Treatment of EXIF orientation, see above; a subclass for a published data set sets ``exif = "ignore"``.
         holds: Kind of content of the rows' ``image_a`` and ``image_b``: images, latents or nothing. A data module of

@@ -22,7 +22,6 @@ from latentreward.data.readers.pair_rows import (
     PairRowParser,
     Row,
 )
-from latentreward.data.readers.parquet_store import plain_type
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     Source,
@@ -33,6 +32,7 @@ from latentreward.data.readers.tables import (
     holds_images,
     name_class,
     open_table,
+    plain_type,
     read_list,
     source_name,
     warn_row_groups,
@@ -70,11 +70,9 @@ class DatasetPairReader(RowReader):
     ``path`` as ``datasets`` writes them for its feature ``Image``. An image in bytes without a name is named by a hash.
     A label with the feature ``ClassLabel`` counts by the name of its class.
 
-    A row falls under ``on_error`` if it is not an object, if its prompt is not text or too long, if its label or weight
-    is out of range, if an image has more than a billion votes, if it has more than 16 pictures to edit or one in
-    another field, or if its ``pair_id`` occurred before. Unreadable ``votes`` and ``confidence`` are ignored.
-
-    The constructor reads all these columns but the images. No code of a data set is run.
+    A row is also bad if its label or weight is out of range, an image has more than a billion votes, its ``pair_id``
+    occurred before, or it has more than 16 pictures to edit or one in another field. Unreadable ``votes`` and
+    ``confidence`` are ignored. The constructor reads all these columns but the images. No code of a data set is run.
 
     Args:
         source: File ``.jsonl``, ``.json`` (a list), ``.csv``, ``.tsv`` or ``.parquet``, or a pattern of parquet files;
@@ -94,10 +92,6 @@ class DatasetPairReader(RowReader):
             then reads only this row, not its row group.
         options: See :class:`~latentreward.data.readers.rows.RowReader`. Of rows with ``chosen`` and ``rejected``, the
             chosen image is a or b at random; rows with ``image_a`` and ``image_b`` stay as written.
-
-    Raises:
-        InputError: If the split cannot be found, is damaged, lacks a column or rows, a column has another type, or a
-            row breaks a rule under ``on_error: raise``.
     """
 
     def __init__(
@@ -265,10 +259,6 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str, sour
     """Choose the column of each of ``FIELDS``; of images, ``chosen`` and ``rejected``, or ``image_a`` and ``image_b``.
 
     The pictures to edit are in ``source_images`` or ``source_image``; they are left out if ``sources`` is ``"ignore"``.
-
-    Raises:
-        InputError: If there is no such field or column, the prompt or the images are missing or could be several, or
-            there is another column of pictures to edit.
     """
     check_fields(named)
     for field, column in named.items():

@@ -17,8 +17,8 @@ from latentreward.data.image_sizes import PUBLISHED_BUCKETS, Bucket, sort_bucket
 from latentreward.data.readers.base import MAX_VOTES, Contents
 from latentreward.data.readers.json_rows import parse_number
 from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row
-from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, damage_named, open_part
 from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.tables import ParquetPart, RowGroupColumns, damage_named, open_part
 
 LATENTS = ("latent1", "latent2")
 SHAPES = ("latent1_shape", "latent2_shape")
@@ -47,8 +47,8 @@ class DiffusionRMReader(RowReader):
     ``bucket_id`` is not used, because it depends on the writer's list of buckets. Rows are ordered as in the parquet
     files, with placeholders last, because reading in the order of the index could decode a row group for every row.
 
-    A row falls under ``on_error`` if its size is not a bucket or differs from the shape stated in the parquet file, if
-    it points to a missing file or row, or if its prompt is too long. Damaged latents are found when they are decoded.
+    A row is bad if its size is not a bucket or differs from the shape stated in the parquet file, or if it points to a
+    missing file or row. Damaged latents are found when they are decoded.
 
     Args:
         root: Folder with the parquet files and the index; or one parquet file, with ``index`` null.
@@ -56,10 +56,6 @@ class DiffusionRMReader(RowReader):
         split: Name of the split.
         buckets: (height, width) in pixels of the accepted sizes; by default the 13 published buckets.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
-
-    Raises:
-        InputError: If a file or column is missing, no row is left, or a row breaks a rule above under
-            ``on_error: raise``.
     """
 
     holds: Contents = "latents"
@@ -105,7 +101,6 @@ class DiffusionRMReader(RowReader):
         self.report(f"{root} {index or ''}".rstrip(), empty)
 
     def read_row(self, index: int) -> dict[str, Any]:
-        """Return the values of row ``index`` by column, with those of the parquet file unless it is a placeholder."""
         row = super().read_row(index)
         if row.get("part") is None:
             return row

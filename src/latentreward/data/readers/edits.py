@@ -125,14 +125,9 @@ LAYOUTS = {
 class EditPairReader(RowReader):
     """Reader of published sets of image edits, by the names of their fields.
 
-    The layouts are ``editreward_data`` (``train.json`` of EditReward-Data) and ``editreward_data_hub`` (its hub form),
-    ``editreward_bench`` and ``editreward_bench_json`` (TIGER-Lab/EditReward-Bench), ``editscore_bench``
-    (EditScore/EditReward-Bench), ``genai_bench_edits`` (GenAI-Bench, configuration ``image_edition``),
-    ``editreward_compass``, ``vcreward_bench`` and ``mmrb2``.
-
-    JSON and JSON lines name image files; tables hold the images. Where the file names the better result first, the
-    sides change at random; a row that it marks as a tie (``tie_case``) has label ½. A group of K ranked results gives
-    K (K − 1) / 2 pairs. A row without a known verdict falls under ``on_error``, one with a null verdict is unlabelled.
+    ``LAYOUTS`` lists the sets. JSON and JSON lines name image files; tables hold the images. Where the file names the
+    better result first, the sides change at random; a row that it marks as a tie (``tie_case``) has label ½. K ranked
+    results give K (K − 1) / 2 pairs. A row without a known verdict is bad, one with a null verdict unlabelled.
 
     Args:
         source: JSON file, or a file of JSON lines; folder that holds ``{split}.json`` or ``{split}.jsonl``; otherwise a
@@ -145,10 +140,6 @@ class EditPairReader(RowReader):
         config: Name of the configuration, where the hub data set has several, e.g. ``image_edition`` of GenAI-Bench.
         root: Folder that paths are relative to and that all images must lie in; by default the file's folder.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
-
-    Raises:
-        InputError: If the file is missing, has no known layout or no rows left, lacks the scores of ``axis``, or breaks
-            a rule under ``on_error: raise``.
     """
 
     exif = "ignore"
@@ -203,7 +194,6 @@ class EditPairReader(RowReader):
         self.report(f"{name} {split}", f"split: {split!r} of {name} has no rows left; check the files")
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return the two results of a row with their bytes, or references to their files."""
         if self.images_in is None:
             return super().find_images(row)
         table, columns = self.images_in

@@ -50,18 +50,14 @@ class FolderPairReader(RowReader):
     If there is a folder ``source/``, the pair's images are edits of its picture ``source/cats/1.jpg``, and the caption
     is the instruction; for edits of several pictures, write JSON lines.
 
-    A text file is read whole, without one line break at its end. A name falls under ``on_error`` if it has no image or
-    several in one of these folders, no caption, unlike ones in ``captions.jsonl``, or one that is too long. A line of
-    ``captions.jsonl`` falls under ``on_error`` if it is not an object with the texts ``name`` and ``prompt``.
+    A text file is read whole, without one line break at its end. A name is bad if it has no image or several in one of
+    these folders, no caption, or unlike ones in ``captions.jsonl``; so is a line there without ``name`` and ``prompt``.
 
     Args:
         root: Folder with ``chosen/`` and ``rejected/``, or with one subfolder per split that holds both. Images outside
             it, behind links, are not opened, unless ``allow_outside`` is true.
         split: Name of the split's subfolder; null if ``root`` itself holds ``chosen/`` and ``rejected/``.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
-
-    Raises:
-        InputError: If a folder is missing, no row is left, or a row breaks a rule above under ``on_error: raise``.
     """
 
     def __init__(self, root: PathText, split: str | None = None, **options: Any) -> None:
@@ -157,11 +153,7 @@ def read_caption(file: Path, root: Path | None = None) -> str | None:
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, bytes) of every line that is not blank, for :func:`parse_line`.
-
-    Raises:
-        InputError: If the file cannot be opened, or is in UTF-16.
-    """
+    """Yield (line number from 1, bytes) of every line that is not blank, for :func:`parse_line`."""
     try:
         with whole_file(file).open("rb") as stream:
             if stream.read(2) in UTF_16:

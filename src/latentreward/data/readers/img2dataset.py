@@ -17,9 +17,8 @@ from latentreward.core.storage.user_files import find_files
 from latentreward.data.readers.folders import read_caption
 from latentreward.data.readers.json_rows import parse_json, parse_number, parse_text, short
 from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row, batches, pack, ranked_pairs
-from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, open_part, read_index
 from latentreward.data.readers.rows import RowReader
-from latentreward.data.readers.tables import holds_images
+from latentreward.data.readers.tables import ParquetPart, RowGroupColumns, holds_images, open_part, read_parquet
 from latentreward.data.readers.tars import read_extent, whole_samples
 
 ENCODED = ("jpg", "png", "webp")
@@ -49,12 +48,10 @@ class Img2DatasetReader(RowReader):
 
     Such a folder holds single images. Images of one caption, or of one value of the column ``group``, are a group, and
     each pair of a group's images is a row, labelled by the column ``rating``. Both columns come from img2dataset's
-    option ``save_additional_columns``. Equal ratings are ties and are kept. Pairs of an image without a rating are
-    unlabelled. Images without a caption or without the column ``group`` are left out and counted, as are images that
-    img2dataset could not download; a caption or value that only one image has gives no row.
-
-    An image whose ``.json`` cannot be read falls under ``on_error``, as does a group as a whole if it has a rating
-    that is not a number, more than ``max_group`` images, several captions, or a caption that is too long.
+    option ``save_additional_columns``. Equal ratings are ties; pairs of an image without rating are unlabelled. Images
+    without a caption or without the column ``group`` are left out and counted, as are images that img2dataset could not
+    download; a caption or value that only one image has gives no row. A group is bad as a whole if it has a rating that
+    is not a number, more than ``max_group`` images or several captions.
 
     The constructor reads captions and columns of all images once: the headers and texts of tars, a ``.json`` for each
     image of ``files``, or the columns without images of parquet files. Images are read row by row, at their place.
@@ -69,10 +66,6 @@ class Img2DatasetReader(RowReader):
         max_group: Largest number of images in a group; n images give n (n − 1) / 2 rows.
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Of a truncated tar, the whole
             samples are kept under ``skip`` and ``placeholder``.
-
-    Raises:
-        InputError: If the folder has no shards, no image has the columns, no group has two images, or a rule above is
-            broken under ``on_error: raise``.
     """
 
     def __init__(
@@ -113,7 +106,6 @@ class Img2DatasetReader(RowReader):
         self.report(str(root), f"root: no two images of {root} share a {group}; set group to a column that they share")
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return references to two images: with their bytes from a tar or parquet file, or with their paths."""
         images = []
         for (shard, *place), name in ((row[f"place_{side}"], row[f"image_{side}"]) for side in "ab"):
             if self._columns is not None:
@@ -172,7 +164,7 @@ class Img2DatasetReader(RowReader):
         self._keys |= {*names}
         wanted = dict.fromkeys(("key", TEXT, CAPTION, STATUS, self._group, self._rating or ""))
         columns: dict[str, pa.DataType | None] = {name: None for name in wanted if name in names}
-        index, _ = read_index([part], {**columns, "key": pa.string()}, HINT)
+        index, _ = read_parquet([part], {**columns, "key": pa.string()}, HINT)
         for row, facts in enumerate(index.to_pylist()):
             if (status := facts.get(STATUS)) not in (SUCCESS, None):
                 self.skipped[f"not downloaded ({short(status)})"] += 1

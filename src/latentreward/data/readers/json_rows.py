@@ -43,11 +43,7 @@ def edit_problem(source: str, edits: bool = True) -> str:
 def parse_rows(
     data: bytes | str, name: str, remedy: str = ARRAY_REMEDY, as_list: Callable[[Any], Any] | None = None
 ) -> list[Any]:
-    """Parse JSON that holds a list, or of which ``as_list`` makes one; ``name`` names the file in messages.
-
-    Raises:
-        InputError: If there is no such list.
-    """
+    """Parse JSON that holds a list, or of which ``as_list`` makes one; ``name`` names the file in messages."""
     try:
         rows = parse(data)
     except (ValueError, RecursionError) as error:

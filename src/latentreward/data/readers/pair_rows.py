@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import combinations, islice
 from typing import Any
 
@@ -78,6 +79,16 @@ class BadRow(ValueError):
         self.problem, self.reason, self.pairs = problem, reason, pairs
 
 
+@contextmanager
+def keeping(pairs: Sequence[Pair]) -> Iterator[None]:
+    """Let ``on_error: placeholder`` keep ``pairs`` of a row that breaks a rule inside the block."""
+    try:
+        yield
+    except BadRow as error:
+        error.pairs = pairs
+        raise
+
+
 class PairRowParser:
     """Parser of rows to the table of a reader; ``on_error`` is applied to a row here, and nowhere else.
 
@@ -115,11 +126,7 @@ class PairRowParser:
         self._whole: set[bool] = set()  # whether labels are whole numbers
 
     def table(self, rows: Iterable[Row], columns: Mapping[str, pa.DataType] | None = None) -> pa.Table:
-        """Parse all rows to a table with the columns of ``INDEX``, and more ``columns``, that are not all null.
-
-        Raises:
-            InputError: If a row is bad under ``on_error: raise``, or all labels are whole numbers without a map.
-        """
+        """Parse all rows to a table with the columns of ``INDEX``, and more ``columns``, that are not all null."""
         pairs = (pair for row in rows for pair in self.parse(*row))
         table = pack(pairs, pa.schema({**INDEX, **(columns or {})}))
         self._seen.clear()
@@ -197,7 +204,7 @@ class PairRowParser:
         pair: Pair = {field: parse_text(text) for field in TEXTS if (text := row.get(field)) is not None}
         pair |= {"winner_first": images is WINNER_FIRST, "label": 1.0, "confidence": self._confidence(name, row)}
         pair["image_a"], pair["image_b"] = map(parse_text, values)
-        try:
+        with keeping([pair]):
             if pair_id := parse_text(row.get("pair_id")):
                 if pair_id in self._seen:
                     raise BadRow(f"pair_id {short(pair_id)} occurred before", "pair_id occurs twice")
@@ -213,9 +220,6 @@ class PairRowParser:
             elif row.get("label") is not None:
                 self.reader.remark(name, "label not read (chosen and rejected say who won)")
             self._weigh(name, pair, row)
-        except BadRow as error:
-            error.pairs = [pair]
-            raise
         return [pair]
 
     def _confidence(self, name: str, row: Mapping[str, Any]) -> float | None:

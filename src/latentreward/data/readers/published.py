@@ -22,13 +22,16 @@ from latentreward.data.readers.pair_rows import (
     PairRowParser,
     Row,
     choice,
+    keeping,
     parse_ranks,
     ranked_pairs,
 )
-from latentreward.data.readers.parquet_store import ParquetPart, damage_named
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
+    HINT,
+    ParquetPart,
     Source,
+    damage_named,
     fetch_files,
     open_table,
     read_list,
@@ -50,7 +53,6 @@ PICKAPIC: dict[str, pa.DataType | None] = {
 }
 GENAI: dict[str, pa.DataType | None] = {"prompt": LONG, "left_model": TEXT, "right_model": TEXT, "vote_type": TEXT}
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
-HINT = "give the published files, or read your own by DatasetPairReader"
 WITHOUT_IMAGES = (
     "this is the copy without images: take the copy with images, or set images to none for prompts and labels"
 )
@@ -74,10 +76,9 @@ HPDV3 = {
 class PickAPicReader(RowReader):
     """Reader of one split of Pick-a-Pic v1 or v2; image 0 is a, image 1 is b.
 
-    The label is ``label_0`` (1, 0, or ½ for a tie; ties are kept). A row is unlabelled if ``has_label`` is not true, a
-    label is null, or the two labels do not add up to 1, e.g. (1, 1). ``best_image_uid`` is not used, because its values
-    for ties and nulls are not documented. A row falls under ``on_error`` if it has a label that is NaN or outside
-    [0, 1], or a caption that is too long. Duplicate rows are kept.
+    The label is ``label_0`` (1, 0, or ½ for a tie). A row is unlabelled if ``has_label`` is not true, a label is null,
+    or the two labels do not add up to 1, e.g. (1, 1); a label that is NaN or outside [0, 1] makes it bad.
+    ``best_image_uid`` is not used, because its values for ties and nulls are not documented.
 
     Args:
         source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`.
@@ -92,8 +93,7 @@ class PickAPicReader(RowReader):
             Without it, a row in random order costs its row group, of hundreds of rows in the published files.
         images: ``read``, which training needs, reads the images. ``none`` does not, for score tables, for
             ``latentreward inspect``, and for the copy of the data set that is published without images.
-        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Under ``skip`` and
-            ``placeholder`` a split with missing files is read without them.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
     """
 
     exif = "ignore"
@@ -115,11 +115,11 @@ class PickAPicReader(RowReader):
         self._drop, self._weight, name = drop_identical, weight == "per_prompt", f"{source_name(source)} {split}"
         columns = ("jpg_0", "jpg_1") if images == "read" else ()
         table = open_table(self, source, split, revision)
-        rows = table_rows(self, table, PICKAPIC, columns, HINT, memory_map, WITHOUT_IMAGES)
+        rows = table_rows(self, table, PICKAPIC, columns, memory_map, WITHOUT_IMAGES)
         if columns and not memory_map:
             warn_row_groups(table, columns, name)
-        parser = PairRowParser(self, self._pairs, columns={"prompt": "caption"}, sources=None)
         empty = f"split: {name} has no rows left; check the files and drop_identical"
+        parser = PairRowParser(self, self._pairs, columns={"prompt": "caption"}, sources=None)
         self.fill(rows, name, empty, parser, label_0=pa.float64())
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
@@ -134,14 +134,10 @@ class PickAPicReader(RowReader):
             self.remark(name, "unlabelled (has_label is not true)")
             return [pair]
         names = ("label_0", "label_1")
-        try:
+        with keeping([pair]):
             return [{**pair, "label": choice(self, name, [row[one] for one in names], names)}]
-        except BadRow as error:
-            error.pairs = [pair]
-            raise
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return both images of a row with their bytes, or their names alone."""
         if self.holds == "images":
             return super().find_images(row)
         return [ImageRef(row["image_a"] or ""), ImageRef(row["image_b"] or "")]
@@ -150,8 +146,7 @@ class PickAPicReader(RowReader):
 class GenAIBenchReader(RowReader):
     """Reader of TIGER-Lab's GenAI-Bench, votes on pairs of generated images; the left image is a, the right one b.
 
-    A row is unlabelled if its ``vote_type`` is null or not a known vote. A row whose prompt is too long falls under
-    ``on_error``. An image is named by a hash of its bytes. Duplicate rows are kept.
+    A row is unlabelled if its ``vote_type`` is null or not a known vote. An image is named by a hash of its bytes.
 
     Args:
         source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`; the
@@ -160,8 +155,7 @@ class GenAIBenchReader(RowReader):
         revision: Commit, tag or branch of the hub data set, so that the data cannot change.
         both_bad: Label for the vote ``bothbad_vote``: ``tie`` gives ½, as for ``tievote``; ``unlabelled`` gives no
             label. :meth:`facts` returns the votes themselves.
-        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Under ``skip`` and
-            ``placeholder`` a split with missing files is read without them.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
     """
 
     exif = "ignore"
@@ -177,7 +171,7 @@ class GenAIBenchReader(RowReader):
     ) -> None:
         super().__init__("genai_bench_tiger", split, randomise_sides=False, seed=0, **options)
         table = open_table(self, source, split, revision, "image_generation")
-        rows = table_rows(self, table, GENAI, ("left_image", "right_image"), HINT)
+        rows = table_rows(self, table, GENAI, ("left_image", "right_image"))
         votes = {kind: label for kind, label in VOTES.items() if both_bad == "tie" or kind != "bothbad_vote"}
 
         def pairs(name: str, row: dict[str, Any]) -> list[Pair]:
@@ -195,13 +189,9 @@ class GenAIBenchCMUReader(RowReader):
     """Reader of CMU's GenAI-Bench: pairs of images of several models for a prompt, compared by mean human rating.
 
     A row with n models (six as published) gives n (n − 1) / 2 pairs, in the order of the models' names, with the row's
-    ``Index`` as ``group_id``. Equal means are a tie (½) and are kept. Pairs of an image without ratings are unlabelled;
-    a null rating is left out of the mean. A row falls under ``on_error`` if a rating is not a number from 1 to 5 or its
-    prompt is too long. An image is named by a hash of its bytes. The older revision, with a text column
-    ``{model}_HumanRating`` for each model, can be read too.
-
-    Reading a row in random order decodes its whole row group, hundreds of MiB in the published file; reading rows in
-    order decodes each row group once.
+    ``Index`` as ``group_id``. Equal means are a tie (½). Pairs of an image without ratings are unlabelled; a null
+    rating is left out of the mean, and one that is no number from 1 to 5 makes the row bad. An image is named by a hash
+    of its bytes. The older revision, with a text column ``{model}_HumanRating`` for each model, can be read too.
 
     Args:
         source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`; also a
@@ -209,8 +199,7 @@ class GenAIBenchCMUReader(RowReader):
         split: Name of the split; only ``train`` is published, although the data set is a benchmark.
         revision: Commit, tag or branch of the hub data set, so that the data cannot change.
         memory_map: Copy the images once into the cache of ``datasets``, see ``DatasetPairReader``.
-        options: See :class:`~latentreward.data.readers.rows.RowReader`. Under ``skip`` and ``placeholder`` a
-            split with missing files is read without them.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
     exif = "ignore"
@@ -230,7 +219,7 @@ class GenAIBenchCMUReader(RowReader):
         table = open_table(self, source, split, revision)
         (place, schema), *_ = table.schemas()
         self.models, columns = _cmu_columns(place, schema)
-        rows = table_rows(self, table, columns, self.models, HINT, memory_map)
+        rows = table_rows(self, table, columns, self.models, memory_map)
         prompt = "Prompt" if "Prompt" in columns else "prompt"
         parser = PairRowParser(self, self._pairs, columns={"prompt": prompt}, sources=None)
         name = f"{source_name(source)} {split}"
@@ -238,7 +227,6 @@ class GenAIBenchCMUReader(RowReader):
         self.fill(rows, name, empty, parser, tags=pa.list_(TEXT))
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return references to two images with their bytes from the table."""
         table, _ = self.images_in  # type: ignore[misc]
         return self.embedded_images(table.read(row["row"], [row["model_a"], row["model_b"]]))
 
@@ -304,13 +292,9 @@ class HPDv3Reader(RowReader):
     """Reader of one JSON file of HPDv3, or of the pairs of HPDv3++.
 
     ``path1`` is the preferred image, as published, even where the majority of votes contradicts it: the authors
-    weighted annotators by ability. Unreadable votes and confidences are read as not published. A row falls under
-    ``on_error`` if it is not a JSON object, its prompt is not text or too long, or an image has more than a billion
-    votes. Duplicate rows are kept.
-
-    HPDv3++ (``Junjun2333/HPDv3-PlusPlus``) has the same rows, with votes and confidence as texts or null, in subfolders
-    of ``root``: ``train/train_aes``, ``train/train_tf``, ``test/test_aes`` and ``test/test_tf`` compare aesthetics or
-    text following. Its ``rollout.json`` holds single images without labels and is not read.
+    weighted annotators by ability. Unreadable votes and confidences are read as not published. HPDv3++
+    (``Junjun2333/HPDv3-PlusPlus``) has the same rows, with votes and confidence as texts or null, in subfolders of
+    ``root``. Its ``rollout.json`` holds single images without labels and is not read.
 
     Args:
         root: Folder with the JSON files and ``images/``; images outside it are not opened.
@@ -370,11 +354,8 @@ def ranked_files(
     for path in paths:
         reader.check_path(name, fields[0], path)
     images = [*map(parse_text, paths)]
-    try:
+    with keeping(ranked_pairs(name, images, [None] * len(images), **shared)):
         return images, parse_ranks(reader, name, fields[1], row.get(fields[1]), len(paths))
-    except BadRow as error:
-        error.pairs = ranked_pairs(name, images, [None] * len(images), **shared)
-        raise
 
 
 class HPDv2Reader(RowReader):
@@ -382,14 +363,10 @@ class HPDv2Reader(RowReader):
 
     ``train.json`` holds pairs, each with a choice such as (1, 0). ``test.json`` holds groups of images with a rank for
     each image. A group of n images gives n (n − 1) / 2 pairs, in the order of its images and with one ``group_id``.
-    Equal ranks and the choice (½, ½) are ties and are kept. A pair is unlabelled if its choice is null or missing, or
-    is neither a preference nor a tie, e.g. (1, 1). If the file gives the annotators' own rankings, they become the
-    votes of a pair; annotators who rank both images equally are not counted. The label follows the published rank,
-    even where the majority of votes contradicts it.
-
-    A row falls under ``on_error`` as a whole if it is not an object, its prompt is not text or too long, its paths are
-    not a list (of two paths in training), or its choice or ranks are not numbers. Duplicate rows, and images of unlike
-    sizes, are kept.
+    Equal ranks and the choice (½, ½) are ties. A pair is unlabelled if its choice is null or missing, or is neither a
+    preference nor a tie, e.g. (1, 1). If the file gives the annotators' own rankings, they become the votes of a pair;
+    annotators who rank both images equally are not counted. The label follows the published rank, even where the
+    majority of votes contradicts it.
 
     Args:
         root: Folder with ``{split}.json`` and, in ``{split}/``, the images of the unpacked ``{split}.tar.gz``; images
@@ -454,10 +431,8 @@ class HPDv2Reader(RowReader):
 class ImageRewardReader(RowReader):
     """Reader of pairs from ImageReward's test set, with 4 to 9 ranked images for each prompt.
 
-    A row of the file gives all pairs of its images, with the row's ``id`` as ``group_id``. Equal ranks are a tie (½)
-    and are kept. Pairs of a row with a null or missing ranking are unlabelled. A row falls under ``on_error`` as a
-    whole if it is not an object, its prompt is not text or too long, its ``generations`` are not a list, or its
-    ``ranking`` is not one number for each of them.
+    A row of the file gives all pairs of its images, with the row's ``id`` as ``group_id``. Equal ranks are a tie (½).
+    Pairs of a row with a null or missing ranking are unlabelled.
 
     Args:
         root: Folder that holds ``test.json`` and ``test_images/``, directly or in ``data/`` as in the repository;
@@ -489,10 +464,8 @@ class ImageRewardDBReader(RowReader):
     ``group_id`` is the ``prompt_id``. Images are read from the zip files when a row is accessed. A part that is
     unpacked beside its zip file is read from the folder.
 
-    Equal ranks are a tie (½) and are kept. Pairs of a prompt whose ranks are all null are unlabelled. A path that is
-    missing, or that its part does not hold, counts as an unreadable image. A row falls under ``on_error`` if it is not
-    an object or has no ``prompt_id``. All images of a prompt fall under ``on_error`` together if the prompt is not text
-    or too long, or some of its ranks are not numbers.
+    Equal ranks are a tie (½). Pairs of a prompt whose ranks are all null are unlabelled. A path that is missing, or
+    that its part does not hold, counts as an unreadable image. The images of a prompt are bad together.
 
     Args:
         source: Folder with ``images/{split}/{split}_{i}.zip``; otherwise the id of a hub data set with those files.
@@ -525,7 +498,6 @@ class ImageRewardDBReader(RowReader):
         self.fill(self._groups(rows), name, f"split: {name} has no pairs left; check the files and parts", parser)
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return references to two images, with their bytes from a zip file or their paths in an unpacked folder."""
         places = [(row[name] or "").partition("/") for name in ("image_a", "image_b")]
         return [self._archives.image(part, file) if part else ImageRef("") for part, _, file in places]
 
@@ -577,11 +549,8 @@ class ImageRewardDBReader(RowReader):
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
         images, shared = row["images"], {"group": name, "group_id": name}
-        try:
+        with keeping(ranked_pairs(name, images, [None] * len(images), **shared)):
             ranks = parse_ranks(self, name, "rank", row["ranks"], len(images))
-        except BadRow as error:
-            error.pairs = ranked_pairs(name, images, [None] * len(images), **shared)
-            raise
         return ranked_pairs(name, images, ranks, **shared)
 
 

@@ -37,8 +37,10 @@ class RowReader(PairReader):
     of, ``noise_a`` and ``noise_b``, the names of the noises that the images were generated from, and what
     :meth:`find_images` needs.
 
-    Of files, a path that is missing or leads out of their folder raises InputError in the constructor under ``on_error:
-    raise``; otherwise the problem is found when the image is decoded, as is a missing file.
+    A row is bad, and falls under ``on_error``, if it is no object, its prompt is no text or too long, or a field is not
+    as the format says. Of files, a path that is missing or leads out of their folder raises InputError in the
+    constructor under ``on_error: raise``; otherwise the problem is found when the image is decoded, as is a missing
+    file. Under ``skip`` and ``placeholder``, a split is read without its missing files. Ties and copies are kept.
 
     Args:
         source: Name of the data set.
@@ -73,11 +75,7 @@ class RowReader(PairReader):
         self.allow_outside = allow_outside
 
     def fill(self, rows: Iterable[Row], told: str, empty: str, parser: PairRowParser, **columns: pa.DataType) -> None:
-        """Parse all rows to the table, with more ``columns``, and report what was left out.
-
-        Raises:
-            InputError: If a row is bad under ``on_error: raise``, or none is left: ``empty``.
-        """
+        """Parse all rows to the table, with more ``columns``, and report what was left out."""
         self.table = parser.table(rows, columns)
         self.report(told, empty)
 
@@ -185,12 +183,10 @@ class RowReader(PairReader):
         return self.make_pair(self.read_row(index))
 
     def labels(self) -> np.ndarray:
-        """Return ``label_a`` of every row after any exchange of images, ``(len,)`` float64, NaN for unlabelled rows."""
         labels = self.table.column("label").to_numpy()
         return np.where(self.exchanged, 1.0 - labels, labels)
 
     def labelled(self) -> np.ndarray:
-        """Return whether each row has a label, ``(len,)`` bool."""
         return self.table.column("label").is_valid().to_numpy()
 
     def prompts(self) -> list[str]:
@@ -221,15 +217,12 @@ class RowReader(PairReader):
         return named
 
     def pair_ids(self) -> list[str]:
-        """Return the ``pair_id`` of every row."""
         return self.table.column("pair_id").to_pylist()
 
     def groups(self) -> list[str]:
-        """Return the group of every row: that of the table, else the normalised prompt."""
         return self.table.column("group").to_pylist() if "group" in self.table.column_names else super().groups()
 
     def facts(self) -> dict[str, list[Any]]:
-        """Return the columns of ``FACTS`` that the table has, after any exchange of images."""
         others = {f"{name}_{side}": f"{name}_{other}" for name in SIDED for side, other in ("ab", "ba")}
         columns = {name: self.table[name].combine_chunks() for name in FACTS if name in self.table.column_names}
         turned = pa.array(self.exchanged)

@@ -21,9 +21,9 @@ from latentreward.core.storage.user_files import find_files, is_ignored, whole_f
 from latentreward.data.images import TOO_LARGE, ImageError, file_image
 from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.json_rows import encodable
-from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row, choice
-from latentreward.data.readers.parquet_store import fetch_split
+from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row, choice, keeping
 from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.tables import fetch_split
 
 ABSENT = (-1, 0)
 MAX_TEXT = 1 << 20
@@ -142,9 +142,6 @@ class ImageArchives:
 
     Attributes:
         parts: Name of each part → its path.
-
-    Raises:
-        ImageError: If a file is not a whole zip file.
     """
 
     def __init__(self, places: Sequence[Path], allow_outside: bool = False) -> None:
@@ -177,11 +174,7 @@ class ImageArchives:
             return ImageRef(name, b"".join(bites))
 
     def read_rows(self, part: str) -> tuple[bytes, str]:
-        """Return content and name (for messages) of the file ``{part}.json`` in a part.
-
-        Raises:
-            InputError: If the part has no such file or it cannot be read.
-        """
+        """Return content and name (for messages) of the file ``{part}.json`` in a part."""
         place, name = self.parts[part], f"{part}.json"
         try:
             data = (place / name).read_bytes() if place.is_dir() else self._member(part, name)
@@ -211,10 +204,9 @@ class PickAPicTarReader(RowReader):
     """Reader of Pick-a-Pic tars; image 0 is a, image 1 is b.
 
     A sample consists of consecutive members with one file name up to the first dot; members with suffixes other than
-    ``MEMBERS`` are ignored. The label is ``label_0`` (1, 0, or ½ for a tie). A row is unlabelled if a label is missing
-    or not a number, or if the two labels do not add up to 1. A row falls under ``on_error`` if a label is NaN or
-    outside [0, 1], or its prompt is too long. A missing prompt is read as an empty prompt; a missing image counts as
-    unreadable. Images are named by a hash of their bytes, because the tars give no uid.
+    ``MEMBERS`` are ignored. Labels are as those of :class:`PickAPicReader`; one that is no number is a missing one. A
+    missing prompt is read as an empty prompt; a missing image counts as unreadable. Images are named by a hash of their
+    bytes, because the tars give no uid.
 
     The constructor reads the headers and texts of all tars once, which takes minutes for the whole data set. Rows are
     then read at their offsets, in any order. Tars must be uncompressed.
@@ -225,13 +217,10 @@ class PickAPicTarReader(RowReader):
         split: Name of the split.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         drop_identical: Leave out rows whose two images have identical bytes; recommended for training.
-        weight: Weight of a row in the loss. ``per_prompt`` is 1 / (number of rows read with the row's prompt), so that
-            each prompt counts once, as in the training of PickScore and LRM. ``equal`` is 1 for every row.
+        weight: Weight of a row in the loss: ``per_prompt`` is 1 / (number of rows read with the row's prompt),
+            ``equal`` is 1 for every row.
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Of a truncated tar, the whole
             samples are kept under ``skip`` and ``placeholder``.
-
-    Raises:
-        InputError: If there are no tars or no samples in them, or a rule above is broken under ``on_error: raise``.
     """
 
     exif = "ignore"
@@ -270,7 +259,6 @@ class PickAPicTarReader(RowReader):
         self.report(f"{root} {split}", empty)
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return references to the images of a sample, with their bytes."""
         with self._tars[row["tar"]].open("rb", buffering=0) as tar:
             contents = [read_extent(tar, row[name]) for name in IMAGES]
         return [ImageRef(content_key(data), data) for data in contents]
@@ -290,11 +278,8 @@ class PickAPicTarReader(RowReader):
         pair = {"tar": row["tar"], **images}
         if PROMPT in sample.unreadable:
             raise BadRow(sample.unreadable[PROMPT], "prompt not readable", [pair])
-        try:
+        with keeping([pair]):
             return [{**pair, "label": choice(self, name, [_number(sample.texts.get(one)) for one in LABELS], LABELS)}]
-        except BadRow as error:
-            error.pairs = [pair]
-            raise
 
     def _identical(self, tar: Path, first: Extent, second: Extent) -> bool:
         if first[1] != second[1] or ABSENT in (first, second):

@@ -29,13 +29,13 @@ from latentreward.core.contracts import (
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.data import PairReader, ScoreTargets, select_rows
 from latentreward.data.clips import check_frames
-from latentreward.data.collate import is_turned, stack_targets
 from latentreward.data.datamodules import PairLoaders
+from latentreward.data.dataset import is_turned, stack_targets
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.loading import ResumableLoader, WorkerLoader, as_is, shares_of
-from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
+from latentreward.data.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
+from latentreward.data.score_table import check_targets, label_remedy
 from latentreward.data.splits import SharedPrompts, tell_unopened
-from latentreward.data.targets import check_targets, label_remedy
 from latentreward.diffusion.cache import store
 from latentreward.diffusion.cache.store import IMAGES, PAIRS, PROMPTS, CacheSpec
 from latentreward.diffusion.encoders.fingerprint import text_fingerprint, vae_fingerprint
@@ -386,7 +386,7 @@ class CachedPreferenceDataModule(PairLoaders):
             one pair.
         small_buckets: Treatment of the last training pairs of an image size, too few for a batch on every rank.
             ``short`` makes a smaller batch, ``fill`` repeats pairs, ``drop`` leaves the pairs out of the epoch; see
-            :class:`~latentreward.data.size_sampling.BucketBatchSampler`. Evaluation always takes every pair once.
+            :class:`~latentreward.data.sampling.BucketBatchSampler`. Evaluation always takes every pair once.
         cached_text: Whether to take prompt embeddings from the caches, if all caches hold them. Otherwise the model
             encodes prompts.
         num_workers: Number of threads per rank that read ahead; 0 reads when a batch is asked for.
