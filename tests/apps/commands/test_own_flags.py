@@ -9,7 +9,7 @@ from PIL import Image
 
 from latentreward.apps.cli import COMMANDS, main
 from latentreward.apps.commands.publish import Reference
-from latentreward.apps.serving.addresses import bind
+from latentreward.apps.serving import bind
 from latentreward.core.errors import InputError
 from tests.marks import rotated_after
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from latentreward.apps.serving.tensors import Accepted
+from latentreward.apps.serving.bodies import Accepted
 
 HEADERS = {"content-type": "application/octet-stream", "x-drm-protocol-version": "1"}
 Header = dict[str, dict[str, Any]]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load, save
 
-from latentreward.apps.serving.tensors import Accepted
+from latentreward.apps.serving.bodies import Accepted
 from tests.apps.serving import latent_requests
 from tests.apps.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded
 from tests.apps.serving.processes import Answers, in_one_session

@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from latentreward.apps.serving.tensors import Accepted
+from latentreward.apps.serving.bodies import Accepted
 from tests.apps.serving.latent_requests import HEADERS, mutated
 from tests.processes import Forked, start
 

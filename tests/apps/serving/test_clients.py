@@ -15,8 +15,8 @@ from diffusers import EulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import ExifTags, Image
 from safetensors.torch import load as load_tensors
 
-from latentreward.apps.serving.refusals import RequestError
-from latentreward.apps.serving.served import ServedModel
+from latentreward.apps.serving.batching import RequestError
+from latentreward.apps.serving.service import ServedModel
 from tests.apps.serving.prompted_requests import TIMES, latents_of
 from tests.apps.serving.servers import serving, tiny_reward
 from tests.reward.remote.judges import breaks_off, judging, says

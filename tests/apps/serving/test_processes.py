@@ -13,9 +13,8 @@ import yaml
 from safetensors.torch import save
 from torch import Tensor
 
-from latentreward.apps.serving.served import accepted_by
-from latentreward.apps.serving.settings import ServiceSettings
-from latentreward.apps.serving.tensors import Accepted
+from latentreward.apps.serving import ServiceSettings
+from latentreward.apps.serving.bodies import Accepted
 from tests.alignment.rewards.stored import write_run
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.processes import ServerProcess, forked_server, fuzz, load
@@ -53,12 +52,12 @@ def test_1_000_requests_32_at_a_time_and_10_000_malformed_ones(server: ServerPro
     assert server.stop() == 0
 
 
-# After the first row, which is scored alone, 63 rows wait 3 s for one more that would fill their batch.
-@pytest.mark.parametrize("server", [["--batch_size=64", "--max_wait_ms=3000", "--max_pass_s=60"]], indirect=True)
+# 60 rows wait 3 s for more that would fill their pass.
+@pytest.mark.parametrize("server", [["--batch_size=64", "--max_wait_ms=3000"]], indirect=True)
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_what_is_under_way_finish(server: ServerProcess, sent: signal.Signals) -> None:
     replies: list[httpx.Response] = []
-    body = save(_tensors(0, rows=64))
+    body = save(_tensors(0, rows=60))
 
     def ask() -> None:
         replies.append(httpx.post(f"{server.address}/v1/score", content=body, headers=HEADERS, timeout=300))
@@ -71,7 +70,7 @@ def test_a_signal_lets_what_is_under_way_finish(server: ServerProcess, sent: sig
             time.sleep(0.02)
     assert server.stop(sent) == 0
     thread.join(300)
-    assert replies[0].status_code == 200 and len(replies[0].json()["raw_scores"]) == 64
+    assert replies[0].status_code == 200 and len(replies[0].json()["raw_scores"]) == 60
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.address)
 
@@ -94,7 +93,7 @@ def test_several_rewards_by_a_config(run: Path, tmp_path: Path) -> None:
 
 
 def _accepted() -> Accepted:
-    return accepted_by(tiny_reward(), ServiceSettings())
+    return Accepted.of(tiny_reward(), ServiceSettings())
 
 
 def _tensors(seed: int, rows: int = 1) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from latentreward.core.contracts import EditPrompt, ImageRef
 from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, ServedImages, UniRL, edit_prompt
-from latentreward.reward.remote.images import RemoteImages
+from latentreward.reward.remote.client import RemoteImages
 from latentreward.reward.remote.schemas import source_texts
 from tests.reward.remote.judges import judged, judging, opened, says
 

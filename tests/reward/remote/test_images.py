@@ -10,7 +10,7 @@ from PIL import Image
 from latentreward.core.errors import InputError
 from latentreward.core.interrupts import stop_asked
 from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, UniRL
-from latentreward.reward.remote.images import RemoteImages
+from latentreward.reward.remote.client import RemoteImages
 from tests.reward.remote.judges import judged, judging, plain, says, unirl
 
 PROMPTS = ["a red circle", "two blue squares", "a cross", "a red circle", "à la carte 🙂"]
@@ -45,7 +45,7 @@ def test_equal_rows_are_asked_once_and_remembered() -> None:
 
 
 def test_the_cache_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentreward.reward.remote.scores.CACHED", 2)
+    monkeypatch.setattr("latentreward.reward.remote.client.CACHED", 2)
     with judging() as judge:
         source = images(judge.url, batch_size=8)
         assert source.begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
