@@ -259,8 +259,7 @@ class RemoteLatentReward(RemoteReward):
         latents = clean.detach().to("cpu", torch.float32).contiguous()
         pending = []
         for sigma in sigmas or (self.schema.sigma,):
-            rows_sent = [
-                LatentRow(*row, float(sigma), seed) for *row, seed in zip(latents, prompts, seeds, strict=True)
-            ]
-            pending.append(self._latents.begin(rows_sent, texts))
+            given = zip(latents, prompts, seeds, strict=True)
+            sent = [LatentRow(state, prompt, float(sigma), seed) for state, prompt, seed in given]
+            pending.append(self._latents.begin(sent, texts))
         return pending

@@ -36,20 +36,23 @@ from latentreward.reward.remote.schemas import ImagesRequest
 CONNECTIONS = 512  # least limit on the number of connections; twice the queues if that is more
 IDLE_SECONDS = 10  # that a client may take to send the headers of a request, or leave a connection idle
 LOGGED_EVERY_S = 60.0  # seconds after which a refusal of the same path and status is printed again
+HeaderText = Annotated[str | None, Header()]
 OPEN_PATH = "/healthz"  # path that needs no token
 OF_REWARD = re.compile(r"^/rewards/[^/]+(?=/)")  # start of the path of a route of one reward
 
 
 def reward_routes(service: ScoringService) -> APIRouter:
     """Return the routes of a reward, which may stand below ``/rewards/NAME``."""
-    router, binary, Version = APIRouter(), takes({SAFETENSORS: None}), Annotated[str | None, Header()]
+    router, binary = APIRouter(), takes({SAFETENSORS: None})
 
     @router.get("/v1/model", summary="What a reward takes")
     async def model(request: Request) -> JSONResponse:
         return JSONResponse(service.model_of(request).describe())
 
     @router.post("/v1/score", summary="verl-omni's latent-reward protocol, version 1", openapi_extra=binary)
-    async def score(request: Request, x_drm_protocol_version: Version = None, x_prompt: Version = None) -> JSONResponse:
+    async def score(
+        request: Request, x_drm_protocol_version: HeaderText = None, x_prompt: HeaderText = None
+    ) -> JSONResponse:
         # verl_omni/utils/reward_score/latent_http_scorer_client.py (Apache-2.0); it sends one row, and no x-prompt.
         model = service.model_of(request)
         if x_drm_protocol_version != "1":

@@ -176,7 +176,7 @@ class ServedModel:
     def limits(self) -> dict[str, Any]:
         """Describe the reward's device and limits, as values for JSON."""
         names = ("batch_size", "queue", "concurrency", "passes_per_device", "prompts_kept", "timeout")
-        about = {"name": self.name, "model": self.reward.identity, "device": str(self.reward.device)}
+        about: dict[str, Any] = {"name": self.name, "model": self.reward.identity, "device": str(self.reward.device)}
         about |= {"scores": ["score", *self.reward.axes]}
         return about | {name: getattr(self.settings, name) for name in names}
 
