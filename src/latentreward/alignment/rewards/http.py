@@ -105,7 +105,7 @@ class HTTPReward(RewardSource):
     def latent_space(self) -> LatentSpace | None:
         """Ask the server for the latent space of its model; None for pictures, which the policy's own VAE decodes."""
         served = self.served() if self.uses_sigmas else None
-        return served and LatentSpace.from_record(served.latent_space)
+        return None if served is None else LatentSpace.from_record(served.latent_space)
 
     def require_latents_of(self, policy: PolicySource) -> None:
         """See :meth:`RewardSource.require_latents_of`; asks ``latentreward serve`` whether its reward judges edits."""
