@@ -6,7 +6,7 @@
 ``scale``   write 1k, 10k and 100k pairs of given 4 KiB latents: seconds, memory
 
 ``encode`` uses a VAE of channels (64, 128, 256) on images of 128 × 128; the goal is at most 1.15 times the bare encode.
-Times cover the loop over batches up to the last manifest, without imports and loading. ``scale`` runs each size in its
+Times cover the loop over batches up to the last file, without imports and loading. ``scale`` runs each size in its
 own process.
 """
 
@@ -28,15 +28,14 @@ from measuring import MIB, Goal, Spread, ratio, table
 from memory import PeakMemory
 from PIL import Image
 
-from latentreward.apps.commands.cache import ENCODE, make_spec
+from latentreward.apps.commands.cache import ENCODE
 from latentreward.core.contracts import ImageRef, LatentSpace, PreferencePair
-from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.core.shared_work import SharedWork
 from latentreward.data import PairReader
 from latentreward.diffusion.backbones.loading import tiny_pipeline
-from latentreward.diffusion.cache.encoding import ShardEncoding
-from latentreward.diffusion.cache.preparing import prepare_cache
-from latentreward.diffusion.cache.sizing import ImageSettings
-from latentreward.diffusion.cache.sources import LatentSource, PipelineEncoders, PublishedLatents
+from latentreward.diffusion.cache.sources import ImageSettings, LatentSource, PipelineEncoders, PublishedLatents
+from latentreward.diffusion.cache.store import CacheSpec
+from latentreward.diffusion.cache.writing import Encoding, prepare_cache
 
 SIDE = 128
 BATCH = 8
@@ -120,15 +119,17 @@ def now() -> np.ndarray:
 
 
 def write_cache(output: Path, reader: PairReader, encoder: LatentSource, workers: int) -> np.ndarray:
-    """Write a cache, and return wall and processor seconds from the first batch's fetch to the last manifest."""
+    """Write a cache, and return wall and processor seconds from the first batch's fetch to the last file."""
     encoders, images = encoder.load(), ImageSettings(size=SIDE, resize="stretch")
-    spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024, exif=reader.exif)
+    known = encoders.space, encoders.vae_fingerprint, encoders.text_spec
+    ran = encoder.origin, encoder.vae_dtype, encoder.posterior, encoder.batch_size
+    spec = CacheSpec(*known, *ran, images, "float16")
     output.mkdir()
     with SharedWork(None, "cpu", output / ".shards") as work:
-        work.join({ENCODE: ShardEncoding(output, reader, images.max_pixels, encoders, workers, work).task}, {})
-        todo = prepare_cache(output, reader, images, spec, workers)
+        work.join({ENCODE: Encoding(output, reader, encoders, workers, work).task}, {})
+        todo = prepare_cache(output, reader, spec, encoder, encoders, workers)
         begun = now()
-        work.run(ENCODE, [shard.number for shard in todo], lambda results: None)
+        work.run(ENCODE, todo, lambda results: None)
         return now() - begun
 
 

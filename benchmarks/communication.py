@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from latentreward.alignment import AlignmentModule
-from latentreward.alignment.modules import sharded_policy
+from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.apps.commands.fit import estimate_fit
 from latentreward.apps.estimate import estimate as estimated_settings
 from latentreward.apps.estimate import step_costs as estimated_costs
@@ -329,7 +329,6 @@ def parts_of(options: list[str]) -> Parts:
     with ExitStack() as stack:
         for owner, name, replacement in (
             (sharding, "fully_shard", gathers.add),
-            (sharded_policy, "fully_shard", gathers.add),
             (sharding, "register_fsdp_forward_method", gathers.add_method),
             (estimated_settings, "step_costs", watched),
             (estimated_costs, "RepeatedCalls", lambda shapes: found.setdefault("calls", CountedCalls(gathers, shapes))),
@@ -365,9 +364,11 @@ def count_gathers(module: LightningModule, gathers: Gathers) -> None:
     if isinstance(module, RewardModule):
         sharding.shard(module, module.model.backbone, mesh)
     if isinstance(module, AlignmentModule):
-        sharded_policy.shard_policy(module.policy, mesh)
+        sharding.shard_policy(module.policy, mesh)
         if module.reward is not None:
-            sharded_policy.shard_reward(module.reward, mesh)
+            own = {*module.reward.modules()}
+            scorers = [part for part in own if isinstance(part, LatentScorer)]
+            sharding.shard_scorers([part.model.backbone for part in scorers], own, mesh)
 
 
 def watch_phases(module: Any, gathers: Gathers, found: dict[str, Any], stack: ExitStack) -> None:

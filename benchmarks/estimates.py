@@ -16,7 +16,7 @@ from resource import RUSAGE_CHILDREN, getrusage
 
 from measuring import table
 
-from latentreward.diffusion.families.find import families
+from latentreward.diffusion.families.base import families
 
 ROOT = Path(__file__).resolve().parents[1]
 OVER = {"lrm_hpdv2": "lrm_sd15", "dina_lrm_sd35_cached": "dina_lrm_sd35", "dina_lrm_sd35_code": "dina_lrm_sd35"}

@@ -12,6 +12,7 @@ CPU time and memory of opening JSON lines and of planning an epoch, at 100 000 a
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -42,19 +43,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from latentreward.core.contracts import LatentSpace, PreferenceBatch
 from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
-from latentreward.diffusion.cache.layout import (
-    IMAGES,
-    PAIRS,
-    PLAN,
-    PROMPTS,
-    SCHEMAS,
-    SHARDS,
-    CachePlan,
-    CacheSpec,
-    ShardManifest,
-    latents_name,
-    manifest_name,
-)
+from latentreward.diffusion.cache.sources import ImageSettings
+from latentreward.diffusion.cache.store import IMAGES, PAIRS, PROMPTS, SPEC, CachePlan, CacheSpec
+from latentreward.diffusion.cache.writing import SCHEMAS
 
 SHAPES = {4: (16, 8, 16), 64: (16, 32, 64), 512: (16, 128, 128)}
 """Size of a float16 latent in KiB → its shape."""
@@ -74,52 +65,41 @@ def latents_of(start: int, count: int, shape: Sequence[int]) -> np.ndarray:
 
 def write_cache(folder: Path, pairs: int, shape: Sequence[int], space: LatentSpace = SPACE) -> Path:
     """Write pairs in this project's cache layout; pair n has the images 2n and 2n + 1."""
-    size, images = (shape[1] * space.downscale, shape[2] * space.downscale), 2 * pairs
-    starts = range(0, images, PER_SHARD)
-    counts = [min(PER_SHARD, images - start) for start in starts]
-    names = [latents_name(*size, number) for number in range(len(starts))]
-    spec = CacheSpec("vae", None, None, space, None, 0, "float16", size, None, None, "drop", 0, 8, PER_SHARD)
-    number = np.arange(images)
-    nothing = {name: [None] * pairs for name in SCHEMAS[PAIRS].names}
-    tables = {
+    size, number = (shape[1] * space.downscale, shape[2] * space.downscale), np.arange(2 * pairs)
+    images = ImageSettings(size=size)
+    spec = CacheSpec(space, None, None, "vae", None, None, 8, images, "float16", images_per_shard=PER_SHARD)
+    tables: dict[str, dict[str, Any]] = {
         PAIRS: {
-            **nothing,
             "pair_id": [f"pair{n:08d}" for n in range(pairs)],
-            "prompt": np.zeros(pairs, np.int32),
+            "prompt": np.zeros(pairs, int),
             "image_a": number[::2],
             "image_b": number[1::2],
             "label_a": np.ones(pairs),
             "weight": np.ones(pairs),
             "split": ["train"] * pairs,
+            "source_images": [[]] * pairs,
         },
         IMAGES: {
-            "image_key": [f"image{n:08d}" for n in range(images)],
-            "height": np.full(images, size[0]),
-            "width": np.full(images, size[1]),
-            "shard": number // PER_SHARD,
-            "row": number % PER_SHARD,
-            "batch": number // 8,
+            "image_key": [f"image{n:08d}" for n in number],
+            "height": np.full(2 * pairs, size[0]),
+            "width": np.full(2 * pairs, size[1]),
+            "file": number // PER_SHARD,
         },
-        PROMPTS: {"prompt": ["a red cube"], "shard": [None], "row": [None]},
-        SHARDS: {
-            "name": names,
-            "kind": ["latents"] * len(names),
-            "height": [size[0]] * len(names),
-            "width": [size[1]] * len(names),
-            "count": counts,
-        },
+        PROMPTS: {"prompt": ["a red cube"]},
     }
-    (folder / "latents").mkdir(parents=True)
+    folder.mkdir(parents=True)
     hashes = {}
     for name, columns in tables.items():
-        arrays = [pa.array(columns[field.name], from_pandas=True).cast(field.type) for field in SCHEMAS[name]]
-        parquet.write_table(pa.Table.from_arrays(arrays, schema=SCHEMAS[name]), folder / name)
+        rows = len(next(iter(columns.values())))
+        arrays = [pa.array(columns.get(column, [None] * rows), kind) for column, kind in SCHEMAS[name].items()]
+        parquet.write_table(pa.table(arrays, [*SCHEMAS[name]]), folder / name)
         hashes[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    plan = CachePlan(spec, {"reader": "benchmark", "rows": pairs}, hashes, pairs, images, 1)
-    (folder / PLAN).write_text(plan.to_json())
-    for name, start, count in zip(names, starts, counts, strict=True):
-        save_file({"latents": torch.from_numpy(latents_of(start, count, shape))}, folder / name)
-        (folder / manifest_name(name)).write_text(ShardManifest(count, "", spec.hash, plan.hash).to_json())
+    plan = CachePlan(spec, {"reader": "benchmark", "rows": pairs}, hashes, pairs, 2 * pairs, 1)
+    (folder / SPEC).write_text(plan.to_json())
+    record = {"cache": json.dumps({"plan": plan.name, "unread": {}, "sha256": ""})}
+    for file, start in enumerate(range(0, 2 * pairs, PER_SHARD)):
+        latents = torch.from_numpy(latents_of(start, min(PER_SHARD, 2 * pairs - start), shape))
+        save_file({"latents": latents}, folder / f"latents-{file:05d}.safetensors", record)
     return folder
 
 

@@ -80,9 +80,6 @@ def measure(load: Callable[[], Any]) -> dict[str, int]:
     """Load a model in this process; return bytes of its weights, held once all ranks have loaded, and at the peak."""
     import transformers.models.clip.modeling_clip  # noqa: F401
 
-    import latentreward.diffusion.encoders.clip
-    import latentreward.diffusion.encoders.sd3  # noqa: F401
-
     with PeakMemory() as memory:
         model = load()
         for tensor in (*model.parameters(), *model.buffers()):  # touch each mapped page

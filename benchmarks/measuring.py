@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from counting import WorkCounter
 
-from latentreward.apps.steps import sources
+from latentreward.apps.taste import steps
 
 TERA = 1e12
 MIB = 2**20
@@ -104,9 +104,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 def circumstances() -> dict[str, Any]:
     """Return machine, load, versions, commit and date."""
     cuda = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
-    now = {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1), "commit": sources.commit()}
+    now = {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1), "commit": steps.commit()}
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
-    return {**cuda, **sources.machine(), **sources.computed_with(), **now, "date": date}
+    return {**cuda, **steps.machine(), **steps.computed_with(), **now, "date": date}
 
 
 # --- time ----------------------------------------------------------------------------------------------------------

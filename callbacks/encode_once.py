@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from latentreward.callbacks.trainable_checkpoint import TrainableCheckpoint
+from latentreward.callbacks.trainable import TrainableCheckpoint
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -46,11 +46,6 @@ class EncodeOnce(Callback):
 
     Args:
         folder: Folder for the file while it is written; null takes the run's ``trainer.default_root_dir``.
-
-    Raises:
-        InputError: If the module neither aligns a policy nor trains a reward on cached prompts, the data does not list
-            its prompts (as pairs of images do not), a text encoder trains, ``TrainableCheckpoint`` is missing, FSDP1
-            has flattened the encoders, or the disk has no room for the file.
 
     Example:
         ``--trainer.callbacks+=EncodeOnce``

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 
 from latentreward.core.checkpoints.files import check_states
-from latentreward.core.programs import of_framework
-from latentreward.core.seeding import pair_generator, run_seed
+from latentreward.core.registry import of_framework
+from latentreward.core.running import pair_generator, run_seed
 from latentreward.data.loading import ResumableLoader
 
 

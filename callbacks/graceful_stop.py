@@ -174,6 +174,7 @@ class GracefulStop(Callback):
 
         In the latter case ranks that this process started are killed.
         """
+        stop_asked.clear()  # Lightning calls no teardown of callbacks now; a later run or wait in this process goes on
         if self.saves_after(exception):
             assert isinstance(exception, RemoteError)
             self._agree(trainer)

@@ -45,9 +45,6 @@ class HackingMonitor(PromptMonitor):
         options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; scores are averaged over the
             pictures of a prompt.
 
-    Raises:
-        InputError: If a setting is out of range.
-
     Example:
         ``{class_path: HackingMonitor, init_args: {prompts: prompts.txt, held_out: {class_path: PickScorer}}}``
     """

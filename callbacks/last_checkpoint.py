@@ -23,9 +23,6 @@ class LastCheckpoint(ModelCheckpoint):
         every_n_train_steps: Largest number of optimiser steps that a kill or a power cut may lose.
         dirpath: Folder; None takes ``checkpoints`` in the logger's folder.
 
-    Raises:
-        InputError: If ``every_n_train_steps`` is below 1.
-
     Example:
         ``--trainer.callbacks+=LastCheckpoint --trainer.callbacks.every_n_train_steps=250``
     """

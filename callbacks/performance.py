@@ -1,19 +1,22 @@
-"""Callback that switches on what makes training steps faster on a GPU, and logs how fast they are."""
+"""Callbacks of speed and size: faster steps with a table of their phases, pairs a second, and a table of parameters."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from time import perf_counter
 from typing import Any
 
 import torch
 from latentreward.callbacks.step_times import StepTimes, listen, unlisten
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities.model_summary import get_human_readable_count
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from latentreward.alignment import Policy
 from latentreward.core.checkpoints.base_weights import is_quantized
 from latentreward.core.contracts import layout_of
-from latentreward.core.errors import InputError, check_range
+from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.peak_rates import Limits, find_limits
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.compilation import compile_blocks, uncompile_blocks
@@ -64,9 +67,6 @@ class Performance(Callback):
     Attributes:
         chosen: Switches in force, by name, once a run has started.
         limits: Peak rates of the CUDA device once training has started; None if they are not known.
-
-    Raises:
-        InputError: If ``peak_tflops`` is not above 0, or ``compile_blocks`` is true, and a base is quantised.
 
     Example:
         ``--performance.compile_blocks=true``, or ``--performance.auto=false`` for eager code.
@@ -226,3 +226,93 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
         for block in [part] if isinstance(part, LatentEncoder) else blocks:
             layers = [layer for layer in block.modules() if type(layer).__name__ in LAYERS]
             yield from layers or ([] if block is part else [block])
+
+
+class Throughput(Callback):
+    """Callback that logs training speed and the share of time spent waiting for data.
+
+    The values are ``train/pairs_per_second`` (in an alignment rows or prompts), over all ranks, and
+    ``train/data_wait``. Validation time is left out. A ``data_wait`` above a few per cent means that more loader
+    workers would help.
+
+    Args:
+        every_n_batches: Batches per measurement; values are logged after each.
+
+    Example:
+        ``--trainer.callbacks+=Throughput --trainer.callbacks.every_n_batches=20``
+    """
+
+    def __init__(self, every_n_batches: int = 50) -> None:
+        check_at_least_one(every_n_batches=every_n_batches)
+        self.every_n_batches = every_n_batches
+        self._restart()
+
+    def _restart(self) -> None:
+        self._waiting = self._working = 0.0
+        self._pairs = self._batches = 0
+        self._since = perf_counter()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restart the measurement, with each epoch and after a validation inside one."""
+        self._restart()
+
+    on_validation_end = on_train_epoch_start
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the time since the last batch ended as waiting for data."""
+        now = perf_counter()
+        # Lightning fetches the next batch between these two hooks.
+        self._waiting, self._since = self._waiting + now - self._since, now
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        """Count the batch, and log after every ``every_n_batches`` batches."""
+        now = perf_counter()
+        self._working, self._since = self._working + now - self._since, now
+        rows = next(iter(batch.values())) if isinstance(batch, Mapping) else batch  # such as prompts, and images
+        self._pairs, self._batches = self._pairs + len(rows), self._batches + 1
+        if self._batches < self.every_n_batches:
+            return
+        elapsed = self._waiting + self._working
+        pl_module.log_dict(
+            {
+                "train/pairs_per_second": trainer.world_size * self._pairs / elapsed,
+                "train/data_wait": self._waiting / elapsed,
+            }
+        )
+        self._restart()
+
+
+class ParameterSummary(ModelSummary):
+    """Callback that prints one line: the number of parameters of each part of the model, and how many are trainable.
+
+    The line replaces Lightning's table, whose FLOPs are 0 without an ``example_input_array``. The command line adds
+    this callback to every fit, unless ``trainer.callbacks`` has a ``ModelSummary`` or ``trainer.enable_model_summary``
+    is false.
+
+    Args:
+        max_depth: Levels of nested modules to list; 0 switches the line off.
+
+    Example:
+        ``--trainer.callbacks+=ParameterSummary --trainer.callbacks.max_depth=2``
+    """
+
+    def __init__(self, max_depth: int = 1) -> None:
+        super().__init__(max_depth)
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Print the line on rank 0; Lightning's ``ModelSummary`` calls this method with the columns of its table."""
+        columns = dict(summary_data)
+        rows = zip(columns["Name"], columns["Type"], columns["Params"], strict=True)
+        parts = [f"{name} ({kind}) {number.strip()}" for name, kind, number in rows if number.strip() != "0"]
+        trained, total = (get_human_readable_count(n).strip() for n in (trainable_parameters, total_parameters))
+        rank_zero_info(f"parameters: {', '.join(parts)}; {trained} of {total} train; {model_size:,.0f} MB")

@@ -23,9 +23,6 @@ class PolicyLoRA(Callback):
     Args:
         folder: Folder to write to; None takes ``lora`` in the run's log folder.
 
-    Raises:
-        InputError: If the run trains no policy.
-
     Example:
         ``--trainer.callbacks+=PolicyLoRA``
     """

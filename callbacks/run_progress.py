@@ -36,9 +36,6 @@ class RunProgress(ProgressBar):
     Args:
         every_s: Seconds between lines where standard error is not a terminal.
 
-    Raises:
-        InputError: If ``every_s`` is not above 0.
-
     Example:
         ``--trainer.callbacks+=RunProgress --trainer.callbacks.every_s=300``
     """

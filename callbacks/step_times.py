@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.profilers import Profiler
 
 from latentreward.core.peak_rates import CountedFlops
-from latentreward.core.phases import LISTENER, PHASES, Phases
+from latentreward.core.running import LISTENER, PHASES, Phases
 
 ASIDE = "aside"
 """Phase of what belongs to no step: validations and checkpoints."""

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterable
 
+from latentreward.callbacks.bands import NoiseBandAccuracy, TimestepBands
 from latentreward.callbacks.hacking_monitor import HackingMonitor
-from latentreward.callbacks.noise_band_accuracy import NoiseBandAccuracy
-from latentreward.callbacks.reference_drift import ReferenceDrift
-from latentreward.callbacks.timestep_bands import TimestepBands
+from latentreward.callbacks.prompt_monitor import ReferenceDrift
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from latentreward.alignment import AlignmentModule
-from latentreward.reward.modules.pairs import PairModule
+from latentreward.reward.modules.reward import PairModule
 
 Charts = Iterable[tuple[str, str, bool]]
 """Charts of a group: title, regular expression of the names of the curves, and whether the run logs such curves."""

@@ -14,7 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start: idle thre
 import pytest
 import torch
 
-from latentreward.core.interrupts import stop_asked
 from tests.budget import cpu_budget
 from tests.marks import in_turn
 
@@ -74,12 +73,6 @@ LONGEST = [
     "alignment/modules/test_grpo",
 ]
 """Files of tests that take longest; begun last, one of them would keep one process busy and leave the others idle."""
-
-
-@pytest.fixture(autouse=True)
-def _nobody_asked_to_stop() -> None:
-    """Forget the request to stop of an earlier test's run in this process, which waits for servers would heed."""
-    stop_asked.clear()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

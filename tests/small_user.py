@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from latentreward.apps.cli import main
 from latentreward.data import PairBatchSampler
 from latentreward.data.loading import ResumableLoader
-from latentreward.reward.modules.optimizers import OptimizerSteps, single_optimizer
+from latentreward.reward.modules.training import OptimizerSteps, single_optimizer
 
 ROWS = 24
 SEEN: list[list[int]] = []

@@ -19,7 +19,7 @@ from latentreward.apps.cli import main
 from latentreward.apps.commands.fit import TrainingCLI
 from latentreward.apps.estimate.pipelines import write_pipelines
 from latentreward.core.registry import backbone_names
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.core.settings.functions import prepare_parsing
 from latentreward.core.settings.rewriting import rewrite_arguments
 from latentreward.data import PreferenceDataModule

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.diffusion import DiffusionBackbone, FlowMatching
-from latentreward.diffusion.cache.layout import TextSpec
-from latentreward.diffusion.cache.sources import Encoders, LatentSource
+from latentreward.diffusion.cache.sources import Encoders, LatentSource, TextSpec
 from latentreward.diffusion.encoders.fingerprint import text_fingerprint, vae_fingerprint
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.vae import ChannelLatentEncoder

@@ -17,7 +17,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latentreward.core.bootstrap import bootstrap_interval
-from latentreward.core.settings.library_messages import silence_libraries
+from latentreward.core.errors import silence_libraries
 from latentreward.tinyworld.comparison import Judged, before_and_after, judge_policy
 from tools.pretraining.editors import main as pretrain_editor
 

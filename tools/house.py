@@ -162,7 +162,7 @@ def print_score() -> None:
     from latentreward.reward import GatedQFormerHead, RewardModel
 
     code = (
-        "import sys\nfrom latentreward import cli\ncli.main(sys.argv[1:])\n"
+        "import sys\nfrom latentreward.apps import cli\ncli.main(sys.argv[1:])\n"
         "names = [name for name in sys.modules if name.split('.')[0] == 'latentreward']\n"
         "print('latentreward score:', len(names), 'files; lightning is imported:', 'lightning' in sys.modules)\n"
     )

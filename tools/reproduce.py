@@ -10,12 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from latentreward.apps.cli import failures_told
-from latentreward.apps.steps.running import TaskRunner, run_tasks
-from latentreward.apps.steps.sources import CLONE, commit, computed_with, machine
-from latentreward.apps.steps.tasks import Task
+from latentreward.apps.taste.steps import CLONE, Task, TaskRunner, commit, computed_with, machine, run_tasks
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.interrupts import interrupts_told, sigterm_interrupts
-from latentreward.core.storage.locks import locked
+from latentreward.core.storage.durable import locked
 from tools.reproduction.measuring import measure
 from tools.reproduction.page import status_table, write_page
 from tools.reproduction.planning import Planner, further_seeds

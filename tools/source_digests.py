@@ -8,12 +8,12 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import latentreward
-from latentreward.apps.steps.sources import CLONE, PACKAGE
+from latentreward.apps.taste.steps import CLONE, PACKAGE
 from latentreward.core.storage.digests import digest
 
 WEIGHTS = PACKAGE / "tinyworld"
 """Folder of the shipped tiny networks, on which all results depend beside source files."""
-RUNNER = tuple(f"latentreward.apps.steps.{name}" for name in ("process", "sources"))
+RUNNER = tuple(f"latentreward.apps.taste.{name}" for name in ("process", "steps"))
 """Modules that every process imports and that no result depends on."""
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from latentreward.core.settings.library_messages import silence_libraries
+from latentreward.core.errors import silence_libraries
 
 __version__ = "0.2.0"
 

@@ -26,9 +26,9 @@ from latentreward.core.contracts import (
     TapSpec,
     map_tensors,
 )
-from latentreward.core.devices import evaluating
 from latentreward.core.errors import InputError
 from latentreward.core.promises import place_of, unchanged
+from latentreward.core.running import evaluating
 from latentreward.data import PairReader
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.base import rows_of

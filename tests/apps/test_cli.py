@@ -24,8 +24,8 @@ import latentreward
 from latentreward.apps.cli import COMMANDS, REMOVED, main
 from latentreward.core.errors import NO_GPU, InputError, did_you_mean, one_line
 from latentreward.core.settings.errors import UNSET
-from latentreward.core.storage.locks import locked
-from latentreward.reward.scoring.layouts.run import settings_beside
+from latentreward.core.storage.durable import locked
+from latentreward.reward.scoring.files import settings_beside
 from tests.limits import largest_file
 from tests.marks import rotated_after
 from tests.processes import finish

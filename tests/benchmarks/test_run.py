@@ -81,7 +81,7 @@ def test_package_digest_covers_every_module(load: Callable[[str], ModuleType], m
     sources = {path for path in (ROOT / "src/latentreward").rglob("*.py") if path.name not in ("__init__.py",)}
     names = {".".join(path.relative_to(ROOT / "src").with_suffix("").parts) for path in sources}
     assert names <= seen
-    assert "latentreward.callbacks.throughput" in seen
+    assert "latentreward.callbacks.performance" in seen
 
 
 def test_every_command_of_the_measurements_page_is_a_benchmark(load: Callable[[str], ModuleType]) -> None:

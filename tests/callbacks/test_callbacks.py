@@ -256,7 +256,7 @@ def test_throughput_is_logged_with_the_share_of_waiting(module, batches, loader,
 
 
 def test_throughput_counts_the_prompts_of_a_batch_with_images(monkeypatch):
-    monkeypatch.setattr("latentreward.callbacks.throughput.perf_counter", iter(range(9)).__next__)
+    monkeypatch.setattr("latentreward.callbacks.performance.perf_counter", iter(range(9)).__next__)
     callback, logged = Throughput(every_n_batches=1), {}
     trainer, module = SimpleNamespace(world_size=2), SimpleNamespace(log_dict=logged.update)
     callback.on_train_batch_end(trainer, module, None, {"prompts": range(6), "images": range(4)})
@@ -285,7 +285,7 @@ def test_the_worst_pairs_come_first_and_say_by_how_much(module, batches, loader,
         drawn.append((captions, colour))
         return draw_pair(images, captions, prompt, colour)
 
-    monkeypatch.setattr("latentreward.callbacks.pair_grid.draw_pair", record)
+    monkeypatch.setattr("latentreward.callbacks.pairs.draw_pair", record)
     trainer = make_trainer(callbacks=[ScoredPairGrid(num_pairs=20, shown="worst")])
     trainer.validate(module, loader(batches), verbose=False)
     errors = [float(second.split("errs by ")[1]) if "errs" in second else 0.0 for (_, second), _ in drawn]

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from latentreward.apps.commands.fit_folder import last_checkpoint
 from latentreward.core.errors import InputError
+from latentreward.core.interrupts import stop_asked
 from tests.callbacks.small_run import assert_same_state, fit, make_trainer
 from tests.marks import slow_after
 
@@ -139,6 +140,7 @@ def test_a_signal_saves_once_and_gives_the_status(number: signal.Signals, status
     with pytest.raises(SIGTERMException) as stop:
         fit(make_trainer(tmp_path, [last_of(tmp_path), Send("on_train_batch_start", 3, number)]))
     assert stop.value.code == status
+    assert not stop_asked.is_set()  # else a notebook's next wait for a reward server would end at once
     resumed = make_trainer(tmp_path, [last_of(tmp_path)])
     assert len(fit(resumed, last_checkpoint(resumed)).seen) == 11
     assert_same_state(whole, resumed)

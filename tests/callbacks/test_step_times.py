@@ -20,7 +20,7 @@ from latentreward.apps.cli import main
 from latentreward.core.contracts import layout_of
 from latentreward.core.errors import InputError
 from latentreward.core.peak_rates import CountedFlops, find_limits
-from latentreward.core.phases import LISTENER, PHASES, phase
+from latentreward.core.running import LISTENER, PHASES, phase
 from tests.callbacks.small_run import fit, make_trainer, state
 from tests.callbacks.test_performance import QUICK, RUNS
 from tests.marks import rotated_after

@@ -18,7 +18,7 @@ from latentreward.alignment import (
 )
 from latentreward.alignment.losses.nft import optimality
 from latentreward.core.contracts import PairScores
-from latentreward.core.devices import evaluating
+from latentreward.core.running import evaluating
 from latentreward.reward import ThurstoneLoss
 from tests.without_float64 import NarrowDevice, NarrowTensor
 

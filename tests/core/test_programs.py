@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from latentreward.core.programs import find_modules_here
+from latentreward.core.registry import find_modules_here
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from latentreward.core.seeding import coin_flips, pair_generator
+from latentreward.core.running import coin_flips, pair_generator
 
 
 def draw(*args: object) -> list[float]:
@@ -18,8 +18,7 @@ def test_equal_arguments_give_equal_draws_whatever_the_global_state() -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
-    [(4, "noise", 2, "pair"), (3, "side", 2, "pair"), (3, "noise", 1, "pair"), (3, "noise", 2, "other")],
+    "other", [(4, "noise", 2, "pair"), (3, "side", 2, "pair"), (3, "noise", 1, "pair"), (3, "noise", 2, "other")]
 )
 def test_each_argument_matters(other: tuple) -> None:
     assert draw(*other) != draw(3, "noise", 2, "pair")

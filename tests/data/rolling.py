@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from latentreward.core.contracts import EditPrompt, ImageRef, PromptBatch, RolloutStatistics, StepPairs, take_rows
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.data.alignment.prompts import PromptLoaders
 
 PROMPTS = tuple(f"prompt {number}" for number in range(7))

@@ -36,6 +36,6 @@ def write_jsonl(root: Path) -> Path:
         names = [f"{number}{side}.jpg" for side in "ab"]
         for place, name in enumerate(names):
             (root / name).write_bytes(photograph(seed=2 * number + place))
-        rows.append({"prompt": f"a cat {number}", "image_a": names[0], "image_b": names[1], "label": 1})
+        rows.append({"prompt": f"a cat {number}", "image_a": names[0], "image_b": names[1], "label": 1.0})
     (root / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return root / "own.jsonl"

@@ -3,7 +3,7 @@
 import pytest
 
 from latentreward.core.errors import InputError
-from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, nearest_bucket, sort_buckets
+from latentreward.data.image_sizes import PUBLISHED_BUCKETS, Bucket, assign_bucket, nearest_bucket, sort_buckets
 
 
 def test_published_buckets_ascend_by_area_and_keep_their_order_within_one() -> None:

@@ -276,3 +276,29 @@ def test_readers_come_from_yaml(write_hpdv3, hpdv3_rows) -> None:
     data = parser.instantiate_classes(parser.parse_string(text)).data
     assert isinstance(data.datasets["train"].reader, HPDv3Reader)
     assert next(iter(data.train_dataloader())).chosen.shape == (4, 3, 16, 24)
+
+
+def test_one_table_is_enough_and_its_files_are_looked_at_before_a_step(tmp_path, jpeg) -> None:
+    file, picture = tmp_path / "train.csv", jpeg()
+    (tmp_path / "in").mkdir()
+    rows = [(f"p {n % 5}", f"in/{n}a.jpg", f"in\\{n}b.jpg") for n in range(10)]
+    file.write_text("prompt,chosen,rejected\n" + "\n".join(map(",".join, rows)))
+    for n in range(10):
+        for side in "ab":
+            (tmp_path / f"in/{n}{side}.jpg").write_bytes(picture)
+    data = PreferenceDataModule(8, train=JSONLPairReader(str(file)), val_share=0.2, num_workers=0, batch_size=2)
+    prompts = [{prompt for batch in loader for prompt in batch.prompts} for loader in loaders(data)]
+    assert [*map(len, prompts)] == [4, 1] and not prompts[0] & prompts[1]
+    with pytest.raises(InputError, match=r"data\.val_share: data\.val is set too"):
+        PreferenceDataModule(8, train=JSONLPairReader(str(file)), val=JSONLPairReader(str(file)), val_share=0.2)
+    for n in (3, 4):
+        (tmp_path / f"in/{n}b.jpg").unlink()
+    with pytest.raises(
+        InputError, match=r"^data\.train: 2 files of pictures are missing, first .*3b\.jpg.* of train\.csv:5"
+    ):
+        PreferenceDataModule(8, train=JSONLPairReader(str(file)))
+    PreferenceDataModule(8, train=JSONLPairReader(str(file)), on_error="skip")
+
+
+def loaders(data: PreferenceDataModule) -> list[Any]:
+    return [data.train_dataloader(), data.val_dataloader()]

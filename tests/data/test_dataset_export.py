@@ -137,7 +137,7 @@ def test_a_random_row_costs_few_rows(pairs, tmp_path) -> None:
 
 
 def test_pictures_to_edit_come_back_with_their_names(pairs, tmp_path) -> None:
-    row = {"prompt": "make it red", "image_a": "b.jpg", "image_b": "c.jpg", "label": 1}
+    row = {"prompt": "make it red", "image_a": "b.jpg", "image_b": "c.jpg", "label": 1.0}
     lines = [{**row, "source_images": ["a.jpg"]}, row, {**row, "source_images": ["c.jpg", "a.jpg"]}]
     pairs.write_text("\n".join(map(json.dumps, lines)))
     reader = JSONLPairReader(str(pairs))

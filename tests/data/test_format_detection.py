@@ -91,9 +91,6 @@ def test_what_is_not_known(tmp_path) -> None:
     (tmp_path / "lines" / "rows.json").write_text("[1, 2]")
     with pytest.raises(InputError, match=r"is none of Pick-a-Pic .*--reader CLASS"):
         recognise(str(tmp_path / "lines"))
-    (tmp_path / "pairs.csv").touch()
-    with pytest.raises(InputError, match=r"^data: .* is CSV, .* write JSON lines: pandas.read_csv\('.*pairs.csv'\)"):
-        recognise(str(tmp_path / "pairs.csv"))
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(InputError, match=r"is a cache of latents; verify it with `latentreward cache .* --check`"):
         recognise(str(tmp_path))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentreward.core.contracts import ImageRef, PreferencePair
 from latentreward.data import ImageError, decode_image
-from latentreward.data.image_structure import count_scans
+from latentreward.data.images import count_scans
 from latentreward.data.inspection import ImageCensus
 
 NOISE = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)

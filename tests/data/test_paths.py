@@ -13,7 +13,7 @@ from PIL import Image
 from latentreward.core.contracts import ImageRef, sources_of
 from latentreward.core.errors import InputError
 from latentreward.core.storage import user_files
-from latentreward.core.storage.part_tables import PartFiles
+from latentreward.core.storage.run_folder import PartFiles
 from latentreward.data import (
     DatasetPairReader,
     FolderPairReader,
@@ -26,7 +26,7 @@ from latentreward.data.alignment.prompt_files import read_prompt_set
 from latentreward.data.format_detection import recognise
 from latentreward.data.image_lists import read_images
 from latentreward.data.score_table import read_table
-from latentreward.reward.scoring.scored_table import read_scores
+from latentreward.reward.scoring.image_lists import read_scores
 
 NFC, NFD = normalize("NFC", "é"), normalize("NFD", "é")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

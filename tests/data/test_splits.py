@@ -4,7 +4,7 @@ import pytest
 from latentreward.core.contracts import EditPrompt, ImageRef, PreferencePair, sources_of
 from latentreward.core.errors import InputError
 from latentreward.data import CutReader, PairReader, normalise_prompt, select_rows
-from latentreward.data.splits import SharedPrompts
+from latentreward.data.splits import SharedPrompts, split_by_prompt
 
 
 class Prompts(PairReader):
@@ -127,3 +127,15 @@ def test_edits_of_unlike_pictures_share_no_prompt() -> None:
     assert normalise_prompt(EditPrompt("x", [*cat, *dog])) != normalise_prompt(EditPrompt("x", [*dog, *cat]))
     cut = CutReader(Prompts(*edits, "a cat"), 2, apart_from=Prompts(EditPrompt("make it red", cat)))
     assert cut.prompts() == [edits[1], "a cat"] and sources_of(cut.prompts()[0]) == tuple(dog)
+
+
+def test_a_share_of_the_prompts_is_held_out_whatever_the_order() -> None:
+    prompts = [f"p {n % 20}" for n in range(50)]
+    parts = split_by_prompt(Prompts(*prompts), 0.1)
+    train, val = ({normalise_prompt(prompt) for prompt in part.prompts()} for part in parts)
+    assert (len(val), len(train | val), train & val) == (2, 20, set())
+    assert sum(map(len, parts)) == 50
+    assert {*split_by_prompt(Prompts(*reversed(prompts)), 0.1)[1].prompts()} == {*parts[1].prompts()}
+    for share, few in ((0.0, prompts), (1.0, prompts), (0.5, ["x"] * 9)):
+        with pytest.raises(InputError, match=r"data\.val_share"):
+            split_by_prompt(Prompts(*few), share)

@@ -175,6 +175,11 @@ def test_a_label_of_a_class_counts_by_its_name(write, tmp_path) -> None:
     classes = table.add_column("label", [0, 1, 2, -1] * 6).cast_column("label", ClassLabel(names=["a", "b", "tie"]))
     stream = PairStream(classes.to_iterable_dataset(), shuffle_buffer=1)
     assert [pair.label_a for pair in stream.pairs(0, 1, 0, print)] == [1.0, 0.0, 0.5] * 6
+    whole = table.add_column("label", [0, 1] * 12).to_iterable_dataset()
+    with pytest.raises(InputError, match="label holds whole numbers"):
+        PairStream(whole)
+    stream = PairStream(whole, shuffle_buffer=1, labels={0: "a", 1: "b"})
+    assert [pair.label_a for pair in stream.pairs(0, 1, 0, print)] == [1.0, 0.0] * 12
 
 
 def test_parts_that_are_missing_follow_on_error(write, caplog) -> None:
@@ -199,7 +204,7 @@ def test_worker_processes_read_their_own_lanes(write) -> None:
 def test_prompts_of_other_splits_are_left_out(write, tmp_path) -> None:
     source = write()
     (tmp_path / "val.jsonl").write_text('{"prompt": "P  7", "chosen": "a.jpg", "rejected": "b.jpg"}')
-    val = JSONLPairReader(str(tmp_path / "val.jsonl"))
+    val = JSONLPairReader(str(tmp_path / "val.jsonl"), on_error="placeholder")
     for setting, there in (("drop", False), ("keep", True)):
         data = module(source, val=val, shared_prompts=setting, batches_per_epoch=9)
         assert ("07" in {name for batch in batches(data) for name in batch}) == there

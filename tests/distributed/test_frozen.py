@@ -23,11 +23,18 @@ from safetensors.torch import save_file
 from latentreward.apps.cli import main
 from latentreward.apps.commands.fit import ranks_per_machine
 from latentreward.core.errors import InputError
-from latentreward.core.storage.shared_weights import own_folder, processes_here, release_shared, shared, sharing_between
-from latentreward.core.storage.weight_files import StoredTensor, map_weights
+from latentreward.core.storage.weight_files import (
+    StoredTensor,
+    map_weights,
+    own_folder,
+    processes_here,
+    release_shared,
+    shared,
+    sharing_between,
+)
 from latentreward.diffusion import sd_tiny
 from latentreward.reward import CLIPProjectionHead, LRMLoss, LRMModule, RewardModel
-from latentreward.reward.modules.based import share_frozen
+from latentreward.reward.modules.training import share_frozen
 from latentreward.tinyworld.writers import write_pickapic
 from tests.distributed.ranks import on_ranks
 from tests.marks import release_after

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from latentreward.core.errors import InputError
-from latentreward.core.storage.shards import ShardList
+from latentreward.core.shared_work import ShardList
 from tests.alignment.modules.test_edits import KLEIN, edits
 from tests.alignment.rewards.stored import write_run
 from tests.apps.commands.test_score import write_pictures

@@ -125,10 +125,9 @@ def test_hpdv3_records(hpdv3, split: str) -> None:
     facts = randomised.facts()
     for n, pair in enumerate(hard):
         row = randomised[n]
-        assert (row.votes or (None, None)) == (facts["votes_a"][n], facts["votes_b"][n])
-        assert (row.model_a, row.model_b, row.confidence) == tuple(
-            facts[name][n] for name in ("model_a", "model_b", "confidence")
-        )
+        told = {name: values[n] for name, values in facts.items()}
+        assert (row.votes or (None, None)) == (told.get("votes_a"), told.get("votes_b"))
+        assert (row.model_a, row.model_b, row.confidence) == (told["model_a"], told["model_b"], told.get("confidence"))
         assert pair.label_a == 1
         assert randomised[n] in (pair, pair.swapped())
         if pair.votes and sum(pair.votes):

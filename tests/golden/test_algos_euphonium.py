@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latentreward.alignment import GroupAdvantage, OutcomeProcessLoss, RewardGuidance, Transition, gaussian_step_kl
-from latentreward.diffusion.noise.base import predicted_clean
+from latentreward.diffusion.noise.processes import predicted_clean
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_within
 

@@ -9,7 +9,7 @@ import pytest
 
 from latentreward.core.errors import InputError
 from latentreward.data import DiffusionRMReader
-from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
+from latentreward.data.image_sizes import PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
 from latentreward.data.images import decode_latents
 from tests.golden.catalogue import Case, cases
 

@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from latentreward.diffusion.backbones.loading import load_weights
-from latentreward.diffusion.encoders.sd3 import SD3PromptEncoder
+from latentreward.diffusion.encoders.prompts import SD3PromptEncoder
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 

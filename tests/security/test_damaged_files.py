@@ -16,9 +16,9 @@ from latentreward.core.checkpoints.files import newest_intact
 from latentreward.core.checkpoints.shards import INDEX, INDEX_HASH, REST, read_checkpoint
 from latentreward.core.errors import InputError
 from latentreward.core.storage.digests import file_hash
-from latentreward.core.storage.part_tables import WRITERS
+from latentreward.core.storage.run_folder import WRITERS
 from latentreward.data.score_table import read_table
-from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
+from latentreward.diffusion.cache import store
 from latentreward.reward import RewardModel
 from latentreward.reward.scoring.layouts.model_folder import PretrainedReward
 from tests.alignment.rewards.stored import write_run
@@ -48,8 +48,9 @@ def load_model(folder: Path) -> None:
     PretrainedReward(folder, pipeline_folder("sd35" if "dina" in folder.name else "sd15")).load(RewardModel)
 
 
-def prepare(folder: Path) -> None:
-    CachedPreferenceDataModule(train=CachedSplit(str(folder), "train")).prepare_data()
+def check(folder: Path) -> None:
+    for file in store.files_of(folder):
+        store.check_file(folder, store.read_plan(folder), file)
 
 
 KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
@@ -61,7 +62,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "head": ("dina/head.safetensors", lambda path: load_model(path.parent)),
     "backbone": ("lrm/backbone.safetensors", lambda path: load_model(path.parent)),
     "LoRA": ("dina/adapter/adapter_model.safetensors", lambda path: load_model(path.parents[1])),
-    "cache": ("cache", lambda path: prepare(path.parents[1])),
+    "cache": ("cache", lambda path: check(path.parent)),
     "table": ("table.parquet", read_table),
 }
 
@@ -93,7 +94,7 @@ def test_damage_is_noticed(kind: str, damage: Callable[[bytes], bytes], stored: 
     path = tmp_path / name
     if kind == "cache":
         write_cache(path, [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
-        path = next(path.glob("*/*.safetensors"))
+        path = next(path.glob("*.safetensors"))
     else:
         whole = stored / name.split("/")[0]
         (shutil.copytree if whole.is_dir() else shutil.copy)(whole, tmp_path / whole.name)
@@ -101,7 +102,12 @@ def test_damage_is_noticed(kind: str, damage: Callable[[bytes], bytes], stored: 
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputError) as error:
         load(path)
-    assert str(path.parent if kind in ("shard", "index", "values beside shards") else path) in str(error.value)
+    named = (
+        path.name
+        if kind == "cache"
+        else str(path.parent if kind in ("shard", "index", "values beside shards") else path)
+    )
+    assert named in str(error.value)
     assert "\n" not in str(error.value)
 
 

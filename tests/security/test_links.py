@@ -2,10 +2,8 @@
 
 import io
 import json
-import shutil
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,10 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from latentreward.apps.steps.running import LOG, TOLD, TaskRunner
+from latentreward.apps.taste.steps import LOG, TOLD, TaskRunner
 from latentreward.core.errors import InputError
-from latentreward.core.ranks.shared_work import SharedWork
-from latentreward.core.storage.digests import file_hash
-from latentreward.core.storage.part_tables import PartFiles
+from latentreward.core.shared_work import SharedWork
+from latentreward.core.storage.run_folder import PartFiles
 from latentreward.data import (
     DatasetPairReader,
     EditPairReader,
@@ -31,12 +28,10 @@ from latentreward.data import (
     ImageRewardReader,
     Img2DatasetReader,
     PickAPicTarReader,
+    decode_image,
 )
-from latentreward.data.images import decode_image
 from latentreward.data.readers.rows import RowReader
-from latentreward.diffusion.cache.layout import KINDS, PLAN, SHARDS, read_plan
-from tests.apps.steps.test_running import toy
-from tests.diffusion.cache.writing import run_cache, write_data
+from tests.apps.taste.test_steps import toy
 
 
 def run_step(folder: Path) -> None:
@@ -65,43 +60,6 @@ def test_nothing_is_written_or_deleted_behind_a_link(writer: str, tmp_path: Path
     with pytest.raises(InputError, match=r"is a link; delete it, or choose another output$"):
         write(tmp_path / "work")
     assert not [*victim.iterdir()] if victim.is_dir() else not victim.stat().st_size
-
-
-def rename_shard(cache: Path) -> None:
-    rows = pq.read_table(cache / SHARDS)
-    names = pa.array(["../victim/x", *rows["name"].to_pylist()[1:]])
-    pq.write_table(rows.set_column(rows.column_names.index("name"), "name", names), cache / SHARDS)
-    plan = read_plan(cache)
-    changed = replace(plan, tables={**plan.tables, SHARDS: file_hash(cache / SHARDS)})
-    (cache / PLAN).write_text(changed.to_json())
-
-
-def link_shards(cache: Path) -> None:
-    shutil.rmtree(cache / KINDS[0])
-    (cache / KINDS[0]).symlink_to("../victim")
-
-
-@pytest.mark.parametrize(("plant", "told"), [(rename_shard, "names '../victim/x'"), (link_shards, "latents is a link")])
-def test_no_shard_of_a_begun_cache_is_written_elsewhere(
-    plant: Callable[[Path], None], told: str, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "victim").mkdir()
-    (tmp_path / "victim/x").write_text("mine")
-    (tmp_path / "victim/x.json").write_text("mine")
-    plant(tmp_path / "cache")
-    with pytest.raises(SystemExit):
-        run_cache(tmp_path / "cache", tmp_path / "data")
-    assert told in capsys.readouterr().err.strip().splitlines()[-1]
-    assert {file.read_text() for file in (tmp_path / "victim").iterdir()} == {"mine"}
-    assert len([*(tmp_path / "victim").iterdir()]) == 2
-
-
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("begun")
-    run_cache(folder / "cache", write_data(folder / "data", pairs=2))
-    return folder
 
 
 def png() -> bytes:

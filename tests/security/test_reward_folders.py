@@ -196,11 +196,6 @@ def sharded(file: str) -> Change:
     return apply
 
 
-def replaced(name: str, other: str) -> Change:
-    """Copy another file of the folder over one."""
-    return lambda folder, canary: shutil.copyfile(folder / other, folder / name)
-
-
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60)) + "model: *a59\n"
 """YAML of 60 lines that stands for 2**60 values."""
 

@@ -15,14 +15,14 @@ from latentreward.core.contracts import ImageRef
 from latentreward.core.errors import InputError
 from latentreward.data import ImageError, decode_image
 from latentreward.data.images import TOO_LARGE, UNKNOWN, png
-from latentreward.data.readers import archives, parquet_store
-from latentreward.data.readers.archives import ImageArchives
+from latentreward.data.readers import parquet_store, tars
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, read_index
+from latentreward.data.readers.tars import ImageArchives
 from latentreward.reward.scoring.files import read_tensors
 
 
 def test_a_member_of_a_zip_file_is_no_larger_than_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(tars, "MOST_BYTES", 2**20)
     with zipfile.ZipFile(tmp_path / "train_1.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in (("a.png", png(Image.new("1", (9000, 9000)))), ("train_1.json", b"")):
             archive.writestr(name, data.ljust(2**20 + 1, b"\0"))
@@ -30,7 +30,7 @@ def test_a_member_of_a_zip_file_is_no_larger_than_an_image(tmp_path: Path, monke
     with pytest.raises(ImageError, match=r"1048577 bytes; at most 1048576 are read"):
         parts.read_rows("train_1")
     image = parts.image("train_1", "a.png")  # of one row among others, which `on_error` may skip
-    assert len(image.data or b"") == archives.BEGINNING
+    assert len(image.data or b"") == tars.BEGINNING
     with pytest.raises(ImageError, match="too many pixels") as told:
         decode_image(image)
     assert told.value.problem == TOO_LARGE

@@ -50,7 +50,7 @@ def test_a_text_that_is_no_docstring_counts() -> None:
 
 def test_files_of_modules_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latentreward, "__path__", [*latentreward.__path__, str(tmp_path)])
-    names = ["latentreward", "latentreward.core.seeding", "latentreward.toy_module"]
+    names = ["latentreward", "latentreward.core.running", "latentreward.toy_module"]
     without = source_digest(names)
     (tmp_path / "toy_module.py").write_text(CODE)
     first = source_digest(names)

@@ -30,8 +30,7 @@ from latentreward.apps.generation.step_search import LoadedPipeline
 from latentreward.core.contracts import EditPrompt, sources_of
 from latentreward.data import decode_image
 from latentreward.diffusion import find_family
-from latentreward.diffusion.encoders.clip import CLIPPromptEncoder
-from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.prompts import CLIPPromptEncoder, PromptEncoder
 from latentreward.diffusion.families.flux1 import Flux1PromptEncoder
 from latentreward.diffusion.families.instruct_pix2pix import widened
 from latentreward.tinyworld.datamodule import edit_prompts

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from latentreward.apps.steps.sources import CLONE
-from latentreward.apps.steps.tasks import Arguments, Step, Task, check_steps, load_yaml, resolve
+from latentreward.apps.taste.steps import CLONE, Arguments, Step, Task, check_steps, load_yaml, resolve
 from latentreward.core.errors import InputError, did_you_mean
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.json_files import STRICT, checked

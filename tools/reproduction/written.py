@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 
-from latentreward.apps.steps.sources import CLONE
+from latentreward.apps.taste.steps import CLONE
 from latentreward.core.storage.durable import write_file
 from latentreward.core.storage.json_files import checked, read_config
 from tools.reproduction.results import Result

@@ -1,18 +1,16 @@
-from .export.kohya import write_kohya
-from .export.lora import TrainedLoRA
+from .export.lora import TrainedLoRA, write_kohya
 from .export.merged import loading_call, write_merged
-from .losses.clipped_policy import ClippedPolicyLoss, ClippedPolicyResult, gaussian_step_kl, held_weights
-from .losses.diffusion_dpo import denoising_error, implicit_rewards
+from .losses.clipped_policy import (
+    ClippedPolicyLoss,
+    ClippedPolicyResult,
+    OutcomeProcessLoss,
+    gaussian_step_kl,
+    held_weights,
+)
+from .losses.diffusion_dpo import LinearDPO, LinearDPOResult, denoising_error, implicit_rewards
 from .losses.group_preference import CRDLoss, CRDResult, DGPOLoss, DGPOResult
-from .losses.linear_dpo import LinearDPO, LinearDPOResult
 from .losses.matching import MatchingLoss, MatchingResult, velocity_divergence
 from .losses.nft import NFTLoss, NFTResult
-from .losses.on_policy import OnPolicyLoss
-from .losses.opsd import reward_ascent
-from .losses.outcome_process import OutcomeProcessLoss
-from .losses.ram import RAMLoss, directed_target
-from .losses.refl import RewardLoss
-from .losses.step_dpo import StepDPO, StepDPOResult, StepPairLoss, clamped_log_ratio
 from .losses.trust_region import (
     FlowDPPO,
     GRPOGuard,
@@ -32,27 +30,25 @@ from .modules.diffusion_dpo import DiffusionDPOModule
 from .modules.forward_process import AWMModule, DiffusionNFTModule, ForwardProcessModule
 from .modules.group_preference import CRDModule, DGPOModule
 from .modules.grpo import GRPOModule, StepwiseGRPOModule, TrajectoryGRPOModule, group_statistics
-from .modules.lpo import LPOModule, SPOModule, StepRatios
-from .modules.on_policy import OnPolicyDistillationModule, Teacher
-from .modules.opsd import DiffusionOPSDModule
-from .modules.ram import RAMModule
-from .modules.refl import ReFLModule
+from .modules.lpo import LPOModule, SPOModule, StepDPO, StepDPOResult, StepPairLoss, StepRatios, clamped_log_ratio
+from .modules.on_policy import OnPolicyDistillationModule, OnPolicyLoss, Teacher
+from .modules.opsd import DiffusionOPSDModule, reward_ascent
+from .modules.ram import RAMLoss, RAMModule, directed_target
+from .modules.refl import ReFLModule, RewardLoss
 from .modules.step_aware_pixel import StepAwarePixelModule
 from .policies.checkpoint import load_policy
 from .policies.loading import PolicySource
 from .policies.policy import POLICY, AdapterSwitch, Policy
-from .policies.surrogate_gradient import surrogate
-from .rewards.base import Reward, RewardSource
+from .rewards.base import Reward, RewardSource, begin_finished, check_sigmas, rows_of, score_finished, score_states
 from .rewards.callable import CallableReward, RandomReward
 from .rewards.http import HTTPReward
-from .rewards.latent import LatentReward
+from .rewards.latent import LatentReward, surrogate
 from .rewards.mixture import RewardMixture
 from .rewards.pixel import PixelReward
 from .rewards.unchanged import UnchangedRegion
 from .rollout.advantages import GDPO, Advantage, DiversityAdvantage, GroupAdvantage, group_advantages
 from .rollout.candidates import Branching, CandidateStep, candidate_steps
 from .rollout.credit import Credit, GainCredit, StateCredit, TurningPointCredit
-from .rollout.finished import begin_finished, check_sigmas, rows_of, score_finished, score_states
 from .rollout.pair_selection import (
     FixedThreshold,
     LinearThreshold,
@@ -66,7 +62,6 @@ from .rollout.pair_selection import (
     gap_quantiles,
     step_pairs,
 )
-from .rollout.prompted import PriorNoise, PromptedPolicy, RolloutDraws
 from .rollout.pruning import Agreement, BestAndWorst, Pruning, PruningRule, scaled_advantages
 from .rollout.reward_guidance import (
     GuidedSampler,
@@ -78,11 +73,26 @@ from .rollout.reward_guidance import (
     reward_gradient,
     sample_guided,
 )
-from .rollout.samplers import DDIMSampler, FlowSDESampler, StepSampler, Transition, reporting_steps
-from .rollout.settings import Sampling
-from .rollout.step_choice import NoisiestSteps, RandomSteps, StepChoice, StratifiedSteps
-from .rollout.trajectories import Trajectories, sample_latents, sample_pruned, sample_trajectories
-from .rollout.window import MovingWindow, RandomWindow, Window, WindowedSampler
+from .rollout.samplers import DDIMSampler, FlowSDESampler, Sampling, StepSampler, Transition, reporting_steps
+from .rollout.step_choice import (
+    MovingWindow,
+    NoisiestSteps,
+    RandomSteps,
+    RandomWindow,
+    StepChoice,
+    StratifiedSteps,
+    Window,
+    WindowedSampler,
+)
+from .rollout.trajectories import (
+    PriorNoise,
+    PromptedPolicy,
+    RolloutDraws,
+    Trajectories,
+    sample_latents,
+    sample_pruned,
+    sample_trajectories,
+)
 
 __all__ = [
     "GDPO",

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 
 from latentreward import __version__
-from latentreward.core.errors import InputError, did_you_mean, one_line, where
+from latentreward.core.errors import InputError, did_you_mean, one_line, silence_libraries, where
 from latentreward.core.interrupts import (
     INTERRUPTED,
     TERMINATED,
@@ -26,7 +26,6 @@ from latentreward.core.interrupts import (
     sigterm_interrupts,
     tell_interrupt,
 )
-from latentreward.core.settings.library_messages import silence_libraries
 
 UNREAD = 128 + 13
 """Exit status of a command whose output nobody reads any more: that of other programs, which SIGPIPE ends."""
@@ -56,6 +55,7 @@ REMOVED = {
     "--allow-programs": "run only YAML files that you have read, and those of others in a container (SECURITY.md)",
     "reproduce": "say python -m tools.reproduce, in a clone of the repository",
     "inspect --scores": "read the data by --reader FilteredReader: what it drops is counted by reason",
+    "cache --images.cross_bucket": "pairs of two buckets come to the bucket of their mean size",
     "inspect --buckets": "latentreward cache sorts images into buckets (images.buckets)",
     "inspect --hash_images": "splits are compared by their prompts",
     "evaluate-policy --policy.table": "write images.csv or images.jsonl into the folder of images",

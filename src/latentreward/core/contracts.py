@@ -804,3 +804,13 @@ class RolloutStatistics(TensorRecord):
     scores: Tensor
     gap: Tensor
     kept: Tensor
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 for Apple's devices, which have no wider type."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def to_float64(values: Tensor) -> Tensor:
+    """Return ``values`` in float64, on the CPU if their device has no such type."""
+    return (values if widest_float(values.device) == torch.float64 else values.cpu()).double()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from latentreward.core.errors import InputError, lacks, where
-from latentreward.core.programs import of_this_package
+from latentreward.core.registry import of_this_package
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Check = Callable[..., str | None]
@@ -150,8 +150,6 @@ def keep_promise(part: Any, method: str, problem: Callable[[], str | None], each
     """Raise InputError if ``problem()`` tells one of what a part's method returned; see :func:`returns`."""
     kept = vars(part).setdefault(KEPT, set())
     first = each or method not in kept
-    if not first and of_this_package(type(part).__module__):
-        return
     check_needs(part)
     token = VALUES.set(first)
     try:

@@ -90,11 +90,12 @@ def import_all(part: str = "") -> None:
 
 
 def new_path(path: str) -> str:
-    """Return today's path of a class or module that lay elsewhere before there were rooms; others stay."""
-    first, last = path.split(".")[1], path.rpartition(".")[2]
+    """Return today's path of a class or module that lay elsewhere, also in another file of its room; others stay."""
+    first, (module, _, last) = path.split(".")[1], path.rpartition(".")
     room = next((room for room, moved in MOVED.items() if first in moved.split()), None)
     if room is None:
-        return path
+        lies = f"{public_names().get(last, module)}."  # a name of a room is found by itself, whatever file held it
+        return path if lies.startswith(f"{module}.") else public_path(last)
     if last in backbone_names():
         return backbone_names()[last]
     return public_path(last) if last in public_names() else path.replace(f".{first}", f".{room}.{first}", 1)

@@ -6,19 +6,21 @@ from .dataset import LoadedPair, PairDataset, SkippedPair
 from .images import ImageError, PixelLoader, decode_image
 from .mpcf import MPCF, FilteredReader, select_consistent
 from .readers.base import OnError, PairReader, count_text
-from .readers.dataset_pairs import DatasetPairReader
+from .readers.dataset_pairs import DatasetPairReader, JSONLPairReader
 from .readers.diffusion_rm import DiffusionRMReader
 from .readers.edits import EditPairReader
 from .readers.folders import FolderPairReader
-from .readers.genai_bench import GenAIBenchReader
-from .readers.genai_bench_cmu import GenAIBenchCMUReader
-from .readers.hpdv2 import HPDv2Reader
-from .readers.hpdv3 import HPDv3Reader
-from .readers.imagereward import ImageRewardDBReader, ImageRewardReader
 from .readers.img2dataset import Img2DatasetReader
-from .readers.jsonl import JSONLPairReader
-from .readers.pickapic import PickAPicReader
-from .readers.pickapic_tars import PickAPicTarReader
+from .readers.published import (
+    GenAIBenchCMUReader,
+    GenAIBenchReader,
+    HPDv2Reader,
+    HPDv3Reader,
+    ImageRewardDBReader,
+    ImageRewardReader,
+    PickAPicReader,
+)
+from .readers.tars import PickAPicTarReader
 from .sampling import PairBatchSampler, PairSampler
 from .score_table import PairGaps, ScoreTable
 from .splits import normalise_prompt, select_rows

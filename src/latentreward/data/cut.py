@@ -1,5 +1,6 @@
 """Readers of some rows of another reader, such as a fixed random cut of a data set."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 
 from latentreward.core.contracts import PreferencePair
 from latentreward.core.errors import InputError, check_at_least_one
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.data.readers.base import OnError, PairReader, normalise_prompt
 
 
@@ -29,6 +30,11 @@ class ChosenRows(PairReader):
 
     def __getitem__(self, index: int) -> PreferencePair:
         return self.reader[int(self.rows[index])]
+
+    def missing_files(self, rows: Iterable[int]) -> list[tuple[int, str]]:
+        own = self.rows[[*rows]]
+        places = {int(row): place for place, row in enumerate(self.rows)}
+        return [(places[row], path) for row, path in self.reader.missing_files(own)]
 
     def labels(self) -> np.ndarray:
         """Return ``label_a`` of every chosen row, ``(len,)`` float64."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from latentreward.core.contracts import taken_of_edits
 from latentreward.core.errors import InputError, check_at_least_one, check_multiples
-from latentreward.core.seeding import run_seed
+from latentreward.core.running import run_seed
 from latentreward.data.clips import FPS, ClipLoader, check_clips, check_frames, require_pyav
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import PairDataset
@@ -24,7 +24,7 @@ from latentreward.data.loading import ResumableBatchSampler, ResumableLoader, Wo
 from latentreward.data.readers.base import OnError, PairReader, count_text
 from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
 from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing
-from latentreward.data.splits import SharedPrompts, select_rows
+from latentreward.data.splits import SharedPrompts, select_rows, split_by_prompt
 from latentreward.data.targets import ScoreTargets, check_targets, label_remedy
 
 logger = logging.getLogger(__name__)
@@ -146,6 +146,7 @@ class PreferenceDataModule(PairLoaders):
         test: Pairs to test on.
         predict: Pairs to score, labelled or not. They may share prompts with other splits.
         resize: How images are resized to ``size``, see :class:`PixelLoader`.
+        val_share: Share of the prompts of ``train`` whose pairs become ``val``, where ``val`` is not set, e.g. 0.1.
         shared_prompts: ``"drop"`` leaves out rows whose prompt is in a later split (see above). ``"keep"`` keeps them,
             so that metrics also count prompts that were trained on. ``"raise"`` raises InputError if there are any.
         on_error: ``on_error`` of readers that set none themselves, see :class:`PairReader`. In YAML it applies to bad
@@ -176,6 +177,7 @@ class PreferenceDataModule(PairLoaders):
         test: PairReader | None = None,
         predict: PairReader | None = None,
         resize: ResizePolicy = "stretch",
+        val_share: float | None = None,
         shared_prompts: SharedPrompts = "drop",
         on_error: OnError = "raise",
         max_pixels: int = MAX_PIXELS,
@@ -193,6 +195,10 @@ class PreferenceDataModule(PairLoaders):
         self.loader = PixelLoader(height, width, resize, max_pixels)
         if frames > 1:
             self.loader = ClipLoader(**vars(self.loader), frames=frames, fps=fps)
+        if val_share is not None and train is not None:
+            if val is not None:
+                raise InputError("data.val_share: data.val is set too; leave one of them out")
+            train, val = split_by_prompt(train, val_share)
         readers = {"train": train, "val": val, "test": test}
         given = {name: reader for name, reader in readers.items() if reader is not None}
         rows, self.emptied = select_rows(given, shared_prompts, label_remedy(targets))
@@ -202,6 +208,8 @@ class PreferenceDataModule(PairLoaders):
             name: PairDataset(reader, self.loader, rows.get(name), on_error, name, values.get(name))
             for name, reader in given.items()
         }
+        for name, dataset in self.datasets.items():
+            dataset.check_files(f"data.{name}")
 
     def setup(self, stage: str) -> None:
         """Check that the module's backbone, policy or generator takes images of ``size``, or clips of ``frames``.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentreward.core.contracts import EditPrompt, PreferencePair, seen_as, sources_of, sources_wanted
-from latentreward.core.errors import InputError
+from latentreward.core.errors import InputError, quoted
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import COUNT, IMAGE_PROBLEMS, REFUSED, ImageError, PixelLoader, grey_picture
@@ -100,6 +100,15 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def check_files(self, place: str) -> None:
+        """Raise InputError, under ``on_error: raise``, if files of pictures are not there; nothing is opened."""
+        if self.on_error == "raise" and (missing := self.reader.missing_files(self.rows)):
+            row, path = missing[0]
+            raise InputError(
+                f"{place}: {len(missing)} files of pictures are missing, first {quoted(path)} of "
+                f"{self.reader.pair_ids()[row]}; see that they are there, or set {DATA_ON_ERROR} to skip or placeholder"
+            )
 
     def edits(self) -> bool:
         """Tell whether any pair edits pictures."""

@@ -11,23 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from latentreward.core.errors import InputError, did_you_mean, quoted
+from latentreward.core.storage.json_files import read_table
 from latentreward.core.storage.user_files import find_files, whole_file
 from latentreward.data.readers.base import PairReader
-from latentreward.data.readers.dataset_pairs import DatasetPairReader
+from latentreward.data.readers.dataset_pairs import DatasetPairReader, JSONLPairReader
 from latentreward.data.readers.diffusion_rm import DiffusionRMReader
 from latentreward.data.readers.edits import EditPairReader, find_layout
-from latentreward.data.readers.folders import CAPTIONS_FILE, FolderPairReader
-from latentreward.data.readers.genai_bench import GenAIBenchReader
-from latentreward.data.readers.genai_bench_cmu import GenAIBenchCMUReader
-from latentreward.data.readers.hpdv2 import HPDv2Reader
-from latentreward.data.readers.hpdv3 import HPDv3Reader
-from latentreward.data.readers.imagereward import ImageRewardDBReader, ImageRewardReader
+from latentreward.data.readers.folders import CAPTIONS_FILE, SIDES, FolderPairReader
 from latentreward.data.readers.img2dataset import STATS, Img2DatasetReader
-from latentreward.data.readers.jsonl import JSONLPairReader, check_no_csv
+from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST
 from latentreward.data.readers.parquet_store import ParquetPart, nested_pattern, open_part
-from latentreward.data.readers.pickapic import PickAPicReader
-from latentreward.data.readers.pickapic_tars import PickAPicTarReader
-from latentreward.data.readers.tables import SAVED, SAVED_SPLITS, saved_splits
+from latentreward.data.readers.published import (
+    OLDER_FILE,
+    GenAIBenchCMUReader,
+    GenAIBenchReader,
+    HPDv2Reader,
+    HPDv3Reader,
+    ImageRewardDBReader,
+    ImageRewardReader,
+    PickAPicReader,
+)
+from latentreward.data.readers.tables import LISTS, SAVED, SAVED_SPLITS, saved_splits
+from latentreward.data.readers.tars import PickAPicTarReader
 
 Splits = dict[str, Callable[..., PairReader]]
 """Split -> function that constructs the split's reader; takes further options of the reader."""
@@ -38,8 +43,8 @@ HEAD = 1 << 16
 NAMED_COLUMNS = 12
 EXPECTED = (
     "Pick-a-Pic parquet or tars, HPDv2, HPDv3, ImageReward, ImageRewardDB, GenAI-Bench, a diffusion-rm cache, "
-    "a set of edits, chosen/ and rejected/, JSON lines, img2dataset's folders, or a table with prompt and chosen, "
-    "rejected or image_a, image_b"
+    "a set of edits, chosen/ and rejected/, img2dataset's folders, or a table (JSON, CSV, parquet) with prompt and "
+    "chosen, rejected or image_a, image_b"
 )
 
 
@@ -54,13 +59,13 @@ def recognise(data: str) -> Splits:
         raise InputError(f"data: no folder or file {data!r}; name a data set of the hub as --reader CLASS with its id")
     for splits in _found(path):
         return splits
-    check_no_csv("data", data)
-    if (path / "plan.json").is_file():
+    if any((path / name).is_file() for name in ("spec.json", "plan.json")):
         raise InputError(
             f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "
             "data set it was written from"
         )
-    if columns := set().union(*next(_tables(path), {}).values()):
+    columns = _keys(path) if path.suffix.lower() in (".csv", ".tsv") else set().union(*next(_tables(path), {}).values())
+    if columns:
         named = quoted(", ".join(sorted(columns)[:NAMED_COLUMNS]))
         raise InputError(
             f"data: {data} is a table whose columns no reader knows: {named}; name those of a pair by --reader "
@@ -111,12 +116,14 @@ def choose_splits(splits: Splits, names: Iterable[str]) -> Splits:
 def _diffusion_rm(path: Path) -> Splits:
     if path.is_file() and path.suffix == ".parquet" and "latent1" in _columns(path):
         return {path.stem: partial(DiffusionRMReader, str(path), None, split=path.stem)}
-    parts = find_files(path, "part_rank*.parquet")
     indices = find_files(path, "bucket_index*.csv")
-    if not parts and not indices:
+    if not indices and not find_files(path, "part_rank*.parquet"):
         return {}
-    index = indices[0].name if indices else None
-    return {"train": partial(DiffusionRMReader, str(path), index)}
+    return {"train": partial(DiffusionRMReader, str(path), indices[0].name if indices else None)}
+
+
+def _img2dataset(path: Path) -> Splits:
+    return {"train": partial(Img2DatasetReader, str(path))} if find_files(path, STATS) else {}
 
 
 def _tables(path: Path) -> Iterator[dict[str, set[str]]]:
@@ -134,23 +141,26 @@ def _tables(path: Path) -> Iterator[dict[str, set[str]]]:
 
 def _table(path: Path) -> Splits:
     for found in _tables(path):
-        splits: Splits = {}
-        for split, names in found.items():
-            if {"caption", "label_0", "label_1"} <= names:
-                images: Any = "read" if {"jpg_0", "jpg_1"} <= names else "none"
-                splits[split] = partial(PickAPicReader, str(path), split, images=images)
-            elif find_layout(names) is not None:
-                splits[split] = partial(EditPairReader, str(path), split)
-            elif {"left_image", "right_image"} <= names:
-                splits[split] = partial(GenAIBenchReader, str(path), split)
-            elif any(name == "HumanRatings" or name.endswith("_HumanRating") for name in names):
-                splits[split] = partial(GenAIBenchCMUReader, str(path), split)
-            elif "prompt" in names and ({"chosen", "rejected"} <= names or {"image_a", "image_b"} <= names):
-                splits[split] = partial(DatasetPairReader, str(path), split)
+        splits = {split: build for split, names in found.items() if (build := _by_columns(names, str(path), split))}
         if splits:
             return splits
-    older = path / "GenAI-Bench.parquet"
+    older = path / OLDER_FILE
     return {"train": partial(GenAIBenchCMUReader, str(path))} if older.is_file() else {}
+
+
+def _by_columns(names: set[str], source: str, split: str) -> Callable[..., PairReader] | None:
+    """Return the reader of a table with these columns; None if no reader knows them."""
+    if {"caption", "label_0", "label_1"} <= names:
+        images: Any = "read" if {"jpg_0", "jpg_1"} <= names else "none"
+        return partial(PickAPicReader, source, split, images=images)
+    if find_layout(names) is not None:
+        return partial(EditPairReader, source, split)
+    if {"left_image", "right_image"} <= names:
+        return partial(GenAIBenchReader, source, split)
+    if any(name == "HumanRatings" or name.endswith("_HumanRating") for name in names):
+        return partial(GenAIBenchCMUReader, source, split)
+    own = "prompt" in names and any(names.issuperset(pair) for pair in (WINNER_FIRST, BY_LABEL))
+    return partial(DatasetPairReader, source, split) if own else None
 
 
 def _imagereward_db(path: Path) -> Splits:
@@ -159,65 +169,58 @@ def _imagereward_db(path: Path) -> Splits:
     return {split: partial(ImageRewardDBReader, str(path), split) for split in splits}
 
 
-def _json(path: Path) -> Splits:
-    files = [path] if path.is_file() and path.suffix == ".json" else find_files(path, "*.json")
-    inner = path / "data" / "test.json"
-    ranked = {"generations", "ranking"}
-    if ranked <= _keys(inner):
+def _lists(path: Path) -> Splits:
+    if {"generations", "ranking"} <= _keys(path / "data" / "test.json"):
         return {"test": partial(ImageRewardReader, str(path))}
+    files = [path] if path.is_file() and path.suffix.lower() in LISTS else find_files(path, "*")
     splits: Splits = {}
     for file in files:
-        keys, root = _keys(file), str(file.parent)
-        if find_layout(keys) is not None:
-            splits[file.stem] = partial(EditPairReader, str(file), file.stem)
-        elif {"path1", "path2"} <= keys:
-            splits[file.stem] = partial(HPDv3Reader, root, file.stem)
-        elif {"file_path", "human_preference"} <= keys or {"image_path", "rank"} <= keys:
-            splits[file.stem] = partial(HPDv2Reader, root, file.stem)
-        elif file.name == "test.json" and ranked <= keys:
-            splits["test"] = partial(ImageRewardReader, root)
+        if file.suffix.lower() in LISTS and file.name != CAPTIONS_FILE and (build := _by_keys(_keys(file), file)):
+            splits[file.stem] = build
     for file in find_files(path, "t[re]*/*.json"):  # HPDv3++: train/train_aes.json, test/test_aes.json
         if {"path1", "path2"} <= _keys(file) and file.parent.name in ("train", "test"):
             splits[file.stem] = partial(HPDv3Reader, str(path), f"{file.parent.name}/{file.stem}")
     return splits
 
 
+def _by_keys(keys: set[str], file: Path) -> Callable[..., PairReader] | None:
+    """Return the reader of a table of text with these keys; None if no reader knows them."""
+    root = str(file.parent)
+    if find_layout(keys) is not None:
+        return partial(EditPairReader, str(file), file.stem)
+    if {"path1", "path2"} <= keys:
+        return partial(HPDv3Reader, root, file.stem)
+    if {"file_path", "human_preference"} <= keys or {"image_path", "rank"} <= keys:
+        return partial(HPDv2Reader, root, file.stem)
+    if file.name == "test.json" and {"generations", "ranking"} <= keys:
+        return partial(ImageRewardReader, root)
+    own = any(keys.issuperset(pair) for pair in (WINNER_FIRST, BY_LABEL))
+    return partial(JSONLPairReader, str(file), split=file.stem) if own else None
+
+
 def _keys(file: Path) -> set[str]:
-    """Return all ``"word":`` words, likely JSON keys, in the first ``HEAD`` bytes; empty if ``file`` is not a file."""
+    """Return the columns of CSV or TSV; else all ``"word":`` words, likely JSON keys, in the first ``HEAD`` bytes."""
     if not file.is_file():
         return set()
     with whole_file(file).open("rb") as stream:
-        head = stream.read(HEAD).decode("utf-8", "replace")
+        head = stream.read(HEAD).decode("utf-8-sig", "replace")
+    if (suffix := file.suffix.lower()) in (".csv", ".tsv"):
+        return {*(read_table(head.split("\n", 1)[0], suffix).fieldnames or ())}
     return set(re.findall(r'"(\w+)"\s*:', head))
 
 
-def _img2dataset(path: Path) -> Splits:
-    return {"train": partial(Img2DatasetReader, str(path))} if find_files(path, STATS) else {}
-
-
 def _tars(path: Path) -> Splits:
-    if path.is_file():
-        return {"train": partial(PickAPicTarReader, str(path))} if path.suffix == ".tar" else {}
-    if find_files(path, "*.tar"):
+    if path.suffix == ".tar" or find_files(path, "*.tar"):
         return {"train": partial(PickAPicTarReader, str(path))}
     splits = {tar.parent.name for tar in find_files(path, "*/*.tar")}
     return {split: partial(PickAPicTarReader, str(path), split) for split in splits}
 
 
 def _folders(path: Path) -> Splits:
-    if (path / "chosen").is_dir() and (path / "rejected").is_dir():
+    if all((path / side).is_dir() for side in SIDES):
         return {"all": partial(FolderPairReader, str(path))}
     splits = {folder.parent.name for folder in find_files(path, "*/chosen") if (folder.parent / "rejected").is_dir()}
     return {split: partial(FolderPairReader, str(path), split) for split in splits}
-
-
-def _jsonl(path: Path) -> Splits:
-    files = [path] if path.is_file() and path.suffix == ".jsonl" else find_files(path, "*.jsonl")
-    named = {file: _keys(file) for file in files if file.name != CAPTIONS_FILE}
-    pairs = [file for file, keys in named.items() if {"chosen", "rejected"} <= keys or {"image_a", "image_b"} <= keys]
-    edits = [file for file, keys in named.items() if find_layout(keys) is not None]
-    splits: Splits = {file.stem: partial(EditPairReader, str(file), file.stem) for file in edits}
-    return splits | {file.stem: partial(JSONLPairReader, str(file), split=file.stem) for file in pairs}
 
 
 def _saved_columns(folder: Path) -> set[str]:
@@ -233,4 +236,5 @@ def _columns(file: Path) -> set[str]:
         return set(opened.schema_arrow.names)
 
 
-FORMATS = (_diffusion_rm, _img2dataset, _table, _imagereward_db, _json, _tars, _folders, _jsonl)
+FORMATS = (_diffusion_rm, _img2dataset, _table, _imagereward_db, _tars, _folders, _lists)
+"""Functions that find the splits of a format; the first that finds any decides."""

@@ -1,14 +1,111 @@
-"""Rules by which images of any size are resized, in training and in scoring."""
+"""Buckets of sizes, and rules by which images of any size are resized, in training and in scoring."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, nearest_bucket, sort_buckets
+from latentreward.core.errors import InputError
 from latentreward.data.clips import FPS, ClipLoader
 from latentreward.data.images import PixelLoader, ResizePolicy
+
+MIN_PIXELS = 256 * 256
+ASPECT_TOLERANCE = 0.03
+
+
+class Bucket(NamedTuple):
+    """An image size in pixels."""
+
+    height: int  # pixels, positive
+    width: int  # pixels, positive
+
+    @property
+    def area(self) -> int:
+        """Return height × width in pixels."""
+        return self.height * self.width
+
+    @property
+    def log_aspect(self) -> float:
+        """Return the natural logarithm of width / height."""
+        return math.log(self.width / self.height)
+
+    def __str__(self) -> str:
+        """Return ``HEIGHTxWIDTH``, e.g. ``1248x832``."""
+        return f"{self.height}x{self.width}"
+
+
+def sort_buckets(sizes: Sequence[tuple[int, int]]) -> tuple[Bucket, ...]:
+    """Return buckets of (height, width) in pixels by ascending area; those of equal area keep their order.
+
+    Raises:
+        InputError: If ``sizes`` is empty, a size is not positive, or a size occurs twice.
+    """
+    if not sizes:
+        raise InputError("buckets: none given; give at least one [height, width]")
+    for number, (height, width) in enumerate(sizes):
+        if height < 1 or width < 1:
+            raise InputError(f"buckets: [{height}, {width}] is not a size; give positive pixels as [height, width]")
+        if (height, width) in [(*size,) for size in sizes[:number]]:
+            raise InputError(f"buckets: [{height}, {width}] is given twice; leave one out")
+    return tuple(sorted((Bucket(height, width) for height, width in sizes), key=lambda bucket: bucket.area))
+
+
+PUBLISHED_BUCKETS = sort_buckets(
+    [
+        (256, 256),
+        (512, 512),
+        (1024, 1024),
+        (1248, 832),
+        (1344, 896),
+        (832, 1248),
+        (896, 1344),
+        (1024, 768),
+        (768, 1024),
+        (1472, 832),
+        (832, 1472),
+        (1152, 832),
+        (832, 1152),
+    ]
+)
+"""Buckets of the released diffusion-rm cache (DiNa-LRM, arXiv:2602.11146), by ascending area."""
+
+
+def assign_bucket(
+    height: int, width: int, buckets: Sequence[Bucket] = PUBLISHED_BUCKETS, min_pixels: int = MIN_PIXELS
+) -> Bucket | None:
+    """Find the bucket to resize an image to: among buckets with its aspect ratio, the one nearest in log area.
+
+    Aspect ratios count as equal if their natural logarithms differ by at most ``ASPECT_TOLERANCE``. Buckets are given
+    by ascending area; of two equally near ones the first is taken. The result is None if no bucket has the image's
+    aspect ratio, or the image has less than ``min_pixels``.
+    """
+    if min(height, width) < 1 or height * width < min_pixels:
+        return None
+    log_aspect, log_area = math.log(width / height), math.log(height * width)
+    fitting = [bucket for bucket in buckets if abs(log_aspect - bucket.log_aspect) <= ASPECT_TOLERANCE]
+    return min(fitting, key=lambda bucket: abs(log_area - math.log(bucket.area)), default=None)
+
+
+def nearest_bucket(height: int, width: int, buckets: Sequence[Bucket] = PUBLISHED_BUCKETS) -> Bucket:
+    """Find one of ``buckets``, by ascending area, for any image, also where :func:`assign_bucket` finds none.
+
+    If :func:`assign_bucket` (without a least size) finds none, the bucket nearest in log aspect ratio is taken; of
+    equally near buckets, the one nearest in log area.
+    """
+    assigned = assign_bucket(height, width, buckets, min_pixels=0)
+    if assigned is not None:
+        return assigned
+    image = Bucket(height, width)
+    return min(
+        buckets,
+        key=lambda bucket: (
+            round(abs(bucket.log_aspect - image.log_aspect), 6),  # else rounding errors tell 3:2 and 6:4 apart
+            abs(math.log(bucket.area / image.area)),
+        ),
+    )
 
 
 class ImageSizes(ABC):
@@ -50,7 +147,7 @@ class OneSize(ImageSizes):
 class NearestBucket(ImageSizes):
     """Rule that resizes an image to the size of its aspect ratio bucket (DiNa-LRM).
 
-    The bucket is the one that training uses, see :func:`~latentreward.data.buckets.assign_bucket`. Training leaves out
+    The bucket is the one that training uses, see :func:`assign_bucket`. Training leaves out
     an image whose aspect ratio is too far from all buckets; scoring takes the bucket with the nearest aspect ratio.
     Unlike training, scoring accepts images of any area.
     """

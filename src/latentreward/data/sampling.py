@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from latentreward.core.errors import InputError
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.data.loading import check_same_order
 
 

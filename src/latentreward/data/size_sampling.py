@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from latentreward.core.errors import InputError
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 
 SmallBuckets = Literal["fill", "short", "drop"]
 """Treatment of the last pairs of an image size, see :class:`BucketBatchSampler`."""

@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 
 from latentreward.core.errors import InputError
+from latentreward.core.storage.digests import digest
+from latentreward.data.cut import ChosenRows
 from latentreward.data.readers.base import PairReader, normalise_prompt
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,27 @@ def select_rows(
         taken.update(prompts)
         later.append(name)
     return selected, emptied
+
+
+def split_by_prompt(reader: PairReader, share: float) -> tuple[PairReader, PairReader]:
+    """Divide a reader's rows into two readers that share no prompt; the second has this share of the prompts.
+
+    Which prompts these are depends on their texts and number alone, not on the seed of a run or the order of rows.
+
+    Raises:
+        InputError: If there are too few prompts.
+    """
+    prompts = [normalise_prompt(prompt) for prompt in reader.prompts()]
+    drawn = sorted(set(prompts), key=lambda prompt: digest(["val", prompt]))
+    number = max(1, round(share * len(drawn)))
+    if not 0 < share < 1 or number >= len(drawn):
+        raise InputError(
+            f"data.val_share={share} of {len(drawn)} prompts leaves a split without any; give a share between 0 and 1 "
+            "and pairs of more prompts, or set data.val"
+        )
+    taken = set(drawn[:number])
+    held_out = np.array([prompt in taken for prompt in prompts], dtype=bool)
+    return ChosenRows(reader, np.flatnonzero(~held_out)), ChosenRows(reader, np.flatnonzero(held_out))
 
 
 def tell_unopened(problem: object) -> None:

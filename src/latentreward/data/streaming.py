@@ -26,7 +26,7 @@ from latentreward.data.loading import CountedBatches, ResumableLoader, check_sam
 from latentreward.data.readers.base import DATA_ON_ERROR, OnError, count_text, normalise_prompt
 from latentreward.data.readers.dataset_pairs import KEYS, SOURCE_KEYS, choose_columns
 from latentreward.data.readers.json_rows import SOURCES, edit_problem, edit_remark, find_edit_source, short
-from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST, PairRowParser
+from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST, PairRowParser, WholeNumbersError
 from latentreward.data.readers.parquet_store import ParquetPart, plain_features
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
@@ -80,6 +80,7 @@ class PairStream(RowReader):
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         config: Name of the configuration, where the hub data set has several.
         columns: Names of the columns where they differ, see ``DatasetPairReader``.
+        labels: Meaning of each label, see ``DatasetPairReader``; needed for a column of whole numbers.
         shuffle_buffer: Rows, with their images' bytes, that each loader process keeps in memory to draw the next row
             from at random; files are drawn in a random order too. 1 keeps the order of the source.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
@@ -96,6 +97,7 @@ class PairStream(RowReader):
         revision: str | None = None,
         config: str | None = None,
         columns: Mapping[str, str] | None = None,
+        labels: Mapping[str | int, str | float] | None = None,
         shuffle_buffer: int = 256,
         **options: Any,
     ) -> None:
@@ -134,8 +136,12 @@ class PairStream(RowReader):
                     "the feature Image, or name another one in columns"
                 )
         self._rows = rows.select_columns(sorted({*self._columns.values()}))
-        self._classes = class_names(schema, self._columns.get("label", ""))
-        self._parser = PairRowParser(self)
+        label = self._columns.get("label", "")
+        self._classes = class_names(schema, label)
+        read = self._fields == BY_LABEL and self._classes is None and labels is None
+        if read and label and pa.types.is_integer(schema.field(label).type):
+            raise WholeNumbersError(label)
+        self._parser = PairRowParser(self, labels=labels)
 
     def __len__(self) -> NoReturn:
         """Raise InputError: a stream has no number of rows."""
@@ -199,7 +205,7 @@ class PairStream(RowReader):
         name = digest([str(row["prompt"]), *(image.data or image.image_key for image in images)])
         # A stream may repeat a pair, and the names of all pairs would be kept for ever.
         parsed = self._parser.parse(name, 0, {**row, **dict.fromkeys(self._fields)}, stream=True)
-        return None if parsed is None else self.make_pair({**parsed, "images": images, "sources": sources})
+        return self.make_pair({**parsed[0], "images": images, "sources": sources}) if parsed else None
 
     def _guarded(self, rows: "IterableDataset") -> Iterator[dict[str, Any]]:
         """Yield the rows of a stream; an error about a damaged file becomes one line.

@@ -1,27 +1,26 @@
-from .backbones.base import DiffusionBackbone, check_taps
+from .backbones.base import DiffusionBackbone, TransformerBackbone, check_taps
 from .backbones.sd3_dit import SD3DiTBackbone
 from .backbones.sd_unet import SDUNetBackbone
-from .backbones.transformer import TransformerBackbone
 from .backbones.tuning import LoRA
 from .cache.datamodule import CachedPreferenceDataModule, CachedSplit
 from .families.backbone import FamilyBackbone, load_family_backbone
-from .families.base import Family, PipelineConfigs
-from .families.find import find_family, import_family, is_foreign
+from .families.base import Family, PipelineConfigs, find_family, import_family, is_foreign
 from .families.flow import FlowFamily
-from .noise.base import NoiseProcess
-from .noise.ddpm import DDPM
-from .noise.flow import ContinuousFlow, FlowMatching
-from .noise.from_scheduler import process_from_scheduler
-from .noise.levels import (
+from .noise.processes import (
+    DDPM,
     BetaSigma,
     ConstantSigma,
+    ContinuousFlow,
+    FlowMatching,
     LevelSampler,
     LogitNormalSigma,
     ModeSigma,
+    NoiseProcess,
     PowerSigma,
     TargetSigma,
     TimestepGrid,
     UniformSigma,
+    process_from_scheduler,
 )
 from .noise.schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS, fits_kind
 

@@ -1,39 +1,39 @@
 from .heads.base import EmbeddingHead, RewardHead
 from .heads.clip_projection import CLIPProjectionHead
-from .heads.drm import DRMHead
 from .heads.gated_qformer import GatedQFormerHead, LogisticSquash
-from .heads.layer_mix import LayerMixHead
-from .heads.pavrm import PAVRMHead
-from .losses.base import PreferenceLoss, gather_pair_scores, gather_with_grad, weighted_mean
-from .losses.bradley_terry import BradleyTerryLoss, bradley_terry_nll
+from .heads.pooled import DRMHead, LayerMixHead, PAVRMHead
+from .losses.base import (
+    BradleyTerryLoss,
+    ConstantVarianceThurstoneLoss,
+    PreferenceLoss,
+    ThurstoneLoss,
+    bhattacharyya_fidelity,
+    bradley_terry_nll,
+    comparison_std,
+    gather_pair_scores,
+    gather_with_grad,
+    log_ndtr,
+    mixture_fidelity,
+    thurstone_nll,
+    weighted_mean,
+)
 from .losses.lrm import LRMLoss, lrm_batch_loss, lrm_pair_loss
 from .losses.targets import (
     LabelLoss,
     RankingDistillation,
     RegressionDistillation,
     TargetLoss,
+    TieLoss,
     gaussian_nll,
     teacher_preference,
 )
-from .losses.thurstone import (
-    ConstantVarianceThurstoneLoss,
-    ThurstoneLoss,
-    bhattacharyya_fidelity,
-    comparison_std,
-    log_ndtr,
-    mixture_fidelity,
-    thurstone_nll,
-)
-from .losses.ties import TieLoss
 from .metrics.calibration import PairCalibration
-from .metrics.noise_levels import ByNoiseLevel
-from .metrics.pairwise import GroupPairAccuracy, MeanLoss, MeanMargin, PairwiseAccuracy
+from .metrics.pairwise import ByNoiseLevel, GroupPairAccuracy, MeanLoss, MeanMargin, PairwiseAccuracy
 from .metrics.rank_correlation import ScoreCorrelation
 from .modules.dina_lrm import DiNaLRMModule
 from .modules.lrm import LRMModule
-from .modules.optimizers import WarmupSchedule
-from .modules.pairs import ScoredPairs
-from .modules.reward import RewardModule
+from .modules.reward import RewardModule, ScoredPairs
+from .modules.training import WarmupSchedule
 from .remote.client import RemoteError, RemoteServer
 from .remote.schemas import ImageSchema, PlainJSON, Schema, ServedImages, ServedLatents, UniRL
 from .scorers.aesthetic import AestheticScorer
@@ -44,13 +44,12 @@ from .scorers.http import HTTPScorer
 from .scorers.plugins import CallableScorer, TableColumn
 from .scorers.reward_model import RewardModelScorer
 from .scorers.step_aware import StepAwareScorer
-from .scoring.calibration import Calibration
-from .scoring.images import edit_prompt
+from .scoring.batched_scoring import edit_prompt
 from .scoring.layouts.card import Card
 from .scoring.layouts.find import ModelSource
 from .scoring.layouts.papers import PublishedSettings
 from .scoring.reward_model import RewardModel, normalise_score
-from .scoring.scoring_noise import ScoringNoise
+from .scoring.scoring_noise import Calibration, ScoringNoise
 
 __all__ = [
     "AestheticScorer",

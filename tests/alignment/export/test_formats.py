@@ -22,7 +22,7 @@ from latentreward.alignment import (
     write_kohya,
     write_merged,
 )
-from latentreward.alignment.export.kohya import FILE
+from latentreward.alignment.export.lora import KOHYA_FILE as FILE
 from latentreward.alignment.export.merged import quiet
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latentreward.alignment import TrainedLoRA, write_kohya
-from latentreward.alignment.export.kohya import FILE
+from latentreward.alignment.export.lora import KOHYA_FILE as FILE
 from latentreward.diffusion import LoRA
 from latentreward.diffusion.families.sd3 import StableDiffusion3
 from tests.alignment.export.mmdit import linears, updates_of_sd3

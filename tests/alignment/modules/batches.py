@@ -10,7 +10,7 @@ from torch import Tensor
 from latentreward.core.contracts import ImageRef, LatentSpace, PreferenceBatch, PreferencePair
 from latentreward.data import LoadedPair, collate_pairs
 from latentreward.reward import CLIPProjectionHead, DiNaLRMModule, GatedQFormerHead, LRMModule
-from latentreward.reward.modules.pairs import PairModule
+from latentreward.reward.modules.reward import PairModule
 from tests.diffusion.backbones.networks import tiny_backbone
 from tests.tiny_pipelines import PIXELS
 
@@ -109,7 +109,7 @@ MODULES = {"lrm": lrm, "dina": dina}
 
 def scores_of(module: PairModule, batch: PreferenceBatch, epoch: int = 0) -> Any:
     """What a training step scores, before the loss."""
-    from latentreward.reward.modules.pairs import PairDraws
+    from latentreward.reward.modules.reward import PairDraws
 
     draws = PairDraws(batch, module.seed, epoch)
     timesteps = draws.timesteps(module.levels, module.noise_process, module.timestep_per_image)

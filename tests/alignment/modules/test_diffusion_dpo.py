@@ -15,7 +15,7 @@ from latentreward.core.contracts import Conditioning, ImageRef, LatentSpace, Pre
 from latentreward.core.errors import InputError
 from latentreward.data import LoadedPair, collate_pairs
 from latentreward.diffusion import ConstantSigma
-from latentreward.reward.modules.pairs import PairDraws
+from latentreward.reward.modules.reward import PairDraws
 from tests.alignment.modules.batches import latent_batch, loaded_pairs, pixel_batch, rows
 from tests.alignment.policies.alignment import tiny_source
 from tests.marks import rotated_after

@@ -235,8 +235,7 @@ def test_each_reward_of_a_mixture_is_logged(monkeypatch: pytest.MonkeyPatch) -> 
     rows = module.roll_out(BATCH)
     monkeypatch.setattr(module, "log_dict", lambda values, **options: logged.update(values))
     monkeypatch.setattr(module, "log", lambda name, value, **options: logged.update({name: value}))
-    module._began = 0.0
-    module.on_train_batch_start(rows, 0)
+    module.rollout_log.on_train_batch_start(module.trainer, module, rows, 0)
     assert logged["rollout/score"] == pytest.approx(logged["rollout/reward_1"] + logged["rollout/reward_2"], rel=1e-4)
     assert logged["rollout/reward_1"] != 0.0
 

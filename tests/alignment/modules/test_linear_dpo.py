@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from latentreward.alignment import LinearDPO, implicit_rewards
 from latentreward.alignment.policies.moving_average import AVERAGE, DecayRamp
 from latentreward.core.errors import InputError
-from latentreward.reward.modules.pairs import EncodedPairs
+from latentreward.reward.modules.reward import EncodedPairs
 from tests.alignment.modules.lpo_runs import make_trainer
 from tests.alignment.modules.test_diffusion_dpo import adapter, dpo, weighted_batch
 

@@ -143,7 +143,7 @@ def test_a_mixture_logs_the_means_of_finished_samples() -> None:
     for pruning in (None, Pruning(3, 2)):
         module = make("nft", source_of_reward=reward, pruning=pruning)
         module.roll_out(BATCH)
-        means.append(module._part_means)
+        means.append(module.rollout_log.part_means)
     assert means[0] == means[1]
 
 

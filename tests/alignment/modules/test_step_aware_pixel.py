@@ -17,7 +17,7 @@ from latentreward.alignment import StepAwarePixelModule
 from latentreward.core.errors import InputError
 from latentreward.data import collate_pairs
 from latentreward.reward import LRMLoss, ScoredPairs, StepAwareScorer
-from latentreward.reward.modules.pairs import PairDraws
+from latentreward.reward.modules.reward import PairDraws
 from tests.alignment.modules.batches import exchanged, latent_batch, loaded_pairs, pixel_batch, rows, scores_of
 from tests.alignment.policies.alignment import tiny_source
 from tests.marks import rotated_after

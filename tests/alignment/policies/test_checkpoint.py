@@ -13,7 +13,7 @@ from latentreward.alignment import POLICY, PolicySource, load_policy
 from latentreward.alignment.policies.checkpoint import SOURCE, read_policy_adapter
 from latentreward.core.errors import InputError
 from latentreward.diffusion import LoRA
-from latentreward.diffusion.backbones.stored_adapters import stored_ranks
+from latentreward.diffusion.backbones.tuning import stored_ranks
 from tests.alignment.policies.alignment import Matching, prediction, tiny_source
 from tests.marks import rotated_after
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.alignment.rewards.conversion import convert_states, describe_conversion, same_levels, signal_and_noise
+from latentreward.alignment.rewards.latent import convert_states, describe_conversion, same_levels, signal_and_noise
 from latentreward.core.errors import InputError
 from latentreward.diffusion import DDPM, FlowMatching, NoiseProcess, process_from_scheduler
-from latentreward.diffusion.noise.base import per_sample
+from latentreward.diffusion.noise.processes import per_sample
 
 SD = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from latentreward.alignment import LatentReward, PolicySource
-from latentreward.alignment.rewards.conversion import convert_states
+from latentreward.alignment.rewards.latent import convert_states
 from latentreward.core.contracts import NoisyStates
 from latentreward.core.errors import InputError
 from latentreward.reward import RewardModel, ScoringNoise

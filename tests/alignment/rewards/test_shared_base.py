@@ -16,7 +16,7 @@ from latentreward.core.contracts import NoisyStates
 from latentreward.core.errors import InputError
 from latentreward.diffusion import LoRA
 from latentreward.reward import RewardModel
-from latentreward.reward.modules.optimizers import single_optimizer
+from latentreward.reward.modules.training import single_optimizer
 from tests.alignment.rewards.stored import PROMPTS, states_of, tiny_policy, write_run
 from tests.marks import rotated_after
 from tests.reward.scoring.test_published import write_dina

@@ -7,19 +7,13 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from latentreward.apps.cli import main
-from latentreward.apps.commands.fit_folder import result_lines
 from tests.marks import slow_after
 from tests.small_user import SEEN, SmallUserData, refusal, run
 
-LAST = (
-    "--trainer.callbacks+=LastCheckpoint",
-    "--trainer.max_steps=2",
-)
+LAST = ("--trainer.callbacks+=LastCheckpoint", "--trainer.max_steps=2")
 SHIPPED = (
     "--config=configs/trainer/cpu.yaml",
     "--model=tests.small_user.SmallUserModule",
@@ -146,16 +140,6 @@ def test_last_is_that_of_an_earlier_start_in_the_runs_folder(
         assert "give lightning_logs/version_0/checkpoints/last.ckpt, or give the run" in capsys.readouterr().err
 
 
-def test_last_is_of_no_run_beside_a_folder_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in "ab":
-        own = f"--trainer.callbacks={{class_path: LastCheckpoint, init_args: {{dirpath: runs/{name}/checkpoints}}}}"
-        settings = (*SHIPPED[1:], "--trainer.accelerator=cpu", "--trainer.default_root_dir=runs", own)
-        with pytest.warns(UserWarning, match="No checkpoint will be loaded"):
-            main(["fit", *settings, "--ckpt_path=last", "--trainer.max_steps=1"])
-        assert len(SEEN) == 1
-
-
 class Terminating(SmallUserData):
     """A batch system ends the run while it starts."""
 
@@ -203,14 +187,6 @@ def test_one_setting_names_the_folder(
     assert (tmp_path / "again/config.yaml").is_file()
 
 
-@pytest.mark.slow
-def test_a_second_fit_in_a_folder_says_what_it_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for resumed, told in (((), False), ((), True), (("--ckpt_path=last", "--trainer.max_steps=3"), False)):
-        run("fit", tmp_path, *LAST, *resumed)
-        line = f"{tmp_path}/run/checkpoints holds an earlier run (last.ckpt): this run starts anew"
-        assert (line in capsys.readouterr().err) == told
-
-
 def test_what_a_csv_logger_wrote_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each later command that logs writes a file of its own; a fit that is refused or has nothing to do writes none."""
     short, last = (*LAST, "--trainer.val_check_interval=1"), "--ckpt_path=last"
@@ -227,10 +203,3 @@ def test_what_a_csv_logger_wrote_stays(tmp_path: Path, capsys: pytest.CaptureFix
         assert f"metrics.csv is of an earlier command: this one logs to {path}\n" in capsys.readouterr().err
         written[path] = path.read_bytes()
         assert {path: path.read_bytes() for path in folder.glob("metrics*")} == written
-
-
-def test_an_address_of_a_checkpoint_is_told_as_it_is(tmp_path: Path) -> None:
-    keeper = ModelCheckpoint()
-    keeper.last_model_path = "s3://bucket/run/last.ckpt"
-    trainer = Trainer(accelerator="cpu", logger=False, callbacks=keeper, default_root_dir=tmp_path)
-    assert "  checkpoint: s3://bucket/run/last.ckpt" in [*result_lines(trainer)]

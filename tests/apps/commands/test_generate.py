@@ -24,13 +24,13 @@ from latentreward.apps.generation.image_folder import file_name
 from latentreward.apps.generation.trained_policy import plain
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.interrupts import interrupts_held
-from latentreward.diffusion.families.sd import StableDiffusion
 from tests.alignment.policies.alignment import perturbed
 from tests.marks import rotated_after
 
 PROMPTS = ["a large red circle on a white background", "two blue crosss on a gray background", 'a «"/\\: ü, \t|?*']
 FAST = ["--policy.source=sd_tiny", "--sampling.num_inference_steps=3", "--guidance_scale=1", "--device=cpu"]
 REWARD = "--reward=tests.apps.generation.toy_rewards.MeanLatentSource"
+NOISY = ("--sampling.eta=1", "--reward=RandomReward")
 
 
 @pytest.fixture
@@ -57,15 +57,6 @@ def test_pictures_grid_and_table(generate: Callable[..., Any], tmp_path: Path) -
     assert all(picture.shape == (32, 32, 3) for picture in found.values())
     assert Image.open(tmp_path / "out" / "grid.png").width > 64
     assert len({picture.tobytes() for picture in found.values()}) == 6
-
-
-@pytest.mark.slow
-def test_a_prompt_that_is_repeated_gets_as_many_pictures(generate: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue cross\na red circle\n")
-    rows = generate("--sampling.num_inference_steps=1")
-    assert [row["prompt"] for row in rows] == ["a red circle", "a blue cross", "a red circle"]
-    first, _, last = pictures(tmp_path / "out").values()
-    assert np.abs(first.astype(int) - last).max() > 8
 
 
 @pytest.mark.slow
@@ -170,22 +161,6 @@ def test_the_noise_of_the_table_leads_to_the_picture(
     assert np.abs(found - expected).max() <= 1
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        [],
-        ["--policy.source=sd35_tiny", "--guidance_scale=2"],
-        ["--policy.source=sd35_tiny", "--sampling.noise_level=0.1"],
-        ["--policy.source=sd35_tiny", "--sampling.noise_level=0.1", "--step_search.num_candidates=2", REWARD],
-    ],
-)
-def test_no_noise_is_told_where_the_network_alone_does_not_lead_to_the_picture(
-    generate: Callable[..., Any], tmp_path: Path, options: list[str]
-) -> None:
-    (tmp_path / "prompts.txt").write_text("a red circle")
-    assert "noise" not in generate(*options, "--sampling.num_inference_steps=2", "--table=jsonl")[0]
-
-
 @pytest.mark.slow
 def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
     generate: Callable[..., Any], tmp_path: Path
@@ -207,41 +182,26 @@ def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
     ("options", "message"),
     [
         (["--best_of=2"], "set reward"),
-        (["--best_of=0"], "best_of: 0 is outside"),
         (["--step_search.num_candidates=1", REWARD], "num_candidates=1"),
         (["--step_search.num_candidates=2", REWARD], "eta"),
-        (["--population_search.size=4"], "set reward"),
-        (["--population_search.size=1", REWARD], "size=1 must be at least 2 and finite; one leaves nothing to choose"),
-        (["--population_search.after_steps=[1,3]", REWARD], "after_steps=[1, 3] goes beyond step 2"),
-        (["--population_search.after_steps=[1]", f"{REWARD}", "--reward.needs_clean=true"], "population_search needs"),
+        (["--population_search.size=1", REWARD], "size=1"),
+        (["--population_search.after_steps=[1,3]", REWARD], "after_steps=[1, 3]"),
+        (["--population_search.after_steps=[1]", REWARD, "--reward.needs_clean=true"], "population_search needs"),
         (["--population_search.after_steps=[1]", "--step_search.num_candidates=2", REWARD], "leave one out"),
         (["--reward_guidance.scale=1", REWARD], "none of the 3 steps adds noise"),
-        (
-            ["--reward_guidance.normalise=true", "--sampling.eta=1", "--reward=RandomReward", "--reward.kind=readout"],
-            "reward_guidance.normalise divides by the norm over a batch",
-        ),
-        (
-            ["--reward_guidance.scale=1", "--sampling.eta=1", "--reward=RandomReward"],
-            "reward_guidance needs the gradient of the reward, and RandomReward has none",
-        ),
-        (
-            ["--best_of=2", "--reward=RewardMixture", "--reward.normalise=running", "--reward.rewards=[RandomReward]"],
-            "a RewardMixture with normalise: running scores by all that it has seen",
-        ),
-        (
-            ["--reward_guidance.scale=1", "--sampling.eta=1", REWARD, "--reward.needs_clean=true"],
-            "reward_guidance needs",
-        ),
-        (["--guidance_scale=0.5"], "guidance_scale=0.5 must be at least 1"),
-        (["--sampling.noise_level=0.7"], "sampling.noise_level=0.7 has no effect on Stable Diffusion"),
-        (["--policy.source=sd35_tiny", "--sampling.eta=1"], "sampling.eta=1 has no effect on "),
-        (["--score_sigmas=[0.2,0.2]"], "score_sigmas=[0.2, 0.2] must be at least one noise level in [0, 1], each once"),
+        (["--reward_guidance.normalise=true", *NOISY, "--reward.kind=readout"], "reward_guidance.normalise"),
+        (["--reward_guidance.scale=1", *NOISY], "gradient of the reward"),
+        (["--best_of=2", "--reward=RewardMixture", "--reward.normalise=running", "--reward.rewards=[RandomReward]"],
+         "RewardMixture"),
+        (["--guidance_scale=0.5"], "guidance_scale=0.5"),
+        (["--sampling.noise_level=0.7"], "sampling.noise_level=0.7"),
+        (["--policy.source=sd35_tiny", "--sampling.eta=1"], "sampling.eta=1"),
+        (["--score_sigmas=[0.2,0.2]"], "score_sigmas=[0.2, 0.2]"),
         (["--policy=null"], "policy.source"),
-        (["--lora=nothing.safetensors"], "nothing.safetensors does not exist"),
+        (["--lora=nothing.safetensors"], "nothing.safetensors"),
         (["--checkpoint=nothing.ckpt"], "nothing.ckpt"),
-        (["--device=tpu9"], "device is 'tpu9'"),
     ],
-)
+)  # fmt: skip
 def test_bad_settings_are_one_line(
     generate: Callable[..., Any], capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
@@ -251,45 +211,6 @@ def test_bad_settings_are_one_line(
     assert stop.value.code == 2
     assert message in error
     assert error.startswith("latentreward: error: ")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"caf\xe9\n", "is not UTF-8"), (None, "does not exist")],
-)
-def test_bad_prompt_files_are_one_line(
-    generate: Callable[..., Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    content: bytes | None,
-    message: str,
-) -> None:
-    path = tmp_path / "bad.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(SystemExit):
-        generate(file=path)
-    assert f"error: prompts: {path} {message}" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_other_settings_and_other_files_are_refused(
-    generate: Callable[..., Any], tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    generate()
-    with pytest.raises(SystemExit):
-        generate("--seed=1")
-    assert "was begun with seed 0, now it is 1; choose another output_dir" in capsys.readouterr().err
-    prompts.write_text("something else")
-    with pytest.raises(SystemExit):
-        generate()
-    assert "not 'something else', which is there now" in capsys.readouterr().err
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(SystemExit):
-        generate(folder="mine")
-    assert "holds other files" in capsys.readouterr().err
 
 
 @dataclass
@@ -352,19 +273,6 @@ class Slotted:
 def test_objects_that_differ_anywhere_are_told_apart(build: Callable[[str], Any]) -> None:
     assert plain(build("one")) == plain(build("one")) != plain(build("three"))
     assert "three" not in json.dumps(plain(build("three")))
-
-
-@pytest.mark.slow
-def test_a_folder_goes_on_with_the_same_layers_of_the_adapter_alone(
-    generate: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    generate()
-    targets = json.dumps([*StableDiffusion.lora_targets])
-    generate(f"--policy.lora.target_modules={targets}")
-    assert "3 of 3 pictures are there already" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        generate("--policy.lora.target_modules=[to_q]")
-    assert "was begun with policy.lora.target_modules " in capsys.readouterr().err
 
 
 def test_names_hold_on_every_file_system() -> None:

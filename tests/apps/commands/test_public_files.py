@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from latentreward.apps.cli import main
@@ -51,16 +50,6 @@ def test_a_model_folder(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     RewardModel.from_pretrained(home / "model", base=pipeline_folder("sd35"))
     (tmp_path / "sd35").symlink_to(pipeline_folder("sd35"))
     RewardModel.from_pretrained(home / "model")
-
-
-def test_a_path_with_a_revision_is_named_like_any_other(home: Path) -> None:
-    shutil.copytree(home / "run", home / "at_revision")
-    config = home / "at_revision" / "config.yaml"
-    settings = yaml.safe_load(config.read_text())
-    settings["model"]["init_args"]["backbone"]["init_args"]["revision"] = "fp16"
-    config.write_text(yaml.safe_dump(settings))
-    RewardModel.from_pretrained(home / "at_revision").save_pretrained(home / "published")
-    assert not told_places(*(path for path in (home / "published").rglob("*") if path.is_file()))
 
 
 def test_a_model_folder_that_was_written_with_a_path_still_loads(home: Path, tmp_path: Path) -> None:

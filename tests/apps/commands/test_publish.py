@@ -19,7 +19,7 @@ from latentreward.reward import RewardModel, ScoringNoise
 from latentreward.reward.scoring.layouts import saving
 from tests.alignment.rewards.stored import write_run
 from tests.marks import slow_after
-from tests.reward.scoring.stub_hub import StubHub, running_hub, set_hub
+from tests.reward.scoring.stub_hub import StubHub, running_hub
 from tests.reward.scoring.test_published import write_lrm
 from tests.tiny_pipelines import pipeline_folder
 
@@ -68,13 +68,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return message
 
 
-def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-    assert "file/model cannot be written to (Not a directory)" in refused(capsys, "nowhere", tmp_path / "file/model")
-
-
 @pytest.mark.slow
 def test_a_run_is_published_calibrated(run: Path, pictures: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "card.md").write_text("# About\n\nScores **tiny** pictures.")
@@ -115,33 +108,16 @@ def test_a_run_is_published_calibrated(run: Path, pictures: Path, tmp_path: Path
         assert text in card
 
 
+PICKED = {"class_path": "latentreward.data.PickAPicReader", "init_args": {"source": "/secret/a"}}
+FILTERED = {"class_path": "latentreward.data.FilteredReader", "init_args": {"reader": PICKED, "scores": "/secret/b"}}
+VAL = {"class_path": "latentreward.data.HPDv2Reader", "init_args": {"root": "/secret/c"}}
+CACHED = "latentreward.diffusion.CachedPreferenceDataModule"
 DATA = {
     "filtered": (
-        {
-            "class_path": "latentreward.data.PreferenceDataModule",
-            "init_args": {
-                "train": {
-                    "class_path": "latentreward.data.FilteredReader",
-                    "init_args": {
-                        "reader": {
-                            "class_path": "latentreward.data.PickAPicReader",
-                            "init_args": {"source": "/secret/a"},
-                        },
-                        "scores": "/secret/b",
-                    },
-                },
-                "val": {"class_path": "latentreward.data.HPDv2Reader", "init_args": {"root": "/secret/c"}},
-            },
-        },
+        {"class_path": "latentreward.data.PreferenceDataModule", "init_args": {"train": FILTERED, "val": VAL}},
         "FilteredReader, PickAPicReader",
     ),
-    "cached": (
-        {
-            "class_path": "latentreward.diffusion.CachedPreferenceDataModule",
-            "init_args": {"train": {"cache": "/secret/d"}},
-        },
-        "CachedPreferenceDataModule",
-    ),
+    "cached": ({"class_path": CACHED, "init_args": {"train": {"cache": "/secret/d"}}}, "CachedPreferenceDataModule"),
     "none": (None, "not stated"),
 }
 
@@ -237,23 +213,6 @@ def test_ctrl_c_leaves_a_whole_folder_or_none(
         RewardModel.from_pretrained(tmp_path / "model")
 
 
-@pytest.mark.slow
-def test_without_a_hub_the_folder_stays(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    set_hub(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")  # nobody listens there
-    out = tmp_path / "model"
-    said = refused(capsys, run, out, "--push_to_hub=owner/reward")
-    assert "push_to_hub: 'owner/reward': the hub does not answer" in said
-    assert f"the folder {out} is written: later run latentreward publish {out} {out} --push_to_hub owner/reward" in said
-    RewardModel.from_pretrained(out)
-
-
-def test_a_file_that_is_no_checkpoint(run: Path, tmp_path: Path, capsys: Any) -> None:
-    said = refused(capsys, run / "config.yaml", tmp_path / "out")
-    assert "config.yaml' is not a checkpoint; give one (.ckpt), or the folder" in said
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -276,8 +235,3 @@ def test_bad_input(arguments: list[str], message: str, run: Path, pictures: Path
     said = refused(capsys, run, tmp_path / "out", *(argument.format(few=few) for argument in arguments))
     assert re.search(message, said), said
     assert not (tmp_path / "out").exists()
-
-
-def test_an_output_that_holds_anything_else(run: Path, pictures: Path, capsys: Any) -> None:
-    assert "not a model folder that may be replaced" in refused(capsys, run, pictures)
-    assert (pictures / "00.jpg").is_file()

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -189,20 +188,6 @@ def test_each_image_is_scored_once_for_a_prompt(folder: Path, here: Path) -> Non
     assert len(calls) == len(distinct) - 1  # one cannot be read; of another there is a whole copy
 
 
-def test_csv_holds_the_same(folder: Path, here: Path) -> None:
-    score(folder, "scores.parquet")
-    score(folder, "scores.csv", "--flush_every=5")
-    text = pa_csv.read_csv("scores.csv")
-    for name, column in pq.read_table("scores.parquet").to_pydict().items():
-        if name.endswith(("_a", "_b", "_gap")) and not name.startswith(("image", "problem")):
-            np.testing.assert_allclose(
-                np.array(column, dtype=float), text.column(name).cast(pa.float64()).to_numpy(), rtol=1e-4, atol=1e-4
-            )
-    reader = PickAPicReader(str(folder), "train")
-    gaps = [ScoreTable(f"scores.{kind}").gaps(reader).values["bright"] for kind in ("csv", "parquet")]
-    np.testing.assert_allclose(*gaps, rtol=1e-4, atol=1e-4)
-
-
 def test_filtering_by_the_output(folder: Path, here: Path) -> None:
     score(folder, "scores.parquet")
     reader = PickAPicReader(str(folder), "train", on_error="skip")
@@ -215,14 +200,6 @@ def test_filtering_by_the_output(folder: Path, here: Path) -> None:
     assert {"unlabelled": 1, "aesthetic missing or NaN": 2}.items() <= filtered.skipped.items()
     dataset = PairDataset(filtered, PixelLoader(8, 8))
     assert [dataset[n].pair.pair_id for n in range(len(dataset))] == filtered.pair_ids()
-
-
-def test_a_complete_table_is_left_alone(folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    score(folder, "scores.parquet")
-    before = Path("scores.parquet").stat().st_mtime_ns
-    score(folder, "scores.parquet")
-    assert Path("scores.parquet").stat().st_mtime_ns == before
-    assert f"scores.parquet is complete already: {PAIRS} pairs" in capsys.readouterr().out
 
 
 def test_another_reader_or_scorer_is_refused(folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,41 +219,6 @@ def test_shipped_config(folder: Path, here: Path, monkeypatch: pytest.MonkeyPatc
     reader = ["--reader=PickAPicReader", f"--reader.source={folder}", "--reader.split=train"]
     main(["score-pairs", "scores.parquet", "--config=configs/scorers/mpcf.yaml", *reader])
     assert ScoreTable("scores.parquet").scorers == ("aesthetic", "clipscore", "vqascore")
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("torch.full((len(images),), torch.nan)", "scorer 'mine' returned nan for the prompt"),
-        ("torch.zeros(len(images), 1)", "scorer 'mine' returned (8, 1) for 8 images; it must be a tensor (8,)"),
-        ("None", "scorer 'mine' returned None for 8 images; it must be a tensor (8,)"),
-    ],
-)
-def test_nonsense_of_a_scorer_is_one_line(
-    folder: Path, here: Path, capsys: pytest.CaptureFixture[str], source: str, message: str
-) -> None:
-    name = f"nonsense_{abs(hash(source))}"
-    (here / f"{name}.py").write_text(f"import torch\n\n\ndef mine(prompts, images):\n    return {source}\n")
-    scorer = (
-        f'[{{"class_path":"CallableScorer","init_args":{{"function":"{name}.mine","name":"mine","batch_size":8}}}}]'
-    )
-    assert message in refusal(capsys, folder, "scores.parquet", f"--scorers={scorer}")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--flush_every=0"], "flush_every: 0 is outside"),
-        (["--decode_threads=0"], "decode_threads: 0 is outside"),
-        (["--scorers=[{class_path: ClipScorer}]"], "did you mean 'CLIPScorer'"),
-        (["--reader=PickAPicReeder"], "did you mean 'PickAPicReader'"),
-    ],
-)
-def test_settings_that_are_refused(
-    folder: Path, here: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
-    assert message in refusal(capsys, folder, "scores.parquet", *options)
-    assert "end in .parquet, .csv or .jsonl" in refusal(capsys, folder, "scores.txt")
 
 
 @pytest.mark.slow

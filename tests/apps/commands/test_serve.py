@@ -41,11 +41,8 @@ def test_a_missing_extra_names_its_cure(capsys: pytest.CaptureFixture[str], monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch_size=0"], "batch_size: 0 is outside"),
         (["--queue=-1"], "queue=-1"),
-        (["--timeout=0"], "timeout: 0.0 is outside"),
-        (["--max_wait_ms=-5"], "max_wait_ms=-5 must be at least 0 and finite"),
-        (["--max_wait_ms=.inf"], "max_wait_ms: inf is not finite"),
+        (["--max_wait_ms=.inf"], "max_wait_ms: inf"),
         (["--max_body_mb=0"], "max_body_mb=0"),
         (["--max_body_mb=.inf"], "max_body_mb: inf is not finite"),
         (["--max_body_mb=.nan"], "max_body_mb: nan is not finite"),
@@ -82,15 +79,10 @@ def test_an_open_address_without_a_token_is_warned_of(
     [
         ("{}", "give either model, or rewards"),
         ("{model: a, rewards: {b: {model: c}}}", "give either model, or rewards"),
-        ("{device: cpu, rewards: {b: {model: c}}}", "device is that of a single model"),
-        ("{name: a, rewards: {b: {model: c}}}", "name is that of a single model"),
-        ("{rewards: {'b/c': {model: c}}}", "the reward's name 'b/c' cannot stand in an address"),
-        ("{rewards: {b: {model: c, queue: 0}}}", "queue=0 must be positive and finite"),
-        ("{rewards: {b: {model: c, device: gpu}}}", "gpu"),
+        ("{device: cpu, rewards: {b: {model: c}}}", "device"),
+        ("{rewards: {'b/c': {model: c}}}", "'b/c'"),
+        ("{rewards: {b: {model: c, queue: 0}}}", "queue=0"),
         ("{rewards: {b: {modle: c}}}", "modle"),
-        ("{rewards: {b: {}}}", "model"),
-        ("{model: a, name: ''}", "the reward's name '' cannot stand"),
-        ("{model: a, concurrency: 0}", "concurrency"),
         ("{rewards: {b: {model: no-such-model, device: cpu}}}", "no-such-model"),
     ],
 )
@@ -99,9 +91,3 @@ def test_wrong_rewards(capsys: pytest.CaptureFixture[str], tmp_path: Path, setti
     file.write_text(settings)
     error = error_of(capsys, f"--config={file}", "--port=0")
     assert message in error and error.count("\n") == 1
-
-
-def test_it_says_what_it_loads(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["serve", "no-such-model", "--port=0", "--device=cpu"])
-    assert capsys.readouterr().out == "loading no-such-model on cpu\n"

@@ -1,15 +1,12 @@
 """Options of Lightning's trainer and schedules of PyTorch: what works from the command line, and what is one line."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from latentreward.apps.commands.fit import check_callbacks
 from tests.small_user import RUNS, SEEN, SmallUserModule, SteppedUserModule, refusal, run
 
 ONE_CYCLE = ("--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr=0.01")
@@ -61,36 +58,17 @@ SCORES = ("--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--t
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (
-            ("--trainer.val_check_interval=50",),
-            "`val_check_interval` (50) must be less than or equal to the number of the training batches (12).",
-        ),
+        (("--trainer.val_check_interval=50",), "`val_check_interval` (50)"),
         (
             ("--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"),
-            "trainer.callbacks: StochasticWeightAveraging copies the frozen network too; use latentreward.callbacks.Tr",
+            "trainer.callbacks: Sto",
         ),
-        (("--trainer.callbacks+=EMAWeightAveraging",), "trainer.callbacks: EMAWeightAveraging copies the frozen"),
-        (
-            (*SCORES, "--model=tests.apps.commands.test_trainer_options.WithoutWinner"),
-            "trainer.callbacks: EarlyStopping ended the run, because val/loss is not finite; a validation split of",
-        ),
+        (("--trainer.callbacks+=EMAWeightAveraging",), "trainer.callbacks: EMAWeightAveraging"),
+        ((*SCORES, f"--model={__name__}.WithoutWinner"), "trainer.callbacks: EarlyStopping"),
     ],
 )
 def test_refusals(settings: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, "fit", tmp_path, "--trainer.max_epochs=2", *settings).startswith(said)
-
-
-def test_an_early_stop_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("fit", tmp_path, "--trainer.max_epochs=9", *SCORES, "--trainer.callbacks.stopping_threshold=1e9")
-    assert "ended by EarlyStopping: Stopping threshold reached: val/loss = " in capsys.readouterr().err
-
-
-def test_a_metric_with_a_slash_makes_no_folder(tmp_path: Path) -> None:
-    keeper = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename={epoch}-{val/loss:.1f}-x")
-    run("fit", tmp_path, "--trainer.max_epochs=1", *keeper, "--trainer.callbacks.monitor=val/loss")
-    (path,) = (tmp_path / "run/checkpoints").iterdir()
-    assert path.name.startswith("epoch=0-val_loss=")
-    assert path.name.endswith("-x.ckpt")
 
 
 @pytest.mark.slow
@@ -113,28 +91,6 @@ def test_reduce_on_plateau(interval: str, tmp_path: Path) -> None:
     rates = [module.optimizers().param_groups[0]["lr"] for module in (straight, RUNS[-1])]
     assert rates[0] == rates[1] == pytest.approx(1e-3 * 0.1 ** (2 if interval == "null" else 5))
     assert all(torch.equal(*pair) for pair in zip(straight.parameters(), RUNS[-1].parameters(), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "said"),
-    [
-        (
-            ("torch.optim.lr_scheduler.ReduceLROnPlateau",),
-            "model.lr_scheduler: ReduceLROnPlateau of torch has no monitor; take lightning.pytorch.cli.Reduce",
-        ),
-        (
-            ("lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor=val/other"),
-            "model.lr_scheduler.monitor: val/other is not one of the validation's metrics: val/loss",
-        ),
-    ],
-)
-def test_plateaus_that_have_no_metric(
-    scheduler: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = ("--model=tests.apps.commands.test_trainer_options.Based", "--trainer.max_epochs=2")
-    line = refusal(capsys, "fit", tmp_path, *settings, f"--model.lr_scheduler={scheduler[0]}", *scheduler[1:])
-    assert line.startswith(said)
-    assert not SEEN
 
 
 class NoLoss(Based):
@@ -166,13 +122,6 @@ class OtherHook(Callback):
         raise AssertionError
 
 
-class ShortHook(Callback):
-    """A callback with a hook that leaves out an argument with a default."""
-
-    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        pass
-
-
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -197,8 +146,3 @@ def test_a_hook_with_other_arguments_is_one_line(given: str, tmp_path: Path, cap
     """It is refused before the model is built."""
     line = refusal(capsys, "fit", tmp_path, f"--trainer.callbacks+={__name__}.{given}", f"--model={__name__}.Unbuilt")
     assert line.startswith("OtherHook.on_train_batch_end(self, trainer, pl_module) must take (self, tr")
-
-
-def test_a_hook_without_an_argument_that_has_a_default_is_accepted() -> None:
-    paths = (f"{__name__}.ShortHook", "lightning.pytorch.callbacks.LearningRateMonitor")
-    check_callbacks(Namespace(callbacks=[Namespace(class_path=path) for path in paths]))

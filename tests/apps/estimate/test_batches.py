@@ -3,14 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 from jsonargparse import Namespace
 
 from latentreward.apps.estimate.batches import pair_batch
 from latentreward.apps.estimate.shapes import ShapesOnly
-from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
-from latentreward.data import PreferenceDataModule
 from latentreward.data.size_sampling import Sizing
 from latentreward.diffusion import CachedPreferenceDataModule
 from tests.diffusion.cache.written_caches import spec, write_cache
@@ -27,7 +24,7 @@ def backbone_of(name: str) -> Any:
 
 
 def cache_of(folder: Path, backbone: Any, frames: int) -> Namespace:
-    settings = spec(with_text=False, latent_space=backbone.latent_space, size=(32, 48), buckets=None, frames=frames)
+    settings = spec(with_text=False, latent_space=backbone.latent_space, images={"size": (32, 48), "frames": frames})
     path = write_cache(folder, [{"image_a": 0, "image_b": 1}], [(32, 48)] * 2, spec=settings)
     train = Namespace(cache=str(path), split=None)
     return data_of(CachedPreferenceDataModule, train=train, tokens_per_batch=200, batch_size=8, cached_text=True)
@@ -40,23 +37,3 @@ def test_tokens_of_cached_clips_count_their_latent_frames(tmp_path: Path) -> Non
     assert (count, axes) == (2, [4, 4, 6])
     trained = Sizing(8, tokens_per_batch=200 // 4)  # CachedPreferenceDataModule divides by the latent frames
     assert trained.pairs_per_rank(4 * 6) == count
-
-
-@pytest.mark.parametrize(
-    ("name", "frames", "message"),
-    [
-        ("wan21", 6, r"data\.frames=6 must be a multiple of 4 plus 1"),
-        ("wan21", 0, r"data\.frames is 0"),
-        ("flux1_dev", 5, r"data\.frames=5: FLUX\.1 makes images"),
-    ],
-)
-def test_frames_that_training_refuses_are_refused(name: str, frames: int, message: str, tmp_path: Path) -> None:
-    data = data_of(PreferenceDataModule, size=32, batch_size=2, frames=frames, fps=16.0)
-    with pytest.raises(InputError, match=message):
-        pair_batch(backbone_of(name), data, ShapesOnly())
-
-
-def test_cached_clips_that_training_refuses_are_refused(tmp_path: Path) -> None:
-    backbone = backbone_of("qwen_image")
-    with pytest.raises(InputError, match=r"the cache has images\.frames=5: Qwen-Image makes images"):
-        pair_batch(backbone, cache_of(tmp_path / "cache", backbone, frames=5), ShapesOnly())

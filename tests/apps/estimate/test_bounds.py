@@ -11,8 +11,8 @@ from jsonargparse import Namespace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentreward.apps.cli import main
-from latentreward.apps.estimate.bounds import limits_text, remedies_of
 from latentreward.apps.estimate.estimate import Estimate
+from latentreward.apps.estimate.needs import limits_text, remedies_of
 from latentreward.apps.estimate.step_costs import TEXT, PartCosts, StepCosts
 from latentreward.core.peak_rates import LAUNCH, Limits, Work, find_limits, work_of
 from tests.apps.estimate.test_estimate import CONFIGS

@@ -8,8 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from latentreward.apps.cli import main
-from latentreward.apps.estimate.sources import ConfigSources, unset_variables
-from latentreward.core.errors import InputError
+from latentreward.apps.estimate.shapes import ConfigSources, unset_variables
 from latentreward.core.settings.rewriting import expanded
 from latentreward.diffusion.backbones.loading import tiny_pipeline
 from latentreward.diffusion.families.sd3 import StableDiffusion3
@@ -70,21 +69,6 @@ def test_the_peak_is_compared_with_a_card_and_what_lowers_it_is_named(capsys: py
     assert (
         "fit needs 1" in (line := capsys.readouterr().err) and "0.5 GB are given" in line and "; take a smaller" in line
     )
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--card_gb=24"], "card_gb: 24.0 is for --estimate; add it, or leave card_gb out"),
-        (["--estimate", "--tflops=null"], "tflops: "),
-    ],
-)
-def test_a_card_is_for_an_estimate_and_has_a_speed(
-    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["fit", f"--config={CONFIGS}/align/lpo_tiny.yaml", *options])
-    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 CALLBACK = "--trainer.callbacks+=EncodeOnce"
@@ -159,17 +143,6 @@ def test_the_usual_reward_is_built_on_an_own_generator(
     assert number(text, "weights") < 0.1
 
 
-@pytest.mark.slow
-def test_a_usual_reward_that_does_not_fit_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    options = [f"--config={CONFIGS / 'align' / 'lpo_sd35_tiny'}.yaml", "--model.reward.path=runs/mine"]
-    with pytest.raises(SystemExit):
-        main(["fit", *options, f"--model.policy.source={tiny_pipeline('sd35_tiny')}", "--estimate"])
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "error: no reward lies at runs/mine (train it, or give the path of another), and " in last
-    assert "configs/model/dina_lrm_sd35.yaml in its place does not fit the policy: " in last
-    assert "num_layers=12 must lie in [1, 4]" in last
-
-
 @pytest.mark.rotated
 @pytest.mark.slow
 def test_alignment_with_a_published_calibrated_reward(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -212,7 +185,7 @@ def test_a_cache_tells_sizes_and_whether_prompts_are_encoded(
     options = [f"--config={CONFIGS / name}.yaml" for name in ("model/dina_lrm_tiny", "data/tinyworld_cached")]
     texts = []
     for with_text in (True, False):
-        settings = spec(with_text=with_text, buckets=((32, 32), (64, 32)))
+        settings = spec(with_text=with_text, images={"buckets": ((32, 32), (64, 32))})
         folder = write_cache(tmp_path / str(with_text), [{"image_a": 0, "image_b": 1}], [(32, 32)] * 2, spec=settings)
         cache = f"--data.train.cache={folder}"
         texts.append(shown(capsys, *options, cache, "--data.val=null", "--data.predict=null"))
@@ -226,34 +199,12 @@ def test_a_cache_tells_sizes_and_whether_prompts_are_encoded(
     assert number(text, "forward pass of a batch") < first
 
 
-@pytest.mark.slow
-def test_unknown_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    config = f"--config={CONFIGS / 'align' / 'lpo_tiny.yaml'}"
-    with pytest.raises(SystemExit):
-        main(["fit", config, "--model.policy.source=someone/model", "--estimate=true"])
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"latentreward: error: source='someone/model' is not in the local cache of the hub", last)
-
-
-@pytest.mark.parametrize("name", ["sd_tiny", "sd35_tiny", "spm_tiny", "held_out_tiny"])
-def test_names_of_shipped_models_stay(name: str, tmp_path: Path) -> None:
-    assert ConfigSources(tmp_path).find(name) == name
-
-
 def test_configs_come_from_the_cache_of_the_hub_first(tmp_path: Path) -> None:
     snapshot = cached_sd35(tmp_path / "hub")
     sources, settings = ConfigSources(tmp_path / "kept"), {"source": "stabilityai/stable-diffusion-3.5-medium"}
     sources.replace(settings)
     assert settings == {"source": str(snapshot)}
     assert sources.used == {"stabilityai/stable-diffusion-3.5-medium": "the local cache of the hub"}
-
-
-@pytest.mark.slow
-def test_a_scorer_of_finished_images_is_named_as_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    config = CONFIGS / "align" / "grpo_trajectory_tiny.yaml"
-    reward = "{class_path: PixelReward, init_args: {scorer: {class_path: PickScorer}}}"
-    text = shown(capsys, f"--config={config}", f"--model.reward={reward}", "--data.batch_size=4", FEW_STEPS)
-    assert "Not counted: weights and computation of PickScorer;" in text
 
 
 @pytest.mark.slow
@@ -266,14 +217,6 @@ def test_a_reward_server_is_not_asked(capsys: pytest.CaptureFixture[str], schema
 
 
 @pytest.mark.slow
-def test_a_reward_server_that_does_not_fit_is_named_as_in_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    reward = "{class_path: HTTPReward, init_args: {server: {url: 'http://127.0.0.1:9'}}}"
-    with pytest.raises(SystemExit):
-        shown(capsys, f"--config={CONFIGS / 'align' / 'refl_tiny.yaml'}", f"--model.reward={reward}")
-    assert "and HTTPReward has none with these settings" in capsys.readouterr().err
-
-
-@pytest.mark.slow
 def test_a_family_of_ones_own_is_asked_for_its_reward(capsys: pytest.CaptureFixture[str]) -> None:
     own = ["--model.policy.source", pipeline_folder("sd35"), "--model.policy.family", f"{__name__}.OwnFamily"]
     given = ["--config", str(CONFIGS / "align" / "lpo_sd35_tiny.yaml"), "--data.batch_size=4", *own]
@@ -281,21 +224,3 @@ def test_a_family_of_ones_own_is_asked_for_its_reward(capsys: pytest.CaptureFixt
         shown(capsys, *given)
     assert "path='runs/" in (said := capsys.readouterr().err)
     assert "no reward lies there, and the package has no configs/model/dina_lrm_of_ones_own.yaml" in said
-
-
-@pytest.mark.parametrize("path", ["${oc.env:UNSET_PATH}", "${oc.env:UNSET_PATH}/part"])
-def test_a_model_in_a_variable_that_is_not_set_is_refused_with_field_and_variable(path: str, tmp_path: Path) -> None:
-    with unset_variables():
-        found = OmegaConf.to_container(OmegaConf.create({"policy": {"source": path}}), resolve=True)
-    with pytest.raises(InputError, match=r"^source: the environment variable UNSET_PATH is not set, and an estimate"):
-        ConfigSources(tmp_path).replace(found)
-
-
-@pytest.mark.parametrize("options", [["--estimate=false"], ["--estimate", "false"]])
-def test_without_an_estimate_a_variable_that_is_not_set_is_named(
-    options: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = [f"--config={CONFIGS / name}.yaml" for name in ("model/lrm_sd15", "data/pickapic_v1")]
-    with pytest.raises(SystemExit):
-        main(["fit", *given, *options])
-    assert "the environment variable PICKAPIC_ROOT, which" in capsys.readouterr().err

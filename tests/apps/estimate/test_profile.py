@@ -9,7 +9,6 @@ from PIL import Image
 
 from latentreward.apps.cli import main
 from latentreward.apps.estimate.profile import WARM_UP, StepProfile
-from latentreward.core.errors import InputError
 from latentreward.core.peak_rates import Limits
 from tests.callbacks.small_run import fit, make_trainer
 from tests.callbacks.test_performance import QUICK, RUNS
@@ -52,13 +51,6 @@ def test_measured_seconds_stand_beside_the_bounds(tmp_path: Path, capsys: pytest
     assert Image.open(tmp_path / "profile.png").width == 800
 
 
-def test_a_run_that_ends_before(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"profile: 9 steps after a warm-up of 3, but the run ended after 5; give fewer"
-    ):
-        fit(make_trainer(tmp_path, [Performance(), StepProfile(9)], max_steps=5, **QUIET))
-
-
 ROWS = {
     "lrm_tiny": {"encode", "forward"},
     "lpo_tiny": {"encode, a rollout", "rollout, a rollout", "reward, a rollout", "forward"},
@@ -79,18 +71,3 @@ def test_profiles_of_methods(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert all(int(rows[row][2]) > 0 for row in ROWS[name])
     assert {"profile.md", "profile.png"} <= {path.name for path in (tmp_path / "run").rglob("*")}
     assert not [*tmp_path.rglob("*.ckpt")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--profile=0"], "profile is 0; it must be at least 1"),
-        (["--profile=many"], "profile: "),
-        (["--profile=2", "--estimate"], "profile: 2 measures and --estimate computes; leave one out"),
-    ],
-)
-def test_a_number_of_steps(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["fit", *RUNS["lrm_tiny"], *options])
-    assert said in capsys.readouterr().err.splitlines()[-1]

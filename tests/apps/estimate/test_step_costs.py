@@ -39,7 +39,7 @@ from latentreward.core.contracts import PromptBatch, take_rows
 from latentreward.core.peak_rates import complete_flop_formulas
 from latentreward.diffusion import LoRA
 from latentreward.reward import StepAwareScorer
-from latentreward.reward.modules.based import stored_parts
+from latentreward.reward.modules.training import stored_parts
 from tests.alignment.modules import batches
 from tests.alignment.rewards.stored import write_run
 from tests.marks import rotated_after
@@ -209,9 +209,7 @@ def test_step_aware_scorer_on_pixels() -> None:
     reward = PixelReward(StepAwareScorer("spm_tiny", device="cpu"))
     options = {"sampling": steps, "guidance_scale": 2.0, "seed": 0}
     costs = check(
-        lambda: SPOModule(policy("sd15"), reward, QuantileThreshold(0.0), candidates, **options),
-        PROMPTS,
-        FOUR,
+        lambda: SPOModule(policy("sd15"), reward, QuantileThreshold(0.0), candidates, **options), PROMPTS, FOUR
     )
     assert "reward" in [part.name for part in costs.parts]
 

@@ -8,8 +8,6 @@ import pytest
 from PIL import Image
 
 from latentreward.apps.cli import main
-from latentreward.apps.generation.image_folder import ImageFolder
-from latentreward.core.errors import InputError
 from tests.alignment.modules.test_edits import edits
 from tests.core.settings.test_refusals import refusal
 from tests.diffusion.families.twins import TWINS
@@ -60,12 +58,3 @@ def test_a_picture_that_ends_early_is_named_with_what_to_do(prompts: Path, tmp_p
     said = refusal(capsys, "generate", str(prompts), str(tmp_path / "out"), *SMALL, f"--policy.source={KLEIN.folder}")
     assert f"{picture.name}': truncated or damaged image" in said
     assert said.rstrip().endswith("; replace the file, or leave its rows out of the prompts")
-
-
-def test_a_damaged_list_of_pictures_in_the_table_is_named(tmp_path: Path) -> None:
-    row = {"file": "a.png", "prompt": "make it red", "place": 0, "image": 0, "source_images": '["sources/0.png"'}
-    ImageFolder(tmp_path, {}, "csv").add([(None, [row])])
-    (tmp_path / "a.png").touch()
-    told = r"^output_dir: .*images\.csv is damaged \(source_images of a\.png is '\[.*', no JSON list\); restore it"
-    with pytest.raises(InputError, match=told):
-        ImageFolder(tmp_path, {}, "csv").missing([(0, 0)], ["make it red"])

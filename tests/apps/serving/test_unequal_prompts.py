@@ -15,7 +15,7 @@ from latentreward.apps.serving.batching import Row, RowScorer
 from latentreward.apps.serving.service import ServedModel
 from latentreward.core.contracts import Conditioning
 from latentreward.reward import RewardModel, ScoringNoise
-from latentreward.reward.scoring.images import pixel_batches
+from latentreward.reward.scoring.batched_scoring import pixel_batches
 from tests.apps.serving.latent_requests import HEADERS
 from tests.apps.serving.servers import served_model, serving, tiny_reward
 from tests.unequal_prompts import SPACE, clip_reward, letter_states

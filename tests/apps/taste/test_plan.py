@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from latentreward.apps.cli import main
 from latentreward.apps.taste.pairs import RATINGS, RatedPair, collect
@@ -89,9 +88,7 @@ def test_a_pipeline_is_told_by_its_class(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     assert find_base(str(tmp_path)).backbone == "sdxl" and find_base("sd35_tiny").size == 32
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(
-        InputError, match=r"base: '.*' is a FluxPipeline; taste takes StableDiffusionPipeline, .*sd_tiny"
-    ):
+    with pytest.raises(InputError, match=r"base: '.*' is a FluxPipeline; taste takes StableDiffusionPipeline"):
         find_base(str(tmp_path))
     plan = replace(PLAN, base=str(tmp_path), gpu=True)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
@@ -198,34 +195,10 @@ def test_an_alignment_without_prompts_is_refused(tmp_path: Path, capsys: pytest.
         prompts_of(Split({"train": [one]}, ""), tmp_path / "missing", family_of("sd_tiny", None))
 
 
-def test_a_mistyped_folder_is_refused_and_not_created(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["taste", str(tmp_path / "mien"), "--rate"])
-    assert "mien is not a folder; give the folder of your pictures" in capsys.readouterr().err
-    assert not (tmp_path / "mien").exists()
-
-
-def test_outputs_stay_out_of_the_folder_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["taste", str(tmp_path), f"--work={tmp_path}/runs"])
-    assert f"lies in the folder of pictures; give --work a folder outside {tmp_path}" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_said_before_any_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sorted_folder(tmp_path / "mine", 20)
-    with pytest.raises(SystemExit):
-        main(["taste", str(tmp_path / "mine"), "--base=sd_tiny", "--device=gpu", f"--work={tmp_path}/work"])
-    assert "device is 'cuda'" in capsys.readouterr().err
-    assert not (tmp_path / "work").exists()
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("--epochs=0", "epochs is 0"),
         ("--batch_size=0", "batch_size: 0"),
-        ("--tuning=some", "tuning"),
         ("--size=10000000", "size=10000000 must lie in [1, 4096]"),
         ("--size=13", "size: 13 is no multiple of the 4"),
         ("--pairs=3", "pairs=3 must be at least 20"),

@@ -83,13 +83,6 @@ def test_a_broken_last_line_is_left_out_and_another_is_named(tmp_path: Path) -> 
         Ratings(tmp_path)
 
 
-def test_lines_of_others_count_but_are_not_taken_back(tmp_path: Path) -> None:
-    pair = Ratings(unsorted_folder(tmp_path, 2)).next
-    (tmp_path / RATINGS).write_text(json.dumps({"chosen": pair.b.path, "rejected": pair.a.path}) + "\n")
-    ratings = Ratings(tmp_path)
-    assert ratings.done == 1 and ratings.next is None and not ratings.undo()
-
-
 def test_copies_are_shown_once_and_one_picture_is_too_few(tmp_path: Path) -> None:
     unsorted_folder(tmp_path, 1)
     shutil.copy(tmp_path / "000.png", tmp_path / "copy.png")
@@ -132,15 +125,6 @@ def test_no_answer_goes_through_a_link(tmp_path: Path, target: str) -> None:
         assert ratings.rate(ratings.next.names, "a")
     assert Ratings(folder).done == 2
     assert not behind.exists() if target == "missing" else behind.stat().st_size == len(target) * ("{" in target)
-
-
-def test_a_name_that_the_file_cannot_hold_is_left_out(tmp_path: Path) -> None:
-    """Its answers would name another picture."""
-    unsorted_folder(tmp_path, 3)
-    (tmp_path / "002.png").rename(tmp_path / os.fsdecode(b"\xff.png"))
-    ratings = Ratings(tmp_path)
-    assert ratings.total == 1
-    assert ratings.remarks == ["left out, cannot be read: 1: ?.png (its name is not UTF-8)"]
 
 
 @pytest.fixture
@@ -241,8 +225,3 @@ def test_a_full_disk_keeps_earlier_ratings(server: RatingServer) -> None:
     assert status == 507 and b"ratings so far are kept" in told
     assert (server.folder / RATINGS).read_bytes() == kept
     assert ask(server, "/rate", answer)[0] == 200 and Ratings(server.folder).done == 2
-
-
-def test_a_picture_that_is_gone_is_said(server: RatingServer) -> None:
-    (server.folder / "002.png").unlink()
-    assert {ask(server, f"/picture/{number}")[0] for number in range(4)} == {200, 410}

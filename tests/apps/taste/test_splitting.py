@@ -79,29 +79,6 @@ def test_so_many_pairs_are_drawn_from_pools_and_no_more(captions: int, sides: in
     assert found.parts != split(Collection("", pools=pools), most, 1).parts
 
 
-def test_prompts_with_one_chosen_picture_each_stay_whole() -> None:
-    pools = [Pool(f"p{n}", PICTURES[4 * n : 4 * n + 1], PICTURES[4 * n + 1 : 4 * n + 4]) for n in range(12)]
-    found = split(Collection("", pools=pools), 500, 0)
-    assert apart(found) == {"train": 21, "stop": 6, "held_out": 9}
-    assert found.how.startswith("by prompt, of 12, and by picture")
-
-
-def test_more_pairs_than_wanted_are_drawn_from() -> None:
-    found = split(Collection("", [pair(2 * n, 2 * n + 1) for n in range(100)]), 40, 0)
-    assert sum(apart(found).values()) == 40 and ", 40 drawn" in found.how
-
-
-def test_a_part_without_pairs_is_refused() -> None:
-    star = [pair(0, n) for n in range(1, 30)]
-    with pytest.raises(
-        InputError,
-        match=r"gets no pairs of the split \(by picture, with no different captions: .*\); give more pictures, each",
-    ):
-        split(Collection("", star), 500, 0)
-    with pytest.raises(InputError, match=r"; give a higher --pairs, or more pictures, each in fewer"):
-        split(Collection("", star), 20, 0)
-
-
 def test_a_part_with_hardly_more_than_ties_is_refused_before_any_work() -> None:
     """The accuracy leaves ties out, so that nothing would be left to measure after the training."""
     pairs = [pair(2 * n, 2 * n + 1) for n in range(40)]

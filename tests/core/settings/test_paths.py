@@ -14,7 +14,6 @@ import pytest
 from latentreward.alignment import PolicySource
 from latentreward.apps.serving import RewardToServe
 from latentreward.core.contracts import PathText
-from latentreward.core.errors import InputError
 from latentreward.core.public_names import public_names
 from latentreward.core.registry import backbone_names
 from latentreward.core.settings.functions import parse_function, prepare_parsing
@@ -86,12 +85,9 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
         (["o", "--source=~no-such-user/x"], "source", "~no-such-user/x"),
         (["o", "--source=https://host/$NIGHT?$DAY"], "source", "https://host/$NIGHT?monday"),
         (["o", "--text=~/a $DAY and $NIGHT/day"], "text", "~/a $DAY and $NIGHT/day"),
-        (["o", "--text=https://host/$NIGHT"], "text", "https://host/$NIGHT"),
         (["o", "--either=~/a"], "either", "HOME/a"),
         (["o", "--files=[~/a, b, $HOME/c]"], "files", ["HOME/a", "b", "HOME/c"]),
         (["o", "--place.folder=~/a"], "place", Place("HOME/a")),
-        (["o", "--place.folder=${oc.env:OUT}"], "place", Place("HOME/out")),
-        (["o", "--place={folder: ~/a, title: ~/b}"], "place", Place("HOME/a", "~/b")),
         (["o", "--places=[{folder: ~/a}]"], "places", [Place("HOME/a")]),
         (["o", "--config=~/own_$DAY.yaml"], "tables", {"k": "HOME/d", "j": "HOME/out"}),
         (["o", "--config=~/own_$DAY.yaml"], "place", Place("HOME/d", "~ a $5 bill")),
@@ -108,23 +104,6 @@ def test_paths_are_expanded(given: list[str], name: str, expected: object, home:
     )
     found = parsed(given)[name]
     assert repr(str(found)) == repr(str(expected).replace("HOME", str(home)))
-
-
-@pytest.mark.parametrize("text", ["", "# source: x\n\n", "---\n"])
-def test_a_file_of_comments_changes_nothing(text: str, tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text(text)
-    assert parsed(["o", "--config=own.yaml"])["source"] == ""
-
-
-def test_a_variable_that_is_not_set_in_a_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text("files: ['${NIGHT}/a']\n")
-    with pytest.raises(InputError, match=r"the environment variable NIGHT, which own.yaml refers to, is not set"):
-        parsed(["o", "--config=own.yaml"])
-
-
-def test_a_variable_that_is_not_set_is_one_line() -> None:
-    with pytest.raises(InputError, match=r"^runs/\$NIGHT: the environment variable NIGHT is not set; set it, or write"):
-        parsed(["runs/$NIGHT"])
 
 
 def test_a_runs_folder_and_its_checkpoints_are_expanded(home: Path, tmp_path: Path) -> None:

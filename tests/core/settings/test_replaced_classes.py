@@ -79,30 +79,6 @@ def test_adapters_of_the_later_module(lora: Any, rest: dict[str, float], model) 
     assert found["init_args"]["backbone"]["init_args"]["lora"] == {**RANK_16, **rest}
 
 
-@pytest.mark.parametrize(
-    ("option", "expected"),
-    rotated_after(
-        1,
-        [
-            ("--model.backbone.lora.rank=3", {**RANK_16, "rank": 3}),
-            ("--model.backbone.lora={rank: 3}", {**RANK_16, "rank": 3}),
-            ("--model.backbone.lora=null", None),
-        ],
-    ),
-)
-def test_adapters_on_the_command_line_after_both(option: str, expected: Any, model) -> None:
-    found = model(DINA, another("second.yaml"), option)
-    assert found["init_args"]["backbone"]["init_args"]["lora"] == expected
-
-
-@pytest.mark.slow
-def test_saved_settings_of_a_run_as_the_earlier_file(model) -> None:
-    first = model(DINA, another("second.yaml", lora={"rank": 5}))
-    Path("config.yaml").write_text(yaml.safe_dump({"model": first}))
-    assert model("config.yaml", another("second.yaml", lora={"rank": 5})) == first
-    assert model("config.yaml", DINA)["init_args"]["backbone"]["init_args"]["lora"] == RANK_16
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("head", rotated_after(1, ["pavrm", "drm", "layer_mix"]))
 def test_shipped_heads_after_the_recipe_of_dina_lrm(head: str, model, monkeypatch: pytest.MonkeyPatch) -> None:

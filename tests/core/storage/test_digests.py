@@ -88,7 +88,7 @@ def test_a_record_that_goes_on_beyond_the_file_is_damaged(tmp_path: Path) -> Non
         records.writestr("archive/data.pkl", b"0123456789")
     start, end = path.read_bytes().split(b"PK\1\2")
     path.write_bytes(start + b"PK\1\2" + end.replace((10).to_bytes(4, "little"), (10**6).to_bytes(4, "little")))
-    with pytest.raises(ValueError, match="a record "):
+    with pytest.raises(ValueError, match=r"a record|checksum"):
         check_records(path)
 
 

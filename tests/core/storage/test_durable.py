@@ -23,7 +23,6 @@ from latentreward.core.storage.durable import (
     LOCK,
     check_writable,
     contents,
-    discard,
     put_in_place,
     remove_temporary,
     replacing,
@@ -77,11 +76,6 @@ def test_a_place_that_cannot_be_written_to_is_told_before_the_work(name: str, tm
         pass
     check_writable(tmp_path / "not" / "yet" / "there")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_what_cannot_be_removed_is_no_error(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    discard(tmp_path / "file" / "below")
 
 
 def test_a_place_that_cannot_be_written_to_is_one_line_and_other_errors_pass() -> None:

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 
 from latentreward.core.errors import InputError
-from latentreward.core.storage.durable import contents
-from latentreward.core.storage.locks import locked
+from latentreward.core.storage.durable import contents, locked
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from latentreward.core.storage.locks import locked
+from latentreward.core.storage.durable import locked
 with locked(Path(sys.argv[1]), "output_dir"):
     if os.fork() == 0:  # as a loader's worker, which may outlive a killed process by seconds
         print("held", flush=True)  # by now filelock has closed this process's copy of the lock

@@ -3,7 +3,6 @@
 import io
 import re
 import sys
-import time
 
 import pytest
 
@@ -33,30 +32,6 @@ def test_lines_elsewhere(capsys: pytest.CaptureFixture[str], interval: float, li
             line.add(number, loss=0.5)
     found = capsys.readouterr().err.splitlines()
     assert [LINE.fullmatch(row)[1] for row in found if "loss" in row] == lines
-
-
-def test_nothing_where_nothing_is_left(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("score", 9, "images", 9) as line:
-        line.add(0)
-    assert capsys.readouterr().err == ""
-
-
-def test_the_time_left_is_that_of_the_items_or_of_a_limit(capsys: pytest.CaptureFixture[str]) -> None:
-    """The limit first, which is 10 s; then one item of two took 0.2 s."""
-    with Progress("train", 2, "steps", interval=0.0, delay=0.0, limit=lambda: 10.0) as line:
-        time.sleep(0.2)
-        line.add()
-    first, second, _ = capsys.readouterr().err.splitlines()
-    assert first.endswith("00:10 left") and second.endswith("00:00 left")
-
-
-def test_without_a_total_items_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("train", None, "steps", interval=0.0, delay=0.0) as line:
-        line.add(3)
-        line.expect(4)
-        line.add()
-    rows = [re.split(" +", row)[1] for row in capsys.readouterr().err.splitlines()]
-    assert rows == ["0/?", "3/?", "4/4", "4/4"]
 
 
 def test_a_bar_inside_another_goes_when_it_ends_and_lines_stay_lines(

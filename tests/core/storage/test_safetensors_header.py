@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from latentreward.core.storage.safetensors_header import read_header
+from latentreward.core.storage.weight_files import read_header
 
 ENTRY = {"dtype": "F32", "shape": [1, 3], "data_offsets": [0, 12]}
 

@@ -13,8 +13,14 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentreward.core.storage.shared_weights import ABANDONED_S, own_folder, release_shared, shared
-from latentreward.core.storage.weight_files import StoredTensor, map_weights
+from latentreward.core.storage.weight_files import (
+    ABANDONED_S,
+    StoredTensor,
+    map_weights,
+    own_folder,
+    release_shared,
+    shared,
+)
 from tests.limits import largest_file
 
 VALUES = torch.arange(1000.0)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from latentreward.core.errors import InputError
-from latentreward.core.storage.texts import decode_text, read_table, token_of_file
+from latentreward.core.storage.json_files import decode_text, token_of_file
 from latentreward.core.storage.user_files import find_files, is_ignored, split_pattern
 
 TEXT = "ein Fuß, 3 m\r\n🦊"
@@ -29,14 +29,6 @@ def test_a_text_is_read_with_and_without_a_mark(encoding: str) -> None:
 def test_other_encodings_are_refused(data: bytes, problem: str) -> None:
     with pytest.raises(InputError, match=f"^a.txt is {problem}.*; save it as UTF-8$"):
         decode_text(data, "a.txt")
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
-def test_lines_of_a_table_end_as_a_table_writes_them(suffix: str) -> None:
-    odd = "a\u2028b\x0bc\x85d\x0ce"
-    comma = "," if suffix == ".csv" else "\t"
-    text = f"meta{comma}prompt\r\n{'x' * 200_000}{comma}{odd}\r\n1{comma}two\n"
-    assert [row["prompt"] for row in read_table(text, suffix)] == [odd, "two"]
 
 
 def test_a_token_may_begin_with_a_mark(tmp_path: Path) -> None:

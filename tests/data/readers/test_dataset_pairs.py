@@ -300,7 +300,7 @@ def test_sources_that_have_no_such_rows(dataset, tmp_path) -> None:
     dataset.to_parquet(tmp_path / "train.parquet")
     dataset.to_parquet(tmp_path / "train-00000-of-00001.parquet")
     table = tmp_path / "table.csv"
-    table.write_text("prompt,image_a\na cat,b\n")
+    table.write_text("prompt,left\na cat,b\n")
     cases = [
         (dataset.to_iterable_dataset(), "source is an IterableDataset, whose rows have no numbers"),
         (None, "source is a NoneType; give a folder"),
@@ -309,7 +309,7 @@ def test_sources_that_have_no_such_rows(dataset, tmp_path) -> None:
         (str(tmp_path / "nowhere"), "source: no folder"),
         (
             str(table),
-            "table.csv: not a parquet file; write the table as parquet .* or as JSON lines for JSONLPairReader",
+            r"table.csv: no columns of images chosen and .* \(it has prompt, left\); name one pair",
         ),
         (str(tmp_path / "nowhere.parquet"), "nowhere.parquet: does not exist; check the path"),
         (str(tmp_path), "has train.parquet and train-00000-of-00001.parquet; set source to one file"),
@@ -387,19 +387,6 @@ def test_a_folder_of_a_stranger_names_no_files_outside(dataset, tmp_path) -> Non
     state.write_text(state.read_text().replace("data-0", "../other/data-0"))
     with pytest.raises(InputError, match=r"\.\./other/data-00000-of-00001\.arrow leads out of .*saved"):
         DatasetPairReader(str(tmp_path / "saved"))
-
-
-def test_bad_rows_follow_on_error(dataset) -> None:
-    broken = dataset.to_list()
-    broken[1]["rejected"] = {"bytes": broken[1]["rejected"]["bytes"][:200], "path": None}
-    broken[2]["prompt"] = "x" * 99
-    table = Dataset.from_list(broken, FEATURES)
-    with pytest.raises(InputError, match="train:2: prompt has 99 characters"):
-        DatasetPairReader(table, max_prompt_chars=50)
-    reader = DatasetPairReader(table, max_prompt_chars=50, on_error="skip", randomise_sides=False)
-    assert reader.pair_ids() == ["train:0", "train:1", "train:3", "train:4"]
-    pairs = PairDataset(reader, LOADER)
-    assert [type(pairs[n]).__name__ for n in range(4)] == ["LoadedPair", "SkippedPair", "LoadedPair", "LoadedPair"]
 
 
 def test_paths_stay_inside_the_root(tmp_path, jpeg) -> None:

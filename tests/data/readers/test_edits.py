@@ -191,9 +191,9 @@ def test_odd_rows_follow_on_error(write_json) -> None:
     good, row = SAMPLES["genai_bench_edits"][0], "train.json:1: "
     cases = [
         (7, "7 is no JSON object", 1),
-        ({**good, "vote_type": "upvote"}, "label is 'vote_type upvote', neither", 1),
-        ({**good, "vote_type": 1}, "label is 'vote_type 1', neither", 1),
-        ({**good, "vote_type": "A>A"}, "label is 'vote_type A>A', neither", 1),
+        ({**good, "vote_type": "upvote"}, "vote_type is 'upvote', no verdict", 1),
+        ({**good, "vote_type": 1}, "vote_type is 1, no verdict", 1),
+        ({**good, "vote_type": "A>A"}, "vote_type is 'A>A', no verdict", 1),
         ({**good, "source_image": "../x.jpg"}, r"source_images '\.\./x\.jpg' leads out of", 0),
         ({**good, "left_output_image": None}, "image_a is None, not a path", 0),
         ({**good, "instruct_prompt": 3}, "prompt is 3, not text", 1),
@@ -218,7 +218,7 @@ def test_a_mark_of_ties_is_known_or_the_row_is_bad(write_json) -> None:
         assert reader.labels().tolist() == [label] * len(values)
     odd = [{**TRAIN, "tie_case": one} for one in (math.nan, "n", "N/A", 2, -1, "dim1 > dim2", [], {})]
     file = str(write_json([{**TRAIN, "tie_case": False}, *odd]))
-    with pytest.raises(InputError, match=r"train\.json:1: label is 'tie_case nan', neither"):
+    with pytest.raises(InputError, match=r"train\.json:1: tie_case is nan, no verdict"):
         EditPairReader(file)
     assert EditPairReader(file, on_error="skip").skipped.total() == len(odd)
 

@@ -70,41 +70,6 @@ def test_choices(write, choice, label, remark) -> None:
     assert dict(reader.remarks) == ({remark: 1} if remark else {})
 
 
-@pytest.mark.parametrize(
-    ("split", "row", "problem"),
-    [
-        ("train", {**PAIR, "human_preference": [1]}, "human_preference is [1], not one number for each of 2 images"),
-        ("train", {**PAIR, "file_path": ["a.jpg"]}, "file_path is ['a.jpg'], not 2 paths"),
-        ("train", {**PAIR, "prompt": 3}, "prompt is 3, not text"),
-        ("train", 7, "the row is 7, not an object"),
-        ("test", {**GROUP, "rank": [1, None, 2]}, "rank is [1, None, 2], not one number for each of 3 images"),
-        ("test", {**GROUP, "image_path": "a.jpg"}, "image_path is 'a.jpg', not a list of paths"),
-        ("test", None, "the row is None, not an object"),
-    ],
-)
-def test_refused_rows_follow_on_error(write, split, row, problem) -> None:
-    sound = PAIR if split == "train" else GROUP
-    root = write([sound, row, sound], split)
-    with pytest.raises(InputError) as error:
-        HPDv2Reader(root, split)
-    assert str(error.value).startswith(f"{split}.json:1: {problem}; correct the row, or set the reader's on_error")
-    kept = HPDv2Reader(root, split, on_error="skip")
-    assert {pair_id.split(":")[1] for pair_id in kept.pair_ids()} == {"0", "2"}
-    assert kept.skipped.total() == 1
-    every_row = HPDv2Reader(root, split, on_error="placeholder")
-    assert (~every_row.labelled()).sum() == len(every_row) - len(kept)
-
-
-@pytest.mark.parametrize("path", ["../outside.jpg", "/etc/hostname", "a/../../outside.jpg", None, "", 7])
-def test_paths_that_lead_nowhere_are_found_at_once(write, path) -> None:
-    for split, row in (("train", {**PAIR, "file_path": ["a.jpg", path]}), ("test", {**GROUP, "image_path": [path]})):
-        root = write([PAIR if split == "train" else GROUP, {**row, "rank": [1]}], split)
-        with pytest.raises(InputError, match=rf"{split}\.json:1: (file|image)_path .*; correct the row"):
-            HPDv2Reader(root, split)
-    dataset = PairDataset(HPDv2Reader(root, "train", on_error="skip"), PixelLoader(8, 8))
-    assert [type(dataset[n]).__name__ for n in range(2)] == ["LoadedPair", "SkippedPair"]
-
-
 def test_a_split_of_ones_own_names_its_images(write) -> None:
     root = write([PAIR])
     Path(root, "held_out.json").write_text(json.dumps([PAIR]))
@@ -125,7 +90,7 @@ def test_hub_id_downloads_and_unpacks(write, tmp_path, monkeypatch) -> None:
     root = Path(write([PAIR]))
     with tarfile.open(root / "train.tar.gz", "w:gz") as archive:
         archive.add(root / "train", "train")
-    monkeypatch.setattr("latentreward.data.readers.hub.LOCATION", f"{root}/{{}}/{{}}")
+    monkeypatch.setattr("latentreward.data.readers.tables.LOCATION", f"{root}/{{}}/{{}}")
     repository = root / "some" / "hub-id" / "abc"
     repository.mkdir(parents=True)
     for name in ("train.json", "train.tar.gz"):
@@ -155,14 +120,3 @@ def test_large_files_keep_a_compact_index(tmp_path) -> None:
     tracemalloc.stop()
     assert kept / len(reader) < 100  # bytes outside of Arrow's pool
     assert len(pickle.dumps(reader)) / len(reader) < 250
-
-
-def test_an_edit_is_refused_with_what_to_do(write) -> None:
-    for field in ("source_image", "input_images"):
-        root = write([{**PAIR, field: "a.jpg"}])
-        told = (
-            rf"train\.json:0: '{field}' is a picture to edit, which this reader does not take; write JSON lines, or set"
-        )
-        with pytest.raises(InputError, match=told):
-            HPDv2Reader(root, "train")
-        assert HPDv2Reader(root, "train", sources="ignore").remarks.total() == 1

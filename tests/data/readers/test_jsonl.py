@@ -12,7 +12,7 @@ from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError
 from latentreward.data import JSONLPairReader, LoadedPair, PairDataset, PixelLoader, SkippedPair
 
-PLAIN = {"prompt": "a cat", "image_a": "images/a.jpg", "image_b": "images/b.jpg", "label": 1}
+PLAIN = {"prompt": "a cat", "image_a": "images/a.jpg", "image_b": "images/b.jpg", "label": 1.0}
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_only_winners_first_change_sides(write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "label"), [(0, 0.0), (0.25, 0.25), ("0.5", 0.5), ("a", 1.0), ("b", 0.0), ("tie", 0.5), (None, None)]
+    ("value", "label"), [(0.0, 0.0), (0.25, 0.25), ("0.5", 0.5), ("a", 1.0), ("b", 0.0), ("tie", 0.5), (None, None)]
 )
 def test_labels(write, value, label) -> None:
     reader = JSONLPairReader(write({**PLAIN, "label": value}))
@@ -232,47 +232,24 @@ def test_remarks(write, changes, remark) -> None:
     assert reader[0].votes is reader[0].confidence is None
 
 
-@pytest.mark.parametrize(
-    ("path", "problem"),
-    [
-        ("../secret.jpg", "path outside the root"),
-        ("/etc/hostname", "path outside the root"),
-        ("images/link/secret.jpg", "path outside the root"),
-        ("images/absent.jpg", "missing file"),
-        (None, "no image"),
-        (7, "no image"),
-    ],
-)
-def test_paths_stay_inside_the_root(write, tmp_path, jpeg, path, problem) -> None:
-    file = write(PLAIN, {**PLAIN, "image_b": path})
-    (tmp_path / "secret.jpg").write_bytes(jpeg())
-    (tmp_path / "pairs/images/link").symlink_to(tmp_path)
-    dataset = PairDataset(JSONLPairReader(file, on_error="skip"), PixelLoader(8, 8))
-    assert [type(dataset[n]).__name__ for n in range(2)] == ["LoadedPair", "SkippedPair"]
-    assert dict(dataset.skipped()) == {problem: 1}
-    if problem == "no image" or path.startswith((".", "/")):
-        with pytest.raises(InputError, match=r"^own.jsonl:2: image_b"):
-            JSONLPairReader(file)
-
-
 def test_root_of_its_own_and_files_that_are_not_there(write, tmp_path) -> None:
     file = write(PLAIN, folder="elsewhere")
     reader = JSONLPairReader(file, root=str(tmp_path / "elsewhere"))
     assert isinstance(PairDataset(reader, PixelLoader(8, 8))[0], LoadedPair)
     with pytest.raises(InputError, match=r"absent.jsonl: No such file"):
         JSONLPairReader(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(InputError, match=r"^file: a\.TSV is CSV.*'a\.TSV', sep=chr\(9\)\)\.to_json\('a\.jsonl', ori"):
-        JSONLPairReader("a.TSV")
-    with pytest.raises(InputError, match="Is a directory"):
+    with pytest.raises(InputError, match=r"^split: no file .*a\.TSV; correct the path"):
+        JSONLPairReader(str(tmp_path / "a.TSV"))
+    with pytest.raises(InputError, match="is a folder"):
         JSONLPairReader(str(tmp_path))
-    with pytest.raises(InputError, match="has no lines left; give"):
+    with pytest.raises(InputError, match="has no rows left; check"):
         JSONLPairReader(write("", " "))
-    with pytest.raises(InputError, match=r"has no lines left; 2 .* left out; own.jsonl:1: cut off; give"):
+    with pytest.raises(InputError, match=r"has no rows left; 2 .* left out; own.jsonl:1: cut off; check"):
         JSONLPairReader(write("{", "["), on_error="skip")
 
 
 def test_byte_order_mark_and_surrogates(write) -> None:
-    file = write('\ufeff{"prompt": "\\ud800x", "image_a": "a", "image_b": "b", "label": 1}')
+    file = write('\ufeff{"prompt": "\\ud800x", "image_a": "a", "image_b": "b", "label": 1.0}')
     assert JSONLPairReader(file).prompts() == ["?x"]
     Path(file).write_text(json.dumps({**PLAIN, "prompt": "Füße"}, ensure_ascii=False), encoding="utf-16")
     with pytest.raises(InputError, match=r"own\.jsonl is in UTF-16, and JSON lines are UTF-8; save it as UTF-8"):

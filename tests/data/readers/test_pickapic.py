@@ -1,4 +1,3 @@
-import logging
 import pickle
 from pathlib import Path
 
@@ -47,34 +46,6 @@ def test_labels(write_pickapic, pickapic_rows, changes, label, remark) -> None:
     assert not reader.skipped
 
 
-@pytest.mark.parametrize("value", [1.5, -0.1, float("nan"), float("inf")])
-@pytest.mark.parametrize("column", ["label_0", "label_1"])
-def test_labels_outside_the_range_follow_on_error(write_pickapic, pickapic_rows, column, value, caplog) -> None:
-    rows = [
-        pickapic_rows(0),
-        pickapic_rows(1, **{column: value}),
-        pickapic_rows(2),
-        pickapic_rows(3, **{column: value}),
-    ]
-    source = write_pickapic(rows)
-    with pytest.raises(InputError, match=rf"{NAME}:1: {column} is .*, not in \[0, 1\] \(and 1 more") as error:
-        PickAPicReader(source, "train")
-    assert "on_error" in str(error.value)
-    assert "\n" not in str(error.value)
-    with caplog.at_level(logging.WARNING):
-        reader = PickAPicReader(source, "train", on_error="skip")
-    assert [reader[i].pair_id for i in range(len(reader))] == [f"{NAME}:0", f"{NAME}:2"]
-    assert dict(reader.skipped) == {"label outside [0, 1] or NaN": 2}
-    assert "2 rows kept; left out: 2 label outside [0, 1] or NaN" in caplog.text
-    reader = PickAPicReader(source, "train", on_error="placeholder")
-    assert (len(reader), reader[1].label_a) == (4, None)
-
-
-def test_both_labels_wrong_is_one_row(write_pickapic, pickapic_rows) -> None:
-    source = write_pickapic([pickapic_rows(0), pickapic_rows(1, label_0=2.0, label_1=-1.0)])
-    assert PickAPicReader(source, "train", on_error="skip").skipped.total() == 1
-
-
 def test_identical_images_are_dropped_on_demand(write_pickapic, pickapic_rows) -> None:
     rows = [
         pickapic_rows(0),
@@ -99,7 +70,7 @@ def test_odd_values_are_survived(write_pickapic, pickapic_rows) -> None:
     ]
     reader = PickAPicReader(write_pickapic(rows), "train")
     assert reader.prompts() == ["", "", "prompt 2", "prompt 2", "prompt 2"]
-    assert reader.remarks["null caption read as empty"] == 1
+    assert reader.remarks["null prompt read as empty"] == 1
     assert (reader[0].prompt, reader[0].weight, reader[1].weight) == ("", 1.0, 1.0)
     assert len(reader[2].image_a.image_key) == 32
     assert reader[2].image_b.data is None
@@ -110,12 +81,6 @@ def test_odd_values_are_survived(write_pickapic, pickapic_rows) -> None:
 def test_missing_column_is_named(write_pickapic, pickapic_rows, column) -> None:
     with pytest.raises(InputError, match=f"no column {column};"):
         PickAPicReader(write_pickapic([pickapic_rows(0)], drop=[column]), "train")
-
-
-def test_copy_without_images_is_recognised(write_pickapic, pickapic_rows) -> None:
-    source = write_pickapic([pickapic_rows(0)], drop=["jpg_0", "jpg_1"])
-    with pytest.raises(InputError, match="no column jpg_0, jpg_1; this is the copy without images"):
-        PickAPicReader(source, "train")
 
 
 @pytest.mark.parametrize("values", [[2], [-1], [float("nan")], ["N/A"]])
@@ -217,7 +182,7 @@ def test_random_access_over_parts_gives_the_row_asked_for(
 
 def test_random_access_reads_single_row_groups(write_pickapic, pickapic_rows) -> None:
     reader = PickAPicReader(write_pickapic([pickapic_rows(n % 20) for n in range(400)], row_group_size=4), "train")
-    store = reader._rows._groups
+    store = reader.images_in[0]._groups
     assert store.row_groups_read == 0, "construction touches no image"
     reader.prompts(), reader.labelled()
     assert store.row_groups_read == 0
@@ -256,9 +221,3 @@ def test_copy_without_images_is_read_on_demand(write_pickapic, pickapic_rows) ->
     assert (reader[0].image_a.data, reader[0].image_a.path) == (None, None)
     with pytest.raises(InputError, match="PickAPicReader: its rows hold nothing, not images; give a copy"):
         PairDataset(reader, PixelLoader(8, 8))
-
-
-def test_images_can_be_left_aside(write_pickapic, pickapic_rows) -> None:
-    reader = PickAPicReader(write_pickapic([pickapic_rows(0)]), "train", images="none")
-    assert reader[0].image_a.data is None
-    assert pickle.loads(pickle.dumps(reader))[0] == reader[0]

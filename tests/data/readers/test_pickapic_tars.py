@@ -94,9 +94,9 @@ def test_rows_pickle_and_equal_bytes_have_one_key(write_tar, sample, jpeg) -> No
     ("changes", "remark"),
     [
         ({"label_0__txt": "1.0", "label_1__txt": "1.0"}, "unlabelled (labels do not add up to 1)"),
-        ({"label_0__txt": "None"}, "unlabelled (no label, or no number)"),
-        ({"label_0__txt": "0_1"}, "unlabelled (no label, or no number)"),
-        ({"label_1__txt": ...}, "unlabelled (no label, or no number)"),
+        ({"label_0__txt": "None"}, "unlabelled (null label)"),
+        ({"label_0__txt": "0_1"}, "unlabelled (null label)"),
+        ({"label_1__txt": ...}, "unlabelled (null label)"),
     ],
 )
 def test_unlabelled_rows_are_remarked(write_tar, sample, changes, remark) -> None:
@@ -106,20 +106,11 @@ def test_unlabelled_rows_are_remarked(write_tar, sample, changes, remark) -> Non
     assert dict(reader.remarks) == {remark: 1}
 
 
-def test_labels_outside_the_range_follow_on_error(write_tar, sample) -> None:
-    path = write_tar("00000.tar", sample(0), sample(1, label_0__txt="nan"), sample(2, label_1__txt="-1"))
-    with pytest.raises(InputError, match=r"00000.tar:00000001: label_0.txt is nan, not in \[0, 1\]; correct the row"):
-        PickAPicTarReader(str(path))
-    reader = PickAPicTarReader(str(path), on_error="skip")
-    assert (len(reader), dict(reader.skipped)) == (1, {"label outside [0, 1] or NaN": 2})
-    assert PickAPicTarReader(str(path), on_error="placeholder").labelled().tolist() == [True, False, False]
-
-
 def test_absent_members(write_tar, sample) -> None:
     path = write_tar("00000.tar", sample(0, jpg_1__jpg=...), sample(1, original_prompt__txt=..., other__json="{}"))
     reader = PickAPicTarReader(str(path), on_error="skip")
     assert reader.prompts() == ["prompt 0", ""]
-    assert dict(reader.remarks) == {"no prompt, read as empty": 1}
+    assert dict(reader.remarks) == {"null prompt read as empty": 1}
     dataset = PairDataset(reader, PixelLoader(8, 8))
     assert isinstance(dataset[0], SkippedPair)
     assert dict(dataset.skipped()) == {"no image": 1}

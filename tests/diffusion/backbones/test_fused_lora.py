@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from latentreward.alignment import AdapterSwitch
 from latentreward.core.peak_rates import CountedFlops
-from latentreward.diffusion.backbones.fused_lora import FusedLinear, fuse_lora, unfuse_lora
-from latentreward.diffusion.backbones.quantization import quantize
-from latentreward.reward.scoring.precision import halve_products
+from latentreward.diffusion.backbones.fused_lora import FusedLinear, fuse_lora
+from latentreward.diffusion.backbones.weights import quantize
+from latentreward.reward.scoring.network import halve_products
 
 
 def made(dtype: torch.dtype = torch.float64, **options: Any) -> Any:
@@ -215,12 +215,6 @@ def test_dropout_is_applied_to_the_adapters_input() -> None:
         found.append(network.train()(x))
     torch.testing.assert_close(*found)
     assert not torch.allclose(networks[1].eval()(x), found[1])
-
-
-def test_layers_are_those_of_peft_again() -> None:
-    _, fused = both()
-    unfuse_lora(fused)
-    assert type(fused[0]) is lora.Linear
 
 
 def test_names_and_copies_stay_and_other_layers_are_left_alone() -> None:

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentreward.core.construction import Construction
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.core.errors import InputError
+from latentreward.core.registry import Construction
 from latentreward.diffusion import (
     ContinuousFlow,
     FlowMatching,
@@ -59,18 +59,6 @@ def test_a_backbone_is_compared_when_it_first_reads(monkeypatch: pytest.MonkeyPa
         backbone(torch.zeros(1, 4, 8, 8), torch.ones(1), backbone.encode_prompts(["a cat"]))
 
 
-def projecting() -> SDUNetBackbone:
-    """A backbone on a U-Net that projects prompt embeddings of width 40, as Kolors' does."""
-    unet = sd_unet(encoder_hid_dim=40, encoder_hid_dim_type="text_proj")
-    return SDUNetBackbone(unet, FlowMatching(), LatentSpace(4, 2, 1.0), text_taps=())
-
-
-def test_prompt_embeddings_of_another_width_are_one_line() -> None:
-    backbone, given = projecting(), Conditioning(torch.zeros(1, 3, WIDTH), torch.zeros(1, WIDTH))
-    with pytest.raises(InputError, match=r"^prompt_embeds are 16 wide, but the U-Net takes 40; give the text encoder"):
-        backbone(torch.zeros(1, 4, 8, 8), torch.ones(1), given)
-
-
 def test_a_unet_projects_its_prompt_embeddings_itself() -> None:
     whole = sd_unet(encoder_hid_dim=40, encoder_hid_dim_type="text_proj").eval()
     space, process = LatentSpace(4, 2, 1.0), process_from_scheduler(DDIM)
@@ -79,11 +67,6 @@ def test_a_unet_projects_its_prompt_embeddings_itself() -> None:
     features = backbone(latents, torch.tensor([300.0]), Conditioning(text, torch.zeros(1, WIDTH)))
     torch.testing.assert_close(features.output, whole(latents, 300, text).sample)
     torch.testing.assert_close(features.text[0], whole.encoder_hid_proj(text))
-
-
-def test_a_factory_that_returns_nothing() -> None:
-    with pytest.raises(InputError, match="backbone is None, not a DiffusionBackbone; let its function return one"):
-        LRMModule(None, CLIPProjectionHead)
 
 
 def own_unet(source: str, process: NoiseProcess | None = None) -> SDUNetBackbone:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from latentreward.apps.cli import main
-from latentreward.diffusion.cache.layout import read_plan
+from latentreward.diffusion.cache.store import read_plan
 from tests.diffusion.cache.writing import write_data
 from tests.diffusion.families.twins import TWINS
 from tests.marks import rotated_after

@@ -1,8 +1,5 @@
 """Training from a cache: the same as from images, checked before it starts, dealt out to ranks by our samplers."""
 
-import multiprocessing
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from latentreward.core.contracts import PreferenceBatch
 from latentreward.core.errors import InputError
 from latentreward.data import HPDv3Reader, PreferenceDataModule
 from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit, sd35_tiny, sd_tiny
-from latentreward.diffusion.cache.layout import PLAN, read_plan
 from latentreward.reward import (
     CLIPProjectionHead,
     DiNaLRMModule,
@@ -159,32 +155,6 @@ def test_a_head_that_asks_for_the_empty_prompt_takes_it_from_the_cache(world: Pa
     assert len(got.values) == 1
 
 
-@pytest.mark.slow
-def test_the_command_line_trains_evaluates_and_predicts_from_the_cache(world: Path, tmp_path: Path) -> None:
-    settings = [
-        f"--config={CONFIGS}/model/dina_lrm_tiny.yaml",
-        f"--config={CONFIGS}/data/tinyworld_cached.yaml",
-        f"--config={CONFIGS}/trainer/cpu.yaml",
-        f"--data.train.cache={world / 'train'}",
-        f"--data.val={{cache: {world / 'test'}}}",
-        f"--data.predict={{cache: {world / 'test'}, split: test}}",
-        "--data.batch_size=8",
-        "--trainer.max_steps=3",
-        "--trainer.enable_progress_bar=false",
-        f"--trainer.logger.save_dir={tmp_path}",
-        "--trainer.logger.name=run",
-        "--trainer.logger.version=",
-    ]
-    main(["fit", *settings])
-    checkpoint = f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
-    main(["validate", f"--config={tmp_path / 'run' / 'config.yaml'}", checkpoint])
-    scores = f"--predictions.output_dir={tmp_path / 'scores'}"
-    main(["predict", f"--config={tmp_path / 'run' / 'config.yaml'}", checkpoint, scores])
-    from pyarrow import parquet
-
-    assert len(set(parquet.read_table(tmp_path / "scores")["pair_id"].to_pylist())) == 12
-
-
 def test_a_cache_of_another_latent_space_is_refused_before_training(tmp_path: Path) -> None:
     folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
     with pytest.raises(InputError, match="the cache holds latents of the space") as error:
@@ -244,7 +214,7 @@ def test_splits_of_one_cache_share_no_prompt_and_only_prediction_sees_unlabelled
         {"image_a": 4, "image_b": 0, "prompt": 1, "split": "val", "label_a": None},
         {"image_a": 4, "image_b": 6, "prompt": 1, "split": "val"},
     ]
-    folder = write_cache(tmp_path / "cache", pairs, [(16, 16)] * 7, unreadable=[6])
+    folder = write_cache(tmp_path / "cache", pairs, [(16, 16)] * 7, unread=[6])
     parts = {name: CachedSplit(str(folder), split) for name, split in (("train", "train"), ("val", "val"))}
     data = CachedPreferenceDataModule(**parts, predict=CachedSplit(str(folder)), batch_size=2, num_workers=0)
     seen = {
@@ -273,39 +243,50 @@ def test_splits_without_pairs_left_do_not_stop_the_others(tmp_path: Path) -> Non
             getattr(data, f"{name}_dataloader")()
 
 
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "other VAE": ({"train": "one", "val": "other"}, "VAE"),
+    "clips": ({"train": "one", "val": "clips"}, "images.f"),
+    "slower": ({"train": "slow", "val": "clips"}, "images.f"),
+    "no pairs": ({"train": "one", "batch_size": 0}, "data.batch_size"),
+    "no split": ({"train": ("one", "test")}, "data.train"),
+    "unset": ({}, "data.train"),
+    "no cache": ({"train": "absent"}, "data.train"),
+    "no test": ({"test": "absent"}, "data.test"),
+    "no test to keep apart from": ({"train": "one", "test": "absent", "shared_prompts": "raise"}, "data.test"),
+}
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("caches")
+    specs = {"one": spec(), "other": spec(vae="vae-2")}
+    specs |= {
+        name: spec(images={"size": 16, "frames": 5, "fps": fps}) for name, fps in (("clips", 16.0), ("slow", 8.0))
+    }
+    for name, one in specs.items():
+        write_cache(folder / name, [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2, spec=one)
+    return folder
+
+
+def split_of(caches: Path, name: str | tuple[str, str]) -> CachedSplit:
+    folder, split = (name, None) if isinstance(name, str) else name
+    return CachedSplit(str(caches / folder), split)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_settings_and_caches_are_looked_at_in_the_constructor(kind: str, caches: Path) -> None:
+    given, key = REFUSED[kind]
+    options = {name: split_of(caches, one) if name in ("train", "val", "test") else one for name, one in given.items()}
+    with pytest.raises(InputError) as error:
+        CachedPreferenceDataModule(**options)
+    assert key in str(error.value) and "\n" not in str(error.value)
+
+
 def test_training_goes_on_without_the_cache_that_it_is_only_kept_apart_from(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    caches: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train = CachedSplit(str(write_cache(tmp_path / "one", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)))
-    absent = CachedSplit(str(tmp_path / "absent"))
-    assert list(CachedPreferenceDataModule(train=train, test=absent, num_workers=0).datasets) == ["train"]
-    assert "data.test is not opened" in caplog.text
-    for splits in ({"test": absent}, {"train": absent}, {"train": train, "test": absent, "shared_prompts": "raise"}):
-        with pytest.raises(InputError, match=r"data\.(test|train): .* is not a cache"):
-            CachedPreferenceDataModule(**splits, num_workers=0)
-
-
-def test_settings_and_caches_are_looked_at_in_the_constructor(tmp_path: Path) -> None:
-    one = write_cache(tmp_path / "one", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
-    other = write_cache(tmp_path / "other", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2, spec=spec(vae="vae-2"))
-    with pytest.raises(InputError, match="hold latents of different VAEs"):
-        CachedPreferenceDataModule(train=CachedSplit(str(one)), val=CachedSplit(str(other)))
-    clips, slower = (
-        write_cache(tmp_path / name, [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2, spec=spec(frames=5, fps=fps))
-        for name, fps in (("clips", 16.0), ("slower", 8.0))
-    )
-    for folder, held in ((one, "images"), (slower, "clips of 5 frames at 8 per second")):
-        with pytest.raises(InputError, match=f"hold {held} and clips of 5 frames at 16 per second; write one of them"):
-            CachedPreferenceDataModule(train=CachedSplit(str(folder)), val=CachedSplit(str(clips)))
-    with pytest.raises(InputError, match=r"data.batch_size is 0"):
-        cached(one, batch_size=0)
-    with pytest.raises(InputError, match="has no split 'test'; it has 'train'"):
-        CachedPreferenceDataModule(train=CachedSplit(str(one), "test"))
-    with pytest.raises(InputError, match="all unset"):
-        CachedPreferenceDataModule()
-    with pytest.raises(InputError, match=f"is not a cache: it has no {PLAN}"):
-        cached(tmp_path)
-    assert read_plan(one).spec.vae == "vae-1"
+    data = CachedPreferenceDataModule(train=split_of(caches, "one"), test=split_of(caches, "absent"), num_workers=0)
+    assert list(data.datasets) == ["train"] and "data.test is not opened" in caplog.text
 
 
 def test_caches_that_treat_exif_differently_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -321,31 +302,6 @@ def test_caches_that_treat_exif_differently_are_told(tmp_path: Path, caplog: pyt
     assert data.datasets["train"].exif == "apply"
     [record] = caplog.records
     assert record.message.endswith("treat EXIF orientation differently (exif: apply and ignore)")
-
-
-@pytest.mark.slow
-def test_a_loader_goes_on_after_another_one_of_its_split(tmp_path: Path) -> None:
-    pairs = [{"image_a": number, "image_b": number + 1} for number in range(5)]
-    split = CachedSplit(str(write_cache(tmp_path / "cache", pairs, [(16, 16)] * 6)))
-    data = CachedPreferenceDataModule(train=split, val=split, shared_prompts="keep", batch_size=2, num_workers=1)
-    for make in (data.train_dataloader, data.val_dataloader):
-        loader = make()
-        before = {name for batch in loader for name in batch.pair_ids}
-        make()
-        assert {name for batch in loader for name in batch.pair_ids} == before  # by the same worker as before
-
-
-@pytest.mark.slow
-def test_a_finished_program_ends_though_workers_still_wait(tmp_path: Path) -> None:
-    folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}] * 8, [(16, 16)] * 2)
-    script = (
-        "from latentreward.diffusion.cache.datamodule import *\n"
-        f"data = CachedPreferenceDataModule(train=CachedSplit({str(folder)!r}), batch_size=2, num_workers=1)\n"
-        "loader = data.train_dataloader()\n"
-        "print(len([batch for batch in loader]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "4\n", "")
 
 
 @pytest.mark.slow
@@ -407,18 +363,3 @@ def test_two_processes_share_the_pairs_whatever_lightning_would_do(world: Path, 
     for stage, dataset in (("train", data.datasets["train"]), ("val", data.datasets["val"])):
         seen = [pair for rank in "01" for batch in lines[f"{stage}{rank}"] for pair in batch]
         assert len(seen) == len(set(seen)) == len(dataset)
-
-
-@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="slots are shared with forked workers")
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_batches_that_are_kept_are_never_overwritten(workers: int, tmp_path: Path) -> None:
-    pairs = [{"image_a": n, "image_b": (n + 1) % 12} for n in range(12)]
-    folder = write_cache(tmp_path / "cache", pairs, [(16, 16)] * 12)
-    data = cached(folder, batch_size=2, num_workers=workers, prefetch_factor=1, shuffle=False)
-    loader = data.train_dataloader()
-    kept = [batch for _ in range(4) for batch in loader]
-    fresh = list(cached(folder, batch_size=2, shuffle=False).train_dataloader()) * 4
-    for batch, wanted in zip(kept, fresh, strict=True):
-        assert batch.pair_ids == wanted.pair_ids
-        assert torch.equal(batch.chosen, wanted.chosen)
-        assert torch.equal(batch.conditioning.prompt_embeds, wanted.conditioning.prompt_embeds)

@@ -6,11 +6,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from latentreward.alignment import DiffusionDPOModule
@@ -18,19 +15,17 @@ from latentreward.apps.cli import main
 from latentreward.core.contracts import EditPrompt, ImageRef, PreferencePair, sources_of
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
-from latentreward.data import JSONLPairReader, OnError, PairReader, PixelLoader, PreferenceDataModule
+from latentreward.data import OnError, PairReader, PixelLoader, PreferenceDataModule
 from latentreward.diffusion import find_family
-from latentreward.diffusion.cache.datamodule import check_sources
-from latentreward.diffusion.cache.dataset import CachedPairDataset
-from latentreward.diffusion.cache.index import CachedPairs, CacheIndex
-from latentreward.diffusion.cache.layout import IMAGES, PAIRS, PROMPTS, SHARDS, SOURCES, read_plan
+from latentreward.diffusion.cache.datamodule import CachedPairDataset, CachedPairs, CacheIndex
+from latentreward.diffusion.cache.store import IMAGES, PAIRS, PROMPTS, read_plan
 from latentreward.diffusion.encoders.vae import LatentEncoder
 from latentreward.diffusion.families.flux2_klein import Flux2Klein
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead, ThurstoneLoss
-from latentreward.reward.modules.pairs import PairDraws
+from latentreward.reward.modules.reward import PairDraws
 from tests.data.edit_names import named
 from tests.diffusion.cache.test_datamodule import cached, fit
-from tests.diffusion.cache.writing import contents, write_image
+from tests.diffusion.cache.writing import contents, stored, table, write_image
 from tests.diffusion.cache.written_caches import write_cache
 from tests.diffusion.families.twins import TWINS
 from tests.marks import rotated_after
@@ -102,7 +97,6 @@ SETTINGS = {
     "mode": ("--encoder.text=states", "--encoder.posterior=mode"),
     "half": ("--encoder.text=states", "--encoder.posterior=mode", "--dtype=float16"),
     "uneven": ("--reader.pictures=3",),
-    "plain": ("--reader.pictures=0", "--encoder.text=states", "--encoder.posterior=mode"),
 }
 
 
@@ -119,7 +113,7 @@ def written(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained_on(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Caches that slow tests train on."""
     folder = tmp_path_factory.mktemp("trained_on")
-    for name in ("mode", "half", "plain"):
+    for name in ("mode", "half"):
         main(arguments(folder / name, pictures, *SETTINGS[name]))
     return folder
 
@@ -130,41 +124,27 @@ def vae() -> LatentEncoder:
     return find_family(KLEIN.source().pipeline()).load_latent_encoder()
 
 
-def table(folder: Path, name: str) -> list[dict[str, Any]]:
-    return pq.read_table(folder / name).to_pylist()
-
-
 def mode_of(vae: LatentEncoder, path: Path) -> Tensor:
     """Latents ``(C, h, w)`` of a picture, without noise."""
     return vae.encode(PixelLoader(32, 32, "center_crop")(ImageRef(path.stem, path=path))[None])[0]
 
 
-def check_sources_of(cache: Path, count: int, folder: str, vae: LatentEncoder, pictures: Path) -> None:
-    """Each of three sources is there once, in shards of ``folder``; pairs have ``count`` of them."""
-    images, shards = table(cache, IMAGES), table(cache, SHARDS)
+def check_sources_of(cache: Path, count: int, vae: LatentEncoder, pictures: Path) -> None:
+    """Each of three sources is there once, as the posterior's mode; pairs have ``count`` of them."""
+    images = table(cache, IMAGES)
     keys = [image["image_key"] for image in images]
     assert len(keys) == len(set(keys)) == 16 + 3 == read_plan(cache).images
     for row, pair in enumerate(table(cache, PAIRS)):
         assert [keys[number] for number in pair["source_images"]] == [f"source {n}" for n in SOURCES_OF[row][:count]]
-    for image, place in zip(images, table(cache, SOURCES), strict=True):
-        if not image["image_key"].startswith("source"):
-            continue
-        assert place["side"] in "01"
-        shard = shards[image["shard"]]["name"]
-        assert shard.split("/")[0] == folder
-        expected = mode_of(vae, pictures / f"{image['image_key']}.jpg")
-        torch.testing.assert_close(load_file(cache / shard)["latents"][image["row"]], expected, atol=1e-5, rtol=1e-5)
+    for image, found in zip(images, stored(cache), strict=True):
+        if image["image_key"].startswith("source"):
+            assert image["side"] in "01"
+            expected = mode_of(vae, pictures / f"{image['image_key']}.jpg")
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_source_is_encoded_once_to_the_mode(written: Path, vae: LatentEncoder, pictures: Path) -> None:
-    check_sources_of(written / "sample", 2, "source_latents", vae, pictures)
-
-
-@pytest.mark.slow
-def test_sources_are_as_other_images_where_these_are_modes_too(
-    trained_on: Path, vae: LatentEncoder, pictures: Path
-) -> None:
-    check_sources_of(trained_on / "mode", 1, "latents", vae, pictures)
+    check_sources_of(written / "sample", 2, vae, pictures)
 
 
 def test_a_text_is_encoded_once_whatever_its_pictures(written: Path) -> None:
@@ -187,25 +167,6 @@ def test_batches_hold_sources_place_by_place(written: Path, vae: LatentEncoder, 
     assert not batch.conditioning.source_latents and len(batch.uncond) == 1
 
 
-@pytest.mark.slow
-def test_json_lines_become_a_cache_of_edits(pictures: Path, tmp_path: Path) -> None:
-    rows = [
-        {"prompt": text, "source_images": [f"source {number}.jpg"], "chosen": f"{number}a.jpg", "rejected": "3b.jpg"}
-        for number, text in enumerate(TEXTS[:3])
-    ]
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    reader = ("--reader=JSONLPairReader", f"--reader.file={file}", f"--reader.root={pictures}")
-    settings = [one for one in arguments(tmp_path / "cache", pictures) if not one.startswith("--reader")]
-    main([*settings, *reader, "--encoder.text=states"])
-    data = cached(tmp_path / "cache", batch_size=3, shuffle=False)
-    [batch] = data.train_dataloader()
-    assert named(batch.prompts) == named(JSONLPairReader(str(file), str(pictures)).prompts())
-    assert len(batch.sources) == 1 and not torch.equal(batch.sources[0], batch.chosen)
-    learner = policy()
-    assert len(fit(learner, data, max_epochs=1).values) == 1
-
-
 @pytest.mark.parametrize("workers", rotated_after(1, [0, 1]))
 def test_a_batch_has_one_number_of_sources(workers: int, written: Path) -> None:
     data = cached(written / "uneven", batch_size=3, num_workers=workers, prefetch_factor=1 if workers else 4)
@@ -214,14 +175,6 @@ def test_a_batch_has_one_number_of_sources(workers: int, written: Path) -> None:
     for batch in seen:
         assert {len(sources_of(prompt)) for prompt in batch.prompts} == {len(batch.sources)}
         assert {1 + int(pair.split()[1]) % 2 for pair in batch.pair_ids} == {len(batch.sources)}
-
-
-@pytest.mark.slow
-def test_a_cache_of_pairs_without_sources_has_none(trained_on: Path) -> None:
-    cache = trained_on / "plain"
-    assert "source_images" not in pq.read_schema(cache / PAIRS).names
-    batch = CachedPairDataset(CacheIndex(cache), [0, 1]).__getitems__([0, 1])
-    assert batch.sources == () and {type(prompt) for prompt in batch.prompts} == {str}
 
 
 def reward() -> DiNaLRMModule:
@@ -272,7 +225,7 @@ def test_two_processes_and_resumed_runs_write_the_same_bytes(written: Path, pict
         assert run.wait(300) == 0, run.stderr
     expected = contents(written / "sample")
     assert contents(tmp_path / "two") == expected
-    for name in [*(name for name in expected if "source_latents/0032x0032-00001" in name), PAIRS]:
+    for name in [*[name for name in expected if "latents" in name][:2], PAIRS]:
         (tmp_path / "two" / name).unlink()
     main(arguments(tmp_path / "two", pictures, *SETTINGS["sample"]))
     assert contents(tmp_path / "two") == expected
@@ -287,7 +240,7 @@ def test_unreadable_sources_follow_on_error(pictures: Path, tmp_path: Path, caps
     assert "'source 0'" in capsys.readouterr().err.strip().splitlines()[-1]
     main(arguments(tmp_path / "skipped", root, "--reader.on_error=skip"))
     lost = [number for number, (first, _) in enumerate(SOURCES_OF) if first == 0]
-    assert f"('source 0'); {len(lost)} pairs have such an image" in capsys.readouterr().out
+    assert "('source 0'); pairs with them are not used" in capsys.readouterr().out
     kept = CachedPairs(CacheIndex(tmp_path / "skipped"))
     assert kept.pair_ids() == [f"pair {number}" for number in range(8) if number not in lost]
     assert dict(kept.skipped) == {"unreadable image": len(lost)}
@@ -345,9 +298,9 @@ def test_a_network_must_take_the_cache_s_numbers_of_sources(
     counts: tuple[int, ...], takes: tuple[int, int | None], message: str | None, tmp_path: Path
 ) -> None:
     pairs = [{"image_a": 0, "image_b": 1, "source_images": [2] * count} for count in counts]
-    index = CacheIndex(write_cache(tmp_path / "cache", pairs, [(16, 16)] * 3))
+    data = cached(write_cache(tmp_path / "cache", pairs, [(16, 16)] * 3))
     with nullcontext() if message is None else pytest.raises(InputError, match=message):
-        check_sources(index, takes)
+        data.check_sources(takes)
 
 
 class Seeing(Flux2Klein):
@@ -390,10 +343,3 @@ def test_training_refuses_a_cache_of_edits_before_weights_are_read(
         main(["fit", f"--config={tmp_path / 'run.yaml'}", f"--trainer.default_root_dir={tmp_path}"])
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "have 2 sources, but the model's network makes pictures from text alone; write" in error
-
-
-def test_a_pair_misses_what_its_sources_miss(tmp_path: Path) -> None:
-    pairs = [{"image_a": 0, "image_b": 1, "source_images": sources} for sources in ([2], [2, 3], [3], [1, 2])]
-    index = CacheIndex(write_cache(tmp_path / "cache", pairs, [(16, 16)] * 4, unreadable=[3]))
-    assert CachedPairs(index).pair_ids() == ["pair00", "pair03"]
-    assert index.sources(np.array([3, 1])).tolist() == [[1, 2], [2, 3]]

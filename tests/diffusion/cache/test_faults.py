@@ -1,6 +1,5 @@
 """Damage, full disks, second runs and signals: one line each, nothing lost, and the same bytes in the end."""
 
-import json
 import os
 import re
 import shutil
@@ -12,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from latentreward.apps.cli import main
-from latentreward.diffusion.cache.check import check_cache
-from latentreward.diffusion.cache.layout import IMAGES, PLAN, manifest_name
+from latentreward.diffusion.cache.store import IMAGES
 from tests.diffusion.cache.writing import contents, run_cache, start_cache, write_data
 from tests.marks import slow_after
 from tests.processes import Forked
@@ -47,26 +45,23 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def first_shard(cache: Path) -> Path:
-    return min((cache / "latents").glob("*.safetensors"))
+def first_file(cache: Path) -> Path:
+    return min(cache.glob("latents-*.safetensors"))
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "bit flipped": (lambda cache: flip(first_shard(cache)), "is damaged: its hash"),
-    "truncated": (lambda cache: os.truncate(first_shard(cache), 100), "is damaged: its hash"),
-    "missing": (lambda cache: first_shard(cache).unlink(), "is missing"),
-    "no manifest": (lambda cache: Path(f"{first_shard(cache)}.json").unlink(), "it was not finished"),
-    "manifest torn": (lambda cache: os.truncate(f"{first_shard(cache)}.json", 20), "json is damaged"),
-    "manifest of another": (
-        lambda cache: shutil.copy(f"{max((cache / 'text').glob('*.safetensors'))}.json", f"{first_shard(cache)}.json"),
-        "belongs to another plan",
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "bit flipped": (lambda cache: flip(first_file(cache)), "is damaged: its contents"),
+    "truncated": (lambda cache: os.truncate(first_file(cache), 100), "is damaged"),
+    "missing": (lambda cache: first_file(cache).unlink(), "is missing"),
+    "another's contents": (
+        lambda cache: shutil.copy(max(cache.glob("text-*.safetensors")), first_file(cache)),
+        "is damaged: its tensors",
     ),
-    "text missing": (lambda cache: shutil.rmtree(cache / "text"), "text/00000.safetensors is missing"),
-    "no shards": (lambda cache: shutil.rmtree(cache / "latents"), "is missing"),
+    "text missing": (lambda cache: [one.unlink() for one in cache.glob("text-*")], "text-00000.safetensors is missing"),
     "table flipped": (lambda cache: flip(cache / IMAGES), "images.parquet is damaged"),
     "table missing": (lambda cache: (cache / IMAGES).unlink(), "images.parquet is missing"),
     "interrupted rename": (
-        lambda cache: first_shard(cache).rename(first_shard(cache).parent / ".00000.0123abcd-1-0123abcd.partial"),
+        lambda cache: first_file(cache).rename(cache / ".latents-00000.safetensors.0123abcd-1-0123abcd.partial"),
         "is missing",
     ),
 }
@@ -91,50 +86,11 @@ def test_damage_is_named_and_put_right(
     assert capsys.readouterr().out == f"{copied} is whole: 24 pairs, 44 images, 13 prompts\n"
 
 
-def test_images_that_could_not_be_read_are_counted_in_a_damaged_shard_too(copied: Path) -> None:
-    shard = first_shard(copied)
-    manifest = copied / manifest_name(str(shard.relative_to(copied)))
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "unreadable": {"0": "truncated"}}))
-    assert check_cache(copied)[1:] == ([], {"truncated": 1})
-    flip(shard)
-    _, [problem], unreadable = check_cache(copied)
-    assert "is damaged" in problem and unreadable == {"truncated": 1}
-    manifest.write_text("{}")
-    assert check_cache(copied)[2] == {}
-
-
-def test_a_damaged_or_lost_plan_stops_everything(
-    written: tuple[Path, Path], copied: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = (copied / PLAN).read_text()
-    other_spec, other_rows = text.replace('"seed": 0', '"seed": 1'), text.replace('"pairs": ', '"pairs": 1')
-    for content, message in ((text[:50], "is damaged"), (other_spec, "was changed"), (other_rows, "was changed")):
-        (copied / PLAN).write_text(content)
-        with pytest.raises(SystemExit):
-            run_cache(copied, written[0], *SETTINGS)
-        assert message in capsys.readouterr().err.strip().splitlines()[-1]
-    (copied / PLAN).unlink()
-    with pytest.raises(SystemExit):
-        run_cache(copied, written[0], *SETTINGS)
-    assert "has no plan.json but holds" in capsys.readouterr().err
-
-
-def test_a_folder_of_other_files_is_left_alone(
-    written: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "notes.tmp").write_text("mine")
-    with pytest.raises(SystemExit):
-        run_cache(tmp_path, written[0], *SETTINGS)
-    assert "has no plan.json but holds notes.tmp (1 such files); choose an empty folder" in capsys.readouterr().err
-    assert (tmp_path / "notes.tmp").read_text() == "mine"
-
-
-def test_a_finished_cache_is_left_alone(written: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_cache_is_left_alone(written: tuple[Path, Path]) -> None:
     cache = written[1]
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.*")}
     run_cache(cache, written[0], *SETTINGS)
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.*")} == before
-    assert "shards are there already" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -145,16 +101,16 @@ def test_a_full_disk_loses_nothing(written: tuple[Path, Path], tmp_path: Path) -
     assert run.returncode == 2
     [line] = [line for line in error.splitlines() if "error" in line]
     assert re.match(rf"latentreward: error: no space left for {tmp_path}/cache/\S+ \(File too large\)", line)
-    assert line.endswith("finished shards are kept: free some space and resume with the same command")
+    assert line.endswith("finished files are kept: free some space and resume with the same command")
     assert not list(tmp_path.rglob("*.partial"))
     run_cache(tmp_path / "cache", written[0], *SETTINGS)
     assert contents(tmp_path / "cache") == contents(written[1])
 
 
-def wait_for_shards(cache: Path, run: Forked) -> None:
-    """Until one shard is finished and the next one begun."""
+def wait_for_files(cache: Path, run: Forked) -> None:
+    """Until one file is finished."""
     end = time.monotonic() + 300
-    while not (list(cache.rglob("*.safetensors.json")) and list(cache.rglob(".*.safetensors.*.partial"))):
+    while not (list(cache.glob("*.safetensors"))):
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -166,7 +122,7 @@ def test_sigterm_and_a_second_run(
 ) -> None:
     cache = tmp_path / "cache"
     run = start_cache(cache, written[0], *SETTINGS, "--encoder.batch_size=4", setup=SLOWLY)
-    wait_for_shards(cache, run)
+    wait_for_files(cache, run)
     with pytest.raises(SystemExit):
         run_cache(cache, written[0], *SETTINGS)
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -176,7 +132,7 @@ def test_sigterm_and_a_second_run(
     run.send_signal(signal.SIGTERM)
     _, error = run.communicate(timeout=300)
     assert run.returncode == 143
-    kept = f"finished shards are kept in {cache}: the same command goes on there"
+    kept = f"finished files are kept in {cache}: the same command goes on there"
     assert error.strip().splitlines()[-1] == f"latentreward: stopped by SIGTERM; {kept}"
     assert not list(cache.rglob("*.partial"))
     done = contents(cache)
@@ -193,7 +149,7 @@ def test_a_signal_to_one_of_two_processes(
 ) -> None:
     cache, two = tmp_path / "cache", ("--trainer.devices=2", "--trainer.strategy=ddp")
     run = start_cache(cache, written[0], *SETTINGS, *two, setup=SLOWLY)
-    wait_for_shards(cache, run)
+    wait_for_files(cache, run)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(children[0]) if rank else run.pid, sent)
     _, error = run.communicate(timeout=300)

@@ -7,14 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from latentreward.apps.cli import main
 from latentreward.data import DiffusionRMReader
 from latentreward.data.images import decode_latents
-from latentreward.diffusion.cache.layout import IMAGES, PAIRS, SHARDS, read_plan
 from latentreward.diffusion.cache.sources import RELEASED_SPACE
-from tests.diffusion.cache.writing import contents
+from latentreward.diffusion.cache.store import IMAGES, PAIRS, read_plan
+from tests.diffusion.cache.writing import contents, stored, table
 
 SAMPLE = Path(__file__).parents[2] / "formats" / "data" / "diffusion_rm"
 
@@ -30,23 +29,22 @@ def test_every_latent_is_taken_over(tmp_path: Path, dtype: str) -> None:
     reader, plan = DiffusionRMReader(str(SAMPLE)), read_plan(tmp_path)
     assert (plan.pairs, plan.images, plan.spec.vae, plan.spec.origin) == (10, 20, None, "diffusion-rm")
     assert plan.spec.latent_space == RELEASED_SPACE
-    images, shards = (pq.read_table(tmp_path / name).to_pylist() for name in (IMAGES, SHARDS))
-    assert {(shard["height"], shard["width"]) for shard in shards} == {(256, 256), (512, 512)}
-    for number, pair in enumerate(pq.read_table(tmp_path / PAIRS).to_pylist()):
+    images, latents = table(tmp_path, IMAGES), stored(tmp_path)
+    assert {(image["height"], image["width"]) for image in images} == {(256, 256), (512, 512)}
+    for number, pair in enumerate(table(tmp_path, PAIRS)):
         record = reader[number]
         assert (pair["pair_id"], pair["label_a"]) == (record.pair_id, record.label_a)
         for row, image in ((pair["image_a"], record.image_a), (pair["image_b"], record.image_b)):
             assert images[row]["image_key"] == image.image_key
-            found = load_file(tmp_path / shards[images[row]["shard"]]["name"])["latents"][images[row]["row"]]
-            assert torch.equal(found, torch.from_numpy(decode_latents(image)).to(getattr(torch, dtype)))
+            assert torch.equal(latents[row], torch.from_numpy(decode_latents(image)).to(getattr(torch, dtype)))
 
 
 def test_damaged_latents_and_other_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(shutil.copytree(SAMPLE, tmp_path / "source"))
-    table = pq.read_table(root / "part_rank00.parquet")
-    first = table["latent1"].to_pylist()
+    held = pq.read_table(root / "part_rank00.parquet")
+    first = held["latent1"].to_pylist()
     first[1] = first[1][:-9]
-    columns = table.set_column(table.column_names.index("latent1"), "latent1", pa.array(first))
+    columns = held.set_column(held.column_names.index("latent1"), "latent1", pa.array(first))
     with pq.ParquetWriter(root / "part_rank00.parquet", columns.schema) as writer:  # in the groups of the index
         writer.write_table(columns.slice(0, 2))
         writer.write_table(columns.slice(2))
@@ -67,6 +65,6 @@ def test_another_latent_space_is_noticed(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_run_that_lost_a_shard_is_completed(tmp_path: Path) -> None:
     run_import(tmp_path / "cache", SAMPLE)
     whole = contents(tmp_path / "cache")
-    min((tmp_path / "cache" / "latents").glob("*.safetensors")).unlink()
+    min((tmp_path / "cache").glob("*.safetensors")).unlink()
     run_import(tmp_path / "cache", SAMPLE)
     assert contents(tmp_path / "cache") == whole

@@ -4,11 +4,16 @@ import json
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from latentreward.apps.cli import main
+from latentreward.diffusion.cache.store import IMAGES, PROMPTS
 from tests.processes import Forked, run_command
 
 SQUARE, TALL, WIDE, LARGE = (32, 32), (48, 32), (32, 48), (64, 64)
@@ -88,3 +93,22 @@ def contents(folder: Path) -> dict[str, str]:
     """Hash of every file, by its path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def table(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Rows of a table."""
+    return pq.read_table(folder / name).to_pylist()
+
+
+def stored(cache: Path, kind: str = "latents", tensor: str = "latents") -> list[torch.Tensor]:
+    """What a cache holds of each row of the table of images, or of prompts (``kind="text"``)."""
+    files = [row["file"] for row in table(cache, IMAGES if kind == "latents" else PROMPTS)]
+    rows = {}
+    for number in set(files):
+        held = load_file(cache / f"{kind}-{number:05d}.safetensors")
+        lengths = held.get("prompt_lengths")
+        split = (
+            held[tensor].split(lengths.tolist()) if tensor == "prompt_embeds" and lengths is not None else held[tensor]
+        )
+        rows[number] = iter(split)
+    return [next(rows[number]) for number in files]

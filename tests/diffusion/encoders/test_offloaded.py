@@ -10,8 +10,8 @@ from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.apps.generation import trained_policy
 from latentreward.core.contracts import Conditioning
 from latentreward.core.registry import create_backbone
-from latentreward.diffusion.encoders.offloaded import OffloadedEncoder
 from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.stored_prompts import OffloadedEncoder
 from latentreward.diffusion.families import qwen_image_edit
 from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, edit_prompt
 from latentreward.reward.scoring.network import RewardNetwork

@@ -7,8 +7,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableD
 from latentreward.core.contracts import Conditioning
 from latentreward.core.errors import InputError
 from latentreward.diffusion.backbones.loading import PipelineSource
-from latentreward.diffusion.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
-from latentreward.diffusion.encoders.prompts import equal_lengths
+from latentreward.diffusion.encoders.prompts import CLIPPromptEncoder, SDXLPromptEncoder, equal_lengths
 from tests.tiny_pipelines import TOKENS, WIDTH, pipeline_folder
 
 PROMPTS = ["a cat", "", "two cats on a mat, and so many words that they are cut"]

@@ -9,7 +9,7 @@ from PIL import Image
 from latentreward.core.contracts import EditPrompt, ImageRef
 from latentreward.data import PixelLoader
 from latentreward.data.images import png
-from latentreward.diffusion.encoders.sources import SourceEncoder
+from latentreward.diffusion.encoders.vae import SourceEncoder
 from tests.diffusion.families.twins import TWINS
 
 

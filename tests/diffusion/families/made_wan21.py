@@ -3,13 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import (
-    AutoencoderKLWan,
-    DiffusionPipeline,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import AutoencoderKLWan, DiffusionPipeline, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from tests.tiny_pipelines import t5_tokenizer

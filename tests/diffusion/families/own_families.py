@@ -1,15 +1,11 @@
 """Families outside the package, as their authors would write them, each with a tiny pipeline.
 
-Chroma is a flow with T5 alone, whose padding tokens take part: the pipeline adds its mask of zeros and ones to the
-attention's logits. SANA is a flow with linear attention and a deterministic VAE that divides sides by 32. PixArt-Sigma
-predicts noise.
+SANA is a flow with linear attention and a deterministic VAE that divides sides by 32. PixArt-Sigma predicts noise.
 """
 
 import torch
 from diffusers import (
     AutoencoderDC,
-    ChromaPipeline,
-    ChromaTransformer2DModel,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -18,14 +14,12 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
 )
-from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
 
 from latentreward.core.contracts import Conditioning, LatentSpace
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion import FamilyBackbone, FlowFamily, load_family_backbone
-from latentreward.diffusion.encoders.language_model import LanguageModelEncoder
-from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.prompts import LanguageModelEncoder, PromptEncoder
 from latentreward.diffusion.encoders.vae import LatentEncoder
 from latentreward.diffusion.noise.schedules import static_levels
 from tests.tiny_pipelines import t5_tokenizer, vae
@@ -53,58 +47,6 @@ class T5Prompts(PromptEncoder):
     def encode_ids(self, *ids):
         states = self.text_encoder(input_ids=ids[0], attention_mask=ids[1]).last_hidden_state
         return Conditioning(states, prompt_mask=ids[1].bool())
-
-
-class ChromaPrompts(T5Prompts):
-    """T5 tokens of a fixed number, all of which count; the pooled vector is 1 for the prompt's own and one more."""
-
-    masked = False
-
-    def __init__(self, text_encoder, tokenizer, num_tokens):
-        super().__init__(text_encoder, tokenizer, num_tokens)
-        self.pooled_dim = num_tokens
-
-    def tokenize(self, prompts):
-        return self.padded(prompts, "max_length")
-
-    def encode_ids(self, *ids):
-        states = self.text_encoder(input_ids=ids[0], attention_mask=ids[1]).last_hidden_state
-        return Conditioning(states, F.pad(ids[1], (1, 0), value=1)[:, :-1].to(states.dtype))
-
-
-class Chroma(FlowFamily):
-    """Family of Chroma1-HD: FLUX's blocks, modulated by an approximator instead of layers of their own."""
-
-    name, title = "own_chroma", "Chroma"
-    network_class = "ChromaTransformer2DModel"
-    block_classes = ("ChromaTransformerBlock", "ChromaSingleTransformerBlock")
-    lists = ("transformer_blocks", "single_transformer_blocks")
-    lora_loader = "FluxLoraLoaderMixin"
-    time_embedding, positions, default_guidance = ("distilled_guidance_layer",), 4, 5.0
-
-    def load_prompt_encoder(self, t5_length=None, load_t5=True, pretrained=True):
-        text = self.pipeline.load(T5EncoderModel, "text_encoder", pretrained)
-        return ChromaPrompts(text, self.pipeline.tokenizer("tokenizer"), t5_length or 512)
-
-    def mu(self, num_inference_steps, shape):
-        return self.linear_mu(shape[-1] * shape[-2] // 4)
-
-    def inputs(self, network, latents, conditioning):
-        grid, kind = self.token_grid(latents), network.x_embedder.weight
-        rows, columns = (torch.arange(side, device=latents.device) for side in grid)
-        places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
-        text = conditioning.prompt_embeds.to(kind.dtype)
-        ids = F.pad(places, (1, 0)).to(kind.dtype), torch.zeros(text.shape[1], 3, device=latents.device)
-        mask = F.pad(conditioning.pooled_prompt_embeds.to(kind.dtype), (0, len(places)), value=1.0)
-        return self.pack(latents.to(kind.dtype)), text, ids, mask
-
-    def velocity(self, network, latents, sigma, conditioning, guidance):
-        visual, text, (places, words), mask = self.inputs(network, latents, conditioning)
-        made = network(visual, text, sigma.to(visual.dtype), places, words, mask, return_dict=False)
-        return self.unpack(made[0], self.token_grid(latents))
-
-    def temb(self, *found):
-        return found[0].mean(dim=1)
 
 
 class DCEncoder(LatentEncoder):
@@ -177,16 +119,6 @@ class PixArt(FlowFamily):
 
 def t5(width: int = 32) -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=128, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
-
-
-def chroma_pipeline() -> DiffusionPipeline:
-    network = ChromaTransformer2DModel(
-        in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(4, 6, 6), approximator_num_channels=16,
-        approximator_hidden_dim=16, approximator_layers=1,
-    )  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    return ChromaPipeline(scheduler, vae(0.3611, 16, 0.1159), t5(), t5_tokenizer(), network)
 
 
 def sana_vae() -> AutoencoderDC:

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from latentreward.alignment import Policy, TrainedLoRA, write_kohya
-from latentreward.alignment.export.kohya import FILE
+from latentreward.alignment.export.lora import KOHYA_FILE as FILE
 from latentreward.apps.generation.lora import load_lora
 from latentreward.core.errors import InputError
 from latentreward.diffusion import LoRA
 from tests.alignment.policies.alignment import perturbed
-from tests.diffusion.families.twins import PROMPTS, Twin, every_network, noise_for, one_per_family
+from tests.diffusion.families.twins import PROMPTS, TWINS, Twin, every_network, noise_for
 
 
 def moved(twin: Twin, **options: Any) -> Policy:
@@ -66,17 +66,13 @@ def test_the_exported_file_loads_in_diffusers_and_here(twin: Twin, tmp_path: Pat
         torch.testing.assert_close(output(policy, twin), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("twin", one_per_family(without="sd3"), ids=lambda twin: twin.family)
-def test_kohyas_format_exists_only_where_programs_need_it(twin: Twin, tmp_path: Path) -> None:
-    lora = TrainedLoRA.of_policy(moved(twin))
-    if twin.family != "wan21":
-        with pytest.raises(InputError, match=r"format=kohya has no names for .*; use format=diffusers or merged"):
-            write_kohya(lora, tmp_path)
-        return
-    write_kohya(lora, tmp_path)
-    pipeline = twin.pipeline()
+def test_kohyas_format_exists_only_where_programs_need_it(tmp_path: Path) -> None:
+    twin, other = TWINS["wan21"], TWINS["z_image"]
+    with pytest.raises(InputError, match="format=kohya"):
+        write_kohya(TrainedLoRA.of_policy(moved(other)), tmp_path)
+    policy, pipeline = moved(twin), twin.pipeline()
+    write_kohya(TrainedLoRA.of_policy(policy), tmp_path)
     pipeline.load_lora_weights(tmp_path, weight_name=FILE)
-    policy = moved(twin)
     with torch.no_grad():
         want = output(policy, twin)
         policy.network = getattr(pipeline, policy.family.part)

@@ -8,7 +8,6 @@ from torch import Tensor
 from latentreward.core.errors import InputError
 from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
 from tests.diffusion.families.made_wan21 import vae
-from tests.diffusion.families.twins import TWINS
 from tests.tiny_pipelines import randomise
 
 KINDS = (AutoencoderKLWan, AutoencoderKLQwenImage)
@@ -27,15 +26,6 @@ def encoder(kind: type) -> ChannelLatentEncoder:
 
 def drawn(*shape: int, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
-def test_the_two_families_share_a_space() -> None:
-    wan, qwen = (TWINS[name].source().latent_space() for name in ("wan21", "qwen_image"))
-    assert wan == qwen
-    assert all(ChannelLatentEncoder.space_of(vae(kind).config) == wan for kind in KINDS)
-    assert (wan.channels, wan.downscale, wan.frame_downscale, wan.codec) == (16, 8, 4, "channel")
-    assert (wan.means[0], wan.means[-1], wan.stds[0], wan.stds[-1]) == (-0.7571, -0.2921, 2.8184, 1.916)
-    assert wan.shape(480, 832, 81) == (16, 21, 60, 104)
 
 
 @every_kind

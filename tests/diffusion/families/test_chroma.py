@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latentreward.diffusion.families.chroma import joint_mask, masked_checkpoints
-from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
+from tests.diffusion.families.twins import PROMPTS, TWINS
 
 TWIN = TWINS["chroma"]
 
@@ -35,15 +35,6 @@ def test_the_mask_is_left_out_where_all_tokens_take_part() -> None:
     assert mask is not None and mask.dtype == torch.bool and mask[:, -6:].all() and not mask.all()
 
 
-def test_padding_changes_nothing() -> None:
-    policy = TWIN.source().load().eval()
-    latents, times = noise_for(policy.latent_shape(*TWIN.size), 1), torch.tensor([700.0])
-    encoded = policy.encode_prompts(PROMPTS[:1])
-    longer = encoded.padded(encoded.prompt_embeds.shape[1] + 9)
-    with torch.no_grad():
-        torch.testing.assert_close(policy.predict(latents, times, longer), policy.predict(latents, times, encoded))
-
-
 def test_single_blocks_get_the_mask_with_gradient_checkpointing() -> None:
     network = TWIN.source(gradient_checkpointing=True).load().network.train()
     plain, mask = network._gradient_checkpointing_func, torch.ones(1, 2, dtype=torch.bool)
@@ -58,15 +49,3 @@ def test_single_blocks_get_the_mask_with_gradient_checkpointing() -> None:
     with pytest.raises(KeyError), masked_checkpoints(network, mask):
         raise KeyError
     assert network._gradient_checkpointing_func == plain
-
-
-@pytest.mark.parametrize("size", [(1024, 1024), (512, 768)])
-def test_levels_are_those_of_the_pipeline(size: tuple[int, int]) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    from diffusers.pipelines.chroma.pipeline_chroma import calculate_shift
-
-    family = TWIN.source().resolve_family()
-    scheduler = FlowMatchEulerDiscreteScheduler(**TWIN.pipeline().scheduler.config)
-    mu = calculate_shift(size[0] // 16 * (size[1] // 16))
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 5, 5).numpy(), mu=mu)
-    torch.testing.assert_close(family.levels(5, family.latent_shape(*size))[1], scheduler.sigmas)

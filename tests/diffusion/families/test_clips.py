@@ -2,9 +2,6 @@
 
 import csv
 import json
-import re
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +10,22 @@ import torch
 from PIL import Image, ImageSequence
 from torch.utils.data import DataLoader
 
-from latentreward.alignment import Sampling
+from latentreward.alignment import PixelReward, Sampling
 from latentreward.apps.cli import main
 from latentreward.apps.commands.cache import TrainerSettings, cache
 from latentreward.apps.generation.image_folder import ImageFolder, write_images
-from latentreward.core.contracts import PromptBatch
+from latentreward.core.contracts import NoisyStates, PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
-from latentreward.core.reports.drawing import strip, to_image, to_images
+from latentreward.core.reports.drawing import to_images
 from latentreward.data import JSONLPairReader, PreferenceDataModule
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.image_sizes import OneSize
 from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
-from latentreward.diffusion.cache.layout import CacheSpec, read_plan
-from latentreward.diffusion.cache.sizing import ImageSettings
-from latentreward.diffusion.cache.sources import PipelineEncoders
-from latentreward.reward import DiNaLRMModule, GatedQFormerHead, RewardModel, ThurstoneLoss
-from latentreward.reward.scoring.layouts.config import sizes_of, sizes_record
+from latentreward.diffusion.cache.sources import ImageSettings, PipelineEncoders
+from latentreward.diffusion.cache.store import read_plan
+from latentreward.reward import CallableScorer, DiNaLRMModule, GatedQFormerHead, RewardModel, ThurstoneLoss
+from latentreward.reward.scoring.layouts.model_folder import sizes_of, sizes_record
 from tests.alignment.modules.lpo_runs import make_trainer
 from tests.apps.evaluation.policy.toy_scorers import redness
 from tests.clips import write_clip
@@ -115,82 +111,37 @@ def test_clips_are_written_as_animated_webp(tmp_path: Path) -> None:
     assert again.missing([(0, 0), (1, 0)], ["a cat", "a dog"]) == []
 
 
-def test_grids_show_four_frames() -> None:
-    frames = [Image.new("RGB", (4, 4), (10 * number, 0, 0)) for number in range(13)]
-    picture = strip(frames)
-    assert [picture.getpixel((4 * place, 0))[0] for place in range(4)] == [0, 40, 80, 120]
-    image = to_image(torch.zeros(3, 4, 6))
-    assert strip([image]).tobytes() == image.tobytes()
-
-
 def test_records_of_clips_are_read_again() -> None:
     assert sizes_of(sizes_record(OneSize(8, 8))) == OneSize(8, 8)
     clips = OneSize(8, 8, "stretch", 5, 8.0)
     assert sizes_of(sizes_record(clips)) == clips
     with pytest.raises(InputError, match=r"image_sizes\.fps=0 must lie in"):
         sizes_of({"class": "OneSize", "init_args": {"height": 8, "width": 8, "frames": 5, "fps": 0.0}})
-    spec = CacheSpec(
-        "vae", "v", "float32", WAN.source().resolve_family().latent_space, "mode", 0, "float16", (8, 8), None,
-        "stretch", "shared", 0, 1, 1,
-    )  # fmt: skip
-    for one in (spec, replace(spec, frames=5)):
-        assert CacheSpec.from_json(json.loads(json.dumps(one.record()))) == one
-
-
-def refusals(folder: Path) -> dict[str, tuple[Callable[[], Any], str]]:
-    clip = PreferenceDataModule(SIZE, train=JSONLPairReader(pairs(folder)), frames=4, num_workers=0)
-    images = TWINS["qwen_image"].source()
-    model = RewardModel.of(reward_module().model)
-    model.image_sizes = OneSize(SIZE, SIZE, frames=FRAMES)
-    trainer = make_trainer(folder, max_steps=1)
-    pixels = torch.zeros(1, 3, SIZE, SIZE)
-    return {
-        "policy": (lambda: SAMPLING.sampler(images.resolve_family()), "frames=5: Qwen-Image makes images"),
-        "count": (lambda: Sampling(frames=4).latent_shape(WAN.source().resolve_family()), "multiple of 4 plus 1"),
-        "data": (lambda: trainer.fit(reward_module(), datamodule=clip), "data.frames=4 must be a multiple of 4 plus 1"),
-        "buckets": (lambda: ImageSettings(frames=5), "images.frames=5: clips come to one size"),
-        "judge": (
-            lambda: SAMPLING.require_images("evaluate-policy"),
-            "sampling.frames=5: evaluate-policy takes images",
-        ),
-        "pixel reward": (
-            pixel_reward,
-            "sampling.frames makes clips, but a reward on pixels scores images",
-        ),
-        "monitor": (
-            lambda: SAMPLING.require_images("HackingMonitor"),
-            "sampling.frames=5: HackingMonitor takes images",
-        ),
-        "serve": (lambda: model.require_images("serve"), "was trained on clips of 5 frames, but serve takes images"),
-        "score": (lambda: model.score("a", pixels), "images are given, but the model was trained on clips of 5 frames"),
-        "length": (
-            lambda: model.score("a", pixels.unsqueeze(2).repeat(1, 1, 9, 1, 1)),
-            "clips of 9 frames are given, but the model was trained on clips of 5 frames",
-        ),
-    }
-
-
-def pixel_reward() -> None:
-    from latentreward.alignment import PixelReward
-    from latentreward.core.contracts import NoisyStates
-    from latentreward.reward import CallableScorer
-
-    policy = WAN.source().load()
-    scorer = CallableScorer(redness, "red")
-    reward = PixelReward(scorer).load(policy)
-    noise = torch.zeros(1, *LATENTS)
-    reward(NoisyStates(noise, torch.zeros(1), torch.zeros(1, dtype=torch.int64), noise), reward.encode_prompts(["a"]))
-
-
-def test_refusals(tmp_path: Path) -> None:
-    for name, (call, told) in refusals(tmp_path).items():
-        with pytest.raises(InputError, match=re.escape(told)) as caught:
-            call()
-        assert "\n" not in str(caught.value), name
 
 
 def score_rows(table: str) -> list[dict[str, str]]:
     return list(csv.DictReader(Path(table).read_text().splitlines()))
+
+
+def test_clips_are_refused_where_images_are_taken(tmp_path: Path) -> None:
+    clip = PreferenceDataModule(SIZE, train=JSONLPairReader(pairs(tmp_path)), frames=4, num_workers=0)
+    model, pixels = RewardModel.of(reward_module().model), torch.zeros(1, 3, SIZE, SIZE)
+    model.image_sizes = OneSize(SIZE, SIZE, frames=FRAMES)
+    reward, noise = PixelReward(CallableScorer(redness, "red")).load(WAN.source().load()), torch.zeros(1, *LATENTS)
+    states = NoisyStates(noise, torch.zeros(1), torch.zeros(1, dtype=torch.int64), noise)
+    for key, call in (
+        ("frames=5", lambda: SAMPLING.sampler(TWINS["qwen_image"].source().resolve_family())),
+        ("multiple of 4", lambda: Sampling(frames=4).latent_shape(WAN.source().resolve_family())),
+        ("data.frames=4", lambda: make_trainer(tmp_path, max_steps=1).fit(reward_module(), datamodule=clip)),
+        ("images.frames=5", lambda: ImageSettings(frames=5)),
+        ("sampling.frames=5", lambda: SAMPLING.require_images("evaluate-policy")),
+        ("sampling.frames", lambda: reward(states, reward.encode_prompts(["a"]))),
+        ("clips of 5 frames", lambda: model.require_images("serve")),
+        ("clips of 5 frames", lambda: model.score("a", pixels)),
+        ("clips of 9 frames", lambda: model.score("a", pixels.unsqueeze(2).repeat(1, 1, 9, 1, 1))),
+    ):
+        with pytest.raises(InputError, match=key):
+            call()
 
 
 @pytest.mark.rotated
@@ -204,7 +155,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     images = {"size": SIZE, "resize": "stretch", "frames": FRAMES}
     run("cache", {"reader": reader, "encoder": encoder, "images": images, "num_workers": 0,
                   "trainer": {"accelerator": "cpu", "devices": 1}}, "cache")  # fmt: skip
-    assert read_plan(Path("cache")).spec.frames == FRAMES
+    assert read_plan(Path("cache")).spec.images.frames == FRAMES
     main(["cache", "cache", "--check"])
     backbone = {"source": WAN.folder, "visual_taps": [1, 2], "text_taps": [1, 2], "tuning": "lora"}
     head = {"class_path": "GatedQFormerHead", "init_args": {"num_queries": 2, "num_heads": 2}}

@@ -43,11 +43,6 @@ def test_pooled_is_the_vector_or_the_mean_of_the_prompts_own_tokens() -> None:
     assert torch.equal(Conditioning(torch.zeros(1, 2, 3)).pooled(), torch.zeros(1, 3))  # no tokens: not 0 / 0
 
 
-def test_a_mask_stays_a_mask_in_another_precision() -> None:
-    half = masked(2, 4).to(torch.bfloat16)
-    assert half.prompt_embeds.dtype == torch.bfloat16 and half.prompt_mask.dtype == torch.bool
-
-
 SCALAR = LatentSpace(16, 8, 0.3611, 0.1159)
 CHANNEL = LatentSpace(2, 8, frame_downscale=4, means=(0.5, -0.5), stds=(1.0, 2.0))
 NORM = LatentSpace(128, 16, statistics="ab")
@@ -59,10 +54,6 @@ def test_spaces_survive_their_record(space: LatentSpace, codec: str) -> None:
     record = {name: list(value) if isinstance(value, tuple) else value for name, value in space.record().items()}
     assert LatentSpace.from_record(record) == space
     assert hash(space) == hash(LatentSpace.from_record(record))
-
-
-def test_the_record_of_a_scalar_space_has_no_more_than_its_fields() -> None:
-    assert SCALAR.record() == {"channels": 16, "downscale": 8, "scaling_factor": 0.3611, "shift_factor": 0.1159}
 
 
 def test_spaces_are_equal_if_reductions_and_constants_are() -> None:

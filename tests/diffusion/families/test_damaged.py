@@ -82,9 +82,3 @@ def test_a_config_of_quantised_weights_is_refused_before_they_are_read(twin: Twi
     path.write_text(json.dumps(json.loads(path.read_text()) | stored))
     with pytest.raises(InputError, match=rf"{part}: its config.json has a quantization_config of 'bitsandbytes'; get"):
         replace(twin.source(), source=str(copy)).load()
-
-
-@pytest.mark.parametrize("twin", one_per_family(without="sd3"), ids=lambda twin: twin.family)
-def test_search_inside_the_pipeline_is_refused(twin: Twin) -> None:
-    with pytest.raises(InputError, match=r"StepSearch cannot read the states of .*; use `latentreward generate`"):
-        twin.source().resolve_family().search_inputs()

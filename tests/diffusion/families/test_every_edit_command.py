@@ -47,7 +47,7 @@ def write_edits(folder: Path) -> None:
     pictures = sorted(path.relative_to(folder) for path in folder.rglob("*.jpg"))
     rows = [
         {"prompt": TEXTS[row % 4], "source_images": [str(pictures[row])], "image_a": str(pictures[row + 1]),
-         "image_b": str(pictures[row + 2]), "label": row % 2}
+         "image_b": str(pictures[row + 2]), "label": float(row % 2)}
         for row in range(8)
     ]  # fmt: skip
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,6 +1,5 @@
 """Which family a pipeline is of, and which pipelines are refused before a weight is read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import pytest
 from latentreward.alignment import PolicySource
 from latentreward.alignment.policies.checkpoint import SOURCE, read_policy_adapter
 from latentreward.core.errors import InputError
-from latentreward.diffusion import Family, find_family, import_family
-from latentreward.diffusion.families.find import families
+from latentreward.diffusion import find_family, import_family
+from latentreward.diffusion.families.base import families
 from latentreward.diffusion.families.sd import StableDiffusion
 from tests.diffusion.families.made_configs import MadeConfigs
 from tests.diffusion.families.twins import TWINS, Twin
@@ -58,16 +57,8 @@ def test_unknown_families_are_refused_with_those_known() -> None:
         ("WanImageToVideoPipeline", {"_class_name": "WanTransformer3DModel"}, "continues a given image"),
         ("WanVACEPipeline", {"_class_name": "WanVACETransformer3DModel"}, "edits a given video"),
         ("Flux2Pipeline", {"_class_name": "Flux2Transformer2DModel"}, "FLUX.2-dev"),
-        (
-            "SanaPipeline",
-            {"_class_name": "SanaTransformer2DModel"},
-            r"no family here has its VAE .* give a class of your own as family",
-        ),
-        (
-            None,
-            {"_class_name": "SanaTransformer2DModel"},
-            r"no family here has its VAE .* give a class of your own as family",
-        ),
+        ("SanaPipeline", {"_class_name": "SanaTransformer2DModel"}, "no family here has its VAE"),
+        (None, {"_class_name": "SanaTransformer2DModel"}, "no family here has its VAE"),
     ],
 )
 def test_pipelines_for_other_tasks_are_refused_with_the_reason(index: Any, parts: dict[str, Any], reason: str) -> None:
@@ -129,9 +120,3 @@ def test_a_strangers_checkpoint_does_not_import_its_family(tmp_path: Path, monke
     for trusted in (False, True):
         with pytest.raises(InputError, match=r"family=\['stranger.Family'\], which is no import path"):
             read_policy_adapter(tmp_path / "last.ckpt", trusted)
-
-
-def test_every_family_has_a_name_and_a_title() -> None:
-    for name, kind in families().items():
-        assert issubclass(kind, Family) and kind.title and name == kind.name
-        assert json.dumps([name, kind.title])

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
@@ -136,23 +136,12 @@ def test_missing_weights_of_the_vae_are_named(tmp_path: Path) -> None:
 # Levels and guidance
 
 
-@pytest.mark.parametrize(
-    ("size", "steps"), [((1024, 1024), 28), ((512, 768), 4), ((1024, 1088), 10), ((2048, 1024), 4)]
-)
+@pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 28), ((512, 768), 4), ((2048, 1024), 4)])
 def test_levels_equal_those_of_the_pipeline(size: tuple[int, int], steps: int) -> None:
-    found = family()
-    scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    found, scheduler = family(), FlowMatchEulerDiscreteScheduler(**DYNAMIC)
     mu = compute_empirical_mu(size[0] // 16 * (size[1] // 16), steps)
-    want, _ = retrieve_timesteps(scheduler, sigmas=torch.linspace(1, 1 / steps, steps).numpy(), mu=mu)
-    timesteps, sigmas = found.levels(steps, found.latent_shape(*size))
-    torch.testing.assert_close(timesteps, want, rtol=0, atol=1e-3)
-    torch.testing.assert_close(sigmas, scheduler.sigmas)
-
-
-def test_native_size() -> None:
-    found = family()
-    assert (found.native_size, found.side_multiple, found.latent_shape()) == ((1024, 1024), 16, (128, 64, 64))
-    assert found.grid((1024, 512)) == (64, 32)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).numpy(), mu=mu)
+    torch.testing.assert_close(found.levels(steps, found.latent_shape(*size))[1], scheduler.sigmas)
 
 
 def test_distilled_models_take_no_guidance() -> None:
@@ -163,22 +152,7 @@ def test_distilled_models_take_no_guidance() -> None:
         distilled.guidance(4.0)
 
 
-def test_models_of_unknown_kind_count_as_base_with_a_note() -> None:
-    assert "taken as a base model" in family().assumption()
-    assert family().default_guidance == 4.0
-    assert family({"is_distilled": True}).assumption() is None
-
-
 # Text
-
-
-def test_layers_of_the_text_encoder_that_are_not_read_are_removed() -> None:
-    cut, whole = (twin.source().resolve_family().load_prompt_encoder() for twin in (BASE, DISTILLED))
-    for encoder in (cut, whole):
-        assert len(encoder.text_encoder.model.layers) == 27
-        assert not list(encoder.text_encoder.lm_head.parameters())
-    assert isinstance(cut.text_encoder.model.norm, nn.Identity)
-    assert not isinstance(whole.text_encoder.model.norm, nn.Identity)
 
 
 def test_prompts_are_padded_on_the_tokenizers_side_without_a_mask() -> None:
@@ -194,13 +168,6 @@ def test_prompts_are_padded_on_the_tokenizers_side_without_a_mask() -> None:
         assert encoded.prompt_mask is None
         own = encoded.prompt_embeds[0][mask[0].bool()]
         torch.testing.assert_close(encoded.pooled_prompt_embeds[0], own.mean(dim=0))
-
-
-def test_tokenizers_without_their_template_are_refused(tmp_path: Path) -> None:
-    found = copied(tmp_path)
-    (tmp_path / "tokenizer" / "chat_template.jinja").unlink()
-    with pytest.raises(InputError, match="tokenizer has no chat template"):
-        found.load_prompt_encoder()
 
 
 def test_text_encoders_with_too_few_layers_are_refused(tmp_path: Path) -> None:
@@ -229,19 +196,3 @@ def test_joint_sequence_of_a_single_block_is_text_and_then_image() -> None:
         policy.predict(latents, timesteps, conditioning)
         features = backbone(latents, timesteps, conditioning)
     torch.testing.assert_close(torch.cat([*features.text, *features.visual], dim=1), seen[0], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("index", [{}, {"_class_name": "Flux2Pipeline"}])
-def test_dev_is_refused(index: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"FLUX.2-dev.*use FLUX.2-klein"):
-        family(index, guidance_embeds=True, num_attention_heads=48)
-
-
-def test_editing_pipelines_are_refused() -> None:
-    with pytest.raises(InputError, match="is a Flux2KleinKVPipeline: it edits given images"):
-        family({"_class_name": "Flux2KleinKVPipeline"})
-
-
-def test_networks_of_other_latents_are_refused() -> None:
-    with pytest.raises(InputError, match="transformer takes 64 channels"):
-        family(in_channels=64)

@@ -22,7 +22,7 @@ from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.core.settings.functions import MODE, prepare_parsing
-from latentreward.diffusion.cache.layout import read_plan
+from latentreward.diffusion.cache.store import read_plan
 from latentreward.reward import GatedQFormerHead, RewardModel, edit_prompt
 from tests.diffusion.cache.writing import SETTINGS, SQUARE, write_data
 from tests.diffusion.families.own_families import sana_vae
@@ -231,22 +231,6 @@ def test_a_plain_unet_samples_as_stable_diffusion(folder: Path) -> None:
     found, wanted = (sample_latents(policy, *drawn, draws=GivenNoise(noise)) for policy in policies)
     torch.testing.assert_close(found, wanted)
     assert policies[0].family.noise_process.sigmas.equal(policies[1].family.noise_process.sigmas)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", ["GatedQFormerHead", "own_head.OwnHead"])
-def test_its_memory_is_estimated(
-    head: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = (
-        "from latentreward.reward import GatedQFormerHead",
-        "class OwnHead(GatedQFormerHead):",
-        '    """My head."""',
-    )
-    (folder / "own_head.py").write_text("\n".join(lines))
-    monkeypatch.chdir(folder)
-    main(["fit", "--config=aura_flow_reward.yaml", f"--model.head={head}", "--trainer.accelerator=cpu", "--estimate"])
-    assert "memory: fit" in capsys.readouterr().out
 
 
 @pytest.mark.rotated

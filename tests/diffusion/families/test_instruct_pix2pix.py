@@ -1,12 +1,8 @@
 """InstructPix2Pix: diffusers' pipelines, three passes and two scales, features, LoRA files, refusals."""
 
-import json
-import shutil
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from tempfile import mkdtemp
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,16 +12,12 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from latentreward.alignment import Policy, PolicySource, Sampling, TrainedLoRA, sample_latents, write_kohya
-from latentreward.apps.estimate.pipelines import PIPELINES, write_pipelines
 from latentreward.core.contracts import EditPrompt, ImageRef, PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.data.images import to_pixels
 from latentreward.diffusion import LoRA
 from latentreward.diffusion.families.instruct_pix2pix import widened
-from latentreward.reward import CLIPProjectionHead
-from latentreward.reward.scoring.layouts.exporting import lpo_problems
-from latentreward.reward.scoring.network import RewardNetwork
 from tests.alignment.policies.alignment import perturbed
 from tests.diffusion.families.test_parity import assert_near
 from tests.diffusion.families.twins import PROMPTS, GivenNoise, noise_for
@@ -144,15 +136,6 @@ def test_sources_that_do_not_fit_are_refused() -> None:
         policy.family.source_size(1, 25)
 
 
-def test_searches_in_the_pipeline_and_the_layout_of_lrm_are_refused() -> None:
-    with pytest.raises(InputError, match="StepSearch cannot read the states of InstructPix2Pix's pipeline"):
-        policy_of("ip2p_sd15", image_guidance_scale=None).family.search_inputs()
-    backbone = create_backbone("ip2p_sd15", source=pipeline_folder("ip2p_sd15"))
-    model = RewardNetwork(backbone, CLIPProjectionHead(backbone.feature_spec, embed_dim=8))
-    problems = [*lpo_problems(model, SimpleNamespace(own={"unet": {}}))]  # type: ignore[arg-type]
-    assert problems == ["its U-Net makes pictures from text, and here it edits pictures"]
-
-
 @torch.no_grad()
 def test_a_widened_network_at_first_predicts_as_before() -> None:
     unet, latents, text = sd_unet(), noise_for((4, 8, 8)), torch.randn(2, 3, 16)
@@ -160,21 +143,3 @@ def test_a_widened_network_at_first_predicts_as_before() -> None:
     found = wide(torch.cat([latents, noise_for((4, 8, 8), seed=1)], dim=1), 300, text).sample
     torch.testing.assert_close(found, unet(latents, 300, text).sample)
     assert wide.config.in_channels == 8 and wide.config.out_channels == 4
-
-
-@pytest.mark.slow
-def test_the_published_network_has_four_more_channels() -> None:
-    folders = write_pipelines(Path(mkdtemp()), {name: PIPELINES[name] for name in ("sd15", "ip2p_sd15")}, [])
-    with torch.device("meta"):
-        plain, edits = (PolicySource(folders[name]).resolve_family() for name in ("sd15", "ip2p_sd15"))
-        sizes = [sum(one.numel() for one in family.load_network().parameters()) for family in (plain, edits)]
-    assert sizes[1] - sizes[0] == 11_520 and edits.model == "InstructPix2Pix-SD1.5"
-    assert edits.latent_space == plain.latent_space
-
-
-def test_cosxl_is_refused(tmp_path: Path) -> None:
-    shutil.copytree(pipeline_folder("ip2p_sdxl"), tmp_path / "cosxl")
-    config = tmp_path / "cosxl" / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "EDMEulerScheduler"}))
-    with pytest.raises(InputError, match="EDMEulerScheduler"):
-        PolicySource(str(tmp_path / "cosxl")).resolve_family().noise_process  # noqa: B018

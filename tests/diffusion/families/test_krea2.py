@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latentreward.core.errors import InputError
-from latentreward.diffusion.families.krea2 import DISTILLED_MU, LAYERS
+from latentreward.diffusion.families.krea2 import LAYERS
 from tests.diffusion.families.twins import PROMPTS, TWINS
 
 TWIN, TURBO = TWINS["krea2"], TWINS["krea2_turbo"]
@@ -38,12 +38,6 @@ def test_prompts_are_encoded_as_by_the_pipeline_with_the_end_of_the_template_als
         torch.testing.assert_close(ours, want[row][mask[row]].flatten(1), rtol=0, atol=1e-5)
 
 
-def test_layers_after_the_last_one_read_are_removed(encoded: Any) -> None:
-    encoder = encoded[-1]
-    assert encoder.layers == (1, 3) and len(encoder.text_encoder.layers) == 3
-    assert isinstance(encoder.text_encoder.norm, torch.nn.Identity)
-
-
 def test_layers_are_those_of_the_published_model_where_none_are_named(tmp_path: Path) -> None:
     copytree(TWIN.folder, tmp_path / "copy")
     path = tmp_path / "copy" / "model_index.json"
@@ -53,14 +47,6 @@ def test_layers_are_those_of_the_published_model_where_none_are_named(tmp_path: 
     assert family.layers == LAYERS and len(LAYERS) == 12
     with pytest.raises(InputError, match=r"text_encoder_select_layers=\[2, .* but the text encoder has 4 layers"):
         family.load_prompt_encoder()
-
-
-@pytest.mark.parametrize("size", [(1024, 1024), (512, 768)])
-def test_the_shift_depends_on_the_size_but_not_of_turbo(size: tuple[int, int]) -> None:
-    raw, turbo = (twin.source().resolve_family() for twin in (TWIN, TURBO))
-    shape, tokens = raw.latent_shape(*size), size[0] // 16 * (size[1] // 16)
-    assert raw.mu(8, shape) == pytest.approx(0.5 + 0.65 * (tokens - 256) / (6400 - 256))
-    assert turbo.mu(8, shape) == DISTILLED_MU == 1.15
 
 
 def test_guidance_is_off_at_zero_and_turbo_takes_none() -> None:

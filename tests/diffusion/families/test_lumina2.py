@@ -53,22 +53,6 @@ def test_guidance_keeps_the_norm_of_each_row() -> None:
         family.guidance(0.0)
 
 
-@pytest.mark.parametrize("steps", [4, 30])
-def test_levels_are_shifted_by_six(steps: int) -> None:
-    family = TWIN.source().resolve_family()
-    levels = torch.linspace(1.0, 1 / steps, steps)
-    want = torch.cat([6 * levels / (1 + 5 * levels), torch.zeros(1)])
-    for side in (512, 1024):
-        torch.testing.assert_close(family.levels(steps, family.latent_shape(side, side))[1], want)
-
-
-def test_the_last_layer_of_the_text_encoder_is_not_kept() -> None:
-    encoder = TWIN.source().resolve_family().load_prompt_encoder()
-    assert len(encoder.text_encoder.layers) == 2
-    encoder(PROMPTS).prompt_embeds.sum().backward()
-    assert all(parameter.grad is not None for parameter in encoder.parameters())
-
-
 def test_the_table_of_positions_has_values_on_the_meta_device() -> None:
     family = TWIN.source().resolve_family()
     want = family.load_network().rope_embedder.freqs_cis

@@ -28,11 +28,8 @@ from latentreward.alignment import (
     TrajectoryGRPOModule,
 )
 from latentreward.core.contracts import LatentSpace, NoisyStates, PreferenceBatch, PromptBatch
-from latentreward.core.errors import InputError
-from latentreward.core.registry import create_backbone
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.reward import DiNaLRMModule, GatedQFormerHead
-from latentreward.reward.modules.pairs import PairDraws
+from latentreward.reward.modules.reward import PairDraws
 from tests.alignment.modules.lpo_runs import make_trainer
 from tests.alignment.modules.simple_reward import FirstChannelReward
 from tests.diffusion.families.twins import PROMPTS, TWINS, Twin, noise_for, one_per_family
@@ -158,36 +155,3 @@ def test_refl_gives_a_network_its_guidance_scale_on_images() -> None:
         module = ReFLModule(twin.source(), DifferentiableChannel(), guidance_scale=scale, seed=0, **settings)
         found.append(module.pretraining_term(pairs(module.policy, twin)))
     assert not torch.allclose(*found)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_keeps_its_t5_length(tmp_path: Path) -> None:
-    twin = TWINS["flux1_dev"]
-
-    def fit(steps: int, **options: Any) -> None:
-        module = DiffusionDPOModule(twin.source(**options), optimizer=sgd, seed=0)
-        trainer = make_trainer(tmp_path, max_steps=steps)
-        data = DataLoader([pairs(module.policy, twin)] * 3, batch_size=None)
-        trainer.fit(module, data, ckpt_path=tmp_path / "last.ckpt" if steps > 1 else None, weights_only=True)
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
-
-    fit(1)
-    with pytest.raises(InputError, match=r"trained with policy\.t5_length=512, not 5; give policy\.t5_length as it"):
-        fit(2, t5_length=5)
-    fit(2, t5_length=512)  # the family's own, which null stands for
-
-
-def test_a_resumed_reward_keeps_its_t5_length(tmp_path: Path) -> None:
-    twin = TWINS["flux1_dev"]
-
-    def fit(steps: int, **options: Any) -> None:
-        backbone = create_backbone(twin.backbone, source=twin.folder, visual_taps=[1], text_taps=[1], **options)
-        module = DiNaLRMModule(backbone, lambda spec: GatedQFormerHead(spec, num_queries=2, num_heads=2), seed=0)
-        trainer = make_trainer(tmp_path, max_steps=steps)
-        data = DataLoader([pairs(backbone.family, twin)] * 3, batch_size=None)
-        trainer.fit(module, data, ckpt_path=tmp_path / "last.ckpt" if steps > 1 else None, weights_only=True)
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
-
-    fit(1)
-    with pytest.raises(InputError, match=r"trained with backbone\.t5_length=512, not 5; give backbone\.t5_length as"):
-        fit(2, t5_length=5)

@@ -1,13 +1,18 @@
-"""Velocities mean what samplers and losses take them for, and windows pick the same noise levels in every family."""
+"""Velocities and noise levels mean the same in every family, and are those of diffusers."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
 from torch import Tensor
 
 from latentreward.alignment import Branching, Sampling
 from latentreward.core.errors import InputError
 from latentreward.diffusion import ContinuousFlow
-from tests.diffusion.families.twins import Twin, every_twin, noise_for
+from tests.diffusion.families.twins import TWINS, Twin, every_twin, noise_for
 
 
 def sampler(twin: Twin, steps: int, noise_level: float = 0.7):
@@ -69,11 +74,31 @@ def test_timesteps_of_a_continuous_flow_are_not_rounded_to_a_table() -> None:
         assert ContinuousFlow().timesteps.device.type == "cpu"
 
 
-def test_training_needs_two_steps_with_noise() -> None:
-    from latentreward.alignment import FlowSDESampler
-    from latentreward.diffusion.noise.schedules import static_levels
+MU: dict[str, Callable[[int], float]] = {
+    **dict.fromkeys(("flux1_dev", "flux1_schnell", "chroma"), calculate_shift),
+    **dict.fromkeys(("z_image", "z_image_turbo", "ernie_image", "lumina2"), lambda tokens: 0.7),  # not read
+    "krea2": lambda tokens: 0.5 + 0.65 * (tokens - 256) / (6400 - 256),
+    "krea2_turbo": lambda tokens: 1.15,
+}
+"""The shift of diffusers' pipelines, by tokens of the picture."""
 
-    few = FlowSDESampler(*static_levels({"shift": 3.0}, 4))
-    with pytest.raises(InputError, match=r"only the step at timestep 602.151 has noise .* training needs at least 2"):
-        Branching(2, low=600, high=800).training_steps(few)
-    assert Branching(2, low=600, high=900).training_steps(few) == [1, 2]
+
+@pytest.mark.parametrize("name", MU)
+@pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 28), ((512, 768), 4)])
+def test_levels_are_those_of_the_pipeline_at_any_size(name: str, size: tuple[int, int], steps: int) -> None:
+    source = TWINS[name].source()
+    family = source.resolve_family()
+    scheduler = FlowMatchEulerDiscreteScheduler(**source.pipeline().config("scheduler"))
+    mu = MU[name](size[0] // 16 * (size[1] // 16))
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).numpy(), mu=mu)
+    timesteps, sigmas = family.levels(steps, family.latent_shape(*size))
+    torch.testing.assert_close(sigmas, scheduler.sigmas, rtol=0, atol=1e-6)
+    torch.testing.assert_close(timesteps, scheduler.timesteps, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 12), ((2048, 1024), 1), ((256, 256), 48)])
+def test_levels_of_ideogram4_are_those_of_its_pipeline(size: tuple[int, int], steps: int) -> None:
+    family = TWINS["ideogram4"].source().resolve_family()
+    want = _logit_normal_sigmas(steps, _resolution_aware_mu(*size, base_mu=0.0), std=1.5)
+    found = family.levels(steps, family.latent_shape(*size))[1]
+    torch.testing.assert_close(found, torch.cat([want, torch.zeros(1)]), rtol=0, atol=1e-7)

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from latentreward.alignment import LatentReward, Sampling, load_policy
-from latentreward.alignment.modules.alignment import shard_reward
-from latentreward.alignment.modules.sharded_policy import shard_policy
+from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.core.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.core.contracts import NoisyStates
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion import LoRA
 from latentreward.reward import GatedQFormerHead, RewardModel
+from latentreward.reward.modules.sharding import shard_policy, shard_scorers
 from tests.alignment.modules.lpo_runs import saved_run
 from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 from tests.distributed.ranks import on_ranks
@@ -106,7 +106,8 @@ def scores_of_shared_rewards(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         with torch.no_grad():
             before = reward(states, reward.encode_prompts(PROMPTS))
             shard_policy(policy, mesh)
-            shard_reward(reward, mesh)
+            scorers = [part.model.backbone for part in reward.modules() if isinstance(part, LatentScorer)]
+            shard_scorers(scorers, {*reward.modules()}, mesh)
             policy.predict(latents, timesteps, policy.encode_prompts(PROMPTS))
             found[name] = before, reward(states, reward.encode_prompts(PROMPTS))
     return found

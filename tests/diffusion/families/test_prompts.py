@@ -5,8 +5,10 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from latentreward.alignment import PolicySource
 from latentreward.core.errors import InputError
@@ -16,36 +18,36 @@ from tests.tiny_pipelines import source_of
 TOLD = [twin for twin in TWINS.values() if twin.family != "sd3"]
 
 
-@pytest.mark.parametrize("twin", TWINS.values(), ids=lambda twin: twin.name)
-def test_a_prompt_beyond_the_limit_is_told_once(twin: Twin, caplog: pytest.LogCaptureFixture) -> None:
-    encoder = twin.source().resolve_family().load_prompt_encoder()
-    with caplog.at_level(logging.WARNING, logger="latentreward"):
-        encoder.tokenize(PROMPTS)
-        assert "are read" not in caplog.text
-        for _ in range(2):
-            encoder.tokenize(["a cat", "two dogs on a hill " * 600])
-    read = getattr(encoder, "t5_length", encoder.num_tokens + encoder.dropped_tokens)
-    assert caplog.text.count(f"of which {read} are read") == 1
+ENCODERS: dict[str, tuple[PolicySource, dict[str, bool]]] = {
+    **{name: (twin.source(), {}) for name, twin in TWINS.items()},
+    "without T5": (TWINS["sd35_large"].source(), {"load_t5": False}),
+    **{name: (PolicySource(source_of(name)), {}) for name in ("sd15", "sdxl")},
+}
 
 
-def test_without_t5_it_is_told_of_clip(caplog: pytest.LogCaptureFixture) -> None:
-    encoder = TWINS["sd35_large"].source().resolve_family().load_prompt_encoder(load_t5=False)
-    with caplog.at_level(logging.WARNING, logger="latentreward"):
-        encoder.tokenize(PROMPTS[:1])
-        assert "are read" not in caplog.text
-        encoder.tokenize(["two dogs on a hill " * 600])
-    assert f"of which {encoder.clip_length} are read" in caplog.text
-
-
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_so_it_is_by_the_clip_of_a_unet(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    encoder = PolicySource(source_of(name)).resolve_family().load_prompt_encoder()
+@pytest.mark.parametrize(("source", "options"), ENCODERS.values(), ids=ENCODERS.keys())
+def test_a_prompt_beyond_the_limit_is_told_once(source: Any, options: Any, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = source.resolve_family().load_prompt_encoder(**options)
     with caplog.at_level(logging.WARNING, logger="latentreward"):
         encoder.tokenize(["a cat"])
         assert "are read" not in caplog.text
         for _ in range(2):
             encoder.tokenize(["a cat", "two dogs on a hill " * 600])
-    assert caplog.text.count(f"of which {encoder.num_tokens} are read") == 1
+    read = encoder.num_tokens + getattr(encoder, "dropped_tokens", 0)
+    read = encoder.clip_length if options else getattr(encoder, "t5_length", read)
+    assert caplog.text.count(f"of which {read} are read") == 1
+
+
+LAYERS = {"z_image": 2, "lumina2": 2, "ernie_image": 2, "krea2": 3, "ideogram4": 36, "klein_base": 27}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_the_text_encoder_that_are_not_read_are_not_kept(name: str) -> None:
+    encoder = TWINS[name].source().resolve_family().load_prompt_encoder()
+    model = getattr(encoder.text_encoder, "model", encoder.text_encoder)
+    assert len(model.layers) == LAYERS[name] and isinstance(model.norm, nn.Identity)
+    encoder(PROMPTS).prompt_embeds.sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
 
 
 WIDTHS = ("joint_attention_dim", "cap_feat_dim", "text_dim", "text_in_dim", "text_hidden_dim", "pooled_projection_dim")

@@ -23,7 +23,7 @@ from latentreward.data import ImageError, JSONLPairReader, PairDataset, PixelLoa
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import png
 from latentreward.diffusion import LoRA
-from latentreward.diffusion.encoders import sources
+from latentreward.diffusion.encoders import vae
 from latentreward.diffusion.encoders.fingerprint import text_fingerprint
 from latentreward.diffusion.families import qwen_image_edit as edit
 from latentreward.reward import GatedQFormerHead, RewardModel
@@ -227,7 +227,7 @@ def test_the_text_encoder_sees_the_picture_that_the_network_gets(
     backbone = create_backbone("qwen_image_edit", source=folders["plus"], visual_taps=[1], text_taps=[2])
     model = RewardModel(backbone, GatedQFormerHead(backbone.feature_spec, num_heads=2)).eval()
     model.exif, model.image_sizes = exif, OneSize(32, 48)
-    monkeypatch.setattr(sources, "MAX_PIXELS", 100)
+    monkeypatch.setattr(vae, "MAX_PIXELS", 100)
     dataset = PairDataset(reader, PixelLoader(32, 48, max_pixels=10**6))
     dataset.check_prompt = backbone.family.check_prompt
     listed = seen_as(reader[0].prompt, max_pixels=10**6)

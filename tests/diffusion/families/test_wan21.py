@@ -1,17 +1,14 @@
 """Facts of Wan 2.1 that sampling one image does not show: refusals, UniPC, text, types of weights, kohya's names."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from safetensors.torch import load_file
+from diffusers import WanTransformer3DModel
 
-from latentreward.alignment import TrainedLoRA, write_kohya
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
-from latentreward.diffusion import ContinuousFlow, LoRA, find_family
+from latentreward.diffusion import ContinuousFlow, find_family
 from latentreward.diffusion.families.wan21 import Wan21, cleaned
 from tests.diffusion.families.made_configs import MadeConfigs
 from tests.diffusion.families.made_wan21 import transformer, unipc, vae
@@ -61,31 +58,6 @@ def test_levels_and_whole_timesteps_are_unipcs(shift: float) -> None:
 def test_a_whole_timestep_of_a_window_or_an_evaluation_stays_one() -> None:
     timesteps = torch.arange(1.0, 1001.0)
     assert torch.equal(Wan21(configs(unipc())).clock(ContinuousFlow().sigma(timesteps)), timesteps)
-
-
-def test_levels_of_euler_are_not_rounded() -> None:
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-    family = Wan21(configs(scheduler))
-    scheduler.set_timesteps(7)
-    timesteps, sigmas = family.levels(7, (16, 1, 60, 104))
-    assert torch.equal(sigmas, scheduler.sigmas)
-    assert torch.equal(timesteps, scheduler.timesteps)
-    torch.testing.assert_close(family.clock(sigmas[:-1]), scheduler.timesteps)
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"prediction_type": "epsilon"}, 'prediction_type="epsilon"; set it to "flow_prediction"'),
-        ({"use_flow_sigmas": False}, "use_flow_sigmas=false; set it to true"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas=true; set it to false"),
-        ({"use_dynamic_shifting": True}, "use_dynamic_shifting=true; set it to false"),
-    ],
-)
-def test_other_settings_of_unipc_are_refused(setting: dict[str, Any], message: str) -> None:
-    family = Wan21(configs(unipc(**setting)))
-    with pytest.raises(InputError, match=message):
-        family.levels(4, (16, 1, 60, 104))
 
 
 def test_unipc_finds_the_clean_latents_of_our_velocity() -> None:
@@ -161,25 +133,6 @@ def test_text_taps_are_the_embedded_text() -> None:
     assert features.visual_grids[0] == (1, 2, 3)
     with pytest.raises(InputError, match=r"text_taps=\[3\] lie after the last of visual_taps"):
         create_backbone("wan21", source=twin.folder, visual_taps=(1, 2), text_taps=(3,))
-
-
-def test_kohyas_names_are_read_back_by_diffusers(tmp_path: Path) -> None:
-    twin = TWINS["wan21"]
-    policy = twin.source(lora=LoRA(2, 3.0)).load()
-    for name, weight in policy.network.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight.data, generator=torch.Generator().manual_seed(len(name)))
-    lora = TrainedLoRA.of_policy(policy)
-    file = load_file(write_kohya(lora, tmp_path))
-    assert "lora_unet_blocks_3_cross_attn_o.lora_down.weight" in file and "lora_unet_blocks_0_ffn_2.alpha" in file
-    read = WanPipeline.lora_state_dict({**file})
-    assert {*read} == {f"transformer.{name}" for name in lora.weights}
-    for layer in {name.rsplit(".lora_", 1)[0] for name in lora.weights}:
-        ours, theirs = (
-            weights[f"{start}{layer}.lora_B.weight"] @ weights[f"{start}{layer}.lora_A.weight"]
-            for weights, start in ((lora.weights, ""), (read, "transformer."))
-        )
-        torch.testing.assert_close(theirs, 1.5 * ours)
 
 
 def test_kohyas_names_of_layers_outside_the_blocks() -> None:

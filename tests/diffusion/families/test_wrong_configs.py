@@ -16,7 +16,7 @@ from latentreward.apps.estimate.pipelines import PUBLISHED as ALL
 from latentreward.core.errors import InputError
 from latentreward.diffusion import FlowFamily, find_family
 from latentreward.diffusion.backbones.loading import PipelineSource
-from latentreward.diffusion.families.find import families
+from latentreward.diffusion.families.base import families
 from tests.diffusion.families.made_configs import MadeConfigs
 from tests.diffusion.families.twins import TWINS
 from tests.tiny_pipelines import pipeline_folder
@@ -71,6 +71,10 @@ WRONG = [
     *(("wan21", "scheduler", "flow_shift", value) for value in ("x", 0, -2.0)),
     *((name, "scheduler", field, True) for name in EULERS for field in ("invert_sigmas", "stochastic_sampling")),
     *((name, "scheduler", "num_train_timesteps", 10) for name in EULERS),
+    *(("wan21", "scheduler", field, True) for field in ("use_karras_sigmas", "use_dynamic_shifting")),
+    ("wan21", "scheduler", "prediction_type", "epsilon"),
+    ("wan21", "scheduler", "use_flow_sigmas", False),
+    *((name, "scheduler", "use_dynamic_shifting", True) for name in ("z_image", "lumina2")),
     *((name, "scheduler", "use_dynamic_shifting", "false") for name in FLOWS),
     *((name, "scheduler", "time_shift_type", "foo") for name in EULERS),
     *((name, "scheduler", "shift_terminal", 1.0) for name in EULERS),
@@ -113,16 +117,6 @@ def test_the_size_of_a_unet_is_checked_without_its_weights(size: Any, tmp_path: 
         family.latent_shape()
 
 
-def test_a_missing_width_of_a_unet_is_that_of_diffusers(tmp_path: Path) -> None:
-    folder = copytree(pipeline_folder("sd15"), tmp_path / "copy")
-    path = folder / "unet" / "config.json"
-    config = json.loads(path.read_text())
-    del config["cross_attention_dim"]
-    path.write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"the text encoder is \d+ wide, but the U-Net takes 1280"):
-        find_family(PipelineSource(str(folder))).load_prompt_encoder()
-
-
 def test_a_single_step_has_no_last_level_of_its_own() -> None:
     family = FLOWS["qwen_image"](MadeConfigs(PUBLISHED["qwen_image"][0]["parts"]))
     shape = family.latent_shape()
@@ -131,18 +125,8 @@ def test_a_single_step_has_no_last_level_of_its_own() -> None:
     assert family.levels(2, shape)[1].tolist() == pytest.approx([1.0, 0.02, 0.0])
 
 
-def test_null_counts_as_missing() -> None:
-    assert used("flux1", "scheduler", "max_shift") == used("flux1")
-    assert used("flux1", "vae", "shift_factor") and used("wan21", "scheduler", "use_dynamic_shifting")
-
-
 def test_a_static_schedule_does_not_read_what_a_dynamic_one_takes() -> None:
     assert used("flux1", "scheduler", "max_shift", "x", number=1) == [1.0, 0.75, 0.5, 0.25, 0.0]
-
-
-def test_a_text_is_not_shown_as_what_it_should_be() -> None:
-    with pytest.raises(InputError, match='has use_dynamic_shifting="false"; set it to false'):
-        used("wan21", "scheduler", "use_dynamic_shifting", "false")
 
 
 @pytest.mark.parametrize("value", [5, "x", [], ["transformers"], ["diffusers", 3], {"a": 1}, ["a", "b", "c"]])
@@ -204,9 +188,7 @@ def test_a_tokenizer_is_of_the_class_that_the_index_names(tmp_path: Path) -> Non
     config = tmp_path / "own" / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 20}))
     path.write_text(json.dumps(index))
-    with pytest.raises(
-        InputError, match=r"tokens, but its text encoder has 20; .*take tokenizer and text_encoder from"
-    ):
+    with pytest.raises(InputError, match=r"tokens, but its text encoder has 20; .*take tokenizer and text_encoder"):
         PipelineSource(str(tmp_path / "own")).tokenizer("tokenizer")
 
 

@@ -1,10 +1,7 @@
 """Facts of Z-Image that the tests of all families cannot see."""
 
-import logging
-
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
@@ -39,42 +36,9 @@ def test_base_and_turbo_are_told_by_the_shift() -> None:
         base.guidance(-1.0)
 
 
-def test_a_run_says_which_variant_it_assumed(caplog: pytest.LogCaptureFixture) -> None:
-    source = TWINS["z_image_turbo"].source()
-    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        source.load()
-        create_backbone("z_image", source=source.source, visual_taps=[1], text_taps=[1])
-    lines = [record.getMessage() for record in caplog.records if "taken for" in record.getMessage()]
-    assert [line.partition(":")[0] for line in lines] == ["policy of Z-Image-Turbo", "backbone of Z-Image-Turbo"]
-    assert all("because its scheduler's shift is 3 " in line for line in lines)
-
-
 def test_omni_is_refused() -> None:
     with pytest.raises(InputError, match="is a Z-Image-Omni, which takes images"):
         family(siglip_feat_dim=1152)
-
-
-@pytest.mark.parametrize(("shift", "steps"), [(6.0, 28), (3.0, 8)])
-@pytest.mark.parametrize("side", [512, 1024])
-def test_levels_equal_the_pipelines(shift: float, steps: int, side: int) -> None:
-    one = family(shift)
-    timesteps, sigmas = one.levels(steps, one.latent_shape(side, side))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=0.7)  # mu does not count
-    torch.testing.assert_close(sigmas, scheduler.sigmas, rtol=0, atol=1e-6)
-    torch.testing.assert_close(timesteps, scheduler.timesteps, rtol=0, atol=1e-3)
-
-
-def test_levels_of_turbo() -> None:
-    want = torch.tensor([1, 21 / 22, 0.9, 15 / 18, 0.75, 9 / 14, 0.5, 0.3, 0])
-    torch.testing.assert_close(family(3.0).levels(8, (16, 128, 128))[1], want)
-
-
-def test_dynamic_shifting_is_refused() -> None:
-    one = family()
-    one.pipeline = MadeConfigs({"scheduler": {"_class_name": EULER, "use_dynamic_shifting": True}})
-    with pytest.raises(InputError, match="use_dynamic_shifting=true, but pipelines of this family have a static shift"):
-        one.levels(4, (16, 4, 4))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -111,14 +75,6 @@ def test_a_tokenizer_without_chat_template_is_refused(monkeypatch: pytest.Monkey
         tokenizer.chat_template = template
         with pytest.raises(InputError, match=r"has a chat template that cannot be rendered .*; download tokenizer"):
             one.chat_tokenizer()
-
-
-def test_the_last_layer_of_the_text_encoder_is_not_kept() -> None:
-    encoder = TWINS["z_image"].source().resolve_family().load_prompt_encoder()
-    assert len(encoder.text_encoder.layers) == 2
-    assert not [name for name, _ in encoder.named_parameters() if "text_encoder.norm" in name]
-    encoder(PROMPTS).prompt_embeds.sum().backward()
-    assert all(parameter.grad is not None for parameter in encoder.parameters())
 
 
 @pytest.mark.parametrize("size", [(32, 48), (128, 64)])  # 6 and 32 tokens: with padding of the image, and without

@@ -46,6 +46,4 @@ def mask_padding(pipeline: Any) -> None:
     pipeline.transformer.register_forward_pre_hook(boolean, with_kwargs=True)
 
 
-TWINS = [
-    Twin("chroma", "chroma", pipeline, given=packed, found=unpacked, backbone="chroma", mended=mask_padding),
-]
+TWINS = [Twin("chroma", "chroma", pipeline, given=packed, found=unpacked, backbone="chroma", mended=mask_padding)]

@@ -1,6 +1,14 @@
-"""Twins of FLUX.1-dev and FLUX.1-schnell."""
+"""Twins of FLUX.1-dev, FLUX.1-schnell, and FLUX.1-Kontext, which without a picture to edit makes pictures from text."""
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from typing import Any
+
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from torch import Tensor
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
@@ -48,23 +56,15 @@ def unpacked(latents: Tensor, size: tuple[int, int]) -> Tensor:
     return FluxPipeline._unpack_latents(latents, *size, DOWNSCALE)
 
 
+def kontext() -> DiffusionPipeline:
+    return FluxKontextPipeline(**{**flux1(dev=True).components, "image_encoder": None, "feature_extractor": None})
+
+
+PACKED: dict[str, Any] = {"given": packed, "found": unpacked}
 TWINS = [
-    Twin(
-        "flux1_dev",
-        "flux1",
-        lambda: flux1(dev=True),
-        call={"guidance_scale": 3.5},
-        given=packed,
-        found=unpacked,
-        backbone="flux1",
-    ),
-    Twin(
-        "flux1_schnell",
-        "flux1",
-        lambda: flux1(dev=False),
-        call={"guidance_scale": 0.0, "max_sequence_length": 256},
-        given=packed,
-        found=unpacked,
-        backbone="flux1",
-    ),
-]
+    Twin("flux1_dev", "flux1", lambda: flux1(dev=True), call={"guidance_scale": 3.5}, backbone="flux1", **PACKED),
+    Twin("flux1_schnell", "flux1", lambda: flux1(dev=False), call={"guidance_scale": 0.0, "max_sequence_length": 256},
+         backbone="flux1", **PACKED),
+    Twin("flux1_kontext", "flux1_kontext", kontext, backbone="flux1_kontext",
+         call={"guidance_scale": 2.5, "max_area": 32 * 48}, **PACKED),  # else the size is changed to an area of 1024²
+]  # fmt: skip

@@ -3,19 +3,8 @@
 import math
 from typing import Any
 
-from diffusers import (
-    DiffusionPipeline,
-    HiDreamImagePipeline,
-    HiDreamImageTransformer2DModel,
-    UniPCMultistepScheduler,
-)
-from transformers import (
-    CLIPTextModelWithProjection,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5EncoderModel,
-)
+from diffusers import DiffusionPipeline, HiDreamImagePipeline, HiDreamImageTransformer2DModel, UniPCMultistepScheduler
+from transformers import CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM, T5Config, T5EncoderModel
 
 from tests.diffusion.families.flux_vae import flux_vae
 from tests.diffusion.families.twin_ernie_image import mistral_tokenizer

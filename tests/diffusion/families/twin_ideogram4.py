@@ -1,11 +1,6 @@
 """Twin of Ideogram 4."""
 
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    Ideogram4Pipeline,
-    Ideogram4Transformer2DModel,
-)
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Ideogram4Pipeline, Ideogram4Transformer2DModel
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 

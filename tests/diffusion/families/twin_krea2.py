@@ -52,10 +52,6 @@ COMMON: dict[str, Any] = {"family": "krea2", "given": packed, "found": unpacked,
 TWINS = [
     Twin("krea2", build=lambda: pipeline(distilled=False), **COMMON),
     Twin(
-        "krea2_turbo",
-        build=lambda: pipeline(distilled=True),
-        call={"guidance_scale": 0.0},
-        same_network=True,
-        **COMMON,
+        "krea2_turbo", build=lambda: pipeline(distilled=True), call={"guidance_scale": 0.0}, same_network=True, **COMMON
     ),
 ]

@@ -5,7 +5,7 @@ import torch
 
 from latentreward.core.contracts import PreferenceBatch
 from latentreward.diffusion import FlowMatching, TimestepGrid, UniformSigma
-from latentreward.reward.modules.pairs import PairDraws
+from latentreward.reward.modules.reward import PairDraws
 from tests.alignment.modules.batches import exchanged, pixel_batch, rows
 
 PROCESS = FlowMatching()

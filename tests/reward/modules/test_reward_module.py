@@ -31,7 +31,8 @@ from latentreward.reward import (
     ThurstoneLoss,
     WarmupSchedule,
 )
-from latentreward.reward.modules.pairs import PairDraws
+from latentreward.reward.modules.pictures import TrainingPictures
+from latentreward.reward.modules.reward import PairDraws
 from tests.alignment.modules.batches import (
     MODULES,
     dina,
@@ -500,6 +501,6 @@ def test_seed_is_the_runs_unless_stated(monkeypatch: pytest.MonkeyPatch) -> None
 def test_scores_at_levels_that_training_does_not_draw_are_told(
     levels: ConstantSigma, told: bool, recwarn: pytest.WarningsRecorder
 ) -> None:
-    lrm(levels=levels).on_fit_start()
+    TrainingPictures().on_fit_start(None, lrm(levels=levels))  # type: ignore[arg-type]
     found = [str(warning.message) for warning in recwarn if "scores are by default at t 1" in str(warning.message)]
     assert len(found) == told and all("score with --noise.sigmas [0.8]" in text for text in found)

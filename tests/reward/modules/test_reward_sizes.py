@@ -11,8 +11,7 @@ from latentreward.core.contracts import ImageRef
 from latentreward.core.errors import InputError
 from latentreward.data import JSONLPairReader, PixelLoader, PreferenceDataModule, collate_pairs
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
-from latentreward.diffusion.cache.dataset import CachedPairDataset
-from latentreward.diffusion.cache.index import CacheIndex
+from latentreward.diffusion.cache.datamodule import CachedPairDataset, CacheIndex
 from latentreward.reward import RewardModel
 from tests.alignment.modules.batches import MODULES
 from tests.alignment.rewards.stored import write_run
@@ -66,23 +65,25 @@ def test_scores_are_those_of_images_resized_as_in_training(
     assert f"16x24{'' if resize == 'stretch' else ' center-cropped'} |" in card
 
 
+BUCKETS = ((16, 16), (16, 32))
+
+
 @pytest.mark.parametrize(
     ("settings", "sizes"),
     [
-        ({"size": (16, 24), "buckets": None}, OneSize(16, 24, "center_crop")),
-        ({"size": (16, 24), "buckets": None, "resize": "stretch"}, OneSize(16, 24)),
-        ({}, NearestBucket(((16, 16), (16, 32)))),
-        ({"resize": "stretch"}, NearestBucket(((16, 16), (16, 32)), "stretch")),
-        ({"resize": None}, None),
+        ({"size": (16, 24)}, OneSize(16, 24, "center_crop")),
+        ({"size": (16, 24), "resize": "stretch"}, OneSize(16, 24)),
+        ({"buckets": BUCKETS}, NearestBucket(BUCKETS)),
+        ({"buckets": BUCKETS, "resize": "stretch"}, NearestBucket(BUCKETS, "stretch")),
+        ({"size": (16, 24), "frames": 5, "fps": 8.0}, OneSize(16, 24, "center_crop", 5, 8.0)),
     ],
 )
-def test_a_cache_tells_how_its_images_were_resized(
-    settings: dict[str, Any], sizes: ImageSizes | None, tmp_path: Path
-) -> None:
-    folder = write_cache(tmp_path / "c", [{"image_a": 0, "image_b": 1}], [(16, 24)] * 2, spec=spec(**settings))
-    assert CachedPairDataset(CacheIndex(folder), [0]).image_sizes == sizes
-    if sizes is not None:
-        assert sizes.loader(16, 24).resize == (settings.get("resize") or "center_crop")
+def test_a_cache_tells_how_its_images_were_resized(settings: dict[str, Any], sizes: ImageSizes, tmp_path: Path) -> None:
+    for origin, rule in (("vae", sizes), ("diffusion-rm", None)):
+        one = spec(images=settings, origin=origin)
+        folder = write_cache(tmp_path / origin, [{"image_a": 0, "image_b": 1}], [(16, 24)] * 2, spec=one)
+        assert CachedPairDataset(CacheIndex(folder), [0]).image_sizes == rule
+    assert sizes.loader(16, 24).resize == settings.get("resize", "center_crop")
 
 
 @pytest.mark.slow

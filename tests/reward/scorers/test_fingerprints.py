@@ -9,8 +9,9 @@ import pytest
 
 from latentreward.core.storage import hub
 from latentreward.reward import CallableScorer, RewardModelScorer
-from latentreward.reward.scorers.fingerprints import BLOCK, WHOLE, fingerprint, scorer_fingerprints
+from latentreward.reward.scorers.fingerprints import scorer_fingerprints
 from latentreward.reward.scorers.tools import CommandScorer, ScoreFile
+from latentreward.reward.scoring.layouts.find import BLOCK, WHOLE, fingerprint
 
 
 def fill(folder: Path, *names: str) -> Path:
@@ -29,7 +30,6 @@ PIPELINE = ("model_index.json", "unet/model.safetensors", "old.ckpt", "scheduler
     ("names", "changed", "matters"),
     [
         (RUN, "checkpoints/last.ckpt", True),
-        (RUN, "checkpoints/step.ckpt/.metadata", True),
         (RUN, "config.yaml", True),
         (RUN, "logs/metrics.csv", False),
         (RUN, "events.out", False),

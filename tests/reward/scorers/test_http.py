@@ -59,11 +59,3 @@ def test_kept_scores_of_pairs_are_not_mixed_with_another_models() -> None:
             with pytest.raises(InputError, match=told):
                 [*scoring.tables([range(cut + 1, len(reader))])]
     assert len(tables) == 2
-
-
-def test_wrong_settings() -> None:
-    with pytest.raises(InputError, match="batch_size is 0"):
-        HTTPScorer(RemoteServer("http://judge"), batch_size=0)
-    for name in ("a b", "schön"):
-        with pytest.raises(InputError, match=f"name of a scorer is '{name}'"):
-            HTTPScorer(RemoteServer("http://judge"), name=name)

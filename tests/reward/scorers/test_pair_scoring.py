@@ -12,12 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.core.contracts import ImageRef, sources_of
-from latentreward.core.errors import InputError
 from latentreward.data import HPDv3Reader, JSONLPairReader, decode_image
 from latentreward.reward import CallableScorer, ImageScorer
 from latentreward.reward.scorers import pair_scoring
 from latentreward.reward.scorers.pair_scoring import PairScoring
-from latentreward.reward.scorers.tools import ScoreFile
 from tests.formats.conftest import COMMITTED
 
 
@@ -36,20 +34,6 @@ class Channels(ImageScorer):
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         self.calls += len(images)
         return torch.stack([torch.tensor(np.asarray(image)).float().mean(dim=(0, 1)) for image in images])
-
-
-class TooFew(Channels):
-    """Two scores for three names."""
-
-    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        return torch.zeros(len(images), 2)
-
-
-class Infinite(Channels):
-    """A number that is none, in one column."""
-
-    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        return torch.tensor([[0.0, torch.inf, 0.0]] * len(images))
 
 
 def reader() -> HPDv3Reader:
@@ -120,25 +104,10 @@ def test_stored_scores_are_of_these_images_and_this_scorer(tmp_path: Path, monke
     assert before not in [*other, spec()]
 
 
-def test_scorers_of_whole_sets_are_refused() -> None:
-    with pytest.raises(InputError, match="ScoreFile scores whole sets of pictures, not pairs; use it with"):
-        PairScoring(reader(), [ScoreFile("scores.jsonl")])
-
-
-@pytest.mark.parametrize(
-    ("scorer", "message"),
-    [(TooFew, r"returned \((\d), 2\) for \1 images; it must be a tensor \(\1, 3\)"), (Infinite, "returned inf")],
-)
-def test_nonsense_in_a_column_is_refused(scorer: type[ImageScorer], message: str) -> None:
-    scoring = PairScoring(reader(), [scorer("wrong")])
-    with pytest.raises(InputError, match=message):
-        list(scoring.tables([range(1)]))
-
-
 def test_an_edit_of_another_picture_is_another_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, colour in (("red", "red"), ("blue", "blue"), ("edit", "grey")):
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
-    sides = {"prompt": "make it red", "image_a": "edit.png", "image_b": "red.png", "label": 1}
+    sides = {"prompt": "make it red", "image_a": "edit.png", "image_b": "red.png", "label": 1.0}
     rows = [sides | {"source_images": [source]} for source in ("red.png", "blue.png", "red.png")]
     files = [tmp_path / "pairs.jsonl", tmp_path / "others.jsonl"]
     for file, written in zip(files, (rows, rows[:1] * 3), strict=True):

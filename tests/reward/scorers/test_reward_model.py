@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentreward.core.errors import InputError
 from latentreward.reward import ImageScorer, RewardModelScorer, ScoringNoise
-from latentreward.reward.scorers.reward_model import reward_name, reward_names
+from latentreward.reward.scorers.reward_model import reward_name
 from tests.reward.scoring.models import load_lrm, pictures
 from tests.reward.scoring.test_published import write_lrm
 from tests.tiny_pipelines import pipeline_folder
@@ -54,21 +53,6 @@ def test_settings_reach_the_model_and_its_identity(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "not a name"}, "name of a scorer is 'not a name'"),
-        ({"batch_size": 0}, "anywhere.batch_size is 0"),
-        ({"device": "tea"}, "device is 'tea'"),
-    ],
-)
-def test_wrong_settings(settings: dict, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        RewardModelScorer("anywhere", **settings)
-    with pytest.raises(InputError, match="does not exist"):
-        RewardModelScorer("./not/here", device="cpu").prepare()
-
-
-@pytest.mark.parametrize(
     ("path", "name"),
     [
         ("runs/first", "first"),
@@ -85,9 +69,3 @@ def test_wrong_settings(settings: dict, message: str) -> None:
 def test_a_model_is_named_after_its_run(path: str, name: str) -> None:
     assert reward_name(path) == name
     assert RewardModelScorer(path, device="cpu").name == name
-
-
-def test_names_of_several_models_differ_where_their_paths_do() -> None:
-    assert reward_names(["a/lrm", "b/lrm", "dina"]) == ["a_lrm", "b_lrm", "dina"]
-    assert reward_names(["a/x/lrm/reward.ckpt", "b/x/lrm/reward.ckpt"]) == ["a_x_lrm", "b_x_lrm"]
-    assert reward_names([]) == []

@@ -171,11 +171,6 @@ def test_as_a_scorer_of_images_they_count_as_finished(
         torch.testing.assert_close(score, expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_plain_clip_is_refused_as_a_step_aware_scorer(clip_folder: str) -> None:
-    with pytest.raises(InputError, match=r"knows no timestep; train one with configs/model/spm_sd15\.yaml"):
-        StepAwareScorer(clip_folder, device="cpu").load()
-
-
 def test_weights_that_are_not_there_or_do_not_fit_are_refused(clip_folder: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="weights of step_aware: no file"):
         StepAwareScorer(clip_folder, weights=str(tmp_path / "none.bin"))

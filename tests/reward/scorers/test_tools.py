@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,13 +135,3 @@ def test_a_table_of_scores(tmp_path: Path) -> None:
     }.items():
         (tmp_path / "base.csv").write_text(content)
         assert message in refusal(scorer, items, tmp_path, "base")
-
-
-def test_a_name_that_several_pictures_share_names_none(tmp_path: Path) -> None:
-    made = ((place, pictures(tmp_path / place, ["a cat"])[0]) for place in "ab")
-    items = [replace(item, file=f"{place}/{item.file}") for place, item in made]
-    scorer = ScoreFile(str(tmp_path / "scores.csv"), "s")
-    (tmp_path / "scores.csv").write_text("file,s\n0_0.png,1\n")
-    assert "has no row for 'a/0_0.png'; write one for each picture, by its path" in refusal(scorer, items, tmp_path)
-    (tmp_path / "scores.csv").write_text("file,s\na/0_0.png,1\nb/0_0.png,2\n")
-    assert scorer.score_pictures(items, "p", tmp_path).tolist() == [1, 2]

@@ -9,8 +9,8 @@ import torch
 
 from latentreward.core.errors import InputError
 from latentreward.reward import Calibration, ScoringNoise
-from latentreward.reward.scoring.calibration import FEWEST, GRID
-from latentreward.reward.scoring.layouts.config import calibration_of
+from latentreward.reward.scoring.layouts.model_folder import calibration_of
+from latentreward.reward.scoring.scoring_noise import FEWEST, GRID
 
 NOISE = ScoringNoise(sigmas=(0.4,))
 
@@ -110,12 +110,6 @@ def test_damaged_records(change) -> None:
     with pytest.raises(InputError) as caught:
         calibration_of(record)
     assert "\n" not in str(caught.value)
-
-
-def test_a_record_that_is_no_mapping() -> None:
-    for record in ([], "text", 7):
-        with pytest.raises(InputError):
-            calibration_of(record)
 
 
 def test_scores_at_other_levels_are_refused_and_other_draws_are_not() -> None:

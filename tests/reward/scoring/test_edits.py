@@ -15,15 +15,13 @@ from latentreward.core.contracts import EditPrompt, ImageRef
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.data.image_lists import ImageList, ListedImage, read_images
-from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import png
-from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, RewardModel, RewardModelScorer, edit_prompt
-from latentreward.reward.scoring.image_lists import ListedScoring
-from latentreward.reward.scoring.scored_table import images_identity
+from latentreward.reward import CLIPProjectionHead, RewardModel, RewardModelScorer, edit_prompt
+from latentreward.reward.scoring.image_lists import ListedScoring, images_identity
 from tests.apps.serving.servers import served_model
 from tests.diffusion.families.made_qwen_image_edit import picture, qwen_image_edit_folder
 from tests.diffusion.families.twins import TWINS
-from tests.reward.scoring.models import edit_reward, scoring_model
+from tests.reward.scoring.models import edit_reward
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +100,6 @@ def test_latents_and_images_score_alike(model: RewardModel) -> None:
     assert torch.allclose(by_pixels, by_latents, atol=2e-5)
 
 
-def test_a_reward_of_text_to_image_takes_no_edit() -> None:
-    backbone = create_backbone("flux1", source=TWINS["flux1_dev"].folder, visual_taps=(1,), text_taps=())
-    head = GatedQFormerHead(backbone.feature_spec, num_heads=2)
-    with pytest.raises(InputError, match=r"^reward: it takes 0 pictures to edit, and a prompt edits 1; give a reward"):
-        RewardModel(backbone, head).eval().score(edit_prompt("make it red", BLUE), RED)
-
-
 def written_list(folder: Path) -> tuple[ListedImage, ...]:
     for name, image in (("red", RED), ("blue", BLUE)):
         image.save(folder / f"{name}.png")
@@ -133,21 +124,6 @@ def test_lists_of_edits_are_scored_and_odd_rows_named(model: RewardModel, tmp_pa
     assert (none, scores[1]) == (number, None)
     assert "missing file" in problem and "gone.png" in problem and last is None
     assert cut.startswith("image 'cut.png': truncated or damaged image (")
-
-
-@pytest.mark.slow
-def test_rows_whose_number_of_sources_the_model_does_not_take_have_a_problem(tmp_path: Path) -> None:
-    rows, one, text = written_list(tmp_path), edit_reward(), scoring_model("sd35")
-    one.backbone.sources, text.image_sizes = (1, 1), OneSize(16, 16)
-    problems = []
-    for model in (one, text):
-        scoring = ListedScoring(model, rows[:3], {"score": model.noise}, 2, 1)
-        ((_, table),) = scoring.tables([range(3)])
-        problems.append(table["problem"].to_pylist())
-    number = "wrong number of pictures to edit ({} source_images; the model takes 1{})"
-    assert problems[0] == [None, number.format(0, " in a list of edits"), number.format(2, "")]
-    alone = "edit of pictures, but the model judges images made from text alone ({} source_images)"
-    assert problems[1] == [alone.format(1), None, alone.format(2)]
 
 
 def test_other_sources_are_another_input(tmp_path: Path) -> None:

@@ -152,28 +152,6 @@ def test_a_part_that_the_layout_has_no_place_for(
 
 
 @pytest.mark.slow
-def test_settings_of_a_head_that_the_layouts_have_no_place_for(tmp_path: Path) -> None:
-    write_run(tmp_path / "dina", "dina", "sd35", **SMALL)
-    write_run(tmp_path / "lrm", "lrm", "sd15")
-    dina, lrm = (RewardModel.from_pretrained(tmp_path / name) for name in ("dina", "lrm"))
-    lrm.head.multi_scale, lrm.head.enhance_first = "enhanced", False
-    with pytest.raises(InputError, match="means another enhance_first than False"):
-        export_reward(lrm, tmp_path / "new", "lpo")
-    lrm.head.text_projection = torch.nn.Identity()
-    with pytest.raises(InputError, match="it has a projection of the text"):
-        export_reward(lrm, tmp_path / "new", "lpo")
-    dina.head.ensemble = "scores"
-    with pytest.raises(InputError, match="here ensemble is scores"):
-        export_reward(dina, tmp_path / "new", "diffusion-rm")
-    dina.head.grid = (2, 2)
-    with pytest.raises(InputError, match=r"here grid is \(2, 2\)"):
-        export_reward(dina, tmp_path / "new", "diffusion-rm")
-    dina.recipe = None
-    with pytest.raises(InputError, match="only a model that RewardModel"):
-        export_reward(dina, tmp_path / "new", "diffusion-rm")
-
-
-@pytest.mark.slow
 def test_trained_constants_of_the_logistic_are_not_lost_in_silence(tmp_path: Path) -> None:
     write_dina(tmp_path / "published")
     config = json.loads((tmp_path / "published" / "config.json").read_text())

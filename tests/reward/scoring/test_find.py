@@ -8,8 +8,6 @@ import pytest
 from PIL import Image
 
 from latentreward.apps.cli import main
-from latentreward.core.errors import InputError
-from latentreward.reward import RewardModel
 from latentreward.reward.scoring.layouts.find import checkpoint_of
 from tests.core.settings.test_refusals import FIT
 
@@ -36,11 +34,6 @@ def test_the_newest_of_the_preferred_names(names: list[str], taken: str, told: s
     assert checkpoint_of(tmp_path) == tmp_path / f"{taken}.ckpt"
     assert told in caplog.text
     assert bool(told) == bool(caplog.text)
-
-
-def test_an_empty_path_is_no_folder() -> None:
-    with pytest.raises(InputError, match="the path of the reward model is empty; give a checkpoint"):
-        RewardModel.from_pretrained("")
 
 
 @pytest.mark.slow

@@ -91,12 +91,6 @@ def test_a_repository_without_a_reward_is_not_downloaded(hub: StubHub) -> None:
     assert not any("resolve" in request for request in hub.requests)
 
 
-def test_no_such_repository(hub: StubHub) -> None:
-    with pytest.raises(InputError, match=r"'owner/none' is not here .*hub .RepositoryNotFoundError.") as caught:
-        RewardModel.from_pretrained("owner/none")
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("name", rotated_after(2, ["nothing", "./owner/name", "/none/at/all", "x.ckpt", "~/reward"]))
 def test_names_that_are_no_hub_ids_ask_nobody(name: str, hub: StubHub) -> None:
     with pytest.raises(InputError, match=f"reward model '{name}' does not exist"):

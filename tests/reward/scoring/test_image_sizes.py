@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from latentreward.data.buckets import Bucket
-from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
-from latentreward.diffusion.cache.sizing import ImageSettings
+from latentreward.data.image_sizes import Bucket, ImageSizes, NearestBucket, OneSize
+from latentreward.diffusion.cache.sources import ImageSettings
 
 OWN = ((64, 64), (96, 64), (64, 96), (128, 192), (32, 32))
 

@@ -1,7 +1,6 @@
 """A model card: metadata that the hub reads, texts that stay texts, and what a score means."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import yaml
 from latentreward.data.image_sizes import OneSize
 from latentreward.reward import Calibration, Card, ScoringNoise
 from latentreward.reward.scoring.layouts.card import model_card
-from latentreward.reward.scoring.layouts.config import FolderConfig
+from latentreward.reward.scoring.layouts.model_folder import FolderConfig
 from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe
 
 NOISE = ScoringNoise(sigmas=(0.3, 0.6), seeds=(0, 1))
@@ -43,12 +42,6 @@ def test_a_base_that_is_no_hub_id_is_not_linked(source: str | None) -> None:
     assert "base_model" not in front(Card(), config(source))
 
 
-def test_a_local_folder_that_looks_like_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner" / "base").mkdir(parents=True)
-    assert "base_model" not in front(Card())
-
-
 @pytest.mark.parametrize(
     "licence", ["", "Stability AI Community License", "mit\nbase_model: evil", "---", "a: b # c", "[x", "ünïcode"]
 )
@@ -69,23 +62,6 @@ def test_a_licence_that_is_not_known_here_is_warned_of_and_kept(
     said = record.getMessage()
     assert said.startswith(f"licence is '{licence}', which is not among the hub's identifiers") and "\n" not in said
     assert meant in said and len(said) < 300
-
-
-@pytest.mark.parametrize(("source", "shown"), [("my_sd15", ", base='path/to/my_sd15'"), ("sd_tiny", ""), (None, "")])
-def test_a_base_that_was_a_local_folder_is_to_be_given(source: str | None, shown: str) -> None:
-    assert f"RewardModel.from_pretrained('owner/reward'{shown})" in model_card(
-        config(source), Card(name="owner/reward"), ""
-    )
-
-
-@pytest.mark.parametrize(
-    ("source", "revision", "named"),
-    [("owner/base", "v1", "owner/base"), ("my_sd15", None, r"my\_sd15"), (None, None, r"sd35\_medium")],
-)
-def test_sentences_name_the_base_and_not_its_class(source: str | None, revision: str | None, named: str) -> None:
-    text = model_card(config(source, revision), Card(), "folder")
-    assert f"from noisy latents in {named}'s own latent space" in text
-    assert f"The weights work only with their base, {named}, whose own terms" in text
 
 
 def test_a_reward_of_edits_is_called_one() -> None:
@@ -110,24 +86,6 @@ def test_what_a_score_means() -> None:
     assert "| steps | 4000 |" in text
     assert "left out" not in text
     assert "calibration | none" in model_card(config(calibrated=False), Card(), "folder")
-
-
-def test_data_are_those_that_the_card_names_or_the_runs_readers() -> None:
-    made = config()
-    assert "| data | not stated |" in model_card(made, Card(), "folder")
-    made.recipe.training["data"] = "FilteredReader, PickAPicReader"
-    assert "| data | FilteredReader, PickAPicReader |" in model_card(made, Card(), "folder")
-    assert "| data | owner/pairs |" in model_card(made, Card(datasets=("owner/pairs",)), "folder")
-    assert "| data | mine |" in model_card(made, Card(training={"data": "mine"}), "folder")
-
-
-def test_code_of_the_author_is_named() -> None:
-    recipe = ModelRecipe(ModelPart("net1.mynet"), ModelPart("head1.Own"), training={})
-    text = model_card(replace(config(), recipe=recipe, trained_on=""), Card(), "folder")
-    assert "RewardModel.from_pretrained('path/to/folder', trust_remote_code=True)" in text
-    assert "the modules net1, head1, which have to be installed" in text
-    assert "shipped with latentreward" not in text
-    assert "trust_remote_code" not in model_card(config(), Card(), "folder")
 
 
 def test_hostile_texts_stay_in_their_cells() -> None:

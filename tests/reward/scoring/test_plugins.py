@@ -13,9 +13,7 @@ from latentreward.alignment import LatentReward
 from latentreward.apps.cli import main
 from latentreward.core.errors import InputError
 from latentreward.reward import GatedQFormerHead, RewardModel
-from latentreward.reward.scoring.layouts.model_folder import adapter_folders
-from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe, backbone_part, head_part, own_parts
-from latentreward.reward.scoring.layouts.saving import check_adapter_folders, paths_here
+from latentreward.reward.scoring.layouts.recipe import ModelRecipe, backbone_part, head_part, own_parts
 from tests.marks import rotated_after, slow_after
 from tests.reward.scoring import plugin_backbone
 from tests.tiny_pipelines import pipeline_folder
@@ -86,15 +84,6 @@ def test_without_trust_it_is_refused(tmp_path: Path) -> None:
         RewardModel.from_pretrained(tmp_path / "saved", base=pipeline_folder("sd15"))
 
 
-def test_folders_of_adapters() -> None:
-    """The first network's keeps the name that it had when there could be one only."""
-    assert adapter_folders(["unet", "text_encoder.text_encoder_2"]) == {
-        "unet": "adapter",
-        "text_encoder.text_encoder_2": "adapter_text_encoder_2",
-    }
-    assert adapter_folders(["first", "second"]) == {"first": "adapter", "second": "adapter_second"}
-
-
 def publish(tmp_path: Path, *options: str) -> None:
     main(["publish", str(tmp_path / "saved"), str(tmp_path / "out"), "--trust_remote_code=true", *options])
 
@@ -105,15 +94,9 @@ def publish(tmp_path: Path, *options: str) -> None:
     rotated_after(
         1,
         [
-            (
-                "buffer",
-                r"backbone\.shift differs once the model is saved and loaded again; \S+two_networks must give it",
-            ),
-            ("attribute", r"the score is \S+ instead of \S+ once the model is saved and loaded again"),
-            (
-                "weight",
-                r"shifter\.bias differs from that of .* give that base as base, unless \S+two_networks draws it",
-            ),
+            ("buffer", r"backbone\.shift differs"),
+            ("attribute", r"the score is \S+ instead of \S+"),
+            ("weight", r"shifter\.bias differs"),
         ],
     ),
 )
@@ -146,15 +129,3 @@ def test_a_base_that_no_setting_names(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         publish(tmp_path, "--base_name=owner/base")
     assert "fixed has no setting source" in capsys.readouterr().err
-
-
-def test_a_path_of_this_machine_is_told(tmp_path: Path) -> None:
-    part = ModelPart("a.factory", {"source": "/base", "weights": [{"file": str(tmp_path / "x.pt")}]})
-    assert paths_here(ModelRecipe(part, ModelPart("a.Head"))) == {
-        "backbone.init_args.weights[0].file": str(tmp_path / "x.pt")
-    }
-
-
-def test_two_adapters_of_one_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"adapters of second and text_encoder.second would both be written to"):
-        check_adapter_folders(["first", "second", "text_encoder.second"])

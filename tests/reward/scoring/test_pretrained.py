@@ -4,14 +4,12 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from peft import PeftModel
 from PIL import Image
@@ -27,7 +25,6 @@ from latentreward.diffusion import LoRA as BackboneLoRA
 from latentreward.diffusion import SD3DiTBackbone, sd35_medium, sd_tiny
 from latentreward.reward import (
     Calibration,
-    Card,
     CLIPProjectionHead,
     GatedQFormerHead,
     ModelSource,
@@ -190,18 +187,6 @@ def test_noise_sizes_and_calibration_come_back(tmp_path: Path) -> None:
     assert RewardModel.from_pretrained(tmp_path / "saved").image_sizes == OneSize(24, 16)
 
 
-@pytest.mark.slow
-def test_precision_and_source(tmp_path: Path) -> None:
-    saved = saved_run(tmp_path, lora=LORA)
-    whole, half = (RewardModel.from_pretrained(saved, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert whole.source == str(saved)
-    assert {p.dtype for p in half.head.parameters()} == {torch.float32}
-    assert 0 < (scores(half) - scores(whole)).abs().max() < 0.1
-    with pytest.raises(InputError, match="loaded in bfloat16"):
-        half.save_pretrained(tmp_path / "half")
-    assert not (tmp_path / "half").exists()
-
-
 def changed_base(name: str, part: str, folder: Path, factor: float = 1.1) -> str:
     """A copy of a tiny pipeline whose ``part`` has other weights."""
     shutil.copytree(pipeline_folder(name), folder)
@@ -249,19 +234,6 @@ def test_a_copy_of_the_base_will_do_and_weights_of_our_own_are_not_read_from_it(
     with pytest.raises(InputError, match=r"config\.json: backbone: source='/moved/away' does not exist"):
         RewardModel.from_pretrained(saved)
     assert torch.equal(scores(RewardModel.from_pretrained(saved, base=str(copy))), before)
-
-
-@pytest.mark.slow
-def test_another_name_of_the_base_for_others(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "dina", "sd35", lora=LORA)
-    model = RewardModel.from_pretrained(tmp_path / "run")
-    model.save_pretrained(tmp_path / "saved", Card(licence="apache-2.0"), base="owner/base@v2")
-    init_args = json.loads((tmp_path / "saved" / "config.json").read_text())["backbone"]["init_args"]
-    assert (init_args["source"], init_args["revision"]) == ("owner/base", "v2")
-    card = yaml.safe_load((tmp_path / "saved" / "README.md").read_text().split("---\n")[1])
-    assert card["base_model"] == "owner/base"
-    again = RewardModel.from_pretrained(tmp_path / "saved", base=pipeline_folder("sd35"))
-    assert torch.equal(scores(again), scores(model))
 
 
 def test_the_name_of_a_shipped_pipeline_is_a_base(tmp_path: Path) -> None:
@@ -320,20 +292,6 @@ def test_a_network_trained_as_a_whole_is_never_shared(kind: str, tmp_path: Path)
     assert reward(states, reward.encode_prompts(PROMPTS[:2])).isfinite().all()
 
 
-@pytest.mark.slow
-def test_a_run_on_another_copy_of_its_base(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "dina", "sd35", lora=LORA)
-    expected = scores(RewardModel.from_pretrained(tmp_path / "run"))
-    copy = shutil.copytree(pipeline_folder("sd35"), tmp_path / "copy")
-    model = RewardModel.from_pretrained(tmp_path / "run", base=str(copy))
-    assert torch.equal(scores(model), expected)
-    model.save_pretrained(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved/config.json").read_text())["base"] == "copy"
-    base = changed_base("sd35", "transformer", tmp_path / "base")
-    with pytest.raises(InputError, match="the checkpoint belongs to the base"):
-        RewardModel.from_pretrained(tmp_path / "run", base=base)
-
-
 @register_backbone
 def backbone_of_a_plugin(width: int = 1, adapted: bool = True) -> SD3DiTBackbone:
     """A factory whose settings are its own."""
@@ -357,28 +315,6 @@ def test_a_registered_backbone_of_a_plugin(adapted: bool, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "adapter").exists() == adapted
     assert torch.equal(scores(RewardModel.from_pretrained(tmp_path / "saved")), scores(model))
-
-
-@pytest.mark.slow
-def test_models_that_cannot_be_saved(tmp_path: Path) -> None:
-    write_lrm(tmp_path / "published", "sd15")
-    model = RewardModel.from_pretrained(tmp_path / "published")
-    with pytest.raises(InputError, match=r"the model has no VAE .*; load it with base="):
-        model.save_pretrained(tmp_path / "saved")
-    write_dina(tmp_path / "dina")
-    for part in ("transformer", "scheduler"):
-        shutil.copytree(Path(pipeline_folder("sd35")) / part, tmp_path / "base" / part)
-    model = RewardModel.from_pretrained(tmp_path / "dina", base=str(tmp_path / "base"))
-    with pytest.raises(InputError, match="has no VAE"):
-        model.save_pretrained(tmp_path / "saved")
-    model = RewardModel.from_pretrained(tmp_path / "dina")
-    built = RewardModel(model.backbone, model.head)
-    with pytest.raises(InputError, match="built in Python"):
-        built.save_pretrained(tmp_path / "saved")
-    model.recipe = replace(model.recipe, head=replace(model.recipe.head, init_args={"width": object()}))
-    with pytest.raises(InputError, match=r"head\.init_args: .* give plain values"):
-        model.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
 
 
 @pytest.mark.slow
@@ -423,39 +359,6 @@ def test_a_killed_save_leaves_no_folder_or_the_old_one(existing: bool, files: in
     model.save_pretrained(target)
     RewardModel.from_pretrained(target)
     assert not list(tmp_path.glob(".target.*"))
-
-
-@pytest.mark.slow
-def test_saving_to_a_link_fills_what_it_leads_to(tmp_path: Path) -> None:
-    saved = saved_run(tmp_path, lora=LORA)
-    model = RewardModel.from_pretrained(saved)
-    (tmp_path / "elsewhere").mkdir()
-    shutil.copytree(saved, tmp_path / "elsewhere" / "model")
-    (tmp_path / "latest").symlink_to(tmp_path / "elsewhere" / "model")
-    (tmp_path / "dangling").symlink_to(tmp_path / "elsewhere" / "other")
-    for link in ("latest", "dangling"):
-        for _ in range(2):
-            model.save_pretrained(tmp_path / link)
-        assert (tmp_path / link).is_symlink()
-        assert torch.equal(scores(RewardModel.from_pretrained(tmp_path / link)), scores(model))
-    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["model", "other"]
-
-
-@pytest.mark.slow
-def test_saving_into_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = saved_run(tmp_path, lora=LORA)
-    model = RewardModel.from_pretrained(saved)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for folder in (".", "", "../here"):
-        model.save_pretrained(folder)
-        assert names(Path.cwd()) == names(saved)
-        assert torch.equal(scores(RewardModel.from_pretrained(".", base=pipeline_folder("sd35"))), scores(model))
-    assert "here" in Path("README.md").read_text()
-    assert not list(tmp_path.glob(".here.*"))
-    Path("notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds notes\.txt"):
-        model.save_pretrained(".")
 
 
 @pytest.mark.slow

@@ -105,32 +105,16 @@ def test_lrm_without_base_takes_ids_and_latents(tmp_path: Path) -> None:
         bare.encode_prompts(PROMPTS)
 
 
-def test_lrm_of_another_family_than_its_base(tmp_path: Path) -> None:
-    write_lrm(tmp_path, "sd15")
-    with pytest.raises(InputError, match=r"base=.* is a SDXL pipeline, but the checkpoint .* is an SD1.5 one"):
-        load_lrm(tmp_path, base=pipeline_folder("sdxl"))
-    with pytest.raises(InputError, match="without a unet"):
-        load_lrm(tmp_path, base=pipeline_folder("sd35"))
-
-
-def remove(part: str, name: str) -> Callable[[dict[str, Any]], object]:
-    return lambda state: state[part].pop(name)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     rotated_after(
         2,
         [
             (lambda state: state.pop("visual_projection"), "missing entry visual_projection"),
-            (lambda state: state.pop("logit_scale"), "missing entry logit_scale"),
-            (lambda state: state.update(extra=1), "unexpected entry extra; is this an LRM state_dict.pt?"),
-            (remove("visual_projection", "weight"), "missing tensor visual_projection.weight"),
+            (lambda state: state.update(extra=1), "unexpected entry extra"),
+            (lambda state: state["visual_projection"].pop("weight"), "missing tensor visual_projection.weight"),
             (lambda s: s["text_projection"].update(bias=torch.zeros(2)), "unexpected tensor text_projection.bias"),
-            (
-                lambda s: s["visual_projection"].update(weight=torch.zeros(16, 7)),
-                r"visual_projection.weight has shape \(16, 7\), expected \(16, 40\)",
-            ),
+            (lambda s: s["visual_projection"].update(weight=torch.zeros(16, 7)), r"visual_projection.weight has shape"),
         ],
     ),
 )
@@ -151,16 +135,6 @@ def test_incomplete_lrm(tmp_path: Path, missing: str) -> None:
         load_lrm(tmp_path)
 
 
-def test_lrm_weights_are_checked(tmp_path: Path) -> None:
-    write_lrm(tmp_path, "sd15")
-    path = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
-    state = load_file(path)
-    del state["mid_block.resnets.0.conv1.weight"]
-    save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"missing tensor mid_block.resnets.0.conv1.weight"):
-        load_lrm(tmp_path)
-
-
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("a pickle ran",))
@@ -175,22 +149,6 @@ def test_unsafe_pickle_is_refused(tmp_path: Path, layout: str, capsys: pytest.Ca
         (load_lrm if layout == "lrm" else load_dina_lrm)(tmp_path)
     assert "\n" not in str(caught.value)
     assert "a pickle ran" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("content", [b"", b"half a file", b"PK\x03\x04"])
-def test_truncated_head(tmp_path: Path, content: bytes) -> None:
-    write_lrm(tmp_path, "sd15")
-    (tmp_path / "state_dict.pt").write_bytes(content)
-    with pytest.raises(InputError, match=r"cannot load .*state_dict\.pt"):
-        load_lrm(tmp_path)
-
-
-def test_state_dict_that_holds_something_else(tmp_path: Path) -> None:
-    write_lrm(tmp_path, "sd15")
-    for content in (torch.zeros(3), [1, 2], {"visual_projection": torch.zeros(2), "logit_scale": 1.0}):
-        torch.save(content, tmp_path / "state_dict.pt")
-        with pytest.raises(InputError, match=r"cannot load .*state_dict\.pt"):
-            load_lrm(tmp_path)
 
 
 @pytest.mark.slow
@@ -243,35 +201,18 @@ LORA = "base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight"
         2,
         [
             (lambda f: (f / "config.json").unlink(), "lacks config.json"),
+            (edit_head(lambda s: s.pop("head.weight")), "missing tensor head.weight"),
             (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
             (lambda f: (f / "checkpoint" / "rm_head.pt").unlink(), "lacks checkpoint/rm_head.pt"),
             (lambda f: (f / "checkpoint/backbone_lora/adapter_config.json").unlink(), "lacks adapter_config.json"),
-            (lambda f: (f / "checkpoint/backbone_lora/adapter_model.safetensors").unlink(), "lacks adapter_model"),
             (lambda f: (f / "checkpoint/backbone_lora/adapter_model.safetensors").write_bytes(b"x"), "cannot load"),
-            (edit_head(lambda s: s.pop("head.weight")), "missing tensor head.weight"),
-            (edit_head(lambda s: s.update(surplus=torch.zeros(1))), "unexpected tensor surplus"),
-            (
-                edit_head(lambda s: s.update({"head.bias": torch.zeros(4)})),
-                r"head.bias has shape \(4,\), expected \(1,\)",
-            ),
+            (edit_head(lambda s: s.update({"head.bias": torch.zeros(4)})), r"head.bias has shape"),
             (edit_adapter(lambda s: s.pop(LORA)), "missing tensor transformer_blocks.0.attn.to_q.lora_A.weight"),
             (edit_adapter(lambda s: s.update(surplus=torch.zeros(1))), "unexpected tensor surplus"),
-            (edit_adapter(lambda s: s.update({LORA: torch.zeros(2, 24)})), r"lora_A.weight has shape \(2, 24\)"),
-            (
-                lambda f: edit_config(f, lambda m: m.update(use_t_embed=False)),
-                "model.use_t_embed=False is not supported",
-            ),
+            (lambda f: edit_config(f, lambda m: m.update(use_t_embed=False)), "model.use_t_embed=False"),
             (lambda f: edit_config(f, lambda m: m.pop("visual_head_idx")), "lacks model.visual_head_idx"),
-            (lambda f: edit_config(f, lambda m: m["reward_head"].pop("width")), "lacks model.reward_head.width"),
             (lambda f: edit_config(f, lambda m: m.update(num_transformer_layers=2)), "reaches block 3"),
-            (
-                lambda f: edit_config(f, lambda m: m.update(visual_head_idx=[1])),
-                "unexpected tensor layer_adapters_visual",
-            ),
-            (
-                lambda f: edit_config(f, lambda m: m.update(backbone_model_id=pipeline_folder("sd15"))),
-                "without a trans",
-            ),
+            (lambda f: edit_config(f, lambda m: m.update(visual_head_idx=[1])), "layer_adapters_visual"),
         ],
     ),
 )
@@ -293,9 +234,3 @@ def test_logistic_constants_are_not_in_the_file_and_may_be(tmp_path: Path) -> No
     path = tmp_path / "checkpoint" / "rm_head.pt"
     torch.save({**torch.load(path), "logistic.eta3": torch.tensor(0.5), "logistic.eta4": torch.tensor(2.0)}, path)
     assert load_dina_lrm(tmp_path).head.logistic.eta4.item() == 2.0
-
-
-def test_no_folder() -> None:
-    for load in (load_lrm, load_dina_lrm):
-        with pytest.raises(InputError, match="'/no/such' does not exist; download the model"):
-            load("/no/such")

@@ -13,10 +13,8 @@ from PIL import Image
 from latentreward.alignment import LatentReward
 from latentreward.apps.cli import main
 from latentreward.core.errors import InputError
-from latentreward.core.settings.functions import parse_function
-from latentreward.reward import CLIPProjectionHead, ModelSource, PublishedSettings, RewardModel, RewardModelScorer
-from latentreward.reward.scoring.layouts.find import find_reward
-from latentreward.reward.scoring.scored_table import read_scores
+from latentreward.reward import CLIPProjectionHead, PublishedSettings, RewardModel
+from latentreward.reward.scoring.image_lists import read_scores
 from tests.alignment.rewards.stored import states_of, tiny_policy, write_run
 from tests.diffusion.backbones.networks import tiny_backbone
 from tests.marks import rotated_after
@@ -121,15 +119,6 @@ def test_a_saved_folder_keeps_the_settings_and_takes_no_others(tmp_path: Path) -
         RewardModel.from_pretrained(tmp_path / "saved", base=BASE, published=settings)
 
 
-@pytest.mark.parametrize("published", [None, PublishedSettings(rms_eps=1e-7)])
-def test_what_the_training_of_diffusion_rm_writes_is_named(tmp_path: Path, published: PublishedSettings | None) -> None:
-    write_dina(tmp_path / "dina")
-    (tmp_path / "dina" / "checkpoints").mkdir()
-    (tmp_path / "dina" / "checkpoint").rename(tmp_path / "dina" / "checkpoints" / "epoch_001")
-    with pytest.raises(InputError, match=r"holds checkpoints/epoch_001/rm_head.pt, which the .* in checkpoint/ beside"):
-        find_reward(ModelSource(str(tmp_path / "dina"), published=published))
-
-
 def test_settings_of_another_layout_are_refused(tmp_path: Path) -> None:
     write_lrm(tmp_path / "lrm", "sd15")
     write_dina(tmp_path / "dina")
@@ -141,14 +130,6 @@ def test_settings_of_another_layout_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             LatentReward(str(tmp_path / name), published=PublishedSettings(**settings)).latent_space()
-
-
-def test_serve_and_publish_take_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_dina(tmp_path / "dina")
-    for command in (["serve", "--port=0"], ["publish", f"--output={tmp_path / 'new'}"]):
-        with pytest.raises(SystemExit):
-            main([*command, f"--model={tmp_path / 'dina'}", "--published.guidance=1", "--device=cpu"])
-        assert "published.guidance=1.0 does not concern" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -191,37 +172,3 @@ def test_latent_reward_takes_and_tells_them(share: Any, tmp_path: Path, caplog: 
     states = states_of(policy)
     scores = [scorer(states, scorer.encode_prompts(prompts)) for scorer in (reward, other)]
     assert (scores[0] - scores[1]).abs().max() > 0
-
-
-def test_yaml_and_flags(tmp_path: Path) -> None:
-    def take(reward: LatentReward) -> None:
-        """Take a reward.
-
-        Args:
-            reward: One.
-        """
-
-    flags = [
-        "--reward=LatentReward",
-        "--reward.path=x",
-        "--reward.published.guidance=1",
-        "--reward.published.t5_length=8",
-    ]
-    reward = parse_function(take, "take", flags)["reward"]
-    assert reward.model_source.published == PublishedSettings(guidance=1.0, t5_length=8)
-    (tmp_path / "c.yaml").write_text(
-        "reward: {class_path: LatentReward, init_args: {path: x, published: {multi_scale: single}}}"
-    )
-    reward = parse_function(take, "take", [f"--config={tmp_path / 'c.yaml'}"])["reward"]
-    assert reward.model_source.published == PublishedSettings(multi_scale="single")
-
-
-def test_a_scorer_takes_them_and_is_another_one_then(tmp_path: Path) -> None:
-    write_lrm(tmp_path, "sd15")
-    plain, other = (
-        RewardModelScorer(str(tmp_path), base=BASE, device="cpu", published=settings)
-        for settings in (None, PublishedSettings(guidance=1.0))
-    )
-    assert other.model.published["guidance"] == 1.0
-    assert "published" not in plain.identity().lower()
-    assert plain.identity() != other.identity()

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from latentreward.core.errors import InputError
 from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, RewardModel, ScoringNoise, normalise_score
 from tests.diffusion.backbones.networks import tiny_backbone
-from tests.marks import rotated_after
-from tests.tiny_pipelines import LATENTS, PIXELS
+from tests.tiny_pipelines import LATENTS
 
 PROMPTS = ["a cat", "", "a dog"]
 CASES = [("sd15", "lrm"), ("sdxl", "dina"), ("sd35", "dina"), ("sd3", "lrm")]
@@ -38,17 +36,6 @@ def test_one_level_is_noising_reading_and_scoring(name: str, head: str) -> None:
     torch.testing.assert_close(model(noisy, timestep.repeat(3), conditioning, uncond), expected)
 
 
-@pytest.mark.parametrize(("name", "head"), rotated_after(2, CASES))
-def test_score_does_not_depend_on_company(name: str, head: str) -> None:
-    model = model_of(name, head)
-    latents, noise = latents_and_noise()
-    levels = ScoringNoise(sigmas=(0.2, 0.5, 0.7))
-    together = model.score_latents(PROMPTS, latents, noise=levels, draws=noise)
-    alone = [model.score_latents([PROMPTS[i]], latents[[i]], noise=levels, draws=noise[[i]]) for i in (0, 1, 2)]
-    assert together.shape == (3,)
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
-
-
 def test_lrm_ensemble_is_the_mean() -> None:
     model = model_of("sd15", "lrm")
     latents, noise = latents_and_noise()
@@ -57,28 +44,6 @@ def test_lrm_ensemble_is_the_mean() -> None:
         for timesteps in ((1.0,), (501.0,), (1.0, 501.0))
     )
     torch.testing.assert_close(both, (one + other) / 2)
-
-
-def test_gradient_reaches_the_latents() -> None:
-    model = model_of("sd35", "dina")
-    latents, noise = latents_and_noise()
-    latents.requires_grad_()
-    model.score_latents(PROMPTS, latents, draws=noise).sum().backward()
-    assert latents.grad.abs().sum() > 0
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_refusals() -> None:
-    model = model_of("sd15", "lrm")
-    latents, noise = latents_and_noise()
-    with pytest.raises(InputError, match="timestep 1000 is out of range; use a value from 0 to 999"):
-        model.score_latents(PROMPTS, latents, noise=ScoringNoise(timesteps=(1000,)), draws=noise)
-    model.backbone.vae = None
-    with pytest.raises(InputError, match="pixels were given, but this backbone has no VAE"):
-        model.encode_images(torch.zeros(1, 3, PIXELS, PIXELS))
-    model.backbone.text_encoder = None
-    with pytest.raises(InputError, match="without a text encoder; load it from a full pipeline"):
-        model.encode_prompts(["a cat"])
 
 
 def test_normalised_scale() -> None:

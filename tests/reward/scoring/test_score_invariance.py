@@ -10,10 +10,7 @@ import torch
 from torch import nn
 
 from latentreward.core.errors import InputError
-from latentreward.data.image_sizes import OneSize
 from latentreward.reward import RewardModel, ScoringNoise
-from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe
-from latentreward.reward.scoring.layouts.reopening import Probe
 from tests.marks import rotated_after, slow_after
 from tests.reward.scoring.models import PROMPTS, pictures, scoring_model
 from tests.tiny_pipelines import LATENTS
@@ -53,17 +50,6 @@ def test_a_row_of_a_batch_is_like_any_other(model: RewardModel, size: int) -> No
         rest = scores[size - size % 4 :]
         assert torch.equal(rest, scores[-1:].expand_as(rest))
         torch.testing.assert_close(scores[:1], scores[-1:], **CLOSE)
-
-
-def test_a_head_that_reads_other_rows_is_refused_though_a_processor_scores_its_rows_one_by_one() -> None:
-    model = scoring_model("sd15")
-    own = type("Mine", (type(model.head),), {"forward": lambda head, features: features.temb[:, 0].cumsum(dim=0)})
-    model.head.__class__, model.image_sizes = own, OneSize(8 * LATENTS, 8 * LATENTS)
-    model.recipe = ModelRecipe(ModelPart("sd15"), ModelPart("Mine"))
-    with pytest.raises(InputError, match=r"^Mine.forward returned .* compute each row from itself alone"):
-        model.score_latents("a cat", torch.randn(8, 4, LATENTS, LATENTS))
-    with pytest.raises(InputError, match=r"^Mine.forward"):
-        Probe.of(model)
 
 
 @pytest.mark.parametrize("mixed", rotated_after(1, [True, False]), ids=["mixed shapes", "one shape"])
@@ -158,8 +144,3 @@ def test_a_model_is_moved_as_any_module() -> None:
     assert model.share_memory().head.state_dict()["visual_projection.weight"].is_shared()
     assert nn.Sequential(model.to("meta"))[0].device.type == "meta"
     assert model.to_empty(device="cpu").device.type == "cpu"
-
-
-def test_other_precisions_are_refused(model: RewardModel) -> None:
-    with pytest.raises(InputError, match=r"dtype is torch.float16; .* torch.float32 or torch.bfloat16"):
-        model.set_precision(torch.float16)

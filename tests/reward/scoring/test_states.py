@@ -68,22 +68,14 @@ def test_gradients_reach_the_states(model: RewardModel) -> None:
     assert latents.grad.flatten(2).abs().sum(dim=2).gt(0).all()
 
 
-def test_no_trajectory_gives_no_score(model: RewardModel) -> None:
-    assert model.score_states([], states()[:0], TIMES).shape == (0, 4)
-    assert model.score_states(PROMPTS, states()[:, :0], TIMES[:0]).shape == (3, 0)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"latents": torch.zeros(3, 4, 8)}, "give floating point (N, S, C, ...)"),
+        ({"latents": torch.zeros(3, 4, 8)}, "give floating point"),
         ({"latents": torch.zeros(3, 4, 4, 8, 8, dtype=torch.int64)}, "give floating point"),
-        ({"latents": torch.zeros(3, 4, 4, 8, 8).numpy()}, "latents is of type ndarray; give a tensor (N, S, C, ...)"),
-        ({"timesteps": TIMES[:3]}, "timesteps have shape (3,) for 3 trajectories of 4 states"),
-        ({"timesteps": torch.tensor([1.0, 2.0, 3.0, 1001.0])}, "timestep 1001 is out of range"),
-        ({"timesteps": torch.tensor([1.0, 2.0, 3.0, float("nan")])}, "timestep nan is out of range"),
+        ({"timesteps": TIMES[:3]}, "timesteps have shape"),
+        ({"timesteps": torch.tensor([1.0, 2.0, 3.0, float("nan")])}, "timestep nan"),
         ({"prompts": ["one"]}, "prompts: 1 for 3"),
-        ({"batch_size": 0}, "batch_size is 0"),
         ({"axes": True}, "has no two axes"),
         ({"latents": torch.full((3, 4, 4, LATENTS, LATENTS), torch.nan)}, "not finite"),
     ],
@@ -110,13 +102,6 @@ def test_states_of_another_scale_are_doubted(
     scoring_model("sd15").score_states(["a cat"] * 3, scale * states(), times)
     assert len(caplog.messages) == (message is not None)
     assert message is None or re.search(message, caplog.text)
-
-
-def test_latents_that_are_no_canonical_tensor_are_refused(model: RewardModel) -> None:
-    with pytest.raises(InputError, match=r"latents is of type ndarray; give a tensor \(N, C, \.\.\.\)"):
-        model.score_latents(PROMPTS, states()[:, 0].numpy())
-    with pytest.raises(InputError, match=r"shape \(1, 16, 64\), which is that of packed tokens, .*; unpack"):
-        model.score_latents(PROMPTS, torch.zeros(3, 16, 64))
 
 
 def test_a_memory_keeps_encoded_prompts_between_calls(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:

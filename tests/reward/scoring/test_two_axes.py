@@ -16,9 +16,8 @@ from safetensors.torch import save
 from latentreward.alignment import LatentReward
 from latentreward.apps.cli import main
 from latentreward.core.contracts import PairTargets
-from latentreward.core.errors import InputError
 from latentreward.reward import Calibration, LayerMixHead, RegressionDistillation, RewardModel, ScoringNoise
-from latentreward.reward.scoring.scored_table import read_scores
+from latentreward.reward.scoring.image_lists import read_scores
 from tests.alignment.modules.batches import dina, pixel_batch, scores_of
 from tests.alignment.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
@@ -71,12 +70,6 @@ def test_each_axis_learns_from_a_column_of_its_own() -> None:
     bias = module.model.head.mlp[3].bias.grad
     assert bias[0] == 0
     assert bias[1] < 0
-
-
-def test_a_model_with_one_score_has_no_axes(tmp_path: Path) -> None:
-    write_run(tmp_path, "layer_mix", "sd35", text_taps=[], tuning="frozen")
-    with pytest.raises(InputError, match="LayerMixHead has no two axes"):
-        RewardModel.from_pretrained(tmp_path).score(PROMPTS, pictures(3), axes=True)
 
 
 def test_the_weights_are_in_the_config_and_the_card(model: RewardModel, tmp_path: Path) -> None:

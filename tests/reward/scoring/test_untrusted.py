@@ -17,7 +17,7 @@ from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion import LoRA
 from latentreward.reward import RewardModel
-from latentreward.reward.scoring.layouts.trust import guarded_imports
+from latentreward.reward.scoring.layouts.recipe import guarded_imports
 from tests.alignment.rewards.stored import write_run
 from tests.marks import slow_after
 from tests.reward.scoring.stub_hub import StubHub, running_hub
@@ -106,38 +106,6 @@ def test_foreign_classes_are_refused_before_they_are_imported(
     assert "this" not in sys.modules
 
 
-@pytest.mark.parametrize(
-    "change",
-    slow_after(
-        1,
-        [
-            lambda model: model["backbone"]["init_args"].update(lora="this.Foo", tuning="lora"),
-            lambda model: model["backbone"]["init_args"].update(lora={"class_path": "this.Foo"}, tuning="lora"),
-            lambda model: model["head"]["init_args"].update(num_heads={"class_path": "this.Foo"}),
-        ],
-    ),
-)
-def test_classes_among_settings_are_not_imported(
-    change: Callable[[dict[str, Any]], object], hub: StubHub, tmp_path: Path
-) -> None:
-    write_run(tmp_path, "dina", "sd35")
-    edit(tmp_path, change)
-    sys.modules.pop("this", None)
-    refused(upload(hub, tmp_path), "model")
-    assert "this" not in sys.modules
-
-
-@pytest.mark.parametrize("text", slow_after(1, ["${oc.env:SECRET}", "a${oc.env:SECRET,x}b", "${oc.${name}:SECRET}"]))
-def test_nothing_is_resolved(text: str, hub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SECRET", "hunter2")
-    write_run(tmp_path, "dina", "sd35")
-    edit(tmp_path, lambda model: model["backbone"]["init_args"].update(source=text))
-    message = r"config\.yaml: '\S*\$\S* would be resolved.*trust_remote_code=True"
-    with pytest.raises(InputError, match=message) as caught:
-        RewardModel.from_pretrained(upload(hub, tmp_path))
-    assert "hunter2" not in str(caught.value)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["here", "hub"])
 def test_trust_allows_all_and_nothing_else_does(
@@ -216,24 +184,6 @@ def test_settings_of_training_are_left_out_of_a_run(hub: StubHub, tmp_path: Path
     options = {"attention_backend": "flash_hub", "gradient_checkpointing": True}
     edit(tmp_path, lambda model: model["backbone"]["init_args"].update(options))
     RewardModel.from_pretrained(upload(hub, tmp_path))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "value"),
-    slow_after(
-        2,
-        [("attention_backend", "flash_hub"), ("gradient_checkpointing", True), ("lora", {})],
-    ),
-)
-def test_settings_of_training_are_refused_in_a_model_folder(name: str, value: Any, tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "dina", "sd35")
-    RewardModel.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    config = json.loads(path.read_text())
-    config["backbone"]["init_args"][name] = value
-    path.write_text(json.dumps(config))
-    refused(tmp_path / "model", rf"config\.json: backbone\.init_args\.{name} is for training alone; remove it")
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.core.errors import InputError
 from latentreward.reward import CLIPScorer
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from tests.marks import WITH_ITS_FILE
@@ -44,11 +43,6 @@ def test_it_names_clean_emoji_and_ranks_degrees(made: Path, world: EmojiWorld) -
     figures = json.loads((made / "figures.json").read_text())
     assert {*figures} == {"clean", "degraded", "pairs", "category", "quality"}
     assert figures["pairs"] > 0.6
-
-
-def test_unknown_captions_are_refused(made: Path) -> None:
-    with pytest.raises(InputError, match="the prompt 'animals: unicorn' is no caption of an emoji"):
-        EmojiJudge(str(made))(["animals: unicorn"], [Image.new("RGB", (32, 32))])
 
 
 @pytest.mark.release

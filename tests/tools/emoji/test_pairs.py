@@ -36,19 +36,3 @@ def test_mixed_pairs_and_hpdv3(tmp_path: Path) -> None:
     assert opposed > 10
     main([str(tmp_path / "hpdv3"), "--layout", "hpdv3", "--train", "20", "--test", "10"])
     assert [len(HPDv3Reader(str(tmp_path / "hpdv3"), split)) for split in ("train", "test")] == [20, 10]
-
-
-def test_mixed_pairs_have_one_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "pairs"), "--mixed", "--layout", "hpdv3"])
-    assert capsys.readouterr().err.endswith("of Pick-a-Pic alone; leave out --layout hpdv3\n")
-
-
-def test_without_the_pictures_the_command_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("EMOJI_PATH", str(tmp_path))
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "pairs")])
-    assert "no emoji are read" in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "pairs").exists()

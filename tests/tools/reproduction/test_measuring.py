@@ -27,9 +27,7 @@ def test_a_pair_counts_alike_in_either_order_of_its_images(turned: tuple[str, ..
         order = "ba" if name in turned else "ab"
         keys, values = [f"{name}-{side}" for side in order], [scores["ab".index(side)] for side in order]
         scored.append({"pair_id": name, "image_a": keys[0], "image_b": keys[1], "s_a": values[0], "s_b": values[1]})
-        predicted.append(
-            {"pair_id": name, "chosen_key": keys[0], "sigma": 0.2, "margin": values[0] - values[1]},
-        )
+        predicted.append({"pair_id": name, "chosen_key": keys[0], "sigma": 0.2, "margin": values[0] - values[1]})
     parquet.write_table(pa.Table.from_pylist(scored), tmp_path / SCORED)
     parquet.write_table(pa.Table.from_pylist(predicted), tmp_path / PREDICTED)
     for metric in (Metric("scores", "accuracy", column=("s",)), Metric("scores", "accuracy", sigma=(0.2,))):

@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentreward.core.errors import InputError
 from tests.tools.reproduction.test_page import result
 from tests.tools.reproduction.test_rows import ROWS, TOY
-from tools.reproduce import reproduce
 from tools.reproduction.planning import Planner, chance, further_seeds
 from tools.reproduction.results import read_results, result_path, write_result
 from tools.reproduction.rows import MOST_SEEDS, WHOLE, Row, read_row
@@ -90,15 +88,3 @@ def test_every_row_has_a_cost(tmp_path: Path) -> None:
     output = Path(__file__).resolve().parents[3] / "reproduction"
     for choice in Planner([*ROWS.values()], output, lambda task: False).chosen(99, 1e9):
         assert choice.seconds > 0, choice.row.name
-
-
-@pytest.mark.parametrize("more", ["quick", "stale"])
-def test_a_budget_is_for_further_seeds_alone(more: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="budget: it is for further seeds alone; leave quick and stale out"):
-        reproduce([], budget=1.0, output=tmp_path, work=tmp_path, **{more: True})
-
-
-@pytest.mark.parametrize("hours", [0.0, -1.0, float("inf")])
-def test_a_budget_that_is_none_is_refused(hours: float, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="budget="):
-        reproduce(budget=hours, output=tmp_path, work=tmp_path)

@@ -228,11 +228,6 @@ def test_values_survive_packing(values: np.ndarray) -> None:
     np.testing.assert_allclose(back.values, values, atol=5e-4)
 
 
-def test_bits_are_small() -> None:
-    packed = Values("ab", (np.arange(3000) % 3 == 0).astype(float)).packed()
-    assert len(packed["bits"]) <= 500
-
-
 def test_no_values_are_refused() -> None:
     """Their mean is NaN, with which no command could read the result again."""
     with pytest.raises(InputError, match="no item has a value"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from latentreward.core.checkpoints.shards import require_finite, whole_tensor
 from latentreward.core.errors import InputError
 from latentreward.core.storage.durable import replacing, write_file
 from latentreward.diffusion import Family, LoRA
-from latentreward.diffusion.backbones.stored_adapters import CONFIG, PREFIX, WEIGHTS
+from latentreward.diffusion.backbones.tuning import CONFIG, PREFIX, WEIGHTS
 from latentreward.diffusion.families.base import Pair
 
 FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for in a folder
@@ -34,9 +35,6 @@ class TrainedLoRA:
             layer in the network.
         settings: Rank, alpha, dropout and target modules of the adapter.
         family: Family of the network.
-
-    Raises:
-        InputError: If a weight is not finite.
     """
 
     weights: dict[str, Tensor]
@@ -134,3 +132,40 @@ def sort_metadata(path: Path) -> None:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         file.seek(8)
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
+# Not diffusers' own ``convert_state_dict_to_kohya``: it has no names for SD3 and Wan.
+
+
+KOHYA_FILE = "kohya_lora.safetensors"  # name of the exported file
+KOHYA_PREFIX = "lora_unet_"  # beginning of every key in the exported file
+
+
+def join(parts: Sequence[Pair | None]) -> Pair:
+    """Join the adapters of a layer's parts, whose outputs are concatenated, to one A and one B."""
+    given = [part for part in parts if part is not None]
+    if len(parts) == 1:
+        return given[0]
+    untrained = given[0][1].new_zeros(len(given[0][1]), 0)
+    ups = [untrained if part is None else part[1] for part in parts]
+    return torch.cat([down for down, _ in given]), torch.block_diag(*ups)
+
+
+def write_kohya(lora: TrainedLoRA, folder: Path) -> Path:
+    """Write :data:`KOHYA_FILE` into ``folder`` atomically, and return its path."""
+    weights: dict[str, Tensor] = {}
+    for name, parts in lora.family.kohya_layers(lora.pairs).items():  # before the folder is made: it may have no names
+        key, (down, up) = KOHYA_PREFIX + name.replace(".", "_"), join(parts)
+        alpha = float(lora.settings.alpha) * sum(part is not None for part in parts)
+        weights |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        weights[f"{key}.alpha"] = torch.tensor(alpha, dtype=down.dtype)
+    metadata = {
+        "format": "pt",
+        "ss_network_module": lora.family.kohya_module,
+        "ss_network_dim": str(lora.settings.rank),
+        "ss_network_alpha": str(lora.settings.alpha),
+    }
+    with replacing(folder / KOHYA_FILE) as partial:
+        save_file(weights, partial, metadata)
+        sort_metadata(partial)
+    return folder / KOHYA_FILE

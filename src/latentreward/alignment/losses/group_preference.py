@@ -69,9 +69,6 @@ class DGPOLoss(SetLoss):
         kl_weight: λ, at least 0.
         clip_range: c, in (0, 1), or None. Published: 0.05, for GenEval 0.01.
         max_advantage: Bound: advantages are clamped to [−``max_advantage``, ``max_advantage``].
-
-    Raises:
-        InputError: If an argument is out of range.
     """
 
     def __init__(
@@ -133,9 +130,6 @@ class CRDLoss(SetLoss):
             are averaged. None weighs all samples equally.
         form: ``mse``, or ``bce``: binary cross-entropy of logits β(ρ − ρ̄) with the probability σ(r − r̄).
         adaptive: Whether d is divided by w, and the KL term is weighted by r.
-
-    Raises:
-        InputError: If an argument is out of range.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from latentreward.alignment.losses.clipped_policy import clipped_objective
-from latentreward.core.devices import widest_float
+from latentreward.core.contracts import widest_float
 from latentreward.core.errors import check_choices, check_range
 from latentreward.reward.losses.base import SetLoss
 
@@ -109,9 +109,6 @@ class MatchingLoss(SetLoss):
         divergence: Weight of both divergences by noise level; see :func:`velocity_divergence`.
         max_advantage: Bound: advantages are clamped to [−``max_advantage``, ``max_advantage``].
         scale_to: Value to which an advantage of ``max_advantage`` is scaled; None does not scale.
-
-    Raises:
-        InputError: If an argument is out of range.
     """
 
     def __init__(

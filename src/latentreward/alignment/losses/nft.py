@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from latentreward.alignment.losses.diffusion_dpo import denoising_error
-from latentreward.core.devices import to_float64, widest_float
+from latentreward.core.contracts import to_float64, widest_float
 from latentreward.core.errors import check_choices, check_range
 from latentreward.reward.losses.base import SetLoss, per_row
 
@@ -85,9 +85,6 @@ class NFTLoss(SetLoss):
 
     Attributes:
         needs_reference: Whether :meth:`forward` needs ``reference``.
-
-    Raises:
-        InputError: If an argument is out of range.
     """
 
     def __init__(

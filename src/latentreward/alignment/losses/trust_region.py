@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentreward.alignment.losses.clipped_policy import clipped_objective
-from latentreward.core.devices import to_float64
+from latentreward.core.contracts import to_float64
 from latentreward.core.errors import InputError, check_range
 from latentreward.core.promises import Part, detached, returns, shown, tensor, wrong_tensor
 
@@ -183,9 +183,6 @@ class FlowDPPO(RatioRule):
     Args:
         threshold: Least divergence that counts as too far; 1e-5 in the released settings.
         scaled: Whether the divergence is divided by s²Δ.
-
-    Raises:
-        InputError: If ``threshold`` is negative.
     """
 
     def __init__(self, threshold: float = 1e-5, scaled: bool = True) -> None:
@@ -237,9 +234,6 @@ class NormGuard(Penalty):
 
     Args:
         weight: λ.
-
-    Raises:
-        InputError: If ``weight`` is not positive.
     """
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -310,9 +304,6 @@ class UncertaintyGate(KLGate):
 
     Args:
         share: Share of samples on which the KL term acts, in (0, 1).
-
-    Raises:
-        InputError: If ``share`` is out of range.
     """
 
     takes = "levels"
@@ -359,9 +350,6 @@ class RankGate(KLGate):
     Args:
         share: Share of samples at the start; 0.1 as released.
         reversed: Select samples that the first reward ranks above the others.
-
-    Raises:
-        InputError: If ``share`` is out of range.
     """
 
     takes = "parts"

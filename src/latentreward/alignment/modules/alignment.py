@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from latentreward.alignment.modules.sharded_policy import shard_policy, shard_reward
+from latentreward.alignment.modules.rollout_log import RolloutLog
 from latentreward.alignment.policies.checkpoint import SOURCE
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.rewards.base import Reward, RewardSource
@@ -23,9 +23,8 @@ from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.alignment.rollout.advantages import Advantage
 from latentreward.alignment.rollout.candidates import CandidateStep, candidate_steps
 from latentreward.alignment.rollout.pair_selection import gap_quantiles
-from latentreward.alignment.rollout.prompted import RolloutDraws
-from latentreward.alignment.rollout.samplers import Transition, reporting_steps
-from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.samplers import Sampling, Transition, reporting_steps
+from latentreward.alignment.rollout.trajectories import RolloutDraws
 from latentreward.core.contracts import (
     Conditioning,
     NoisyStates,
@@ -34,18 +33,16 @@ from latentreward.core.contracts import (
     SampledStates,
     sources_of,
 )
-from latentreward.core.devices import evaluating
 from latentreward.core.errors import InputError
-from latentreward.core.phases import phase
 from latentreward.core.promises import place_of
-from latentreward.core.seeding import run_seed
+from latentreward.core.running import evaluating, phase, run_seed
 from latentreward.core.storage.progress import Progress
 from latentreward.data.alignment.experience import other_rows, wrong_rows
-from latentreward.diffusion.encoders.sources import edit_of_grey
 from latentreward.diffusion.encoders.stored_prompts import StoredPrompts
+from latentreward.diffusion.encoders.vae import edit_of_grey
 from latentreward.reward import RemoteError
-from latentreward.reward.modules.based import FrozenBase, unseen_settings
-from latentreward.reward.modules.optimizers import OptimizerSteps, single_optimizer
+from latentreward.reward.modules.sharding import shard_policy, shard_scorers
+from latentreward.reward.modules.training import FrozenBase, OptimizerSteps, single_optimizer, unseen_settings
 
 Kind = TypeVar("Kind", bound=nn.Module)
 HeldBuffer = tuple[nn.Module, str, Tensor | None, Tensor | None]
@@ -87,10 +84,6 @@ class AlignmentModule(LightningModule):
         rollout_values: Further values of the last rollout to log, by name.
         rollout_progress: Function that makes the display of a rollout of so many steps in so many batches; None shows
             nothing.
-
-    Raises:
-        InputError: If ``guidance_scale`` is out of range for the family, the policy cannot be loaded, the reward takes
-            latents of another space than the policy makes, or a method with rollouts has no ``experience``.
     """
 
     reward: Reward
@@ -132,11 +125,8 @@ class AlignmentModule(LightningModule):
         if self.reward is not None:
             self.reward.train(False)
             self.reward.requires_grad_(False)
-        self._began = self._rollout_seconds = 0.0
-        self._times: dict[str, float] = {}
         self.rollout_values: dict[str, float] = {}
-        self._part_means: list[float] = []
-        self._seen: RolloutStatistics | tuple[()] | None = ()  # statistics that were logged; at first not even None
+        self.rollout_log = RolloutLog()
         self._rows: dict[str, int] = {}
         self._encoded: tuple[Conditioning, Conditioning | None] | None = None
 
@@ -170,9 +160,10 @@ class AlignmentModule(LightningModule):
     def configure_model(self) -> None:
         """Under FSDP2, shard the policy, then the reward's blocks and text encoders that are not the policy's."""
         if self.device_mesh is not None:
-            shard_policy(self.policy, self.device_mesh["data_parallel"])
-            if self.reward is not None:
-                shard_reward(self.reward, self.device_mesh["data_parallel"])
+            mesh = self.device_mesh["data_parallel"]
+            shard_policy(self.policy, mesh)
+            backbones = [scorer.model.backbone for scorer in self._reward_parts(LatentScorer)]
+            shard_scorers(backbones, {*self._reward_parts(nn.Module)}, mesh)
 
     def configure_optimizers(self) -> Any:
         """Build one optimiser over the adapter, and its schedule, stepped after each optimiser step."""
@@ -180,8 +171,8 @@ class AlignmentModule(LightningModule):
         return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, lr=self.lr)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the callback that checks and logs optimiser steps."""
-        return [OptimizerSteps()]
+        """Return the callbacks that check and log optimiser steps, and log rollouts."""
+        return [OptimizerSteps(), self.rollout_log]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save where the policy was loaded from, so that the checkpoint alone is enough to load it again."""
@@ -381,7 +372,7 @@ class AlignmentModule(LightningModule):
                 raise
             if self.reward is not None and (means := self.reward.take_means()) is not None:
                 every = self.of_all_ranks(means[None].to(self.device, torch.float32))
-                self._part_means = every.mean(dim=0).tolist()
+                self.rollout_log.part_means = every.mean(dim=0).tolist()
         if found is not None and type(found) is not self.experience:
             raise InputError(
                 f"{type(self).__name__}: make_experience returned a {type(found).__name__}, but experience is "
@@ -393,9 +384,7 @@ class AlignmentModule(LightningModule):
                 f"{kind.__name__}.make_experience returned {type(found).__name__} with {problem}"
                 f"{place_of(kind.make_experience)}"
             )
-        seconds = time.perf_counter() - wall
-        self._rollout_seconds += seconds
-        self._times = {"seconds": seconds, "process_seconds": time.process_time() - process}
+        self.rollout_log.add_times(time.perf_counter() - wall, time.process_time() - process)
         return found
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
@@ -430,33 +419,6 @@ class AlignmentModule(LightningModule):
             uncond = uncond.select(rows).trimmed().to(self.device)
         # Text is padded to the longest prompt of the rollout; attention over the rest of the padding is wasted.
         return encoded.select(rows).trimmed().to(self.device), uncond
-
-    def on_train_start(self) -> None:
-        """Start the clock from which the share of time spent in rollouts is computed."""
-        self._began, self._rollout_seconds = time.perf_counter(), 0.0
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Log the last rollout: time, speed, share of the run's time in rollouts, scores, mean gap, share of rows kept.
-
-        Of a mixture also the mean score of each reward, as it is before normalisation. The progress line shows the mean
-        score. At the first batch after a rollout, and in steps that are logged: each value costs some kernels.
-        """
-        seen, self._seen = self._seen, self.rollout_statistics
-        if seen is self._seen and not self.trainer._logger_connector.should_update_logs:
-            return
-        values = self._times | self.rollout_values
-        # A resumed run begins with rows in store, before any rollout of its own.
-        if self._times:
-            values["time_share"] = self._rollout_seconds / (time.perf_counter() - self._began)
-        if (statistics := self.rollout_statistics) is not None and statistics.gap.numel():
-            self.log("rollout/score", statistics.scores.float().mean().item(), prog_bar=True, batch_size=len(batch))
-            spread = statistics.scores.float().std(dim=1, correction=0)
-            means = {"score_std": spread, "gap": statistics.gap, "kept_share": statistics.kept}
-            values |= {name: value.float().mean().item() for name, value in means.items()}
-            if values.get("seconds"):
-                values["samples_per_second"] = statistics.scores.numel() / values["seconds"]
-        values |= {f"reward_{number}": mean for number, mean in enumerate(self._part_means, 1)}
-        self.log_dict({f"rollout/{name}": value for name, value in values.items()}, batch_size=len(batch))
 
 
 def same(found: Tensor | None, value: Tensor | None) -> bool:

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from latentreward.alignment.losses.diffusion_dpo import denoising_error, implicit_rewards
-from latentreward.alignment.losses.linear_dpo import LinearDPO
+from latentreward.alignment.losses.diffusion_dpo import LinearDPO, denoising_error, implicit_rewards
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.policies.moving_average import AVERAGE, DecayRamp, MovingCopy
-from latentreward.alignment.rollout.prompted import PriorNoise
+from latentreward.alignment.rollout.trajectories import PriorNoise
 from latentreward.core.contracts import PairScores, PreferenceBatch
 from latentreward.core.errors import InputError, check_range, errors_at, quoted
 from latentreward.diffusion import LevelSampler, TimestepGrid
@@ -25,7 +24,7 @@ from latentreward.reward import (
     gather_with_grad,
     weighted_mean,
 )
-from latentreward.reward.modules.pairs import EncodedPairs, PairDraws, Posterior, latents_of, snap_timesteps
+from latentreward.reward.modules.reward import EncodedPairs, PairDraws, Posterior, latents_of, snap_timesteps
 
 
 class ImplicitPairs(NamedTuple):
@@ -61,16 +60,13 @@ class DiffusionDPOModule(AlignmentModule):
         posterior: Whether the VAE's latents of pixels are a ``sample`` of its posterior, new for each image and epoch,
             or the posterior's ``mode``.
         eval_timesteps: Timesteps at which validation compares every pair, with the same noise in each epoch.
-        linear: Linear-DPO's loss in place of the sigmoid; see :mod:`latentreward.alignment.losses.linear_dpo`.
+        linear: Linear-DPO's loss in place of the sigmoid; see :mod:`latentreward.alignment.losses.diffusion_dpo`.
         reference: How slowly a moving average of the policy follows it, one move at each optimiser step. The average
             is then the reference, as in Linear-DPO; None keeps the network without its adapter.
         prior_noise: Add to each image the noise from which ``latentreward generate`` made it, as PNAPO
             (arXiv:2605.09433) does, instead of a random one. For flows, and pictures of nearly this policy.
         options: See :class:`AlignmentModule`. Training uses no classifier-free guidance, as in the paper;
             ``guidance_scale`` is for callbacks that sample, and for networks that take it as an input (FLUX.1-dev).
-
-    Raises:
-        InputError: If an argument is out of range.
     """
 
     def __init__(

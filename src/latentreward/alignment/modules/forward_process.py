@@ -21,16 +21,15 @@ from latentreward.alignment.modules.grpo import LEAST_ADVANTAGE, group_statistic
 from latentreward.alignment.modules.pruned import PrunedRollouts
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.policies.moving_average import AVERAGE, OLD, DecayRamp, MovingCopy
-from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rewards.base import RewardSource, begin_finished, check_sigmas, rows_of
 from latentreward.alignment.rollout.advantages import Advantage, GroupAdvantage
-from latentreward.alignment.rollout.finished import begin_finished, check_sigmas, rows_of
 from latentreward.alignment.rollout.pruning import Pruning
-from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.alignment.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
 from latentreward.alignment.rollout.trajectories import sample_latents
 from latentreward.core.contracts import PromptBatch, RenoisedGroups, RenoisedSamples, SampledStates, join_rows
 from latentreward.core.errors import InputError, check_at_least_one, check_range
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 
 FOLLOWED = "copies_followed"
 """Key of a checkpoint with the optimiser step after which the copies last followed the policy."""
@@ -82,10 +81,6 @@ class ForwardProcessModule(AlignmentModule):
         experience: :class:`~latentreward.core.contracts.RenoisedGroups` for a method whose rows hold all samples of a
             prompt, so that no batch, rank or optimiser step has a part of them.
         row_passes: Passes of the policy in training on a sample at one noise level; forward and backward count as 3.
-
-    Raises:
-        InputError: If the policy is no flow and the method needs one, guidance or noise is asked for, a setting is out
-            of range, or the reward takes latents of another space.
     """
 
     experience: type[SampledStates] = RenoisedSamples
@@ -308,9 +303,6 @@ class DiffusionNFTModule(ForwardProcessModule):
         old: How slowly the copy that samples follows the policy.
         loss: See :class:`~latentreward.alignment.NFTLoss`.
         options: See :class:`ForwardProcessModule`.
-
-    Raises:
-        InputError: See :class:`ForwardProcessModule`.
     """
 
     usual_steps = RandomSteps()
@@ -354,9 +346,6 @@ class AWMModule(ForwardProcessModule):
         average: How slowly the moving average follows the policy.
         loss: See :class:`~latentreward.alignment.MatchingLoss`.
         options: See :class:`ForwardProcessModule`.
-
-    Raises:
-        InputError: See :class:`ForwardProcessModule`.
     """
 
     usual_sampling = Sampling(14)

@@ -31,9 +31,6 @@ class DGPOModule(ForwardProcessModule):
         old: How slowly the copy that samples follows the policy; None takes the published 0.001 · step, at most 0.3.
         loss: See :class:`~latentreward.alignment.DGPOLoss`.
         options: See :class:`ForwardProcessModule`.
-
-    Raises:
-        InputError: See :class:`ForwardProcessModule`.
     """
 
     experience = RenoisedGroups
@@ -86,9 +83,6 @@ class CRDModule(ForwardProcessModule):
             which is none. Published: 4.5.
         loss: See :class:`~latentreward.alignment.CRDLoss`.
         options: See :class:`ForwardProcessModule`.
-
-    Raises:
-        InputError: See :class:`ForwardProcessModule`; or if the family has no such guidance.
     """
 
     experience = RenoisedGroups

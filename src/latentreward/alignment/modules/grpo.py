@@ -24,21 +24,26 @@ from latentreward.alignment.losses.trust_region import RuleContext, StepDrift, T
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.modules.pruned import PrunedRollouts
 from latentreward.alignment.policies.loading import PolicySource
-from latentreward.alignment.rewards.base import RewardSource
+from latentreward.alignment.rewards.base import (
+    RewardSource,
+    begin_finished,
+    check_sigmas,
+    rows_of,
+    score_finished,
+    score_states,
+)
 from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.alignment.rollout.advantages import Advantage, GroupAdvantage, group_advantages
 from latentreward.alignment.rollout.candidates import Branching
 from latentreward.alignment.rollout.credit import Credit, StateCredit
-from latentreward.alignment.rollout.finished import begin_finished, check_sigmas, rows_of, score_finished, score_states
 from latentreward.alignment.rollout.pruning import Pruning, check_scored_once, check_states_reward
 from latentreward.alignment.rollout.reward_guidance import GuidedSampler, RewardGuidance, require_gradient
-from latentreward.alignment.rollout.samplers import StepSampler
-from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.samplers import Sampling, StepSampler
+from latentreward.alignment.rollout.step_choice import Window, WindowedSampler
 from latentreward.alignment.rollout.trajectories import Trajectories, sample_trajectories
-from latentreward.alignment.rollout.window import Window, WindowedSampler
 from latentreward.core.contracts import PromptBatch, RolloutStatistics, StepSamples, join_rows, take_rows
 from latentreward.core.errors import InputError, check_at_least_one, check_range
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 
 GATE = "trust_region"
 """Key of a checkpoint with the state of a :class:`~latentreward.alignment.KLGate` that adapts."""
@@ -60,10 +65,6 @@ class GRPOModule(AlignmentModule):
         loss: Clip range ε, weight of the KL divergence from the reference, bound of advantages.
         options: See :class:`~latentreward.alignment.AlignmentModule`; guidance applies in sampling and in
             training.
-
-    Raises:
-        InputError: If a setting is out of range, the scheduler cannot make the steps, no step has noise, or the reward
-            takes latents of another space.
     """
 
     experience = StepSamples
@@ -151,9 +152,6 @@ class StepwiseGRPOModule(GRPOModule):
         candidates: Number of candidates K, timestep window, and the candidate with which a rollout goes on.
         loss: See :class:`GRPOModule`.
         options: See :class:`GRPOModule`.
-
-    Raises:
-        InputError: As in :class:`GRPOModule`, or if fewer than two steps with noise lie in the window.
     """
 
     def __init__(
@@ -228,12 +226,6 @@ class TrajectoryGRPOModule(GRPOModule):
         pruning: How many candidates of a prompt are sampled, of which a latent reward picks the ``num_trajectories``
             that are finished. None finishes all.
         options: See :class:`GRPOModule`.
-
-    Raises:
-        InputError: As in :class:`GRPOModule`, or if there are fewer than 2 trajectories per prompt, ``low`` lies above
-            ``high``, fewer than two steps with noise lie in the window, or ``reward_sigmas`` are no noise levels; with
-            ``reward_guidance`` or ``credit`` also if the reward scores no noisy states, or has no gradient; if two
-            settings exclude each other.
     """
 
     def __init__(

@@ -5,13 +5,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from latentreward.alignment.modules.alignment import AlignmentModule
+from latentreward.alignment.rewards.base import rows_of, score_states
 from latentreward.alignment.rollout.advantages import Advantage
-from latentreward.alignment.rollout.finished import rows_of, score_states
 from latentreward.alignment.rollout.pruning import Agreement, BestAndWorst, Pruning, scaled_advantages
 from latentreward.alignment.rollout.samplers import StepSampler
 from latentreward.alignment.rollout.trajectories import Trajectories, sample_pruned
 from latentreward.core.contracts import PromptBatch
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 
 ENOUGH = 256
 """Degrees of freedom, K − 1 a prompt, from which on ρ is judged; its standard error is then at most 0.06."""

@@ -1,28 +1,69 @@
-"""Reward feedback learning (ReFL, arXiv:2304.05977): train a policy by the reward's gradient through a few steps."""
+r"""Reward feedback learning (ReFL, arXiv:2304.05977): train a policy by the reward's gradient through a few steps.
 
+Reward feedback learning: loss on a sample's reward, and drift from the reference as a regulariser.
+
+.. math:: L = \lambda\,\mathbb E\,\varphi(r) + w_{\mathrm{pre}} L_{\mathrm{pre}} + w_{\mathrm{KL}}
+    \lVert f_\theta - f_{\mathrm{ref}}\rVert^2
+
+The loss is that of ReFL (ImageReward, arXiv:2304.05977, algorithm 1); DRaFT (arXiv:2309.17400) maximises the reward
+itself, PRFL (arXiv:2511.21541) its logistic function. The first term is :class:`RewardLoss`, the second
+:func:`~latentreward.alignment.denoising_error`, the third the same of policy and reference: up to a factor that depends
+only on the noise level, the KL divergence between their steps, two Gaussians of equal spread.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import relu
 
 from latentreward.alignment.losses.diffusion_dpo import denoising_error
-from latentreward.alignment.losses.refl import RewardLoss
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.policies.loading import PolicySource
-from latentreward.alignment.policies.surrogate_gradient import gradient_carrier, surrogate
-from latentreward.alignment.rewards.base import RewardSource
-from latentreward.alignment.rollout.finished import check_sigmas, score_finished, score_states
-from latentreward.alignment.rollout.prompted import PromptedPolicy, RolloutDraws
+from latentreward.alignment.rewards.base import RewardSource, check_sigmas, score_finished, score_states
+from latentreward.alignment.rewards.latent import gradient_carrier, surrogate
 from latentreward.alignment.rollout.reward_guidance import refuse_float16, require_gradient
-from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.samplers import Sampling
+from latentreward.alignment.rollout.trajectories import PromptedPolicy, RolloutDraws
 from latentreward.core.contracts import PreferenceBatch, PromptBatch
-from latentreward.core.devices import evaluating
 from latentreward.core.errors import InputError, check_choices, check_range
-from latentreward.core.phases import phase
-from latentreward.core.seeding import pair_generator
+from latentreward.core.promises import detached, returns, wrong_tensor
+from latentreward.core.running import evaluating, pair_generator, phase
 from latentreward.diffusion import TimestepGrid
-from latentreward.reward.modules.pairs import PairDraws, latents_of
+from latentreward.reward.losses.base import SetLoss
+from latentreward.reward.modules.reward import PairDraws, latents_of
+
+
+class RewardLoss(SetLoss):
+    r"""Loss of a reward r, λ·φ(r).
+
+    Args:
+        scale: λ, positive.
+        ceiling: None gives φ(r) = −r, as in DRaFT. A number c, in reward units, gives φ(r) = max(0, c − r), as in
+            ReFL's released code: samples that score above c then have no gradient.
+        sigmoid: Whether to replace r by its logistic function σ(r) in (0, 1); ``ceiling`` is then compared with σ(r).
+
+    Note:
+        ReFL's released code has c = 2 and λ = 1e-3, for ImageReward's scores, which have unit variance. PRFL's released
+        code has ``sigmoid``, c = 2 and λ = 0.1. There the ceiling is never reached, because σ(r) is below 1: the loss
+        always is λ·(2 − σ(r)), and its gradient, −λ·σ(r)·(1 − σ(r)), fades for high and for low rewards.
+    """
+
+    def __init__(self, scale: float = 1.0, ceiling: float | None = None, sigmoid: bool = False) -> None:
+        super().__init__()
+        check_range("(0, inf)", scale=scale)
+        if ceiling is not None and not math.isfinite(ceiling):
+            raise InputError(f"ceiling = {ceiling} must be finite; null sets no ceiling")
+        self.scale, self.ceiling, self.sigmoid = scale, ceiling, sigmoid
+
+    @returns(lambda found, loss, rewards: wrong_tensor(found, ()) or detached(found, rewards))
+    def forward(self, rewards: Tensor) -> Tensor:
+        """Compute the mean loss of rewards ``(B,)``: a scalar, float32."""
+        rewards = rewards.float().sigmoid() if self.sigmoid else rewards.float()
+        loss = -rewards if self.ceiling is None else relu(self.ceiling - rewards)
+        return self.scale * loss.mean()
 
 
 class LateSample(NamedTuple):
@@ -86,10 +127,6 @@ class ReFLModule(AlignmentModule):
             (PRFL), instead of being added to the reward's loss.
         options: See :class:`AlignmentModule`. ReFL's released code samples without guidance. The pre-training term
             uses no classifier-free guidance; networks that take ``guidance_scale`` as an input (FLUX.1-dev) get it.
-
-    Raises:
-        InputError: If an argument is out of range, the scheduler cannot make the steps, or the reward has no gradient,
-            takes latents of another space, compares samples, or does not score states with ``scored: state``.
 
     Note:
         ReFL's released code gives the network the step's index (30 to 39) as its timestep; here the network gets the

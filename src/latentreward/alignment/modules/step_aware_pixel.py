@@ -11,7 +11,7 @@ from latentreward.core.contracts import CrossScores, PairScores, PathText, Prefe
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.diffusion import LevelSampler, TimestepGrid
 from latentreward.reward import LRMLoss, PreferenceLoss, gather_with_grad
-from latentreward.reward.modules.pairs import EncodedPairs, PairDraws, PairModule, latents_of
+from latentreward.reward.modules.reward import EncodedPairs, PairDraws, PairModule, latents_of
 from latentreward.reward.scorers.clip import PICKSCORE
 from latentreward.reward.scorers.step_aware import load_step_aware
 
@@ -41,9 +41,6 @@ class StepAwarePixelModule(PairModule):
         levels: Sampler of a training pair's timestep; None samples uniformly from 0, 1, …, 999.
         eval_timesteps: See :class:`PairModule`.
         options: See :class:`PairModule`.
-
-    Raises:
-        InputError: If a setting is out of range, or the generator has no VAE.
 
     Note:
         The released validation scores the images themselves at timestep 0; here images pass VAE and generator at

@@ -10,12 +10,11 @@ import torch
 from latentreward.alignment.policies.policy import POLICY, Policy
 from latentreward.core.contracts import LatentSpace, PathText
 from latentreward.core.errors import InputError, check_range, first_line
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.diffusion import Family, LoRA, find_family
 from latentreward.diffusion.backbones.loading import PipelineSource, set_execution
-from latentreward.diffusion.backbones.quantization import Quantization, check_quantization
 from latentreward.diffusion.backbones.tuning import StorageDtype, shown_as_float32, warn_of_layers
-from latentreward.diffusion.backbones.weights import settle
+from latentreward.diffusion.backbones.weights import Quantization, check_quantization, settle
 
 
 @dataclass

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from latentreward.core.contracts import Conditioning, LatentSpace, PreferenceBatch, sources_of
 from latentreward.core.errors import InputError
-from latentreward.core.programs import of_this_package
+from latentreward.core.registry import of_this_package
 from latentreward.diffusion import Family, NoiseProcess
 from latentreward.diffusion.encoders.prompts import PromptEncoder, empty_prompts, encode_texts
-from latentreward.diffusion.encoders.sources import encode_edits, reading_pictures
+from latentreward.diffusion.encoders.vae import encode_edits, reading_pictures
 
 if TYPE_CHECKING:
     from latentreward.diffusion.encoders.vae import LatentEncoder

@@ -14,7 +14,7 @@ from latentreward.alignment.rewards.base import Reward, RewardSource
 from latentreward.core.contracts import NoisyStates
 from latentreward.core.errors import check_range
 from latentreward.core.promises import check_takes, place_of
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.core.storage.digests import digest
 
 if TYPE_CHECKING:
@@ -93,9 +93,6 @@ class RandomReward(RewardSource):
         seed: Seed of the numbers or of the function.
         scale: Standard deviation of the scores: of all scores under ``noise``, of the scores of images of pure noise
             under ``readout``. Candidates drawn from one state differ less than that under ``readout``.
-
-    Raises:
-        InputError: If ``scale`` is not positive.
     """
 
     def __init__(self, kind: Literal["noise", "readout"] = "noise", seed: int = 0, scale: float = 1.0) -> None:

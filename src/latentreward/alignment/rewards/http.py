@@ -16,7 +16,7 @@ from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.core.promises import check_needs
 from latentreward.core.reports.drawing import to_image
 from latentreward.core.storage.digests import digest
-from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.diffusion.encoders.vae import edit_of_grey
 from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedImages, ServedLatents
 from latentreward.reward.remote.client import (
     Connection,
@@ -50,9 +50,6 @@ class HTTPReward(RewardSource):
         schema: Form of requests and replies; None is :class:`~latentreward.reward.PlainJSON`.
         batch_size: Pictures or latents of a request.
         decode_batch_size: Latents that the VAE decodes at once.
-
-    Raises:
-        InputError: If a number is below 1, or the schema is of an unknown kind.
 
     Example:
         .. code-block:: yaml

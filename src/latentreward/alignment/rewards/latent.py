@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from latentreward.alignment.policies.surrogate_gradient import gradient_carrier
 from latentreward.alignment.rewards.base import Reward, RewardSource, check_edits
-from latentreward.alignment.rewards.conversion import convert_states, describe_conversion, same_levels
 from latentreward.alignment.rewards.shared_base import share_adapter, shares_network, shares_text
 from latentreward.core.contracts import Conditioning, LatentSpace, NoisyStates, PathText, TensorRecord, check_sources
 from latentreward.core.errors import InputError, check_at_least_one
-from latentreward.core.storage.shared_weights import processes_here, sharing_between
-from latentreward.diffusion import NoiseProcess
+from latentreward.core.storage.weight_files import processes_here, sharing_between
+from latentreward.diffusion import DDPM, FlowMatching, NoiseProcess
 from latentreward.diffusion.backbones.loading import PipelineSource
 from latentreward.diffusion.backbones.weights import Reading, read_weights, reading_later
+from latentreward.diffusion.noise.processes import per_sample
 from latentreward.reward import ModelSource
 from latentreward.reward.scoring.layouts.find import StoredReward, find_reward
 from latentreward.reward.scoring.network import RewardNetwork
@@ -29,6 +28,92 @@ if TYPE_CHECKING:
     from latentreward.alignment.policies.loading import PolicySource
     from latentreward.alignment.policies.policy import Policy
     from latentreward.diffusion.encoders.prompts import PromptEncoder
+
+
+def surrogate(latents: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Compute the mean of ``score(latents)``, with the backward pass through ``score`` already done.
+
+    Gradient checkpointing computes blocks again in the backward pass, with the adapter that is active at that time.
+    Therefore this function back-propagates through the reward itself; call it under ``policy.adapters.use("reward")``.
+    The scalar that it returns carries d mean / d latents into the policy's graph. Call ``backward`` on that scalar
+    later, when the policy's adapter is active again.
+
+    Args:
+        latents: ``(N, C, ...)`` with the policy's graph.
+        score: Differentiable function of latents that returns scores of any shape.
+
+    Returns:
+        Scalar float32. Its gradient flows into ``latents`` only, not into weights or other inputs of ``score``.
+    """
+    leaf = latents.detach().requires_grad_()
+    with torch.enable_grad():
+        mean = score(leaf).float().mean()
+    # To the latents alone: weights of the reward, which may be the policy's network, get no gradient.
+    (slope,) = torch.autograd.grad(mean, leaf)
+    return mean.detach() + gradient_carrier(latents, slope).sum()
+
+
+def gradient_carrier(latents: Tensor, slope: Tensor) -> Tensor:
+    """Return zeros ``(N,)`` float32 with derivative ``slope`` with respect to ``latents``, both ``(N, C, ...)``."""
+    return ((latents - latents.detach()).float() * slope.float()).flatten(1).sum(dim=1)
+
+
+def same_levels(first: NoiseProcess, second: NoiseProcess) -> bool:
+    """Tell whether two processes have the same table of timesteps and sigmas, so that states need no conversion."""
+    return type(first) is type(second) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+        for a, b in ((first.timesteps, second.timesteps), (first.sigmas, second.sigmas))
+    )
+
+
+def describe_conversion(source: NoiseProcess, target: NoiseProcess) -> str | None:
+    """Describe in one line what :func:`convert_states` does; None if the processes are the same."""
+    if same_levels(source, target):
+        return None
+    names = type(source).__name__, type(target).__name__
+    other = " of other noise levels" if names[0] == names[1] else ""
+    return f"states of the policy's {names[0]} are rescaled to its {names[1]}{other}, at equal signal-to-noise ratio"
+
+
+def signal_and_noise(process: NoiseProcess, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors a and s of ``x_t = a·x_0 + s·ε`` at ``timesteps`` ``(N,)``, float32.
+
+    For flow matching the timesteps may lie between those of the process' table; for DDPM they must be in the table.
+
+    Raises:
+        InputError: If the process is neither flow matching nor DDPM.
+    """
+    if isinstance(process, FlowMatching):
+        sigma = timesteps.float() * (process.sigmas[0] / process.timesteps[0]).item()
+        return 1.0 - sigma, sigma
+    if isinstance(process, DDPM):
+        sigma = process.sigma(timesteps)
+        return (1.0 - sigma**2).sqrt(), sigma
+    raise InputError(f"states of a {type(process).__name__} cannot be converted; use a reward of the policy's process")
+
+
+def convert_states(
+    latents: Tensor, timesteps: Tensor, source: NoiseProcess, target: NoiseProcess
+) -> tuple[Tensor, Tensor]:
+    """Rescale states of ``source`` to states of ``target`` with the same signal-to-noise ratio.
+
+    Flow matching has a + s = 1, variance-preserving diffusion a² + s² = 1. A diffusion state x becomes the
+    flow-matching state ``x / (√ᾱ + √(1 − ᾱ))`` at ``σ = √(1 − ᾱ) / (√ᾱ + √(1 − ᾱ))``. A flow-matching state x becomes
+    the diffusion state ``x / √((1 − σ)² + σ²)`` at ``√(1 − ᾱ) = σ / √((1 − σ)² + σ²)``. The result is the state that
+    ``target`` makes of the same clean latents and noise, except that its timestep is rounded to the table of
+    ``target``. States ``(N, C, ...)`` are at ``timesteps`` ``(N,)`` of ``source``.
+
+    Returns:
+        Rescaled states, with their graph, and the nearest timesteps in the table of ``target``. Both are returned
+        unchanged if the processes are the same.
+    """
+    if same_levels(source, target):
+        return latents, timesteps
+    signal, noise = signal_and_noise(source, timesteps)
+    norm = signal + noise if isinstance(target, FlowMatching) else (signal**2 + noise**2).sqrt()
+    nearest = target.timesteps_at(noise / norm).to(timesteps.device)
+    return latents / per_sample(norm, latents).to(latents.dtype), nearest
+
 
 Share = Literal["auto", "never"]
 Switch = Callable[[], AbstractContextManager[None]]

@@ -34,9 +34,6 @@ class RewardMixture(RewardSource):
             checkpoints hold the values of rank 0. ``none`` adds the raw scores. No gradient flows into means and
             standard deviations.
 
-    Raises:
-        InputError: If there is no reward, the number of weights is not that of the rewards, or all weights are 0.
-
     Note:
         Under ``group`` and ``running`` the unit of scores is a standard deviation. A threshold of pair selection that
         was tuned to the raw scores of one reward must be tuned again.

@@ -29,9 +29,6 @@ class PixelReward(RewardSource):
     Args:
         scorer: Scorer of images.
         decode_batch_size: Latents that the VAE decodes at once.
-
-    Raises:
-        InputError: If ``decode_batch_size`` is below 1, or the scorer gives several scores of an image.
     """
 
     def __init__(self, scorer: ImageScorer, decode_batch_size: int = 8) -> None:
@@ -66,9 +63,6 @@ class DecodingReward(Reward):
     Args:
         policy: The policy.
         decode_batch_size: See :class:`PixelReward`.
-
-    Raises:
-        InputError: If the policy has no VAE.
     """
 
     needs_clean = True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentreward.alignment.rollout.step_choice import rounded_down
-from latentreward.core.devices import to_float64
+from latentreward.core.contracts import to_float64
 from latentreward.core.errors import InputError, check_choices, check_range
 from latentreward.core.promises import Part, returns, tensor
 
@@ -66,9 +66,6 @@ class GroupAdvantage(Advantage):
         epsilon: ε; 1e-4 in Flow-GRPO, 1e-8 in DanceGRPO.
         trim: Share in [0, ½) of a group's rewards that are left out of mean and standard deviation, on each side.
         clip: Bound of the advantages' absolute values; None sets no bound.
-
-    Raises:
-        InputError: If a number is out of range.
     """
 
     def __init__(
@@ -121,9 +118,6 @@ class GDPO(Advantage):
     Args:
         weights: Weight of each reward; None takes those of the mixture.
         epsilon: Least standard deviation that is divided by.
-
-    Raises:
-        InputError: If a number is out of range.
     """
 
     takes_parts = True

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from latentreward.alignment.policies.policy import Policy
-from latentreward.alignment.rewards.base import Reward
-from latentreward.alignment.rollout.finished import score_states
-from latentreward.alignment.rollout.prompted import PromptedPolicy, RolloutDraws
-from latentreward.alignment.rollout.samplers import StepSampler, inside_window
-from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rewards.base import Reward, score_states
+from latentreward.alignment.rollout.samplers import Sampling, StepSampler, inside_window
+from latentreward.alignment.rollout.trajectories import PromptedPolicy, RolloutDraws
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError, check_choices, check_range
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentreward.core.devices import to_float64
+from latentreward.core.contracts import to_float64
 from latentreward.core.errors import InputError, check_choices, check_range
 from latentreward.core.promises import Part, returns, tensor
 
@@ -40,9 +40,6 @@ class GainCredit(Credit):
 
     Args:
         gamma: γ in [0, 1]. On the tiny world 1 fell behind plain GRPO (docs/methods/step_credit.md).
-
-    Raises:
-        InputError: If ``gamma`` is out of range.
     """
 
     def __init__(self, gamma: float = 0.0) -> None:
@@ -81,9 +78,6 @@ class TurningPointCredit(Credit):
         balanced: Whether positive and negative bonuses of a rollout, over all ranks and the steps that are trained on,
             are made equally many; the largest stay.
         alone: Whether a bonus that is not 0 takes the place of the main reward.
-
-    Raises:
-        InputError: If main reward and bonus are the same, or ``weight`` is not positive.
     """
 
     def __init__(

@@ -82,9 +82,6 @@ class FixedThreshold(ThresholdSelection):
 
     Args:
         threshold: Threshold of the gap tanh(Δ/2), in [0, 1].
-
-    Raises:
-        InputError: If ``threshold`` is out of range.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -104,9 +101,6 @@ class ScheduledThreshold(ThresholdSelection):
     Args:
         low: Threshold of the gap tanh(Δ/2) where the quantity is lowest, in [0, 1].
         high: Threshold of the gap where the quantity is highest, in [0, 1].
-
-    Raises:
-        InputError: If a threshold is out of range, or ``low`` is above ``high``.
     """
 
     def __init__(self, low: float, high: float) -> None:
@@ -161,9 +155,6 @@ class QuantileThreshold(PairSelection):
 
     Args:
         quantile: Quantile in [0, 1]; 0 keeps all pairs of different scores.
-
-    Raises:
-        InputError: If ``quantile`` is out of range.
     """
 
     def __init__(self, quantile: float = 0.5) -> None:

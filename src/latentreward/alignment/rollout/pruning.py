@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentreward.alignment.rewards.base import RewardSource
 from latentreward.alignment.rollout.advantages import Advantage
-from latentreward.core.devices import to_float64
+from latentreward.core.contracts import to_float64
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.promises import Part, has_values, returns, wrong_tensor
 
@@ -77,9 +77,6 @@ class Pruning:
         rule: Rule that picks the K candidates; None takes :class:`BestAndWorst`.
         min_spread: Least standard deviation of the scores of a prompt's candidates, in units of the reward; a prompt
             below it is not sampled to the end. The prompt with the largest one in each batch of prompts always is.
-
-    Raises:
-        InputError: If a number is out of range.
     """
 
     candidates: int

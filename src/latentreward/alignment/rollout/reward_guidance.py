@@ -10,13 +10,12 @@ from torch import Tensor
 
 from latentreward.alignment.policies.policy import Policy
 from latentreward.alignment.rewards.base import Reward
-from latentreward.alignment.rollout.samplers import StepSampler, Transition, inside_window
-from latentreward.alignment.rollout.settings import Sampling
+from latentreward.alignment.rollout.samplers import Sampling, StepSampler, Transition, inside_window
 from latentreward.alignment.rollout.trajectories import sample_trajectories
 from latentreward.core.contracts import NoisyStates, PromptBatch
 from latentreward.core.errors import InputError, check_range
-from latentreward.core.phases import phase
-from latentreward.diffusion.noise.base import per_sample
+from latentreward.core.running import phase
+from latentreward.diffusion.noise.processes import per_sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +146,6 @@ class GuidedSampler(StepSampler):
         guidance: Strength and window.
         reward: Differentiable reward of noisy states.
         encoded: Result of :meth:`Reward.encode_prompts` for the prompts of the rows of every batch, in order.
-
-    Raises:
-        InputError: If no step of the window has noise, or the reward has no gradient.
     """
 
     def __init__(self, sampler: StepSampler, guidance: RewardGuidance, reward: Reward, encoded: Any) -> None:

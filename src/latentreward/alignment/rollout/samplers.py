@@ -1,20 +1,20 @@
-"""Steps of a sampler, for every noise process: Gaussians of the next state, which is drawn from them or scored."""
+"""Samplers of a policy: one step and its log-probability, and the settings that choose them."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from latentreward.core.contracts import TensorRecord
 from latentreward.core.errors import InputError, check_range
-from latentreward.diffusion import DDPM_SCHEDULERS
-from latentreward.diffusion.noise.base import ancestral_variance, per_sample, predicted_clean, predicted_noise
+from latentreward.diffusion import DDPM_SCHEDULERS, Family
+from latentreward.diffusion.noise.processes import ancestral_variance, per_sample, predicted_clean, predicted_noise
 from latentreward.diffusion.noise.schedules import check_scheduler, make_scheduler
 
 TIMESTEP_TOLERANCE = 1e-2
@@ -179,11 +179,6 @@ class DDIMSampler(StepSampler):
             :data:`~latentreward.diffusion.DDPM_SCHEDULERS`.
         num_inference_steps: Number of steps T.
         eta: η in [0, 1]: factor on the standard deviation of the ancestral noise.
-
-    Raises:
-        InputError: If the scheduler is of another class or cannot make ``num_inference_steps`` steps, ``eta`` is so
-            large that the mean's noise term would be imaginary, or the config has a setting that does not suit latents
-            (``clip_sample``, ``thresholding``, ``prediction_type`` ``sample``).
     """
 
     def __init__(self, scheduler_config: Mapping[str, Any], num_inference_steps: int, eta: float = 1.0) -> None:
@@ -271,9 +266,6 @@ class FlowSDESampler(StepSampler):
         sigmas: ``(T + 1,)`` noise levels of that schedule, from the noisiest one to 0.
         noise_level: Factor a on the noise, at least 0; Flow-GRPO uses 0.7, DanceGRPO 0.3. At most 1 for ``cps``.
         kind: How noise is added.
-
-    Raises:
-        InputError: If ``noise_level`` is out of the kind's range.
     """
 
     def __init__(self, timesteps: Tensor, sigmas: Tensor, noise_level: float = 0.7, kind: FlowNoise = "flow") -> None:
@@ -316,3 +308,85 @@ def check_noise_level(kind: FlowNoise, noise_level: float) -> None:
     check_range("[0, inf)", "Flow-GRPO takes 0.7", noise_level=noise_level)
     if kind == "cps":
         check_range("[0, 1]", "flow_noise=cps at 1 replaces all noise; Flow-GRPO takes 0.8", noise_level=noise_level)
+
+
+ROLLOUT_NOISE: dict[FlowNoise, float] = {"flow": 0.7, "dance": 0.3, "cps": 0.8}
+"""Noise of a flow's step in rollouts, as Flow-GRPO, DanceGRPO and Flow-GRPO's CPS configurations set it."""
+
+
+@dataclass
+class Sampling:
+    """Number of steps, noise and size of samples.
+
+    ``eta`` applies to DDIM, ``noise_level`` to flow matching. None means deterministic steps when images are generated
+    (the command ``generate``), and the noise of LPO and Flow-GRPO in training's rollouts.
+
+    Attributes:
+        num_inference_steps: Steps from noise to image.
+        eta: Noise of a DDIM step (SD1.5, SD2.1, SDXL), in [0, 1]: 0 deterministic, 1 ancestral. None gives 0, and 1 in
+            rollouts.
+        noise_level: Noise of a flow-matching step, at least 0: 0 deterministic. None gives 0, and 0.7 in
+            rollouts (``dance`` 0.3, ``cps`` 0.8).
+        height: Image height in pixels; None for the network's native height.
+        width: Image width in pixels; None for the network's native width.
+        frames: Number of frames of a clip; 1 for an image.
+        flow_noise: How a flow-matching step adds noise: ``flow`` (Flow-GRPO), ``dance`` (DanceGRPO) or ``cps``
+            (coefficients-preserving sampling); see :class:`FlowSDESampler`.
+    """
+
+    num_inference_steps: int = 20
+    eta: float | None = None
+    noise_level: float | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int = 1
+    flow_noise: FlowNoise = "flow"
+
+    def __post_init__(self) -> None:
+        check_range("[1, inf)", num_inference_steps=self.num_inference_steps)
+        check_range("[0, 1]", "0 is deterministic, 1 ancestral sampling", eta=self.eta)
+        check_noise_level(self.flow_noise, self.noise_level or 0.0)
+
+    def with_noise(self) -> Self:
+        """Return a copy for rollouts, with ``eta`` 1 (LPO) and the noise of :data:`ROLLOUT_NOISE` in place of None."""
+        noise_level = ROLLOUT_NOISE[self.flow_noise] if self.noise_level is None else self.noise_level
+        return replace(self, eta=1.0 if self.eta is None else self.eta, noise_level=noise_level)
+
+    def latent_shape(self, family: Family) -> tuple[int, ...]:
+        """Return the shape of one sample's latents; see :meth:`Family.latent_shape`."""
+        return family.latent_shape(self.height, self.width, self.frames)
+
+    def follows_flow(self, family: Family, guidance_scale: float | None) -> bool:
+        """Tell whether samples lie on paths of the network itself: those of a flow, without noise and guidance."""
+        return family.flow and not self.noise_level and not family.needs_uncond(guidance_scale)
+
+    def require_images(self, reader: str) -> None:
+        """Raise InputError if samples are clips, which ``reader`` does not take."""
+        if self.frames != 1:
+            raise InputError(f"sampling.frames={self.frames}: {reader} takes images, not clips; set it to 1")
+
+    def require_own_noise(self, family: Family) -> None:
+        """Raise InputError for noise of DDIM's steps if the family is a flow, and the reverse: it has no effect."""
+        own, other = ("noise_level", "eta") if family.flow else ("eta", "noise_level")
+        if value := getattr(self, other):
+            raise InputError(
+                f"sampling.{other}={value:g} has no effect on {family.title}; leave it out, or set sampling.{own}"
+            )
+
+    def sampler(self, family: Family) -> StepSampler:
+        """Make the sampler for a family's pipeline: a flow's SDE at the family's levels, or DDIM.
+
+        Raises:
+            InputError: If the scheduler cannot make these steps, or the size does not suit the family.
+        """
+        shape = self.latent_shape(family)
+        if family.flow:
+            with torch.device("cpu"):  # an estimate builds modules on the meta device, whose levels have no values
+                levels = family.levels(self.num_inference_steps, shape)
+            # Flows sample at the levels of their own pipeline, whose shift may depend on the size.
+            return FlowSDESampler(*levels, self.noise_level or 0.0, self.flow_noise)
+        if self.flow_noise != "flow":
+            raise InputError(
+                f"sampling.flow_noise={self.flow_noise}: {family.title} is no flow; leave it out, for DDIM's steps"
+            )
+        return DDIMSampler(family.scheduler_config, self.num_inference_steps, self.eta or 0.0)

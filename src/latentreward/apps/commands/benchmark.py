@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from latentreward.apps.evaluation.benchmark.base import Benchmark
-from latentreward.apps.evaluation.benchmark.disagreements import disagreement_pictures
 from latentreward.apps.evaluation.benchmark.evaluate import evaluate
-from latentreward.apps.evaluation.benchmark.noise_columns import NoiseColumns
 from latentreward.apps.evaluation.benchmark.pair_scores import complete, open_scores
-from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE, sections
+from latentreward.apps.evaluation.benchmark.sections import (
+    INTRODUCTION,
+    TITLE,
+    NoiseColumns,
+    disagreement_pictures,
+    sections,
+)
 from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_at_least_one
-from latentreward.core.reports.report import HTML, JSON, MARKDOWN, versions, write_report
+from latentreward.core.reports.page import HTML, JSON, MARKDOWN, versions, write_report
 from latentreward.core.reports.tables import Table, as_text, cell, interval, percent
 from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.durable import check_writable

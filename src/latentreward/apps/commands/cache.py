@@ -4,43 +4,26 @@ import os
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-
-import pyarrow.parquet as pq
 
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, errors_at
 from latentreward.core.interrupts import interrupts_told
-from latentreward.core.ranks.settings import TrainerSettings
-from latentreward.core.ranks.shared_work import SHARDS, SharedWork
 from latentreward.core.settings.functions import run_function
-from latentreward.core.storage.locks import locked
+from latentreward.core.shared_work import SHARDS, SharedWork, TrainerSettings
+from latentreward.core.storage.durable import locked
 from latentreward.core.storage.progress import Progress
 from latentreward.data import PairReader, count_text
-from latentreward.data.images import ExifOrientation
-from latentreward.diffusion.cache.check import check_cache, read_shards
-from latentreward.diffusion.cache.encoding import ShardEncoding
-from latentreward.diffusion.cache.layout import (
-    IMAGES,
-    PAIRS,
-    CacheDtype,
-    CacheSpec,
-    manifest_name,
-    read_manifest,
-    read_plan,
-)
-from latentreward.diffusion.cache.plan import describe_data, fewest_sources
-from latentreward.diffusion.cache.preparing import prepare_cache
-from latentreward.diffusion.cache.sizing import ImageSettings
-from latentreward.diffusion.cache.sources import Encoders, LatentSource
+from latentreward.diffusion.cache import store
+from latentreward.diffusion.cache.sources import CacheDtype, ImageSettings, LatentSource
+from latentreward.diffusion.cache.store import CacheSpec
+from latentreward.diffusion.cache.writing import Encoding, describe_data, images_of, prepare_cache, sampled_pairs
 
-ENCODE = "encode"
-"""Name of the task that writes one shard."""
-LINES = 20
-"""Most problems that ``--check`` prints one by one."""
-NAMED = 5
-"""Most images that could not be read whose names are printed."""
+ENCODE = "encode"  # name of the task that writes one file
+LINES = 20  # most problems that --check prints one by one
+NAMED = 5  # most images that could not be read whose names are printed
 
 
 def cache(
@@ -57,8 +40,7 @@ def cache(
 ) -> None:
     """Write the latents of a data set's images, and optionally embeddings of its prompts, to a folder.
 
-    The same command resumes a run that was stopped in any way, and writes damaged files again. Before it encodes, it
-    prints the bytes to write; a disk with too little space is refused.
+    The same command resumes a run that was stopped in any way, and writes damaged files again.
 
     Args:
         output: Folder of the cache.
@@ -89,76 +71,47 @@ def cache(
         kind = type(encoder).__name__
         remedy = {"images": "PipelineEncoders", "latents": "PublishedLatents"}.get(reader.holds, "a reader with images")
         raise InputError(f"encoder: {kind} takes {encoder.holds}, but the reader holds {reader.holds}; set {remedy}")
-    kept = f"finished shards are kept in {folder}: the same command goes on there"
+    kept = f"finished files are kept in {folder}: the same command goes on there"
     with interrupts_told(lambda: kept), SharedWork(trainer, "auto", folder / SHARDS) as work:
         with errors_at("reader: "):  # before weights
-            encoder.check_sources(fewest_sources(reader))
+            pictures = {len(images_of(pair)) - 2 for pair in sampled_pairs(reader)}
+            encoder.check_sources(min(pictures - {0}, default=0))
         encoders = encoder.load()
         images.check(encoders.side_multiple)
         with errors_at("images."):
             encoders.space.check_frames(images.frames)
-        spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard, reader.exif)
-        encoding = ShardEncoding(folder, reader, images.max_pixels, encoders, num_workers, work)
-        if not work.join({ENCODE: encoding.task}, {**spec.record(), "data": describe_data(reader)}, folder):
+        vae = encoder.origin, encoder.vae_dtype, encoder.posterior, encoder.batch_size
+        exif = "ignore" if encoders.vae is None else reader.exif
+        spec = CacheSpec(encoders.space, encoders.vae_fingerprint, encoders.text_spec, *vae, images, dtype, seed,
+                         images_per_shard, exif)  # fmt: skip
+        encoding = Encoding(folder, reader, encoders, num_workers, work)
+        if not work.join({ENCODE: encoding.task}, {**asdict(spec), "data": describe_data(reader)}, folder):
             return
         with locked(folder, "output"):
-            checks = encoder.check_sources, encoder.check_prompt
-            todo = prepare_cache(folder, reader, images, spec, num_workers, encoders.text, *checks)
-            unused: list[int] = []
-            total, begun = sum(shard.count for shard in todo), time.monotonic()
+            todo = prepare_cache(folder, reader, spec, encoder, encoders, num_workers)
+            unused, begun, rows = list[int](), time.monotonic(), [len(file.rows) for file in store.files_of(folder)]
+            total = sum(rows[number] for number in todo)
             with Progress("cache", total, "images and prompts", processes=work.size) as progress:
                 encoding.progress = progress.add
-                numbers = [shard.number for shard in todo]
-                work.run(ENCODE, numbers, lambda results: unused.extend(frames for _, frames in results))
+                work.run(ENCODE, todo, lambda results: unused.extend(frames for _, frames in results))
             rate = total / (time.monotonic() - begun)
             report(folder, sum(unused))
             if todo:
                 print(f"{rate:.1f} images and prompts per second with {work.size} processes")
 
 
-def make_spec(
-    encoder: LatentSource,
-    encoders: Encoders,
-    images: ImageSettings,
-    dtype: CacheDtype,
-    seed: int,
-    per_shard: int,
-    exif: ExifOrientation,
-) -> CacheSpec:
-    """Collect every setting that determines the bytes of the cache, apart from the data."""
-    buckets = None if images.size is not None else tuple((b.height, b.width) for b in images.bucket_sizes())
-    encodes = encoders.vae is not None
-    return CacheSpec(
-        origin=encoder.origin,
-        vae=encoders.vae_fingerprint,
-        vae_dtype=encoder.vae_dtype,
-        latent_space=encoders.space,
-        posterior=encoder.posterior,
-        seed=seed,
-        dtype=dtype,
-        size=None if images.size is None else tuple(images.one_size()),  # type: ignore[arg-type]
-        buckets=buckets,
-        resize=images.resize if encodes else None,
-        cross_bucket=images.cross_bucket,
-        min_pixels=images.smallest(),
-        batch_size=encoder.batch_size,
-        images_per_shard=per_shard,
-        text=encoders.text_spec,
-        exif=exif if encodes else "ignore",
-        frames=images.frames,
-        fps=images.fps,
-    )
-
-
 def verify(folder: Path) -> None:
     """Check a cache and print what was found; exit with status 1 if anything is missing or damaged."""
-    plan, problems, unreadable = check_cache(folder)
+    plan = store.read_plan(folder)
+    if not (problems := store.damaged_tables(folder, plan)):
+        states = store.check_files(folder, plan)
+        problems = [problem for problem, _ in states if problem]
+        if unread := Counter(reason for _, rows in states for reason in rows.values()):
+            print(f"images that could not be read when the cache was written: {count_text(unread)}")
     for problem in problems[:LINES]:
         print(problem)
     if len(problems) > LINES:
         print(f"… and {len(problems) - LINES} more")
-    if unreadable:
-        print(f"images that could not be read when the cache was written: {count_text(unreadable)}")
     if problems:
         print(f"{folder}: {len(problems)} files missing or damaged; run the command that wrote it to put them right")
         sys.exit(1)
@@ -167,27 +120,23 @@ def verify(folder: Path) -> None:
 
 def report(folder: Path, unused: int) -> None:
     """Print what the cache holds, what was left out, and the number of ``unused`` frames of clips."""
-    plan, shards = read_plan(folder), read_shards(folder)
-    size = sum((folder / shard.name).stat().st_size for shard in shards)
-    manifests = {shard.number: read_manifest(folder / manifest_name(shard.name)) for shard in shards}
-    unreadable = Counter(reason for manifest in manifests.values() for reason in manifest.unreadable.values())
-    lost = {(number, row) for number, manifest in manifests.items() for row in manifest.unreadable}
-    content = f"{plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts, {len(shards)} shards"
-    print(f"{folder}: {content}, {size / 2**20:.1f} MiB")
+    plan, files, keys = (
+        store.read_plan(folder),
+        store.files_of(folder),
+        store.read_table(folder, store.IMAGES)["image_key"],
+    )
+    content = f"{plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts, {len(files)} files"
+    print(f"{folder}: {content}, {sum((folder / file.name).stat().st_size for file in files) / 2**20:.1f} MiB")
     print(f"dropped pairs: {count_text(Counter(plan.dropped))}")
+    unread = [store.check_file(folder, plan, file, contents=False) for file in files]
+    lost = {keys[row].as_py(): reason for rows in unread for row, reason in rows.items()}
     if lost:
-        images = pq.read_table((folder / IMAGES).absolute(), columns=["image_key", "shard", "row"])
-        stored = zip(images["shard"].to_pylist(), images["row"].to_pylist(), strict=True)
-        bad = {number for number, shard_and_row in enumerate(stored) if shard_and_row in lost}
-        names = images["image_key"].take(sorted(bad)).to_pylist()
-        table = pq.read_table((folder / PAIRS).absolute())
-        sources = table["source_images"].to_pylist() if "source_images" in table.column_names else [()] * len(table)
-        rows = zip(table["image_a"].to_pylist(), table["image_b"].to_pylist(), sources, strict=True)
-        pairs = sum(not bad.isdisjoint((a, b, *edited)) for a, b, edited in rows)
-        first = ", ".join(map(repr, names[:NAMED])) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-        print(f"images not read: {count_text(unreadable)} ({first}); {pairs} pairs have such an image")
+        first = ", ".join(map(repr, list(lost)[:NAMED])) + (
+            f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
+        )
+        print(f"images not read: {count_text(Counter(lost.values()))} ({first}); pairs with them are not used")
     if unused:
-        print(f"clips longer than frames={plan.spec.frames}: {unused} frames were not used")
+        print(f"clips longer than frames={plan.spec.images.frames}: {unused} frames were not used")
 
 
 run = partial(run_function, cache)

@@ -18,13 +18,11 @@ from latentreward.apps.generation.trained_policy import plain
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError
 from latentreward.core.interrupts import interrupts_told
-from latentreward.core.ranks.settings import TrainerSettings
-from latentreward.core.ranks.shared_work import SHARDS, SharedWork, Task
-from latentreward.core.reports.report import HTML, versions, write_report
+from latentreward.core.reports.page import HTML, versions, write_report
 from latentreward.core.reports.tables import as_text
 from latentreward.core.settings.functions import run_function
-from latentreward.core.storage.durable import write_file
-from latentreward.core.storage.locks import locked
+from latentreward.core.shared_work import SHARDS, SharedWork, Task, TrainerSettings
+from latentreward.core.storage.durable import locked, write_file
 from latentreward.core.storage.run_folder import RunFolder
 from latentreward.data.alignment.prompt_files import PromptRow, read_prompt_set
 from latentreward.reward import ImageScorer, Scorer

@@ -4,10 +4,10 @@ from functools import partial
 from pathlib import Path
 
 from latentreward.core.settings.functions import run_function
-from latentreward.core.storage.locks import locked
+from latentreward.core.storage.durable import locked
 from latentreward.data import PairReader
 from latentreward.data.dataset_export import export_split
-from latentreward.diffusion.cache.plan import describe_data
+from latentreward.diffusion.cache.writing import describe_data
 
 
 def export_pairs(output: Path, reader: PairReader, *, split: str | None = None, rows_per_file: int = 1000) -> None:

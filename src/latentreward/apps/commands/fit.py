@@ -36,23 +36,20 @@ import latentreward.callbacks as ours
 import latentreward.core.checkpoints.fsdp2  # noqa: F401 - registers the short names of its strategies
 from latentreward.apps.commands import fit_folder
 from latentreward.apps.commands.fit_folder import FOLDER
-from latentreward.apps.estimate.card import Card
+from latentreward.apps.estimate.needs import Card
 from latentreward.callbacks.resumed_settings import Override, log_folder, run_kind
 from latentreward.core.checkpoints import files as checkpoint_files
 from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, newest_first, read_sharded
 from latentreward.core.errors import InputError, check_at_least_one, errors_at, where
 from latentreward.core.interrupts import TERMINATED
 from latentreward.core.peak_rates import PEAKS, Limits, find_limits
-from latentreward.core.programs import of_framework
 from latentreward.core.promises import check_takes
-from latentreward.core.registry import backbone_names
+from latentreward.core.registry import backbone_names, of_framework
 from latentreward.core.settings import functions
-from latentreward.core.settings.errors import summarise
-from latentreward.core.settings.ranges import check_ranges
+from latentreward.core.settings.errors import check_ranges, summarise
 from latentreward.core.settings.rewriting import rewrite_arguments
-from latentreward.core.storage.durable import disk_full, write_file
-from latentreward.core.storage.locks import lock_run
-from latentreward.core.storage.shared_weights import sharing_between
+from latentreward.core.storage.durable import disk_full, lock_run, write_file
+from latentreward.core.storage.weight_files import sharing_between
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
@@ -419,8 +416,8 @@ class TrainingCLI(LightningCLI):
                 folder = self.trainer.default_root_dir
                 raise InputError(f"no space left for {folder} ({reason}); free some space and run it again") from error
             return
-        from latentreward.apps.estimate.bounds import limits_text
         from latentreward.apps.estimate.estimate import estimate
+        from latentreward.apps.estimate.needs import limits_text
 
         def build_module(settings: Namespace) -> LightningModule:
             alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))  # without trainer and data
@@ -572,9 +569,11 @@ def open_readers(command: str, data: Namespace) -> Namespace:
     names = [name for name in ("train", "val", "test", "predict") if given.get(name) is not None]
     plain = all(getattr(kind, name) is getattr(PairLoaders, name) for name in ("val_dataloader", "test_dataloader"))
     used = USED[command] if plain else (*names,)
-    if names and used[0] in given and given[used[0]] is None:
+    if names and used[0] in given and given[used[0]] is None and given.get("val_share") is None:
         raise kind.unset(used[0])
     apart = () if shared_prompts == "keep" or "val" not in used else ("test",)
+    if given.get("val_share") is not None:  # val is a part of train
+        used = tuple({**dict.fromkeys(used), **({"train": None} if "val" in used else {})})
     on_error = given.get("on_error", "raise")
     parser = functions.SettingsParser(parser_mode=functions.MODE)
     parser.add_argument("--reader", type=PairReader)
@@ -755,7 +754,7 @@ def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
             rewritten = rewrite_arguments(arguments, backbone_names(), root=f"{command}.")
             if wants_estimate(arguments):
-                from latentreward.apps.estimate.sources import unset_variables
+                from latentreward.apps.estimate.shapes import unset_variables
 
                 held.enter_context(unset_variables())
             with functions.naming_variables():

@@ -23,7 +23,7 @@ from latentreward.callbacks.resumed_settings import log_folder, output_path
 from latentreward.core.checkpoints.files import checkpoint_problem, holds_weights_alone, newest_intact
 from latentreward.core.errors import InputError
 from latentreward.core.storage.durable import check_writable
-from latentreward.diffusion.backbones.stored_adapters import CONFIG
+from latentreward.diffusion.backbones.tuning import CONFIG
 
 FOLDER = "trainer.default_root_dir"
 """Setting that names the folder of a run."""

@@ -23,10 +23,9 @@ from latentreward.apps.generation.trained_policy import TrainedPolicy, offload_t
 from latentreward.core.contracts import PathText, PromptBatch, like_prompt
 from latentreward.core.errors import InputError
 from latentreward.core.interrupts import interrupts_told
-from latentreward.core.ranks.settings import TrainerSettings
-from latentreward.core.ranks.shared_work import SHARDS, SharedWork
 from latentreward.core.settings.functions import run_function
-from latentreward.core.storage.locks import locked
+from latentreward.core.shared_work import SHARDS, SharedWork, TrainerSettings
+from latentreward.core.storage.durable import locked
 from latentreward.data.alignment.prompt_files import read_prompt_rows
 
 PICTURES = "pictures"

@@ -13,6 +13,7 @@ from latentreward.core.storage.durable import write_file
 from latentreward.data import PairReader
 from latentreward.data.format_detection import choose_splits, other_formats, recognise
 from latentreward.data.inspection import Report, inspect_reader, shared_prompts
+from latentreward.data.readers.pair_rows import WholeNumbersError
 
 
 def inspect(
@@ -48,7 +49,7 @@ def inspect(
         level = logger.level
         logger.setLevel(logging.ERROR)  # the report repeats the readers' warnings about rows
         try:
-            found = build if isinstance(build, PairReader) else build()
+            found = build if isinstance(build, PairReader) else _opened(build)
         except InputError as error:
             if len(sources) == 1:
                 raise
@@ -88,6 +89,15 @@ def _find_sources(
         name = f"{name} {number}" if name in taken else name
         taken.add(name)
         yield name, one
+
+
+def _opened(build: Callable[..., PairReader]) -> PairReader:
+    """Open a recognised split; labels that are whole numbers are counted as probabilities, which is told."""
+    try:
+        return build()
+    except WholeNumbersError as error:
+        logging.getLogger(__name__).warning("%s; counted as 1: a, 0: b", error)
+        return build(labels={1: "a", 0: "b"})
 
 
 run = partial(run_function, inspect)

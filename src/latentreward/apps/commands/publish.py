@@ -11,23 +11,27 @@ import torch
 
 from latentreward.apps.commands.score import NoiseSettings
 from latentreward.core.contracts import PathText
-from latentreward.core.devices import find_device
 from latentreward.core.errors import InputError, check_range, errors_at, printable
 from latentreward.core.interrupts import interrupts_told
+from latentreward.core.running import find_device
 from latentreward.core.settings.functions import run_function
 from latentreward.core.settings.rewriting import expanded
 from latentreward.core.storage.durable import check_writable
 from latentreward.core.storage.json_files import read_config
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.reward import Calibration, Card, ModelSource, RewardModel
-from latentreward.reward.scoring.calibration import FEWEST
-from latentreward.reward.scoring.hub import upload
-from latentreward.reward.scoring.image_lists import ListedScoring
-from latentreward.reward.scoring.layouts.config import FolderConfig
-from latentreward.reward.scoring.layouts.model_folder import CONFIG
-from latentreward.reward.scoring.layouts.reopening import Probe
-from latentreward.reward.scoring.layouts.saving import check_target, config_of, new_folder, paths_here, write_model
-from latentreward.reward.scoring.scored_table import require_some
+from latentreward.reward.scoring.image_lists import ListedScoring, require_some
+from latentreward.reward.scoring.layouts.find import upload
+from latentreward.reward.scoring.layouts.model_folder import CONFIG, FolderConfig
+from latentreward.reward.scoring.layouts.saving import (
+    Probe,
+    check_target,
+    config_of,
+    new_folder,
+    paths_here,
+    write_model,
+)
+from latentreward.reward.scoring.scoring_noise import FEWEST
 
 FEW = 200
 """Number of distinct reference images below which quantiles have errors of a few hundredths, and a warning is shown."""

@@ -13,21 +13,17 @@ import torch
 
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_once, first_line
-from latentreward.core.ranks.settings import TrainerSettings
-from latentreward.core.ranks.shared_work import SHARDS, SharedWork
 from latentreward.core.settings.functions import run_function
-from latentreward.core.storage.part_tables import PartFiles
+from latentreward.core.shared_work import SHARDS, SharedWork, TrainerSettings
 from latentreward.core.storage.progress import Progress
+from latentreward.core.storage.run_folder import PartFiles
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
 from latentreward.reward import ModelSource, PublishedSettings, RewardModel, ScoringNoise
-from latentreward.reward.scorers.fingerprints import fingerprint
-from latentreward.reward.scoring.gallery import Gallery
-from latentreward.reward.scoring.image_lists import ListedScoring
+from latentreward.reward.scoring.image_lists import ListedScoring, images_identity, read_scores, require_some, summarise
 from latentreward.reward.scoring.layouts.base import StoredReward
-from latentreward.reward.scoring.layouts.find import find_reward
+from latentreward.reward.scoring.layouts.find import find_reward, fingerprint
 from latentreward.reward.scoring.network import own_sizes
-from latentreward.reward.scoring.scored_table import images_identity, read_scores, require_some, summarise
 from latentreward.reward.scoring.scoring_noise import NoiseKey
 
 PARTS = "parts"
@@ -128,7 +124,11 @@ def score(
     Raises:
         InputError: If a setting is wrong, the output belongs to another run, or no image can be scored.
     """
-    page = None if gallery is None else Gallery(gallery, gallery_images, decode_threads, max_pixels)
+    page = None
+    if gallery is not None:
+        from latentreward.reward.scoring.gallery import Gallery
+
+        page = Gallery(gallery, gallery_images, decode_threads, max_pixels)
     with SharedWork(trainer, device, output.parent / f".{output.name}{SHARDS}") as work:
         source = ModelSource(model, config=run_config, **loading)
         listed = read_images(images, prompt, image_column, prompt_column, allow_outside, max_prompt_chars)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from latentreward.core.settings.functions import run_function
-from latentreward.core.storage.part_tables import PartFiles
 from latentreward.core.storage.progress import Progress
+from latentreward.core.storage.run_folder import PartFiles
 from latentreward.data import PairReader, count_text
 from latentreward.reward import Scorer
 from latentreward.reward.scorers.pair_scoring import PairScoring, require_images

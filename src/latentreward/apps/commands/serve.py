@@ -13,7 +13,7 @@ from latentreward.apps.serving import RewardToServe, ServiceSettings, bind, chec
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError
 from latentreward.core.settings.functions import run_function
-from latentreward.core.storage.texts import checked_token, token_of_file
+from latentreward.core.storage.json_files import checked_token, token_of_file
 from latentreward.reward import ModelSource, PublishedSettings
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def serve(
     from latentreward.apps.serving.app import serve as serve_until_stopped
     from latentreward.apps.serving.dialects import Dialect
     from latentreward.apps.serving.service import ScoringService
-    from latentreward.core.devices import find_device
-    from latentreward.core.programs import import_class
+    from latentreward.core.registry import import_class
+    from latentreward.core.running import find_device
 
     token = os.environ.get(TOKEN_VARIABLE)
     if token_file is not None:
@@ -118,7 +118,7 @@ def load_reward(source: ModelSource, device: str, dtype: str) -> RewardModel:
     """Load a reward to serve; raise InputError if it scores no images."""
     import torch
 
-    from latentreward.core.devices import find_device
+    from latentreward.core.running import find_device
     from latentreward.reward import RewardModel
 
     target = find_device(device)

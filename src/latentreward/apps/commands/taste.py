@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from latentreward.apps.commands.notes import tell
-from latentreward.apps.estimate.card import Card
-from latentreward.apps.steps.tasks import Task
+from latentreward.apps.estimate.needs import Card
+from latentreward.apps.taste.steps import Task
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_at_least_one, check_multiples, check_range, errors_at
 from latentreward.core.interrupts import interrupts_told
 from latentreward.core.settings.functions import run_function
-from latentreward.core.storage.locks import locked
+from latentreward.core.storage.durable import locked
 
 if TYPE_CHECKING:
     from latentreward.apps.taste.plan import Plan
@@ -105,7 +105,7 @@ def taste(
         port: Port of the page to rate; 0 takes a free one and prints it.
         work: Folder of all outputs, outside the folder of pictures; ``runs/taste/`` and the name of the folder by
             default.
-        card: See :class:`~latentreward.apps.estimate.card.Card`.
+        card: See :class:`~latentreward.apps.estimate.needs.Card`.
 
     Raises:
         InputError: If the folder gives too few pairs, a setting is wrong, or a step fails.
@@ -125,7 +125,7 @@ def taste(
     from latentreward.apps.taste import plan as plans
     from latentreward.apps.taste.pairs import LEAST, collect
     from latentreward.apps.taste.splitting import TRAIN, split
-    from latentreward.core.devices import find_device
+    from latentreward.core.running import find_device
 
     check_range(f"[{LEAST}, inf)", "fewer are not split", pairs=pairs)
     if device == "gpu" and not estimate:
@@ -221,9 +221,9 @@ def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: Card) 
 
 def run_steps(tasks: Mapping[str, Task], plan: "Plan", output: Path, how: str, always: bool) -> None:
     """Run the steps that have not finished, print the accuracy, and write the page."""
-    from latentreward.apps.steps.running import TaskRunner, run_tasks
     from latentreward.apps.taste.plan import ALIGN, BEST, CACHE, PICTURES, REWARD, SCORES
     from latentreward.apps.taste.results import measure, write_result
+    from latentreward.apps.taste.steps import TaskRunner, run_tasks
 
     places = {name: task.output(output) for name, task in tasks.items()}
     run_tasks([tasks[name] for name in (CACHE, REWARD, SCORES)], TaskRunner(output))

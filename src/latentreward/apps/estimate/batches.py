@@ -25,14 +25,14 @@ from latentreward.core.contracts import (
     map_tensors,
     take_rows,
 )
-from latentreward.core.devices import evaluating
 from latentreward.core.errors import InputError, check_multiples
+from latentreward.core.running import evaluating
 from latentreward.data import PromptsAndImages
 from latentreward.data.clips import FPS, check_clips, check_frames
 from latentreward.data.collate import stack_targets
 from latentreward.diffusion import CachedPreferenceDataModule
-from latentreward.diffusion.cache.layout import PLAN, CacheSpec, read_plan
-from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.diffusion.cache.store import SPEC, CacheSpec, read_plan
+from latentreward.diffusion.encoders.vae import edit_of_grey
 from latentreward.reward import RewardModule
 
 NETWORKS = {DiffusionDPOModule: "policy", StepAwarePixelModule: "generator", RewardModule: "model.backbone"}
@@ -76,8 +76,8 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
     frames = 1 if settings.get("frames") is None else settings.frames
     if latents:
         caches = written_caches(settings)
-        frames = caches["train"].frames if "train" in caches else 1
-        sizes = sizes_of(caches["train"]) if "train" in caches else [(height, width)]
+        frames = caches["train"].images.frames if "train" in caches else 1
+        sizes = caches["train"].images.sizes() if "train" in caches else [(height, width)]
         (height, width), count = largest_batch(data, sizes, frames, space)
         with_text = settings.cached_text and all(cache.text is not None for cache in caches.values())
     elif (size := settings.get("size")) is not None:
@@ -150,12 +150,7 @@ def written_caches(settings: Namespace) -> dict[str, CacheSpec]:
     """Return the settings of a data module's caches by split, of those that are written."""
     splits = ((name, settings.get(name)) for name in ("train", "val", "test", "predict"))
     folders = {name: Path(split.cache) for name, split in splits if isinstance(split, Namespace) and "cache" in split}
-    return {name: read_plan(folder).spec for name, folder in folders.items() if (folder / PLAN).is_file()}
-
-
-def sizes_of(cache: CacheSpec) -> list[tuple[int, int]]:
-    """Return (height, width) of the images that a cache is written for."""
-    return [*(cache.buckets or ()), *([cache.size] if cache.size else [])]
+    return {name: read_plan(folder).spec for name, folder in folders.items() if (folder / SPEC).is_file()}
 
 
 def largest_batch(

@@ -15,9 +15,9 @@ from lightning.pytorch import LightningModule, Trainer
 from latentreward.alignment import PolicySource
 from latentreward.alignment.rewards.http import RemoteReward
 from latentreward.alignment.rewards.pixel import ImageReward
-from latentreward.apps.estimate.batches import largest_batch, sizes_of, written_caches
+from latentreward.apps.estimate.batches import largest_batch, written_caches
 from latentreward.apps.estimate.rewards import replace_rewards
-from latentreward.apps.estimate.sources import ConfigSources
+from latentreward.apps.estimate.shapes import ConfigSources
 from latentreward.apps.estimate.step_costs import TEXT, StepCosts, step_costs
 
 ASSUMED = (
@@ -154,7 +154,7 @@ def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu:
     sides = given if isinstance(given, int) else None if None in given else " x ".join(map(str, given))
     size = f"images of {sides}" if sides else "the network's own size unless the settings say another"
     if cache := written_caches(data).get("train"):
-        (height, width), _ = largest_batch(settings.data, sizes_of(cache), cache.frames, cache.latent_space)
+        (height, width), _ = largest_batch(settings.data, cache.images.sizes(), cache.images.frames, cache.latent_space)
         size = f"images of {height} x {width}, whose batches are the cache's largest"
     notes.append(f"Batch size per process {data.get('batch_size')}, {size}.")
     if costs.rollout_peak:

@@ -9,13 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentreward.apps.estimate.bounds import bounds_table
+from latentreward.apps.estimate.needs import bounds_table
 from latentreward.callbacks import Performance
 from latentreward.callbacks.resumed_settings import log_folder
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.core.peak_rates import Limits, Work, work_of
-from latentreward.core.phases import PHASES
 from latentreward.core.reports.tables import NOTHING, as_text, markdown_table
+from latentreward.core.running import PHASES
 
 WARM_UP = 3
 """Optimiser steps before those that are measured. Work is counted in the first two, where blocks are not compiled."""

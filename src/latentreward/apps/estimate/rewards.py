@@ -13,7 +13,7 @@ from torch import Tensor
 from latentreward.alignment import HTTPReward, LatentReward, Policy, PolicySource
 from latentreward.alignment.rewards.http import RemoteLatentReward, RemoteReward
 from latentreward.alignment.rewards.latent import LatentScorer
-from latentreward.apps.estimate.sources import ConfigSources
+from latentreward.apps.estimate.shapes import ConfigSources
 from latentreward.core.errors import InputError, errors_at
 from latentreward.core.settings.rewriting import shipped_configs
 from latentreward.core.storage.hub import cached_files

@@ -30,9 +30,9 @@ from latentreward.callbacks.performance import WORTH_COMPILING, blocks_of, worth
 from latentreward.core.contracts import NoisyStates, layout_of, map_tensors
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.peak_rates import Work
-from latentreward.core.phases import LISTENER, phase
-from latentreward.core.programs import of_this_package
-from latentreward.diffusion.backbones.quantization import PLANNED, stored_bytes
+from latentreward.core.registry import of_this_package
+from latentreward.core.running import LISTENER, phase
+from latentreward.diffusion.backbones.weights import PLANNED, stored_bytes
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.vae import LatentEncoder
 from latentreward.reward import RewardHead

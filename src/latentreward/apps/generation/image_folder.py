@@ -19,8 +19,8 @@ from latentreward.alignment import Policy, PriorNoise, Sampling
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.interrupts import interrupts_held
-from latentreward.core.ranks.shared_work import SharedWork
 from latentreward.core.reports.drawing import PLAIN, SHOWN_FRAMES, animate, draw_pair, strip, tile, to_images
+from latentreward.core.shared_work import SharedWork
 from latentreward.core.storage.durable import write_file
 from latentreward.core.storage.progress import Progress
 from latentreward.core.storage.run_folder import RunFolder

@@ -17,7 +17,7 @@ from latentreward.alignment import POLICY, AdapterSwitch, Policy
 from latentreward.core.errors import InputError, errors_at, first_line
 from latentreward.core.storage.json_files import parse, read_config
 from latentreward.core.storage.user_files import find_files
-from latentreward.diffusion.backbones.stored_adapters import CONFIG, PREFIX, check_settings, plain_name, stored_ranks
+from latentreward.diffusion.backbones.tuning import CONFIG, PREFIX, check_settings, plain_name, stored_ranks
 from latentreward.reward.scoring.files import read_state_dict
 
 LOADED = "lora"

@@ -14,9 +14,9 @@ from latentreward.alignment.rollout.samplers import inside_window
 from latentreward.apps.generation.search import Candidates
 from latentreward.core.contracts import NoisyStates
 from latentreward.core.errors import InputError, check_range
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.diffusion import find_family
-from latentreward.diffusion.noise.base import ancestral_variance, predicted_clean
+from latentreward.diffusion.noise.processes import ancestral_variance, predicted_clean
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -91,7 +91,7 @@ class Levels:
 
         The network's prediction is recovered from the states ``(B, C, ...)`` before and after a first-order
         deterministic step: x = a x̂_0 + s ε̂ and x' = a' x̂_0 + s' ε̂ are two equations for x̂_0 and ε̂. The noise has
-        the variance of :func:`~latentreward.diffusion.noise.base.ancestral_variance` for ``eta`` in [0, 1], as in DDIM.
+        the variance of :func:`~latentreward.diffusion.noise.processes.ancestral_variance` for ``eta`` in [0, 1].
         """
         determinant = self.signal * self.next_noise - self.next_signal * self.noise
         level, following = (self.signal**2, self.noise**2), (self.next_signal**2, self.next_noise**2)

@@ -18,9 +18,9 @@ from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.apps.generation.lora import check_lora, load_lora
 from latentreward.core.contracts import like_prompt
 from latentreward.core.errors import InputError
-from latentreward.core.programs import of_this_package
+from latentreward.core.registry import of_this_package
 from latentreward.core.storage.digests import digest
-from latentreward.diffusion.encoders.offloaded import OffloadedEncoder
+from latentreward.diffusion.encoders.stored_prompts import OffloadedEncoder
 from latentreward.reward.scorers.base import code_of
 from latentreward.reward.scorers.plugins import settings_of
 

@@ -30,7 +30,7 @@ from latentreward.apps.serving.bodies import FORM, JSON, SAFETENSORS
 from latentreward.apps.serving.dialects import Dialect, FlowFactory, UniRL
 from latentreward.apps.serving.service import ScoringError, ScoringService, takes
 from latentreward.core.errors import InputError
-from latentreward.core.programs import import_class
+from latentreward.core.registry import import_class
 from latentreward.reward.remote.schemas import ImagesRequest
 
 CONNECTIONS = 512  # least limit on the number of connections; twice the queues if that is more

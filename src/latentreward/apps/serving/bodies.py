@@ -28,10 +28,10 @@ from latentreward.data import ImageError, decode_image
 from latentreward.data.images import TOO_LARGE, ExifOrientation, decoding_bytes
 from latentreward.data.readers.json_rows import MOST_SOURCES
 from latentreward.diffusion import NoiseProcess
-from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.diffusion.encoders.vae import edit_of_grey
 from latentreward.reward import RewardModel
 from latentreward.reward.remote.schemas import MOST_CHARACTERS, Header, ImagesRequest
-from latentreward.reward.scoring.images import source_ref
+from latentreward.reward.scoring.batched_scoring import source_ref
 
 JSON, FORM, SAFETENSORS = "application/json", "multipart/form-data", "application/octet-stream"
 ROWS = 64  # greatest number of rows of a request of one's own routes, if the queue is not shorter

@@ -18,7 +18,7 @@ from latentreward.apps.serving.batching import Batcher, RequestError, Row, RowSc
 from latentreward.apps.serving.bodies import Accepted, Images, Memory, Take
 from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError, one_line
-from latentreward.diffusion.encoders.sources import edit_of_grey
+from latentreward.diffusion.encoders.vae import edit_of_grey
 from latentreward.reward import RewardModel
 from latentreward.reward.scoring.scoring_noise import timesteps_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from latentreward.core.contracts import like_prompt, sources_of
 from latentreward.core.errors import InputError
 from latentreward.core.storage.digests import digest
-from latentreward.core.storage.texts import UnreadableTextError
+from latentreward.core.storage.json_files import UnreadableTextError
 from latentreward.data import ImageError, decode_image
 from latentreward.data.image_lists import ListedImage, read_images
 from latentreward.data.images import file_image, image_bytes

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from latentreward.apps.steps.tasks import Step, Task, resolve
 from latentreward.apps.taste.pairs import LEAST, Collection, lines
 from latentreward.apps.taste.pictures import number_of
 from latentreward.apps.taste.splitting import HELD_OUT, STOP, TRAIN, Split
+from latentreward.apps.taste.steps import Step, Task, resolve
 from latentreward.core.contracts import sources_of, sources_wanted
 from latentreward.core.errors import InputError, errors_at
 from latentreward.core.storage.digests import digest

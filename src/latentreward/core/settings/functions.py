@@ -23,13 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from latentreward.core.errors import InputError, one_line, where
-from latentreward.core.programs import MODULE_FOLDERS, find_modules_here, within
 from latentreward.core.public_names import import_all, import_said, renewed
-from latentreward.core.registry import backbone_names
-from latentreward.core.settings.errors import NAMED_IN, UNSET, summarise, unknown_setting_hint
-from latentreward.core.settings.ranges import check_ranges, leaves
+from latentreward.core.registry import MODULE_FOLDERS, backbone_names, find_modules_here, within
+from latentreward.core.settings.errors import NAMED_IN, UNSET, check_ranges, leaves, summarise, unknown_setting_hint
 from latentreward.core.settings.rewriting import (
     as_text,
+    check_yaml,
     find_config,
     rewrite_arguments,
     rewrite_settings,
@@ -37,7 +36,6 @@ from latentreward.core.settings.rewriting import (
     with_paths,
     with_variables,
 )
-from latentreward.core.settings.yaml_text import check_yaml
 
 MODE = "omegaconf+"
 TRAINER_COMMAND = r"^(fit|validate|test|predict)\."

@@ -1,14 +1,24 @@
-"""Record of the settings of a run's output, by which a later run goes on there or is refused."""
+"""Output of a run in parts, and the record of its settings, by which a later run goes on there or is refused."""
 
 import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-from latentreward.core.errors import InputError
-from latentreward.core.storage.durable import KEPT, contents, write_file
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.interrupts import interrupts_held
+from latentreward.core.storage.durable import KEPT, contents, locked, refuse_link, replacing, write_file
 from latentreward.core.storage.json_files import read_config
 
 DIGEST = re.compile(r", [0-9a-f]{32}\b")  # digest at the end of a fingerprint, which messages leave out
@@ -84,3 +94,159 @@ def quoted(value: Any) -> str:
     """Quote a value from JSON in a message: at most 80 characters, without digests."""
     text = "none" if value is None else DIGEST.sub("", json.dumps(value))
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+SPEC = "spec.json"  # file in the parts' folder that records the spec
+
+
+class PartFiles:
+    """Parquet parts in the folder ``OUTPUT.parts/``, joined to the file ``output`` when all rows are written.
+
+    Use it as a context manager: inside, no other process can write the same output. ``OUTPUT.json`` records the spec
+    of a finished table.
+
+    Args:
+        output: File that ends in ``.parquet``, ``.csv`` or ``.jsonl``.
+        spec: JSON-compatible settings that the rows depend on. Parts or a table made from another spec are refused.
+        rows: Number of rows of the complete table.
+
+    Raises:
+        InputError: If ``output`` has another ending, exists but was not made from ``spec``, was begun with another
+            spec, or is being written by another process.
+    """
+
+    def __init__(self, output: Path, spec: Mapping[str, Any], rows: int) -> None:
+        self.output, self.rows = output, rows
+        self.folder = output.with_name(f"{output.name}.parts")
+        note = output.with_name(f"{output.name}.json")
+        self._kept = f"what was scored is kept in {self.folder}: free some space and run the same command again"
+        remedy = "choose another output, or delete"
+        record = partial(RunFolder, output, spec=spec, option="output", kept=self._kept)
+        self._begun = record(record=self.folder / SPEC, remedy=f"{remedy} {self.folder}")
+        self._finished = record(record=note, remedy=f"{remedy} {output} and {note}")
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self.output.suffix not in WRITERS:  # not before: each rank makes the object, and the first one enters it
+            raise InputError(f"output is {self.output}; it must end in .parquet, .csv or .jsonl")
+        if self.finished():
+            return self
+        refuse_link(self.folder)
+        if self.output.exists() and not self.folder.exists():
+            raise InputError(f"output: {self.output} is there already; choose another file, or delete it")
+        with ExitStack() as held:
+            held.enter_context(locked(self.folder, "output"))
+            self._begun.claim(made=bool(self.parts()))
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release the lock; raise a Ctrl-C or SIGTERM again with a message that says what is kept."""
+        self._held.close()
+        if isinstance(error, KeyboardInterrupt) and self.folder.exists():
+            kept = f"{sum(map(len, self.parts()))} of {self.rows} rows are kept in {self.folder}"
+            raise type(error)(f"{kept}: the same command goes on there") from error
+
+    def finished(self) -> bool:
+        """Tell whether the complete table exists, made from this spec, and remove parts that are left over."""
+        if not (self.output.exists() and self._finished.record.exists()):
+            return False
+        self._finished.compare()
+        shutil.rmtree(self.folder, ignore_errors=True)  # a kill at the end of `finish` may have left the folder
+        return True
+
+    def parts(self) -> dict[range, Path]:
+        """List the finished parts: range of rows → file, by ascending rows; raises InputError if they do not fit."""
+        names = {path: re.fullmatch(r"rows_(\d+)_(\d+)\.parquet", path.name) for path in self.folder.glob("rows_*")}
+        found = [(int(match[1]), int(match[2]), path) for path, match in names.items() if match]
+        end = 0
+        for start, stop, path in sorted(found):
+            if not start < stop <= self.rows:
+                raise InputError(f"{path}: the table has {self.rows} rows; delete {path.name}")
+            if start < end:
+                raise InputError(f"{path}: its first rows are in the part before it too; delete {path.name}")
+            end = stop
+        return {range(start, stop): path for start, stop, path in sorted(found)}
+
+    def missing(self, length: int) -> list[range]:
+        """List the ranges of rows that no part holds, each of at most ``length`` rows."""
+        open_rows = np.ones(self.rows, dtype=bool)
+        for rows in self.parts():
+            open_rows[rows.start : rows.stop] = False
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], open_rows, [False]]).astype(np.int8)))
+        runs = [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+        return [range(at, min(at + length, stop)) for start, stop in runs for at in range(start, stop, length)]
+
+    def write(self, rows: range, table: pa.Table) -> None:
+        """Write a part with the given rows; after the return, the part survives a kill and a power loss."""
+        path = self.folder / f"rows_{rows.start:09d}_{rows.stop:09d}.parquet"
+        with interrupts_held(), replacing(path, self._kept) as partial:
+            pq.write_table(table, partial, write_page_checksum=True)
+
+    def read(self) -> Iterator[tuple[range, pa.Table]]:
+        """Yield each part's range of rows and table, by ascending rows; raises InputError if one is damaged."""
+        first: tuple[Path, list[str]] | None = None
+        for rows, path in self.parts().items():
+            try:
+                table = pq.read_table(path.absolute(), page_checksum_verification=True)
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(
+                    f"{path}: damaged ({first_line(error)}); delete it, and its rows are made anew"
+                ) from error
+            if table.num_rows != len(rows):
+                raise InputError(f"{path}: {table.num_rows} rows; delete it, and its rows are made anew")
+            first = first or (path, table.column_names)
+            if table.column_names != first[1]:
+                raise InputError(
+                    f"{path}: columns {quoted(table.column_names)}, but {first[0].name} has {quoted(first[1])}; delete "
+                    "the one that is not of this table, and its rows are made anew"
+                )
+            yield rows, table
+
+    def finish(self) -> None:
+        """Join the parts into ``output``, record the spec beside it, and remove the parts."""
+        parts = self.read()
+        _, first = next(parts)
+        writer_of = WRITERS[self.output.suffix]
+        with replacing(self.output, self._kept) as partial, writer_of(partial, first.schema) as writer:
+            writer.write_table(first)
+            for _, table in parts:
+                writer.write_table(table)
+        self._finished.write()
+        shutil.rmtree(self.folder)
+
+
+class JSONLinesWriter:
+    """Writer of tables of one schema to a file of JSON lines; null, NaN and infinite values become null."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._file, self._schema = path.open("w", encoding="utf-8"), schema
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._file.close()
+
+    def write_table(self, table: pa.Table) -> None:
+        """Append the rows of a table to the file."""
+        columns = []
+        for name in self._schema.names:
+            column = table.column(name)
+            values = column.to_pylist()
+            if pa.types.is_floating(column.type):  # a float32 or float16 with no more digits than its type has
+                kind = column.type.to_pandas_dtype()
+                values = [None if x is None or not np.isfinite(x) else float(str(kind(x))) for x in values]
+            columns.append(values)
+        for row in zip(*columns, strict=True):
+            self._file.write(json.dumps(dict(zip(self._schema.names, row, strict=True)), ensure_ascii=False) + "\n")
+
+
+WRITERS: dict[str, Callable[[Path, pa.Schema], Any]] = {
+    ".parquet": partial(pq.ParquetWriter, write_page_checksum=True),
+    ".csv": pa_csv.CSVWriter,
+    ".jsonl": JSONLinesWriter,
+}
+"""File name extension → class that writes such a table."""

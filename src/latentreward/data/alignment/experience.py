@@ -28,7 +28,7 @@ from latentreward.core.contracts import (
 )
 from latentreward.core.errors import InputError
 from latentreward.core.promises import shown
-from latentreward.core.seeding import pair_generator
+from latentreward.core.running import pair_generator
 from latentreward.data.loading import CountedBatches
 
 

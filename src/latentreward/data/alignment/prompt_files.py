@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from latentreward.core.contracts import EditPrompt, ImageRef, sources_of
 from latentreward.core.errors import InputError, errors_at, first_line
-from latentreward.core.storage.texts import read_text
+from latentreward.core.storage.json_files import read_text
 from latentreward.core.storage.user_files import find_files, split_pattern, whole_file
+from latentreward.data.image_lists import read_rows
 from latentreward.data.images import ImageError, file_image, read_header
-from latentreward.data.list_rows import read_rows
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.json_rows import (
     EDIT_SOURCE,

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from latentreward.core.contracts import PathText, PromptBatch
 from latentreward.core.errors import InputError, check_at_least_one
-from latentreward.core.seeding import pair_generator, run_seed
+from latentreward.core.running import pair_generator, run_seed
 from latentreward.data.alignment.experience import ExperienceSampler
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.data.loading import CountedBatches, ResumableLoader, as_is, shares_of

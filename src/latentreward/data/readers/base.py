@@ -5,6 +5,7 @@ import sys
 import unicodedata
 from abc import abstractmethod
 from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +113,7 @@ class PairReader(Part):
     holds: Contents = "images"
     exif: ExifOrientation = "apply"
     first_problem = ""
+    quiet = False
 
     def __init__(
         self,
@@ -176,6 +178,10 @@ class PairReader(Part):
         """
         return {}
 
+    def missing_files(self, rows: Iterable[int]) -> list[tuple[int, str]]:
+        """Return row number and path of the pictures of some rows that are files and are not there."""
+        return []
+
     @cached_property
     def image_digest(self) -> str:
         """Number of rows, and a hash of names and sizes in bytes of the images of some, spread over the data.
@@ -217,19 +223,15 @@ class PairReader(Part):
         self._note_name(pair_id, reason)
 
     def remark(self, pair_id: str, reason: str) -> None:
-        """Count a row that is kept, by the reason for a remark on it."""
-        self.remarks[reason] += 1
-        self._note_name(pair_id, reason)
+        """Count a row that is kept, by the reason for a remark on it, unless it is bad for another reason."""
+        if not self.quiet:
+            self.remarks[reason] += 1
+            self._note_name(pair_id, reason)
 
     def _note_name(self, pair_id: str, reason: str) -> None:
         names = self.named.setdefault(reason, [])
         if len(names) < MOST_NAMED:
             names.append(quoted(pair_id))
-
-    def refuse_long_prompt(self, pair_id: str, length: int, rows: int = 1) -> None:
-        """Apply ``on_error`` to rows whose prompt is too long."""
-        problem = f"prompt has {length} characters, more than max_prompt_chars={self.max_prompt_chars}"
-        self.refuse(pair_id, problem, "prompt too long", rows)
 
     def report(self, name: str, empty: str = "") -> None:
         """Log one line with the numbers of rows left out and kept with a remark, if there are any.

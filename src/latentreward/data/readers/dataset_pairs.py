@@ -1,72 +1,99 @@
-"""Reader of pairs of your own in a table: a ``datasets`` object or folder, parquet files, or a hub data set."""
+"""Readers of pairs of your own in a table: JSON lines, a JSON list, CSV, TSV, parquet, ``datasets``, or the hub."""
 
+import os
 from collections.abc import Collection, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from latentreward.core.contracts import ImageRef, PathText
+from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, did_you_mean, quoted
+from latentreward.core.storage.user_files import find_files
 from latentreward.data.readers.base import Sources
-from latentreward.data.readers.json_rows import (
-    SOURCES,
-    edit_problem,
-    edit_remark,
-    find_edit_source,
+from latentreward.data.readers.json_rows import SOURCES, edit_problem, edit_remark, find_edit_source
+from latentreward.data.readers.pair_rows import (
+    BY_LABEL,
+    MODELS,
+    NO_LABEL,
+    NOISES,
+    WINNER_FIRST,
+    PairRowParser,
+    Row,
 )
-from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, NOISES, WINNER_FIRST, PairRowParser
 from latentreward.data.readers.parquet_store import plain_type
-from latentreward.data.readers.rows import ROWS_AT_ONCE, RowReader
+from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     Source,
+    SplitTable,
     class_names,
     element_type,
+    find_list,
     holds_images,
     name_class,
     open_table,
+    read_list,
     source_name,
     warn_row_groups,
 )
 
-OPTIONAL = ("label", "votes", "confidence", "weight", "pair_id", "group_id", *MODELS, *NOISES, SOURCES[0])
+OPTIONAL = ("label", "votes", "confidence", "weight", "pair_id", "group_id", "split", *MODELS, *NOISES, SOURCES[0])
 KEYS = ("key_a", "key_b")
 """Columns with the names of the first and the second image."""
 SOURCE_KEYS = "source_keys"
 """Column with the names of the pictures to edit."""
 FIELDS = ("prompt", *WINNER_FIRST, *BY_LABEL, *OPTIONAL, *KEYS, SOURCE_KEYS)
+FIRST_ROWS = 64
+"""Rows of a list whose fields are looked at before all are read."""
 
 
 class DatasetPairReader(RowReader):
-    """Reader of a table with columns ``prompt`` and ``chosen``, ``rejected`` or ``image_a``, ``image_b``, ``label``.
+    """Reader of a table of pairs of your own, of whatever format.
 
-    The columns mean what the keys of :class:`~latentreward.data.JSONLPairReader` mean, and are checked by
-    the same rules. A column of images holds bytes, structs with ``bytes`` or ``path`` as ``datasets`` writes them for
-    its feature ``Image``, or paths. Optional columns are ``votes``, ``confidence``, ``weight``, ``pair_id`` (default
-    ``FILE:ROW``, or ``SPLIT:ROW`` of a ``Dataset``), ``group_id``, ``model_a``, ``model_b``, ``noise_a``, ``noise_b``
-    and, with the names of the two images, ``key_a`` and ``key_b``; an image without name is named by a hash of its
-    bytes. The pictures that the two images are edits of are in ``source_images``, a picture or a list of them, with
-    their names in ``source_keys``; without these, whoever asks for all prompts has all these pictures read once. Other
-    columns are not read. A label with the feature ``ClassLabel`` counts by the name of its class, which must be ``a``,
-    ``b``, ``tie`` or a number.
+    A row has a ``prompt`` and either ``chosen`` and ``rejected``, or ``image_a``, ``image_b`` and ``label``::
 
-    The constructor reads all these columns but the images, which are read row by row. No code of a data set is run.
+        {"prompt": "a cat", "chosen": "images/1.jpg", "rejected": "images/2.jpg"}
+        {"prompt": "a cat", "image_a": "images/1.jpg", "image_b": "images/2.jpg", "label": 0.5}
+
+    ``label`` is the probability in [0, 1] that a is preferred (½ for a tie), or ``"a"``, ``"b"`` or ``"tie"``; labels
+    of another kind are given by ``labels``. A row with a null or missing label is unlabelled. Optional are ``votes``
+    ([a, b] or [chosen, rejected]), ``confidence`` in [0, 1], ``weight`` (of the pair in the loss, 0 or more),
+    ``pair_id`` (default ``FILE:ROW``, or ``SPLIT:ROW`` of a ``Dataset``), ``group_id``, ``split`` (by which a cache
+    tells the splits of one file apart), and of the first and the second image ``model_a`` and ``model_b``, the names of
+    their generators, ``noise_a`` and ``noise_b``, the column ``noise`` of the table of ``latentreward generate``, and
+    in tables with bytes ``key_a`` and ``key_b``, their names. If the images are edits of pictures, ``source_images``
+    lists these in their order (or ``source_image`` has the only one; ``source_keys`` are the names of those in bytes),
+    and ``prompt`` is the instruction. Other columns are not read.
+
+    Images are paths, relative to ``root``; in parquet and ``datasets`` also bytes, or structs with ``bytes`` or
+    ``path`` as ``datasets`` writes them for its feature ``Image``. An image in bytes without a name is named by a hash.
+    A label with the feature ``ClassLabel`` counts by the name of its class.
+
+    A row falls under ``on_error`` if it is not an object, if its prompt is not text or too long, if its label or weight
+    is out of range, if an image has more than a billion votes, if it has more than 16 pictures to edit or one in
+    another field, or if its ``pair_id`` occurred before. Unreadable ``votes`` and ``confidence`` are ignored.
+
+    The constructor reads all these columns but the images. No code of a data set is run.
 
     Args:
-        source: Folder that ``save_to_disk`` wrote; folder that holds ``{split}-*.parquet`` or ``{split}.parquet``,
-            directly or in ``data/``; one parquet file or a pattern of files; otherwise the id of a hub data set of
-            parquet files, which is then downloaded. From Python also a ``Dataset`` or ``DatasetDict``.
+        source: File ``.jsonl``, ``.json`` (a list), ``.csv``, ``.tsv`` or ``.parquet``, or a pattern of parquet files;
+            folder that holds such a file of the split, such as ``train.csv``, or ``{split}-*.parquet``, the latter also
+            in ``data/``; folder that ``save_to_disk`` wrote; otherwise the id of a hub data set of parquet files, which
+            is then downloaded. From Python also a ``Dataset`` or ``DatasetDict``.
         split: Name of the split.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         config: Name of the configuration, where the hub data set has several.
         columns: Names of the columns where they differ, by the names above, e.g. ``{prompt: caption, image_a: jpg_0,
             image_b: jpg_1, label: label_0}``.
-        root: Folder that paths in columns are relative to and that the files must lie in; by default the folder of
-            ``source``. Paths in a ``Dataset`` may lead anywhere if ``root`` is not given.
+        labels: Meaning of each label of the table, ``a``, ``b``, ``tie`` or a probability: ``{left: a, right: b}``.
+            Needed for whole numbers, which many programs count the winner by: ``{0: a, 1: b}``, or ``{1: a, 0: b}``.
+        root: Folder that paths are relative to and that the files must lie in; by default the folder of ``source``.
+            Paths in a ``Dataset`` may lead anywhere if ``root`` is not given.
         memory_map: Copy the images of parquet files once into the cache of ``datasets``. Reading a row in random order
             then reads only this row, not its row group.
-        options: See :class:`~latentreward.data.readers.rows.RowReader`. Rows with ``chosen`` and
-            ``rejected`` change sides at random; rows with ``image_a`` and ``image_b`` stay as written.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`. Of rows with ``chosen`` and ``rejected``, the
+            chosen image is a or b at random; rows with ``image_a`` and ``image_b`` stay as written.
 
     Raises:
         InputError: If the split cannot be found, is damaged, lacks a column or rows, a column has another type, or a
@@ -81,74 +108,151 @@ class DatasetPairReader(RowReader):
         revision: str | None = None,
         config: str | None = None,
         columns: Mapping[str, str] | None = None,
+        labels: Mapping[str | int, str | float] | None = None,
         root: PathText | None = None,
         memory_map: bool = False,
         **options: Any,
     ) -> None:
-        name = source_name(source)
-        super().__init__(Path(name).name, split, **options)
+        super().__init__(Path(source_name(source)).name, split, **options)
         self.folder = Path(root) if root else None
-        self._rows = open_table(self, source, split, revision, config)
-        ((place, schema), *_) = self._rows.schemas()
-        chosen = choose_columns(schema, columns or {}, place, self.sources)
-        self._fields = WINNER_FIRST if WINNER_FIRST[0] in chosen else BY_LABEL
-        images = [chosen[field] for field in self._fields]
-        embedded = any(holds_images(schema.field(image).type) for image in images)
-        sources = chosen.get(SOURCES[0])
-        self._sources = sources if sources and holds_images(element_type(schema.field(sources).type)) else None
-        self._embedded = dict(zip(self._fields, images, strict=True)) if embedded else {}
-        if self._sources is not None:
-            self._embedded[SOURCES[0]], self.sources_in = self._sources, (self._rows, self._sources)
-        self._classes = class_names(schema, chosen.get("label", ""))
-        if embedded:
-            self._rows.check_images(images, "give bytes or paths in both columns of images")
-        if self._sources is not None:
-            self._rows.check_images([self._sources], "give bytes or paths in every file", lists=True)
-        paths = [column for column in (*images, sources) if column and column not in self._embedded.values()]
-        if paths and not self.folder.exists():
-            raise InputError(f"root: {place} holds paths in {paths[0]}; set root to the folder of the image files")
-        read = {field: column for field, column in chosen.items() if field not in self._embedded}
-        index = self._rows.read_index(dict.fromkeys(read.values()), "give every file of the split the same columns")
-        if self._embedded:
-            self._rows.open_images([*self._embedded.values()], memory_map)
-        parser = PairRowParser(self, self.check_path)
-        self.table = parser.table(self._read_rows(index, read))
-        if self.remarks[NO_LABEL] and "label" not in chosen:
-            parser.rename_no_label(f"no column label among {', '.join(schema.names)}; name it in columns")
-        if self.sources == "ignore" and (edited := edit_column(schema, chosen.values())):
-            self.remarks[edit_remark(edited)] += len(self)
-        if self._embedded and not memory_map:
-            warn_row_groups(self._rows, [*self._embedded.values()], f"{name} {split}")
-        self.report(f"{name} {split}", f"split: {split!r} of {name} has no rows left; check the files")
+        file = None if _has_parquet(source, split) else find_list(source, split)
+        if file is not None:
+            if file != Path(source):
+                self.check_inside(source, file)
+            fill_from_list(self, file, columns, labels)
+            return
+        table = OwnTable(self, open_table(self, source, split, revision, config), columns or {}, memory_map)
+        name = f"{source_name(source)} {split}"
+        parser = PairRowParser(self, check_image=table.check_path, labels=labels)
+        self.table = parser.table(table.rows)
+        if table.unlabelled and self.remarks[NO_LABEL]:
+            parser.rename_no_label(f"{table.unlabelled}; name it in columns")
+        if table.edited is not None:
+            self.remarks[edit_remark(table.edited)] += len(self)
+        if table.embedded and not memory_map:
+            warn_row_groups(table.table, table.embedded, name)
+        self.report(name, f"split: {name} has no rows left; check the files")
 
-    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return the images of a row with their bytes, or references to their files."""
-        if self._fields[0] not in self._embedded:
-            return super().find_images(row)
-        values = self._rows.read(row["row"], [self._embedded[field] for field in self._fields])
-        return self.embedded_images(values, [row["image_a"], row["image_b"]])
+
+class JSONLPairReader(RowReader):
+    """Reader of one file of pairs of your own: JSON lines, a JSON list, CSV or TSV; see :class:`DatasetPairReader`.
+
+    Args:
+        file: Path of the file.
+        root: Folder that paths are relative to and that all images must lie in; by default the file's folder.
+        split: Name of the split of rows without their own.
+        columns: Names of the columns where they differ, see :class:`DatasetPairReader`.
+        labels: Meaning of each label in the file, see :class:`DatasetPairReader`; needed for whole numbers.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
+    """
+
+    def __init__(
+        self,
+        file: PathText,
+        root: PathText | None = None,
+        split: str = "train",
+        *,
+        columns: Mapping[str, str] | None = None,
+        labels: Mapping[str | int, str | float] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(Path(file).name, split, **options)
+        if Path(file).is_dir():
+            raise InputError(f"file: {file} is a folder; give a file, or read it by DatasetPairReader")
+        self.folder = Path(root) if root else None
+        fill_from_list(self, Path(file), columns, labels)
+
+
+def fill_from_list(
+    reader: RowReader, file: Path, columns: Mapping[str, str] | None, labels: Mapping[Any, Any] | None
+) -> None:
+    """Give a reader the pairs of a table of text; of a file of another suffix, as JSON lines."""
+    reader.folder, columns = reader.folder or file.parent, columns or {}
+    check_fields(columns)
+    parser = PairRowParser(reader, columns=columns, check_image=reader.check_path, labels=labels)
+    rows = _with_fields(read_list(file), str(file), columns)
+    reader.fill(rows, str(file), f"file: {file} has no rows left; check it", parser)
+
+
+class OwnTable:
+    """A table of pairs of your own with typed columns: which of them is what, and its rows by field."""
+
+    def __init__(self, reader: RowReader, table: SplitTable, named: Mapping[str, str], memory_map: bool) -> None:
+        self.reader, self.table = reader, table
+        ((place, schema), *_) = table.schemas()
+        chosen = choose_columns(schema, named, place, reader.sources)
+        self._classes = class_names(schema, chosen.get("label", ""))
+        self._fields = WINNER_FIRST if WINNER_FIRST[0] in chosen else BY_LABEL
+        images, sources = [chosen[field] for field in self._fields], chosen.get(SOURCES[0])
+        self.embedded: list[str] = []  # columns of images in bytes
+        if any(holds_images(schema.field(image).type) for image in images):
+            table.check_images(images, "give bytes or paths in both columns of images")
+            reader.images_in, self.embedded = (table, images), [*images]
+        if sources and holds_images(element_type(schema.field(sources).type)):
+            table.check_images([sources], "give bytes or paths in every file", lists=True)
+            reader.sources_in = table, sources
+            self.embedded.append(sources)
+        paths = [column for column in (*images, sources) if column and column not in self.embedded]
+        if paths and not reader.folder.exists():
+            raise InputError(f"root: {place} holds paths in {paths[0]}; set root to the folder of the image files")
+        self._read = {field: column for field, column in chosen.items() if column not in self.embedded}
+        rows = table.records(dict.fromkeys(self._read.values()), "give every file of the split the same columns")
+        self.rows = ((name, number, self._by_field(values)) for name, number, values in rows)
+        if self.embedded:
+            table.open_images(self.embedded, memory_map)
+        # What is known of a table without labels, and the column of pictures to edit that is not read.
+        self.unlabelled = "" if "label" in chosen else f"no column label among {', '.join(schema.names)}"
+        self.edited = edit_column(schema, chosen.values()) if reader.sources == "ignore" else None
+
+    def _by_field(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row by field; the fields of images in bytes hold the images' names."""
+        row = {field: values[column] for field, column in self._read.items()}
+        keys, source_keys = [row.pop(key, None) for key in KEYS], row.pop(SOURCE_KEYS, None)
+        if self.reader.images_in is not None:
+            row |= dict(zip(self._fields, keys, strict=True))
+        if self.reader.sources_in is not None:
+            row[SOURCES[0]] = source_keys
+        if self._classes is not None:
+            row["label"] = name_class(self._classes, row["label"])
+        return row
 
     def check_path(self, pair_id: str, field: str, path: Any) -> None:
-        """Check a path in a column of paths, see the base class."""
-        if field not in self._embedded:
-            super().check_path(pair_id, field, path)
+        """Check a path in a column of paths, see :meth:`RowReader.check_path`."""
+        if (self.reader.sources_in if field in SOURCES else self.reader.images_in) is None:
+            self.reader.check_path(pair_id, field, path)
 
-    def _read_rows(self, index: pa.Table, read: Mapping[str, str]) -> Iterator[tuple[str, int, dict[str, Any]]]:
-        """Yield name, number and fields of every row; the fields of images in bytes hold the images' names."""
-        names, number = self._rows.row_names(), 0
-        for batch in index.to_batches(max_chunksize=ROWS_AT_ONCE):
-            for values in zip(*(batch.column(column).to_pylist() for column in read.values()), strict=True):
-                row = dict(zip(read, values, strict=True))
-                keys = [row.pop(key, None) for key in KEYS]
-                source_keys = row.pop(SOURCE_KEYS, None)
-                if self._fields[0] in self._embedded:
-                    row |= dict(zip(self._fields, keys, strict=True))
-                if self._sources is not None:
-                    row[SOURCES[0]] = source_keys
-                if self._classes is not None:
-                    row["label"] = name_class(self._classes, row["label"])
-                yield names[number].as_py(), number, row
-                number += 1
+
+def check_fields(columns: Mapping[str, str]) -> None:
+    """Raise InputError for a name in a map of columns that is no field of a pair."""
+    if unknown := next((field for field in columns if field not in FIELDS), None):
+        raise InputError(f"columns: there is no field {unknown!r}{did_you_mean(unknown, FIELDS)}")
+
+
+def _has_parquet(source: Source, split: str) -> bool:
+    if not isinstance(source, str | os.PathLike):
+        return False
+    folders = Path(source, "data"), Path(source)
+    return any(find_files(folder, f"{split}{end}.parquet") for folder in folders for end in ("", "-*"))
+
+
+def _with_fields(rows: Iterator[Row], place: str, columns: Mapping[str, str]) -> Iterator[Row]:
+    """Return the rows of a list whose first rows have the named columns, and two columns of images."""
+    first = [*islice(rows, FIRST_ROWS)]
+    names = list(dict.fromkeys(name for _, _, row in first if isinstance(row, dict) for name in row))
+    for field, column in columns.items():
+        if column not in names:
+            raise InputError(f"columns.{field}: no column {column!r} in {place}{did_you_mean(column, names)}")
+    if names and not {*WINNER_FIRST, *BY_LABEL} & {*names, *columns}:
+        raise InputError(f"{place}: {unnamed('no columns of images', names)}")
+    return chain(first, rows)
+
+
+def unnamed(what: str, names: Collection[Any]) -> str:
+    """Return that a table has not the two columns of images, but ``names``, and what to do about it."""
+    return (
+        f"{what} chosen and rejected, or image_a and image_b (it has {quoted(', '.join(map(str, names)))}); name one "
+        "pair of them, e.g. columns: {image_a: jpg_0, image_b: jpg_1, label: label_0}"
+    )
 
 
 def edit_column(schema: pa.Schema, known: Collection[str]) -> str | None:
@@ -166,9 +270,8 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str, sour
         InputError: If there is no such field or column, the prompt or the images are missing or could be several, or
             there is another column of pictures to edit.
     """
+    check_fields(named)
     for field, column in named.items():
-        if field not in FIELDS:
-            raise InputError(f"columns: there is no field {field!r}{did_you_mean(field, FIELDS)}")
         if column not in schema.names:
             raise InputError(f"columns.{field}: no column {column!r} in {place}{did_you_mean(column, schema.names)}")
     found = {field: named.get(field, field) for field in FIELDS if named.get(field, field) in schema.names}
@@ -180,8 +283,8 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str, sour
         raise InputError(
             f"{place}: {edit_problem(edited)}, or name it in columns, e.g. columns: {{{SOURCES[0]}: {edited}}}"
         )
-    there = f"it has {quoted(', '.join(schema.names))}"
     if "prompt" not in found:
+        there = f"it has {quoted(', '.join(schema.names))}"
         raise InputError(f"{place}: no column prompt ({there}); name it, e.g. columns: {{prompt: caption}}")
     kinds = {field: schema.field(found[field]).type for field in (*WINNER_FIRST, *BY_LABEL) if field in found}
     texts = (pa.string(), pa.large_string())
@@ -191,10 +294,7 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str, sour
     if len(asked or pairs) != 1:
         types = ", ".join(f"{found[field]} is {kind}" for field, kind in odd.items())
         what = "no columns of images or paths" + (f" ({types})" if types else "") if not pairs else "both"
-        raise InputError(
-            f"{place}: {what} chosen and rejected, or image_a and image_b ({there}); name one pair of them, e.g. "
-            "columns: {image_a: jpg_0, image_b: jpg_1, label: label_0}"
-        )
+        raise InputError(f"{place}: {unnamed(what, schema.names)}")
     (images,) = asked or pairs
     unused = {*WINNER_FIRST, *BY_LABEL} - {*images}
     return {field: column for field, column in found.items() if field not in unused}

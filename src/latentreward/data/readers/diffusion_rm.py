@@ -11,27 +11,20 @@ import pyarrow as pa
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError
-from latentreward.core.storage.texts import read_table, read_text
+from latentreward.core.storage.json_files import read_table, read_text
 from latentreward.core.storage.user_files import find_files
-from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, sort_buckets
+from latentreward.data.image_sizes import PUBLISHED_BUCKETS, Bucket, sort_buckets
 from latentreward.data.readers.base import MAX_VOTES, Contents
 from latentreward.data.readers.json_rows import parse_number
+from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, damage_named, open_part
-from latentreward.data.readers.rows import RowReader, pack
+from latentreward.data.readers.rows import RowReader
 
 LATENTS = ("latent1", "latent2")
 SHAPES = ("latent1_shape", "latent2_shape")
 DETAILS = ("model1", "model2", "detailed_results")
 INDEX_COLUMNS = ("global_id", "parquet_path", "row_group", "row_index", "width", "height")
 DOWNSCALE = 8
-INDEX = pa.schema(
-    {
-        **dict.fromkeys(("pair_id", "prompt"), pa.large_string()),
-        "label": pa.float64(),
-        "part": pa.int32(),  # number of the parquet file; null for the placeholder of a bad row
-        "row": pa.int64(),  # number of the row in that file
-    }
-)
 
 
 class _Part(NamedTuple):
@@ -96,16 +89,16 @@ class DiffusionRMReader(RowReader):
         parts = [ParquetPart(file.name, file) for file in files]
         tables = {part.name: _read_part(part) for part in parts}
         self._buckets = set(PUBLISHED_BUCKETS if buckets is None else sort_buckets(buckets))
-        places: Iterator[tuple[str, tuple[int, int] | None]]
         if index is None:
             counts = enumerate(len(table.prompts) for table in tables.values())
-            places = ((f"{self._names[n]}:{row}", (n, row)) for n, rows in counts for row in range(rows))
+            rows: Iterator[Row] = (
+                self._row(f"{self._names[n]}:{row}", tables, n, row) for n, c in counts for row in range(c)
+            )
         else:
-            places = self._follow(Path(root) / index, tables)
-        rows = pack((self._read(name, place, tables) for name, place in places), INDEX)
-        self.table = rows.sort_by([("part", "ascending"), ("row", "ascending")])
-        if nulls := self.table.filter(self.table.column("part").is_valid()).column("prompt").null_count:
-            self.remarks["null prompt read as empty"] += nulls
+            rows = self._follow(place / index, tables)
+        parser = PairRowParser(self, self._pairs, sources=None)
+        table = parser.table(rows, {"part": pa.int32()})
+        self.table = table.sort_by([("part", "ascending"), ("row", "ascending")]) if len(table) else table
         stated = [name for name in DETAILS if all(name in table.columns for table in tables.values())]
         self._columns = RowGroupColumns(parts, [*LATENTS, *stated])
         empty = f"root: {root} has no rows left; check the parquet files and the index"
@@ -114,7 +107,7 @@ class DiffusionRMReader(RowReader):
     def read_row(self, index: int) -> dict[str, Any]:
         """Return the values of row ``index`` by column, with those of the parquet file unless it is a placeholder."""
         row = super().read_row(index)
-        if row["part"] is None:
+        if row.get("part") is None:
             return row
         stored = self._columns.read(row["part"], row["row"])
         row |= dict(zip(self._columns.columns, stored, strict=True))
@@ -126,23 +119,23 @@ class DiffusionRMReader(RowReader):
 
         The name is not a hash: an image may occur twice with other latents, sampled again or in another size.
         """
-        if row["part"] is None:
+        if row.get("part") is None:
             return [ImageRef("", holds="latents")] * 2
         place = f"{self._names[row['part']]}:{row['row']}"
         return [ImageRef(f"{place}:{column}", row[column], holds="latents") for column in LATENTS]
 
-    def _read(self, pair_id: str, place: tuple[int, int] | None, tables: dict[str, _Part]) -> dict[str, Any] | None:
-        """Return the row at a place, by column of ``INDEX``; one without a place is a placeholder or, by skip, None."""
-        prompt = None if place is None else tables[self._names[place[0]]].prompts[place[1]]
-        if len(prompt or "") > self.max_prompt_chars:
-            self.refuse_long_prompt(pair_id, len(prompt or ""))
-            prompt = place = None
-        if place is not None:
-            return {"pair_id": pair_id, "prompt": prompt, "label": 1.0, "part": place[0], "row": place[1]}
-        return None if self.on_error == "skip" else {"pair_id": pair_id}
+    def _row(self, name: str, tables: dict[str, _Part], part: int, row: int) -> Row:
+        """Return the row at a place; its part is null for the placeholder of a bad row."""
+        return name, row, {"prompt": tables[self._names[part]].prompts[row], "part": part}
 
-    def _follow(self, index: Path, tables: dict[str, _Part]) -> Iterator[tuple[str, tuple[int, int] | None]]:
-        """Yield name and place of every row of the index; None for a row that breaks a rule, after ``on_error``."""
+    @staticmethod
+    def _pairs(name: str, row: dict[str, Any]) -> list[Pair]:
+        if "bad" in row:
+            raise row["bad"]
+        return [{"label": 1.0, "part": row["part"]}]
+
+    def _follow(self, index: Path, tables: dict[str, _Part]) -> Iterator[Row]:
+        """Yield a row for every row of the index."""
         rows, seen = read_table(read_text(index), ".csv"), set[str]()
         rows.restval = ""  # of missing columns at a row's end
         if missing := [name for name in INDEX_COLUMNS if name not in (rows.fieldnames or ())]:
@@ -152,37 +145,34 @@ class DiffusionRMReader(RowReader):
                 name = row["global_id"]
                 pair_id = f"{index.name}:{name}" if name and name not in seen else f"{index.name}:line {rows.line_num}"
                 seen.add(name)
-                yield pair_id, self._locate(pair_id, row, tables)
+                try:
+                    yield self._row(pair_id, tables, *self._locate(row, tables))
+                except BadRow as error:
+                    yield pair_id, 0, {"prompt": "", "bad": error}
         except csv.Error as error:
             raise InputError(f"{index}: line {rows.line_num} is not CSV ({error}); write the index again") from error
 
-    def _locate(self, pair_id: str, row: dict[str, str], tables: dict[str, _Part]) -> tuple[int, int] | None:
-        """Return part and row number of an index row; None if it breaks a rule, after applying ``on_error``."""
+    def _locate(self, row: dict[str, str], tables: dict[str, _Part]) -> tuple[int, int]:
+        """Return part and row number of an index row; raise BadRow if it breaks a rule."""
         numbers = {name: parse_number(row[name]) for name in INDEX_COLUMNS[2:]}
         for name, number in numbers.items():
             if number is None or number < 0 or number % 1:
-                self.refuse(pair_id, f"{name} is {row[name]!r:.40}, not a count", "index row not readable")
-                return None
+                raise BadRow(f"{name} is {row[name]!r:.40}, not a count", "index row not readable")
         group, inner, width, height = (int(number) for number in numbers.values() if number is not None)
         path = row["parquet_path"]
         file = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
         if file not in tables:
-            self.refuse(pair_id, f"parquet_path {file!r:.80} is not in the folder", "parquet part missing")
-            return None
+            raise BadRow(f"parquet_path {file!r:.80} is not in the folder", "parquet part missing")
         table = tables[file]
         if group + 1 >= len(table.starts) or inner >= table.starts[group + 1] - table.starts[group]:
-            self.refuse(pair_id, f"{file} has no row {inner} in row group {group}", "row beyond the parquet part")
-            return None
+            raise BadRow(f"{file} has no row {inner} in row group {group}", "row beyond the parquet part")
         if Bucket(height, width) not in self._buckets:
-            self.refuse(pair_id, f"size {height}x{width} is not a bucket", "size is no bucket")
-            return None
+            raise BadRow(f"size {height}x{width} is not a bucket", "size is no bucket")
         place = int(table.starts[group]) + inner
         size = [height // DOWNSCALE, width // DOWNSCALE]
         if table.shapes is not None and any(shape is None or shape[-2:] != size for shape in table.shapes[place]):
-            stated = " and ".join(map(str, table.shapes[place]))
-            problem = f"size {height}x{width} against latents of {stated}"
-            self.refuse(pair_id, problem, "latents of another size than the index says")
-            return None
+            problem = f"size {height}x{width} against latents of {' and '.join(map(str, table.shapes[place]))}"
+            raise BadRow(problem, "latents of another size than the index says")
         return self._names.index(file), place
 
 

@@ -1,9 +1,8 @@
 """Reader of published sets of image edits: an instruction, pictures to edit, two results, and which is better."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,20 +10,10 @@ import pyarrow as pa
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError, did_you_mean, quoted
-from latentreward.data.readers.folders import read_lines
-from latentreward.data.readers.json_rows import (
-    SOURCES,
-    as_object,
-    edit_remark,
-    load_rows,
-    parse_line,
-    parse_number,
-    parse_text,
-    short,
-)
-from latentreward.data.readers.pair_rows import BY_LABEL, PairRowParser
-from latentreward.data.readers.rows import RowReader
-from latentreward.data.readers.tables import Source, open_table, source_name
+from latentreward.data.readers.json_rows import SOURCES, edit_remark, list_sources, parse_number, parse_text, short
+from latentreward.data.readers.pair_rows import BAD_LABEL, NO_LABEL, BadRow, Pair, PairRowParser, Row, ranked_pairs
+from latentreward.data.readers.rows import SCORED_AXES, RowReader
+from latentreward.data.readers.tables import Source, find_list, open_table, read_list, source_name
 
 Axis = Literal["overall", "instruction_following", "visual_quality"]
 HINT = "give the published files, or name the layout"
@@ -178,16 +167,14 @@ class EditPairReader(RowReader):
     ) -> None:
         name = source_name(source)
         super().__init__(Path(name).stem, split, **options)
-        file = _json_file(source, split)
+        file = find_list(source, split)
         if file and Path(source).is_dir():
             self.check_inside(source, file)
         self.folder = Path(root) if root else file and file.parent
-        self._rows = None if file else open_table(self, source, split, revision, config)
-        if file is not None:
-            rows = _read_json(file)
-            names = set().union(*(row for _, row in rows[:FIRST_ROWS] if isinstance(row, dict)))
-        else:
-            names = set(self._rows.schemas()[0][1].names)  # type: ignore[union-attr]
+        table = None if file else open_table(self, source, split, revision, config)
+        rows: Iterable[Row] = [*read_list(file)] if file else []
+        read = (row for _, _, row in [*rows][:FIRST_ROWS] if isinstance(row, dict))
+        names = {*table.schemas()[0][1].names} if table else set().union(*read)
         if layout is not None and layout not in LAYOUTS:
             raise InputError(f"layout is {layout!r}{did_you_mean(layout, LAYOUTS)}; choose from {', '.join(LAYOUTS)}")
         found = layout or find_layout(names)
@@ -199,110 +186,86 @@ class EditPairReader(RowReader):
         self.source, self.layout, self.axis = found, LAYOUTS[found], axis
         if axis != "overall" and not names.issuperset(self.layout.axes.get(axis, [""])):
             raise InputError(f"axis: {name} has no scores of {axis}; set overall, by which its pairs are judged")
-        if file is None:
-            rows = self._read_table(names)
-        parser = PairRowParser(self, self.check_path if file else None)
-        pairs = [*self._expand(rows)]
-        table = parser.table((name, place, fields) for place, (name, fields, _) in enumerate(pairs))
-        kept = [pairs[place][2] for place in table.column("row").to_pylist()]
-        table = table.set_column(0, "row", pa.array(kept, pa.int64()))
-        facts = [self._facts(rows[number][1]) for number in kept]
-        for fact in dict.fromkeys(name for one in facts for name in one):
-            table = table.append_column(fact, pa.array([one.get(fact) for one in facts]))
-        if not self.layout.verdict:  # the better result comes first, also in ties and on other axes
-            first = table.column_names.index("winner_first")
-            table = table.set_column(first, "winner_first", pa.array([True] * len(table), pa.bool_()))
-        self.table = table
+        if table is not None:
+            images = [*dict.fromkeys(image.partition(".")[0] for image in (*self.layout.images, self.layout.source))]
+            table.check_images(images, HINT, lists=True)
+            rows = table.records(dict.fromkeys(column for column in self.layout.columns() if column in names), HINT)
+            table.open_images(images)
+            self.images_in = table, images
+            self.sources_in = (table, self.layout.source) if self.sources == "read" else None
+        prompt = {"prompt": self.layout.prompt}
+        check = self.check_path if file else None
+        self._parser = PairRowParser(self, self._pairs, columns=prompt, sources=None, check_image=check)
+        scores = dict.fromkeys((f"{axis}_{side}" for axis in SCORED_AXES for side in "ab"), pa.float64())
+        self.table = self._parser.table(rows, {**scores, "tags": pa.list_(pa.string())})
         if self.sources == "ignore":
             self.remarks[edit_remark(self.layout.source)] += len(self)
         self.report(f"{name} {split}", f"split: {split!r} of {name} has no rows left; check the files")
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return the two results of a row with their bytes, or references to their files."""
-        if self._rows is None:
+        if self.images_in is None:
             return super().find_images(row)
-        columns = [*dict.fromkeys(image.partition(".")[0] for image in self.layout.images)]
-        values = dict(zip(columns, self._rows.read(row["row"], columns), strict=True))
+        table, columns = self.images_in
+        values = dict(zip(columns, table.read(row["row"], columns), strict=True))
         return self.embedded_images([_value(values, image) for image in self.layout.images])
 
-    def _read_table(self, names: set[str]) -> list[tuple[str, Any]]:
-        assert self._rows is not None
-        images = [*dict.fromkeys(image.partition(".")[0] for image in (*self.layout.images, self.layout.source))]
-        self._rows.check_images(images, HINT, lists=True)
-        index = self._rows.read_index(dict.fromkeys(c for c in self.layout.columns() if c in names), HINT)
-        self._rows.open_images(images)
-        if self.sources == "read":
-            self.sources_in = self._rows, self.layout.source
-        return [*zip(self._rows.row_names().to_pylist(), index.to_pylist(), strict=True)]
-
-    def _expand(self, rows: list[tuple[str, Any]]) -> Iterator[tuple[str, Any, int]]:
-        """Yield the name of every pair, its fields in the names of ``pair_rows``, and its row's number."""
+    def _pairs(self, name: str, row: dict[str, Any]) -> Sequence[Pair]:
         layout = self.layout
-        for number, (name, row) in enumerate(rows):
-            if not isinstance(row, dict):
-                yield name, row, number
-                continue
-            models = zip(("model_a", "model_b"), map(row.get, layout.models), strict=False)
-            fields: dict[str, Any] = {"prompt": row.get(layout.prompt), **dict(models)}
-            if layout.group and (group := parse_text(row.get(layout.group))):
-                fields["group_id"] = group.partition("_")[0]
-            if self._rows is None and self.sources == "read":
-                fields[SOURCES[0]] = row.get(layout.source)
-            images, verdict = [_value(row, image) for image in layout.images], _value(row, layout.verdict)
-            if len(images) == 2:
-                files = dict(zip(BY_LABEL, images, strict=True)) if self._rows is None else {}
-                yield name, {**fields, **files, "label": self._judge(row, verdict)}, number
+        shared: Pair = {"winner_first": not layout.verdict, **self._facts(row)}
+        shared |= {f"model_{side}": parse_text(row.get(one)) for side, one in zip("ab", layout.models, strict=False)}
+        if layout.group and (group := parse_text(row.get(layout.group))):
+            shared["group_id"] = group.partition("_")[0]
+        images, verdict = [_value(row, image) for image in layout.images], _value(row, layout.verdict)
+        pairs: Sequence[Pair] = [shared]
+        try:
+            if self.images_in is None and self.sources == "read":
+                given = {SOURCES[0]: row.get(layout.source)}
+                self._parser.edited(name, shared, *list_sources(given, SOURCES[:1]))
+            if len(images) > 1:
+                if self.images_in is None:
+                    shared["image_a"], shared["image_b"] = map(parse_text, images)
+                    for side, image in zip("ab", images, strict=True):
+                        self._parser.check_image(name, f"image_{side}", image)  # type: ignore[misc]
+                if (label := self._judge(row, verdict)) is None:
+                    self.remark(name, NO_LABEL)
+                shared["label"] = label
             elif (ranks := _ranks(verdict, images[0])) is None:
-                self.refuse(name, f"{layout.verdict} is {short(verdict)}, no ranking of {layout.images[0]}", NO_RANKING)
-                if self.on_error == "placeholder":
-                    yield name, fields, number
+                raise BadRow(f"{layout.verdict} is {short(verdict)}, no ranking of {layout.images[0]}", NO_RANKING)
             else:
-                for i, j in combinations(range(len(ranks)), 2):
-                    label = 0.5 + 0.5 * ((ranks[i] < ranks[j]) - (ranks[i] > ranks[j]))
-                    files = dict(zip(BY_LABEL, (images[0][i], images[0][j]), strict=True))
-                    yield f"{name}:{i}-{j}", {**fields, **files, "label": label, "group_id": name}, number
+                pairs = ranked_pairs(name, [*map(parse_text, images[0])], ranks, group_id=name, **shared)
+        except BadRow as error:
+            error.pairs = pairs
+            raise
+        return pairs
 
-    def _facts(self, row: Any) -> dict[str, Any]:
-        """Return the published scores and tags of a row by column of ``FACTS``, those that it has."""
-        if not isinstance(row, dict):
-            return {}
-        facts: dict[str, Any] = {}
+    def _facts(self, row: Mapping[str, Any]) -> Pair:
+        """Return the published scores and tags of a row, those that it has."""
+        facts: Pair = {}
         for axis, scores in self.layout.axes.items():
             numbers = [parse_number(row.get(score)) for score in scores]
-            if numbers != [None, None]:
-                facts |= dict(zip((f"{axis}_a", f"{axis}_b"), numbers, strict=True))
+            facts |= {f"{axis}_a": numbers[0], f"{axis}_b": numbers[1]}
         tags = [text for tag in self.layout.tags if (text := parse_text(row.get(tag)))]
         return {**facts, "tags": tags} if tags else facts
 
-    def _judge(self, row: dict[str, Any], verdict: Any) -> Any:
-        """Return the label of a row's first result: a number, None for no label, or what is no verdict."""
+    def _judge(self, row: Mapping[str, Any], verdict: Any) -> float | None:
+        """Return the label of a row's first result, None for no label; raise BadRow for what is no verdict."""
+        layout = self.layout
         if self.axis != "overall":
-            first, second = (parse_number(row.get(score)) for score in self.layout.axes[self.axis])
+            first, second = (parse_number(row.get(score)) for score in layout.axes[self.axis])
             return None if first is None or second is None else 0.5 + 0.5 * ((first > second) - (first < second))
-        text = str(row.get(self.layout.tie) if self.layout.tie else verdict).strip()
-        if self.layout.tie:
-            return MARKS.get(text.lower(), f"{self.layout.tie} {text}")
-        if not self.layout.verdict:
+        if layout.tie:
+            field, value, meanings = layout.tie, row.get(layout.tie), MARKS
+        elif not layout.verdict:
             return 1.0
-        if re.fullmatch(r"([A-Z])[>=](?!\1)[A-Z]", text):  # of candidates A to D, the first is the one nearer to A
+        else:
+            field, value, meanings = layout.verdict, verdict, VERDICTS
+        text = str(value).strip()
+        if not layout.tie and re.fullmatch(r"([A-Z])[>=](?!\1)[A-Z]", text):  # of A to D, the first is nearer to A
             return 0.5 if text[1] == "=" else float(text[0] < text[2])
-        # An unknown one by the name of its field: a number alone would be a label.
-        return None if verdict is None else VERDICTS.get(text.lower(), f"{self.layout.verdict} {text}")
-
-
-def _json_file(source: Source, split: str) -> Path | None:
-    """Return the JSON file or file of JSON lines of a split; None if the source is a table."""
-    if not isinstance(source, str | Path):
-        return None
-    places = [Path(source), *(Path(source, f"{split}{suffix}") for suffix in (".json", ".jsonl"))]
-    return next((place for place in places if place.suffix in (".json", ".jsonl") and place.is_file()), None)
-
-
-def _read_json(file: Path) -> list[tuple[str, Any]]:
-    """Read a JSON list or JSON lines: the name of each row, and the row or what is wrong with it."""
-    if file.suffix == ".jsonl":
-        return [(f"{file.name}:{number}", parse_line(line)) for number, line in read_lines(file)]
-    return [(f"{file.name}:{number}", as_object(row, "")) for number, row in enumerate(load_rows(file))]
+        if (label := meanings.get(text.lower())) is None and (layout.tie or value is not None):
+            raise BadRow(f"{field} is {short(value)}, no verdict", BAD_LABEL)
+        return label
 
 
 def find_layout(names: Collection[str]) -> str | None:

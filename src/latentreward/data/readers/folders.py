@@ -4,6 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pyarrow as pa
 
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, printable
-from latentreward.core.storage.texts import UTF_16, UnreadableTextError, read_text
+from latentreward.core.storage.json_files import UTF_16, UnreadableTextError, read_text
 from latentreward.core.storage.user_files import find_file, find_files, one_form, resolve_inside, whole_file
 from latentreward.data.images import OUTSIDE
 from latentreward.data.readers.json_rows import edit_remark, encodable, parse_line, parse_text, short
-from latentreward.data.readers.rows import RowReader, pack
+from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser
+from latentreward.data.readers.rows import RowReader
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +29,6 @@ UNREAD = (
     ".cr3", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw",
 )  # fmt: skip
 """Suffixes of image files that are not decoded: they are counted, so that none is left out without a word."""
-INDEX = pa.schema(
-    {
-        **dict.fromkeys(("pair_id", "prompt"), pa.large_string()),
-        **dict.fromkeys(("image_a", "image_b"), pa.large_binary()),  # names of files need not be UTF-8
-        "label": pa.float64(),
-        "sources": pa.list_(pa.large_binary()),
-    }
-)
 CAPTIONS = "captions"
 CAPTIONS_FILE = "captions.jsonl"
 Caption = tuple[str | None, str]
@@ -77,7 +71,13 @@ class FolderPairReader(RowReader):
         self.check_inside(root, self.folder, self.folder / CAPTIONS_FILE)
         for side in SIDES:
             if not (place := self.folder / side).is_dir():
-                raise InputError(f"root: no folder {place}; put the images of pairs into chosen/ and rejected/")
+                whole = split and Path(root, side).is_dir()
+                fix = (
+                    "set split: null, and data.val_share in place of data.val"
+                    if whole
+                    else "put the images of pairs there"
+                )
+                raise InputError(f"root: no folder {place}; {fix}")
         for side in (*SIDES, SOURCE) if edits and self.sources == "read" else SIDES:
             files[side], told = find_pictures(self.folder / side)
             self._unread += [f"{side}/: {remark}" for remark in told]
@@ -93,7 +93,10 @@ class FolderPairReader(RowReader):
                 else:
                     problem = 'the line is not an object with the texts "name" and "prompt"'
                     self.refuse(f"{CAPTIONS_FILE}:{line}", problem, "caption line not readable")
-        self.table = pack((self._check(name, files, captions) for name in names), INDEX)
+        parser = PairRowParser(self, partial(self._pair, files), sources=None)
+        rows = ((name, number, {"prompt": "", "captions": captions}) for number, name in enumerate(names))
+        binary = pa.large_binary()  # names of files need not be UTF-8
+        self.table = parser.table(rows, {"image_a": binary, "image_b": binary, "sources": pa.list_(binary)})
         if alone := sorted(set(captions or ()).difference(names)):
             self._unread.append(f"{CAPTIONS_FILE}: no picture for {len(alone)} names, such as {short(alone[0])}")
         if edits and self.sources == "ignore":
@@ -103,39 +106,34 @@ class FolderPairReader(RowReader):
         if self._unread:
             logger.warning("%s: %s", printable(str(self.folder)), "; ".join(self._unread))
 
-    def _check(
-        self, name: str, files: dict[str, dict[str, list[str]]], captions: dict[str, Caption] | None
-    ) -> dict[str, Any] | None:
-        """Return the row of a name, which is ``SPLIT/NAME`` with a split; None if ``on_error`` leaves it out."""
-        found = {side: paths.get(name, []) for side, paths in files.items()}
-        problem, reason = "", ""
-        for side, paths in found.items():
-            if not reason and len(paths) != 1:
-                what = "several images" if paths else "no image"
-                reason = f"{what} in {side}/"
-                problem = "; ".join([f"{what} of this name in {side}/", *self._unread])
-        texts = (self.folder / folder / f"{name}.txt" for folder in (CAPTIONS, SIDES[0]) if captions is None)
+    def _pair(self, files: dict[str, dict[str, list[str]]], name: str, row: dict[str, Any]) -> list[Pair]:
+        """Return the pair of a name, which is ``SPLIT/NAME`` with a split."""
+        found, captions = {side: paths.get(name, []) for side, paths in files.items()}, row["captions"]
+        image_a, image_b, *sources = (os.fsencode(paths[0] if paths else "") for paths in found.values())
+        pair: Pair = {"pair_id": encodable(f"{self.split}/{name}" if self.split else name), "label": 1.0}
+        pair |= {"image_a": image_a, "image_b": image_b, "sources": sources, "prompt": None}
         prompt, odd = (captions or {}).get(name, NO_TEXT)
-        if odd and not reason:
-            problem, reason = odd, "several captions"
         try:
+            texts = (self.folder / folder / f"{name}.txt" for folder in (CAPTIONS, SIDES[0]) if captions is None)
             prompt = next((text for file in texts if (text := read_caption(file, self.root)) is not None), prompt)
+            problem, reason = odd, "several captions" if odd else ""
         except UnreadableTextError as error:
-            problem, reason = (problem, reason) if reason else (str(error), "caption not readable")
-        if not reason and prompt is None:
+            problem, reason = str(error), "caption not readable"
+        if prompt is None and not reason:
             problem = f"no caption in {CAPTIONS_FILE}, {CAPTIONS}/{name}.txt or chosen/{name}.txt"
             reason = "no caption"
-        if reason:
-            self.refuse(name, problem, reason)
         elif len(prompt or "") > self.max_prompt_chars:
-            self.refuse_long_prompt(name, len(prompt or ""))
-            prompt, reason = None, "prompt too long"
-        if reason and self.on_error == "skip":
-            return None
-        pair_id = encodable(f"{self.split}/{name}" if self.split else name)
-        image_a, image_b, *sources = (os.fsencode(paths[0] if paths else "") for paths in found.values())
-        row = {"pair_id": pair_id, "prompt": prompt, "label": None if reason else 1.0, "sources": sources}
-        return {**row, "image_a": image_a, "image_b": image_b}
+            problem, reason, prompt = f"prompt has {len(prompt or '')} characters", "prompt too long", None
+        for side, paths in found.items():
+            if len(paths) != 1:
+                what = "several images" if paths else "no image"
+                problem, reason = f"{what} of this name in {side}/", f"{what} in {side}/"
+                problem = "; ".join([problem, *self._unread])
+                break
+        pair["prompt"] = prompt
+        if reason:
+            raise BadRow(problem, reason, [pair])
+        return [pair]
 
 
 def note_caption(captions: dict[str, Caption], name: str, text: str, table: str) -> None:

@@ -12,15 +12,15 @@ import pyarrow as pa
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError, did_you_mean
-from latentreward.core.storage.texts import UnreadableTextError
+from latentreward.core.storage.json_files import UnreadableTextError
 from latentreward.core.storage.user_files import find_files
 from latentreward.data.readers.folders import read_caption
-from latentreward.data.readers.groups import UNRANKED, ImageGroup, pair_images
 from latentreward.data.readers.json_rows import parse_json, parse_number, parse_text, short
+from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row, batches, pack, ranked_pairs
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, open_part, read_index
-from latentreward.data.readers.rows import ROWS_AT_ONCE, RowReader, pack
+from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import holds_images
-from latentreward.data.readers.tars import read_extent, read_samples
+from latentreward.data.readers.tars import read_extent, whole_samples
 
 ENCODED = ("jpg", "png", "webp")
 """Values of img2dataset's ``encode_format``, the suffixes of its images and the names of its column of images."""
@@ -93,7 +93,7 @@ class Img2DatasetReader(RowReader):
         self._shards, read = self._find_shards()
         self.check_inside(root, *self._shards)
         self._keys: set[str] = set()
-        shards = (pack(read(shard), COLUMNS) for shard in range(len(self._shards)))
+        shards = (pack(filter(None, read(shard)), COLUMNS) for shard in range(len(self._shards)))
         images = pa.concat_tables(shards)
         for setting, column in (("rating", rating), ("group", None if group == CAPTION else group)):
             if column is not None and column not in self._keys:
@@ -107,17 +107,15 @@ class Img2DatasetReader(RowReader):
             self.skipped[f"only image of its {group}"] += alone
         order = np.argsort(groups, kind="stable")
         images = images.take(order[sizes[groups[order]] > 1])
-        kept = np.zeros(len(images), bool)
-        self.table = pair_images(self._make_groups(images, kept))
-        places = [images[name].to_numpy()[kept] for name in ("shard", "offset", "size")]
-        self._places = np.stack(places, axis=1)
+        place = pa.list_(pa.int64(), 3)
+        parser = PairRowParser(self, self._pairs, sources=None)
+        self.table = parser.table(self._make_groups(images), {"place_a": place, "place_b": place})
         self.report(str(root), f"root: no two images of {root} share a {group}; set group to a column that they share")
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to two images: with their bytes from a tar or parquet file, or with their paths."""
         images = []
-        for number, name in ((row[f"number_{side}"], row[f"image_{side}"]) for side in "ab"):
-            shard, *place = self._places[number].tolist()
+        for (shard, *place), name in ((row[f"place_{side}"], row[f"image_{side}"]) for side in "ab"):
             if self._columns is not None:
                 images += self.embedded_images(self._columns.read(shard, place[0]), [name])
             elif self._shards[shard].is_dir():
@@ -126,6 +124,9 @@ class Img2DatasetReader(RowReader):
                 with self._shards[shard].open("rb", buffering=0) as tar:
                     images.append(ImageRef(name or "", read_extent(tar, place)))
         return images
+
+    def has_files(self) -> bool:
+        return self._shards[0].is_dir()
 
     def _find_shards(self) -> tuple[list[Path], Callable[[int], Iterator[dict[str, Any] | None]]]:
         if not self.folder.is_dir():
@@ -146,10 +147,7 @@ class Img2DatasetReader(RowReader):
 
     def _read_tar(self, shard: int) -> Iterator[dict[str, Any] | None]:
         tar = self._shards[shard]
-        samples, problem = read_samples(tar, ENCODED, (TEXT, META))
-        if problem is not None:
-            self.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
-        for sample in samples:
+        for sample in whole_samples(self, tar, ENCODED, (TEXT, META)):
             for extent in sample.images.values():
                 problem = next(iter(sample.unreadable.values()), "")
                 texts = sample.texts.get(TEXT), sample.texts.get(META)
@@ -208,49 +206,37 @@ class Img2DatasetReader(RowReader):
         values = (parse_text(name), caption, group, rating, parse_text(unreadable), *place)
         return dict(zip(COLUMNS.names, values, strict=True))
 
-    def _make_groups(self, images: pa.Table, kept: np.ndarray) -> Iterator[ImageGroup]:
-        """Yield the groups of a table in which the images of each group follow one another.
+    def _make_groups(self, images: pa.Table) -> Iterator[Row]:
+        """Yield a row for each group of a table in which the images of each group follow one another."""
+        for number, (value, group) in enumerate(groupby(batches(images), itemgetter("group"))):
+            members = list(group)
+            yield (
+                members[0]["name"],
+                number,
+                {"prompt": members[0]["caption"] or "", "members": members, "value": value},
+            )
 
-        ``kept``, ``(images,)`` bool, is made true for the images of the groups.
-        """
-        rows = (row for batch in images.to_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
-        first = 0
-        for value, group in groupby(rows, itemgetter("group")):
-            members, start = list(group), first
-            first += len(members)
-            ranks = self._rank(value, members)
-            if ranks is None and self.on_error == "skip":
-                continue
-            names = [one["name"] for one in members[: self._max_group]]  # fewer only as a placeholder, of too many rows
-            prompt = members[0]["caption"] or ""
-            if len(prompt) > self.max_prompt_chars:
-                prompt = ""
-            kept[start : start + len(names)] = True
-            yield ImageGroup(names[0], prompt, names, ranks or [UNRANKED] * len(names), value)
-
-    def _rank(self, value: str, members: list[dict[str, Any]]) -> list[float] | None:
-        """Return the rank of every image of a group; None if the group breaks a rule, after applying ``on_error``."""
-        name, captions = members[0]["name"], {member["caption"] or "" for member in members}
-        longest = max(map(len, captions))
+    def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
+        members, told = row["members"], f"with {self._group} {short(row['value'])}"
+        problem, reason = "", "rating not readable"
         if len(members) > self._max_group:
-            problem = f"{len(members)} images with {self._group} {short(value)}, more than max_group={self._max_group}"
-            self.refuse(name, problem, "group too large")
-            return None
-        if len(captions) > 1:
-            self.refuse(name, f"{len(captions)} captions with {self._group} {short(value)}", "several captions")
-            return None
-        if longest > self.max_prompt_chars:
-            self.refuse_long_prompt(name, longest)
-            return None
-        for member in members:
-            if (found := member["unreadable"]) is not None:
-                self.refuse(member["name"], f"{self._rating} is {found}, not a number", "rating not readable")
-                return None
-            if member["rating"] is None:
-                hint = "the reader's setting rating names its column"
-                self.remarks[f"image without {self._rating or 'a rating'} ({hint})"] += 1
+            problem = f"{len(members)} images {told}, more than max_group={self._max_group}"
+            reason, members = "group too large", members[: self._max_group]  # a placeholder
+        elif (captions := len({member["caption"] or "" for member in members})) > 1:
+            problem, reason = f"{captions} captions {told}", "several captions"
+        elif odd := next((member for member in members if member["unreadable"] is not None), None):
+            problem = f"{self._rating} is {odd['unreadable']}, not a number"
         sign = -1 if self._best == "highest" else 1
-        return [UNRANKED if member["rating"] is None else sign * member["rating"] for member in members]
+        ranks = [None if problem or one["rating"] is None else sign * one["rating"] for one in members]
+        fields = [{"place": [one["shard"], one["offset"], one["size"]]} for one in members]
+        shared = {"group": name, "group_id": row["value"]}
+        pairs = ranked_pairs(name, [one["name"] for one in members], ranks, fields, **shared)
+        if problem:
+            raise BadRow(problem, reason, pairs)
+        if missing := ranks.count(None):
+            hint = "the reader's setting rating names its column"
+            self.remarks[f"image without {self._rating or 'a rating'} ({hint})"] += missing
+        return pairs
 
 
 def _is_null(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Reading of JSON, and checks of the texts, numbers and paths of its objects by a reader's ``on_error``."""
+"""Values of rows as other programs write them: JSON, numbers and texts, and the pictures that a row edits."""
 
 import json
 import math
@@ -6,13 +6,10 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from latentreward.core.errors import InputError
-from latentreward.core.storage.json_files import parse
-from latentreward.core.storage.texts import decode_text, read_text
-from latentreward.data.readers.base import PairReader
+from latentreward.core.storage.json_files import decode_text, parse
 
 EDIT_SOURCE = re.compile(
     r"(source|src|input|condition|conditioning)_(image|img)s?|path_src|prompt_images", re.IGNORECASE
@@ -28,48 +25,8 @@ MAYBE_SOURCE = re.compile(
 )
 """Names that mean such a picture only if the value is one; ``source`` may also be the name of a data set."""
 PICTURE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp)$", re.IGNORECASE)
-OTHER_PROMPT = re.compile(
-    r"(?!.*negative)(.*_)?(prompt|caption|text|instruction|description|query)s?(_[a-z]{2})?(?<!_id)", re.I
-)
-"""Names under which other programs write prompts."""
-NO_OBJECT = "row is no object"
 EDIT_UNREAD = "edit of a picture in a field that is not read"
 ARRAY_REMEDY = "give the published file, one JSON list of objects"
-
-
-def check_row(reader: PairReader, pair_id: str, row: Any, sources: Collection[str] = ()) -> tuple[dict[str, Any], bool]:
-    """Check that a row is an object with a sound ``prompt``.
-
-    A row falls under ``on_error`` if it is not an object, if its ``prompt`` is not text, too long or under another
-    name, or if it is an edit of a picture in another field than those of ``sources``, which the caller reads. A null or
-    missing prompt only counts as a remark. Returned are the row, with a bad ``prompt`` set to None, or an empty dict if
-    it is not an object; and whether no rule was broken.
-    """
-    if not isinstance(row, dict):
-        reader.refuse(pair_id, f"the row is {short(row)}, not an object", NO_OBJECT)
-        return {}, False
-    if (source := find_edit_source(row, sources)) is not None:
-        if reader.sources == "read":
-            reader.refuse(pair_id, edit_problem(source, bool(sources)), EDIT_UNREAD)
-            return row, False
-        reader.remark(pair_id, edit_remark(source))
-    prompt = row.get("prompt")
-    texts = (name for name, value in row.items() if isinstance(value, str))
-    other = next((name for name in texts if "prompt" not in row and OTHER_PROMPT.fullmatch(name)), None)
-    if other is not None:
-        reader.refuse(
-            pair_id, f"it has no prompt, but {short(other)}; rename that to prompt", "prompt under another name"
-        )
-        return row, False
-    if prompt is None:
-        reader.remark(pair_id, "null prompt read as empty")
-    elif not isinstance(prompt, str):
-        reader.refuse(pair_id, f"prompt is {short(prompt)}, not text", "prompt is no text")
-        return {**row, "prompt": None}, False
-    elif len(prompt) > reader.max_prompt_chars:
-        reader.refuse_long_prompt(pair_id, len(prompt))
-        return {**row, "prompt": None}, False
-    return row, True
 
 
 def edit_remark(source: str) -> str:
@@ -81,17 +38,6 @@ def edit_problem(source: str, edits: bool = True) -> str:
     """Return what is wrong with rows that edit the picture in an unread field, for a reader that takes ``edits``."""
     remedy = f"and {SOURCES[0]} is read; rename it" if edits else "which this reader does not take; write JSON lines"
     return f"{short(source)} is a picture to edit, {remedy}, or set sources: ignore"
-
-
-def load_rows(file: Path) -> list[Any]:
-    """Read a JSON file that holds a list.
-
-    Raises:
-        InputError: If the file does not exist or does not hold a JSON list.
-    """
-    if not file.is_file():
-        raise InputError(f"split: no file {file}; set root to the unpacked data set, and split to a file in it")
-    return parse_rows(read_text(file), str(file))
 
 
 def parse_rows(
@@ -182,10 +128,8 @@ def find_edit_source(row: Mapping[str, Any], known: Collection[str] = ()) -> str
     if len(given) > 1 and list_sources(row, given[:1])[1] != list_sources(row, given[1:])[1]:
         return given[1]
     for name, value in row.items():
-        if name in known:
-            continue
         certain = _means_source(name)
-        if certain is None or not value:
+        if certain is None or not value or name in known:
             continue
         held = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
         if certain or isinstance(held, bytes) or (isinstance(held, str) and PICTURE_FILE.search(held)):

@@ -19,7 +19,6 @@ from latentreward.core.errors import InputError, first_line
 from latentreward.core.storage.hub import is_hub_id
 from latentreward.core.storage.user_files import find_files, split_pattern, whole_file
 from latentreward.data.images import ImageError
-from latentreward.data.readers.hub import fetch_split
 
 MAX_OPEN_FILES = 32
 VIEWS = {pa.binary_view(): pa.large_binary(), pa.string_view(): pa.large_string()}
@@ -81,6 +80,30 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
     if not is_hub_id(source):
         raise InputError(f"source: no folder {source!r}, and no hub id either; set it to the folder of the data set")
     return [ParquetPart(*file) for file in fetch_split(source, split, ".parquet", revision, config)]
+
+
+def fetch_split(
+    source: str, split: str, ending: str, revision: str | None = None, config: str | None = None
+) -> list[tuple[str, Path]]:
+    """Download all files of a split of a hub data set; return (published file name, local path) of each, by URL.
+
+    Raises:
+        InputError: If the data set or split does not exist, a file has another suffix, or the hub cannot be reached.
+    """
+    from datasets import DownloadManager, load_dataset_builder  # slow to import
+
+    try:
+        builder = load_dataset_builder(source, name=config, revision=revision)
+        files = dict(builder.config.data_files or {})
+        urls = sorted(files.get(split, []))
+        paths = DownloadManager(dataset_name=source).download(urls)
+    except (OSError, ValueError) as error:
+        problem = f"source: no folder {source!r}, and the hub does not give it"
+        raise InputError(f"{problem}: {first_line(error)}") from error
+    if not urls or not all(url.endswith(ending) for url in urls):
+        kind, splits = ending.removeprefix("."), ", ".join(map(str, files))
+        raise InputError(f"split: no {kind} files of {split!r} in {source!r}; it has {splits}")
+    return [(url.rsplit("/", 1)[-1], Path(path)) for url, path in zip(urls, paths, strict=True)]
 
 
 def nested_pattern(folder: Path) -> str:
@@ -231,11 +254,6 @@ def damage_named(part: ParquetPart) -> Iterator[None]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if not part.path.exists():
             raise ImageError(f"{part.path}: does not exist; check the path") from error
-        if not part.name.endswith(".parquet"):
-            raise ImageError(
-                f"{part.path}: not a parquet file; write the table as parquet (pandas' read_csv and to_parquet), or as "
-                "JSON lines for JSONLPairReader"
-            ) from error
         raise ImageError(f"{part.path}: not a whole parquet file ({first_line(error)}); download it again") from error
 
 

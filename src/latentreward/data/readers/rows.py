@@ -1,10 +1,10 @@
 """Base class of the readers of this package: a table with a row per pair, whose images are found row by row."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,17 @@ import pyarrow.compute as pc
 
 from latentreward.core.contracts import EditPrompt, ImageRef, PathText, PreferencePair
 from latentreward.core.errors import InputError
-from latentreward.core.seeding import coin_flips
+from latentreward.core.running import coin_flips
 from latentreward.core.storage.user_files import escapes, relative_path, resolve_inside
 from latentreward.data.images import BASE64, NO_IMAGE, OUTSIDE, file_image, outside
 from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.json_rows import short
+from latentreward.data.readers.pair_rows import PairRowParser, Row
 
 SCORED_AXES = ("overall", "instruction_following", "visual_quality")
 SIDED = (*SCORED_AXES, "model", "votes")
 FACTS = (*(f"{name}_{side}" for name in SIDED for side in "ab"), "confidence", "vote", "label_0", "tags")
 """Columns of a reader's table that :meth:`PairReader.facts` returns."""
-ROWS_AT_ONCE = 1 << 14
-"""Rows that are Python's objects at one time: as such they take ten times the memory of a table."""
 
 
 class RowReader(PairReader):
@@ -56,6 +55,7 @@ class RowReader(PairReader):
     table: pa.Table
     folder: Any = None  # path of the folder of images that are files; None if there is none
     prefix = ""  # start of the names of these images
+    images_in: tuple[Any, Sequence[str]] | None = None  # table and two columns of images in bytes, if there is one
     sources_in: tuple[Any, str] | None = None  # table and column of pictures to edit in bytes, if there is one
 
     def __init__(
@@ -72,19 +72,32 @@ class RowReader(PairReader):
         self.source, self.split, self.randomise_sides, self.seed = source, split, randomise_sides, seed
         self.allow_outside = allow_outside
 
+    def fill(self, rows: Iterable[Row], told: str, empty: str, parser: PairRowParser, **columns: pa.DataType) -> None:
+        """Parse all rows to the table, with more ``columns``, and report what was left out.
+
+        Raises:
+            InputError: If a row is bad under ``on_error: raise``, or none is left: ``empty``.
+        """
+        self.table = parser.table(rows, columns)
+        self.report(told, empty)
+
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to the two images of a row, in the order of the file; ``row`` is column → value.
 
-        By default they are files inside :attr:`folder`, with their paths in ``image_a`` and ``image_b``.
+        The columns ``image_a`` and ``image_b`` have their names in a table, or their paths inside :attr:`folder`.
         """
-        return [self.file_image(row[name]) for name in ("image_a", "image_b")]
+        names = [row["image_a"], row["image_b"]]
+        if self.images_in is None:
+            return [*map(self.file_image, names)]
+        table, columns = self.images_in
+        return self.embedded_images(table.read(row["row"], columns), names)
 
     def find_sources(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to the pictures that a row's images are edits of, by default files of :attr:`folder`."""
         if self.sources_in is None:
             return [*map(self.file_image, row.get("sources") or ())]
         table, column = self.sources_in
-        return self.embedded_images(table.read(row["row"], [column])[0], row["sources"])
+        return self.embedded_images(table.read(row["row"], [column])[0], row.get("sources"))
 
     def file_image(self, path: str | bytes | None) -> ImageRef:
         """Return a reference to a file of :attr:`folder`."""
@@ -95,6 +108,25 @@ class RowReader(PairReader):
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
         names = keys if keys and len(keys) == len(values) else [None] * len(values)
         return [embedded_image(one, key, self.file_image) for one, key in zip(values, names, strict=True)]
+
+    def has_files(self) -> bool:
+        """Tell whether the images are files of :attr:`folder`."""
+        return self.folder is not None and self.images_in is None
+
+    def missing_files(self, rows: Iterable[int]) -> list[tuple[int, str]]:
+        numbers, listed, missing = [*map(int, rows)], dict[str, set[str]](), list[tuple[int, str]]()
+        columns = [name for name in ("image_a", "image_b", "sources") if name in self.table.column_names]
+        for column in columns if self.has_files() else ():
+            for row, value in zip(
+                numbers, self.table[column].take(pa.array(numbers, pa.int64())).to_pylist(), strict=True
+            ):
+                for path in map(os.fsdecode, filter(None, value if isinstance(value, list) else [value])):
+                    place, _, name = path.rpartition("/")
+                    if place not in listed:  # one listing of a folder costs less than looking for each of its files
+                        listed[place] = _names(self.folder / place)
+                    if name not in listed[place] and not self.file_image(path).path.exists():  # type: ignore[union-attr]
+                        missing.append((row, path))
+        return missing
 
     @property
     def root(self) -> Any:
@@ -180,10 +212,12 @@ class RowReader(PairReader):
         """Pictures to edit in bytes, by row; those without names are read once, and no other column is."""
         table, column = self.sources_in or (None, "")
         (alone := copy(table)).open_images([column])
+        known = "sources" in self.table.column_names
+        keys = self.table["sources"].to_pylist() if known else [None] * len(self)
         named = {}
-        for place, (row, keys) in enumerate(zip(*map(self.table.__getitem__, ("row", "sources")), strict=True)):
-            read = () if keys.is_valid else self.embedded_images(alone.read(row.as_py())[0])
-            named[place] = [*map(ImageRef, keys.as_py() or [image.image_key for image in read])]
+        for place, row in enumerate(self.table["row"].to_pylist()):
+            read = () if keys[place] else self.embedded_images(alone.read(row)[0])
+            named[place] = [*map(ImageRef, keys[place] or [image.image_key for image in read])]
         return named
 
     def pair_ids(self) -> list[str]:
@@ -213,6 +247,13 @@ class RowReader(PairReader):
         return exchanged
 
 
+def _names(folder: Path) -> set[str]:
+    try:
+        return {entry.name for entry in os.scandir(folder)}
+    except (OSError, ValueError):
+        return set()
+
+
 def embedded_image(value: Any, key: str | None = None, find: Callable[[str], ImageRef] = ImageRef) -> ImageRef:
     """Return a reference to an image: bytes, or a struct of ``bytes`` or ``path``; None if it is missing.
 
@@ -223,12 +264,3 @@ def embedded_image(value: Any, key: str | None = None, find: Callable[[str], Ima
         found = find(path)
         return replace(found, image_key=key or found.image_key)
     return ImageRef(key or content_key(data), data)
-
-
-def pack(rows: Iterable[dict[str, Any] | None], schema: pa.Schema) -> pa.Table:
-    """Pack rows into a table with the columns of ``schema``; a missing value is null, and None is left out."""
-    kept: Iterator[dict[str, Any]] = filter(None, rows)
-    parts = [schema.empty_table()]
-    while some := list(islice(kept, ROWS_AT_ONCE)):
-        parts.append(pa.Table.from_pylist(some, schema))
-    return pa.concat_tables(parts)

@@ -1,4 +1,4 @@
-"""Tables of a split under one interface: parquet files, or a data set of the library ``datasets``."""
+"""Tables of a split under one interface: lists in JSON, CSV or TSV, parquet files, or a data set of ``datasets``."""
 
 import glob
 import json
@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,9 @@ import pyarrow.compute as pc
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.storage.user_files import escapes, split_pattern
-from latentreward.data.readers.base import PairReader
+from latentreward.data.image_lists import read_rows
+from latentreward.data.readers.json_rows import ARRAY_REMEDY, as_object
+from latentreward.data.readers.pair_rows import Row, batches
 from latentreward.data.readers.parquet_store import (
     ParquetPart,
     RowGroupColumns,
@@ -44,7 +46,10 @@ SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files by which ``save_to_disk`` marks the folder of a data set, and the folder of several splits."""
 LARGE_ROW_GROUP = 64 * 2**20
 """Bytes of a row group above which reading rows in random order is slow."""
+LOCATION = "hf://datasets/{}@{}"
 SAVE_AGAIN = "write it again with save_to_disk"
+LISTS = (".json", ".jsonl", ".csv", ".tsv")
+"""Suffixes of tables of text; :func:`read_list` reads them."""
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException)
 """Exceptions that ``datasets`` raises on a damaged folder."""
 
@@ -78,6 +83,16 @@ class SplitTable(ABC):
     @abstractmethod
     def read(self, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Return the values of ``columns`` (by default all of :meth:`open_images`) in a row."""
+
+    def records(self, columns: Mapping[str, pa.DataType | None], hint: str) -> Iterator[Row]:
+        """Yield name, number and ``columns`` of every row; see :meth:`read_index`, which is called at once."""
+        index = self.read_index(dict(columns), hint)
+        return self._records(index)
+
+    def _records(self, index: pa.Table) -> Iterator[Row]:
+        names = self.row_names()
+        for number, row in enumerate(batches(index)):
+            yield names[number].as_py(), number, row
 
     def check_images(self, columns: Sequence[str], hint: str, absent: str = "", lists: bool = False) -> None:
         """Check that the columns of images hold bytes, or the structs that ``datasets`` writes, or ``lists`` of them.
@@ -203,6 +218,56 @@ def open_table(
         raise InputError(f"source: {places[0]} is damaged ({first_line(error)}); {SAVE_AGAIN}") from error
 
 
+def table_rows(
+    reader: RowReader,
+    table: SplitTable,
+    columns: Mapping[str, pa.DataType | None],
+    images: Sequence[str],
+    hint: str,
+    memory_map: bool = False,
+    absent: str = "",
+) -> Iterator[Row]:
+    """Return the rows of a table without images, and let the reader find its two ``images`` there.
+
+    Raises:
+        InputError: If a column is missing or of another type, with the remedy ``hint``; ``absent`` without any images.
+    """
+    table.check_images(images, hint, absent)
+    rows = table.records(columns, hint)
+    if images:
+        table.open_images(images, memory_map)
+        reader.images_in = table, images
+    return rows
+
+
+def find_list(source: Source, split: str) -> Path | None:
+    """Return the table of text of a split: the file ``source``, or the split's in this folder; else None."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    if (place := Path(source)).suffix.lower() in LISTS and not place.is_dir():
+        return place
+    files = (place / f"{split}{suffix}" for suffix in LISTS)
+    return next((file for file in files if file.is_file()), None)
+
+
+def read_list(file: Path) -> Iterator[Row]:
+    """Yield ``FILE:NUMBER``, number and fields of each row of a table of text.
+
+    The number is that of the line; of an item of a JSON list, from 0. An empty cell of CSV or TSV is null.
+
+    Raises:
+        InputError: If the file cannot be read, or is no table.
+    """
+    suffix = file.suffix.lower()
+    if suffix in (".json", ".csv", ".tsv") and not file.is_file():
+        raise InputError(f"split: no file {file}; correct the path, or the folder and the split")
+    for number, value, problem in read_rows(file, ARRAY_REMEDY):
+        row, place = as_object(value, problem), number - (suffix == ".json")
+        if suffix in (".csv", ".tsv") and isinstance(row, dict):
+            row = {name: cell or None for name, cell in row.items()}
+        yield f"{file.name}:{place}", place, row
+
+
 def set_folder(reader: RowReader, source: Source) -> None:
     """Give a reader without a folder that of its table; rows of a table made in this process may name any file."""
     if reader.folder is None and not isinstance(source, str | os.PathLike):
@@ -235,19 +300,6 @@ def number_rows(place: str, rows: int) -> pa.Array:
     return pc.binary_join_element_wise(
         pa.scalar(place, texts), pa.array(np.arange(rows)).cast(texts), pa.scalar(":", texts)
     )
-
-
-def empty_long_prompts(
-    reader: PairReader, prompts: pa.Array | pa.ChunkedArray, names: pa.Array
-) -> tuple[pa.Array, np.ndarray]:
-    """Apply ``on_error`` to too long prompts; return all prompts, these empty, and which these are, ``(rows,)``."""
-    texts = prompts.combine_chunks() if isinstance(prompts, pa.ChunkedArray) else prompts
-    lengths = pc.utf8_length(texts).fill_null(0).to_numpy(zero_copy_only=False)
-    long = lengths > reader.max_prompt_chars
-    if long.any():
-        first = int(np.flatnonzero(long)[0])
-        reader.refuse_long_prompt(names[first].as_py(), int(lengths[first]), int(long.sum()))
-    return pc.if_else(pa.array(long), pa.scalar("", texts.type), texts), long
 
 
 def warn_row_groups(table: SplitTable, columns: Sequence[str], name: str) -> None:
@@ -327,3 +379,22 @@ def _choose_split(source: Any, split: str) -> "Dataset":
             "by PairStream in StreamedPreferenceDataModule"
         )
     raise InputError(f"source is {source_name(source)}; give a folder, a hub id, or a Dataset of the library datasets")
+
+
+def fetch_files(source: str, names: Sequence[str], revision: str | None = None, extract: bool = False) -> list[Path]:
+    """Download files of a hub data set, or find them in the cache; return their local paths.
+
+    With ``extract``, archives are unpacked, and the folders with their contents are returned.
+
+    Raises:
+        InputError: If the data set or a file does not exist, or the hub cannot be reached.
+    """
+    from datasets import DownloadManager  # slow to import
+
+    manager = DownloadManager(dataset_name=source, base_path=LOCATION.format(source, revision or "main"))
+    try:
+        paths = (manager.download_and_extract if extract else manager.download)(list(names))
+    except (OSError, ValueError) as error:
+        problem = f"no folder {source!r}, and the hub does not give {names[0]} of it"
+        raise InputError(f"{problem}: {first_line(error)}") from error
+    return [Path(str(path)) for path in paths]

@@ -1,15 +1,29 @@
-"""Access to samples in uncompressed tars: consecutive members whose names are equal up to the first dot."""
+"""Archives: samples in uncompressed tars, members of zip files, and the reader of Pick-a-Pic's tars."""
 
 import os
 import tarfile
-from collections.abc import Collection
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self, cast
 
-from latentreward.core.errors import first_line
-from latentreward.core.storage.texts import UnreadableTextError, decode_text
-from latentreward.core.storage.user_files import is_ignored, whole_file
+import pyarrow as pa
+
+from latentreward.core.contracts import ImageRef, PathText
+from latentreward.core.errors import InputError, first_line
+from latentreward.core.storage.hub import is_hub_id
+from latentreward.core.storage.json_files import UnreadableTextError, decode_text
+from latentreward.core.storage.user_files import find_files, is_ignored, whole_file
+from latentreward.data.images import TOO_LARGE, ImageError, file_image
+from latentreward.data.readers.base import PairReader, content_key
+from latentreward.data.readers.json_rows import encodable
+from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row, choice
+from latentreward.data.readers.parquet_store import fetch_split
+from latentreward.data.readers.rows import RowReader
 
 ABSENT = (-1, 0)
 MAX_TEXT = 1 << 20
@@ -24,8 +38,18 @@ READ_AT_ONCE = (
     tarfile.SOLARIS_XHDTYPE,
 )
 """Types of headers whose data tarfile reads into memory at once."""
+BITE, BEGINNING = 64, 2**16
+"""Bytes read at once of a member of a zip file that cannot be read whole, and bytes of it that are read."""
+MOST_BYTES = 2**29
+"""Largest member of a zip file that is read: an image of ``images.MAX_PIXELS`` with 16 bits per channel."""
+ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
+"""Exceptions that ``zipfile`` raises on a member that is damaged, encrypted or compressed by an unknown method."""
 DAMAGE = (tarfile.TarError, ValueError, IndexError, RecursionError)
 """Exceptions that tarfile raises on a damaged tar."""
+
+IMAGES, LABELS, PROMPT = ("jpg_0.jpg", "jpg_1.jpg"), ("label_0.txt", "label_1.txt"), "original_prompt.txt"
+MEMBERS = (*IMAGES, *LABELS, PROMPT)
+"""Members of a sample of Pick-a-Pic."""
 
 Extent = tuple[int, int]
 """Offset and length of a member in its tar, in bytes."""
@@ -105,3 +129,194 @@ def _scan(tar: Path) -> tuple[list[tuple[str, Extent]], str | None]:
     with tar.open("rb", buffering=0) as file:
         whole = read_extent(file, (end, tarfile.BLOCKSIZE)) == bytes(tarfile.BLOCKSIZE)
     return members, None if whole else f"the tar ends early (at byte {end} of {size})"
+
+
+class ImageArchives:
+    """Images in zip files without subfolders, or in the folders that such files were unpacked to.
+
+    Open zip files are not pickled; a forked worker process opens its own.
+
+    Args:
+        places: Paths of zip files and folders ("parts"); the name of a part is its file name without ``.zip``.
+        allow_outside: Whether links in folders may lead out of them.
+
+    Attributes:
+        parts: Name of each part → its path.
+
+    Raises:
+        ImageError: If a file is not a whole zip file.
+    """
+
+    def __init__(self, places: Sequence[Path], allow_outside: bool = False) -> None:
+        self.allow_outside = allow_outside
+        self.parts = {place.name.removesuffix(".zip"): place for place in places}
+        self._files: dict[tuple[int, str], zipfile.ZipFile] = {}  # by process and part
+        for part, place in self.parts.items():
+            if not place.is_dir():
+                self._open(part)
+
+    def image(self, part: str, name: str) -> ImageRef:
+        """Return a reference to image ``name`` of a part: with its bytes for a zip file, with its path for a folder.
+
+        Of a member of a zip file that is damaged or too large, the beginning is returned; decoding then reports what is
+        wrong.
+        """
+        place = self.parts[part]
+        if place.is_dir():
+            return file_image(place, name, allow_outside=self.allow_outside)
+        if name not in self._open(part).NameToInfo:
+            return ImageRef(name, path=place / name)  # path below a zip file: decoding reports a missing file
+        try:
+            return ImageRef(name, self._member(part, name))
+        except (ImageError, *ZIP_DAMAGE):
+            bites: list[bytes] = []  # small chunks, since the damaged chunk is lost as a whole
+            with suppress(*ZIP_DAMAGE), cast(zipfile.ZipExtFile, self._open(part).open(name)) as stream:
+                stream.MIN_READ_SIZE = BITE  # the default of 4096 may be more than a whole image
+                while len(bites) < BEGINNING // BITE and (bite := stream.read(BITE)):
+                    bites.append(bite)
+            return ImageRef(name, b"".join(bites))
+
+    def read_rows(self, part: str) -> tuple[bytes, str]:
+        """Return content and name (for messages) of the file ``{part}.json`` in a part.
+
+        Raises:
+            InputError: If the part has no such file or it cannot be read.
+        """
+        place, name = self.parts[part], f"{part}.json"
+        try:
+            data = (place / name).read_bytes() if place.is_dir() else self._member(part, name)
+        except (KeyError, *ZIP_DAMAGE) as error:
+            raise InputError(f"{place}: no readable {name} in it; download it again") from error
+        return data, f"{place}/{name}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_files": {}}
+
+    def _open(self, part: str) -> zipfile.ZipFile:
+        if (key := (os.getpid(), part)) not in self._files:
+            try:
+                self._files[key] = zipfile.ZipFile(whole_file(self.parts[part]))
+            except (OSError, zipfile.BadZipFile) as error:
+                raise ImageError(f"{self.parts[part]}: not a whole zip file ({error}); download it again") from error
+        return self._files[key]
+
+    def _member(self, part: str, name: str) -> bytes:
+        archive = self._open(part)
+        if (size := archive.getinfo(name).file_size) > MOST_BYTES:
+            raise ImageError(f"{self.parts[part]}/{name}: {size} bytes; at most {MOST_BYTES} are read", TOO_LARGE)
+        return archive.read(name)
+
+
+class PickAPicTarReader(RowReader):
+    """Reader of Pick-a-Pic tars; image 0 is a, image 1 is b.
+
+    A sample consists of consecutive members with one file name up to the first dot; members with suffixes other than
+    ``MEMBERS`` are ignored. The label is ``label_0`` (1, 0, or ½ for a tie). A row is unlabelled if a label is missing
+    or not a number, or if the two labels do not add up to 1. A row falls under ``on_error`` if a label is NaN or
+    outside [0, 1], or its prompt is too long. A missing prompt is read as an empty prompt; a missing image counts as
+    unreadable. Images are named by a hash of their bytes, because the tars give no uid.
+
+    The constructor reads the headers and texts of all tars once, which takes minutes for the whole data set. Rows are
+    then read at their offsets, in any order. Tars must be uncompressed.
+
+    Args:
+        root: Folder that holds ``*.tar``, directly or in a subfolder named after the split; or one tar; otherwise the
+            id of a hub data set, whose tars of this split are then downloaded.
+        split: Name of the split.
+        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
+        drop_identical: Leave out rows whose two images have identical bytes; recommended for training.
+        weight: Weight of a row in the loss. ``per_prompt`` is 1 / (number of rows read with the row's prompt), so that
+            each prompt counts once, as in the training of PickScore and LRM. ``equal`` is 1 for every row.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Of a truncated tar, the whole
+            samples are kept under ``skip`` and ``placeholder``.
+
+    Raises:
+        InputError: If there are no tars or no samples in them, or a rule above is broken under ``on_error: raise``.
+    """
+
+    exif = "ignore"
+
+    def __init__(
+        self,
+        root: PathText,
+        split: str = "train",
+        *,
+        revision: str | None = None,
+        drop_identical: bool = False,
+        weight: Literal["per_prompt", "equal"] = "per_prompt",
+        **options: Any,
+    ) -> None:
+        super().__init__("pickapic", split, randomise_sides=False, seed=0, **options)
+        self._drop, place = drop_identical, Path(root)
+        if place.is_file():
+            found = [(place.name, place)]
+        elif not place.is_dir() and is_hub_id(str(place)):
+            found = fetch_split(str(place), split, ".tar", revision)
+        else:
+            tars = find_files(place / split, "*.tar") or find_files(place, "*.tar")
+            if not tars:
+                raise InputError(f"root: no *.tar in {place} or {place / split}; set it to the folder of the tars")
+            self.check_inside(place, *tars)
+            found = [(tar.name, tar) for tar in tars]
+        self._tars = [path for _, path in found]
+        parser = PairRowParser(self, self._pairs, columns={"prompt": PROMPT}, sources=None)
+        extent = pa.list_(pa.int64(), 2)
+        self.table = parser.table(self._samples(found), {"tar": pa.int32(), **dict.fromkeys(IMAGES, extent)})
+        if weight == "per_prompt":
+            prompts = self.prompts()
+            rows_of = Counter(prompts)
+            self.table = self.table.append_column("weight", pa.array([1 / rows_of[prompt] for prompt in prompts]))
+        empty = f"root: no samples with {', '.join(MEMBERS)} in the tars of {root}; check the folder"
+        self.report(f"{root} {split}", empty)
+
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
+        """Return references to the images of a sample, with their bytes."""
+        with self._tars[row["tar"]].open("rb", buffering=0) as tar:
+            contents = [read_extent(tar, row[name]) for name in IMAGES]
+        return [ImageRef(content_key(data), data) for data in contents]
+
+    def _samples(self, tars: list[tuple[str, Path]]) -> Iterator[Row]:
+        for number, (name, tar) in enumerate(tars):
+            for sample in whole_samples(self, tar, IMAGES, (*LABELS, PROMPT), len(MEMBERS)):
+                row = {**dict.fromkeys(sample.unreadable, ""), **sample.texts, "sample": sample, "tar": number}
+                yield encodable(f"{name}:{sample.key}"), number, row
+
+    def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
+        sample = row["sample"]
+        images = {image: sample.images.get(image, ABSENT) for image in IMAGES}
+        if self._drop and self._identical(self._tars[row["tar"]], *images.values()):
+            self.skipped["identical images"] += 1
+            return []
+        pair = {"tar": row["tar"], **images}
+        if PROMPT in sample.unreadable:
+            raise BadRow(sample.unreadable[PROMPT], "prompt not readable", [pair])
+        try:
+            return [{**pair, "label": choice(self, name, [_number(sample.texts.get(one)) for one in LABELS], LABELS)}]
+        except BadRow as error:
+            error.pairs = [pair]
+            raise
+
+    def _identical(self, tar: Path, first: Extent, second: Extent) -> bool:
+        if first[1] != second[1] or ABSENT in (first, second):
+            return False
+        with tar.open("rb", buffering=0) as file:
+            return read_extent(file, first) == read_extent(file, second)
+
+
+def whole_samples(
+    reader: PairReader, tar: Path, images: Collection[str], texts: Collection[str], members: int = 0
+) -> list[Sample]:
+    """Return the samples of a tar; of one that ends early, after ``on_error``, those of as many ``members``."""
+    samples, problem = read_samples(tar, images, texts)
+    if problem is not None:
+        last = [*samples[-1].images, *samples[-1].texts, *samples[-1].unreadable] if samples else []
+        samples = samples[:-1] if len(last) < members else samples
+        reader.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
+    return samples
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None or "_" in text else float(text)
+    except ValueError:
+        return None

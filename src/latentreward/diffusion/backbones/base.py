@@ -1,24 +1,27 @@
-"""Base class of all backbones, and checks of their taps and features."""
+"""Base classes of the backbones: a network that returns features, and one from the first blocks of a transformer."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import replace
+from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from latentreward.core.construction import Construction
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
-from latentreward.core.errors import InputError
+from latentreward.core.errors import InputError, check_range
 from latentreward.core.promises import Kind, Part, place_of, returns, shown, wrong_tensor
-from latentreward.diffusion.backbones.tuning import ATTENTION
-from latentreward.diffusion.encoders.sources import SourceEncoder, encode_edits
-from latentreward.diffusion.noise.base import NoiseProcess
+from latentreward.core.registry import Construction
+from latentreward.diffusion.backbones.tuning import ATTENTION, freeze
+from latentreward.diffusion.encoders.vae import SourceEncoder, encode_edits
+from latentreward.diffusion.noise.processes import NoiseProcess
 
 if TYPE_CHECKING:
     from latentreward.diffusion.encoders.prompts import PromptEncoder
@@ -286,3 +289,181 @@ def check_taps(name: str, taps: Sequence[int], last: int, least: int = 0) -> tup
             "the first one)"
         )
     return taps
+
+
+class PassEnded(Exception):
+    """Ends a pass of a network behind the last block that is read."""
+
+
+class FirstBlocks(nn.Module):
+    """Stand-in for a network's list of blocks during a pass that is recorded.
+
+    Args:
+        blocks: Blocks that run.
+        count: Number of blocks of the whole list, which networks ask for (Chroma).
+        ends: Whether the pass ends behind these blocks.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], count: int, ends: bool) -> None:
+        super().__init__()
+        self.blocks, self.count, self.ends = tuple(blocks), count, ends
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield from self.blocks
+        if self.ends:
+            raise PassEnded
+
+
+@contextmanager
+def recorded(
+    network: Any, lists: Mapping[str, FirstBlocks], watched: Mapping[Any, nn.Module]
+) -> Iterator[dict[Any, Any]]:
+    """Record what modules return in the pass of a network that the body of the context makes.
+
+    If one of ``lists`` ends the pass, what follows in the body is left out too.
+
+    Args:
+        network: diffusers network.
+        lists: Stand-ins for its lists of blocks, by name.
+        watched: Modules whose outputs are recorded, each by its key in the record.
+    """
+    seen: dict[Any, Any] = {}
+    forward, own_forward, whole = network.forward, vars(network).get("forward"), {n: getattr(network, n) for n in lists}
+
+    def note(key: Any, module: nn.Module, inputs: Any, output: Any) -> None:
+        seen[key] = output
+
+    def until_end(*inputs: Any, **named: Any) -> Any:
+        with suppress(PassEnded):
+            return forward(*inputs, **named)
+        return seen  # FSDP2 gathers the network's weights once a gradient arrives at what the pass returns
+
+    def end(*call: Any) -> None:
+        raise PassEnded
+
+    hooks = [module.register_forward_hook(partial(note, key)) for key, module in watched.items()]
+    for name, blocks in lists.items():
+        setattr(network, name, blocks)
+    if ends := any(blocks.ends for blocks in lists.values()):
+        network.forward = until_end
+        hooks.append(network.register_forward_hook(end))
+    try:
+        with suppress(PassEnded):
+            yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, blocks in whole.items():
+            setattr(network, name, blocks)
+        if ends:
+            del network.forward
+        if own_forward is not None:
+            network.forward = own_forward
+
+
+class TransformerBackbone(DiffusionBackbone):
+    """Backbone with visual and text taps on numbered blocks of a transformer; tap 0 is before the first block.
+
+    Attributes:
+        transformer: diffusers transformer.
+        lists: Names of the transformer's lists of blocks, in the order in which they run.
+        tail: Names of the transformer's modules and weights after the last block.
+        visual_taps: Numbers of the blocks whose visual tokens are read, ascending.
+        text_taps: Numbers of the blocks whose text tokens are read, ascending; may be empty.
+    """
+
+    network_name = "transformer"
+    transformer: Any
+    lists: Sequence[str] = ("transformer_blocks",)
+    tail: Sequence[str] = ("norm_out", "proj_out")
+    visual_taps: tuple[int, ...]
+    text_taps: tuple[int, ...]
+
+    def keep_blocks(
+        self, transformer: Any, num_layers: int | None, visual_taps: Sequence[int], text_taps: Sequence[int]
+    ) -> None:
+        """Set transformer and taps, and drop the blocks after the first ``num_layers``; None keeps those up to a tap.
+
+        Raises:
+            InputError: If a tap or ``num_layers`` is over the number of blocks.
+        """
+        self.block_counts = [len(getattr(transformer, name)) for name in self.lists]  # before any are dropped
+        depth = sum(self.block_counts)
+        check_range(f"[1, {depth}]", "the network has no more blocks", num_layers=num_layers)
+        self.visual_taps = check_taps("visual_taps", visual_taps, num_layers or depth, least=1)
+        self.text_taps = check_taps("text_taps", text_taps, num_layers or depth)
+        self.transformer, kept = transformer, num_layers or max([*visual_taps, *text_taps, 1])
+        for name in self.lists:
+            blocks = getattr(transformer, name)
+            setattr(transformer, name, blocks[:kept])
+            kept = max(0, kept - len(blocks))
+
+    @property
+    def last_tap(self) -> int:
+        """Number of the last block that is run; the output map needs one."""
+        return max(*self.visual_taps, *self.text_taps, int(self.output_map))
+
+    def blocks(self) -> Iterator[nn.Module]:
+        for name in self.lists:
+            yield from getattr(self.transformer, name)
+
+    @contextmanager
+    def recorded(self, modules: Sequence[str]) -> Iterator[dict[int | str, Any]]:
+        """Record a pass of the transformer that the body of the context makes, and end it behind the last tap.
+
+        With an output map the pass goes on with the output layers.
+
+        Args:
+            modules: Names of modules whose outputs are recorded by name.
+
+        Returns:
+            What each tapped block returns, by number; 0 is what the first block takes: text and visual tokens, or joint
+            ones.
+        """
+        network, blocks, last = self.transformer, [*self.blocks()], self.last_tap
+        watched: dict[int | str, nn.Module] = {name: network.get_submodule(name) for name in modules}
+        watched |= {tap: blocks[tap - 1] for tap in (*self.visual_taps, *self.text_taps) if tap}
+        lists, left = {}, max(last, 1)
+        for name, count in zip(self.lists, self.block_counts, strict=True):
+            kept = [*getattr(network, name)][:left]
+            lists[name] = FirstBlocks(kept, count, len(kept) == left and not self.output_map)
+            left -= len(kept)
+
+        def begin(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = signature(getattr(block, "module", block).forward).bind(*inputs, **named).arguments  # FSDP1: module
+            tokens, text = next(iter(given.values())), given.get("encoder_hidden_states")
+            seen[0] = tokens if text is None else (text, tokens)
+            if not last:
+                raise PassEnded
+
+        # Before FSDP2's own hook, which gathers the weights of a block.
+        hook = blocks[0].register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
+        with hook, recorded(network, lists, watched) as seen:
+            yield seen
+
+    def unread(self) -> tuple[str, ...]:
+        """Return names of what no tap depends on in the transformer; it must not train or get adapters."""
+        last, network = self.last_tap, self.transformer
+        numbered = [f"{name}.{index}" for name in self.lists for index in range(len(getattr(network, name)))]
+        inside, outside = self.unread_parts(last, last in self.visual_taps or self.output_map, last in self.text_taps)
+        names = [*numbered[last:], *outside, *(() if self.output_map else self.tail)]
+        names += [f"{numbered[last - 1]}.{part}" for part in inside if last]
+        present = {name for name, _ in (*network.named_modules(), *network.named_parameters())}
+        return tuple(name for name in names if name in present)
+
+    @abstractmethod
+    def unread_parts(self, number: int, visual: bool, text: bool) -> tuple[Sequence[str], Sequence[str]]:
+        """Return names of what taps up to block ``number`` do not depend on: inside this block, and outside blocks.
+
+        Args:
+            number: Number of the last tapped block.
+            visual: Whether its visual tokens are read.
+            text: Whether its text tokens are read.
+        """
+
+    def drop_text_taps(self) -> None:
+        self.text_taps = ()
+        freeze(self.transformer, self.unread())

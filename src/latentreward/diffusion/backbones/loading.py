@@ -16,26 +16,31 @@ from torch import Tensor, nn
 
 from latentreward.core.contracts import LatentSpace, PathText
 from latentreward.core.errors import InputError, first_line
-from latentreward.core.programs import of_this_package
+from latentreward.core.registry import of_this_package
 from latentreward.core.storage.hub import hub_answers, not_found, silence
 from latentreward.core.storage.json_files import entry, read_config
 from latentreward.core.storage.weight_files import find_weights, map_weights
-from latentreward.diffusion.backbones.quantization import Quantization, check_quantization, quantize
 from latentreward.diffusion.backbones.tuning import LoRA, StorageDtype, Tuning, tune, warn_of_layers
-from latentreward.diffusion.backbones.weights import after_settling, from_config, load_weights, map_model, settle
-from latentreward.diffusion.noise.ddpm import DDPM
-from latentreward.diffusion.noise.flow import FlowMatching
-from latentreward.diffusion.noise.from_scheduler import process_from_scheduler
+from latentreward.diffusion.backbones.weights import (
+    Quantization,
+    after_settling,
+    check_quantization,
+    from_config,
+    load_weights,
+    map_model,
+    quantize,
+    settle,
+)
+from latentreward.diffusion.noise.processes import DDPM, FlowMatching, process_from_scheduler
 from latentreward.diffusion.noise.schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS, fits_kind
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
     from latentreward.diffusion.backbones.base import DiffusionBackbone
-    from latentreward.diffusion.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
-    from latentreward.diffusion.encoders.sd3 import SD3PromptEncoder
+    from latentreward.diffusion.encoders.prompts import CLIPPromptEncoder, SD3PromptEncoder, SDXLPromptEncoder
     from latentreward.diffusion.encoders.vae import LatentEncoder
-    from latentreward.diffusion.noise.base import NoiseProcess
+    from latentreward.diffusion.noise.processes import NoiseProcess
 
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "q", "k", "v", "o")
 """Name endings of the attention projections in CLIP, language models and T5."""
@@ -71,10 +76,6 @@ class PipelineSource:
         source: Folder, hub id, safetensors file, or name of a shipped pipeline (:data:`SHIPPED`).
         revision: Branch, tag or commit of a hub id.
         variant: File variant of the weights, such as ``fp16``.
-
-    Raises:
-        InputError: If ``source`` looks like a path but does not exist, or is not a diffusers pipeline, or ``revision``
-            or ``variant`` is set for a file.
 
     Attributes:
         configs: Folder or hub id with configs and tokenizers; ``source`` but for a file.
@@ -306,7 +307,7 @@ class PipelineSource:
         """Load the prompt encoder of SD1.5 or SD2.1; for the arguments see :meth:`load`."""
         from transformers import CLIPTextModel
 
-        from latentreward.diffusion.encoders.clip import CLIPPromptEncoder
+        from latentreward.diffusion.encoders.prompts import CLIPPromptEncoder
 
         text_encoder = self.load(CLIPTextModel, "text_encoder", pretrained, mapped)
         return CLIPPromptEncoder(text_encoder, self.tokenizer("tokenizer"))
@@ -315,7 +316,7 @@ class PipelineSource:
         """Load the prompt encoder of SDXL; for the arguments see :meth:`load`."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        from latentreward.diffusion.encoders.clip import SDXLPromptEncoder
+        from latentreward.diffusion.encoders.prompts import SDXLPromptEncoder
 
         return SDXLPromptEncoder(
             self.load(CLIPTextModel, "text_encoder", pretrained, mapped),
@@ -337,7 +338,7 @@ class PipelineSource:
         """
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-        from latentreward.diffusion.encoders.sd3 import SD3PromptEncoder
+        from latentreward.diffusion.encoders.prompts import SD3PromptEncoder
 
         with_t5 = load_t5 and self.has("text_encoder_3")
         return SD3PromptEncoder(

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.core.errors import InputError
+from latentreward.diffusion.backbones.base import TransformerBackbone
 from latentreward.diffusion.backbones.loading import check_sample_size
-from latentreward.diffusion.backbones.transformer import TransformerBackbone
 from latentreward.diffusion.backbones.tuning import freeze
-from latentreward.diffusion.noise.base import NoiseProcess
+from latentreward.diffusion.noise.processes import NoiseProcess
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
@@ -40,10 +40,6 @@ class SD3DiTBackbone(TransformerBackbone):
         pooled_text: Pooled text vector in the features: ``clip`` is the pooled CLIP text, ``t5`` the mean of T5's
             tokens including padding.
         options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
-
-    Raises:
-        InputError: If a tap is greater than ``num_layers``, or a text tap is the last block of the whole network, which
-            has no text output.
 
     Note:
         On an LRM with SD3 the paper (arXiv:2502.01051, appendix) says only that features come from block 18 of 24 and

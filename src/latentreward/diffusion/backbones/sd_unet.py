@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.core.errors import InputError
-from latentreward.diffusion.backbones.base import DiffusionBackbone, check_taps
+from latentreward.diffusion.backbones.base import DiffusionBackbone, FirstBlocks, check_taps, recorded
 from latentreward.diffusion.backbones.loading import check_sample_size
-from latentreward.diffusion.backbones.passes import FirstBlocks, recorded
 from latentreward.diffusion.backbones.tuning import freeze
-from latentreward.diffusion.noise.base import NoiseProcess
+from latentreward.diffusion.noise.processes import NoiseProcess
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -36,9 +35,6 @@ class SDUNetBackbone(DiffusionBackbone):
         visual_taps: Numbers of the blocks to read, ascending; None reads every down block and the mid block.
         text_taps: ``(0,)`` or empty.
         options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
-
-    Raises:
-        InputError: If a tap is not one of the network's blocks, or the network's ``sample_size`` is not valid.
     """
 
     network_name = "unet"

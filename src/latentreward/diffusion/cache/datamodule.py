@@ -1,71 +1,287 @@
-"""Data module that loads batches of latents from caches, which must agree with each other and with the model."""
+"""Batches of a cache's pairs, and the data module that deals them out."""
 
 import logging
-from collections.abc import Mapping
-from copy import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch.utils.data import DataLoader
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from latentreward.core.contracts import PathText, sources_wanted
+from latentreward.core.contracts import (
+    Conditioning,
+    EditPrompt,
+    ImageRef,
+    PathText,
+    PreferenceBatch,
+    PreferencePair,
+    sources_wanted,
+)
 from latentreward.core.errors import InputError, check_at_least_one
-from latentreward.data import ScoreTargets, select_rows
+from latentreward.data import PairReader, ScoreTargets, select_rows
 from latentreward.data.clips import check_frames
+from latentreward.data.collate import is_turned, stack_targets
 from latentreward.data.datamodules import PairLoaders
+from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.loading import ResumableLoader, as_is, shares_of
 from latentreward.data.size_sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.data.splits import SharedPrompts, tell_unopened
 from latentreward.data.targets import check_targets, label_remedy
-from latentreward.diffusion.cache.buffers import BufferPool, layout_bytes
-from latentreward.diffusion.cache.dataset import CachedPairDataset
-from latentreward.diffusion.cache.index import CachedPairs, CacheIndex, OnMissing
-from latentreward.diffusion.cache.layout import CacheSpec
+from latentreward.diffusion.cache import store
+from latentreward.diffusion.cache.store import IMAGES, PAIRS, PROMPTS, CacheSpec
 from latentreward.diffusion.encoders.fingerprint import text_fingerprint, vae_fingerprint
-
-if TYPE_CHECKING:
-    pass
 
 if TYPE_CHECKING:
     from latentreward.diffusion.backbones.base import LatentNetwork
 
 logger = logging.getLogger(__name__)
+UNREADABLE, TWO_SIZES = "unreadable image", "images of two sizes"
+"""Reasons why a pair cannot be used."""
 
 
-def check_caches(specs: Mapping[Path, CacheSpec], with_text: bool) -> CacheSpec:
-    """Check that caches can be used together, and return the settings of the first cache.
+class CacheIndex:
+    """Tables of a cache, opened once for all data sets that read from it.
 
-    Different handling of EXIF orientation is only logged as a warning.
+    Attributes:
+        spec: Settings that the cache was written with.
+        pairs: Table of P pairs; ``image_a``, ``image_b``, ``prompt``, ``label`` and ``weight`` are columns of it.
+        image_size: ``(I, 2)`` height and width in pixels of each image, as encoded.
+        seen: Whether the text encoder saw the pictures of edits, so that a text with others is another prompt.
+        places: Table → ``(n, 2)`` file, and row in the file, of each image or prompt.
+        tokens: ``(T, 2)`` first token in the file, and number of tokens, of each prompt; for an encoder with a mask.
 
     Raises:
-        InputError: If two caches hold latents of different VAEs, clips of different lengths or frame rates, or
-            embeddings of different text encoders.
+        InputError: If a file is missing, damaged, of another cache or of an earlier version.
     """
-    (first, spec), *others = specs.items()
-    for folder, other in others:
-        if (other.latent_space, other.vae) != (spec.latent_space, spec.vae):
-            raise InputError(f"caches {first} and {folder} hold latents of different VAEs; write one of them again")
-        if (found := _clips(other)) != (wanted := _clips(spec)):
-            raise InputError(
-                f"caches {first} and {folder} hold {wanted} and {found}; write one of them again, with the "
-                "images.frames and images.fps of the other"
-            )
-        if with_text and other.text.fingerprint != spec.text.fingerprint:
-            raise InputError(
-                f"caches {first} and {folder} hold embeddings of different text encoders; write one of them again, or "
-                "set data.cached_text: false"
-            )
-        if other.exif != spec.exif:
-            text = "caches %s and %s treat EXIF orientation differently (exif: %s and %s)"
-            logger.warning(text, first, folder, spec.exif, other.exif)
-    return spec
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, plan = folder, store.read_plan(folder)
+        self.spec = plan.spec
+        self.pairs, images, prompts = (store.read_table(folder, name) for name in (PAIRS, IMAGES, PROMPTS))
+        self.image_key, self.noise, self.prompts = images["image_key"], images["noise"], prompts["prompt"]
+        self.seen = prompts["reader_row"].null_count < len(prompts)
+        self.image_a, self.image_b, self.prompt = (self.pairs[n].to_numpy() for n in ("image_a", "image_b", "prompt"))
+        self.label, self.weight = (self.pairs[name].to_numpy().astype(float) for name in ("label_a", "weight"))
+        sources = self.pairs["source_images"].combine_chunks()
+        self.source_images, counts = sources.flatten().to_numpy(), sources.value_lengths().to_numpy()
+        self.source_ends = np.append(0, counts.cumsum())
+        self.image_size = np.column_stack([images[side].to_numpy() for side in ("height", "width")])
+        self.files, unread = store.files_of(folder), np.zeros(len(images), bool)
+        self.places, self.tokens = (
+            {n: np.zeros((len(t), 2), int) for n, t in ((IMAGES, images), (PROMPTS, prompts))},
+            None,
+        )
+        for number, file in enumerate(self.files):
+            try:
+                bad = store.check_file(folder, plan, file, contents=False)
+            except InputError as error:
+                raise InputError(f"cache {folder}: {error}; run the same `latentreward cache` again") from error
+            places = self.places[PROMPTS if file.size is None else IMAGES]
+            places[file.rows, 0], places[file.rows, 1] = number, np.arange(len(file.rows))
+            unread[[*bad]] = True
+            if file.size is None and self.spec.text is not None and self.spec.text.masked:
+                self.tokens = np.zeros((len(prompts), 2), int) if self.tokens is None else self.tokens
+                with store.opened(folder, file.name) as tensors:
+                    lengths = tensors[store.LENGTHS].numpy()
+                self.tokens[file.rows] = np.column_stack([lengths.cumsum() - lengths, lengths])
+        self.unreadable = unread[self.image_a] | unread[self.image_b]
+        self.unreadable[np.repeat(np.arange(len(self.pairs)), counts)[unread[self.source_images]]] = True
+        self.uneven = (self.image_size[self.image_a] != self.image_size[self.image_b]).any(axis=1) & ~self.unreadable
+
+    def sources(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows ``(n, len(rows))`` of the pictures that pairs are edits of, of which each has n."""
+        firsts, lasts = self.source_ends[rows], self.source_ends[rows + 1]
+        return self.source_images[firsts + np.arange(int(lasts[0] - firsts[0]))[:, None]]
+
+    def prompts_of(self, rows: np.ndarray) -> list[str]:
+        """Return the prompts of pairs; those of edits have the keys of the pictures that are edited."""
+        texts: list[str] = self.prompts.take(self.prompt[rows]).to_pylist()
+        if not len(self.source_images):
+            return texts
+        spans = zip(self.source_ends[rows], self.source_ends[rows + 1], strict=True)
+        keys = (self.image_key.take(self.source_images[first:last]).to_pylist() for first, last in spans)
+        return [EditPrompt(text, list(map(ImageRef, names))) for text, names in zip(texts, keys, strict=True)]
 
 
-def _clips(spec: CacheSpec) -> str:
-    return "images" if spec.frames == 1 else f"clips of {spec.frames} frames at {spec.fps:g} per second"
+class CachedPairs(PairReader):
+    """Reader of the usable pairs of a cache, or of one split of it, without their latents.
+
+    Attributes:
+        rows: ``(N,)`` row of each pair in the table of pairs, ascending.
+
+    Raises:
+        InputError: If the cache has no such split.
+    """
+
+    holds = "nothing"
+
+    def __init__(self, index: CacheIndex, split: str | None = None) -> None:
+        super().__init__(on_error="skip")
+        self.index, splits = index, index.pairs["split"].combine_chunks().dictionary_encode()
+        chosen, names = np.ones(len(index.pairs), bool), splits.dictionary.to_pylist()
+        if split is not None:
+            if split not in names:
+                raise InputError(f"cache {index.folder} has no split {split!r}; it has {', '.join(map(repr, names))}")
+            chosen = splits.indices.to_numpy() == names.index(split)
+        for reason, mask in ((UNREADABLE, index.unreadable), (TWO_SIZES, index.uneven)):
+            self.skipped.update({reason: lost} if (lost := int((mask & chosen).sum())) else {})
+        self.rows = np.flatnonzero(chosen & ~index.unreadable & ~index.uneven)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> PreferencePair:
+        index, row = self.index, int(self.rows[number])
+        label = None if np.isnan(index.label[row]) else float(index.label[row])
+        a, b = (ImageRef(index.image_key[int(side[row])].as_py()) for side in (index.image_a, index.image_b))
+        [prompt] = index.prompts_of(self.rows[[number]])
+        return PreferencePair(index.pairs["pair_id"][row].as_py(), prompt, a, b, label, float(index.weight[row]))
+
+    def labels(self) -> np.ndarray:
+        return self.index.label[self.rows]
+
+    def prompts(self) -> list[str]:
+        return self.index.prompts_of(self.rows)
+
+    def pair_ids(self) -> list[str]:
+        return self.index.pairs["pair_id"].take(self.rows).to_pylist()
+
+
+class CachedPairDataset(Dataset[PreferenceBatch]):
+    """Pairs of a cache, of which ``__getitems__`` reads a whole batch, of one image size and number of sources.
+
+    Latents and embeddings keep their stored dtype. Prompts with a mask are padded with zeros to the longest of a batch.
+
+    Args:
+        index: The cache.
+        rows: Rows of the pairs in its table.
+        with_text: Whether batches hold prompt embeddings, if the cache does.
+        targets: ``(len(rows), 2, T, K)`` given values of the images, see
+            :meth:`~latentreward.data.ScoreTargets.values`; None for none.
+
+    Attributes:
+        image_sizes: Rule by which images were resized; None if the cache was copied from one that does not say.
+        exif: Whether the images were turned upright by their EXIF orientation.
+    """
+
+    def __init__(
+        self, index: CacheIndex, rows: Sequence[int] | np.ndarray, with_text: bool = True, targets: Tensor | None = None
+    ) -> None:
+        self.index, self.rows, self.targets = index, np.asarray(rows, dtype=np.int64), targets
+        self.with_text, self.exif = with_text and index.spec.text is not None, index.spec.exif
+        self.image_sizes: ImageSizes | None = None
+        images, self._mapped = index.spec.images, dict[tuple[int, str], tuple[Tensor, np.ndarray]]()
+        if index.spec.origin == "vae" and images.size is None:
+            plain = tuple((one.height, one.width) for one in images.sizes())  # checkpoints hold no class of ours
+            self.image_sizes = NearestBucket(plain, images.resize)
+        elif index.spec.origin == "vae":
+            self.image_sizes = OneSize(*images.sizes()[0], images.resize, images.frames, images.fps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_mapped": {}}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """Least and largest number of pictures that pairs edit."""
+        numbers = self.sizes()[:, 2]
+        return int(numbers.min()), int(numbers.max())
+
+    def sizes(self) -> np.ndarray:
+        """Return the height and width of each pair's images in pixels, and its number of sources, ``(N, 3)``."""
+        numbers = np.diff(self.index.source_ends)[self.rows]
+        return np.column_stack([self.index.image_size[self.index.image_a[self.rows]], numbers])
+
+    def __getitem__(self, numbers: int | Sequence[int]) -> PreferenceBatch:
+        """Read a batch of one or several pairs, as a ``DataLoader`` with ``batch_size=None`` requests it."""
+        return self.__getitems__([numbers] if isinstance(numbers, int) else numbers)
+
+    def __getitems__(self, numbers: Sequence[int]) -> PreferenceBatch:
+        """Read pairs as one batch, with chosen and rejected images as of :func:`latentreward.data.collate_pairs`."""
+        index, rows = self.index, self.rows[np.asarray(numbers)]
+        images, labels = np.stack([index.image_a[rows], index.image_b[rows]]), index.label[rows]
+        keys = np.array([index.image_key.take(side).to_pylist() for side in images], object)
+        known = ~np.isnan(labels)
+        given = zip(np.where(known, labels, 0.5).tolist(), *keys.tolist(), strict=True)  # no label is as a tie
+        turned = np.array([is_turned(*one) for one in given])
+        images[:, turned], keys[:, turned], labels[turned] = (
+            images[::-1, turned],
+            keys[::-1, turned],
+            1 - labels[turned],
+        )
+        targets = None
+        if self.targets is not None:
+            values = self.targets[list(numbers)]
+            values[turned] = values[turned].flip(1)
+            targets = stack_targets([*values])
+        noises = (
+            [index.noise.take(side).to_pylist() for side in images] if index.noise.null_count < len(index.noise) else []
+        )
+        latents = self._read(IMAGES, store.LATENTS, np.concatenate([images, index.sources(rows)]).ravel())
+        chosen, rejected, *sources = latents.split(len(rows))
+        return PreferenceBatch(
+            pair_ids=tuple(index.pairs["pair_id"].take(rows).to_pylist()),
+            prompts=tuple(index.prompts_of(rows)),
+            chosen=chosen,
+            rejected=rejected,
+            chosen_keys=tuple(keys[0]),
+            rejected_keys=tuple(keys[1]),
+            label=torch.tensor(np.where(known, labels, 0.5), dtype=torch.float32),
+            weight=torch.tensor(np.where(known, index.weight[rows], 0.0), dtype=torch.float32),
+            latent_space=index.spec.latent_space,
+            conditioning=self._conditioning(index.prompt[rows]) if self.with_text else None,
+            uncond=self._conditioning(np.zeros(1, int)) if self.with_text and not index.seen else None,
+            targets=targets,
+            sources=tuple(sources),
+            **dict(zip(("chosen_noise", "rejected_noise"), map(tuple, noises), strict=False)),
+        )
+
+    def _conditioning(self, prompts: np.ndarray) -> Conditioning:
+        index, text = self.index, self.index.spec.text
+        pooled = self._read(PROMPTS, store.POOLED, prompts) if text is not None and text.pooled_dim else None
+        if index.tokens is None:
+            return Conditioning(self._read(PROMPTS, store.EMBEDS, prompts), pooled)
+        spans, files = index.tokens[prompts], index.places[PROMPTS][prompts, 0]
+        like, _ = self._opened(files[0], store.EMBEDS)
+        embeds = batch_memory((len(prompts), spans[:, 1].max(), like.shape[1]), like.dtype).zero_()
+        for row, file, (first, count) in zip(embeds, files.tolist(), spans.tolist(), strict=True):
+            row[:count] = self._opened(file, store.EMBEDS)[0][first : first + count]
+        return Conditioning(embeds, pooled, torch.arange(embeds.shape[1]) < torch.tensor(spans[:, 1:]))
+
+    def _read(self, table: str, name: str, numbers: np.ndarray) -> Tensor:
+        """Read rows of a tensor by the numbers of their images or prompts."""
+        places = self.index.places[table][numbers].tolist()
+        like, _ = self._opened(places[0][0], name)
+        found = batch_memory((len(places), *like.shape[1:]), like.dtype)
+        for row, (file, place) in zip(_bytes(found), places, strict=True):
+            row[:] = self._opened(file, name)[1][place]
+        return found
+
+    def _opened(self, number: int, name: str) -> tuple[Tensor, np.ndarray]:
+        """Return a tensor of a file, mapped so that its pages are read when they are copied, and its bytes."""
+        if (number, name) not in self._mapped:
+            with store.opened(self.index.folder, self.index.files[number].name) as tensors:
+                self._mapped[number, name] = tensors[name], _bytes(tensors[name])
+        return self._mapped[number, name]
+
+
+def batch_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Allocate a tensor; in a loader's worker in shared memory, so that the trainer gets it without another copy."""
+    if get_worker_info() is None:
+        return torch.empty(*shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(dtype.itemsize * int(np.prod(shape)))
+    return torch.empty(0, dtype=dtype).set_(storage).view(*shape)
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    content: np.ndarray = tensor.reshape(len(tensor), -1).view(torch.uint8).numpy()
+    return content
 
 
 def check_backbone(spec: CacheSpec, backbone: "LatentNetwork", with_text: bool) -> None:
@@ -82,44 +298,23 @@ def check_backbone(spec: CacheSpec, backbone: "LatentNetwork", with_text: bool) 
             f"the cache holds latents of the space [{spec.latent_space}], but the model takes "
             f"[{backbone.latent_space}]; write the cache with the model's own VAE"
         )
-    if spec.frames > 1:
-        check_frames("the cache has images.", backbone, spec.frames)
-    if backbone.vae is not None and spec.vae is not None:
-        fingerprint = vae_fingerprint(backbone.vae.vae)
-        if fingerprint != spec.vae:
-            raise InputError(
-                f"the cache was written with VAE {spec.vae}, but the model's VAE is {fingerprint} (another one, or its "
-                "weights in another precision); write the cache with this model's VAE"
-            )
-    if with_text and spec.text is not None and backbone.text_encoder is not None:
-        sees = backbone.text_encoder.sees_sources  # the pictures, which a cache does not hold
-        remedy = "train from the images" if sees else "set data.cached_text: false"
-        if any(parameter.requires_grad for parameter in backbone.text_encoder.parameters()):
+    if spec.images.frames > 1:
+        check_frames("the cache has images.", backbone, spec.images.frames)
+    if backbone.vae is not None and spec.vae is not None and (vae := vae_fingerprint(backbone.vae.vae)) != spec.vae:
+        raise InputError(
+            f"the cache was written with VAE {spec.vae}, but the model's VAE is {vae} (another one, or its weights in "
+            "another precision); write the cache with this model's VAE"
+        )
+    if with_text and spec.text is not None and (encoder := backbone.text_encoder) is not None:
+        remedy = "train from the images" if encoder.sees_sources else "set data.cached_text: false"
+        if any(parameter.requires_grad for parameter in encoder.parameters()):
             raise InputError(f"prompt embeddings are cached, but the model trains its text encoder; {remedy}")
-        fingerprint = text_fingerprint(backbone.text_encoder)
-        if fingerprint != spec.text.fingerprint:
+        if (own := text_fingerprint(encoder)) != spec.text.fingerprint:
             raise InputError(
                 f"the cache holds embeddings of text encoder {spec.text.fingerprint} with {spec.text.num_tokens} "
-                f"tokens, but the model's is {fingerprint} with {backbone.text_encoder.num_tokens}; {remedy}, or write "
-                "the cache with this model's text encoder"
+                f"tokens, but the model's is {own} with {encoder.num_tokens}; {remedy}, or write the cache with this "
+                "model's text encoder"
             )
-
-
-def check_sources(index: CacheIndex, taken: tuple[int, int | None]) -> None:
-    """Raise InputError if pairs of a cache have fewer or more sources than the network takes: least and largest."""
-    counts = np.diff(index.source_ends)
-    few, many = int(counts.min()), int(counts.max())
-    if wanted := sources_wanted(few, taken) or sources_wanted(many, taken):
-        held = f"{few}" if few == many else f"{few} to {many}"
-        takes = f"takes {wanted} (source_images of pairs)" if wanted != "0" else "makes pictures from text alone"
-        raise InputError(
-            f"the pairs in the cache {index.folder} have {held} sources, but the model's network {takes}; write a "
-            "cache of other pairs, or give another network"
-        )
-
-
-HELD_BATCHES = 3
-"""Number of batches held outside the workers: the trainer's current batch, its next batch, and a batch in transfer."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +336,7 @@ class CachedPreferenceDataModule(PairLoaders):
     Each batch holds latents of one image size. As in :class:`~latentreward.data.PreferenceDataModule`, unlabelled pairs
     are used in prediction only, no prompt is in two splits by default, and checkpoints record the position in the
     training epoch. Pairs with an image that could not be read when the cache was written are left out and counted.
-    Before training, the cache is checked against the model's VAE and text encoder.
+    Before training, the cache is compared with the model's VAE and text encoder.
 
     Args:
         train: Training pairs.
@@ -156,8 +351,6 @@ class CachedPreferenceDataModule(PairLoaders):
             :class:`~latentreward.data.size_sampling.BucketBatchSampler`. Evaluation always takes every pair once.
         cached_text: Whether to take prompt embeddings from the caches, if all caches hold them. Otherwise the model
             encodes prompts.
-        on_missing: ``raise`` stops if a shard of a cache is not written yet. ``skip`` leaves out pairs that need a
-            missing shard.
         num_workers: Number of loader processes per rank; 0 reads in the training process.
         prefetch_factor: Number of batches that each worker loads in advance.
         shared_prompts: See :class:`~latentreward.data.PreferenceDataModule`.
@@ -181,7 +374,6 @@ class CachedPreferenceDataModule(PairLoaders):
         tokens_per_batch: int | None = None,
         small_buckets: SmallBuckets = "short",
         cached_text: bool = True,
-        on_missing: OnMissing = "raise",
         num_workers: int = 1,
         prefetch_factor: int = 4,
         shared_prompts: SharedPrompts = "drop",
@@ -195,7 +387,7 @@ class CachedPreferenceDataModule(PairLoaders):
         given = {name: split for name, split in splits.items() if split is not None}
         if not given:
             raise InputError("data.train, val, test and predict are all unset; give at least one a cache")
-        open_index, pairs = cache(lambda folder: CacheIndex(Path(folder), on_missing)), dict[str, CachedPairs]()
+        open_index, pairs = cache(lambda folder: CacheIndex(Path(folder))), dict[str, CachedPairs]()
         for name, split in given.items():
             try:
                 pairs[name] = CachedPairs(open_index(split.cache), split.split)
@@ -204,9 +396,11 @@ class CachedPreferenceDataModule(PairLoaders):
                 if name != "test" or shared_prompts == "raise" or not given.keys() & {"train", "val"}:
                     raise InputError(f"data.{name}: {error}") from error
                 tell_unopened(error)
-        specs = {reader.index.folder: reader.index.spec for reader in pairs.values()}
-        self.cached_text = cached_text and all(spec.text is not None for spec in specs.values())
-        self.spec = check_caches(specs, self.cached_text)
+        indices = [reader.index for reader in pairs.values()]
+        self.spec = indices[0].spec
+        self.cached_text = cached_text and all(index.spec.text is not None for index in indices)
+        for index in indices[1:]:
+            self._check_alike(indices[0], index)
         for name, reader in pairs.items():
             reader.report(f"data.{name}")
         labelled = {name: reader for name, reader in pairs.items() if name != "predict"}
@@ -218,99 +412,79 @@ class CachedPreferenceDataModule(PairLoaders):
             given_values = None if values is None else values[rows]
             self.datasets[name] = CachedPairDataset(reader.index, reader.rows[rows], self.cached_text, given_values)
 
-    def prepare_data(self) -> None:
-        """Compare the caches' shards with their checksums, in one process per machine."""
-        for index in {id(dataset.index): dataset.index for dataset in self.datasets.values()}.values():
-            index.check_shards()
+    def _check_alike(self, first: CacheIndex, other: CacheIndex) -> None:
+        """Raise InputError if two caches cannot be used together; other handling of EXIF is only logged."""
+        one, two = (self._compared(index.spec) for index in (first, other))
+        if differ := [name for name in one if one[name] != two[name]]:
+            raise InputError(
+                f"caches {first.folder} and {other.folder} are of different {' and '.join(differ)}; write one of them "
+                "again (of another text encoder alone: or set data.cached_text: false)"
+            )
+        if other.spec.exif != first.spec.exif:
+            text = "caches %s and %s treat EXIF orientation differently (exif: %s and %s)"
+            logger.warning(text, first.folder, other.folder, first.spec.exif, other.spec.exif)
+
+    def _compared(self, spec: CacheSpec) -> dict[str, Any]:
+        text = spec.text.fingerprint if self.cached_text and spec.text is not None else None
+        clips = {"images.frames": spec.images.frames, "images.fps": spec.images.fps}
+        return {"VAE": (spec.latent_space, spec.vae), **clips, "text encoder": text}
 
     def setup(self, stage: str) -> None:
-        """Check that the caches fit the module's backbone or policy.
-
-        Raises:
-            InputError: If the caches were written with another VAE or text encoder than the model's.
-        """
+        """Raise InputError if the caches were encoded otherwise than the module's backbone or policy encodes."""
         module = self.trainer.lightning_module if self.trainer else None
         check_targets(module, self.datasets, stage)
-        owners = getattr(getattr(module, "model", None), "backbone", None), getattr(module, "policy", None)
-        reader = next(filter(None, owners), getattr(module, "generator", None))
-        if reader is not None:
-            check_backbone(self.spec, reader, self.cached_text)
-            editor: Any = getattr(reader, "family", reader)
-            self.check_sources(editor.sources)
-            if reader.text_encoder is not None and reader.text_encoder.sees_sources:
-                self._check_seen(module)
-
-    def _check_seen(self, module: Any) -> None:
-        """Raise InputError if a model whose text encoder sees the pictures needs more than the caches hold of them."""
+        model, generator = getattr(module, "model", None), getattr(module, "generator", None)
+        reader = next(filter(None, (getattr(model, "backbone", None), getattr(module, "policy", None))), generator)
+        if reader is None:
+            return
+        check_backbone(self.spec, reader, self.cached_text)
+        self.check_sources(getattr(reader, "family", reader).sources)
+        if reader.text_encoder is None or not reader.text_encoder.sees_sources:
+            return
+        # Of the pictures the cache holds latents alone, and of the empty prompt none with pictures.
+        reads, remedy = "the model's text encoder reads the pictures to edit too", "or train from the images"
         if not self.cached_text:
             raise InputError(
-                "the model's text encoder reads the pictures to edit too, and of these the cache holds latents alone; "
-                "write it with encoder.text: states and set data.cached_text: true, or train from the images"
+                f"{reads}; write the cache with encoder.text: states, set data.cached_text: true, {remedy}"
             )
-        head = getattr(getattr(module, "model", None), "head", None)
-        if head is not None and head.needs_uncond:
-            raise InputError(
-                "the head needs the empty prompt with each picture to edit, and the cache holds prompts alone; set the "
-                "head's guidance: 1, or train from the images"
-            )
-        generator = getattr(module, "generator", None)
+        if getattr(getattr(model, "head", None), "needs_uncond", False):
+            raise InputError(f"{reads}, with the empty prompt for the head; set the head's guidance: 1, {remedy}")
         if generator is not None and generator.family.needs_uncond(module.guidance_scale):
-            raise InputError(
-                f"guidance_scale={module.guidance_scale:g} needs the empty prompt with each picture to edit, and the "
-                f"cache holds prompts alone; set it to {generator.family.no_guidance:g}, or train from the images"
-            )
+            scale = f"set guidance_scale to {generator.family.no_guidance:g}"
+            raise InputError(f"{reads}, with the empty prompt for guidance_scale; {scale}, {remedy}")
 
     def check_sources(self, taken: tuple[int, int | None]) -> None:
         """Raise InputError if a cache's pairs are edits of fewer or more pictures than the network takes."""
-        for dataset in self.datasets.values():
-            check_sources(dataset.index, taken)
+        for index in {id(one.index): one.index for one in self.datasets.values()}.values():
+            counts = np.diff(index.source_ends)
+            few, many = int(counts.min()), int(counts.max())
+            if wanted := sources_wanted(few, taken) or sources_wanted(many, taken):
+                held = f"{few}" if few == many else f"{few} to {many}"
+                takes = (
+                    f"takes {wanted} (source_images of pairs)" if wanted != "0" else "makes pictures from text alone"
+                )
+                told = f"the pairs in the cache {index.folder} have {held} sources, but the model's network {takes}"
+                raise InputError(f"{told}; write a cache of other pairs, or give another network")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training loader; in each step, all ranks get the same number of pairs of one size."""
         if getattr(self.trainer, "overfit_batches", 0):
             return self._evaluation_loader("train")
-        dataset = self._dataset("train")
-        rank = shares_of(self.trainer)["rank"]
-        sampler = BucketBatchSampler(self._latent_sizes(dataset), self._sizing(), rank)
+        dataset, rank = self._dataset("train"), shares_of(self.trainer)["rank"]
+        sampler = BucketBatchSampler(*self._sizing(dataset), rank)
         if rank == 0:
             logger.info("data.train: %s", sampler.describe())
         return ResumableLoader(dataset, sampler, collate_fn=as_is, **self._worker_settings())
 
-    def _sizing(self) -> Sizing:
-        frames = (self.spec.frames - 1) // (self.spec.latent_space.frame_downscale or 1) + 1
-        return Sizing(
-            self.batch_size,
-            self.tokens_per_batch and max(1, self.tokens_per_batch // frames),
-            self.small_buckets,
-            shares_of(self.trainer)["num_replicas"],
-            self.seed,
-            self.shuffle,
-        )
-
-    def _latent_sizes(self, dataset: CachedPairDataset) -> Any:
-        downscale = self.spec.latent_space.downscale
-        return dataset.sizes() // [downscale, downscale, 1]
-
-    def _dataset(self, name: str) -> CachedPairDataset:
-        """See :meth:`PairLoaders._dataset`; each loader gets a copy whose pool lives as long as its own workers."""
-        dataset = copy(super()._dataset(name))
-        dataset.pool = self._pool(dataset)
-        return dataset
-
-    def _pool(self, dataset: CachedPairDataset) -> BufferPool:
-        """Create shared memory for the loader's batches, as large as the largest batch each.
-
-        Each worker has ``prefetch_factor`` + 3 slots; without workers, there are 3 slots in all.
-        """
-        sizes, sizing = self._latent_sizes(dataset), self._sizing()
-        shapes, first = np.unique(sizes, axis=0, return_index=True)
-        pairs = [sizing.pairs_per_rank(tokens) for tokens in shapes[:, :2].prod(axis=1).tolist()]
-        layouts = [dataset.layout(*one) for one in zip(pairs, dataset.rows[first].tolist(), strict=True)]
-        ready = self.prefetch_factor if self.num_workers else 0
-        return BufferPool(ready + HELD_BATCHES, max(map(layout_bytes, layouts)), max(1, self.num_workers))
+    def _sizing(self, dataset: CachedPairDataset) -> tuple[np.ndarray, Sizing]:
+        """Return the latents' sizes of a data set, and the settings of its batches."""
+        scale, step = self.spec.latent_space.downscale, self.spec.latent_space.frame_downscale or 1
+        tokens = self.tokens_per_batch and max(1, self.tokens_per_batch // ((self.spec.images.frames - 1) // step + 1))
+        world = shares_of(self.trainer)["num_replicas"]
+        sizing = Sizing(self.batch_size, tokens, self.small_buckets, world, self.seed, self.shuffle)
+        return dataset.sizes() // [scale, scale, 1], sizing
 
     def evaluation_loading(self, dataset: CachedPairDataset) -> dict[str, Any]:
         """Return the settings of an evaluation loader: batches of one size, in the order of the rows where possible."""
-        rank = shares_of(self.trainer)["rank"]
-        sampler = EvaluationBatches(self._latent_sizes(dataset), self._sizing(), rank)
+        sampler = EvaluationBatches(*self._sizing(dataset), shares_of(self.trainer)["rank"])
         return {"batch_size": None, "sampler": sampler, "collate_fn": as_is}

@@ -1,23 +1,31 @@
-"""Base class of all prompt encoders."""
+"""Encoders of prompts: base class, and those of SD, SD3 and of families with a language model."""
+
+from __future__ import annotations
 
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from latentreward.core.contracts import Conditioning, like_prompt, sources_of
 from latentreward.core.errors import InputError
-from latentreward.core.phases import phase
 from latentreward.core.promises import VALUES, Part, keep_promise, returns, shown, wrong_tensor
+from latentreward.core.registry import of_this_package
+from latentreward.core.running import phase
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 logger = logging.getLogger(__name__)
 
 
-def _wrong_ids(found: tuple[Tensor, ...], encoder: "PromptEncoder", prompts: Sequence[str]) -> str | None:
+def _wrong_ids(found: tuple[Tensor, ...], encoder: PromptEncoder, prompts: Sequence[str]) -> str | None:
     if not isinstance(found, tuple) or not all(isinstance(ids, Tensor) and len(ids) == len(prompts) for ids in found):
         return f"{shown(found)}; it must be a tuple of tensors with {len(prompts)} rows"
     return None
@@ -61,6 +69,7 @@ class PromptEncoder(nn.Module, Part):
     unread: tuple[str, ...] = ()
     tokens_only: tuple[str, ...] = ()
     _told_cut: bool = False
+    _settled: bool = False
 
     @abstractmethod
     @returns(_wrong_ids)
@@ -107,7 +116,9 @@ class PromptEncoder(nn.Module, Part):
         trains = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             encoded = self.encode_ids(*ids)
-        keep_promise(self, "encode_ids", lambda: self.wrong_conditioning(encoded, prompts))
+        if not self._settled:  # those of users are compared in every call
+            keep_promise(self, "encode_ids", lambda: self.wrong_conditioning(encoded, prompts))
+            self._settled = of_this_package(type(self).__module__)
         return encoded
 
     def wrong_conditioning(self, encoded: Conditioning, prompts: Sequence[str]) -> str | None:
@@ -190,3 +201,212 @@ def _padded(tokenizer: Any, texts: Sequence[str], length: int) -> Any:
     size = {"padding": "max_length", "truncation": True, "max_length": length}
     with torch.device("cpu"):
         return tokenizer(list(texts), **size, return_attention_mask=True, return_tensors="pt")
+
+
+class CLIPPromptEncoder(PromptEncoder):
+    """Prompt encoder with one CLIP text encoder (SD1.5, SD2.1).
+
+    Token embeddings are the last hidden states after the final norm. The pooled vector is their row at the EOS token.
+    No attention mask is used: padding tokens take part, as in training of the base models.
+
+    Args:
+        text_encoder: CLIP text encoder.
+        tokenizer: Tokenizer of ``text_encoder``; None if only token ids are encoded.
+    """
+
+    tokens_in_fingerprint = False
+
+    def __init__(self, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        super().__init__()
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.num_tokens = text_encoder.config.max_position_embeddings
+        self.token_dim = self.pooled_dim = text_encoder.config.hidden_size
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        return (masked_ids(self, self.tokenizer, prompts, self.num_tokens)[0],)
+
+    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
+        output = self.text_encoder(input_ids[0])
+        return Conditioning(output.last_hidden_state, output.pooler_output)
+
+
+class SDXLPromptEncoder(PromptEncoder):
+    """Prompt encoder with SDXL's two CLIP text encoders.
+
+    Token embeddings are the second-to-last hidden states of both, concatenated along the features. The pooled vector is
+    the second encoder's projected EOS feature.
+
+    Args:
+        text_encoder: CLIP-L; no output depends on its last layer and final norm, which therefore do not train.
+        text_encoder_2: CLIP-G with projection.
+        tokenizer: Tokenizer of ``text_encoder`` (pads with EOS).
+        tokenizer_2: Tokenizer of ``text_encoder_2`` (pads with id 0).
+    """
+
+    tokens_in_fingerprint = False
+    tokens_only = ("text_encoder",)
+
+    def __init__(
+        self,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+        self.num_tokens = text_encoder.config.max_position_embeddings
+        last = text_encoder.config.num_hidden_layers - 1
+        self.unread = tuple(
+            f"text_encoder.{name}"
+            for name, _ in text_encoder.named_modules()
+            if name.endswith((f"encoder.layers.{last}", "final_layer_norm"))
+        )
+        self.token_dim = text_encoder.config.hidden_size + text_encoder_2.config.hidden_size
+        self.pooled_dim = text_encoder_2.config.projection_dim
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        return (
+            masked_ids(self, self.tokenizer, prompts, self.num_tokens)[0],
+            token_ids(self.tokenizer_2, prompts, self.num_tokens),
+        )
+
+    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
+        first = self.text_encoder(input_ids[0], output_hidden_states=True).hidden_states[-2]
+        second = self.text_encoder_2(input_ids[1], output_hidden_states=True)
+        return Conditioning(torch.cat([first, second.hidden_states[-2]], dim=-1), second.text_embeds)
+
+
+MOST_TOKENS = 4096  # largest number of T5 tokens per prompt
+
+
+class SD3PromptEncoder(PromptEncoder):
+    """Prompt encoder with SD3's three text encoders: CLIP-L, CLIP-G and T5.
+
+    The CLIP tokens are the second-to-last hidden states of CLIP-L and CLIP-G, concatenated along the features and
+    zero-padded to ``token_dim``. T5's tokens follow along the token axis. The pooled vector is the projected EOS
+    features of CLIP-L and CLIP-G, concatenated. No attention mask is used: padding tokens take part.
+
+    Args:
+        text_encoder: CLIP-L with projection.
+        text_encoder_2: CLIP-G with projection.
+        text_encoder_3: T5 encoder; None replaces T5's tokens by zeros.
+        tokenizer: Tokenizer of CLIP-L.
+        tokenizer_2: Tokenizer of CLIP-G.
+        tokenizer_3: Tokenizer of T5.
+        token_dim: Width of the token embeddings that the network takes (``joint_attention_dim``).
+        t5_length: Number of T5 tokens per prompt; without T5 the number of zero tokens, which SD3 saw in training
+            whenever T5 was dropped.
+
+    Note:
+        DiNa-LRM was trained with 128 T5 tokens; its published example scores with 256.
+    """
+
+    tokens_in_fingerprint = False
+
+    def __init__(
+        self,
+        text_encoder: CLIPTextModelWithProjection,
+        text_encoder_2: CLIPTextModelWithProjection,
+        text_encoder_3: T5EncoderModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        tokenizer_3: PreTrainedTokenizerBase | None = None,
+        *,
+        token_dim: int,
+        t5_length: int = 256,
+    ) -> None:
+        super().__init__()
+        if type(t5_length) is not int or not 0 <= t5_length <= MOST_TOKENS:
+            raise InputError(f"t5_length is {t5_length!r}; give a whole number from 0 to {MOST_TOKENS}")
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+        self.text_encoder_3, self.tokenizer_3 = text_encoder_3, tokenizer_3
+        self.tokens_only = () if text_encoder_3 is None else ("text_encoder_3",)
+        self.clip_length = text_encoder.config.max_position_embeddings
+        self.t5_length = t5_length
+        self.num_tokens = self.clip_length + t5_length
+        self.token_dim = token_dim
+        self.pooled_dim = text_encoder.config.projection_dim + text_encoder_2.config.projection_dim
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        second = token_ids(self.tokenizer_2, prompts, self.clip_length)
+        if self.text_encoder_3 is None:
+            return masked_ids(self, self.tokenizer, prompts, self.clip_length)[0], second
+        first = token_ids(self.tokenizer, prompts, self.clip_length)
+        return first, second, masked_ids(self, self.tokenizer_3, prompts, self.t5_length)[0]
+
+    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
+        clip_l = self.text_encoder(input_ids[0], output_hidden_states=True)
+        clip_g = self.text_encoder_2(input_ids[1], output_hidden_states=True)
+        clip = torch.cat([clip_l.hidden_states[-2], clip_g.hidden_states[-2]], dim=-1)
+        clip = F.pad(clip, (0, self.token_dim - clip.shape[-1]))
+        if self.text_encoder_3 is None:
+            t5 = clip.new_zeros(len(clip), self.t5_length, self.token_dim)
+        else:
+            t5 = self.text_encoder_3(input_ids[2]).last_hidden_state.to(clip.dtype)
+        return Conditioning(torch.cat([clip, t5], dim=1), torch.cat([clip_l.text_embeds, clip_g.text_embeds], dim=-1))
+
+
+class LanguageModelEncoder(PromptEncoder):
+    """Prompt encoder whose token embeddings are the output of a causal language model without its last layer.
+
+    Prompts are tokenised without padding and padded on the right to the longest of the batch, whatever the side of the
+    tokenizer: attention is causal and positions are relative, so padding changes no token of a prompt.
+
+    Args:
+        text_encoder: Base model of transformers, as :func:`without_last_layer` returns it.
+        tokenizer: Tokenizer of the model.
+        num_tokens: Greatest number of tokens of a prompt; longer ones are truncated.
+    """
+
+    masked = True
+    pooled_dim = 0
+
+    def __init__(self, text_encoder: Any, tokenizer: Any, num_tokens: int) -> None:
+        super().__init__()
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.num_tokens, self.token_dim = num_tokens, text_encoder.config.hidden_size
+
+    @abstractmethod
+    def text(self, prompt: str) -> str:
+        """Return the text that is tokenised for ``prompt``."""
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """See :meth:`PromptEncoder.tokenize`; −1 follows the ids of shorter prompts."""
+        return (self.token_ids([self.text(prompt) for prompt in prompts]),)
+
+    def token_ids(self, texts: Sequence[str]) -> Tensor:
+        """Return the token ids ``(B, length)`` of whole texts, padded with −1 to the longest."""
+        rows = self.tokenizer(list(texts), truncation=True, max_length=self.num_tokens).input_ids
+        self.tell_cut(self.tokenizer, texts, [len(row) for row in rows], self.num_tokens)
+        with torch.device("cpu"):  # the empty text has no token if the tokenizer puts none before a text
+            return pad_sequence([torch.tensor(row or [0]) for row in rows], batch_first=True, padding_value=-1)
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        counts: list[int] = (self.tokenize(prompts)[0] >= 0).sum(dim=1).tolist()
+        return counts
+
+    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
+        (ids,) = input_ids
+        mask = ids >= 0
+        output = self.text_encoder(input_ids=ids.clamp(min=0), attention_mask=mask, use_cache=False)
+        return Conditioning(output.last_hidden_state, prompt_mask=mask)
+
+
+def first_layers(model: Any, count: int) -> Any:
+    """Remove the layers of a base model after the first ``count``, in place, and the final norm with them.
+
+    The norm stays in a model without further layers, as its last hidden states come after it.
+    """
+    if len(model.layers) > count:
+        model.layers, model.norm = model.layers[:count], nn.Identity()
+    return model
+
+
+def without_last_layer(model: Any) -> Any:
+    """Remove the last layer and the final norm of a base model, in place, so that it returns ``hidden_states[-2]``."""
+    model.layers = model.layers[:-1]
+    model.norm = nn.Identity()
+    return model

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, TapSpec
 from latentreward.core.errors import InputError
+from latentreward.diffusion.backbones.base import TransformerBackbone
 from latentreward.diffusion.backbones.loading import Backbone, PipelineSource, finish
-from latentreward.diffusion.backbones.quantization import Quantization, check_quantization
-from latentreward.diffusion.backbones.transformer import TransformerBackbone
 from latentreward.diffusion.backbones.tuning import LoRA, StorageDtype, Tuning, freeze
-from latentreward.diffusion.families.base import Family
-from latentreward.diffusion.families.find import find_family
+from latentreward.diffusion.backbones.weights import Quantization, check_quantization
+from latentreward.diffusion.families.base import Family, find_family
 from latentreward.diffusion.families.flow import FlowFamily
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from latentreward.core.contracts import Conditioning, LatentSpace, PathText
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.backbones.weights import part_of
-from latentreward.diffusion.encoders.language_model import LanguageModelEncoder, without_last_layer
-from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.prompts import LanguageModelEncoder, PromptEncoder, without_last_layer
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily

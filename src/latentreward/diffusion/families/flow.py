@@ -17,15 +17,13 @@ from torch.nn import functional as F
 
 from latentreward.core.contracts import Conditioning
 from latentreward.core.errors import InputError, first_line
-from latentreward.core.programs import of_this_package
 from latentreward.core.promises import check_needs, returns
+from latentreward.core.registry import of_this_package
 from latentreward.core.storage.json_files import entries
 from latentreward.diffusion.backbones.loading import check_channels
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.families.base import Family, PipelineConfigs, wrong_prediction
-from latentreward.diffusion.noise.base import NoiseProcess
-from latentreward.diffusion.noise.flow import ContinuousFlow
-from latentreward.diffusion.noise.from_scheduler import process_from_scheduler
+from latentreward.diffusion.noise.processes import ContinuousFlow, NoiseProcess, process_from_scheduler
 from latentreward.diffusion.noise.schedules import DDPM_SCHEDULERS, shifted_levels
 
 

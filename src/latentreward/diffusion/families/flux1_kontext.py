@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
-from latentreward.diffusion.encoders.sources import SourceSize
+from latentreward.diffusion.encoders.vae import SourceSize
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flux1 import Flux1
 

@@ -21,10 +21,8 @@ from latentreward.core.registry import register_backbone
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.json_files import entries, entry
 from latentreward.diffusion.backbones.tuning import ATTENTION
-from latentreward.diffusion.encoders.language_model import first_layers
-from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids
-from latentreward.diffusion.encoders.sources import SourceSize
-from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
+from latentreward.diffusion.encoders.prompts import PromptEncoder, first_layers, masked_ids
+from latentreward.diffusion.encoders.vae import PatchedLatentEncoder, SourceSize
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
 from latentreward.diffusion.families.flux1 import unread_of_dual

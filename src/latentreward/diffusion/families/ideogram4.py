@@ -18,8 +18,7 @@ from latentreward.core.contracts import Conditioning, LatentSpace, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.backbones.weights import part_of
-from latentreward.diffusion.encoders.language_model import LanguageModelEncoder, first_layers
-from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.prompts import LanguageModelEncoder, PromptEncoder, first_layers
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily

@@ -12,7 +12,7 @@ from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.backbones.sd_unet import SDUNetBackbone
-from latentreward.diffusion.encoders.sources import SourceSize
+from latentreward.diffusion.encoders.vae import SourceSize
 from latentreward.diffusion.families.sd import StableDiffusion, load_sd
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.core.storage.json_files import entries, entry
 from latentreward.diffusion.backbones.weights import part_of
-from latentreward.diffusion.encoders.language_model import first_layers
-from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.prompts import PromptEncoder, first_layers
 from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily

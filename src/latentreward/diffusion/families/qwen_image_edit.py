@@ -22,7 +22,7 @@ from latentreward.core.errors import InputError, errors_at, quoted
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import PromptEncoder
-from latentreward.diffusion.encoders.sources import SourceSize, picture_sides, resized_picture
+from latentreward.diffusion.encoders.vae import SourceSize, picture_sides, resized_picture
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.qwen_image import EDITORS, QwenImage, padded_rows, prefix_length, without_prefix
 

@@ -19,8 +19,7 @@ from latentreward.diffusion.backbones.tuning import Tuning
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.families.backbone import BackboneOptions
 from latentreward.diffusion.families.base import Family, Pair, PipelineConfigs
-from latentreward.diffusion.noise.base import NoiseProcess
-from latentreward.diffusion.noise.from_scheduler import process_from_scheduler
+from latentreward.diffusion.noise.processes import NoiseProcess, process_from_scheduler
 from latentreward.diffusion.noise.schedules import DDPM_SCHEDULERS
 
 EDITORS = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline")

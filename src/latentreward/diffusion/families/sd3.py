@@ -23,8 +23,7 @@ from latentreward.diffusion.backbones.sd3_dit import SD3DiTBackbone
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.families.backbone import TransformerOptions
 from latentreward.diffusion.families.base import Family, Pair, PipelineConfigs
-from latentreward.diffusion.noise.base import NoiseProcess
-from latentreward.diffusion.noise.from_scheduler import process_from_scheduler
+from latentreward.diffusion.noise.processes import NoiseProcess, process_from_scheduler
 from latentreward.diffusion.noise.schedules import FLOW_SCHEDULERS, static_levels
 
 LAYERS = {

@@ -7,10 +7,10 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from latentreward.core.construction import Construction
 from latentreward.core.contracts import Features
 from latentreward.core.errors import InputError
 from latentreward.core.promises import Part, detached, returns, wrong_tensor
+from latentreward.core.registry import Construction
 
 AXES = ("fidelity", "aesthetics")
 """Names of the two scores of a head with axes, in the order of its outputs: how well the image follows its prompt, and
@@ -121,8 +121,3 @@ class EmbeddingHead(RewardHead):
     @returns(lambda found, head, *given: wrong_tensor(found, [*map(len, given)]))
     def similarity_matrix(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
         """Compute the score of every image for every prompt: texts ``(N, D)``, images ``(M, D)`` → ``(N, M)``."""
-
-
-def squeeze_single(score: Tensor) -> Tensor:
-    """Remove the last axis of ``(B, 1)``; ``(B, out_dim)`` with several outputs is returned unchanged."""
-    return score.squeeze(-1) if score.shape[-1] == 1 else score

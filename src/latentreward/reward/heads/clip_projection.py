@@ -41,9 +41,6 @@ class CLIPProjectionHead(EmbeddingHead):
         text_projection_source: Folder or hub id of a CLIP model whose text projection initialises ``W_t`` (LRM-SD1.5:
             CLIP-L); None initialises with N(0, 0.02²).
         logit_scale: Initial value of the log temperature.
-
-    Raises:
-        InputError: If ``embed_dim`` or the projection of ``text_projection_source`` does not fit.
     """
 
     reads_text = False

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from latentreward.core.contracts import Features, FeatureSpec
 from latentreward.core.errors import InputError, check_at_least_one
-from latentreward.reward.heads.base import AXES, RewardHead, check_axes, squeeze_single
+from latentreward.reward.heads.base import AXES, RewardHead, check_axes
 
 
 class LogisticSquash(nn.Module):
@@ -173,9 +173,6 @@ class GatedQFormerHead(RewardHead):
         ensemble: Computation of a score from several noise levels: ``tokens`` lets the queries attend to the tokens of
             all levels at once, ``scores`` averages the levels' scores.
         axes: Weights of fidelity and aesthetics in the score, for a head with these two outputs, whatever ``out_dim``.
-
-    Raises:
-        InputError: If a number is below 1, ``num_heads`` does not divide the width, or ``grid`` is not valid.
     """
 
     def __init__(
@@ -253,7 +250,7 @@ class GatedQFormerHead(RewardHead):
 
     def forward(self, features: Features) -> Tensor:
         """See :meth:`RewardHead.forward`; unbounded unless ``use_logistic``."""
-        return squeeze_single(self.pool(*self.tokens(features), features.text_mask))
+        return self.pool(*self.tokens(features), features.text_mask).squeeze(-1)
 
     def score_ensemble(self, levels: Sequence[Features]) -> Tensor:
         """Compute one score per image from several noise levels; see ``ensemble``.
@@ -267,7 +264,7 @@ class GatedQFormerHead(RewardHead):
         masks = [features.text_mask for features in levels if features.text_mask is not None]
         mask = torch.cat(masks, dim=1) if masks else None
         joined = None if text[0] is None else torch.cat(text, dim=1)
-        return squeeze_single(self.pool(torch.cat(visual, dim=1), joined, mask))
+        return self.pool(torch.cat(visual, dim=1), joined, mask).squeeze(-1)
 
 
 def resample_tokens(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) -> Tensor:

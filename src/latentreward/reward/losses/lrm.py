@@ -12,8 +12,7 @@ from torch import Tensor
 
 from latentreward.core.contracts import CrossScores, PairScores
 from latentreward.core.errors import InputError, check_choices, check_range
-from latentreward.reward.losses.base import PreferenceLoss, mean_over_outputs, per_row
-from latentreward.reward.losses.bradley_terry import bradley_terry_nll
+from latentreward.reward.losses.base import PreferenceLoss, bradley_terry_nll, mean_over_outputs, per_row
 
 Mode = Literal["pair", "batch", "both"]
 
@@ -74,9 +73,6 @@ class LRMLoss(PreferenceLoss):
         batch_coeff: Factor on the batch term in mode ``both``, at least 0.
         aux_loss_coeff: Factor on the loss of pairs whose two images are scored at different noise levels, at least 0.
             The factor is applied after the weights are normalised, so it does not change the weight of other pairs.
-
-    Raises:
-        InputError: If an argument is out of range.
 
     Note:
         The released code weights a pair by 1 / (number of rows of its prompt); here ``PairScores.weight`` does that.

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from latentreward.core.contracts import PairScores, PairTargets
 from latentreward.core.errors import InputError, check_range
-from latentreward.reward.losses.base import PreferenceLoss, mean_over_outputs
-from latentreward.reward.losses.bradley_terry import bradley_terry_nll
+from latentreward.reward.losses.base import PreferenceLoss, bradley_terry_nll, mean_over_outputs, per_row
 
 
 def gaussian_nll(score: Tensor, target: Tensor, std: Tensor | None = None) -> Tensor:
@@ -82,9 +82,6 @@ class LabelLoss(TargetLoss):
 
     Args:
         label_smoothing: e in [0, ½]; a label y counts as y(1 − e) + e/2.
-
-    Raises:
-        InputError: If ``label_smoothing`` is out of range.
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
@@ -128,9 +125,6 @@ class RankingDistillation(TargetLoss):
 
     Args:
         temperature: τ, positive, in units of the given scores; used if the teacher gives no uncertainties.
-
-    Raises:
-        InputError: If ``temperature`` is not positive and finite.
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
@@ -177,3 +171,53 @@ def masked_loss(loss: Callable[..., Tensor], score: Tensor, *given: Tensor | Non
 def mean_over_images(chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor]) -> Tensor:
     """Average the losses of a pair's two images, as :func:`masked_loss` gives them, over the known ones; 0 if none."""
     return (chosen[0] + rejected[0]) / (chosen[1].long() + rejected[1]).clamp_min(1)
+
+
+class TieLoss(TargetLoss):
+    r"""SoliReward's loss (arXiv:2512.22170): Bradley–Terry with a margin, and a term that pulls ties together.
+
+    .. math:: l = -(1-e)\log\sigma(d - m) - e\log\sigma(-d - m), \qquad
+        l_{\mathrm{tie}} = -\log\sigma(d - m) - \log\sigma(-d - m)
+
+    The loss of a tie is smallest at d = 0: 2·softplus(m). For a label y between ½ and 1 the weight of the first term is
+    y(1 − e) + (1 − y)e instead of 1 − e. The mean is over all pairs, winners and ties together.
+
+    Args:
+        margin: Margin m, in reward units, at least 0; 3 in the released configs.
+        tie_weight: Factor on the loss of ties, at least 0.
+        label_smoothing: e, in [0, ½]; a label y of a single image counts as y(1 − e) + e/2.
+        label_weight: Factor on the binary cross-entropy of single images' labels (:class:`LabelLoss`), at least 0; the
+            data then need ``targets``.
+
+    Note:
+        The released code takes the first image as the better one, even if the given qualities say the reverse; here
+        the label decides. Ties of two bad images count as ties, as released.
+    """
+
+    def __init__(
+        self, margin: float = 3.0, tie_weight: float = 1.0, label_smoothing: float = 0.0, label_weight: float = 0.0
+    ) -> None:
+        super().__init__()
+        check_range("[0, inf)", margin=margin, tie_weight=tie_weight, label_weight=label_weight)
+        check_range("[0, 0.5]", "0 takes labels as given", label_smoothing=label_smoothing)
+        self.margin, self.tie_weight = margin, tie_weight
+        self.label_smoothing, self.label_weight = label_smoothing, label_weight
+
+    def check_targets(self, values: Tensor | None) -> None:
+        """See :meth:`TargetLoss.check_targets`; nothing is needed without ``label_weight``."""
+        if self.label_weight:
+            super().check_targets(values)
+            if values is not None:
+                check_labels(values[:, :, 0])
+
+    def per_pair(self, scores: PairScores) -> Tensor:
+        """See :meth:`PreferenceLoss.per_pair`; the formula is in the class docstring."""
+        margin = scores.margin.double()
+        label = per_row(scores.label.double(), margin)
+        first = self.label_smoothing + (1 - 2 * self.label_smoothing) * label
+        wins, loses = -logsigmoid(margin - self.margin), -logsigmoid(-margin - self.margin)
+        factor = torch.where(label == 0.5, 2 * self.tie_weight, 1.0)
+        loss = factor * (first * wins + (1 - first) * loses)
+        if self.label_weight:
+            loss = loss + self.label_weight * label_loss(scores, self.targets_of(scores), self.label_smoothing)
+        return mean_over_outputs(loss)

@@ -63,9 +63,6 @@ class PairCalibration(Metric):
     Args:
         bins: Number of bins, at least 1; each is closed below, the last one also above.
         kwargs: For ``torchmetrics.Metric``.
-
-    Raises:
-        InputError: If ``bins`` is below 1.
     """
 
     is_differentiable, higher_is_better, full_state_update = False, False, False

@@ -73,9 +73,6 @@ class ScoreCorrelation(Metric):
     Args:
         kind: ``pearson``, or ``spearman``, where equal scores get their mean rank.
         kwargs: For ``torchmetrics.Metric``.
-
-    Raises:
-        InputError: If ``kind`` is neither ``pearson`` nor ``spearman``.
     """
 
     is_differentiable, higher_is_better, full_state_update = False, None, False

@@ -1,4 +1,4 @@
-"""DiNa-LRM (arXiv:2602.11146): the reward module with DiNa-LRM's defaults."""
+"""DiNa-LRM (arXiv:2602.11146): the reward module with its defaults."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,15 +7,14 @@ from latentreward.core.contracts import FeatureSpec
 from latentreward.diffusion import DiffusionBackbone, LevelSampler, UniformSigma
 from latentreward.reward.heads.base import RewardHead
 from latentreward.reward.heads.gated_qformer import GatedQFormerHead
-from latentreward.reward.losses.base import PreferenceLoss
-from latentreward.reward.losses.thurstone import ThurstoneLoss
+from latentreward.reward.losses.base import PreferenceLoss, ThurstoneLoss
 from latentreward.reward.modules.reward import RewardModule
 
 
 class DiNaLRMModule(RewardModule):
     """Reward module with DiNa-LRM's training: a uniform noise level per pair, and the same noise for its images.
 
-    The step is :meth:`PairModule.training_step <latentreward.reward.modules.pairs.PairModule.training_step>`, and
+    The step is :meth:`PairModule.training_step <latentreward.reward.modules.reward.PairModule.training_step>`, and
     ``RewardModule.encode`` and ``score`` do its work. PairModule's defaults give both images of a pair one noise and
     one level. Evaluation also uses the head's ensemble over several noise levels.
 
@@ -24,7 +23,7 @@ class DiNaLRMModule(RewardModule):
         head: See :class:`RewardModule`.
         loss: None takes the paper's ``ThurstoneLoss()``.
         levels: Sampler of noise levels; None takes uniform noise levels.
-        eval_sigmas: See :class:`~latentreward.reward.modules.pairs.PairModule`.
+        eval_sigmas: See :class:`~latentreward.reward.modules.reward.PairModule`.
         ensemble_sigmas: See :class:`RewardModule`.
         options: See :class:`RewardModule`.
     """

@@ -1,4 +1,4 @@
-"""LRM (arXiv:2502.01051): the reward module with LRM's defaults."""
+"""LRM (arXiv:2502.01051): the reward module with its defaults."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,8 +20,8 @@ class LRMModule(RewardModule):
         head: See :class:`RewardModule`.
         loss: None takes ``LRMLoss(mode="pair")``.
         levels: Sampler of timesteps; None takes LRM's grid.
-        noise_per_image: See :class:`~latentreward.reward.modules.pairs.PairModule`.
-        eval_timesteps: See :class:`~latentreward.reward.modules.pairs.PairModule`.
+        noise_per_image: See :class:`~latentreward.reward.modules.reward.PairModule`.
+        eval_timesteps: See :class:`~latentreward.reward.modules.reward.PairModule`.
         options: See :class:`RewardModule`.
     """
 

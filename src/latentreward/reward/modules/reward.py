@@ -1,41 +1,441 @@
-"""Training of a latent reward model on preference pairs: its encoding and scoring; the step is in ``pairs.py``."""
+"""Training of a latent reward model on preference pairs: noise, network, head and loss of a step, top to bottom."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
-from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torch.utils.data import Subset
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, SaveConfigCallback
+from torch import Generator, Tensor, nn
+from torch.optim import AdamW
+from torchmetrics import Metric
 
-from latentreward.core.contracts import CrossScores, FeatureSpec, PairScores, PreferenceBatch
-from latentreward.core.errors import InputError, check_once, check_range
-from latentreward.core.storage.json_files import checked
-from latentreward.data.image_sizes import ImageSizes
-from latentreward.data.images import ExifOrientation
-from latentreward.diffusion import DiffusionBackbone, LevelSampler
+from latentreward.core.contracts import (
+    Conditioning,
+    CrossScores,
+    FeatureSpec,
+    PairScores,
+    PreferenceBatch,
+    TensorRecord,
+)
+from latentreward.core.errors import InputError, check_once, check_range, errors_at
+from latentreward.core.promises import check_takes, shown
+from latentreward.core.running import pair_generator, phase, run_seed
+from latentreward.diffusion import DiffusionBackbone, LevelSampler, NoiseProcess
+from latentreward.diffusion.backbones.base import LatentNetwork
 from latentreward.diffusion.backbones.loading import check_process
 from latentreward.reward.heads.base import EmbeddingHead, RewardHead
-from latentreward.reward.losses.base import PreferenceLoss, gather_with_grad
-from latentreward.reward.modules.based import unseen_settings
-from latentreward.reward.modules.pairs import EncodedPairs, PairDraws, PairModule, latents_of
+from latentreward.reward.losses.base import PreferenceLoss, gather_pair_scores, gather_with_grad, mean_over_outputs
+from latentreward.reward.metrics.calibration import PairCalibration
+from latentreward.reward.metrics.pairwise import Equal, MeanLoss, MeanMargin, PairwiseAccuracy
+from latentreward.reward.modules.pictures import TrainingPictures, record_building
 from latentreward.reward.modules.sharding import shard
-from latentreward.reward.scoring.layouts.config import sizes_of, sizes_record
-from latentreward.reward.scoring.layouts.recipe import SETTINGS, recipe_in_python
+from latentreward.reward.modules.training import FrozenBase, OptimizerSteps, single_optimizer, unseen_settings
+from latentreward.reward.scoring.layouts.recipe import recipe_in_python
 from latentreward.reward.scoring.reward_model import RewardModel
-from latentreward.reward.scoring.scoring_noise import timesteps_of
-
-logger = logging.getLogger(__name__)
-
-SIZE_SETTINGS = "data.size and data.resize, or the cache's images,"
-"""Names of the settings that decide the size of images, for messages."""
 
 if TYPE_CHECKING:
     from latentreward.diffusion.encoders.vae import LatentEncoder
+
+logger = logging.getLogger(__name__)
+
+
+Posterior = Literal["sample", "mode"]
+Side = Literal["chosen", "rejected"]
+
+
+class PairDraws:
+    """Random numbers for a batch of pairs that depend only on seed, epoch, purpose, pair and, if asked for, image.
+
+    Results therefore depend neither on the number of processes or workers nor on where a run was resumed.
+
+    Args:
+        batch: The pairs.
+        seed: Seed of the run.
+        epoch: Epoch number; validation uses 0.
+    """
+
+    def __init__(self, batch: PreferenceBatch, seed: int, epoch: int) -> None:
+        self.batch, self.seed, self.epoch = batch, seed, epoch
+
+    def _draw(self, purpose: str, per_image: bool, draw: Callable[[Generator], Tensor]) -> Tensor:
+        batch, drawn = self.batch, []
+        for keys in (batch.chosen_keys, batch.rejected_keys) if per_image else ([None] * len(batch),):
+            names = zip(batch.pair_ids, keys, strict=True)
+            generators = [pair_generator(self.seed, purpose, self.epoch, pair_id, key) for pair_id, key in names]
+            drawn.append(torch.stack([draw(generator) for generator in generators]))
+        return torch.cat([drawn[0], drawn[-1]])  # without ``per_image`` the one draw serves both sides
+
+    def normal(self, purpose: str, shape: Sequence[int], per_image: bool) -> Tensor:
+        """Draw standard normal numbers ``(2B, *shape)`` on the CPU, chosen images first.
+
+        Numbers for different purposes are independent. With ``per_image`` the two images of a pair get different ones.
+        """
+        return self._draw(purpose, per_image, lambda generator: torch.randn(*shape, generator=generator))
+
+    def timesteps(self, sampler: LevelSampler, process: NoiseProcess, per_image: bool) -> Tensor:
+        """Draw timesteps ``(2B,)`` on the CPU, chosen images first; ``per_image`` as in :meth:`normal`."""
+        return self._draw("timestep", per_image, lambda generator: sampler.draw(generator, process)).flatten()
+
+
+@phase("encode")
+def latents_of(
+    network: LatentNetwork,
+    batch: PreferenceBatch,
+    draws: PairDraws,
+    posterior: Posterior,
+    sides: Sequence[Side] = ("chosen", "rejected"),
+) -> Tensor:
+    """Return the latents of ``sides`` of a batch, one side after the other: ``(len(sides) · B, C, ...)`` float32.
+
+    The VAE of ``network`` encodes pixels, to a sample of its posterior or to the mode.
+
+    Raises:
+        InputError: If the batch holds latents of another space than the network's, or pixels without a VAE.
+    """
+    # In float32 before `cat`, which raises for float16 under bfloat16 autocast on a CPU.
+    images = torch.cat([getattr(batch, side).float() for side in sides])
+    kind = "backbone" if isinstance(network, DiffusionBackbone) else "policy"
+    if batch.latent_space is not None:
+        if batch.latent_space != network.latent_space:
+            raise InputError(
+                f"the data holds latents of the space [{batch.latent_space}], but the {kind} takes "
+                f"[{network.latent_space}]; encode the images with the {kind}'s own VAE"
+            )
+        return images
+    if network.vae is None:
+        raise InputError(f"the data holds pixels, but this {kind} has no VAE; load a full pipeline folder")
+    noise = None
+    if posterior == "sample":
+        both = draws.normal("posterior", network.vae.latent_shape(images), per_image=True)
+        chosen, rejected = both.chunk(2)
+        noise = torch.cat([{"chosen": chosen, "rejected": rejected}[side] for side in sides]).to(images.device)
+    return network.vae.encode(images, noise)
+
+
+class ScoredPairs(NamedTuple):
+    """Scores that a step of :class:`PairModule` returns for callbacks; N = pairs × noise levels, all detached.
+
+    Attributes:
+        pair_ids: N pair names.
+        chosen_keys: N keys of the chosen images.
+        rejected_keys: N keys of the rejected images.
+        timesteps: ``(N,)`` timestep of the chosen image.
+        chosen: ``(N,)`` or ``(N, out_dim)`` rewards.
+        rejected: Same shape.
+        label: ``(N,)`` probability that chosen wins.
+        weight: ``(N,)`` weights, not normalised.
+        chosen_sigmas: ``(N,)`` noise levels in [0, 1] of the chosen images.
+        rejected_sigmas: ``(N,)`` noise levels of the rejected images.
+    """
+
+    pair_ids: tuple[str, ...]
+    chosen_keys: tuple[str, ...]
+    rejected_keys: tuple[str, ...]
+    timesteps: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    label: Tensor
+    weight: Tensor
+    chosen_sigmas: Tensor
+    rejected_sigmas: Tensor
+
+
+@dataclass(frozen=True)
+class EncodedPairs(TensorRecord):
+    """Encoded batch: latents and noise ``(2B, C, ...)``, chosen first, and conditioning of 2B rows."""
+
+    latents: Tensor
+    noise: Tensor
+    conditioning: Conditioning
+    uncond: Conditioning | None
+
+
+class LevelMetrics(nn.Module):
+    """Accuracy, margin, calibration, copies of the user's metrics, and under ``with_loss`` the loss, for one level."""
+
+    def __init__(self, equal_scores: Equal, extra: Sequence[Metric], with_loss: bool = False) -> None:
+        super().__init__()
+        self.pair_metrics = nn.ModuleDict({"accuracy": PairwiseAccuracy(equal_scores), "margin": MeanMargin()})
+        for metric in extra:
+            name = type(metric).__name__
+            if name in self.pair_metrics:
+                raise InputError(f"metrics: {name} is given twice; derive a class of another name from it")
+            check_takes(f"metrics: {name}.update", metric.update, lambda chosen_rewards, rejected_rewards, label: None)
+            self.pair_metrics[name] = metric.clone()
+        self.calibration = PairCalibration()
+        self.loss = MeanLoss() if with_loss else None
+
+    def update(self, scores: PairScores, loss: PreferenceLoss) -> None:
+        """Add pairs of one noise level, without those of weight 0 (unlabelled, or in place of unusable rows).
+
+        ``loss`` predicts whether chosen wins.
+        """
+        counts = scores.weight > 0
+        for metric in self.pair_metrics.values():
+            metric.update(scores.chosen[counts], scores.rejected[counts], scores.label[counts])
+        self.calibration.update(loss.win_probability(scores)[counts], scores.label[counts])
+
+    def values(self) -> dict[str, Tensor]:
+        """Compute each metric by name, and reset all metrics."""
+        metrics = {**self.pair_metrics, "calibration": self.calibration}
+        metrics |= {} if self.loss is None else {"loss": self.loss}
+        values = {name: metric.compute() for name, metric in metrics.items()}
+        for name, metric in metrics.items():
+            metric.reset()
+            if not isinstance(values[name], Tensor) or values[name].numel() != 1:
+                raise InputError(
+                    f"{type(metric).__name__}.compute returned {shown(values[name])}; it must be a scalar tensor"
+                )
+        return values
+
+
+class PairModule(LightningModule):
+    """Base module that trains a scorer of noised images with a preference loss.
+
+    In training each pair gets a random noise level. Validation, test and prediction score each pair at every level of
+    ``eval_timesteps`` and ``eval_sigmas``, with the same noise in each epoch. Derived classes implement :meth:`encode`
+    and :meth:`score`.
+
+    Args:
+        process: Noise process of the latents.
+        base: Folder or hub id that the frozen weights come from.
+        loss: Preference loss.
+        levels: Sampler of a training pair's timestep.
+        noise_per_image: Whether the two images of a training pair get different noise (LRM) or the same (DiNa-LRM). In
+            evaluation the two always get the same noise, because candidates that a reward compares during sampling
+            share most of their noise.
+        timestep_per_image: Whether the two images of a training pair get different timesteps.
+        posterior: Whether the VAE's latents of pixels are a ``sample`` of its posterior, new for each image and epoch,
+            or the posterior's ``mode``.
+        eval_timesteps: Timesteps at which evaluation scores.
+        eval_sigmas: Noise levels at which evaluation scores; for each, the nearest level of the process is used.
+        equal_scores: Whether a pair with equal scores counts as ``wrong`` or as ``half`` right.
+        metrics: Further torchmetrics metrics, whose ``update`` takes chosen rewards, rejected rewards and labels; each
+            is logged like the built-in metrics, under its class name.
+        decay_vectors: Whether vectors and scalars (biases, norms, temperature) get weight decay too, as in the released
+            code of LRM and DiNa-LRM.
+        optimizer: Optimiser of the trainable parameters.
+        lr_scheduler: Learning rate schedule, stepped after each optimiser step; None keeps the rate constant.
+        seed: Seed of all random numbers; None takes the run's ``seed_everything``.
+
+    Attributes:
+        lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
+            finder sets this attribute.
+        cross_spans_ranks: Whether scores with ``with_cross`` span the batches of all ranks, or only this rank's.
+    """
+
+    cross_spans_ranks: bool = True
+
+    def __init__(
+        self,
+        process: NoiseProcess,
+        base: str,
+        loss: PreferenceLoss,
+        levels: LevelSampler,
+        noise_per_image: bool = False,
+        timestep_per_image: bool = False,
+        posterior: Posterior = "sample",
+        eval_timesteps: Sequence[float] = (),
+        eval_sigmas: Sequence[float] = (),
+        equal_scores: Equal = "wrong",
+        metrics: Sequence[Metric] = (),
+        decay_vectors: bool = False,
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.optimizer, self.lr_scheduler, self.seed = optimizer, lr_scheduler, run_seed(seed)
+        self.lr: float | None = None
+        self.configured_lr: float | None = None
+        self.frozen_base = FrozenBase(self, base, {})
+        self.loss, self.levels, self.decay_vectors = loss, levels, decay_vectors
+        self.noise_per_image, self.timestep_per_image, self.posterior = noise_per_image, timestep_per_image, posterior
+        self.noise_process = process
+        if not (eval_timesteps or eval_sigmas):
+            raise InputError("eval_timesteps and eval_sigmas are both empty; name at least one level to evaluate at")
+        check_once(eval_sigmas=eval_sigmas)
+        for sigma in eval_sigmas:
+            check_range("[0, 1]", eval_sigmas=sigma)
+        snapped = snap_timesteps(process, eval_timesteps)[:, None]
+        self.eval_levels = {f"t{t:g}": level for t, level in zip(eval_timesteps, snapped, strict=True)}
+        # Where the process has its tables, also if the module is built under another default device.
+        with torch.device("cpu"):
+            self.eval_levels |= {f"sigma{s:g}": process.timesteps_at(torch.tensor([float(s)])) for s in eval_sigmas}
+        self.metrics = nn.ModuleDict()
+        self._metric_settings = equal_scores, metrics
+        for name in (*self.eval_levels, "all"):
+            self._add_metrics(name)
+
+    def _add_metrics(self, name: str) -> None:
+        """Create the metrics of one more evaluation, logged under ``name``."""
+        # ModuleDict takes no dots in its keys, and levels such as sigma0.2 have one.
+        # In-batch negatives need a collective call, and in evaluation ranks may have different numbers of batches.
+        with_loss = name in self.eval_levels and not self.loss.needs_cross_scores
+        self.metrics[name.replace(".", "_")] = LevelMetrics(*self._metric_settings, with_loss)
+
+    @abstractmethod
+    def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
+        """Encode images and prompts on the module's device, and draw the noise with ``draws``.
+
+        Raises:
+            InputError: If the batch holds latents of another space.
+        """
+
+    @abstractmethod
+    def score(
+        self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor, with_cross: bool = False
+    ) -> PairScores:
+        """Score both images of each pair at ``timesteps`` ``(2B,)``.
+
+        ``with_cross`` adds the scores of every image with every prompt. Under several processes that is a collective
+        call, which only training can make: in evaluation, ranks may have different numbers of batches.
+        """
+
+    @property
+    def latent_decoder(self) -> "LatentEncoder | None":
+        """Return the VAE that decodes latents, for callbacks; None without a VAE."""
+        return None
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Build a module from ``kwargs`` and load a checkpoint's weights; only tensors and plain values are read."""
+        kwargs["_instantiator"] = None  # else Lightning takes the function that the checkpoint names
+        return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
+
+    def setup(self, stage: str) -> None:
+        """Check the trainer's precision, and share frozen weights; see :meth:`FrozenBase.prepare`."""
+        self.frozen_base.prepare(self)
+
+    def configure_optimizers(self) -> Any:
+        """Build one optimiser over the trainable parameters, and its schedule, stepped after each optimiser step."""
+        self.configured_lr = self.lr
+        return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, self.decay_vectors, self.lr)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callback that checks and logs optimiser steps."""
+        return [OptimizerSteps()]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save which base model the checkpoint's weights belong to, as far as frozen weights are left out."""
+        self.frozen_base.save(self, checkpoint, checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint belongs to this base, and fill in the weights that it leaves out."""
+        self.frozen_base.check(self, checkpoint)
+
+    def summed(self, rewards: Tensor) -> Tensor:
+        """Return one number per row: for a head with two outputs (two axes) their weighted sum, else the rewards."""
+        return rewards
+
+    def add_noise(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:
+        """Return noisy latents ``(2B, C, ...)`` at ``timesteps`` ``(2B,)``."""
+        return self.noise_process.add_noise(encoded.latents, encoded.noise, timesteps)
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+        """Return the ``loss`` of a batch at random noise levels, and as ``scored`` a :class:`ScoredPairs`.
+
+        Logged loss, accuracy and margin are those of the batches of all ranks, which the loss gathers anyway. They are
+        this rank's only if the loss has in-batch negatives and :attr:`cross_spans_ranks` is false.
+        """
+        draws = PairDraws(batch, self.seed, self.current_epoch)
+        encoded = self.encode(batch, draws, self.noise_per_image)
+        timesteps = draws.timesteps(self.levels, self.noise_process, self.timestep_per_image)
+        scores = self.score(batch, encoded, timesteps, with_cross=self.loss.needs_cross_scores)
+        # Weights are normalised over the batches of all ranks, as a single process with all pairs would.
+        of_all = gather_pair_scores(scores) if scores.cross is None or self.cross_spans_ranks else scores
+        loss = self.loss(of_all)
+        size, decided = len(of_all.label), (of_all.label != 0.5) & (of_all.weight > 0)
+        margin = mean_over_outputs(self.summed(of_all.margin.detach()))
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        # Dividing by a count on the device avoids a wait for the device; a batch of ties gives NaN.
+        self.log("train/accuracy", ((margin > 0) & decided).sum() / decided.sum(), prog_bar=True, batch_size=size)
+        self.log("train/margin", (margin * decided).sum() / decided.sum(), batch_size=size)
+        return {"loss": loss, "scored": scored_pairs(batch, timesteps, self._summed(scores))}
+
+    def _summed(self, scores: PairScores) -> PairScores:
+        return replace(scores, chosen=self.summed(scores.chosen), rejected=self.summed(scores.rejected))
+
+    def evaluation_step(self, batch: PreferenceBatch, stage: str | None = None) -> ScoredPairs:
+        """Score at every evaluation level; under a ``stage`` (``val``, ``test``) also update and log its metrics.
+
+        Random numbers are those of epoch 0, so that every evaluation uses the same noise.
+        """
+        encoded, levels = self.encode(batch, PairDraws(batch, self.seed, epoch=0)), []
+        for name, timestep in self.eval_levels.items():
+            timesteps = timestep.repeat(2 * len(batch))
+            scores = self.score(batch, encoded, timesteps)
+            summed = self._summed(scores)
+            levels.append(scored_pairs(batch, timesteps, summed))
+            if stage is None:
+                continue
+            self._update((name, "all"), summed)
+            if (mean_loss := getattr(self.metrics[name.replace(".", "_")], "loss", None)) is not None:
+                mean_loss.update(self.loss(scores), scores.weight)
+        if stage is not None:
+            self.evaluate_more(batch, encoded)
+        columns = zip(*levels, strict=True)
+        return ScoredPairs(*(torch.cat(c) if isinstance(c[0], Tensor) else sum(c, ()) for c in columns))
+
+    def _update(self, names: Sequence[str], scores: PairScores) -> None:
+        """Update the metrics of some evaluations with the pairs of one noise level."""
+        for name in names:
+            self.metrics[name.replace(".", "_")].update(scores, self.loss)
+
+    def evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
+        """Update the metrics of further evaluations; derived classes may override this method."""
+
+    def _log_metrics(self, stage: str) -> None:
+        for key, metrics in self.metrics.items():
+            suffix = "" if key == "all" else f"_{key.replace('_', '.')}"
+            for kind, value in metrics.values().items():
+                shown = kind == "accuracy" and key == "all"
+                self.log(f"{stage}/{kind}{suffix}", value, prog_bar=shown, sync_dist=True)
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
+        """Score at every evaluation level, and update the metrics."""
+        return self.evaluation_step(batch, "val")
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
+        """Score at every evaluation level, and update the metrics."""
+        return self.evaluation_step(batch, "test")
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
+        """Score at every evaluation level; pairs need no label."""
+        return self.evaluation_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/accuracy``, ``val/margin``, ``val/calibration`` and other metrics, over all levels and for each."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the test as in validation, under ``test/``."""
+        self._log_metrics("test")
+
+
+def snap_timesteps(process: NoiseProcess, eval_timesteps: Sequence[float]) -> Tensor:
+    """Return the timesteps of ``process`` nearest to ``eval_timesteps``.
+
+    Raises:
+        InputError: If one is out of range, or given twice.
+    """
+    check_once(eval_timesteps=eval_timesteps)
+    with torch.device("cpu"), errors_at(f"eval_timesteps={list(eval_timesteps)}: "):  # where the process has its tables
+        timesteps = torch.tensor([float(timestep) for timestep in eval_timesteps])
+        process.sigma(timesteps)
+        return process.snap(timesteps)
+
+
+def scored_pairs(batch: PreferenceBatch, timesteps: Tensor, scores: PairScores) -> ScoredPairs:
+    """Make the detached record of one level's scores, for callbacks; ``timesteps`` ``(2B,)``."""
+    names = batch.pair_ids, batch.chosen_keys, batch.rejected_keys
+    pairs = scores.label, scores.weight, scores.chosen_sigmas, scores.rejected_sigmas
+    return ScoredPairs(*names, timesteps[: len(batch)], scores.chosen.detach(), scores.rejected.detach(), *pairs)
 
 
 class RewardModule(PairModule):
@@ -47,10 +447,7 @@ class RewardModule(PairModule):
         loss: Preference loss.
         levels: Sampler of a training pair's timestep.
         ensemble_sigmas: Noise levels of an additional evaluation with the head's ensemble score; empty for none.
-        options: See :class:`~latentreward.reward.modules.pairs.PairModule`.
-
-    Raises:
-        InputError: If no evaluation level is given or one is out of range.
+        options: See :class:`~latentreward.reward.modules.reward.PairModule`.
     """
 
     def __init__(
@@ -70,7 +467,7 @@ class RewardModule(PairModule):
         self.cross_spans_ranks = isinstance(self.model.head, EmbeddingHead)  # others read image and prompt together
         built = {} if backbone.built_by is None else backbone.built_by.init_args
         self.frozen_base.settings = unseen_settings("backbone", built, backbone.text_encoder)
-        self._trained_sizes: ImageSizes | None = None
+        self.pictures = TrainingPictures()
         if backbone.feature_spec.output is not None and not self.model.head.reads_output:
             name = type(self.model.head).__name__
             raise InputError(f"backbone.output_map is true, but {name} does not read the output map; set it to false")
@@ -86,68 +483,14 @@ class RewardModule(PairModule):
         if ensemble_sigmas:
             self._add_metrics("ensemble")
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callbacks that check optimiser steps, and compare the data with those of the training."""
+        return [*super().configure_callbacks(), self.pictures]
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore how the training images were turned and resized, and whether they were edits."""
         super().on_load_checkpoint(checkpoint)
-        self.model.exif = checked(ExifOrientation, checkpoint.get("exif"), "exif")
-        self.model.edits = checked(bool | None, checkpoint.get("edits"), "edits")
-        self._trained_sizes = sizes_of(checkpoint.get("image_sizes"))
-        self.model.image_sizes = self._trained_sizes or self.model.image_sizes
-
-    def on_fit_start(self) -> None:
-        """Warn if scores are by default computed at noise levels that the training does not draw."""
-        process, generator = self.noise_process, torch.Generator().manual_seed(0)
-        # 64 draws from a generator of its own: the run's random numbers stay as they are.
-        drawn = process.sigma(torch.cat([self.levels.draw(generator, process) for _ in range(64)]))
-        scored = process.sigma(timesteps_of(self.model.noise, process))
-        if scored.min() < drawn.min() - 0.1 or scored.max() > drawn.max() + 0.1:
-            rank_zero_warn(
-                f"model.levels draws noise levels {drawn.min():.2g} to {drawn.max():.2g}, but scores are by default at "
-                f"{self.model.noise}; score with --noise.sigmas [{drawn.median():.2g}], or train at that level too"
-            )
-
-    def on_train_start(self) -> None:
-        """Record how the training data turn and resize images, and whether they edit; warn if a resumed run changes it.
-
-        A learning rate finder also sets the trainer's ``ckpt_path``, but goes back to step 0.
-        """
-        dataset = next(datasets_of(self.trainer.train_dataloader), None)
-        exif, sizes = getattr(dataset, "exif", None), getattr(dataset, "image_sizes", None)
-        sizes_record(sizes)  # raises if the rule cannot be saved
-        if self.trainer.global_step:
-            self._warn_if_other("resume", "exif", self.model.exif, exif, "the reader's exif")
-            self._compare_data("resume", self.trainer.train_dataloader)
-        self.model.exif = exif or self.model.exif
-        if (edits := edits_of(dataset)) is not None:
-            self.model.edits = edits
-        self._trained_sizes = sizes or self._trained_sizes
-        self.model.image_sizes = self._trained_sizes or self.model.image_sizes
-
-    def on_validation_start(self) -> None:
-        """Warn if a validation without training has images of other sizes than the training, or only one has edits."""
-        if self.trainer.state.fn == "validate":
-            self._compare_data("validate", self.trainer.val_dataloaders)
-
-    def on_test_start(self) -> None:
-        """Warn if the test data have images of other sizes than the training, or only one of them has edits."""
-        self._compare_data("test", self.trainer.test_dataloaders)
-
-    def on_predict_start(self) -> None:
-        """Warn if the data have images of other sizes than the training, or only one of them has edits."""
-        self._compare_data("predict", self.trainer.predict_dataloaders)
-
-    def _compare_data(self, command: str, loaders: Any) -> None:
-        for dataset in datasets_of(loaders):
-            sizes = getattr(dataset, "image_sizes", None)
-            self._warn_if_other(command, "image sizes", self._trained_sizes, sizes, SIZE_SETTINGS)
-            self._warn_if_other(command, "edits", self.model.edits, edits_of(dataset), "the reader's sources")
-
-    def _warn_if_other(self, command: str, name: str, trained: Any, now: Any, setting: str) -> None:
-        if None not in (trained, now) and trained != now and self.trainer.is_global_zero:
-            logger.warning(
-                f"{command}: the reward was trained with {name}: {trained}, the data now have {name}: {now}; set "
-                f"{setting} to keep to the training"
-            )
+        self.pictures.restore(self.model, checkpoint)
 
     def configure_model(self) -> None:
         """Shard weights over the ranks under Lightning's ``ModelParallelStrategy`` (FSDP2); see :mod:`.sharding`."""
@@ -157,17 +500,12 @@ class RewardModule(PairModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what is known of the training images and, if the run writes no config, how to build the model."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["exif"] = self.model.exif
-        checkpoint["edits"] = self.model.edits
-        checkpoint["image_sizes"] = sizes_record(self._trained_sizes)
-        built = {"backbone": self.model.backbone.built_by, "head": self.model.head.built_by}
-        saved = any(isinstance(callback, SaveConfigCallback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if not saved and None not in built.values():
-            training = {"module": f"{type(self).__module__}.{type(self).__qualname__}"}
-            checkpoint[SETTINGS] = {"training": training, **{part: asdict(made) for part, made in built.items()}}
+        self.pictures.record(self.model, checkpoint)
+        if not any(isinstance(callback, SaveConfigCallback) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            record_building(self, checkpoint)
 
     def summed(self, rewards: Tensor) -> Tensor:
-        return self.model.head.total(rewards)
+        return rewards if rewards.ndim == 1 else self.model.head.total(rewards)
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
         """See :meth:`PairModule.encode`; rows i and B + i of the result share a prompt and, by default, the noise."""
@@ -241,19 +579,3 @@ class RewardModule(PairModule):
         """See :meth:`PairModule.evaluate_more`; the ensemble over noise levels."""
         if len(self.ensemble_timesteps):
             self._update(["ensemble"], self._summed(self.score_ensemble(batch, encoded)))
-
-
-def datasets_of(loaders: Any) -> Iterator[Any]:
-    """Yield the data set of each loader that has one; a trainer holds one loader or a list."""
-    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-        dataset = getattr(loader, "dataset", None)
-        while isinstance(dataset, Subset):  # of random_split, in a script of one's own
-            dataset = dataset.dataset
-        if dataset is not None:
-            yield dataset
-
-
-def edits_of(dataset: Any) -> bool | None:
-    """Tell whether the images of a data set are edits of pictures; None if it does not know."""
-    taken = getattr(dataset, "taken", None)
-    return None if taken is None else taken[0] > 0

@@ -2,14 +2,16 @@
 
 Weights are gathered by groups. Groups are: each block of the network; each layer of the text encoder, and the rest of
 the text encoder; the VAE; and the remaining modules (embeddings, norms, head, temperature). When a reward is trained,
-the remaining modules are one group, whole for the length of a step. Frozen weights are sharded too. A group may hold
-frozen bfloat16 weights beside trainable float32 weights, because FSDP2 requires one dtype among trainable weights only.
+the remaining modules are one group, whole for the length of a step. In a policy each of them is a group of its own,
+because rollouts, callbacks and rewards that share the network call its parts at any time. Frozen weights are sharded
+too. A group may hold frozen bfloat16 weights beside trainable float32 weights, because FSDP2 requires one dtype among
+trainable weights only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Set
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from latentreward.core.errors import InputError
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.base import LatentNetwork
-from latentreward.diffusion.families.find import families
-from latentreward.reward.modules.based import refuse_quantized
+from latentreward.diffusion.families.base import families
+from latentreward.reward.modules.training import refuse_quantized
 
 if TYPE_CHECKING:
     from latentreward.diffusion.encoders.prompts import PromptEncoder
@@ -47,6 +49,46 @@ def shard(module: nn.Module, backbone: DiffusionBackbone, mesh: DeviceMesh) -> N
     fully_shard(module, mesh=mesh, reshard_after_forward=True)  # else whole between evaluation steps and in an EMA swap
     for step in STEPS:
         register_fsdp_forward_method(module, step)
+
+
+def shard_policy(policy: Any, mesh: DeviceMesh) -> None:
+    """Apply ``fully_shard`` to a policy, in place; a second call changes nothing.
+
+    Afterwards network, text encoder and VAE can be called separately; parts of the network can too, once the whole
+    network has been called. All ranks must hold the same weights and call each equally often.
+    """
+    if isinstance(policy.network, FSDPModule):
+        return
+    check_axes(policy)
+    blocks = [*policy.blocks()]
+    inside = {module for block in blocks for module in block.modules()}
+    rest = [part for part in called_parts(policy.network) if not inside.intersection(part.modules())]
+    for group in [*blocks, *rest]:
+        if any(True for _ in group.parameters()):
+            fully_shard(group, mesh=mesh)
+    fully_shard(policy.network, mesh=mesh, reshard_after_forward=True)
+    shard_encoders(policy.text_encoder, called_equally(policy), mesh)
+
+
+def called_parts(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the children of a network; of a list or dict of modules, which is not called itself, its members."""
+    for child in network.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from called_parts(child)
+        else:
+            yield child
+
+
+def shard_scorers(backbones: Iterable[DiffusionBackbone], own: Set[nn.Module], mesh: DeviceMesh) -> None:
+    """Shard the large modules of a policy's reward that are its ``own``: blocks of networks, and text encoders.
+
+    The reward's other modules are frozen, and stay whole on every rank.
+    """
+    for backbone in backbones:
+        for block in backbone.blocks():
+            if block in own:  # called by itself, it would stay whole without reshard_after_forward
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        shard_encoders(backbone.text_encoder if backbone.text_encoder in own else None, None, mesh)
 
 
 def called_equally(network: LatentNetwork) -> LatentEncoder | None:

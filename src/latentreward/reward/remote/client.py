@@ -34,8 +34,7 @@ from latentreward.core.errors import (
 )
 from latentreward.core.interrupts import stop_asked
 from latentreward.core.storage.digests import digest
-from latentreward.core.storage.json_files import checked, shown
-from latentreward.core.storage.texts import checked_token, token_of_file
+from latentreward.core.storage.json_files import checked, checked_token, shown, token_of_file
 from latentreward.reward.remote.schemas import (
     ANSWER,
     REMEDY,

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from latentreward.core.contracts import PathText
-from latentreward.core.devices import find_device
 from latentreward.core.errors import InputError, errors_at, first_line
+from latentreward.core.running import find_device
 from latentreward.core.storage.hub import is_hub_id, read_locally
 from latentreward.diffusion.backbones.loading import check_tokenizer, load_weights
 from latentreward.reward.scorers.base import ImageScorer

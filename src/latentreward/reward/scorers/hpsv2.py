@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from latentreward.core.contracts import PathText
-from latentreward.core.devices import find_device
 from latentreward.core.errors import InputError, first_line
+from latentreward.core.running import find_device
 from latentreward.core.storage.hub import hub_answers
 from latentreward.diffusion.backbones.loading import check_tokenizer
 from latentreward.reward.scorers.base import ImageScorer

@@ -16,8 +16,7 @@ from latentreward.core.contracts import ImageRef, PreferencePair, sources_of
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.core.storage.digests import digest
 from latentreward.data import ImageError, PairReader, count_text, decode_image
-from latentreward.data.ahead import map_ahead
-from latentreward.data.images import CLIP, MAX_PIXELS
+from latentreward.data.images import CLIP, MAX_PIXELS, map_ahead
 from latentreward.data.readers.base import spread
 from latentreward.data.score_table import oriented_gap
 from latentreward.reward.scorers.base import ImageScorer, Scorer, TableScorer, one_model

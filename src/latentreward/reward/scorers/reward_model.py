@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.core.contracts import PathText
-from latentreward.core.devices import find_device
+from latentreward.core.running import find_device
 from latentreward.reward.scorers.base import ImageScorer
 from latentreward.reward.scoring.layouts.find import ModelSource, find_reward
 

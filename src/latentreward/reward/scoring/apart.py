@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentreward.core.contracts import Conditioning, Features, map_tensors
-from latentreward.core.devices import evaluating
 from latentreward.core.errors import InputError
-from latentreward.core.programs import of_this_package
 from latentreward.core.promises import has_values, place_of
+from latentreward.core.registry import of_this_package
+from latentreward.core.running import evaluating
 from latentreward.diffusion import DiffusionBackbone, Family, NoiseProcess
 from latentreward.diffusion.backbones.base import rows_of
 from latentreward.reward.heads.base import RewardHead

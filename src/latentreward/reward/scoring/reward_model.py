@@ -12,22 +12,20 @@ import torch
 from torch import Tensor
 
 from latentreward.core.contracts import Conditioning, check_sources
-from latentreward.core.devices import find_device
 from latentreward.core.errors import InputError, check_at_least_one
+from latentreward.core.running import find_device
 from latentreward.reward.scoring.batched_scoring import (
-    PromptMemory,
-    prompt_of_each,
-    score_given_latents,
-    score_given_states,
-    score_images,
-)
-from latentreward.reward.scoring.images import (
     ImageInput,
     Images,
+    PromptMemory,
     as_images,
     check_floating,
     check_frames,
     doubts_of_pixels,
+    prompt_of_each,
+    score_given_latents,
+    score_given_states,
+    score_images,
 )
 from latentreward.reward.scoring.network import RewardNetwork
 from latentreward.reward.scoring.scoring_noise import ScoringNoise, check_noise
@@ -115,13 +113,13 @@ class RewardModel(RewardNetwork):
             card: See :meth:`save_pretrained`.
             base: See :meth:`save_pretrained`.
             options: ``private``, ``token``, ``revision`` and ``commit_message``: see
-                :func:`~latentreward.reward.scoring.hub.upload`.
+                :func:`~latentreward.reward.scoring.layouts.find.upload`.
 
         Raises:
             InputError: As :meth:`save_pretrained`, or if the hub does not answer or rejects the upload.
         """
-        from latentreward.reward.scoring.hub import upload
         from latentreward.reward.scoring.layouts.card import Card
+        from latentreward.reward.scoring.layouts.find import upload
 
         card = card or Card()
         with TemporaryDirectory() as place:
@@ -280,7 +278,7 @@ class RewardModel(RewardNetwork):
         Args:
             prompts: N prompts, or a single text for all; with ``conditioning`` they only name a state in messages.
             latents: ``(N, S, C, ...)`` scaled states of the model's own noise process; see
-                :func:`~latentreward.alignment.rewards.conversion.convert_states` for states of another.
+                :func:`~latentreward.alignment.rewards.latent.convert_states` for states of another.
             timesteps: ``(N, S)``, or ``(S,)`` for all trajectories, of the model's noise process; in flow matching
                 1000 times the noise level.
             conditioning: N encoded prompts, and the encoded empty prompt in one row (with None it is encoded here if

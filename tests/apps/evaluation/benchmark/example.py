@@ -26,14 +26,7 @@ def report(hostile: str = HOSTILE) -> BenchmarkReport:
     return BenchmarkReport(
         scorers={"dina": f"RewardModelScorer {hostile}", "pickscore": "PickScorer x", "clipscore": "CLIPScorer y"},
         protocols=[
-            result(
-                name,
-                0.75 - 0.1 * n,
-                **counts,
-                equal_scores=n,
-                excluded={"tie": n},
-                details=draws if n == 0 else {},
-            )
+            result(name, 0.75 - 0.1 * n, **counts, equal_scores=n, excluded={"tie": n}, details=draws if n == 0 else {})
             for n, name in enumerate(MODELS)
         ],
         differences=[{**both, "protocol": PROTOCOL, "second": "pickscore", "estimate": estimate(0.1)}],

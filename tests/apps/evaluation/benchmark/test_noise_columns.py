@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.apps.evaluation.benchmark.noise_columns import NoiseColumns
+from latentreward.apps.evaluation.benchmark.sections import NoiseColumns
 from latentreward.core.errors import InputError
 from latentreward.reward import RewardModelScorer, ScoringNoise
 from tests.alignment.rewards.stored import write_run

@@ -5,8 +5,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -18,11 +16,10 @@ from latentreward.apps.evaluation.benchmark.evaluate import LOOKED_INTO
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, judge
 from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
 from latentreward.core.errors import InputError
-from latentreward.data import JSONLPairReader
 from latentreward.reward import CallableScorer
 from latentreward.reward.scorers.pair_scoring import PairScoring
 from tests.formats.conftest import COMMITTED, encode
-from tests.formats.test_benchmark_metrics import luminance, results, scores
+from tests.formats.test_benchmark_metrics import results, scores
 
 FOLDERS = {
     "imagereward": sets.ImageRewardBenchmark,
@@ -165,22 +162,6 @@ def test_configs_name_benchmarks_by_class(own_pairs) -> None:
     assert [others.temperature(name) for name in ("pickscore", "my_run")] == [1.0, None]
 
 
-def test_wrong_settings_are_named() -> None:
-    with pytest.raises(InputError, match=r"temperatures\.clip=0 must be positive; null fits it"):
-        sets.PickAPicBenchmark("x", temperatures={"clip": 0})
-    with pytest.raises(InputError, match="splits: there is none"):
-        sets.GenAIBenchTigerBenchmark("x", [])
-
-
-def test_scores_of_other_pairs_are_refused(own_pairs) -> None:
-    benchmark = sets.PairsBenchmark(JSONLPairReader(str(own_pairs), on_error="skip"))
-    scoring = PairScoring(benchmark.readers()["train"], [CallableScorer(luminance, "x", uses_prompt=False)])
-    ((_, table),) = scoring.tables([range(3)])
-    assert len(benchmark.scored("train", table.slice(0, 2), "x").pair_ids) == 2
-    with pytest.raises(InputError, match="scores of pairs train belong to other pairs; score the split again"):
-        benchmark.scored("train", table.slice(1, 2), "x")
-
-
 def test_pairs_are_told_apart_by_what_is_published() -> None:
     hpdv3 = sets.HPDv3Benchmark(str(COMMITTED / "hpdv3"), "all")
     columns = hpdv3.pairs("all").columns
@@ -213,13 +194,3 @@ def test_bands_by_hand() -> None:
     assert columns["vote share"] == ("0.9 to 1", "0.8 to 0.9", None, None, None)
     assert columns["prompt length"][:3] == ("no words", "1 to 5 words", "6 to 15 words")
     assert set(columns) == {"vote share", "prompt length"}
-
-
-def test_the_remedy_for_unknown_columns_is_one_of_the_command_benchmark(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"caption": ["a cat"], "chosen": [b"x"]}), tmp_path / "train.parquet")
-    with pytest.raises(InputError) as error:
-        recognise_benchmark(str(tmp_path))
-    assert str(error.value).endswith(
-        "name those of a pair by --benchmarks+=PairsBenchmark --benchmarks.reader DatasetPairReader "
-        f"--benchmarks.reader.source {tmp_path} --benchmarks.reader.columns '{{prompt: COLUMN, ...}}'"
-    )

@@ -10,7 +10,7 @@ from PIL import Image
 from latentreward.apps.evaluation.policy.results import PolicyReport, ScoredPictures
 from latentreward.apps.evaluation.policy.sections import INTRODUCTION, sections, shown_rows, side_by_side
 from latentreward.apps.evaluation.policy.statistics import compare, policy_scores
-from latentreward.core.reports.report import write_report
+from latentreward.core.reports.page import write_report
 from latentreward.reward.scorers.tools import JudgedPicture
 from tests.accessibility import PHONE, faults
 

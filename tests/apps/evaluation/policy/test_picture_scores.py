@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from latentreward.apps.evaluation.policy.picture_scores import PictureScoring
-from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.core.shared_work import SharedWork
 from latentreward.reward.scorers.tools import JudgedPicture
 from tests.apps.evaluation.policy.toy_scorers import Channels
 

@@ -9,12 +9,16 @@ import numpy as np
 import torch
 
 from latentreward.apps.evaluation.benchmark.base import SUBGROUP_COLUMNS, Evaluation
-from latentreward.apps.evaluation.benchmark.disagreements import most_disputed
-from latentreward.apps.evaluation.benchmark.noise_columns import NoiseColumns
 from latentreward.apps.evaluation.benchmark.pair_scores import TIMESTEPS, BenchmarkScores, data_counts
 from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
-from latentreward.apps.evaluation.benchmark.published_numbers import AVERAGE, FOUR_BENCHMARKS, published_for
-from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs, BenchmarkReport
+from latentreward.apps.evaluation.benchmark.results import (
+    AVERAGE,
+    FOUR_BENCHMARKS,
+    BenchmarkPairs,
+    BenchmarkReport,
+    published_for,
+)
+from latentreward.apps.evaluation.benchmark.sections import NoiseColumns, most_disputed
 from latentreward.core import bootstrap
 from latentreward.core.errors import InputError
 from latentreward.core.reports.tables import Row

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentreward.apps.evaluation.benchmark.base import Benchmark, Evaluation
-from latentreward.apps.evaluation.benchmark.noise_columns import NoiseColumns
 from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
 from latentreward.apps.evaluation.benchmark.results import BenchmarkPairs
-from latentreward.core.storage.part_tables import PartFiles
+from latentreward.apps.evaluation.benchmark.sections import NoiseColumns
 from latentreward.core.storage.progress import Progress
+from latentreward.core.storage.run_folder import PartFiles
 from latentreward.data import PairReader
 from latentreward.reward import ImageScorer, Scorer
 from latentreward.reward.scorers.pair_scoring import PairScoring, require_images

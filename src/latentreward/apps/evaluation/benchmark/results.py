@@ -2,12 +2,38 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from latentreward.core.bootstrap import group_codes
 from latentreward.core.reports.tables import Row
+
+AVERAGE = "four_benchmarks"
+"""Key of the mean accuracy over :data:`FOUR_BENCHMARKS`, in the place of a protocol's key."""
+FOUR_BENCHMARKS = {
+    "imagereward test": "imagereward/micro",
+    "hpdv2 test": "hpdv2/micro",
+    "hpdv3 test": "hpdv3",
+    "genai_bench_tiger test": "genai_bench_tiger/no_tie",
+}
+"""Data set and split → key of the protocol whose accuracy is averaged."""
+PUBLISHED: tuple[Row, ...] = tuple(
+    {"protocol": protocol, "model": model, "value": round(cells[column] / 100, 6), "source": source}
+    for table in yaml.safe_load(Path(__file__).with_name("published_numbers.yaml").read_text(encoding="utf-8"))
+    for column, (protocol, source) in enumerate(table["columns"].items())
+    for model, cells in table["models"].items()
+    if cells[column] is not None
+)
+"""Rows with an accuracy ``value`` in [0, 1], the key of the ``protocol`` that it is comparable with, the name of the
+``model``, and the ``source``: publication, and who measured it."""
+
+
+def published_for(protocols: tuple[str, ...]) -> tuple[Row, ...]:
+    """Return the published numbers of the given protocols, in the order of the protocols."""
+    return tuple(number for key in protocols for number in PUBLISHED if number["protocol"] == key)
 
 
 @dataclass(frozen=True)
@@ -61,7 +87,7 @@ class BenchmarkReport:
     # protocol fits.
     protocols: list[Row] = field(default_factory=list)
     # Mean accuracy of a scorer over the benchmarks of
-    # :data:`~latentreward.apps.evaluation.benchmark.published_numbers.FOUR_BENCHMARKS`
+    # :data:`~latentreward.apps.evaluation.benchmark.results.FOUR_BENCHMARKS`
     averages: list[Row] = field(default_factory=list)
     # ``estimate`` of the first scorer minus that of the second, on the pairs that count for both, with the interval of
     # the paired difference
@@ -82,7 +108,7 @@ class BenchmarkReport:
     # followed by ``pearson``, ``spearman`` or ``pair``, as in ``agreement``.
     correlations: list[Row] = field(default_factory=list)
     # Accuracies published by others, rows of
-    # :data:`~latentreward.apps.evaluation.benchmark.published_numbers.PUBLISHED`
+    # :data:`~latentreward.apps.evaluation.benchmark.results.PUBLISHED`
     published: list[Row] = field(default_factory=list)
     # Data set and split → counts from :func:`~latentreward.apps.evaluation.benchmark.pair_scores.data_counts`
     data: dict[str, Any] = field(default_factory=dict)

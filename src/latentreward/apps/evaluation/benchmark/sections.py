@@ -1,18 +1,24 @@
 """Sections of the report: for each kind of result its heading, an explanation of the numbers, tables and figures."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 import yaml
+from PIL import Image
+from torch import Tensor
 
 from latentreward.apps.evaluation.benchmark import plots
-from latentreward.apps.evaluation.benchmark.disagreements import Pictures, disagreement_card, preferred
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS
-from latentreward.apps.evaluation.benchmark.published_numbers import AVERAGE
-from latentreward.apps.evaluation.benchmark.results import BenchmarkReport
+from latentreward.apps.evaluation.benchmark.results import AVERAGE, BenchmarkPairs, BenchmarkReport
+from latentreward.core.contracts import sources_of
+from latentreward.core.errors import InputError
+from latentreward.core.reports.drawing import picture_uri
 from latentreward.core.reports.tables import (
     NOTHING,
     Column,
@@ -26,6 +32,166 @@ from latentreward.core.reports.tables import (
     with_interval,
     without_unset,
 )
+from latentreward.data import ImageError, PairReader, decode_image
+from latentreward.reward import ImageScorer, RewardModelScorer, ScoringNoise
+
+
+class NoiseColumns(ImageScorer):
+    """Scorer with several columns: the latent reward's own score, that score with other noise, and one per noise level.
+
+    A model with two axes has a column for each of them too, with the noise of its own score. Images are encoded once
+    for all columns.
+
+    Args:
+        scorer: The latent reward.
+        levels: Noise levels in [0, 1]; each is scored with the seeds of the reward's own noise.
+        draws: Number of noise draws at the reward's own noise levels, at least 1; the first one gives its own score.
+    """
+
+    def __init__(self, scorer: RewardModelScorer, levels: Sequence[float], draws: int) -> None:
+        super().__init__(scorer.name, scorer.batch_size)
+        if len(set(levels)) < len(levels):
+            raise InputError(f"levels={list(levels)} holds a level twice; leave one")
+        self.scorer, self.levels, self.draws = scorer, tuple(levels), draws
+        for level in levels:
+            ScoringNoise(sigmas=(level,))
+        # Names of the scores with the second and further noise draws, and of those at the single noise levels.
+        self.draw_columns = tuple(f"{self.name} draw {draw}" for draw in range(1, draws))
+        self.level_columns = tuple(f"{self.name} sigma {level:g}" for level in levels)
+
+    @property
+    def axis_columns(self) -> dict[str, str]:
+        """Axis of the model → name of its scores; empty for a model with one score."""
+        return {axis: f"{self.name} {axis}" for axis in self.scorer.axes}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name of the reward's own score, then :attr:`draw_columns`, :attr:`level_columns`, :attr:`axis_columns`."""
+        return self.name, *self.draw_columns, *self.level_columns, *self.axis_columns.values()
+
+    def identity(self) -> str:
+        """Return the reward's identity with the number of draws and the noise levels."""
+        return f"{self.scorer.identity()}, {self.draws} draws, levels {list(self.levels)}"
+
+    def prepare(self) -> None:
+        self.scorer.prepare()
+
+    def timesteps(self) -> list[float]:
+        """Return the timestep of the model's noise process for each noise level."""
+        process = self.scorer.model.backbone.noise_process
+        return process.timesteps_at(torch.tensor(self.levels)).tolist()
+
+    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
+        """Score B images: ``(B, K)`` for K columns, or ``(B,)`` for one; see :meth:`ImageScorer.score`."""
+        own = self.scorer.noise or self.scorer.model.noise
+        step = max(own.seeds) - min(own.seeds) + 1  # so that no two draws share a seed
+        noises = [replace(own, seeds=tuple(seed + draw * step for seed in own.seeds)) for draw in range(self.draws)]
+        noises += [replace(own, sigmas=(level,), timesteps=()) for level in self.levels]
+        if self.axis_columns:
+            outputs = self.scorer.score_levels(prompts, images, noises, axes=True)
+            return torch.cat([self.scorer.model.head.total(outputs), outputs[:, 0]], dim=1)
+        scores = self.scorer.score_levels(prompts, images, noises)
+        return scores if len(self.columns) > 1 else scores[:, 0]
+
+
+LONGEST_PROMPT = 400
+"""Most characters of a prompt shown on the page."""
+Pictures = Mapping[tuple[str, int], Sequence[Image.Image | None]]
+"""(data set and split, row) → images a and b, and the pictures that they edit; None for one that cannot be read."""
+
+
+def most_disputed(scored: Sequence[BenchmarkPairs], count: int) -> list[Row]:
+    """Return the pairs on which two scorers disagree most; with one scorer, the pairs on which it errs most.
+
+    A gap g is the score of image a minus that of image b, in units of the scorer's root mean square gap. With several
+    scorers, pairs are ranked by min(max g, −min g) over the scorers, which is positive where two scorers prefer
+    different images. With one scorer, pairs are ranked by its gap in favour of the image that people did not prefer.
+    At most one pair of each prompt group is returned.
+    """
+    gaps, first = np.stack([pairs.gap for pairs in scored]), scored[0]
+    for number, own in enumerate(gaps):
+        finite = own[np.isfinite(own)]
+        typical = np.sqrt(np.mean(np.square(finite))) if len(finite) else 0.0
+        gaps[number] = own / typical if typical > 0 else own
+    if len(scored) == 1:
+        tells = -gaps[0] * np.sign(first.labels - 0.5)
+    else:
+        known = np.nan_to_num(gaps, nan=0.0)
+        tells = np.minimum(known.max(axis=0), -known.min(axis=0))
+    tells = np.nan_to_num(tells, nan=0.0)
+    rows: dict[str, Row] = {}
+    for row in np.argsort(-tells, kind="stable").tolist():
+        if len(rows) == count or tells[row] <= 0:
+            break
+        if first.groups[row] in rows:
+            continue
+        finite = [(pairs, gap) for pairs, gap in zip(scored, gaps[:, row].tolist(), strict=True) if np.isfinite(gap)]
+        rows[first.groups[row]] = {
+            "benchmark": first.benchmark,
+            "row": row,
+            "pair_id": first.pair_ids[row],
+            "prompt": first.prompts[row],
+            "label": None if np.isnan(first.labels[row]) else float(first.labels[row]),
+            "scores": {pairs.scorer: (float(pairs.first[row]), float(pairs.second[row])) for pairs, _ in finite},
+            "gaps": {pairs.scorer: gap for pairs, gap in finite},
+        }
+    return list(rows.values())
+
+
+def disagreement_pictures(telling: Iterable[Row], readers: Mapping[str, PairReader]) -> Pictures:
+    """Read the images of pairs, and those that they edit; ``readers`` are those of data sets and splits."""
+    pictures: dict[tuple[str, int], Sequence[Image.Image | None]] = {}
+    for row in telling:
+        reader = readers[row["benchmark"]]
+        pair, found = reader[row["row"]], list[Image.Image | None]()
+        for image in (pair.image_a, pair.image_b, *sources_of(pair.prompt)):
+            try:
+                found.append(decode_image(image, exif=reader.exif))
+            except ImageError:
+                found.append(None)
+        pictures[row["benchmark"], row["row"]] = found
+    return pictures
+
+
+def disagreement_card(pair: Row, pictures: Pictures) -> dict[str, Any]:
+    """Return the values of a pair's card: images, prompt, people's choice, and scores and gap of each model."""
+    label = 0.5 if pair["label"] is None else pair["label"]
+    left, right, *sources = pictures.get((pair["benchmark"], pair["row"]), (None, None))
+    prompt = pair["prompt"]
+    return {
+        "pair_id": pair["pair_id"],
+        "prompt": f"{prompt[:LONGEST_PROMPT]}…" if len(prompt) > LONGEST_PROMPT else prompt,
+        "people": preferred(pair["label"]),
+        "sources": [None if image is None else picture_uri(image) for image in sources],
+        "pictures": [
+            {
+                "uri": None if image is None else picture_uri(image),
+                "alt": f"{side} image of the pair, for the prompt below",
+                "chosen": (label - 0.5) * sign > 0,
+            }
+            for side, image, sign in (("Left", left, 1), ("Right", right, -1))
+        ],
+        "rows": [
+            {
+                "scorer": scorer,
+                "scores": [f"{score:.4g}" for score in pair["scores"][scorer]],
+                "gap": f"{gap:+.2f}",
+                "right": None if label == 0.5 else bool(gap * (label - 0.5) > 0),
+            }
+            for scorer, gap in pair["gaps"].items()
+        ],
+    }
+
+
+def preferred(label: float | None) -> str:
+    """Return in words which image people preferred; ``label`` is the probability of the left image."""
+    if label is None:
+        return "no label"
+    if label == 0.5:
+        return "tie"
+    side = "left" if label > 0.5 else "right"
+    return side if label in (0, 1) else f"{side} ({max(label, 1 - label):.0%})"
+
 
 LARGEST = 25
 """Most rows of a table of sub-groups."""

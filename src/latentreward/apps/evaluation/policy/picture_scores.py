@@ -12,7 +12,7 @@ from latentreward.apps.evaluation.policy.results import ScoredPictures
 from latentreward.core.contracts import ImageRef, sources_of
 from latentreward.core.errors import InputError, did_you_mean, first_line
 from latentreward.core.interrupts import interrupts_held
-from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.core.shared_work import SharedWork
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.durable import write_file
 from latentreward.core.storage.progress import Progress

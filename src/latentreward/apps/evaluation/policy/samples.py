@@ -17,7 +17,7 @@ from latentreward.apps.generation.image_folder import ImageFolder, Name, Row, de
 from latentreward.apps.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.core.contracts import PathText, PromptBatch
 from latentreward.core.errors import InputError
-from latentreward.core.ranks.shared_work import SharedWork
+from latentreward.core.shared_work import SharedWork
 from latentreward.data import count_text
 from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.reward.scorers.tools import JudgedPicture

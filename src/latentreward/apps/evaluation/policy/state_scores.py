@@ -22,8 +22,8 @@ from latentreward.apps.evaluation.policy.samples import JudgedPolicy, SamplingPl
 from latentreward.apps.generation.trained_policy import offload_text_encoders
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError, check_range
-from latentreward.core.ranks.shared_work import SharedWork, Task
 from latentreward.core.reports.tables import Row
+from latentreward.core.shared_work import SharedWork, Task
 from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.reward.metrics.rank_correlation import clustered_correlation
 

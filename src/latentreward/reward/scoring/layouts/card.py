@@ -16,7 +16,7 @@ from latentreward.core.errors import did_you_mean
 from latentreward.core.reports.tables import Table, markdown_table, plain
 from latentreward.core.storage.hub import is_hub_id
 from latentreward.reward.heads.base import AXES
-from latentreward.reward.scoring.layouts.config import FolderConfig
+from latentreward.reward.scoring.layouts.model_folder import FolderConfig
 
 LICENCE_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.+-]*")
 """Pattern of a licence that is treated as an identifier of the hub, not as a text."""

@@ -20,7 +20,7 @@ from latentreward.diffusion.backbones.loading import PipelineSource
 from latentreward.diffusion.backbones.sd_unet import unet_family
 from latentreward.reward.heads.clip_projection import CLIPProjectionHead
 from latentreward.reward.heads.gated_qformer import GatedQFormerHead, LogisticSquash
-from latentreward.reward.scoring.layouts.adapters import ADAPTER, adapter_settings, lora_layers, write_adapter
+from latentreward.reward.scoring.files import ADAPTER, adapter_settings, lora_layers, write_adapter
 from latentreward.reward.scoring.layouts.model_folder import adapters_of
 from latentreward.reward.scoring.layouts.papers import DINA_ADAPTER
 from latentreward.reward.scoring.layouts.recipe import ModelRecipe

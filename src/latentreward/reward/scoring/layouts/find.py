@@ -1,16 +1,22 @@
-"""Detection of a reward model's layout from a path: model folder, published layout of a paper, or training run."""
+"""A reward model's place: download, layout (model folder, published layout of a paper, training run), fingerprint."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from latentreward.core.checkpoints.shards import is_sharded, newest_first
 from latentreward.core.contracts import PathText
-from latentreward.core.errors import InputError, printable
-from latentreward.reward.scoring.hub import MARKS, downloaded
+from latentreward.core.errors import InputError, first_line, printable
+from latentreward.core.storage.hub import TIMEOUT, commit_on_hub, is_hub_id, model_info, not_found, silence, split_id
+from latentreward.reward.scoring.files import configs_beside
 from latentreward.reward.scoring.layouts.base import StoredReward
 from latentreward.reward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
 from latentreward.reward.scoring.layouts.papers import (
@@ -19,7 +25,109 @@ from latentreward.reward.scoring.layouts.papers import (
     PublishedLRM,
     PublishedSettings,
 )
-from latentreward.reward.scoring.layouts.run import TrainedReward
+
+MARKS = ("head.safetensors", "state_dict.pt", "checkpoint/rm_head.pt")
+"""Path of a file that identifies each layout: model folder, LRM, DiNa-LRM."""
+NEEDED = (".ckpt", ".metadata", "rm_head.pt")
+"""Ends of files of which a folder of no known layout needs one: checkpoint, index of shards, DiNa-LRM's head."""
+
+
+def downloaded(name: str, revision: str | None = None) -> Path:
+    """Download a reward model ``owner/name[/folder]`` at a branch, tag or commit, and return its local folder.
+
+    The local cache serves if the hub is offline.
+
+    Raises:
+        InputError: If ``name`` does not look like a hub id, or neither hub nor cache has the model.
+    """
+    if not is_hub_id(name := name.rstrip("/"), folders=True):
+        raise InputError(f"reward model {name!r} does not exist; give a model folder, a run, a checkpoint or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, folder = split_id(name)
+    at = "" if revision is None else f" at revision {revision!r}"
+    online = False
+    try:
+        info = model_info(repository, revision)
+        if online := info is not None:
+            check_folder(name, folder, [file.rfilename for file in info.siblings or ()])
+        root = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=f"{folder}/*" if folder else None,
+            etag_timeout=TIMEOUT,
+            local_files_only=not online,
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        answered = online or isinstance(error, HfHubHTTPError | HFValidationError)
+        reason = type(error).__name__ if answered else silence()
+        raise InputError(f"reward model {name!r}{at} {not_found(name, reason)}") from error
+    return Path(root) / folder
+
+
+def check_folder(name: str, folder: str, files: Iterable[str]) -> None:
+    """Raise InputError, before gigabytes are loaded, if ``folder`` of a repository is missing or holds no model."""
+    inside = [PurePosixPath(file) for file in files]
+    if folder and not any(path.is_relative_to(folder) for path in inside):
+        raise InputError(f"reward model {name!r}: the repository has no folder {folder!r}; {others(inside)}")
+    own = {str(path.relative_to(folder)) for path in inside if path.is_relative_to(folder)}
+    if not own.intersection(MARKS) and not any(path.endswith(NEEDED) for path in own):
+        raise InputError(f"reward model {name!r} does not point to a reward model; {others(inside)}")
+
+
+def models_in(files: Iterable[PurePosixPath]) -> list[str]:
+    """Return the folders of a repository that hold a model, from the paths of its files."""
+    return sorted({str(path).removesuffix(f"/{mark}") for path in files for mark in MARKS if path.match(f"?*/{mark}")})
+
+
+def others(files: Iterable[PurePosixPath]) -> str:
+    """Return the end of an error message: a list of the repository's folders that hold models."""
+    found = models_in(files)
+    return f"add one of its folders: {', '.join(found)}" if found else "check the name"
+
+
+def upload(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload reward model",
+) -> str:
+    """Upload a model folder to the hub as one commit, and return the commit's URL.
+
+    Args:
+        folder: Model folder.
+        repository: ``owner/name``; the repository is created if it does not exist.
+        private: Whether a new repository is private; None takes the owner's default.
+        token: Access token; None takes that of ``huggingface-cli login`` or ``HF_TOKEN``.
+        revision: Branch, created if it does not exist; None is the main branch.
+        commit_message: Message of the commit.
+
+    Raises:
+        InputError: If the hub does not answer or rejects the upload.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi(token=token, library_name="latentreward")
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message
+        )
+    except HFValidationError as error:
+        raise InputError(f"{repository!r} is not a hub id ({first_line(error)}); give owner/name") from error
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        raise InputError(f"{repository!r}: the hub refuses ({first_line(error)}); check name and token") from error
+    except Exception as error:  # without a network the error's type depends on the HTTP client of huggingface_hub
+        raise InputError(f"{repository!r}: the hub does not answer ({first_line(error)}); check the network") from error
+    return str(commit.commit_url)
+
 
 PREFERRED = (r"reward(-v\d+)?\.ckpt", r"last(-v\d+)?\.ckpt")
 """Names of checkpoints that are preferred over all others of a run, in this order; Lightning numbers a later run's."""
@@ -89,6 +197,8 @@ def find_reward(source: ModelSource, average: bool = True) -> StoredReward:
         return PretrainedReward(place, base, source.trust_remote_code)
     if config is not None and not Path(config).is_file():
         raise InputError(f"config={config!r} does not exist; give the config.yaml of the reward's run")
+    from latentreward.reward.scoring.layouts.run import TrainedReward
+
     settings = None if config is None else Path(config)
     return TrainedReward(checkpoint_of(place), settings, average, base, source.trust_remote_code)
 
@@ -134,3 +244,61 @@ def checkpoint_of(place: Path) -> Path:
         message = printable(f"{place} holds {len(found)} checkpoints: {names}")
         logging.getLogger(__name__).warning("%s; give a file's own path for another one", message)
     return taken
+
+
+WHOLE, BLOCKS, BLOCK = 1 << 24, 64, 1 << 16
+"""Size in bytes up to which files are hashed in full; number, and size in bytes, of blocks hashed of larger files."""
+
+
+def fingerprint(place: str | Path, revision: str | None = None) -> str:
+    """Return one line with the name of a file or folder and a hash of its contents, or a hub id and its commit.
+
+    Files that count: for a checkpoint or the folder of a run, the checkpoints and ``config*.yaml``, but not logs; for
+    any other folder, all files except hidden ones, pictures and ``README.md``. A file of up to ``WHOLE`` bytes, and any
+    table, is hashed in full; of a larger file the size and ``BLOCKS`` evenly spread blocks of ``BLOCK`` bytes. The
+    location does not count: a moved or copied folder has the same fingerprint. A base pipeline that a model names in
+    its own settings counts by its name only.
+
+    Other text is returned unchanged. The revision of a hub id is named if the commit is not known.
+    """
+    path = Path(place)
+    if not path.exists():
+        if not is_hub_id(str(place), folders=True):
+            return str(place)
+        return f"{place} at {commit_on_hub(str(place), revision) or revision or 'an unknown commit'}"
+    digest, root = hashlib.blake2b(digest_size=16), path if path.is_dir() else path.parent
+    for name, file in sorted((os.path.relpath(file, root), file) for file in files_of(path)):
+        size = file.stat().st_size
+        digest.update(f"{name if path.is_dir() or file != path else ''}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if size <= WHOLE or file.suffix in (".csv", ".json", ".jsonl", ".parquet", ".txt", ".yaml"):
+                while block := stream.read(WHOLE):
+                    digest.update(block)
+                continue
+            for start in np.linspace(0, size - BLOCK, BLOCKS).astype(np.int64).tolist():
+                stream.seek(start)
+                digest.update(stream.read(BLOCK))
+    return f"{path.absolute().name}, {digest.hexdigest()}"
+
+
+def files_of(place: Path) -> set[Path]:
+    """List the files at ``place`` that scores depend on; see :func:`fingerprint`."""
+    if place.suffix == ".ckpt" or is_sharded(place):
+        return {*_files(place), *configs_beside(place)}
+    if place.is_file():
+        return {place}
+    checkpoints = [*place.rglob("*.ckpt")]
+    is_model = any((place / name).exists() for name in ("model_index.json", "config.json", "head.safetensors"))
+    if checkpoints and not is_model and not published_layout(place):
+        return {file for path in checkpoints for file in (*_files(path), *configs_beside(path))}
+    return {
+        file
+        for file in _files(place)
+        if not any(part.startswith(".") for part in file.relative_to(place).parts)
+        and file.name != "README.md"
+        and file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp")
+    }
+
+
+def _files(place: Path) -> Iterable[Path]:
+    return [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]

@@ -22,8 +22,15 @@ from latentreward.diffusion.backbones.weights import load_weights, map_model, se
 from latentreward.reward.heads.base import RewardHead
 from latentreward.reward.heads.clip_projection import CLIPProjectionHead, MultiScale
 from latentreward.reward.heads.gated_qformer import GatedQFormerHead
-from latentreward.reward.scoring.files import existing_folder, load_exactly, not_dense, read_tensors
-from latentreward.reward.scoring.layouts.adapters import fill_adapter, inject_adapter, read_lora
+from latentreward.reward.scoring.files import (
+    existing_folder,
+    fill_adapter,
+    inject_adapter,
+    load_exactly,
+    not_dense,
+    read_lora,
+    read_tensors,
+)
 from latentreward.reward.scoring.layouts.base import Network, StoredReward
 from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe, build_errors, build_head, head_part
 
@@ -191,7 +198,7 @@ class PublishedLRM(PublishedLayout):
         """Load the prompt encoder: the checkpoint's, or that of the base if it was frozen in training."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        from latentreward.diffusion.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
+        from latentreward.diffusion.encoders.prompts import CLIPPromptEncoder, SDXLPromptEncoder
 
         parts = ("text_encoder", "text_encoder_2") if self._family == "SDXL" else ("text_encoder",)
         if not any((self.folder / part).exists() for part in parts):

@@ -1,32 +1,34 @@
 """Recipe of a reward model: classes and settings of backbone and head, from which the model is built again.
 
-Callers must check with :mod:`.trust` that a class is allowed before it is built here.
+Callers must check with :func:`check_class` that a class is allowed before it is built here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from latentreward.core.construction import Construction
 from latentreward.core.contracts import FeatureSpec
-from latentreward.core.errors import InputError, errors_at, first_line, where
-from latentreward.core.programs import find_modules_here, of_this_package
-from latentreward.core.registry import backbone_names
+from latentreward.core.errors import InputError, did_you_mean, errors_at, first_line, where
+from latentreward.core.public_names import public_names
+from latentreward.core.registry import Construction, backbone_names, find_modules_here, of_this_package
+from latentreward.core.settings.errors import leaves
 from latentreward.core.settings.functions import reworded
-from latentreward.core.settings.ranges import leaves
+from latentreward.core.settings.rewriting import show_secrets
 from latentreward.core.storage.json_files import check_arguments
 from latentreward.diffusion import DiffusionBackbone, LoRA, import_family, is_foreign
 from latentreward.diffusion.backbones.loading import SHIPPED
 from latentreward.reward.heads.base import RewardHead
-from latentreward.reward.scoring.layouts.trust import guarded_imports, registered_heads, registered_name
 
 ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "quantization")
 """Settings of this package's factories that do not change the features of a trained backbone."""
@@ -144,8 +146,8 @@ def head_part(head: RewardHead, init_args: Mapping[str, Any]) -> ModelPart:
     kind, settings = type(head), dict(init_args)
     if settings.pop("text_projection_source", None) is not None:  # it set the width and the initial weights
         settings["embed_dim"] = len(head.get_submodule("visual_projection").weight)
-    registered = registered_heads().get(kind.__name__) is kind
-    return ModelPart(kind.__name__ if registered else f"{kind.__module__}.{kind.__qualname__}", settings)
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    return ModelPart(kind.__name__ if head_paths().get(kind.__name__) == path else path, settings)
 
 
 def is_ours(backbone: ModelPart) -> bool:
@@ -203,11 +205,11 @@ def build_head(
     Nothing may be imported from ``folder``, the model's. ``stored`` are the weights that the head is going to load, by
     name, if there are any yet: a registered class then allocates no memory for a head that is far larger.
     """
-    kind = registered_heads().get(part.name)
+    path = head_paths().get(part.name)
     with errors_at("head: "):
-        if kind is None:
+        if path is None:
             return instantiated(Callable[[FeatureSpec], RewardHead], part, folder)(spec)
-        settings = {"spec": spec, **part.init_args}
+        kind, settings = imported(path), {"spec": spec, **part.init_args}
         if stored is not None:
             with torch.device("meta"):
                 numbers = sum(weight.numel() for weight in called(kind, settings).state_dict().values())
@@ -260,3 +262,101 @@ def imported(path: str) -> Any:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"class path {path!r} cannot be imported ({first_line(error)}){where(error)}") from error
+
+
+REMEDY = (
+    "if you trust its author, give --trust_remote_code=true (in a YAML trust_remote_code: true beside its path, "
+    "in Python trust_remote_code=True)"
+)
+MASK = "$\0{"  # replacement of ``${``, the start of an OmegaConf interpolation, in settings that must not be resolved
+
+
+def head_paths() -> dict[str, str]:
+    """Return the import path of each head class that ``latentreward.reward`` exports, by name; none is imported."""
+    found = {name: f"{module}.{name}" for name, module in public_names().items() if ".reward.heads." in f"{module}."}
+    return {name: path for name, path in found.items() if name.endswith("Head") and name != RewardHead.__name__}
+
+
+def known_names(kind: str) -> Mapping[str, str | Callable[..., Any]]:
+    """Return the registered backbones or heads by name: import paths, or factories of plug-ins."""
+    return backbone_names() if kind == "backbone" else head_paths()
+
+
+def registered_name(kind: str, class_path: str) -> str:
+    """Return the registered name for an import path of a registered class; any other path is returned unchanged."""
+    known = known_names(kind)
+    package, _, last = class_path.rpartition(".")
+    if package.startswith("latentreward.") and last in known:  # also by a path of an earlier version
+        return last
+    return {path: name for name, path in known.items() if isinstance(path, str)}.get(class_path, class_path)
+
+
+def check_class(kind: str, name: str, trusted: bool) -> None:
+    """Raise InputError if a class is neither registered nor, with ``trusted``, an import path; nothing is imported."""
+    known = known_names(kind)
+    if name in known:
+        return
+    if "." not in name:
+        raise InputError(f"{kind}: unknown class {name!r}{did_you_mean(name, known)}")
+    if not trusted:
+        raise InputError(f"{kind}: class {name!r} is not registered and would be imported; {REMEDY}")
+
+
+def check_family(settings: Mapping[str, Any], trusted: bool) -> None:
+    """Raise InputError if settings name a family outside this package without ``trusted``; nothing is imported."""
+    family = settings.get("family")
+    if not isinstance(family, str | None):
+        raise InputError(f"backbone: family={family!r:.80} is no import path; get the model again")
+    if not trusted and is_foreign(family):
+        raise InputError(f"backbone: family {family!r} is not of this package and would be imported; {REMEDY}")
+
+
+def masked(settings: Any) -> Any:
+    """Return a copy of settings in which OmegaConf finds no interpolation: each ``${`` is replaced by :data:`MASK`.
+
+    Resolvers could read environment variables of this machine, and nested references could grow exponentially.
+    """
+    if isinstance(settings, Mapping):
+        return {name: masked(value) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [masked(value) for value in settings]
+    return settings.replace("${", MASK) if isinstance(settings, str) else settings
+
+
+def check_masked(settings: Any) -> None:
+    """Raise InputError if settings contain an interpolation that :func:`masked` replaced."""
+    if isinstance(settings, Mapping | list):
+        for value in settings.values() if isinstance(settings, Mapping) else settings:
+            check_masked(value)
+    elif isinstance(settings, str) and MASK in settings:
+        shown = show_secrets(settings.replace(MASK, "${"))
+        raise InputError(f"{shown!r} would be resolved on this machine; {REMEDY}")
+
+
+class FolderGuard:
+    """Import hook that raises InputError for modules in the given folders and leaves all others to Python's finders."""
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self.folders = [folder.resolve() for folder in folders]
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        """Raise InputError if the module ``name`` would be imported from one of the folders."""
+        spec = PathFinder.find_spec(name, path, target)
+        folders = () if spec is None else spec.submodule_search_locations or ()
+        files = [spec and spec.origin, *(f"{folder}/*" for folder in folders)]
+        for place in (Path(file).parent.resolve() for file in files if file):  # resolve: the hub's cache holds links
+            if any(place.is_relative_to(folder) for folder in self.folders):
+                raise InputError(f"module {name!r} lies in {place}, beside a model that came from others; install it")
+
+
+@contextmanager
+def guarded_imports(folder: Path | None = None) -> Iterator[None]:
+    """Raise InputError for imports from ``folder`` or the hub's cache inside the block, wherever ``sys.path`` leads."""
+    from huggingface_hub import constants
+
+    guard = FolderGuard([Path(constants.HF_HUB_CACHE), *([] if folder is None else [folder])])
+    sys.meta_path.insert(0, guard)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(guard)

@@ -18,18 +18,17 @@ from latentreward.core.checkpoints.base_weights import BaseSample, problem_of_re
 from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, read_checkpoint
 from latentreward.core.errors import InputError, errors_at, first_line
 from latentreward.core.registry import backbone_names
-from latentreward.core.settings.rewriting import rewrite_settings
-from latentreward.core.settings.yaml_text import check_yaml
+from latentreward.core.settings.rewriting import check_yaml, rewrite_settings
 from latentreward.core.storage.json_files import checked
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.diffusion import DiffusionBackbone
-from latentreward.diffusion.backbones.stored_adapters import check_settings
+from latentreward.diffusion.backbones.tuning import check_settings
 from latentreward.diffusion.backbones.weights import assign, settling_later
 from latentreward.reward.heads.base import RewardHead
-from latentreward.reward.scoring.files import not_dense
+from latentreward.reward.scoring.files import not_dense, settings_beside
 from latentreward.reward.scoring.layouts.base import Network, StoredReward
-from latentreward.reward.scoring.layouts.config import sizes_of
+from latentreward.reward.scoring.layouts.model_folder import sizes_of
 from latentreward.reward.scoring.layouts.recipe import (
     ONLY_IN_TRAINING,
     SETTINGS,
@@ -38,11 +37,15 @@ from latentreward.reward.scoring.layouts.recipe import (
     backbone_part,
     build_backbone,
     build_head,
+    check_class,
+    check_family,
+    check_masked,
     head_part,
     is_ours,
+    masked,
     own_parts,
+    registered_name,
 )
-from latentreward.reward.scoring.layouts.trust import check_class, check_family, check_masked, masked, registered_name
 from latentreward.reward.scoring.network import RewardNetwork
 
 PARTS = ("backbone", "head")  # names of the settings of a run that describe the reward model
@@ -68,7 +71,7 @@ class TrainedReward(StoredReward):
     read that the checkpoint of a Python script without ``latentreward fit`` contains. ``average`` takes the weights
     that the callback ``TrainableEMA`` averaged, if the checkpoint has them. ``base`` is loaded in place of the pipeline
     that the settings name. ``trusted`` settings may name classes that are not registered, and contain ``${...}`` for
-    OmegaConf to resolve; see :mod:`.trust`.
+    OmegaConf to resolve; see :mod:`.recipe`.
 
     Raises:
         InputError: If no settings are found, they do not describe a reward, or they need ``trusted``.
@@ -235,23 +238,6 @@ class TrainedReward(StoredReward):
         values |= {name: sample(tensor) for name, tensor in state.items() if tensor.is_floating_point()}
         inside = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
         return dict(without_adapters(inside.items()))
-
-
-def configs_beside(checkpoint: Path) -> list[Path]:
-    """Return the ``config*.yaml`` in the folder of ``checkpoint``, oldest first, or else those one folder up."""
-    folders = checkpoint.absolute().parents[:2]
-    found = next(filter(None, ([*folder.glob("config*.yaml")] for folder in folders)), [])
-    return sorted(found, key=lambda path: path.stat().st_mtime)
-
-
-def settings_beside(checkpoint: Path) -> Path | None:
-    """Return the ``config*.yaml`` of the run that wrote ``checkpoint``, from :func:`configs_beside`, or None.
-
-    If several runs wrote into one folder, the last file that is not newer than the checkpoint is returned.
-    """
-    found = configs_beside(checkpoint)
-    earlier = [path for path in found if path.stat().st_mtime <= checkpoint.stat().st_mtime]
-    return next(iter([*earlier[-1:], *found]), None)
 
 
 def noted_settings(checkpoint: Path) -> dict[str, Any]:

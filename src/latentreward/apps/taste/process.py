@@ -1,0 +1,50 @@
+"""Process of one step: runs the command line, or a module, and records time, memory and imported source files.
+
+``python -m latentreward.apps.taste.process RECORD MODULE ARGUMENT...``; an empty MODULE stands for the command line
+of ``latentreward``. The record is written only if the command succeeds.
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+from threading import Thread
+
+OURS = ("latentreward", "tools")
+"""Packages whose modules are recorded; ``tools`` is in a clone alone."""
+
+
+def main() -> None:
+    """Run the process."""
+    record, module, *arguments = sys.argv[1:]
+    began = time.monotonic()
+    Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    sys.argv = [module or "latentreward", *arguments]
+    try:
+        runpy.run_module(module or "latentreward", run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        if error.code:
+            raise
+    times = os.times()
+    told = {"cpu_seconds": round(times.user + times.system + times.children_user + times.children_system, 1)}
+    torch = sys.modules.get("torch")  # the peak of the first GPU counts; 0 if the process used none
+    on_gpu = torch is not None and torch.cuda.is_initialized()
+    told |= {"gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0}
+    told |= {"seconds": round(time.monotonic() - began, 1)}
+    loaded = {name for name, one in sys.modules.items() if (getattr(one, "__file__", None) or "").endswith(".py")}
+    ours = {name for name in loaded | {module} if name.partition(".")[0] in OURS}  # `module` was named __main__
+    Path(record).write_text(json.dumps({**told, "modules": sorted(ours)}))
+
+
+def end_with(parent: int) -> None:
+    """Send this process SIGTERM once ``parent`` was killed: the next command would run the same step beside it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

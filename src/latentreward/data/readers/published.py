@@ -1,0 +1,604 @@
+"""Readers of published sets of pairs and ranked images: each is a small function from a row to its pairs."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentreward.core.contracts import ImageRef, PathText
+from latentreward.core.errors import InputError
+from latentreward.core.storage.hub import is_hub_id
+from latentreward.core.storage.user_files import find_files, whole_file
+from latentreward.data.images import NO_IMAGE
+from latentreward.data.readers.json_rows import parse_json, parse_number, parse_rows, parse_text, short
+from latentreward.data.readers.pair_rows import (
+    NO_OBJECT,
+    BadRow,
+    Pair,
+    PairRowParser,
+    Row,
+    choice,
+    parse_ranks,
+    ranked_pairs,
+)
+from latentreward.data.readers.parquet_store import ParquetPart, damage_named
+from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.tables import (
+    Source,
+    fetch_files,
+    open_table,
+    read_list,
+    source_name,
+    table_rows,
+    warn_row_groups,
+)
+from latentreward.data.readers.tars import ImageArchives
+
+TEXT, LONG = pa.string(), pa.large_string()
+PICKAPIC: dict[str, pa.DataType | None] = {
+    "caption": LONG,
+    "has_label": pa.bool_(),
+    **dict.fromkeys(("label_0", "label_1"), pa.float64()),
+    **dict.fromkeys(("image_0_uid", "image_1_uid"), TEXT),
+    "num_example_per_prompt": pa.int64(),
+    "are_different": pa.bool_(),
+    **dict.fromkeys(("model_0", "model_1"), TEXT),
+}
+GENAI: dict[str, pa.DataType | None] = {"prompt": LONG, "left_model": TEXT, "right_model": TEXT, "vote_type": TEXT}
+VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
+HINT = "give the published files, or read your own by DatasetPairReader"
+WITHOUT_IMAGES = (
+    "this is the copy without images: take the copy with images, or set images to none for prompts and labels"
+)
+RATED, OLDER_FILE = "_HumanRating", "GenAI-Bench.parquet"
+LOWEST, HIGHEST = 1, 5
+SKILLS = ("basic", "advanced")
+PARTS = {"train": 32, "validation": 2, "test": 2}
+"""Number of zip files of each published split of ImageRewardDB."""
+HPDV3 = {
+    "prompt": "prompt",
+    "chosen": "path1",
+    "rejected": "path2",
+    "model_a": "model1",
+    "model_b": "model2",
+    "votes": "choice_dist",
+    "confidence": "confidence",
+    "source_images": "source_images",
+}
+
+
+class PickAPicReader(RowReader):
+    """Reader of one split of Pick-a-Pic v1 or v2; image 0 is a, image 1 is b.
+
+    The label is ``label_0`` (1, 0, or ½ for a tie; ties are kept). A row is unlabelled if ``has_label`` is not true, a
+    label is null, or the two labels do not add up to 1, e.g. (1, 1). ``best_image_uid`` is not used, because its values
+    for ties and nulls are not documented. A row falls under ``on_error`` if it has a label that is NaN or outside
+    [0, 1], or a caption that is too long. Duplicate rows are kept.
+
+    Args:
+        source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`.
+        split: Name of the split, e.g. ``train``, ``validation_unique`` or ``test_unique``.
+        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
+        drop_identical: Leave out rows with two identical images (``are_different`` false, or equal uids); recommended
+            for training.
+        weight: Weight of a row in the loss. ``per_prompt`` is 1 / ``num_example_per_prompt`` (the number of rows with
+            the row's prompt), so that each prompt counts once, as in the training of PickScore and LRM; 1 if this
+            number is null or not positive. ``equal`` is 1 for every row.
+        memory_map: Copy the images once into the cache of ``datasets``, which takes as much disk space as the download.
+            Without it, a row in random order costs its row group, of hundreds of rows in the published files.
+        images: ``read``, which training needs, reads the images. ``none`` does not, for score tables, for
+            ``latentreward inspect``, and for the copy of the data set that is published without images.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Under ``skip`` and
+            ``placeholder`` a split with missing files is read without them.
+    """
+
+    exif = "ignore"
+
+    def __init__(
+        self,
+        source: Source,
+        split: str,
+        *,
+        revision: str | None = None,
+        drop_identical: bool = False,
+        weight: Literal["per_prompt", "equal"] = "per_prompt",
+        memory_map: bool = False,
+        images: Literal["read", "none"] = "read",
+        **options: Any,
+    ) -> None:
+        super().__init__("pickapic", split, randomise_sides=False, seed=0, **options)
+        self.holds = "images" if images == "read" else "nothing"
+        self._drop, self._weight, name = drop_identical, weight == "per_prompt", f"{source_name(source)} {split}"
+        columns = ("jpg_0", "jpg_1") if images == "read" else ()
+        table = open_table(self, source, split, revision)
+        rows = table_rows(self, table, PICKAPIC, columns, HINT, memory_map, WITHOUT_IMAGES)
+        if columns and not memory_map:
+            warn_row_groups(table, columns, name)
+        parser = PairRowParser(self, self._pairs, columns={"prompt": "caption"}, sources=None)
+        empty = f"split: {name} has no rows left; check the files and drop_identical"
+        self.fill(rows, name, empty, parser, label_0=pa.float64())
+
+    def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
+        uids = row["image_0_uid"], row["image_1_uid"]
+        if self._drop and (row["are_different"] is False or (uids[0] is not None and uids[0] == uids[1])):
+            self.skipped["identical images"] += 1
+            return []
+        examples = row["num_example_per_prompt"] if self._weight else None
+        pair = {"image_a": uids[0], "image_b": uids[1], "model_a": row["model_0"], "model_b": row["model_1"]}
+        pair |= {"label_0": row["label_0"], "weight": 1 / examples if examples and examples > 0 else None}
+        if not row["has_label"]:
+            self.remark(name, "unlabelled (has_label is not true)")
+            return [pair]
+        names = ("label_0", "label_1")
+        try:
+            return [{**pair, "label": choice(self, name, [row[one] for one in names], names)}]
+        except BadRow as error:
+            error.pairs = [pair]
+            raise
+
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
+        """Return both images of a row with their bytes, or their names alone."""
+        if self.holds == "images":
+            return super().find_images(row)
+        return [ImageRef(row["image_a"] or ""), ImageRef(row["image_b"] or "")]
+
+
+class GenAIBenchReader(RowReader):
+    """Reader of TIGER-Lab's GenAI-Bench, votes on pairs of generated images; the left image is a, the right one b.
+
+    A row is unlabelled if its ``vote_type`` is null or not a known vote. A row whose prompt is too long falls under
+    ``on_error``. An image is named by a hash of its bytes. Duplicate rows are kept.
+
+    Args:
+        source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`; the
+            files may lie in ``image_generation/``.
+        split: ``test`` or ``test_v1``.
+        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
+        both_bad: Label for the vote ``bothbad_vote``: ``tie`` gives ½, as for ``tievote``; ``unlabelled`` gives no
+            label. :meth:`facts` returns the votes themselves.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Under ``skip`` and
+            ``placeholder`` a split with missing files is read without them.
+    """
+
+    exif = "ignore"
+
+    def __init__(
+        self,
+        source: Source,
+        split: str = "test",
+        *,
+        revision: str | None = None,
+        both_bad: Literal["tie", "unlabelled"] = "tie",
+        **options: Any,
+    ) -> None:
+        super().__init__("genai_bench_tiger", split, randomise_sides=False, seed=0, **options)
+        table = open_table(self, source, split, revision, "image_generation")
+        rows = table_rows(self, table, GENAI, ("left_image", "right_image"), HINT)
+        votes = {kind: label for kind, label in VOTES.items() if both_bad == "tie" or kind != "bothbad_vote"}
+
+        def pairs(name: str, row: dict[str, Any]) -> list[Pair]:
+            if (vote := row["vote_type"]) not in votes:
+                self.remark(name, f"unlabelled (vote_type is none of {', '.join(votes)})")
+            models = {"model_a": row["left_model"], "model_b": row["right_model"]}
+            return [{**models, "label": votes.get(vote), "vote": vote}]
+
+        name = f"{source_name(source)} {split}"
+        parser = PairRowParser(self, pairs, sources=None)
+        self.fill(rows, name, f"split: {name} has no rows; check the files", parser, vote=TEXT)
+
+
+class GenAIBenchCMUReader(RowReader):
+    """Reader of CMU's GenAI-Bench: pairs of images of several models for a prompt, compared by mean human rating.
+
+    A row with n models (six as published) gives n (n − 1) / 2 pairs, in the order of the models' names, with the row's
+    ``Index`` as ``group_id``. Equal means are a tie (½) and are kept. Pairs of an image without ratings are unlabelled;
+    a null rating is left out of the mean. A row falls under ``on_error`` if a rating is not a number from 1 to 5 or its
+    prompt is too long. An image is named by a hash of its bytes. The older revision, with a text column
+    ``{model}_HumanRating`` for each model, can be read too.
+
+    Reading a row in random order decodes its whole row group, hundreds of MiB in the published file; reading rows in
+    order decodes each row group once.
+
+    Args:
+        source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`; also a
+            folder with ``GenAI-Bench.parquet``.
+        split: Name of the split; only ``train`` is published, although the data set is a benchmark.
+        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
+        memory_map: Copy the images once into the cache of ``datasets``, see ``DatasetPairReader``.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`. Under ``skip`` and ``placeholder`` a
+            split with missing files is read without them.
+    """
+
+    exif = "ignore"
+
+    def __init__(
+        self,
+        source: Source,
+        split: str = "train",
+        *,
+        revision: str | None = None,
+        memory_map: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__("genai_bench_cmu", split, **options)
+        if isinstance(source, str) and Path(source, OLDER_FILE).is_file():
+            source = str(Path(source, OLDER_FILE))
+        table = open_table(self, source, split, revision)
+        (place, schema), *_ = table.schemas()
+        self.models, columns = _cmu_columns(place, schema)
+        rows = table_rows(self, table, columns, self.models, HINT, memory_map)
+        prompt = "Prompt" if "Prompt" in columns else "prompt"
+        parser = PairRowParser(self, self._pairs, columns={"prompt": prompt}, sources=None)
+        name = f"{source_name(source)} {split}"
+        empty = f"split: {name} has no pairs left; check the files"
+        self.fill(rows, name, empty, parser, tags=pa.list_(TEXT))
+
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
+        """Return references to two images with their bytes from the table."""
+        table, _ = self.images_in  # type: ignore[misc]
+        return self.embedded_images(table.read(row["row"], [row["model_a"], row["model_b"]]))
+
+    def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
+        if "HumanRatings" in row:
+            row_id, found = row["Index"], row["HumanRatings"] or {}
+            ratings = [found.get(model) for model in self.models]
+        else:  # the older revision
+            row_id, ratings = row["id"], [row[model + RATED] for model in self.models]
+        # Either revision names the skills, of which an advanced one makes the prompt advanced.
+        skills = row.get("Tags") or {kind: row.get(f"{kind}_skills") for kind in SKILLS}
+        basic, advanced = (_texts(skills.get(kind)) for kind in SKILLS)
+        tags = [SKILLS[bool(advanced)], *basic, *advanced] if basic or advanced else []
+        group: Pair = {"group": name, "group_id": row_id, "tags": tags}
+        fields, images = [{"model": model} for model in self.models], [None] * len(self.models)
+        means, bad = list[float | None](), None
+        for model, rating in zip(self.models, ratings, strict=True):
+            try:
+                means.append(_mean(rating))
+            except ValueError:
+                bad = bad or f"ratings of {model} are {short(rating)}, not numbers from 1 to 5"
+        if bad is not None:
+            raise BadRow(bad, "rating not readable", ranked_pairs(name, images, images, fields, **group))
+        if missing := means.count(None):
+            self.remarks["image without ratings"] += missing
+        ranks = [None if mean is None else -mean for mean in means]
+        return ranked_pairs(name, images, ranks, fields, **group)
+
+
+def _cmu_columns(place: str, schema: pa.Schema) -> tuple[list[str], dict[str, pa.DataType | None]]:
+    """Return the sorted names of rated models, and the columns without images to read; for either revision."""
+    tags = {name: None for name in ("Tags", *(f"{kind}_skills" for kind in SKILLS)) if name in schema.names}
+    if "HumanRatings" in schema.names and pa.types.is_struct(kind := schema.field("HumanRatings").type):
+        models = sorted(kind.field(number).name for number in range(kind.num_fields))
+        return models, {"Index": TEXT, "Prompt": LONG, "HumanRatings": None, **tags}
+    models = sorted(name.removesuffix(RATED) for name in schema.names if name.endswith(RATED))
+    if not models:
+        raise InputError(f"{place}: no column HumanRatings; {HINT}")
+    return models, {"id": TEXT, "prompt": LONG, **{model + RATED: None for model in models}, **tags}
+
+
+def _texts(value: Any) -> list[str]:
+    """Convert a list of texts, or a text with a JSON list or words separated by commas, to a list of texts."""
+    if isinstance(value, str):
+        value = parse_json(value, [part.strip(" '\"[]") for part in value.split(",")])
+    return [item for item in value if isinstance(item, str) and item] if isinstance(value, list) else []
+
+
+def _mean(ratings: Any) -> float | None:
+    """Return the mean over raters, None without ratings; raise ValueError if one is not a number from 1 to 5."""
+    ratings = parse_json(ratings, ratings) if isinstance(ratings, str) else ratings
+    if ratings is None:
+        return None
+    if not isinstance(ratings, list):
+        raise ValueError(ratings)
+    numbers = [parse_number(rating) for rating in ratings if rating is not None]
+    if any(number is None or not LOWEST <= number <= HIGHEST for number in numbers):
+        raise ValueError(ratings)
+    return sum(numbers) / len(numbers) if numbers else None  # type: ignore[arg-type]
+
+
+class HPDv3Reader(RowReader):
+    """Reader of one JSON file of HPDv3, or of the pairs of HPDv3++.
+
+    ``path1`` is the preferred image, as published, even where the majority of votes contradicts it: the authors
+    weighted annotators by ability. Unreadable votes and confidences are read as not published. A row falls under
+    ``on_error`` if it is not a JSON object, its prompt is not text or too long, or an image has more than a billion
+    votes. Duplicate rows are kept.
+
+    HPDv3++ (``Junjun2333/HPDv3-PlusPlus``) has the same rows, with votes and confidence as texts or null, in subfolders
+    of ``root``: ``train/train_aes``, ``train/train_tf``, ``test/test_aes`` and ``test/test_tf`` compare aesthetics or
+    text following. Its ``rollout.json`` holds single images without labels and is not read.
+
+    Args:
+        root: Folder with the JSON files and ``images/``; images outside it are not opened.
+        split: Name of the JSON file without suffix: ``all``, ``train`` or ``test``; of HPDv3++ with its subfolder.
+        min_confidence: Leave out rows with a lower confidence than this, e.g. 0.95; rows without confidence are kept.
+        label: ``"hard"`` labels the image of ``path1`` with 1. ``"votes"`` uses its fraction of the votes as the label,
+            and 1 for a row without votes.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
+    """
+
+    exif = "ignore"
+
+    def __init__(
+        self,
+        root: PathText,
+        split: str,
+        *,
+        min_confidence: float | None = None,
+        label: Literal["hard", "votes"] = "hard",
+        **options: Any,
+    ) -> None:
+        super().__init__("hpdv3", split, **options)
+        self.folder = Path(root)
+        file = self.folder / f"{split}.json"
+        self.check_inside(root, file)
+
+        def pairs(name: str, row: dict[str, Any]) -> list[Pair]:
+            (pair,) = parser.own_pair(name, {column: row.get(column) for column in HPDV3.values()})
+            confidence, votes = pair.get("confidence"), (pair.get("votes_a", 0), pair.get("votes_b", 0))
+            if min_confidence is not None and confidence is not None and confidence < min_confidence:
+                self.skipped["confidence below the threshold"] += 1
+                return []
+            if label == "votes" and sum(votes):
+                pair["label"] = votes[0] / sum(votes)
+            return [pair]
+
+        parser = PairRowParser(self, pairs, columns=HPDV3, sources=("source_images",), check_image=self.check_path)
+        self.fill(
+            read_list(file), str(file), f"split: {file} has no rows left; check the file and min_confidence", parser
+        )
+
+
+def ranked_files(
+    reader: RowReader,
+    name: str,
+    row: Mapping[str, Any],
+    fields: tuple[str, str],
+    count: int | None = None,
+    **shared: Any,
+) -> tuple[list[str | None], Sequence[float | None]]:
+    """Return the paths and ranks in two ``fields`` of a row, ``count`` if given; raise BadRow for others."""
+    paths = row.get(fields[0])
+    if not isinstance(paths, list) or count not in (None, len(paths)):
+        nothing = [None] * (count or 0)
+        problem = f"{fields[0]} is {short(paths)}, not {'a list of' if count is None else count} paths"
+        raise BadRow(problem, f"{fields[0]} not readable", ranked_pairs(name, nothing, nothing, **shared))
+    for path in paths:
+        reader.check_path(name, fields[0], path)
+    images = [*map(parse_text, paths)]
+    try:
+        return images, parse_ranks(reader, name, fields[1], row.get(fields[1]), len(paths))
+    except BadRow as error:
+        error.pairs = ranked_pairs(name, images, [None] * len(images), **shared)
+        raise
+
+
+class HPDv2Reader(RowReader):
+    """Reader of one split of HPDv2; images a and b keep the order of the file, which does not reveal the winner.
+
+    ``train.json`` holds pairs, each with a choice such as (1, 0). ``test.json`` holds groups of images with a rank for
+    each image. A group of n images gives n (n − 1) / 2 pairs, in the order of its images and with one ``group_id``.
+    Equal ranks and the choice (½, ½) are ties and are kept. A pair is unlabelled if its choice is null or missing, or
+    is neither a preference nor a tie, e.g. (1, 1). If the file gives the annotators' own rankings, they become the
+    votes of a pair; annotators who rank both images equally are not counted. The label follows the published rank,
+    even where the majority of votes contradicts it.
+
+    A row falls under ``on_error`` as a whole if it is not an object, its prompt is not text or too long, its paths are
+    not a list (of two paths in training), or its choice or ranks are not numbers. Duplicate rows, and images of unlike
+    sizes, are kept.
+
+    Args:
+        root: Folder with ``{split}.json`` and, in ``{split}/``, the images of the unpacked ``{split}.tar.gz``; images
+            outside ``{split}/`` are not opened. Otherwise the id of a hub data set with those files.
+        split: ``train`` or ``test``.
+        images: Folder of the images if it is not ``{split}/``, e.g. for a split of your own made from ``train.json``.
+        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
+    """
+
+    exif = "ignore"
+
+    def __init__(
+        self, root: PathText, split: str, *, images: PathText | None = None, revision: str | None = None, **options: Any
+    ) -> None:
+        super().__init__("hpdv2", split, randomise_sides=False, seed=0, **options)
+        if Path(root).is_dir() or not is_hub_id(root):
+            file, folder = Path(root, f"{split}.json"), Path(root, split)
+            self.check_inside(root, file, folder)
+        else:
+            (file,) = fetch_files(root, [f"{split}.json"], revision)
+            (folder,) = fetch_files(root, [f"{split}.tar.gz"], revision, extract=True)
+            folder = folder / split if (folder / split).is_dir() else folder
+        self.folder, self.prefix = Path(images) if images else folder, f"{Path(images).name if images else split}/"
+        rows = [(f"{split}.json:{number}", number, row) for _, number, row in read_list(file)]
+        ranked = any("image_path" in row for _, _, row in rows if isinstance(row, dict))
+        parser = PairRowParser(self, self._ranked if ranked else self._compared, sources=())
+        self.fill(rows, str(file), f"split: {file} has no pairs left; give the published file", parser)
+
+    def _compared(self, name: str, row: dict[str, Any]) -> list[Pair]:
+        images, shares = ranked_files(self, name, row, ("file_path", "human_preference"), 2, pair_id=name, group=name)
+        label = shares[0]
+        if None not in shares and tuple(shares) not in {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}:
+            self.remark(name, "unlabelled (human_preference is neither a choice nor a tie)")
+            label = None
+        return [{"image_a": images[0], "image_b": images[1], "label": label, "group": name}]
+
+    def _ranked(self, name: str, row: dict[str, Any]) -> list[Pair]:
+        shared = {"group": name, "group_id": name}
+        images, ranks = ranked_files(self, name, row, ("image_path", "rank"), **shared)
+        pairs = ranked_pairs(name, images, ranks, **shared)
+        for pair, votes in zip(pairs, self._votes(name, row.get("raw_annotations"), len(images)), strict=False):
+            pair["votes_a"], pair["votes_b"] = votes
+        return pairs
+
+    def _votes(self, name: str, value: Any, count: int) -> list[tuple[int, int]]:
+        """Count the annotators who rank image a above b, and b above a, for each pair; empty without any."""
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        rankings = [item.get("rank") if isinstance(item, dict) else None for item in items]
+        sound = [ranks for ranks in rankings if isinstance(ranks, list) and len(ranks) == count]
+        numbers = [ranks for ranks in ([parse_number(rank) for rank in ranks] for ranks in sound) if None not in ranks]
+        if len(numbers) < len(rankings):
+            self.remark(name, "raw_annotations not readable")
+        if not numbers:
+            return []
+        first, second = np.triu_indices(count, 1)
+        ranks = np.array(numbers, dtype=np.float64)
+        above, below = ranks[:, first] < ranks[:, second], ranks[:, first] > ranks[:, second]
+        return list(zip(above.sum(axis=0).tolist(), below.sum(axis=0).tolist(), strict=True))
+
+
+class ImageRewardReader(RowReader):
+    """Reader of pairs from ImageReward's test set, with 4 to 9 ranked images for each prompt.
+
+    A row of the file gives all pairs of its images, with the row's ``id`` as ``group_id``. Equal ranks are a tie (½)
+    and are kept. Pairs of a row with a null or missing ranking are unlabelled. A row falls under ``on_error`` as a
+    whole if it is not an object, its prompt is not text or too long, its ``generations`` are not a list, or its
+    ``ranking`` is not one number for each of them.
+
+    Args:
+        root: Folder that holds ``test.json`` and ``test_images/``, directly or in ``data/`` as in the repository;
+            images outside ``test_images/`` are not opened.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
+    """
+
+    exif = "ignore"
+
+    def __init__(self, root: PathText, **options: Any) -> None:
+        super().__init__("imagereward", "test", **options)
+        inner = Path(root, "data")
+        file = (inner if (inner / "test.json").is_file() else Path(root)) / "test.json"
+        self.folder = file.parent / "test_images"
+        self.check_inside(root, file, self.folder)
+        parser = PairRowParser(self, self._pairs, sources=())
+        self.fill(read_list(file), str(file), f"root: {file} has no pairs left; give the published file", parser)
+
+    def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
+        shared = {"group": name, "group_id": name if row.get("id") is None else parse_text(str(row["id"]))}
+        images, ranks = ranked_files(self, name, row, ("generations", "ranking"), **shared)
+        return ranked_pairs(name, images, ranks, **shared)
+
+
+class ImageRewardDBReader(RowReader):
+    """Reader of one split of ImageRewardDB: all pairs of a prompt's images, compared by their ``rank``.
+
+    Rows come from ``metadata-{split}.parquet``; without this file, from the JSON file in each zip file ("part"). The
+    ``group_id`` is the ``prompt_id``. Images are read from the zip files when a row is accessed. A part that is
+    unpacked beside its zip file is read from the folder.
+
+    Equal ranks are a tie (½) and are kept. Pairs of a prompt whose ranks are all null are unlabelled. A path that is
+    missing, or that its part does not hold, counts as an unreadable image. A row falls under ``on_error`` if it is not
+    an object or has no ``prompt_id``. All images of a prompt fall under ``on_error`` together if the prompt is not text
+    or too long, or some of its ranks are not numbers.
+
+    Args:
+        source: Folder with ``images/{split}/{split}_{i}.zip``; otherwise the id of a hub data set with those files.
+        split: ``train``, ``validation`` or ``test``.
+        parts: Numbers of the parts to read, e.g. ``[1, 2]`` of train's 1 to 32 for a smaller training set. By default
+            all parts are read, and parts that the metadata name but the folder lacks fall under ``on_error``.
+        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
+    """
+
+    exif = "ignore"
+
+    def __init__(
+        self,
+        source: PathText,
+        split: str,
+        *,
+        parts: Sequence[int] | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__("imagerewarddb", split, **options)
+        places, metadata = _find_parts(source, split, parts, revision), Path(source, f"metadata-{split}.parquet")
+        if Path(source).is_dir():
+            self.check_inside(source, metadata, *places, *(place / f"{place.name}.json" for place in places))
+        self._archives = ImageArchives(places, self.allow_outside)
+        rows = self._read_metadata(metadata, parts) if metadata.is_file() else self._read_parts()
+        parser = PairRowParser(self, self._pairs, sources=None)
+        name = f"{source} {split}"
+        self.fill(self._groups(rows), name, f"split: {name} has no pairs left; check the files and parts", parser)
+
+    def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
+        """Return references to two images, with their bytes from a zip file or their paths in an unpacked folder."""
+        places = [(row[name] or "").partition("/") for name in ("image_a", "image_b")]
+        return [self._archives.image(part, file) if part else ImageRef("") for part, _, file in places]
+
+    def _read_parts(self) -> Iterator[tuple[str, str | None, Any]]:
+        for part in self._archives.parts:
+            for number, row in enumerate(parse_rows(*self._archives.read_rows(part))):
+                yield f"{part}.json:{number}", part, row
+
+    def _read_metadata(self, file: Path, parts: Sequence[int] | None) -> Iterator[tuple[str, str | None, Any]]:
+        """Yield (name for messages, part, row) of every row of the metadata that belongs to the parts to read."""
+        with damage_named(ParquetPart(file.name, file)):
+            table = pq.read_table(whole_file(file), page_checksum_verification=True)
+        columns = ["image_path", "prompt_id", "prompt", "rank"]
+        if missing := [name for name in columns if name not in table.column_names]:
+            raise InputError(f"{file}: no column {', '.join(missing)}; remove it to read the JSON files of the parts")
+        rows = table.select(columns).to_pylist()
+        # The part of a path is e.g. train_7 of images/train/train_7/x.webp.
+        paths = (row["image_path"] if isinstance(row["image_path"], str) else "" for row in rows)
+        found = (re.fullmatch(rf"{re.escape(self.split)}_\d+", PurePosixPath(path).parent.name) for path in paths)
+        named = [match and match[0] for match in found]
+        absent = {part for part in named if part is not None and part not in self._archives.parts}
+        if absent and parts is None:
+            first = ", ".join(sorted(absent)[:3])
+            problem = f"{self.split} lacks {len(absent)} of its parts ({first}); download them, or set parts"
+            self.refuse(str(file), problem, "part missing", len(absent))
+        for number, (part, row) in enumerate(zip(named, rows, strict=True)):
+            if part not in absent:
+                yield f"{file.name}:{number}", part, row
+
+    def _groups(self, rows: Iterator[tuple[str, str | None, Any]]) -> Iterator[Row]:
+        """Yield a row for each prompt, with the images and ranks of its rows."""
+        groups: dict[str, dict[str, Any]] = {}
+        for name, part, row in rows:
+            if not isinstance(row, dict) or row.get("prompt_id") is None:
+                told = "prompt_id is null or missing" if isinstance(row, dict) else f"{short(row)} is no JSON object"
+                self.refuse(name, told, "row without prompt_id" if isinstance(row, dict) else NO_OBJECT)
+                continue
+            image, path = None, row.get("image_path")
+            if part is not None and isinstance(path, str) and path:
+                image = f"{part}/{PurePosixPath(parse_text(path) or '').name}"  # parts have no subfolders
+            elif self.on_error == "raise":
+                self.refuse(name, f"image_path is {short(path)}, not a path to a part", NO_IMAGE)
+            prompt_id = parse_text(str(row["prompt_id"])) or ""
+            group = groups.setdefault(prompt_id, {"prompt": row.get("prompt"), "images": [], "ranks": []})
+            group["images"].append(image)
+            group["ranks"].append(row.get("rank"))
+        for number, (prompt_id, group) in enumerate(groups.items()):
+            yield prompt_id, number, group
+
+    def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
+        images, shared = row["images"], {"group": name, "group_id": name}
+        try:
+            ranks = parse_ranks(self, name, "rank", row["ranks"], len(images))
+        except BadRow as error:
+            error.pairs = ranked_pairs(name, images, [None] * len(images), **shared)
+            raise
+        return ranked_pairs(name, images, ranks, **shared)
+
+
+def _find_parts(source: PathText, split: str, parts: Sequence[int] | None, revision: str | None) -> list[Path]:
+    folder, named = Path(source, "images", split), re.escape(split)
+    if not Path(source).is_dir() and is_hub_id(source):
+        if split not in PARTS:
+            raise InputError(f"split: no {split!r} in {source}; choose from {', '.join(PARTS)}")
+        numbers = range(1, PARTS[split] + 1) if parts is None else parts
+        return fetch_files(str(source), [f"images/{split}/{split}_{number}.zip" for number in numbers], revision)
+    found: dict[int, Path] = {}
+    for path in reversed(find_files(folder, "*")):  # a folder comes after its zip file and replaces it
+        number = re.fullmatch(rf"{named}_(\d+)(\.zip)?", path.name)
+        if number and (path.is_dir() or number[2]):
+            found[int(number[1])] = path
+    if missing := [number for number in parts or () if number not in found]:
+        raise InputError(f"parts: no {split}_{missing[0]}.zip in {folder}; download it, or leave it out")
+    if not found:
+        raise InputError(f"split: no {split}_*.zip in {folder}; set source to the folder that holds images/{split}")
+    return [found[number] for number in sorted(parts or found)]
