@@ -37,7 +37,7 @@ from latentreward.core.contracts import Conditioning
 from latentreward.reward import RewardModel, ScoringNoise
 from tests.apps.serving.latent_requests import tensors_of
 from tests.apps.serving.mutated_bodies import FuzzedRoute, fuzz_route, routes
-from tests.apps.serving.processes import Answers, fuzz, in_one_session, load, server_process
+from tests.apps.serving.processes import Answers, in_one_session, load, server_process
 from tests.apps.serving.prompted_requests import body_of, latents_of
 
 SMALLEST = "toy_sd35"
@@ -167,24 +167,13 @@ def measure_load(count: int) -> list[str]:
         return ["load", *described(answers), str(server.stop())]
 
 
-def measure_fuzz(count: int) -> list[str]:
-    """Send ``count`` mutated requests to a server, and return the table row of ``fuzz``."""
-    accepted = Accepted.of(random_model(SMALLEST), ServiceSettings())
-    good = requests_of(accepted, 1, 8, 5)[0]
-    with server_process(command(SMALLEST, 1)) as server:
-        fuzz(server.address, good, accepted, count // 10, server.rss)
-        answers = fuzz(server.address, good, accepted, count, server.rss)
-        print("\n".join(answers.unexpected[:10]), end="", file=sys.stderr)
-        return ["fuzz", *described(answers), str(server.stop())]
-
-
 def measure_route(route: FuzzedRoute, count: int) -> list[str]:
     """Send ``count`` mutated bodies to a route, and return a table row of ``fuzz``."""
     with server_process(command(SMALLEST, 1)) as server:
         fuzz_route(server.address, route, count // 10)
         answers = fuzz_route(server.address, route, count, server.rss)
         print("\n".join(answers.unexpected[:10]), end="", file=sys.stderr)
-        kind = route.kind.partition(";")[0].rpartition("/")[2]
+        kind = route.headers["content-type"].partition(";")[0].rpartition("/")[2]
         return [f"fuzz {route.path}, {kind}", *described(answers), str(server.stop())]
 
 
@@ -227,11 +216,11 @@ def main() -> None:
         )
         columns = ("whole, s", "state by state, s", "ratio", "goal", "greatest difference of scores", "goal")
         table(title, columns, [trajectories(options)])
-    measures = [("load", measure_load, options.requests), ("fuzz", measure_fuzz, options.mutations)]
-    rows = [measure(count) for part, measure, count in measures if part in options.parts]
-    if "fuzz_routes" in options.parts:
-        accepted = Accepted.of(random_model(SMALLEST), ServiceSettings())
-        rows += [measure_route(route, options.mutations) for route in routes(accepted)]
+    rows = [measure_load(options.requests)] if "load" in options.parts else []
+    if {"fuzz", "fuzz_routes"} & {*options.parts}:
+        every = [*routes(Accepted.of(random_model(SMALLEST), ServiceSettings()))]
+        chosen = every[:1] * ("fuzz" in options.parts) + every[1:] * ("fuzz_routes" in options.parts)
+        rows += [measure_route(route, options.mutations) for route in chosen]
     if rows:
         columns = ("part", "statuses", "unexpected", "requests/s", "server's memory, MiB", "exit status")
         table(f"Requests to {SMALLEST}", columns, rows)

@@ -10,7 +10,7 @@ from tests.apps.serving.mutated_bodies import FuzzedRoute, fuzz_route, routes
 from tests.apps.serving.servers import serving, tiny_reward
 
 pytestmark = pytest.mark.slow
-NUMBER = 6
+NUMBER = 7
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def running() -> Iterator[tuple[str, ServedModel]]:
 
 
 def ask(address: str, route: FuzzedRoute) -> httpx.Response:
-    return httpx.post(f"{address}{route.path}", content=route.good, headers={"content-type": route.kind}, timeout=300)
+    return httpx.post(f"{address}{route.path}", content=route.good, headers=route.headers, timeout=300)
 
 
 @pytest.mark.parametrize("number", range(NUMBER))

@@ -147,6 +147,12 @@ def trickles(handler: Handler, _: bytes) -> None:
     drip(handler, b" ")
 
 
+def drips_headers(handler: Handler, _: bytes) -> None:
+    """An answer whose headers come one by one, without end."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    drip(handler, b"x: y\r\n")
+
+
 def drip(handler: Handler, part: bytes) -> None:
     """Send a part of an answer now and then, until the client leaves."""
     try:

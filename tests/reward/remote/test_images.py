@@ -67,18 +67,6 @@ def test_no_more_requests_at_a_time_than_set(parallel: int, least: float) -> Non
         assert max(running) == parallel
 
 
-def test_no_more_threads_than_requests_at_a_time() -> None:
-    """A rollout of many samples with small requests would else start a thread for each of them."""
-    with judging() as judge:
-        judge.delay_s = 0.3
-        source, before = images(judge.url, batch_size=1, parallel=2), {*threading.enumerate()}
-        pending = source.begin([str(number) for number in range(6)], IMAGES[:1] * 6)
-        started = {*threading.enumerate()} - before
-        assert [thread.name for thread in started].count("reward request") == 2
-        assert len(pending()) == 6
-        assert source.begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
-
-
 def test_scores_are_asked_for_before_they_are_waited_for() -> None:
     with judging() as judge:
         pending = images(judge.url, batch_size=8).begin(PROMPTS, IMAGES)

@@ -3,6 +3,9 @@
 import gzip
 import json
 import logging
+import os
+import socket
+import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -18,7 +21,7 @@ from latentreward.core.interrupts import stop_asked
 from latentreward.reward import PlainJSON, RemoteError, RemoteServer
 from latentreward.reward.remote import client as remote_server
 from latentreward.reward.remote.client import Connection, RemoteImages, seconds_of
-from tests.reward.remote.judges import Judge, breaks_off, hangs_up, judging, says, trickles
+from tests.reward.remote.judges import Judge, breaks_off, drips_headers, hangs_up, judging, says, trickles
 
 REQUEST = json.dumps({"prompts": [], "images": []}).encode()
 DEAD = "http://127.0.0.1:9"
@@ -39,7 +42,7 @@ def ask(judge: Judge, **settings: Any) -> Any:
 
 @pytest.mark.parametrize(
     "fault",
-    [says(503), says(429, {"error": "busy"}), says(500), says(504), hangs_up, breaks_off, trickles],
+    [says(503), says(429, {"error": "busy"}), says(500), says(504), hangs_up, breaks_off, trickles, drips_headers],
 )
 def test_a_failed_try_is_followed_by_another(fault, caplog: pytest.LogCaptureFixture) -> None:
     with judging(faults=[fault, fault]) as judge, caplog.at_level(logging.WARNING):
@@ -64,14 +67,60 @@ def test_the_end_of_an_outage_is_told_by_another_request_than_its_beginning(capl
     assert float(told.removesuffix(" seconds")) <= time.monotonic() - began + 0.5
 
 
-def test_a_server_that_answers_without_end_is_an_outage() -> None:
+@pytest.mark.parametrize("fault", [trickles, drips_headers])
+def test_a_server_that_answers_without_end_is_an_outage(fault) -> None:
     """Also on a connection that gave good answers before, as then no other is opened."""
-    with judging(faults=[None, None] + [trickles] * 50) as judge:
+    with judging(faults=[None, None] + [fault] * 50) as judge:
         connection = Connection(RemoteServer(judge.url, timeout_s=0.2, retry_s=0.3))
         for _ in range(2):
             assert connection.ask("POST", "/score", REQUEST) == {"scores": []}
+        began = time.monotonic()
         with pytest.raises(RemoteError, match=r"no scores after \d tries .* no answer within timeout_s=0.2 seconds"):
             connection.ask("POST", "/score", REQUEST)
+    assert time.monotonic() - began < 5
+
+
+def test_a_server_that_reads_slowly_is_an_outage() -> None:
+    """Each part that it reads would start httpx's own limit of time anew."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def read() -> None:
+            with server.accept()[0] as connection:
+                while connection.recv(2**17):
+                    time.sleep(0.1)
+
+        threading.Thread(target=read, daemon=True).start()
+        connection = Connection(RemoteServer(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.3, retry_s=0))
+        began = time.monotonic()
+        with pytest.raises(RemoteError, match=r"no answer within timeout_s=0\.3 seconds"):
+            connection.ask("POST", "/score", b" " * 2**25)  # takes it 25 seconds
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no 127.0.0.2, or a full queue refuses")
+@pytest.mark.parametrize("last", ["127.0.0.1", "127.0.0.2"])
+def test_the_addresses_of_a_host_share_the_time_of_a_try(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up, named = socket.getaddrinfo, {"judge": ["127.0.0.2", "127.0.0.2", last]}
+
+    def found(host: str | bytes, *given: Any, **options: Any) -> list[Any]:
+        return [one for address in named.get(os.fsdecode(host), [host]) for one in look_up(address, *given, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    with (
+        judging() as judge,
+        socket.create_server(("127.0.0.2", port := int(judge.url.rpartition(":")[2])), backlog=0) as full,
+        socket.create_connection(full.getsockname()),  # the queue is full: others wait for an answer
+    ):
+        connection, began = (
+            Connection(RemoteServer(f"http://judge:{port}", timeout_s=0.6, retry_s=0.0)),
+            time.monotonic(),
+        )
+        if last == "127.0.0.1":
+            assert connection.ask("POST", "/score", REQUEST) == {"scores": []}
+        else:
+            with pytest.raises(RemoteError, match=r"no answer within timeout_s=0\.6 seconds"):
+                connection.ask("POST", "/score", REQUEST)
+    assert time.monotonic() - began < 1.2
 
 
 def test_the_servers_own_pause_is_kept() -> None:

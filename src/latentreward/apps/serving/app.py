@@ -12,10 +12,11 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from functools import lru_cache
+from typing import Any
 
 import uvicorn
-from fastapi import APIRouter, FastAPI, Header, Request, Security
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -36,7 +37,7 @@ from latentreward.reward.remote.schemas import ImagesRequest
 CONNECTIONS = 512  # least limit on the number of connections; twice the queues if that is more
 IDLE_SECONDS = 10  # that a client may take to send the headers of a request, or leave a connection idle
 LOGGED_EVERY_S = 60.0  # seconds after which a refusal of the same path and status is printed again
-HeaderText = Annotated[str | None, Header()]
+VERSION, PROMPT = "x-drm-protocol-version", "x-prompt"  # headers of verl-omni's protocol, and one beside it
 OPEN_PATH = "/healthz"  # path that needs no token
 OF_REWARD = re.compile(r"^/rewards/[^/]+(?=/)")  # start of the path of a route of one reward
 
@@ -49,16 +50,19 @@ def reward_routes(service: ScoringService) -> APIRouter:
     async def model(request: Request) -> JSONResponse:
         return JSONResponse(service.model_of(request).describe())
 
-    @router.post("/v1/score", summary="verl-omni's latent-reward protocol, version 1", openapi_extra=binary)
-    async def score(
-        request: Request, x_drm_protocol_version: HeaderText = None, x_prompt: HeaderText = None
-    ) -> JSONResponse:
+    headers = [{"name": name, "in": "header", "schema": {"type": "string"}} for name in (VERSION, PROMPT)]
+
+    @router.post(
+        "/v1/score",
+        summary="verl-omni's latent-reward protocol, version 1",
+        openapi_extra={**binary, "parameters": headers},
+    )
+    async def score(request: Request) -> JSONResponse:
         # verl_omni/utils/reward_score/latent_http_scorer_client.py (Apache-2.0); it sends one row, and no x-prompt.
         model = service.model_of(request)
-        if x_drm_protocol_version != "1":
-            found = f"{x_drm_protocol_version!r:.20}"
-            raise RequestError(f"header x-drm-protocol-version is {found}; this server speaks version 1")
-        prompt = prompt_of(request.headers.getlist("x-prompt"))
+        if (version := request.headers.get(VERSION)) != "1":
+            raise RequestError(f"header {VERSION} is {version!r:.20}; this server speaks version 1")
+        prompt = prompt_of(request.headers.getlist(PROMPT))
         async with service.body(request, SAFETENSORS) as (body, _):
             rows = await asyncio.to_thread(bodies.parse_request, body, model.accepted, prompt, model.seeds)
             columns = model.columns(await model.score(request, rows))
@@ -149,9 +153,10 @@ def create_app(service: ScoringService) -> FastAPI:
             model.task and model.task.cancel()
         await asyncio.wait([model.task for model in service.models.values() if model.task])
 
-    secured = Security(HTTPBearer(auto_error=False))  # for the description; the middleware asks for the token
+    # For the description alone: the middleware asks for the token.
+    secured = [Security(HTTPBearer(auto_error=False))] if service.settings.token else []
     app = FastAPI(
-        title="latentreward serve", version=__version__, dependencies=[secured], lifespan=lifespan, redoc_url=None
+        title="latentreward serve", version=__version__, dependencies=secured, lifespan=lifespan, redoc_url=None
     )
     own = [import_class("dialects", path, Dialect) for path in service.settings.dialects]
     routers = [reward_routes(service), *(kind(service).router() for kind in (UniRL, FlowFactory, *own))]
@@ -244,6 +249,7 @@ class Gate:
         return None
 
 
+@lru_cache
 def names_this_machine(place: bytes) -> bool:
     """Tell whether a place, with or without a port, is ``localhost``, a loopback address, or this machine's own name.
 

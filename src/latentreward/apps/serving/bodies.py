@@ -23,7 +23,8 @@ from torch import Tensor
 from latentreward.apps.serving import ServiceSettings
 from latentreward.apps.serving.batching import RequestError, Row
 from latentreward.core.contracts import Conditioning, EditPrompt, ImageRef, sources_of, sources_wanted
-from latentreward.core.errors import InputError, check_multiples, one_line, quoted
+from latentreward.core.errors import InputError, check_multiples, first_line, one_line, quoted
+from latentreward.core.storage.json_files import parse
 from latentreward.data import ImageError, decode_image
 from latentreward.data.images import TOO_LARGE, ExifOrientation, decoding_bytes
 from latentreward.data.readers.json_rows import MOST_SOURCES
@@ -64,7 +65,7 @@ class Memory:
             RequestError: With status 415 for another type, 413 if the body is too long or needs more memory than there
                 is, 408 if it arrives too slowly, 503 if others hold the memory, 400 if the connection ends.
         """
-        mine, body = 0, bytearray()
+        mine, length, chunks = 0, 0, list[bytes]()
 
         def take(size: int) -> None:
             nonlocal mine
@@ -90,21 +91,21 @@ class Memory:
             try:
                 async with asyncio.timeout(settings.timeout):
                     async for chunk in request.stream():
-                        check_length(len(body) + len(chunk))
+                        check_length(length := length + len(chunk))
                         take(len(chunk))
-                        body += chunk
+                        chunks.append(chunk)
             except TimeoutError as error:
                 raise RequestError(f"the body took more than {settings.timeout:g} seconds to arrive", 408) from error
             except ClientDisconnect as error:
                 raise RequestError("the connection ended before the body did") from error
+            body = b"".join(chunks)
+            chunks.clear()
             # What parsing takes beside the body. A text is decoded to up to 4 bytes for each character, halves to
             # float32, and a form is copied.
             take(
                 (1 if found == SAFETENSORS and b"F16" not in body[: 2**14] else 3 if body.isascii() else 6) * len(body)
             )
-            content = bytes(body)  # what parsers of other libraries take
-            body.clear()
-            yield content, take
+            yield body, take
         finally:
             self.held -= mine
 
@@ -120,7 +121,11 @@ def parse_json(body: bytes, kind: type[Content]) -> Content:
     """Parse JSON into a pydantic model; raise RequestError that names the first wrong field."""
     check_limit("the body: values", sum(map(body.count, (b",", b"[", b"{"))), VALUES, "send fewer images at once")
     try:
-        return kind.model_validate_json(body)
+        content = parse(body)  # with pydantic's own parser, the last value of a key that is given twice would win
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is no JSON: {first_line(error)}") from error
+    try:
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))[:60] or "the body"

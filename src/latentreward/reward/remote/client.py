@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from threading import Event, Lock, Thread
+from functools import cache
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
@@ -165,40 +167,68 @@ class RemoteServer:
         return ("wait_s", self.wait_s) if self.on_outage == "wait" else ("retry_s", self.retry_s)
 
 
+@cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """Start the event loop of all requests of a process, in a thread; that of a fork's parent has no thread here."""
+    loop = asyncio.new_event_loop()
+    # A daemon: the process should not wait for a silent server when it ends.
+    Thread(target=loop.run_forever, name="reward requests", daemon=True).start()
+    return loop
+
+
 class Connection:
-    """Connections of this process to a server, which threads share.
+    """Connections of this process to a server.
 
     Environment variables of proxies have no effect: they would also apply to servers of the own network.
     """
 
     def __init__(self, server: RemoteServer) -> None:
-        self.server = server
-        self._lock, self._owner = Lock(), 0
+        self.server, self._owner = server, 0
         self._failing_since: float | None = None  # by the monotonic clock; None while the server answers
-        self._client: httpx.Client | None = None
+        self._client: httpx.AsyncClient
+        self._places: asyncio.Semaphore
 
-    def ask(
-        self,
-        method: Literal["GET", "POST"],
-        path: str,
-        content: bytes = b"",
-        headers: dict[str, str] | None = None,
-        ended: Event | None = None,
+    def start(self, ask: Callable[..., Coroutine[Any, Any, Any]], *given: Any) -> Future[Any]:
+        """Start asking, in the thread of requests, once fewer than ``server.parallel`` others do."""
+
+        async def placed() -> Any:
+            self._open()
+            async with self._places:
+                return await ask(*given)
+
+        return asyncio.run_coroutine_threadsafe(placed(), _loop(os.getpid()))
+
+    def result(self, future: Future[Any]) -> Any:
+        """Wait for what was started; raise RemoteError if a signal asks the run to stop."""
+        try:
+            while not wait([future], LOOK_S).done:
+                if stop_asked.is_set():
+                    self.refuse("a signal ended the wait for its answer")
+            return future.result()
+        except CancelledError:
+            self.refuse("the request was given up, since another failed")
+        finally:
+            future.cancel()
+
+    def ask(self, method: Literal["GET", "POST"], path: str, content: bytes = b"", **headers: str) -> Any:
+        """Ask and wait; see :meth:`asked`."""
+        return self.result(self.start(self.asked, method, path, content, headers))
+
+    async def asked(
+        self, method: Literal["GET", "POST"], path: str, content: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> Any:
         """Send a request, again if need be, and return the JSON of the answer.
 
-        The token's header is added to ``headers``. Another thread sets ``ended`` when it does not need the answer any
-        more.
+        The token's header is added to ``headers``.
 
         Raises:
-            RemoteError: If there is no answer in time, the server refuses the request, or the answer is no JSON; also
-                when a signal to stop arrives between two tries.
+            RemoteError: If there is no answer in time, the server refuses the request, or the answer is no JSON.
         """
         url, began, tries, (limit, allowed) = f"{self.server.url.rstrip('/')}{path}", 0.0, 0, self.server.limit
         while True:
             tries += 1
             try:
-                answer = self._try(method, url, content, headers or {})
+                answer = await self._try(method, url, content, headers or {})
             except Unavailable as error:
                 now = time.monotonic()
                 began = began or now
@@ -216,28 +246,29 @@ class Connection:
                     told = f"no scores after {counted} (server.{limit}={allowed:g}); the last one: {error}; {remedy}"
                     self.refuse(told)
                 self._tell(error)
-                self._wait(min(pause, left), ended, f"{error}")
+                await asyncio.sleep(min(pause, left))
             else:
                 self._tell(None)
                 return answer
 
-    def _try(self, method: str, url: str, content: bytes, headers: Mapping[str, str]) -> Any:
+    async def _try(self, method: str, url: str, content: bytes, headers: Mapping[str, str]) -> Any:
         """Send a request once; raise Unavailable if another try may succeed, RemoteError if not."""
         import httpx
 
         limit, token = self.server.timeout_s, self.server.token
         headers = {"accept-encoding": "identity", "user-agent": "latentreward", **headers}
         headers |= {} if token is None else {"authorization": f"Bearer {token}"}
-        try:
-            with self._opened().stream(method, url, headers=headers, content=content) as reply:
-                body, until = bytearray(), time.monotonic() + limit
-                for part in reply.iter_raw():
+        try:  # one limit for all: httpx's own begin anew with each byte, and for each address of a host
+            async with (
+                asyncio.timeout(limit),
+                self._client.stream(method, url, headers=headers, content=content) as reply,
+            ):
+                body = bytearray()
+                async for part in reply.aiter_raw():
                     body += part
                     if len(body) > LARGEST_REPLY:
                         self.refuse(f"the answer is longer than {LARGEST_REPLY // 2**20} MiB; is this a reward server?")
-                    if time.monotonic() > until:
-                        raise httpx.ReadTimeout("")
-        except httpx.TimeoutException as error:
+        except TimeoutError as error:
             raise Unavailable(f"no answer within timeout_s={limit:g} seconds") from error
         except httpx.TransportError as error:
             raise Unavailable(printable(first_line(error))[:SHOWN]) from error
@@ -273,16 +304,14 @@ class Connection:
             self.refuse(f"the answer is no JSON ({type(problem).__name__}): {words}", problem)
         return content
 
-    def _opened(self) -> httpx.Client:
-        """Return the connections of this process; those that a fork has copied would share their sockets."""
+    def _open(self) -> None:
+        """Open the connections of this process; those that a fork has copied would share their sockets."""
         import httpx
 
-        with self._lock:
-            if self._client is None or self._owner != os.getpid():
-                limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.server.parallel)
-                self._client = httpx.Client(timeout=self.server.timeout_s, trust_env=False, limits=limits)
-                self._owner = os.getpid()
-            return self._client
+        if self._owner != os.getpid():
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.server.parallel)
+            self._client = httpx.AsyncClient(timeout=None, trust_env=False, limits=limits)
+            self._places, self._owner = asyncio.Semaphore(self.server.parallel), os.getpid()
 
     def refuse(
         self, problem: str, cause: BaseException | None = None, kind: type[RemoteError] = RemoteError
@@ -290,22 +319,10 @@ class Connection:
         """Raise a RemoteError that names the server and the ``problem`` of its answer."""
         raise kind(f"reward server {self.server.url}: {problem}") from cause
 
-    def _wait(self, seconds: float, ended: Event | None, reason: str) -> None:
-        """Wait; raise RemoteError if the answer is not needed any more, or the run should stop."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            if ended is not None and ended.is_set():
-                self.refuse("the answer is not needed any more")
-            if stop_asked.is_set():
-                self.refuse(f"a signal ended the wait for it; the last try: {reason}")
-            time.sleep(min(left, LOOK_S))
-
     def _tell(self, error: Unavailable | None) -> None:
-        """Log the beginning of an outage by its ``error``, or the end by None; once for all threads."""
-        now, url = time.monotonic(), self.server.url
-        with self._lock:
-            since = self._failing_since
-            self._failing_since = None if error is None else since or now
+        """Log the beginning of an outage by its ``error``, or the end by None; once for all requests."""
+        now, url, since = time.monotonic(), self.server.url, self._failing_since
+        self._failing_since = None if error is None else since or now
         if error is None and since is not None:
             logger.warning("reward server %s answers again after %.0f seconds", url, now - since)
         if error is not None and since is None:
@@ -326,23 +343,18 @@ def seconds_of(header: str | None) -> float | None:
 class RemoteScores(ABC, Generic[Row]):
     """Base class of sources of scores from a server.
 
-    Rows with equal keys are asked for once. A score is remembered, so that a row gets the same score again. Only one
-    thread may call the methods, but for :meth:`ask`.
+    Rows with equal keys are asked for once. A score is remembered, so that a row gets the same score again.
     """
 
     def __init__(self, server: RemoteServer, batch_size: int, model: str | None = None) -> None:
         self.connection, self.batch_size = Connection(server), batch_size
         self.model = model  # that the server has named so far; None if it has not
         self._known: OrderedDict[str, float] = OrderedDict()
-        self._lock, self._ended = Lock(), Event()
-        self._threads, self._waiting = 0, deque[tuple[Sequence[Row], Future[Any], Event]]()
+        self._open: set[Future[Any]] = set()
 
     @abstractmethod
-    def ask(self, rows: Sequence[Row], ended: Event) -> tuple[Sequence[Any], str | None]:
-        """Ask for the scores of a batch, in a thread; return them, unchecked, and the model that the server names.
-
-        Another thread sets ``ended`` when it does not need the scores any more.
-        """
+    async def ask(self, rows: Sequence[Row]) -> tuple[Sequence[Any], str | None]:
+        """Ask for the scores of a batch; return them, unchecked, and the model that the server names."""
 
     def begin_rows(self, rows: Sequence[Row], keys: Sequence[str]) -> PendingScores:
         """Ask for the scores of N rows, and return before they are there.
@@ -353,14 +365,11 @@ class RemoteScores(ABC, Generic[Row]):
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
         names, asked, size = list(new), [], self.batch_size
         for start in range(0, len(names), size):
-            batch, future = names[start : start + size], Future[Any]()
+            batch = names[start : start + size]
+            future = self.connection.start(self._asked, [new[key] for key in batch])
+            self._open.add(future)
+            future.add_done_callback(self._open.discard)
             asked.append((batch, future))
-            with self._lock:
-                self._waiting.append(([new[key] for key in batch], future, self._ended))
-                if self._threads < self.connection.server.parallel:
-                    # A daemon: the process should not wait for a silent server when it ends.
-                    Thread(target=self._ask_waiting, name="reward request", daemon=True).start()
-                    self._threads += 1
         for key in known:
             self._known.move_to_end(key)
 
@@ -375,43 +384,27 @@ class RemoteScores(ABC, Generic[Row]):
         found: dict[str, float] = {}
         try:
             for batch, future in asked:
-                while not wait([future], LOOK_S).done:
-                    if stop_asked.is_set():  # a try under way may take server.timeout_s
-                        self.connection.refuse("a signal ended the wait for its answer")
-                scores, model = future.result()
+                scores, model = self.connection.result(future)
                 found |= zip(batch, self._checked(scores, len(batch), model), strict=True)
         except BaseException:
-            self._ended.set()  # threads that wait for another try end
-            self._ended = Event()
+            for future in [*self._open]:
+                future.cancel()
             raise
         self._known |= found
         while len(self._known) > CACHED:
             self._known.popitem(last=False)
         return found
 
-    def _ask_waiting(self) -> None:
-        """Ask for what waits, in a thread, until nothing does."""
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._threads -= 1
-                    return
-                rows, future, ended = self._waiting.popleft()
-            try:
-                future.set_result(([], None) if ended.is_set() else self._ask(rows, ended))
-            except BaseException as error:
-                future.set_exception(error)
-
-    def _ask(self, rows: Sequence[Row], ended: Event) -> tuple[Sequence[Any], str | None]:
+    async def _asked(self, rows: Sequence[Row]) -> tuple[Sequence[Any], str | None]:
         """Ask for the scores of a batch, in halves where the server refuses so many rows at once."""
         try:
-            return self.ask(rows, ended)
+            return await self.ask(rows)
         except TooLarge:
             if len(rows) == 1:
                 raise
         half = len(rows) // 2
         self.batch_size = min(self.batch_size, half)  # of later requests
-        (scores, model), (rest, other) = self._ask(rows[:half], ended), self._ask(rows[half:], ended)
+        (scores, model), (rest, other) = await self._asked(rows[:half]), await self._asked(rows[half:])
         if model != other:
             self.connection.refuse(f"the model is now {shown(other)}, but was {shown(model)} before")
         return [*scores, *rest], model
@@ -443,11 +436,15 @@ class RemoteImages(RemoteScores[tuple[str, "Image.Image"]]):
         keys = [digest([f"{identity_of(text)}\n{image.mode} {image.size}\n", image.tobytes()]) for text, image in rows]
         return self.begin_rows(rows, keys)
 
-    def ask(self, rows: Sequence[tuple[str, Image.Image]], ended: Event) -> tuple[Sequence[Any], str | None]:
-        prompts, images = zip(*rows, strict=True)
-        request = self.schema.request(prompts, [png_text(image) for image in images])
-        content, headers = json.dumps(request).encode(), {"content-type": "application/json"}
-        reply = self.connection.ask("POST", self.schema.path, content, headers, ended)
+    async def ask(self, rows: Sequence[tuple[str, Image.Image]]) -> tuple[Sequence[Any], str | None]:
+        def encoded() -> tuple[dict[str, Any], bytes]:
+            prompts, images = zip(*rows, strict=True)
+            request = self.schema.request(prompts, [png_text(image) for image in images])
+            return request, json.dumps(request).encode()
+
+        request, content = await asyncio.to_thread(encoded)
+        headers = {"content-type": "application/json"}
+        reply = await self.connection.asked("POST", self.schema.path, content, headers)
         try:
             if not isinstance(reply, dict):
                 raise InputError("the answer is no JSON object; look at the schema")
@@ -484,7 +481,7 @@ class RemoteLatents(RemoteScores[LatentRow]):
         ]
         return self.begin_rows(rows, keys)
 
-    def ask(self, rows: Sequence[LatentRow], ended: Event) -> tuple[Sequence[Any], str | None]:
+    async def ask(self, rows: Sequence[LatentRow]) -> tuple[Sequence[Any], str | None]:
         prompts, takes = Conditioning.join([row.prompt for row in rows]).trimmed(), self.reward
         pooled = prompts.pooled_prompt_embeds if takes.pooled_prompt_embeds_width is not None else None
         mask = prompts.prompt_mask if takes.prompt_mask or takes.pools_tokens else None
@@ -498,23 +495,29 @@ class RemoteLatents(RemoteScores[LatentRow]):
             **{f"source_{place}": latents for place, latents in enumerate(prompts.source_latents)},
         }
         body = save({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None})
-        reply = self.connection.ask("POST", self.schema.path, body, LATENT_HEADERS, ended)
+        reply = await self.connection.asked("POST", self.schema.path, body, LATENT_HEADERS)
         try:
             scores = checked(LatentsReply, reply, ANSWER, REMEDY).raw_scores
         except InputError as error:
             self.connection.refuse(str(error), error)
         # The reply does not name the model, and a server that was started again meanwhile may have another one.
-        return scores, describe(self.connection, self.schema, ended).model
+        return scores, (await described(self.connection, self.schema)).model
 
 
-def describe(connection: Connection, schema: Schema, ended: Event | None = None) -> ServedReward:
+def describe(connection: Connection, schema: Schema) -> ServedReward:
+    """Ask for a description and wait; see :func:`described`."""
+    served: ServedReward = connection.result(connection.start(described, connection, schema))
+    return served
+
+
+async def described(connection: Connection, schema: Schema) -> ServedReward:
     """Ask ``latentreward serve`` for the description of a reward, beside the path of the schema.
 
     Raises:
         RemoteError: If the server gives none.
     """
     path = f"{schema.path.rpartition('/')[0]}/model"
-    told = connection.ask("GET", path, ended=ended)
+    told = await connection.asked("GET", path)
     try:
         served: ServedReward = checked(ServedReward, told, ANSWER, REMEDY)
         LatentSpace.from_record(served.latent_space)
