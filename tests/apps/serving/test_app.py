@@ -4,7 +4,6 @@ import asyncio
 import base64
 import io
 import json
-import math
 import signal
 import socket
 import threading
@@ -24,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from latentreward.apps.serving import app, bind, bodies
-from latentreward.apps.serving.bodies import Accepted, parse_request, tried_shape
+from latentreward.apps.serving.bodies import Accepted, parse_request
 from latentreward.apps.serving.service import ServedModel
 from latentreward.reward import Calibration, RewardModel, ScoringNoise
 from latentreward.reward.scoring.batched_scoring import pixel_batches
@@ -48,24 +47,6 @@ def address(running: tuple[str, ServedModel]) -> str:
 @pytest.fixture
 def accepted(running: tuple[str, ServedModel]) -> Accepted:
     return running[1].accepted
-
-
-ANSWERS = {
-    ("sd15", "lrm"): (
-        '{"model":"CLIPProjectionHead, on sd15, at t 1, images 16x16, exif apply, float32","latent_space":{"channels"'
-        ':4,"downscale":2,"scaling_factor":0.18215,"shift_factor":0.0},"prompt_embeds_width":16,'
-        '"pooled_prompt_embeds_width":16,"noise":"t 1","u":[U],"fresh_noise":false,"calibrated":false,"batch_size":8,'
-        '"max_body_bytes":67108864,"max_latent_pixels":P,"max_rows":64}'
-    ),
-    ("sd35", "dina"): (
-        '{"model":"GatedQFormerHead, on sd35, at sigma 0.4, images 4x4 8x8 16x12 12x16 20x12 12x20 16x16 20x16 16x20 '
-        '24x12 12x24, exif apply, float32","latent_space":{"channels":4,"downscale":2,"scaling_factor":1.5305,'
-        '"shift_factor":0.0609},"prompt_embeds_width":48,"pooled_prompt_embeds_width":32,"noise":"sigma 0.4","u":[U],'
-        '"fresh_noise":false,"calibrated":false,"batch_size":8,"max_body_bytes":67108864,"max_latent_pixels":P,'
-        '"max_rows":64}'
-    ),
-}
-"""Answers of ``/v1/model`` before other families were served (commit bb3c5ab), with U for a level, P for pixels."""
 
 
 class Gated:
@@ -181,21 +162,17 @@ def test_fresh_noise_differs_each_time_but_for_requests_with_seeds() -> None:
         assert ask(address, save(again)).json()["raw_scores"][0] == pytest.approx(fresh[1], abs=1e-6)
 
 
-def test_a_score_does_not_depend_on_what_it_shares_a_batch_with(address: str, accepted: Accepted) -> None:
-    bodies = [save(tensors_of(accepted, rows=1 + seed % 3, seed=seed, side=(8, 12)[seed % 2])) for seed in range(12)]
-    with ThreadPoolExecutor(12) as pool:
-        replies = [*pool.map(lambda body: ask(address, body).json()["raw_scores"], bodies)]
-    for found, body in zip(replies, bodies, strict=True):
-        assert found == pytest.approx(scores_of(tiny_reward(), body, accepted), abs=2e-5)
-
-
-def test_a_unet_reward_is_served_with_its_empty_prompt() -> None:
-    reward = tiny_reward("sd15", "lrm")
-    with serving(reward) as (address, service):
-        assert "prompt_embeds: L of (B, L, D) is 5" in ask(address, save(tensors_of(service.accepted))).json()["error"]
-        body = save(tensors_of(service.accepted, rows=2, tokens=service.accepted.tokens))
-        found = ask(address, body).json()["raw_scores"]
-        assert found == pytest.approx(scores_of(reward, body, service.accepted), abs=2e-5)
+@pytest.mark.parametrize("kind", [("sd35", "dina"), ("sd15", "lrm")])
+def test_a_score_does_not_depend_on_what_it_shares_a_batch_with(kind: tuple[str, str]) -> None:
+    with serving(reward := tiny_reward(*kind), batch_size=4, max_wait_ms=20) as (address, service):
+        accepted, tokens = service.accepted, service.accepted.tokens or 5  # a UNet's head also needs the empty prompt
+        every = [tensors_of(accepted, 1 + seed % 3, seed, (8, 12)[seed % 2], tokens) for seed in range(12)]
+        with ThreadPoolExecutor(12) as pool:
+            replies = [*pool.map(lambda tensors: ask(address, save(tensors)).json()["raw_scores"], every)]
+        for found, tensors in zip(replies, every, strict=True):
+            assert found == pytest.approx(scores_of(reward, save(tensors), accepted), abs=2e-5)
+        if accepted.tokens:
+            assert "prompt_embeds: L of (B, L, D) is 5" in ask(address, save(tensors_of(accepted))).json()["error"]
 
 
 def picture(color: str, size: tuple[int, int] = (20, 16), kind: str = "PNG") -> bytes:
@@ -269,6 +246,7 @@ def of_u(**field: Any) -> bytes:
         (said(prompt=None), JSON, 400, "prompt"),
         (said(prompts=["a"]), JSON, 400, "prompt"),
         (said(more=1), JSON, 400, "more"),
+        (b'{"prompt": "a", "prompt": "b", "images": []}', JSON, 400, "'prompt' is given twice"),
         (said(images=None), JSON, 400, "image"),
         (said(prompt=1), JSON, 400, "prompt"),
         (said(prompt="\ud800"), JSON, 400, "the body"),
@@ -303,34 +281,6 @@ def test_what_is_no_request_is_refused_in_one_line(
 def test_wrong_addresses_get_json(address: str, method: str, path: str, status: int) -> None:
     reply = httpx.request(method, address + path)
     assert reply.status_code == status and reply.json()["error"]
-
-
-def test_a_value_that_overflows_fails_alone(running: tuple[str, ServedModel], gated: Any) -> None:
-    address, service = running
-    gate = gated(service)
-    good, bad = tensors_of(service.accepted), tensors_of(service.accepted, seed=1)
-    bad["latents"] = bad["latents"] / bad["latents"].abs().max() * 3e38
-    with ThreadPoolExecutor(4) as pool:
-        replies = [pool.submit(ask, address, save(tensors)) for tensors in (good, good, bad, good)]
-        assert gate.entered.wait(10)
-        gate.free.set()
-        assert [reply.result().status_code for reply in replies] == [200, 200, 422, 200]
-    assert "not finite" in replies[2].result().json()["error"]
-
-
-@pytest.mark.parametrize("model", ANSWERS, ids=lambda model: model[0])
-def test_answers_on_sd_and_sd3_to_the_byte(model: tuple[str, str]) -> None:
-    reward = tiny_reward(*model)
-    with serving(reward) as (address, service):
-        told = httpx.get(f"{address}/v1/model")
-        level = json.dumps(told.json()["u"][0])
-        pixels = f'"max_latent_pixels":{4 * math.prod(tried_shape(reward)[1:])}'
-        assert told.text == ANSWERS[model].replace("U", level).replace('"max_latent_pixels":P', pixels)
-        tensors = tensors_of(service.accepted, rows=2, tokens=service.accepted.tokens or 5)
-        reply = ask(address, save(tensors))
-        scores = json.dumps(reply.json()["raw_scores"], separators=(",", ":"))
-        assert reply.text == f'{{"protocol_version":"1","raw_scores":{scores}}}'
-        assert reply.headers["content-type"] == "application/json"
 
 
 def test_health_and_metrics(address: str) -> None:
@@ -394,7 +344,7 @@ def test_without_a_token_a_page_elsewhere_gets_nothing(address: str, headers: di
 def test_long_bodies_are_refused_declared_or_not() -> None:
     with serving(tiny_reward(), max_body_mb=20_000 / 2**20) as (address, _):
         declared = ask(address, bytes(20_001))
-        assert declared.status_code == 413 and "limit of 20000 bytes" in declared.json()["error"]
+        assert declared.status_code == 413 and "limit of 20000" in declared.json()["error"]
         streamed = httpx.post(f"{address}/v1/score", content=iter([bytes(1000)] * 30), headers=HEADERS)
         assert streamed.status_code == 413
 

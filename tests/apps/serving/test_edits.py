@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,6 @@ TEXT = "make it red"
 def served() -> Iterator[tuple[str, ServedModel]]:
     with serving(edit_reward(), batch_size=4, max_wait_ms=1, queue=8, max_latent_pixels=192) as started:
         yield started
-
-
-@pytest.fixture
-def text_to_image(served: tuple[str, ServedModel], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Address of a reward that takes no sources."""
-    address, model = served
-    monkeypatch.setattr(model, "accepted", replace(model.accepted, sources=(0, 0)))
-    return address
 
 
 def ask(address: str, content: dict[str, Any], path: str = "v1/score_images") -> httpx.Response:
@@ -105,69 +96,41 @@ def test_equal_sources_are_encoded_once_and_prompts_kept_without_their_bytes(
     assert len(seen) == 1
 
 
-def test_kept_prompts_hold_no_pictures() -> None:
-    model = edit_reward()
-    memory, prompt = model.prompt_memory(2), edit_prompt(TEXT, RED)
-    assert prompt not in memory
-    model.score(prompt, EDITED[0], memory=memory)
-    assert prompt in memory and TEXT not in memory and edit_prompt(TEXT, BLUE) not in memory
-    assert str(png(RED)) not in repr(memory._kept.keys())
+DAMAGED = base64.b64encode(png(BLUE)[:-40]).decode()
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("taken", "given", "key"),
     [
-        ([["aaaa"]] * 2, "2 lists of sources for 1 prompts"),
-        ([encoded(RED)] * 17, "17 sources are given for an image, but this reward takes 0 to 16; send so many"),
-        (["aaaa"], "image 'source 0 of image 0': unknown image format"),
-        (
-            [[encoded(RED), base64.b64encode(png(BLUE)[:-40]).decode()]],
-            "image 'source 1 of image 0': truncated or damaged image",
-        ),
-        (["%"], "a source image is no base64"),
-        ("aaaa", "source_images.list"),
-        ([encoded(Image.new("1", (8200, 8200)))], "resize it before sending"),
+        ((0, 16), [["aaaa"]] * 2, "2 lists of sources for 1 prompts"),
+        ((0, 16), [encoded(RED)] * 17, "17 sources are given for an image, but this reward takes 0 to 16"),
+        ((0, 16), ["aaaa"], "source 0 of image 0"),
+        ((0, 16), [[encoded(RED), DAMAGED]], "source 1 of image 0"),
+        ((0, 16), ["%"], "a source image is no base64"),
+        ((0, 16), "aaaa", "source_images.list"),
+        ((0, 16), [encoded(Image.new("1", (8200, 8200)))], "resize it before sending"),
+        ((1, 1), [], "0 sources are given for an image, but this reward takes 1"),
+        ((0, 0), ["aaaa"], "judges images made from text alone"),  # before they are decoded
     ],
 )
-def test_bad_sources_are_refused_in_one_line(served: tuple[str, ServedModel], given: Any, message: str) -> None:
-    address, _ = served
+def test_bad_sources_are_refused_in_one_line(
+    served: tuple[str, ServedModel], monkeypatch: pytest.MonkeyPatch, taken: tuple[int, int], given: Any, key: str
+) -> None:
+    address, model = served
+    monkeypatch.setattr(model, "accepted", replace(model.accepted, sources=taken))
     reply = ask(address, {"prompt": TEXT, "image": encoded(RED), "source_images": given})
-    assert reply.status_code in (400, 422) and message in reply.json()["error"], reply.text
+    assert reply.status_code in (400, 422) and key in reply.json()["error"], reply.text
     assert "\n" not in reply.json()["error"]
 
 
-def test_sources_by_another_name_are_told_the_right_one(served: tuple[str, ServedModel]) -> None:
-    address, _ = served
-    for name in ("source_image", "sources"):
-        reply = ask(address, {"prompt": TEXT, "image": encoded(RED), name: [encoded(RED)]})
-        assert reply.status_code == 400 and "source_images" in reply.json()["error"], reply.text
-    files = [("image", png(RED)), ("source_images", png(BLUE))]
-    reply = httpx.post(f"{address}/v1/score_images", data={"prompt": TEXT}, files=files, timeout=300)
-    assert reply.status_code == 400 and reply.json()["error"].endswith("for edits files source")
-
-
-def test_a_reward_of_images_from_text_refuses_sources_before_it_decodes(text_to_image: str) -> None:
-    told = "1 sources are given for an image, but this reward judges images made from text alone; leave them out"
-    reply = ask(text_to_image, {"prompt": TEXT, "image": "aaaa", "source_images": ["aaaa"]})
-    assert reply.status_code == 422 and reply.json()["error"] == told
-    files = [("image", b"none"), ("source", b"none")]
-    reply = httpx.post(f"{text_to_image}/v1/score_images", data={"prompt": TEXT}, files=files, timeout=300)
-    assert reply.status_code == 422 and reply.json()["error"] == told
-
-
-def test_a_reward_that_needs_a_source_starts_and_refuses_images_without(
-    served: tuple[str, ServedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_description_tells_how_many_sources_a_reward_takes(served: tuple[str, ServedModel]) -> None:
     reward = edit_reward()
     reward.backbone.sources = (1, 1)
-    needing = served_model(reward)
-    assert needing.describe()["sources"] == [1, 1]
-    address, model = served
-    assert httpx.get(f"{address}/v1/model").json()["sources"] == [0, 16]
-    monkeypatch.setattr(model, "accepted", needing.accepted)
-    reply = ask(address, {"prompt": TEXT, "image": encoded(RED)})
-    assert reply.status_code == 422
-    assert reply.json()["error"] == "0 sources are given for an image, but this reward takes 1; send so many"
+    assert served_model(reward).describe()["sources"] == [1, 1]  # which can be tried without a picture at hand
+    assert httpx.get(f"{served[0]}/v1/model").json()["sources"] == [0, 16]
+    files = [("image", png(RED)), ("source_images", png(BLUE))]
+    reply = httpx.post(f"{served[0]}/v1/score_images", data={"prompt": TEXT}, files=files, timeout=300)
+    assert reply.status_code == 400 and "files source" in reply.json()["error"]
 
 
 def test_sources_count_once_in_the_memory_that_a_request_takes() -> None:
@@ -284,38 +247,27 @@ def test_verl_omnis_protocol_takes_latents_of_sources(served: tuple[str, ServedM
 
 
 @pytest.mark.parametrize(
-    ("sources", "message"),
+    ("sources", "key", "changes"),
     [
-        ({"source_0": latents(1)[:, :7]}, "source_0: C of (B, C, h0, w0) is 7, but 16 in this model"),
-        ({"source_0": latents(2)}, "source_0: B of (B, C, h0, w0) is 2, but 1 in this model or other tensors"),
-        ({"source_1": latents(1)}, "source_1 is given without one before it; number sources from 0 on"),
-        ({"source_0": latents(1, height=24, width=24)}, "latents and source_0: h · w 582"),
-        ({f"source_{n}": latents(1, height=8, width=8) for n in range(3)}, "latents and source_0: h · w 198"),
-        ({"source_0": latents(1)[0]}, "source_0: shape must be (B, C, h0, w0)"),
-        ({"source_16": latents(1)}, "the body holds 'source_16'"),
-        ({"source_0": latents(1) / 0}, "source_0 holds NaN or infinity"),
+        ({"source_0": latents(1)[:, :7]}, "source_0: C of (B, C, h0, w0) is 7, but 16", {}),
+        ({"source_0": latents(2)}, "source_0: B of (B, C, h0, w0) is 2, but 1", {}),
+        ({"source_1": latents(1)}, "source_1 is given without one before it", {}),
+        ({"source_0": latents(1, height=24, width=24)}, "latents and source_0: h · w 582", {}),
+        ({f"source_{n}": latents(1, height=8, width=8) for n in range(3)}, "latents and source_0: h · w 198", {}),
+        ({"source_0": latents(1)[0]}, "source_0: shape must be (B, C, h0, w0)", {}),
+        ({"source_16": latents(1)}, "the body holds 'source_16'", {}),
+        ({"source_0": latents(1) / 0}, "source_0 holds NaN or infinity", {}),
+        ({"source_0": latents(1)}, "'source_0', which this model does not take", {"sources": (0, 0)}),
+        ({"source_0": latents(1)}, "send images to /v1/score_images", {"sees_sources": True}),
+        ({}, "0 sources are given for an image, but this reward takes 1 to 16", {"sources": (1, 16)}),
     ],
 )
 def test_latents_of_sources_that_do_not_fit_are_refused(
-    served: tuple[str, ServedModel], sources: dict[str, torch.Tensor], message: str
+    served: tuple[str, ServedModel], sources: dict[str, torch.Tensor], key: str, changes: dict[str, Any]
 ) -> None:
-    reply = send(served[0], "score_latents", body_of({"latents": latents(1), **sources}, TEXT))
-    assert reply.status_code in (400, 413, 422) and message in reply.json()["error"], reply.text
-    assert "\n" not in reply.json()["error"]
-
-
-def test_a_reward_of_images_from_text_refuses_latents_of_sources(text_to_image: str) -> None:
-    reply = send(text_to_image, "score_latents", body_of({"latents": latents(1), "source_0": latents(1)}, TEXT))
-    assert reply.status_code == 400 and "'source_0', which this model does not take" in reply.json()["error"]
-
-
-def test_text_encoders_that_see_pictures_take_no_latents_of_them(served: tuple[str, ServedModel]) -> None:
-    accepted = replace(served[1].accepted, sources=(1, 16), sees_sources=True)
-    with pytest.raises(RequestError, match="reads the pictures that are edited, and latents are none; send images to"):
-        parse_latents(body_of({"latents": latents(1), "source_0": latents(1)}, TEXT), accepted, repeat(0))
-    without = replace(accepted, sees_sources=False)
-    with pytest.raises(RequestError, match="0 sources are given for an image, but this reward takes 1 to 16"):
-        parse_latents(body_of({"latents": latents(1)}, TEXT), without, repeat(0))
+    with pytest.raises(RequestError) as caught:
+        parse_latents(body_of({"latents": latents(1), **sources}, TEXT), replace(served[1].accepted, **changes))
+    assert caught.value.status in (400, 413, 422) and key in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Bytes of the latent-reward protocol: what comes out of good ones, and what is said of bad ones."""
 
+import json
 import random
 import resource
 import struct
@@ -12,10 +13,16 @@ import torch
 from safetensors.torch import save
 
 from latentreward.apps.serving.batching import RequestError
-from latentreward.apps.serving.bodies import Accepted, parse_request
+from latentreward.apps.serving.bodies import Accepted, parse_latents, parse_request, parse_states
+from latentreward.diffusion import FlowMatching
 from tests.apps.serving.latent_requests import body_of, mutated, taken_apart, tensors_of
+from tests.apps.serving.prompted_requests import TIMES
+from tests.apps.serving.prompted_requests import body_of as prompted
 
-ACCEPTED = Accepted(4, text_width=6, pooled_width=3, patch=2, max_side=16, max_pixels=128, max_tokens=7, max_rows=3)
+ACCEPTED = Accepted(
+    4, text_width=6, pooled_width=3, patch=2, max_side=16, max_pixels=128, max_tokens=7, max_rows=3, queue=8
+)
+PROCESS = FlowMatching()
 UNEQUAL = replace(ACCEPTED, pooled_width=None, max_prompt=6, masked=True, frames=1)
 
 
@@ -147,6 +154,62 @@ def test_bad_requests_are_refused_in_one_line(body: bytes, key: str, status: int
     rows_of_unequal = b"[2," in body[:200]
     with pytest.raises(RequestError) as caught:
         parse_request(body, UNEQUAL if rows_of_unequal else ACCEPTED)
+    assert (caught.value.status, key in str(caught.value)) == (status, True), str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def of_latents(prompts: Any = "a", **tensors: torch.Tensor) -> bytes:
+    """A body of ``/v1/score_latents`` or, with timesteps, of ``/v1/score_states``."""
+    return prompted({"latents": torch.zeros(2, *(3,) * ("timesteps" in tensors), 4, 8, 8)} | tensors, prompts)
+
+
+def with_texts(**texts: str) -> bytes:
+    return save({"latents": torch.zeros(1, 4, 8, 8)}, metadata=texts)
+
+
+HALF = torch.tensor([0.5, 0.5])
+LONG = json.dumps({"__metadata__": {"prompt": "a" * 2**20}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "key", "status"),
+    [
+        (b"", "no safetensors file", 400),
+        (struct.pack("<Q", len(LONG)) + LONG, "at most 1048576 are read", 400),
+        (of_latents(latents=torch.zeros(2, 4, 8, 8).double()), "latents: dtype", 400),
+        (of_latents(latents=torch.full((2, 4, 8, 8), torch.nan)), "latents holds NaN", 422),
+        (of_latents(latents=torch.zeros(2, 5, 8, 8)), "latents: C of (B, C, h, w) is 5, but 4", 422),
+        (of_latents(latents=torch.zeros(4, 8, 8)), "latents: shape must be (B, C, h, w)", 400),
+        (of_latents(latents=torch.zeros(4, 4, 8, 8)), "latents: rows 4 is over", 413),
+        (of_latents(u=HALF[:1]), "give B = 2", 422),
+        (of_latents(u=HALF + 1), "u holds 1.5", 422),
+        (of_latents(u=HALF * torch.nan), "u holds NaN", 422),
+        (of_latents(seeds=torch.tensor([1, 2])), "seeds are given without u", 422),
+        (of_latents(x=HALF), "holds 'x'", 400),
+        (of_latents(["a"]), "1 prompts for 2 rows of latents", 422),
+        (of_latents(["a", "b" * 10_001]), "prompt 1 has 10001 characters", 422),
+        (of_latents(["a", "\ud800"]), "__metadata__.prompts", 400),
+        (with_texts(), "give __metadata__ one of prompt", 400),
+        (with_texts(prompt="a", prompts="[]"), "give __metadata__ one of prompt", 400),
+        (with_texts(prompts="a cat"), "__metadata__.prompts", 400),
+        (with_texts(prompts="[" * 20_000), "__metadata__.prompts", 400),
+        (with_texts(prompts='["a", 1]'), "__metadata__.prompts.1", 400),
+        (with_texts(prompts='{"a": "b"}'), "__metadata__.prompts", 400),
+        (with_texts(prompt="a", promt="b"), "__metadata__.promt", 400),
+        (of_latents(timesteps=TIMES[:2]), "timesteps: S of (S) is 2, but 3", 422),
+        (of_latents(timesteps=TIMES.expand(3, 3)), "timesteps: N of (N, S) is 3, but 2", 422),
+        (of_latents(timesteps=TIMES * 2), "timestep 1800 is out of range", 422),
+        (of_latents(timesteps=-TIMES), "timestep -900 is out of range", 422),
+        (of_latents(timesteps=TIMES * torch.nan), "timesteps holds NaN", 422),
+        (of_latents(timesteps=TIMES.double()), "timesteps: dtype", 400),
+        (of_latents(timesteps=TIMES, latents=torch.zeros(3, 4, 8, 8)), "latents: shape must be (N, S, C, h, w)", 400),
+        (of_latents(timesteps=TIMES, latents=torch.zeros(3, 3, 4, 8, 8)), "latents: N · S 9 is over", 413),
+    ],
+)
+def test_bad_latents_with_prompts_are_refused_in_one_line(body: bytes, key: str, status: int) -> None:
+    states = b'"timesteps"' in body
+    with pytest.raises(RequestError) as caught:
+        parse_states(body, ACCEPTED, PROCESS) if states else parse_latents(body, ACCEPTED)
     assert (caught.value.status, key in str(caught.value)) == (status, True), str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 

@@ -1,21 +1,17 @@
 """The protocol for models whose prompts have a mask and no pooled vector, and whose latents have a time axis."""
 
-import base64
 from collections.abc import Iterator
 from dataclasses import replace
-from io import BytesIO
 
 import httpx
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save
 
 from latentreward.apps.serving.batching import Row, RowScorer
 from latentreward.apps.serving.service import ServedModel
 from latentreward.core.contracts import Conditioning
 from latentreward.reward import RewardModel, ScoringNoise
-from latentreward.reward.scoring.batched_scoring import pixel_batches
 from tests.apps.serving.latent_requests import HEADERS
 from tests.apps.serving.servers import served_model, serving, tiny_reward
 from tests.unequal_prompts import SPACE, clip_reward, letter_states
@@ -84,27 +80,6 @@ def row_of(text: str, seed: int, tokens: int | None = None, masked: bool = True)
     mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if masked else None
     latents, encoded = torch.randn(4, 1, 8, 8, generator=generator), Conditioning(embeds, None, mask)
     return Row("", latents=latents, u=0.4, seed=seed, encoded=encoded)
-
-
-def test_a_prompt_in_a_header_gets_the_score_of_its_image(reward: RewardModel, served: tuple[str, ServedModel]) -> None:
-    address, _ = served
-    stream = BytesIO()
-    Image.new("RGB", (16, 16), "red").save(stream, "png")
-    image = Image.open(BytesIO(stream.getvalue()))
-    encoded = reward.backbone.encode_prompts(["a cat"])
-    tensors = {
-        "latents": reward.encode_images(next(iter(pixel_batches([image], reward.image_sizes, 1, 1))).pixels),
-        **padded(encoded, 9),
-        "u": torch.tensor([0.4]),
-        "seeds": torch.tensor([0]),
-    }
-    header = {"x-prompt": base64.b64encode(b"a cat").decode()}
-    reply = httpx.post(f"{address}/v1/score", content=save(tensors), headers={**HEADERS, **header})
-    wanted = reward.score("a cat", [image]).item()
-    assert reply.json()["raw_scores"] == pytest.approx([wanted], abs=1e-5)
-    form = {"prompt": "a cat"}, [("image", ("a.png", stream.getvalue()))]
-    reply = httpx.post(f"{address}/v1/score_images", data=form[0], files=form[1])
-    assert reply.json()["scores"] == pytest.approx([wanted], abs=1e-5)
 
 
 def test_the_description_tells_what_the_model_takes(served: tuple[str, ServedModel]) -> None:

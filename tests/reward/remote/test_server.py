@@ -147,7 +147,7 @@ def test_a_server_that_asks_for_no_pause_is_not_asked_without_end(monkeypatch: p
 
 
 def test_a_pause_beyond_the_limit_is_not_waited_for() -> None:
-    told = r"no scores after 1 try .* HTTP 503: maintenance; the server asks for a pause of 3600 seconds; go on after"
+    told = r"no scores after 1 try .* HTTP 503: maintenance; it asks for a pause of 3600 seconds; go on after"
     fault = says(503, {"error": "maintenance"}, retry_after="3600")
     with judging(faults=[fault]) as judge, pytest.raises(RemoteError, match=told):
         ask(judge)

@@ -36,9 +36,6 @@ class ServiceSettings:
         dialects: Import paths of classes of one's own, derived from ``latentreward.apps.serving.dialects.Dialect``,
             which answer clients of other frameworks.
         token: Token that requests must give as ``Authorization: Bearer TOKEN``; None allows requests without a token.
-
-    Raises:
-        InputError: If ``max_wait_ms`` is negative, another limit is not positive, or a limit is not finite.
     """
 
     batch_size: int = 8
@@ -109,11 +106,7 @@ def check_name(name: str) -> str:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket to an address, with port 0 to any free port; connections are accepted only after ``listen``.
-
-    Raises:
-        InputError: If the port is in use or out of range, or the address is not one of this machine.
-    """
+    """Bind a socket to an address, with port 0 to any free port; connections are accepted only after ``listen``."""
     if not 0 <= port < 2**16:
         raise InputError(f"port={port} is no port; choose one from 1 to {2**16 - 1}, or 0 for a free one")
     try:

@@ -306,8 +306,8 @@ def configuration(service: ScoringService) -> uvicorn.Config:
 def serve(service: ScoringService, bound: socket.socket) -> None:
     """Answer requests until SIGTERM or SIGINT; then finish requests in progress, for up to the request timeout.
 
-    Prints ``serving MODEL at URL`` once clients can connect, with the names of several rewards for the model, and under
-    ``fresh_noise`` the first seed of each.
+    Prints ``serving NAMES at URL`` once clients can connect; before it each reward, under ``fresh_noise`` with its first
+    seed.
     """
     server = uvicorn.Server(configuration(service))
     # Until uvicorn sets this handler itself, and after its shutdown, when it raises the caught signal again.
@@ -315,18 +315,11 @@ def serve(service: ScoringService, bound: socket.socket) -> None:
     try:
         bound.listen()
         host, port = bound.getsockname()[:2]
-        models = [*service.models.values()]
-        several = len(models) > 1
-        for model in models if several else ():
-            print(f"{model.name}: {model.reward.identity}, on {model.reward.device}", flush=True)
-        served = ", ".join(service.models) if several else models[0].reward.identity
-        print(f"serving {served} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-        for model in models:
-            if model.first_seed is not None:
-                told = f"{model.name}: " if several else ""
-                print(
-                    f"{told}latents without a seed get fresh noise, by the seeds from {model.first_seed} on", flush=True
-                )
+        for model in service.models.values():
+            fresh = "" if model.first_seed is None else f"; latents without a seed take those from {model.first_seed} on"
+            print(f"{model.name}: {model.reward.identity}, on {model.reward.device}{fresh}")
+        names = ", ".join(service.models)
+        print(f"serving {names} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[bound])
     finally:

@@ -172,12 +172,7 @@ class Batcher:
             raise RequestError(f"{problem}; try later", 503, math.ceil(wait - self.timeout))
 
     async def score(self, rows: Sequence[Row]) -> list[Scores]:
-        """Score the rows of one request; cancelling the call drops the rows that still wait.
-
-        Raises:
-            RequestError: With status 503 if the queue has no room for the rows.
-            Exception: The model's error if it fails on one of the rows.
-        """
+        """Score the rows of one request, or raise the model's error; cancelling the call drops rows that still wait."""
         self.require_room(len(rows))
         loop, now = asyncio.get_running_loop(), time.monotonic()
         added = [

@@ -77,15 +77,13 @@ class Memory:
             mine, self.held = mine + size, self.held + size
 
         def check_length(length: int) -> None:
-            if length > settings.max_body:
-                most = f"this server's limit of {settings.max_body} bytes"
-                raise RequestError(f"the body is longer than {most}; send less, or raise --max_body_mb", 413)
+            check_limit("the body: bytes", length, settings.max_body, "send less, or raise --max_body_mb")
 
-        found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if found not in types:
-            raise RequestError(f"content-type is {found[:40]!r}; send {' or '.join(types)}", 415)
-        if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
-            raise RequestError(f"content-encoding is {encoding[:40]!r}; send the body uncompressed", 415)
+        kind, packed = (request.headers.get(f"content-{name}", "").lower() for name in ("type", "encoding"))
+        if (kind := kind.partition(";")[0].strip()) not in types:
+            raise RequestError(f"content-type is {kind[:40]!r}; send {' or '.join(types)}", 415)
+        if packed not in ("", "identity"):
+            raise RequestError(f"content-encoding is {packed[:40]!r}; send the body uncompressed", 415)
         check_length(int(request.headers.get("content-length", "0")))
         try:
             try:
@@ -102,9 +100,7 @@ class Memory:
             chunks.clear()
             # What parsing takes beside the body. A text is decoded to up to 4 bytes for each character, halves to
             # float32, and a form is copied.
-            take(
-                (1 if found == SAFETENSORS and b"F16" not in body[: 2**14] else 3 if body.isascii() else 6) * len(body)
-            )
+            take((1 if kind == SAFETENSORS and b"F16" not in body[: 2**14] else 3 if body.isascii() else 6) * length)
             yield body, take
         finally:
             self.held -= mine
@@ -121,24 +117,16 @@ def parse_json(body: bytes, kind: type[Content]) -> Content:
     """Parse JSON into a pydantic model; raise RequestError that names the first wrong field."""
     check_limit("the body: values", sum(map(body.count, (b",", b"[", b"{"))), VALUES, "send fewer images at once")
     try:
-        content = parse(body)  # with pydantic's own parser, the last value of a key that is given twice would win
+        parse(body)  # pydantic would take the last value of a key that is given twice, and refuses half a character
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is no JSON: {first_line(error)}") from error
     try:
-        return kind.model_validate(content)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))[:60] or "the body"
         known = ", ".join(field.alias or name for name, field in kind.model_fields.items())
         raise RequestError(f"{where}: {first['msg']}; the JSON object has the fields {known}") from error
-
-
-def from_base64(place: str, text: str) -> bytes:
-    """Decode base64; raise RequestError that names ``place`` if the text is none."""
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise RequestError(f"{place} is no base64") from error
 
 
 def check_prompts(prompts: Sequence[str], rows: str, count: int) -> None:
@@ -206,11 +194,8 @@ class Accepted:
     def check_sources(self, number: int) -> None:
         """Raise RequestError (422) if an image with this number of sources is not scored."""
         if wanted := sources_wanted(number, self.sources):
-            told = (
-                "judges images made from text alone; leave them out"
-                if wanted == "0"
-                else f"takes {wanted}; send so many"
-            )
+            told = f"takes {wanted}; send so many"
+            told = "judges images made from text alone; leave them out" if wanted == "0" else told
             raise RequestError(f"{number} sources are given for an image, but this reward {told}", 422)
 
     def check_sides(self, tensors: Mapping[str, Tensor]) -> None:
@@ -240,11 +225,6 @@ class Accepted:
             most: Greatest length of its header.
             spec: Tensors with their axes, such as ``latents=B C h w, u?=B``; ``?`` marks one that may be left out, and
                 ``|`` parts allowed shapes. Axes of one name have one size. C also stands for a time axis after it.
-
-        Raises:
-            RequestError: If the body is no safetensors file, or a tensor is missing, unknown, of a wrong dtype or
-                number of axes. With status 422 if a size does not fit the model or other tensors, or a number is not
-                finite, with 413 over the limit of pixels.
         """
         if (length := int.from_bytes(body[:8], "little")) > most:
             raise RequestError(f"the safetensors header has {length} bytes; at most {most} are read")
@@ -319,9 +299,6 @@ def parse_request(body: bytes, accepted: Accepted, prompt: str = "", seeds: Iter
     """Parse a body of verl-omni's protocol into rows, whose noise is drawn for ``prompt``.
 
     Requests without the tensor ``seeds`` take a seed per row from ``seeds``.
-
-    Raises:
-        RequestError: As :meth:`Accepted.read`, and with status 413 or 422 over a limit of the server or the network.
     """
     if accepted.sees_empty:
         problem = "this reward's head needs the empty prompt as its text encoder reads it beside the pictures to edit"
@@ -395,12 +372,7 @@ def parse_states(body: bytes, accepted: Accepted, process: NoiseProcess) -> tupl
 
 
 def read_prompts(body: bytes, count: int, accepted: Accepted) -> list[str]:
-    """Read the prompts of ``count`` rows from the ``__metadata__`` of a safetensors body.
-
-    Raises:
-        RequestError: If there are none, or both ``prompt`` and ``prompts``, another number, or one is too long; with
-            status 422 if the reward's text encoder reads the pictures to edit.
-    """
+    """Read the prompts of ``count`` rows from the ``__metadata__`` of a safetensors body."""
     if accepted.sees_sources:
         problem = "the text encoder of this reward reads the pictures that are edited, and latents are none"
         raise RequestError(f"{problem}; send images to /v1/score_images, or encoded prompts to /v1/score", 422)
@@ -430,11 +402,7 @@ def images_of_json(body: bytes) -> Images:
 
 
 def encoded_images(prompts: Sequence[str], images: Sequence[Any], sources: Sequence[Sequence[Any]] = ()) -> Images:
-    """Put files, or their base64, together with prompts, and those of edits with their sources.
-
-    Raises:
-        RequestError: If their numbers do not fit, a prompt is too long, or a text is no base64.
-    """
+    """Put files, or their base64, together with prompts, and those of edits with their sources."""
     if not images:
         raise RequestError("the request holds no image; give at least one", 422)
     check_prompts(prompts, "images", len(images))
@@ -442,26 +410,24 @@ def encoded_images(prompts: Sequence[str], images: Sequence[Any], sources: Seque
         raise RequestError(f"{len(sources)} lists of sources for {len(prompts)} prompts; give one each", 422)
 
     def data(place: str, one: Any) -> bytes:
-        return one if isinstance(one, bytes) else from_base64(place, one)
+        try:
+            return one if isinstance(one, bytes) else base64.b64decode(one, validate=True)
+        except ValueError as error:
+            raise RequestError(f"{place} is no base64") from error
 
     refs = {
         id(row): [source_ref(data("a source image", one), place) for place, one in enumerate(row)] for row in sources
     }
-    texts = [
-        EditPrompt(text, refs[id(row)]) if row else text
-        for text, row in zip(prompts, sources or [()] * len(prompts), strict=True)
-    ]
+    rows = zip(prompts, sources or [()] * len(prompts), strict=True)
+    texts = [EditPrompt(text, refs[id(row)]) if row else text for text, row in rows]
     return texts, [data(f"image {number}", one) for number, one in enumerate(images)]
 
 
 async def images_of_form(request: Request, body: bytes, accepted: Accepted) -> Images:
     """Parse images from a form with files ``image``, and a text ``prompt`` for all or for each, in order.
 
-    Files ``source`` are pictures that all images are edits of.
-
-    Raises:
-        RequestError: If the form cannot be read, or has other fields; with status 415 if its texts are not in UTF-8,
-            since Python's other codecs may take minutes.
+    Files ``source`` are pictures that all images are edits of. Texts must be UTF-8: Python's other codecs may take
+    minutes.
     """
     if "charset=" in (kind := request.headers.get("content-type", "").lower()) and "utf-8" not in kind:
         raise RequestError("the form's charset is another one than utf-8; send that", 415)
@@ -492,11 +458,7 @@ async def images_of_form(request: Request, body: bytes, accepted: Accepted) -> I
 
 
 def pixel_bytes(images: Images, max_pixels: int) -> int:
-    """Estimate the memory in bytes that decoding takes, from the files' headers; equal sources count once.
-
-    Raises:
-        RequestError: If a file is no image, or has too many pixels.
-    """
+    """Estimate the memory in bytes that decoding takes, from the files' headers; equal sources count once."""
     with image_errors():
         sizes = [decoding_bytes(ref, max_pixels) for ref in (*refs_of(images), *sources_by_key(images).values())]
     return sum(decoded for decoded, _ in sizes) + max(extra for _, extra in sizes)
@@ -508,7 +470,6 @@ def decode(images: Images, exif: ExifOrientation, settings: ServiceSettings) -> 
     Pictures that they are edits of become bitmaps, which the model reads again in no time; equal ones are decoded once.
 
     Raises:
-        RequestError: If a file is damaged.
         TimeoutError: If that takes longer than the timeout; no further image is decoded then.
     """
     until = time.monotonic() + settings.timeout

@@ -102,12 +102,7 @@ class ServedModel:
             raise
 
     async def score(self, request: Request, rows: Sequence[Row]) -> list[Scores]:
-        """Score the rows of ``request``; rows still in the queue are dropped if the client disconnects.
-
-        Raises:
-            RequestError: With status 503 if there is no room, 504 after the timeout, 499 if the client disconnected,
-                422 if the model cannot score the rows, 500 if it failed.
-        """
+        """Score the rows of ``request``; rows still in the queue are dropped if the client disconnects."""
 
         async def leaves() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -182,12 +177,7 @@ class ServedModel:
 
 
 class ScoringService:
-    """Rewards of a server by name; the first one scores requests that name none.
-
-    Args:
-        rewards: Name → a reward, and its limits.
-        settings: Limits of the server.
-    """
+    """Rewards of a server by name, each with its limits; the first one scores requests that name none."""
 
     def __init__(self, rewards: Mapping[str, tuple[RewardModel, ServiceSettings]], settings: ServiceSettings) -> None:
         self.settings, self.metrics = settings, Metrics()
@@ -227,11 +217,7 @@ class ScoringService:
     async def score_images(
         self, request: Request, parts: Mapping[ServedModel, Images], take: Take
     ) -> dict[ServedModel, list[Scores] | ScoringError]:
-        """Have each reward score its images; return its scores, or the error of a reward that cannot score them.
-
-        Raises:
-            RequestError: If an image is damaged or too large, a reward has no room, or there is a timeout.
-        """
+        """Have each reward score its images; return its scores, or the error of a reward that cannot score them."""
         for model, (prompts, files) in parts.items():  # now: scores of one would be lost if another then refuses
             for prompt in prompts:
                 model.accepted.check_sources(len(sources_of(prompt)))
@@ -243,9 +229,8 @@ class ScoringService:
                 work = asyncio.to_thread(bodies.decode, images, model.reward.exif, self.settings)
                 rows = await asyncio.wait_for(work, self.settings.timeout)
             except TimeoutError as error:
-                raise RequestError(
-                    f"images not decoded within {self.settings.timeout:g} seconds; send fewer", 504
-                ) from error
+                problem = f"images not decoded within {self.settings.timeout:g} seconds"
+                raise RequestError(f"{problem}; send fewer", 504) from error
             return await model.score(request, rows)
 
         outcomes = await asyncio.gather(*(scored(*part) for part in parts.items()), return_exceptions=True)

@@ -67,10 +67,8 @@ LATENT_HEADERS = {"content-type": "application/octet-stream", "x-drm-protocol-ve
 
 Row = TypeVar("Row")
 PendingScores = Callable[[], list[float]]
-"""Function that waits for the scores of rows that have been asked for, and returns one for each row.
-
-It raises RemoteError if a request fails, or a signal asks the run to stop; requests under way are then given up.
-"""
+"""Function that waits for the scores of rows that have been asked for, and returns one for each row; RemoteError if a
+request fails, or a signal asks the run to stop."""
 
 
 class RemoteError(InputError):
@@ -123,10 +121,6 @@ class RemoteServer:
             checkpoint first; ``wait`` goes on trying for ``wait_s``, then stops in the same way.
         wait_s: Longest wait in seconds, under ``on_outage: wait``.
         parallel: Greatest number of requests at the same time, for each process.
-
-    Raises:
-        InputError: If the address is no HTTP address, or holds a name and password; if a limit is out of range, or the
-            token cannot be read.
     """
 
     url: str
@@ -237,11 +231,10 @@ class Connection:
                 left = began + allowed - now
                 asks = error.pause_s is not None and error.pause_s > max(left, 0.0)
                 if left <= 0 or asks:
-                    remedy = f"start the server, or raise {limit}"
-                    if asks:
-                        remedy = (
-                            f"the server asks for a pause of {error.pause_s:g} seconds; go on after it, or {remedy}"
-                        )
+                    remedy = (
+                        f"the server asks for a pause of {error.pause_s or 0:g} seconds; go on after it, or " * asks
+                    )
+                    remedy += f"start the server, or raise {limit}"
                     counted = f"{tries} {'try' if tries == 1 else 'tries'} in {now - began:.0f} seconds"
                     told = f"no scores after {counted} (server.{limit}={allowed:g}); the last one: {error}; {remedy}"
                     self.refuse(told)
