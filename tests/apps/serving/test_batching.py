@@ -68,6 +68,13 @@ def asked(batcher: Batcher, *values: float, group: str = "a") -> "asyncio.Task[l
     return asyncio.create_task(batcher.score([Number(value, group) for value in values]))
 
 
+async def freed(model: Model, *tasks: "asyncio.Task[list[float]]") -> Any:
+    """What comes of the tasks when all of them wait, and the thread is freed."""
+    await asyncio.sleep(0.01)
+    model.free.set()
+    return await asyncio.gather(*tasks)
+
+
 def test_scores_come_back_to_whom_they_belong() -> None:
     async def scenario(batcher: Batcher, model: Model) -> None:
         rows = [[Number(i), Number(10 + i, "b")] for i in range(5)]
@@ -80,9 +87,7 @@ def test_scores_come_back_to_whom_they_belong() -> None:
 def test_what_arrives_while_the_model_is_busy_becomes_one_pass() -> None:
     async def scenario(batcher: Batcher, model: Model) -> None:
         tasks = [await busy(batcher, model), *(asked(batcher, i) for i in range(6))]
-        await asyncio.sleep(0.01)
-        model.free.set()
-        await asyncio.gather(*tasks)
+        await freed(model, *tasks)
 
     assert [*map(len, run(scenario))] == [1, 4, 2]
 
@@ -123,9 +128,7 @@ def test_a_full_queue_refuses_and_tells_when_to_come_back() -> None:
             await batcher.score([Number(0)] * 4)
         assert raised.value.status == 503 and raised.value.retry_after >= 1
         third = asked(batcher, 1, 2, 3)
-        await asyncio.sleep(0)
-        model.free.set()
-        await asyncio.gather(first, waiting, third)
+        await freed(model, first, waiting, third)
 
     run(scenario, queue=10)
 
@@ -141,9 +144,7 @@ def test_a_request_that_would_wait_too_long_is_refused_at_once() -> None:
             await batcher.score([Number(0)] * 8)
         assert (raised.value.status, raised.value.retry_after) == (503, 20)
         short = asked(batcher, 5)  # its turn comes before that of the last rows
-        await asyncio.sleep(0.01)
-        model.free.set()
-        await asyncio.gather(first, long, short)
+        await freed(model, first, long, short)
 
     run(scenario)
 
@@ -152,9 +153,7 @@ def test_a_bad_row_fails_alone() -> None:
     async def scenario(batcher: Batcher, model: Model) -> None:
         first = await busy(batcher, model)
         good, bad, other = asked(batcher, 2), asked(batcher, -1, 3), asked(batcher, 4)
-        await asyncio.sleep(0.01)
-        model.free.set()
-        assert await asyncio.gather(first, good, other) == [[2], [4], [8]]
+        assert await freed(model, first, good, other) == [[2], [4], [8]]
         with pytest.raises(InputError, match="negative"):
             await bad
 
@@ -167,9 +166,7 @@ def test_rows_of_a_client_that_left_are_not_scored() -> None:
         gone, stays = asked(batcher, 7, 8), asked(batcher, 9)
         await asyncio.sleep(0.01)
         gone.cancel()
-        await asyncio.sleep(0.01)
-        model.free.set()
-        assert await asyncio.gather(first, stays) == [[2], [18]]
+        assert await freed(model, first, stays) == [[2], [18]]
 
     assert run(scenario) == [[1], [9]]
 
@@ -182,8 +179,7 @@ def test_rewards_take_turns_on_a_device() -> None:
         second = asked(other, 2)
         await asyncio.sleep(0.1)
         assert model.passes == [[1]] and len(other.waiting) == 1
-        model.free.set()
-        assert await asyncio.gather(first, second) == [[2], [4]]
+        assert await freed(model, first, second) == [[2], [4]]
         task.cancel()
         await asyncio.wait([task])
 

@@ -1,12 +1,10 @@
 """Several rewards on one server: names, turns on a device, limits of each, metrics, and the description."""
 
-import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import aiohttp
 import httpx
 import pytest
 from safetensors.torch import save
@@ -68,23 +66,6 @@ def test_metrics_name_the_reward(address: str, service: ScoringService) -> None:
     assert 'latentreward_reward_rows_total{reward="second"}' in text
     assert 'latentreward_reward_queue_rows{reward="first"} 0.0' in text
     assert 'latentreward_requests_total{path="/v1/score",status="200"}' in text and "/rewards/" not in text
-
-
-def test_a_token_in_the_address_is_taken_from_every_client(address: str) -> None:
-    bare = address.replace("user:s3cret@", "")
-    reply = httpx.get(f"{bare}/health", auth=("user", "guess"))
-    assert reply.status_code == 401 and "Basic" in reply.headers["www-authenticate"]
-    assert httpx.get(f"{address}/health").status_code == 200
-
-    async def verl_omnis() -> int:
-        async with aiohttp.ClientSession() as session, session.get(f"{address}/v1/model") as reply:
-            return reply.status
-
-    assert asyncio.run(verl_omnis()) == 200
-    requests = pytest.importorskip("requests")
-    session = requests.Session()
-    session.trust_env = False  # as UniRL's client
-    assert session.get(f"{address}/health", timeout=5).status_code == 200
 
 
 @pytest.mark.parametrize("passes", [1, 2])

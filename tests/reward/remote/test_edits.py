@@ -32,18 +32,6 @@ def unirl_redder(request: dict[str, Any]) -> dict[str, Any]:
     return {"results": [{"redder": {"score": score}} for score in told["scores"]]}
 
 
-class Own(ImageSchema):
-    """A schema that knows nothing of edits."""
-
-    path = "/own"
-
-    def request(self, prompts, images):
-        return {"texts": [prompt.upper() for prompt in prompts], "pictures": images}
-
-    def scores(self, reply, request):
-        return reply["scores"]
-
-
 def images(url: str, schema: ImageSchema | None = None) -> RemoteImages:
     return RemoteImages(RemoteServer(url, timeout_s=10.0, retry_s=0.0), schema or PlainJSON(), 8)
 
@@ -87,12 +75,6 @@ def test_scores_are_remembered_by_image_and_sources() -> None:
         assert judge.sizes == [2]
         source.begin([edit_prompt("make it red", [RED, BLUE])], [RED])()
         assert judge.sizes == [2, 1]
-
-
-def test_a_schema_of_ones_own_that_knows_no_edits_goes_on() -> None:
-    prompts = [edit_prompt("make it red", source) for source in (RED, BLUE)]
-    with judging(lambda request: {"scores": [len(text) for text in request["texts"]]}) as judge:
-        assert images(judge.url, Own()).begin(prompts, [RED, RED])() == [11, 11]
 
 
 def test_latentreward_serve_gets_sources_that_a_request_shares_once() -> None:

@@ -117,7 +117,7 @@ def parse_json(body: bytes, kind: type[Content]) -> Content:
     """Parse JSON into a pydantic model; raise RequestError that names the first wrong field."""
     check_limit("the body: values", sum(map(body.count, (b",", b"[", b"{"))), VALUES, "send fewer images at once")
     try:
-        parse(body)  # pydantic would take the last value of a key that is given twice, and refuses half a character
+        parse(body)  # of a key that is given twice, pydantic would take the last value
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is no JSON: {first_line(error)}") from error
     try:
