@@ -29,7 +29,7 @@ from latentreward.apps.serving import bodies, is_loopback
 from latentreward.apps.serving.batching import RequestError
 from latentreward.apps.serving.bodies import FORM, JSON, SAFETENSORS
 from latentreward.apps.serving.dialects import Dialect, FlowFactory, UniRL
-from latentreward.apps.serving.service import ScoringError, ScoringService, takes
+from latentreward.apps.serving.service import ScoringService, takes
 from latentreward.core.errors import InputError
 from latentreward.core.registry import import_class
 from latentreward.reward.remote.schemas import ImagesRequest
@@ -99,10 +99,7 @@ def reward_routes(service: ScoringService) -> APIRouter:
             else:
                 images = await asyncio.to_thread(bodies.images_of_json, body)
             bodies.check_limit("images: rows", len(images[1]), model.accepted.max_rows)
-            outcome = (await service.score_images(request, {model: images}, take))[model]
-        if isinstance(outcome, ScoringError):
-            raise outcome
-        columns = model.columns(outcome)
+            columns = model.columns(await model.score_images(request, images, take))
         z_scores, quantiles = model.standing(columns["scores"])
         told = {"z_scores": z_scores, "quantiles": quantiles, "noise": str(model.reward.noise)}
         return JSONResponse({**columns, **told, "model": model.reward.identity})
@@ -306,8 +303,7 @@ def configuration(service: ScoringService) -> uvicorn.Config:
 def serve(service: ScoringService, bound: socket.socket) -> None:
     """Answer requests until SIGTERM or SIGINT; then finish requests in progress, for up to the request timeout.
 
-    Prints ``serving NAMES at URL`` once clients can connect; before it each reward, under ``fresh_noise`` with its first
-    seed.
+    Prints each reward, and ``serving NAMES at URL`` once clients can connect.
     """
     server = uvicorn.Server(configuration(service))
     # Until uvicorn sets this handler itself, and after its shutdown, when it raises the caught signal again.
@@ -316,7 +312,7 @@ def serve(service: ScoringService, bound: socket.socket) -> None:
         bound.listen()
         host, port = bound.getsockname()[:2]
         for model in service.models.values():
-            fresh = "" if model.first_seed is None else f"; latents without a seed take those from {model.first_seed} on"
+            fresh = f"; latents without a seed take those from {model.first_seed} on" if model.first_seed else ""
             print(f"{model.name}: {model.reward.identity}, on {model.reward.device}{fresh}")
         names = ", ".join(service.models)
         print(f"serving {names} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

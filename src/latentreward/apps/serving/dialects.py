@@ -52,10 +52,7 @@ class FlowFactory(Dialect):
             given = await asyncio.to_thread(parse_json, body, ComputeRequest)
             check_limit("image: images", len(given.image or ()), model.settings.queue)
             images = encoded_images(given.prompt, given.image or (), given.condition_images or ())
-            outcome = (await self.service.score_images(request, {model: images}, take))[model]
-        if isinstance(outcome, ScoringError):
-            raise outcome
-        return JSONResponse({"rewards": [score for score, *_ in outcome]})
+            return JSONResponse({"rewards": [score for score, *_ in await model.score_images(request, images, take)]})
 
 
 class UniRL(Dialect):
@@ -94,12 +91,17 @@ class UniRL(Dialect):
             for model, numbers in rows.items():
                 check_limit(f"requests: samples for {model.name}", len(numbers), model.settings.queue)
             parts = {model: images_of([samples[one] for one in numbers], model) for model, numbers in rows.items()}
-            outcomes = await self.service.score_images(request, parts, take)
+            for model, images in parts.items():  # now: scores of one would be lost if another then refuses
+                model.check_images(images)
+            scoring = (model.score_images(request, images, take) for model, images in parts.items())
+            outcomes = await asyncio.gather(*scoring, return_exceptions=True)
         results: list[dict[str, dict[str, Any]]] = [{} for _ in samples]
         errors: list[dict[str, str]] = [{} for _ in samples]
-        for model, outcome in outcomes.items():
+        for model, outcome in zip(parts, outcomes, strict=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, ScoringError):
+                raise outcome
             for place, row in enumerate(rows[model]):
-                if isinstance(outcome, ScoringError):
+                if isinstance(outcome, BaseException):
                     errors[row][model.name] = str(outcome)
                 else:
                     results[row][model.name] = dict(zip(("score", *model.reward.axes), outcome[place], strict=True))

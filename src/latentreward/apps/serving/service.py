@@ -131,6 +131,24 @@ class ServedModel:
             gone.cancel()
             self._under_way -= 1
 
+    def check_images(self, images: Images) -> None:
+        """Raise RequestError if images have another number of sources than the reward takes, or there is no room."""
+        for prompt in images[0]:
+            self.accepted.check_sources(len(sources_of(prompt)))
+        self.require_room(len(images[1]))
+
+    async def score_images(self, request: Request, images: Images, take: Take) -> list[Scores]:
+        """Decode and score images; see :meth:`score`."""
+        self.check_images(images)
+        take(await asyncio.to_thread(bodies.pixel_bytes, images, self.settings.max_pixels))
+        try:
+            work = asyncio.to_thread(bodies.decode, images, self.reward.exif, self.settings)
+            rows = await asyncio.wait_for(work, self.settings.timeout)
+        except TimeoutError as error:
+            problem = f"images not decoded within {self.settings.timeout:g} seconds"
+            raise RequestError(f"{problem}; send fewer", 504) from error
+        return await self.score(request, rows)
+
     def columns(self, scores: Sequence[Scores]) -> dict[str, list[float]]:
         """Return the scores of all rows, and those of each axis of a model with two, by name."""
         names = ("scores", *self.reward.axes)
@@ -213,31 +231,6 @@ class ScoringService:
     def body(self, request: Request, *types: str) -> contextlib.AbstractAsyncContextManager[tuple[bytes, Take]]:
         """Read the body of a request; see :meth:`Memory.body`."""
         return self.memory.body(request, self.settings, *types)
-
-    async def score_images(
-        self, request: Request, parts: Mapping[ServedModel, Images], take: Take
-    ) -> dict[ServedModel, list[Scores] | ScoringError]:
-        """Have each reward score its images; return its scores, or the error of a reward that cannot score them."""
-        for model, (prompts, files) in parts.items():  # now: scores of one would be lost if another then refuses
-            for prompt in prompts:
-                model.accepted.check_sources(len(sources_of(prompt)))
-            model.require_room(len(files))
-
-        async def scored(model: ServedModel, images: Images) -> list[Scores]:
-            take(await asyncio.to_thread(bodies.pixel_bytes, images, self.settings.max_pixels))
-            try:
-                work = asyncio.to_thread(bodies.decode, images, model.reward.exif, self.settings)
-                rows = await asyncio.wait_for(work, self.settings.timeout)
-            except TimeoutError as error:
-                problem = f"images not decoded within {self.settings.timeout:g} seconds"
-                raise RequestError(f"{problem}; send fewer", 504) from error
-            return await model.score(request, rows)
-
-        outcomes = await asyncio.gather(*(scored(*part) for part in parts.items()), return_exceptions=True)
-        for outcome in outcomes:  # raised after all have ended, since gather does not stop the others
-            if isinstance(outcome, BaseException) and not isinstance(outcome, ScoringError):
-                raise outcome
-        return dict(zip(parts, outcomes, strict=True))  # type: ignore[arg-type]
 
 
 def takes(kinds: Mapping[str, Any]) -> dict[str, Any]:

@@ -204,9 +204,9 @@ class Connection:
         finally:
             future.cancel()
 
-    def ask(self, method: Literal["GET", "POST"], path: str, content: bytes = b"", **headers: str) -> Any:
+    def ask(self, method: Literal["GET", "POST"], path: str, content: bytes = b"") -> Any:
         """Ask and wait; see :meth:`asked`."""
-        return self.result(self.start(self.asked, method, path, content, headers))
+        return self.result(self.start(self.asked, method, path, content))
 
     async def asked(
         self, method: Literal["GET", "POST"], path: str, content: bytes = b"", headers: Mapping[str, str] | None = None
@@ -231,10 +231,8 @@ class Connection:
                 left = began + allowed - now
                 asks = error.pause_s is not None and error.pause_s > max(left, 0.0)
                 if left <= 0 or asks:
-                    remedy = (
-                        f"the server asks for a pause of {error.pause_s or 0:g} seconds; go on after it, or " * asks
-                    )
-                    remedy += f"start the server, or raise {limit}"
+                    later = f"it asks for a pause of {error.pause_s or 0:g} seconds; go on after it, or " * asks
+                    remedy = f"{later}start the server, or raise {limit}"
                     counted = f"{tries} {'try' if tries == 1 else 'tries'} in {now - began:.0f} seconds"
                     told = f"no scores after {counted} (server.{limit}={allowed:g}); the last one: {error}; {remedy}"
                     self.refuse(told)
