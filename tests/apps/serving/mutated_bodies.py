@@ -28,14 +28,7 @@ Kind = tuple[str, bytes, bool | None]
 
 @dataclass(frozen=True)
 class FuzzedRoute:
-    """A route with a good body.
-
-    Attributes:
-        path: Path.
-        headers: Headers.
-        good: A body that is answered 200.
-        mutate: Changes the body: how, the result, and whether it is still good, or None if it may be.
-    """
+    """A route with a good body, and what changes it: how, the result, and whether it is good, or None if it may be."""
 
     path: str
     headers: dict[str, str]

@@ -70,14 +70,7 @@ def forked_server(*arguments: str, **options: Any) -> Iterator[ServerProcess]:
 
 @dataclass
 class Answers:
-    """What came back.
-
-    Attributes:
-        statuses: How often each HTTP status came; 0 where there was no answer.
-        unexpected: Lines on answers other than they should be.
-        seconds: How long it took from the first request to the last answer.
-        rss: Resident memory of the server, now and then.
-    """
+    """What came back: statuses, answers other than they should be, and the server's resident memory now and then."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     unexpected: list[str] = field(default_factory=list)

@@ -1,12 +1,10 @@
 """A served reward of edits: images and latents with the pictures that they are edits of, by every route."""
 
 import base64
-import csv
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +13,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from latentreward.apps.cli import main
 from latentreward.apps.serving.batching import RequestError
 from latentreward.apps.serving.bodies import images_of_json, parse_latents, pixel_bytes
 from latentreward.apps.serving.service import ServedModel
@@ -26,7 +23,6 @@ from latentreward.reward import GatedQFormerHead, RewardModel, ScoringNoise, edi
 from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
 from tests.apps.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded
 from tests.apps.serving.latent_requests import tensors_of
-from tests.apps.serving.processes import forked_server
 from tests.apps.serving.prompted_requests import body_of
 from tests.apps.serving.servers import served_model, serving
 from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
@@ -271,42 +267,25 @@ def test_latents_of_sources_that_do_not_fit_are_refused(
 
 
 @pytest.mark.slow
-def test_a_server_scores_with_a_text_encoder_that_sees_the_pictures(tmp_path: Path) -> None:
-    """Qwen-Image-Edit, served by a process of its own: scores are those of `score`."""
-    base, rows = qwen_image_edit_folder(), [[RED], [BLUE], [BLUE, RED]]
-    backbone = create_backbone("qwen_image_edit", source=base, visual_taps=[2], text_taps=[2])
+def test_a_server_scores_with_a_text_encoder_that_sees_the_pictures() -> None:
+    """Qwen-Image-Edit; a picture or text that the encoder cannot take is told, and leaves the batch's others alone."""
+    backbone = create_backbone("qwen_image_edit", source=qwen_image_edit_folder(), visual_taps=[2], text_taps=[2])
     head = GatedQFormerHead(backbone.feature_spec, num_heads=2)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
     reward = RewardModel(backbone, head).eval()
     reward.image_sizes = OneSize(32, 48)
-    reward.save_pretrained(tmp_path / "reward")
-    for name, image in (("0", EDITED[0]), ("1", EDITED[0]), ("2", EDITED[0]), ("red", RED), ("blue", BLUE)):
-        image.save(tmp_path / f"{name}.png")
-    narrow = Image.new("RGB", (2, 500))
-    narrow.save(tmp_path / "narrow.png")
-    names = [["red.png"], ["blue.png"], ["blue.png", "red.png"], ["narrow.png"]]
-    listed = [{"image": f"{row % 3}.png", "prompt": TEXT, "source_images": given} for row, given in enumerate(names)]
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
-    output, options = str(tmp_path / "scores.csv"), (f"--base={base}", "--device=cpu")
-    main(["score", str(tmp_path / "list.jsonl"), output, f"--model={tmp_path / 'reward'}", *options])
-    with Path(output).open() as file:
-        *rows_of_file, odd = csv.DictReader(file)
-    scores = [float(row["score"]) for row in rows_of_file]
-    assert len({round(score, 4) for score in scores}) == 3
-    assert not odd["score"] and "a picture to edit has 2×500 pixels" in odd["problem"]
-    sent = {"prompt": TEXT, "images": [encoded(EDITED[0])] * 3}
-    alone = {"prompt": TEXT, "source_images": [encoded(RED)]}
-    with forked_server("serve", str(tmp_path / "reward"), "--port=0", *options) as server:
-        assert httpx.get(f"{server.address}/v1/model").json()["sources"] == [1, 16]
-        reply = ask(server.address, sent | {"source_images": [[*map(encoded, row)] for row in rows]})
+    rows, sent = [[RED], [BLUE], [BLUE, RED]], {"prompt": TEXT, "images": [encoded(EDITED[0])] * 3}
+    with serving(reward) as (address, _), torch.inference_mode():
+        assert httpx.get(f"{address}/v1/model").json()["sources"] == [1, 16]
+        scores = [reward.score(edit_prompt(TEXT, row), EDITED[0]).item() for row in rows]
+        assert len({round(score, 4) for score in scores}) == 3
+        reply = ask(address, sent | {"source_images": [[*map(encoded, row)] for row in rows]})
         assert reply.status_code == 200 and reply.json()["scores"] == pytest.approx(scores, abs=2e-5), reply.text
-        for text, source in ((TEXT, narrow), ("draw <|image_pad|>", RED)):
-            content = {"prompt": text, "image": encoded(EDITED[0]), "source_images": [encoded(source)]}
+        good = {"prompt": TEXT, "image": encoded(EDITED[0]), "source_images": [encoded(RED)]}
+        narrow = {"source_images": [encoded(Image.new("RGB", (2, 500)))]}
+        for wrong, told in ((narrow, "crop the picture"), ({"prompt": "a <|image_pad|>"}, "leave it out of the text")):
             with ThreadPoolExecutor() as pool:  # they may be in one batch
-                good, bad = pool.map(ask, [server.address] * 2, [content | alone, content])
-            assert good.json()["scores"] == pytest.approx(scores[:1], abs=2e-5) and bad.status_code == 422
-            assert "crop the picture" in bad.json()["error"] or "leave it out of the text" in bad.json()["error"]
-        reply = send(server.address, "score_latents", body_of({"latents": latents(1), "source_0": latents(1)}, TEXT))
-        assert reply.status_code == 422 and "latents are none; send images to /v1/score_images" in reply.json()["error"]
-        assert server.stop() == 0
+                fine, bad = pool.map(ask, [address] * 2, [good, good | wrong])
+            assert fine.json()["scores"] == pytest.approx(scores[:1], abs=2e-5)
+            assert bad.status_code == 422 and told in bad.json()["error"]

@@ -26,29 +26,17 @@ PROCESS = FlowMatching()
 UNEQUAL = replace(ACCEPTED, pooled_width=None, max_prompt=6, masked=True, frames=1)
 
 
-def test_a_request_becomes_rows() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_request_becomes_rows(dtype: torch.dtype) -> None:
     tensors = tensors_of(ACCEPTED, rows=2)
     tensors["u"], tensors["seeds"] = torch.tensor([0.25, 1.0]), torch.tensor([7, -1])
-    rows = parse_request(save(tensors), ACCEPTED)
+    tensors["latents"] = tensors["latents"].to(dtype)
+    rows = parse_request(save(tensors, metadata={"format": "pt"}), ACCEPTED, "a cat")
     for number, row in enumerate(rows):
-        assert torch.equal(row.latents, tensors["latents"][number])
+        assert row.latents.dtype == torch.float32 and torch.equal(row.latents, tensors["latents"][number].float())
         assert torch.equal(row.encoded.prompt_embeds, tensors["prompt_embeds"][[number]])
         assert torch.equal(row.encoded.pooled_prompt_embeds, tensors["pooled_prompt_embeds"][[number]])
-    assert [(row.u, row.seed) for row in rows] == [(0.25, 7), (1.0, -1)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_read_as_what_it_says(dtype: torch.dtype) -> None:
-    tensors = tensors_of(ACCEPTED)
-    tensors["latents"] = tensors["latents"].to(dtype)
-    row = parse_request(save(tensors), ACCEPTED)[0]
-    assert row.latents.dtype == torch.float32 and torch.equal(row.latents, tensors["latents"][0].float())
-
-
-def test_noise_is_named_by_the_header_alone() -> None:
-    for seed in (0, 1):
-        assert parse_request(save(tensors_of(ACCEPTED, seed=seed)), ACCEPTED)[0].prompt == ""
-        assert parse_request(save(tensors_of(ACCEPTED, seed=seed)), ACCEPTED, "a cat")[0].prompt == "a cat"
+    assert [(row.prompt, row.u, row.seed) for row in rows] == [("a cat", 0.25, 7), ("a cat", 1.0, -1)]
 
 
 def test_without_seeds_the_seed_is_0_or_the_next_fresh_one() -> None:
@@ -58,10 +46,6 @@ def test_without_seeds_the_seed_is_0_or_the_next_fresh_one() -> None:
     assert [row.seed for row in parse_request(save(tensors), ACCEPTED)] == [0, 0]
     assert [row.seed for row in parse_request(save(tensors), ACCEPTED, seeds=fresh)] == [5, 6]
     assert [row.seed for row in parse_request(save(tensors), ACCEPTED, seeds=fresh)] == [7, 8]
-
-
-def test_metadata_is_ignored() -> None:
-    assert parse_request(save(tensors_of(ACCEPTED), metadata={"format": "pt"}), ACCEPTED)
 
 
 def changed(**tensors: torch.Tensor | None) -> bytes:

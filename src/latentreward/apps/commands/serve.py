@@ -87,15 +87,12 @@ def serve(
     settings = ServiceSettings(token=token, **limits)
     for path in settings.dialects:  # before the models are loaded
         import_class("dialects", path, Dialect)
-    single: dict[str, Any] = {"device": device, "dtype": dtype, "base": base, "run_config": run_config}
-    single |= {"revision": revision, "published": published}
     if (model is None) == (not rewards):
         raise InputError("give either model, or rewards with a name, model and device for each")
-    usual = {"device": "auto", "dtype": "float32", "name": "reward"}
-    given = [key for key, value in {**single, "name": name}.items() if value != usual.get(key)]
-    if rewards and given:
-        raise InputError(f"{given[0]} is that of a single model; give it for each of rewards")
-    chosen = {check_name(label): one for label, one in (rewards or {name: RewardToServe(str(model), **single)}).items()}
+    single = RewardToServe(model or "", device, dtype, base, run_config, revision, published)
+    if rewards and (single, name) != (RewardToServe(""), "reward"):
+        raise InputError("name, device, base and the like are those of a single model; give them for each of rewards")
+    chosen = {check_name(label): one for label, one in (rewards or {name: single}).items()}
     for one in chosen.values():
         one.limits(settings)  # raises for a wrong limit
         find_device(one.device)

@@ -115,7 +115,7 @@ class RemoteServer:
         url: Address with scheme, such as ``http://judge:8000``; a path before the schema's own may follow.
         token_file: File with a token, sent as ``Authorization: Bearer TOKEN``.
         token_env: Environment variable with the token.
-        timeout_s: Seconds that a try waits for each part of an answer, and for the whole of it once it has begun.
+        timeout_s: Seconds that a try may take, from the connection to the end of the answer.
         retry_s: Longest time from the first failed try to the last, in seconds, under ``on_outage: stop``.
         on_outage: What happens when the tries of ``retry_s`` have failed. ``stop`` ends the run, which saves a
             checkpoint first; ``wait`` goes on trying for ``wait_s``, then stops in the same way.
