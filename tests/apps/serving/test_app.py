@@ -1,6 +1,5 @@
 """The endpoints, over real sockets, as verl-omni's client and others use them."""
 
-import asyncio
 import base64
 import io
 import json
@@ -13,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-import aiohttp
 import httpx
 import pytest
 import torch
@@ -67,23 +65,12 @@ def scores_of(reward: RewardModel, body: bytes, accepted: Accepted) -> list[floa
     return scores
 
 
-async def verl_omni_score(address: str, tensors: dict[str, Tensor]) -> float:
-    """What verl-omni's client does with a finished sample, by its protocol."""
-    async with (
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session,
-        session.post(f"{address}/v1/score", data=save(tensors), headers=HEADERS) as response,
-    ):
-        assert response.status == 200, await response.text()
-        reply = await response.json()
-    assert reply["protocol_version"] == "1" and len(reply["raw_scores"]) == 1
-    return float(reply["raw_scores"][0])
-
-
-def test_verl_omnis_client_gets_the_models_score(address: str, accepted: Accepted) -> None:
+def test_a_request_gets_the_models_score_at_its_level(address: str, accepted: Accepted) -> None:
     for seed, u in ((0, 0.4), (1, 0.0), (2, 1.0)):
-        tensors = tensors_of(accepted, seed=seed) | {"u": torch.tensor([u])}
-        score = asyncio.run(verl_omni_score(address, tensors))
-        assert score == pytest.approx(scores_of(tiny_reward(), save(tensors), accepted)[0], abs=2e-5)
+        body = save(tensors_of(accepted, seed=seed) | {"u": torch.tensor([u])})
+        reply = ask(address, body).json()
+        assert reply.keys() == {"protocol_version", "raw_scores"} and reply["protocol_version"] == "1"
+        assert reply["raw_scores"] == pytest.approx(scores_of(tiny_reward(), body, accepted), abs=2e-5)
 
 
 def test_a_row_alone_gets_the_models_score_to_the_bit(accepted: Accepted) -> None:
