@@ -473,19 +473,7 @@ class RemoteLatents(RemoteScores[LatentRow]):
         return self.begin_rows(rows, keys)
 
     async def ask(self, rows: Sequence[LatentRow]) -> tuple[Sequence[Any], str | None]:
-        prompts, takes = Conditioning.join([row.prompt for row in rows]).trimmed(), self.reward
-        pooled = prompts.pooled_prompt_embeds if takes.pooled_prompt_embeds_width is not None else None
-        mask = prompts.prompt_mask if takes.prompt_mask or takes.pools_tokens else None
-        tensors = {
-            "latents": torch.stack([row.latents for row in rows]),
-            "prompt_embeds": prompts.prompt_embeds,
-            "u": torch.tensor([row.sigma for row in rows]),
-            "seeds": torch.tensor([row.seed for row in rows]),
-            "pooled_prompt_embeds": pooled,
-            "prompt_mask": mask,
-            **{f"source_{place}": latents for place, latents in enumerate(prompts.source_latents)},
-        }
-        body = save({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None})
+        body = await asyncio.to_thread(self._body, rows)
         reply = await self.connection.asked("POST", self.schema.path, body, LATENT_HEADERS)
         try:
             scores = checked(LatentsReply, reply, ANSWER, REMEDY).raw_scores
@@ -493,6 +481,19 @@ class RemoteLatents(RemoteScores[LatentRow]):
             self.connection.refuse(str(error), error)
         # The reply does not name the model, and a server that was started again meanwhile may have another one.
         return scores, (await described(self.connection, self.schema)).model
+
+    def _body(self, rows: Sequence[LatentRow]) -> bytes:
+        prompts, takes = Conditioning.join([row.prompt for row in rows]).trimmed(), self.reward
+        tensors = {
+            "latents": torch.stack([row.latents for row in rows]),
+            "prompt_embeds": prompts.prompt_embeds,
+            "u": torch.tensor([row.sigma for row in rows]),
+            "seeds": torch.tensor([row.seed for row in rows]),
+            "pooled_prompt_embeds": prompts.pooled_prompt_embeds if takes.pooled_prompt_embeds_width else None,
+            "prompt_mask": prompts.prompt_mask if takes.prompt_mask or takes.pools_tokens else None,
+            **{f"source_{place}": latents for place, latents in enumerate(prompts.source_latents)},
+        }
+        return save({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None})
 
 
 def describe(connection: Connection, schema: Schema) -> ServedReward:
