@@ -15,11 +15,12 @@ from torch import Tensor
 
 from latentreward.apps.serving import ServiceSettings
 from latentreward.apps.serving.bodies import Accepted
+from latentreward.apps.serving.service import ServedModel
 from tests.alignment.rewards.stored import write_run
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.mutated_bodies import fuzz_route, routes
 from tests.apps.serving.processes import ServerProcess, forked_server, load
-from tests.apps.serving.servers import tiny_reward
+from tests.apps.serving.servers import serving, tiny_reward
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +92,30 @@ def test_several_rewards_by_a_config(run: Path, tmp_path: Path) -> None:
         ]
         assert scores[0] == scores[1]
         assert server.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[str, ServedModel]]:
+    with serving(tiny_reward(), max_wait_ms=1) as started:
+        yield started
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_no_body_brings_a_server_down(
+    running: tuple[str, ServedModel], number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    address, model = running
+    every = list(routes(model.accepted))
+    assert len(every) == 7
+    route = every[number]
+    before = httpx.post(f"{address}{route.path}", content=route.good, headers=route.headers, timeout=300)
+    assert before.status_code == 200, before.text
+    answers = fuzz_route(address, route, 500)
+    assert not answers.unexpected, answers.unexpected[:5]
+    assert answers.statuses[200] < 400 and set(answers.statuses) <= {200, 400, 413, 415, 422}
+    assert not [one for one in caplog.records if one.name.startswith("python_multipart")]
+    after = httpx.post(f"{address}{route.path}", content=route.good, headers=route.headers, timeout=300)
+    assert after.status_code == 200 and after.json().keys() == before.json().keys()
 
 
 def _accepted() -> Accepted:
