@@ -53,20 +53,6 @@ def test_a_failed_try_is_followed_by_another(fault, caplog: pytest.LogCaptureFix
     assert len(caplog.records) == 2
 
 
-def test_the_end_of_an_outage_is_told_by_another_request_than_its_beginning(caplog: pytest.LogCaptureFixture) -> None:
-    began = time.monotonic()
-    with judging(faults=[says(503, retry_after="1")]) as judge, caplog.at_level(logging.WARNING):
-        connection = Connection(RemoteServer(judge.url))
-        thread = threading.Thread(target=connection.ask, args=("POST", "/score", REQUEST))
-        thread.start()
-        while not caplog.records:
-            time.sleep(0.01)
-        assert connection.ask("POST", "/score", REQUEST) == {"scores": []}
-        thread.join()
-    (told,) = (record.message.partition(" answers again after ")[2] for record in caplog.records[1:])
-    assert float(told.removesuffix(" seconds")) <= time.monotonic() - began + 0.5
-
-
 @pytest.mark.parametrize("fault", [trickles, drips_headers])
 def test_a_server_that_answers_without_end_is_an_outage(fault) -> None:
     """Also on a connection that gave good answers before, as then no other is opened."""
