@@ -226,6 +226,9 @@ class Accepted:
             spec: Tensors with their axes, such as ``latents=B C h w, u?=B``; ``?`` marks one that may be left out, and
                 ``|`` parts allowed shapes. Axes of one name have one size. C also stands for a time axis after it.
         """
+        if self.sees_sources and most == WITH_PROMPTS:
+            problem = "the text encoder of this reward reads the pictures that are edited, and latents are none"
+            raise RequestError(f"{problem}; send images to /v1/score_images, or encoded prompts to /v1/score", 422)
         if (length := int.from_bytes(body[:8], "little")) > most:
             raise RequestError(f"the safetensors header has {length} bytes; at most {most} are read")
         try:
@@ -344,7 +347,7 @@ def parse_latents(body: bytes, accepted: Accepted, seeds: Iterable[int] = repeat
     tensors, sources = accepted.read(body, WITH_PROMPTS, "latents=B C h w, u?=B, seeds?=B")
     latents, u, count = tensors["latents"], tensors.get("u"), len(tensors["latents"])
     check_limit("latents: rows", count, accepted.max_rows)
-    prompts = read_prompts(body, count, accepted)
+    prompts = read_prompts(body, count)
     if u is None and "seeds" in tensors:
         raise RequestError("seeds are given without u; give the noise level u too, or neither", 422)
     levels = [None] * count if u is None else u.tolist()
@@ -363,7 +366,7 @@ def parse_states(body: bytes, accepted: Accepted, process: NoiseProcess) -> tupl
         process.sigma(timesteps.flatten())
     except InputError as error:
         raise RequestError(f"timesteps: {error}", 422) from error
-    given = [*zip(read_prompts(body, count, accepted), sources, strict=True)]
+    given = [*zip(read_prompts(body, count), sources, strict=True)]
     states = zip(latents.flatten(0, 1), timesteps.expand(count, steps).flatten().tolist(), strict=True)
     return [
         Row(given[number // steps][0], latents=state, timestep=time, sources=given[number // steps][1])
@@ -371,11 +374,8 @@ def parse_states(body: bytes, accepted: Accepted, process: NoiseProcess) -> tupl
     ], steps
 
 
-def read_prompts(body: bytes, count: int, accepted: Accepted) -> list[str]:
+def read_prompts(body: bytes, count: int) -> list[str]:
     """Read the prompts of ``count`` rows from the ``__metadata__`` of a safetensors body."""
-    if accepted.sees_sources:
-        problem = "the text encoder of this reward reads the pictures that are edited, and latents are none"
-        raise RequestError(f"{problem}; send images to /v1/score_images, or encoded prompts to /v1/score", 422)
     texts = parse_json(body[8 : 8 + int.from_bytes(body[:8], "little")], Header).texts
     prompts = texts.prompts if texts.prompt is None else [texts.prompt] * count
     if prompts is None or None not in (texts.prompt, texts.prompts):
