@@ -283,3 +283,5 @@ def test_a_server_scores_with_a_text_encoder_that_sees_the_pictures() -> None:
                 fine, bad = pool.map(ask, [address] * 2, [good, good | wrong])
             assert fine.json()["scores"] == pytest.approx(scores[:1], abs=2e-5)
             assert bad.status_code == 422 and told in bad.json()["error"]
+        reply = send(address, "score_latents", body_of({"latents": latents(1), "source_0": latents(1)}, TEXT))
+        assert reply.status_code == 422 and "send images to /v1/score_images" in reply.json()["error"]
