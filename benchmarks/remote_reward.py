@@ -27,16 +27,14 @@ from scoring import random_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from latentreward.apps.serving.addresses import bind
-from latentreward.apps.serving.resources import Resources
-from latentreward.apps.serving.served import ScoringService, ServedModel
-from latentreward.apps.serving.server import serve
-from latentreward.apps.serving.settings import ServiceSettings
+from latentreward.reward.remote.latents import LatentRow, RemoteLatents, describe
+
+from latentreward.apps.serving import ServiceSettings, bind
+from latentreward.apps.serving.app import serve
+from latentreward.apps.serving.service import ScoringService
 from latentreward.core.contracts import Conditioning
 from latentreward.reward import RemoteServer, ServedImages, ServedLatents
-from latentreward.reward.remote.images import RemoteImages
-from latentreward.reward.remote.latents import LatentRow, RemoteLatents, describe
-from latentreward.reward.remote.server import Connection
+from latentreward.reward.remote.client import Connection, RemoteImages
 from tests.apps.serving.processes import server_process
 
 BUSY = "busy_seconds"
@@ -48,10 +46,11 @@ Step = Callable[[int], Any]
 
 def run_server(size: str, batch_size: int) -> None:
     """Serve a random model that counts the seconds in which it scores; runs in the server's process."""
-    resources = Resources(ServiceSettings(batch_size=batch_size, timeout=600.0))
-    model = ServedModel(random_model(size), resources)
-    busy = Counter(BUSY, "Seconds in which the model scores.", registry=resources.metrics.registry)
-    score = model.batcher._score
+    settings = ServiceSettings(batch_size=batch_size, timeout=600.0)
+    service = ScoringService({"reward": (random_model(size), settings)}, settings)
+    batcher = service.default.batcher
+    busy = Counter(BUSY, "Seconds in which the model scores.", registry=service.metrics.registry)
+    score = batcher._score
 
     def timed(rows: Sequence[Any]) -> Sequence[Any]:
         began = time.perf_counter()
@@ -60,9 +59,9 @@ def run_server(size: str, batch_size: int) -> None:
         finally:
             busy.inc(time.perf_counter() - began)
 
-    model.batcher._score = timed
+    batcher._score = timed
     with bind("127.0.0.1", 0) as bound:
-        serve(ScoringService([model], resources), bound)
+        serve(service, bound)
 
 
 def busy_seconds(address: str) -> float:
@@ -76,7 +75,7 @@ def latents_step(server: RemoteServer, size: str, rows: int, batch_size: int) ->
     side = backbone.native_size[0] // backbone.latent_space.downscale
     model = describe(Connection(server), ServedLatents())
     remote = RemoteLatents(server, ServedLatents(), batch_size, model)
-    widths = model["prompt_embeds_width"], model["pooled_prompt_embeds_width"]
+    widths = model.prompt_embeds_width, model.pooled_prompt_embeds_width
 
     def step(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -29,18 +29,15 @@ from scoring import random_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from latentreward.apps.serving.addresses import bind
-from latentreward.apps.serving.protocol import parse_request
-from latentreward.apps.serving.resources import Resources
-from latentreward.apps.serving.served import ScoringService, ServedModel, accepted_by
-from latentreward.apps.serving.server import serve
-from latentreward.apps.serving.settings import ServiceSettings
-from latentreward.apps.serving.tensors import Accepted
+from latentreward.apps.serving import ServiceSettings, bind
+from latentreward.apps.serving.app import serve
+from latentreward.apps.serving.bodies import Accepted, parse_request
+from latentreward.apps.serving.service import ScoringService
 from latentreward.core.contracts import Conditioning
 from latentreward.reward import RewardModel, ScoringNoise
 from tests.apps.serving.latent_requests import tensors_of
 from tests.apps.serving.mutated_bodies import FuzzedRoute, fuzz_route, routes
-from tests.apps.serving.processes import Answers, fuzz, in_one_session, load, server_process
+from tests.apps.serving.processes import Answers, in_one_session, load, server_process
 from tests.apps.serving.prompted_requests import body_of, latents_of
 
 SMALLEST = "toy_sd35"
@@ -50,8 +47,8 @@ CLIENTS = 32
 def run_server(size: str, batch_size: int) -> None:
     """Serve a random model; runs in the server's process."""
     with bind("127.0.0.1", 0) as bound:
-        resources = Resources(ServiceSettings(batch_size=batch_size, timeout=600.0))
-        serve(ScoringService([ServedModel(random_model(size), resources)], resources), bound)
+        settings = ServiceSettings(batch_size=batch_size, timeout=600.0)
+        serve(ScoringService({"reward": (random_model(size), settings)}, settings), bound)
 
 
 def command(size: str, threads: int, batch_size: int = 8) -> list[str]:
@@ -71,7 +68,7 @@ def requests_of(accepted: Accepted, count: int, side: int, tokens: int) -> list[
 def throughput(size: str, threads: int, count: int, repeats: int, batch_size: int) -> list[Any]:
     """Measure rows per second in process and over HTTP, in turn; return a table row."""
     model = random_model(size)
-    accepted = accepted_by(model, ServiceSettings())
+    accepted = Accepted.of(model, ServiceSettings())
     side = model.backbone.native_size[0] // model.backbone.latent_space.downscale
     bodies = requests_of(accepted, 16, side, 154)
     rates: list[tuple[float, float]] = []
@@ -110,7 +107,7 @@ def in_process(model: RewardModel, bodies: list[bytes], accepted: Accepted, coun
 def trajectories(options: argparse.Namespace) -> list[Any]:
     """Measure whole trajectories against their states one by one, in turn; return a table row."""
     model = random_model(options.size)
-    accepted, steps = accepted_by(model, ServiceSettings()), options.states
+    accepted, steps = Accepted.of(model, ServiceSettings()), options.states
     side = model.backbone.native_size[0] // model.backbone.latent_space.downscale
     times = torch.linspace(950.0, 50.0, steps)
     states = [latents_of(accepted, 1, steps, side=side, seed=seed) for seed in range(16)]
@@ -161,7 +158,7 @@ def ask_states(address: str, bodies: list[bytes], count: int, clients: int) -> t
 
 def measure_load(count: int) -> list[str]:
     """Send ``count`` requests to a server, and return the table row of ``load``."""
-    bodies = requests_of(accepted_by(random_model(SMALLEST), ServiceSettings()), 16, 16, 154)
+    bodies = requests_of(Accepted.of(random_model(SMALLEST), ServiceSettings()), 16, 16, 154)
     with server_process(command(SMALLEST, 1)) as server:
         load(server.address, bodies, 100, CLIENTS)
         before = server.rss()
@@ -170,24 +167,13 @@ def measure_load(count: int) -> list[str]:
         return ["load", *described(answers), str(server.stop())]
 
 
-def measure_fuzz(count: int) -> list[str]:
-    """Send ``count`` mutated requests to a server, and return the table row of ``fuzz``."""
-    accepted = accepted_by(random_model(SMALLEST), ServiceSettings())
-    good = requests_of(accepted, 1, 8, 5)[0]
-    with server_process(command(SMALLEST, 1)) as server:
-        fuzz(server.address, good, accepted, count // 10, server.rss)
-        answers = fuzz(server.address, good, accepted, count, server.rss)
-        print("\n".join(answers.unexpected[:10]), end="", file=sys.stderr)
-        return ["fuzz", *described(answers), str(server.stop())]
-
-
 def measure_route(route: FuzzedRoute, count: int) -> list[str]:
     """Send ``count`` mutated bodies to a route, and return a table row of ``fuzz``."""
     with server_process(command(SMALLEST, 1)) as server:
         fuzz_route(server.address, route, count // 10)
         answers = fuzz_route(server.address, route, count, server.rss)
         print("\n".join(answers.unexpected[:10]), end="", file=sys.stderr)
-        kind = route.kind.partition(";")[0].rpartition("/")[2]
+        kind = route.headers["content-type"].partition(";")[0].rpartition("/")[2]
         return [f"fuzz {route.path}, {kind}", *described(answers), str(server.stop())]
 
 
@@ -230,11 +216,11 @@ def main() -> None:
         )
         columns = ("whole, s", "state by state, s", "ratio", "goal", "greatest difference of scores", "goal")
         table(title, columns, [trajectories(options)])
-    measures = [("load", measure_load, options.requests), ("fuzz", measure_fuzz, options.mutations)]
-    rows = [measure(count) for part, measure, count in measures if part in options.parts]
-    if "fuzz_routes" in options.parts:
-        accepted = accepted_by(random_model(SMALLEST), ServiceSettings())
-        rows += [measure_route(route, options.mutations) for route in routes(accepted)]
+    rows = [measure_load(options.requests)] if "load" in options.parts else []
+    if {"fuzz", "fuzz_routes"} & {*options.parts}:
+        every = [*routes(Accepted.of(random_model(SMALLEST), ServiceSettings()))]
+        chosen = every[:1] * ("fuzz" in options.parts) + every[1:] * ("fuzz_routes" in options.parts)
+        rows += [measure_route(route, options.mutations) for route in chosen]
     if rows:
         columns = ("part", "statuses", "unexpected", "requests/s", "server's memory, MiB", "exit status")
         table(f"Requests to {SMALLEST}", columns, rows)

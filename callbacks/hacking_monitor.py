@@ -19,7 +19,7 @@ from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_choices, check_range
 from latentreward.core.reports.drawing import to_image
 from latentreward.reward import ImageScorer, RemoteError
-from latentreward.reward.remote.server import raise_together
+from latentreward.reward.remote.client import raise_together
 
 logger = logging.getLogger(__name__)
 

@@ -74,7 +74,7 @@ def test_a_reader_of_ones_own(tmp_path: Path) -> None:
 
 def test_a_dialect_of_ones_own() -> None:
     dialect = block("my_dialect.py")["Lines"]
-    assert issubclass(dialect, Dialect) and [route.path for route in dialect(None).routes()] == ["/lines"]
+    assert issubclass(dialect, Dialect) and [route.path for route in dialect(None).router().routes] == ["/lines"]
 
 
 def fit(tmp_path: Path, config: str, files: tuple[str, str], *options: str) -> None:

@@ -45,7 +45,7 @@ PLUGIN = """
     from latentreward.core.registry import register_backbone
     from latentreward.core.errors import InputError
     from latentreward.reward import RemoteServer
-    from latentreward.reward.remote.server import Connection
+    from latentreward.reward.remote.client import Connection
 
 
     class Backbone(nn.Module):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.apps.generation.image_folder import ImageFolder, write_images
+from latentreward.apps.generation.image_folder import ImageFolder, draw_images
 from latentreward.core.contracts import ImageRef, sources_of
 from latentreward.core.errors import InputError
 from latentreward.data import ImageError, decode_image
@@ -270,7 +270,7 @@ def test_what_generate_wrote(tmp_path: Path, table: str) -> None:
     folder = ImageFolder(tmp_path / "out", {"seed": 0}, table)  # type: ignore[arg-type]
     names = [(0, 0), (0, 1), (1, 0)]
     prompts = ["a cat", "a cat", "two\ndogs"]
-    folder.add([(names, write_images(folder.folder, names, prompts, torch.zeros(3, 3, 16, 16), None, seed=0))])
+    folder.add(draw_images(names, prompts, torch.zeros(3, 3, 16, 16), None, seed=0))
     folder.write_grid(names)
     for source in ("out", f"out/images.{table}"):
         rows = read_images(str(tmp_path / source)).rows

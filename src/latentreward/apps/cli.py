@@ -60,6 +60,7 @@ REMOVED = {
     "inspect --hash_images": "splits are compared by their prompts",
     "evaluate-policy --policy.table": "write images.csv or images.jsonl into the folder of images",
     "evaluate-policy --against.table": "write images.csv or images.jsonl into the folder of images",
+    "serve --max_pass_s": "set --batch_size to the rows that a forward pass may take",
     "pilot": "run cache, fit, benchmark, fit and evaluate-policy (docs/recipes.md, one card of 24 GB), or taste",
     "ui": "score --gallery writes a page of scores, and taste --rate opens one to rate pictures",
 }

@@ -74,7 +74,7 @@ def import_class(setting: str, path: str, base: type[Kind]) -> type[Kind]:
             f"{SEARCHED}"
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        wanted = f"{base.__module__.rpartition('.')[0]}.{base.__name__}"
+        wanted = f"{base.__module__}.{base.__name__}"
         raise InputError(f"{setting}={path!r} is not a subclass of {wanted}; give the path of a class derived from it")
     if isabstract(kind):
         raise InputError(f"{setting}={path!r}: {lacks(kind)}")

@@ -34,8 +34,8 @@ from .modules.dina_lrm import DiNaLRMModule
 from .modules.lrm import LRMModule
 from .modules.reward import RewardModule, ScoredPairs
 from .modules.training import WarmupSchedule
+from .remote.client import RemoteError, RemoteServer
 from .remote.schemas import ImageSchema, PlainJSON, Schema, ServedImages, ServedLatents, UniRL
-from .remote.server import RemoteError, RemoteServer
 from .scorers.aesthetic import AestheticScorer
 from .scorers.base import ImageScorer, Scorer, TableScorer
 from .scorers.clip import CLIPScorer, PickScorer

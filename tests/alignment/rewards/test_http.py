@@ -20,9 +20,7 @@ from latentreward.alignment import (
     begin_finished,
     score_finished,
 )
-from latentreward.apps.serving.resources import Resources
-from latentreward.apps.serving.served import ScoringService, ServedModel
-from latentreward.apps.serving.settings import ServiceSettings
+from latentreward.alignment.rewards.http import seed_of
 from latentreward.core.contracts import NoisyStates, PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.reward import CallableScorer, RemoteError, RemoteServer, ScoringNoise, ServedImages, ServedLatents
@@ -30,7 +28,7 @@ from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
 from tests.alignment.modules.simple_reward import FirstChannelReward
 from tests.alignment.modules.test_grpo import attached, source
 from tests.alignment.policies.alignment import tiny_source
-from tests.apps.serving.servers import serving, started, tiny_reward
+from tests.apps.serving.servers import service_of, serving, started, tiny_reward
 from tests.reward.remote.judges import hangs_up, judged, judging
 
 PROMPTS = PromptBatch(("a red circle", "two blue squares on a white background", "a cross"), ("0/0", "0/1", "0/2"))
@@ -111,7 +109,7 @@ def test_latents_get_the_scores_of_the_served_model(policy: Policy) -> None:
     for row in range(3):
         some = 2 * row + torch.arange(2)
         conditioning = policy.encode_prompts([PROMPTS.prompts[row]] * 2)
-        draws = draw_noise([""] * 2, None, known.seed(row), sigma, latents.shape[1:])
+        draws = draw_noise([""] * 2, None, seed_of(known[0][row]), sigma, latents.shape[1:])
         options = {"noise": noise, "draws": draws, "conditioning": (conditioning, None)}
         torch.testing.assert_close(scores[some], model.score_latents([""] * 2, latents[some], **options))
 
@@ -129,9 +127,7 @@ def test_another_model_on_a_server_of_latents_is_noticed(policy: Policy, monkeyp
 
 def test_the_latent_space_is_that_of_the_reward_in_the_path() -> None:
     models = {"first": tiny_reward(), "second": tiny_reward("sd15", "lrm")}
-    resources = Resources(ServiceSettings())
-    served = [ServedModel(model, resources, name=name) for name, model in models.items()]
-    with started(ScoringService(served, resources)) as url:
+    with started(service_of(*models.values(), names="first second")) as url:
         for name, model in models.items():
             remote = HTTPReward(RemoteServer(url), ServedLatents(path=f"/rewards/{name}/v1/score"))
             assert remote.latent_space() == model.backbone.latent_space

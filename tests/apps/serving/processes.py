@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import random
 import re
 import signal
 import subprocess
@@ -16,17 +15,8 @@ from typing import Any
 
 import aiohttp
 
-from latentreward.apps.serving.tensors import Accepted
-from tests.apps.serving.latent_requests import HEADERS, mutated
+from tests.apps.serving.latent_requests import HEADERS
 from tests.processes import Forked, start
-
-OTHER_HEADERS = (
-    {**HEADERS, "x-drm-protocol-version": "2"},
-    {**HEADERS, "x-drm-protocol-version": "\xff"},
-    {"content-type": HEADERS["content-type"]},
-    {**HEADERS, "content-type": "application/json"},
-    {**HEADERS, "content-type": "multipart/form-data"},
-)
 
 
 class ServerProcess:
@@ -80,14 +70,7 @@ def forked_server(*arguments: str, **options: Any) -> Iterator[ServerProcess]:
 
 @dataclass
 class Answers:
-    """What came back.
-
-    Attributes:
-        statuses: How often each HTTP status came; 0 where there was no answer.
-        unexpected: Lines on answers other than they should be.
-        seconds: How long it took from the first request to the last answer.
-        rss: Resident memory of the server, now and then.
-    """
+    """What came back: statuses, answers other than they should be, and the server's resident memory now and then."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     unexpected: list[str] = field(default_factory=list)
@@ -112,33 +95,6 @@ def load(address: str, bodies: Sequence[bytes], count: int, concurrency: int) ->
     return answers
 
 
-def fuzz(
-    address: str, good: bytes, accepted: Accepted, count: int, rss: Callable[[], int], concurrency: int = 8
-) -> Answers:
-    """Send mutated requests; those that are no requests any more must be answered 4xx, in one line of JSON."""
-    answers, rng = Answers(), random.Random(1)
-
-    async def ask(session: aiohttp.ClientSession, number: int) -> None:
-        kind, body, fine = mutated(rng, good, accepted)
-        headers = HEADERS
-        if rng.random() < 0.05:
-            kind, headers, fine = "other headers", rng.choice(OTHER_HEADERS), False
-        async with session.post(f"{address}/v1/score", data=body, headers=headers) as reply:
-            status, problem = reply.status, (await reply.json()).get("error", "")
-        answers.statuses[status] += 1
-        wanted = status == 200 if fine else 400 <= status < 500 and problem
-        if not (wanted or _overflowed(fine, status, problem)) or "\n" in problem:
-            answers.unexpected.append(f"{number} {kind}: {status} {problem}")
-        if number % 500 == 0:
-            answers.rss.append(rss())
-
-    start = time.monotonic()
-    asyncio.run(in_one_session(ask, count, concurrency))
-    answers.seconds = time.monotonic() - start
-    answers.rss.append(rss())
-    return answers
-
-
 async def in_one_session(
     ask: Callable[[aiohttp.ClientSession, int], Awaitable[None]], count: int, concurrency: int
 ) -> None:
@@ -151,8 +107,3 @@ async def in_one_session(
                 await ask(session, number)
 
         await asyncio.gather(*(work() for _ in range(concurrency)))
-
-
-def _overflowed(fine: bool, status: int, problem: str) -> bool:
-    """Whether a request is good by its bytes, but a flipped exponent made a number too large for the network."""
-    return fine and status == 422 and "not finite" in problem

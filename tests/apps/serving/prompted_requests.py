@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from latentreward.apps.serving.tensors import Accepted
+from latentreward.apps.serving.bodies import Accepted
 
 TIMES = torch.tensor([900.0, 400.0, 20.0])
 

@@ -10,11 +10,9 @@ from typing import Any
 
 import uvicorn
 
-from latentreward.apps.serving.addresses import bind
-from latentreward.apps.serving.resources import Resources
-from latentreward.apps.serving.served import ScoringService, ServedModel
-from latentreward.apps.serving.server import configuration
-from latentreward.apps.serving.settings import ServiceSettings
+from latentreward.apps.serving import RewardToServe, ServiceSettings, bind
+from latentreward.apps.serving.app import configuration
+from latentreward.apps.serving.service import ScoringService, ServedModel
 from latentreward.reward import RewardModel
 from tests.alignment.modules.batches import MODULES
 
@@ -25,17 +23,25 @@ def tiny_reward(name: str = "sd35", method: str = "dina") -> RewardModel:
     return MODULES[method](name).model.eval().requires_grad_(False)
 
 
+def service_of(*rewards: RewardModel, names: str = "reward", own: Any = None, **settings: Any) -> ScoringService:
+    """Rewards on a server that has not been started; ``own`` are limits of the last one."""
+    limits = ServiceSettings(**settings)
+    each = [limits] * (len(rewards) - 1) + [RewardToServe("", **(own or {})).limits(limits)]
+    return ScoringService(dict(zip(names.split(), zip(rewards, each, strict=True), strict=True)), limits)
+
+
 def served_model(reward: RewardModel, **settings: Any) -> ServedModel:
     """A reward alone on a server that has not been started."""
-    return ServedModel(reward, Resources(ServiceSettings(**settings)))
+    return service_of(reward, **settings).default
 
 
 @contextmanager
 def serving(reward: RewardModel, **settings: Any) -> Iterator[tuple[str, ServedModel]]:
-    """Address and reward of a server that runs while the context lasts."""
-    model = served_model(reward, **settings)
-    with started(ScoringService([model], model.resources)) as address:
-        yield address, model
+    """Address and reward of a server that runs while the context lasts; it holds no memory at the end."""
+    service = service_of(reward, **settings)
+    with started(service) as address:
+        yield address, service.default
+    assert service.memory.held == 0
 
 
 @contextmanager

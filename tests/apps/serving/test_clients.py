@@ -15,8 +15,8 @@ from diffusers import EulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import ExifTags, Image
 from safetensors.torch import load as load_tensors
 
-from latentreward.apps.serving.refusals import RequestError
-from latentreward.apps.serving.served import ServedModel
+from latentreward.apps.serving.batching import RequestError
+from latentreward.apps.serving.service import ServedModel
 from tests.apps.serving.prompted_requests import TIMES, latents_of
 from tests.apps.serving.servers import serving, tiny_reward
 from tests.reward.remote.judges import breaks_off, judging, says
@@ -60,6 +60,44 @@ def test_images_of_every_kind(client: Any, running: tuple[str, ServedModel]) -> 
     tensor = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255
     for given in (images, arrays, tensor):
         torch.testing.assert_close(client.score_images(PROMPTS, given), wanted, atol=2e-5, rtol=0)
+    for one in (images[0], arrays[0], tensor[0]):
+        torch.testing.assert_close(client.score_images(PROMPTS[0], one), wanted[:1], atol=2e-5, rtol=0)
+
+
+def tensor(value: float) -> torch.Tensor:
+    return torch.full((1, 3, 8, 8), value)
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        ([np.zeros((8, 8), np.uint8)], r"an array of uint8 of shape \(8, 8\); give uint8 of shape \(H, W, 3\)"),
+        (np.zeros((1, 8, 8, 3)), "an image is an array of float64 of shape"),
+        (torch.zeros(1, 1, 8, 8), r"a tensor of shape \(1, 1, 8, 8\); give \(N, 3, H, W\)"),
+        (tensor(0).to(torch.uint8), r"images are a tensor of torch\.uint8"),
+        *((tensor(value), r"images are a tensor from .*; give finite values in") for value in (200.0, -0.5, torch.nan)),
+    ],
+)
+def test_wrong_images_are_told_before_they_are_sent(client: Any, images: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        client.score_images("a", images)
+
+
+def test_what_a_server_refuses_is_said(client: Any, load: Load, running: tuple[str, ServedModel]) -> None:
+    (address, model), kind = running, load("latentreward_client").RewardClient
+    one = latents_of(model.accepted, 1)
+    for asked, latents, told in (
+        (client, one * torch.nan, r"answered 422: .*latents holds NaN"),
+        (kind(address), one, r"answered 401: .*token"),
+        (kind(address, "other", TOKEN), one, r"answered 404: .*no reward 'other'"),
+        (kind("http://127.0.0.1:9", retries=0), one, "cannot be reached"),
+    ):
+        with pytest.raises(RuntimeError, match=told):
+            asked.score_latents("a", latents)
+    with pytest.raises(ValueError, match=r"url='127\.0\.0\.1:8123' is no address; give one such as http://"):
+        kind("127.0.0.1:8123")
+    with pytest.raises(ValueError, match="2 prompts for 3 rows"):
+        client.score_latents(["a", "b"], latents_of(model.accepted, 3))
 
 
 def test_the_orientation_of_a_photograph_arrives(client: Any, running: tuple[str, ServedModel], tmp_path: Path) -> None:
@@ -73,18 +111,6 @@ def test_the_orientation_of_a_photograph_arrives(client: Any, running: tuple[str
         assert abs(wanted - running[1].reward.score("a cat", [Image.fromarray(np.asarray(photograph))])) > 1e-4
 
 
-def test_a_single_image_is_one(client: Any) -> None:
-    (image,) = pictures(1)
-    array = np.asarray(image)
-    wanted = client.score_images("a cat", [image])
-    for given in (image, array, torch.from_numpy(array).permute(2, 0, 1) / 255):
-        torch.testing.assert_close(client.score_images("a cat", given), wanted, atol=2e-5, rtol=0)
-    with pytest.raises(ValueError, match=r"an array of uint8 of shape \(\d+, \d+\); give uint8 of shape \(H, W, 3\)"):
-        client.score_images("a cat", [array[..., 0]])
-    with pytest.raises(ValueError, match=r"a tensor of shape \(1, 1, \d+, \d+\); give \(N, 3, H, W\)"):
-        client.score_images("a cat", torch.zeros(1, 1, 8, 8))
-
-
 def test_latents_and_states(client: Any, running: tuple[str, ServedModel]) -> None:
     model = running[1]
     latents, states = latents_of(model.accepted, 3), latents_of(model.accepted, 3, 3)
@@ -95,34 +121,6 @@ def test_latents_and_states(client: Any, running: tuple[str, ServedModel]) -> No
     one, other = (client.score_latents("a", latents, u=0.5, seeds=[seed] * 3) for seed in (1, 2))
     assert not torch.allclose(one, other)
     assert torch.allclose(client.score_latents("a", latents, u=0.5), client.score_latents("a", latents, u=0.5))
-
-
-def test_what_a_server_refuses_is_said(client: Any, load: Load, running: tuple[str, ServedModel]) -> None:
-    address, model = running
-    with pytest.raises(RuntimeError, match=r"answered 422: .*latents holds NaN"):
-        client.score_latents("a", latents_of(model.accepted, 1) * torch.nan)
-    kind = load("latentreward_client").RewardClient
-    with pytest.raises(RuntimeError, match=r"answered 401: .*token"):
-        kind(address).score_latents("a", latents_of(model.accepted, 1))
-    with pytest.raises(RuntimeError, match=r"answered 404: .*no reward 'other'"):
-        kind(address, "other", TOKEN).score_latents("a", latents_of(model.accepted, 1))
-    with pytest.raises(RuntimeError, match="cannot be reached"):
-        kind("http://127.0.0.1:9", retries=0).score_latents("a", latents_of(model.accepted, 1))
-    with pytest.raises(ValueError, match=r"images are a tensor of torch\.uint8"):
-        client.score_images("a", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-    for values in (
-        torch.full((1, 3, 8, 8), 200.0),
-        torch.full((1, 3, 8, 8), -0.5),
-        torch.full((1, 3, 8, 8), torch.nan),
-    ):
-        with pytest.raises(ValueError, match=r"images are a tensor from .*; give finite values in \[0, 1\]"):
-            client.score_images("a", values)
-    with pytest.raises(ValueError, match="an image is an array of float64 of shape"):
-        client.score_images("a", np.zeros((1, 8, 8, 3)))
-    with pytest.raises(ValueError, match=r"url='127\.0\.0\.1:8123' is no address; give one such as http://"):
-        kind("127.0.0.1:8123")
-    with pytest.raises(ValueError, match="2 prompts for 3 rows"):
-        client.score_latents(["a", "b"], latents_of(model.accepted, 3))
 
 
 def test_a_full_server_is_asked_again(

@@ -1,13 +1,10 @@
 """A served reward of edits: images and latents with the pictures that they are edits of, by every route."""
 
 import base64
-import csv
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,11 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from latentreward.apps.cli import main
-from latentreward.apps.serving.images import images_of_json
-from latentreward.apps.serving.prompted_latents import parse_latents
-from latentreward.apps.serving.refusals import RequestError
-from latentreward.apps.serving.served import ServedModel
+from latentreward.apps.serving.batching import RequestError
+from latentreward.apps.serving.bodies import images_of_json, parse_latents, pixel_bytes
+from latentreward.apps.serving.service import ServedModel
 from latentreward.core.contracts import Conditioning
 from latentreward.core.registry import create_backbone
 from latentreward.data.image_sizes import OneSize
@@ -28,7 +23,6 @@ from latentreward.reward import GatedQFormerHead, RewardModel, ScoringNoise, edi
 from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
 from tests.apps.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded
 from tests.apps.serving.latent_requests import tensors_of
-from tests.apps.serving.processes import forked_server
 from tests.apps.serving.prompted_requests import body_of
 from tests.apps.serving.servers import served_model, serving
 from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
@@ -43,14 +37,6 @@ TEXT = "make it red"
 def served() -> Iterator[tuple[str, ServedModel]]:
     with serving(edit_reward(), batch_size=4, max_wait_ms=1, queue=8, max_latent_pixels=192) as started:
         yield started
-
-
-@pytest.fixture
-def text_to_image(served: tuple[str, ServedModel], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Address of a reward that takes no sources."""
-    address, model = served
-    monkeypatch.setattr(model, "accepted", replace(model.accepted, sources=(0, 0)))
-    return address
 
 
 def ask(address: str, content: dict[str, Any], path: str = "v1/score_images") -> httpx.Response:
@@ -80,15 +66,9 @@ def test_images_are_scored_with_their_sources(served: tuple[str, ServedModel]) -
         reply = ask(address, {"prompt": TEXT, "images": images, "source_images": given})
         assert reply.status_code == 200, reply.text
         assert reply.json()["scores"] == wanted(model, *rows)
-
-
-@pytest.mark.slow
-def test_a_form_has_sources_of_all_images(served: tuple[str, ServedModel]) -> None:
-    address, model = served
-    for sources in ([RED], [RED, BLUE], []):
-        files = [("image", png(image)) for image in EDITED] + [("source", png(source)) for source in sources]
-        reply = httpx.post(f"{address}/v1/score_images", data={"prompt": TEXT}, files=files, timeout=300)
-        assert reply.json()["scores"] == wanted(model, *[sources] * 3)
+    files = [("image", png(image)) for image in EDITED] + [("source", png(source)) for source in (RED, BLUE)]
+    reply = httpx.post(f"{address}/v1/score_images", data={"prompt": TEXT}, files=files, timeout=300)
+    assert reply.json()["scores"] == wanted(model, *[[RED, BLUE]] * 3)  # a form has sources of all images
 
 
 def test_equal_sources_are_encoded_once_and_prompts_kept_without_their_bytes(
@@ -106,89 +86,50 @@ def test_equal_sources_are_encoded_once_and_prompts_kept_without_their_bytes(
     assert len(seen) == 1
 
 
-def test_kept_prompts_hold_no_pictures() -> None:
-    model = edit_reward()
-    memory, prompt = model.prompt_memory(2), edit_prompt(TEXT, RED)
-    assert prompt not in memory
-    model.score(prompt, EDITED[0], memory=memory)
-    assert prompt in memory and TEXT not in memory and edit_prompt(TEXT, BLUE) not in memory
-    assert str(png(RED)) not in repr(memory._kept.keys())
+DAMAGED = base64.b64encode(png(BLUE)[:-40]).decode()
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("taken", "given", "key"),
     [
-        ([["aaaa"]] * 2, "2 lists of sources for 1 prompts"),
-        ([encoded(RED)] * 17, "17 sources are given for an image, but this reward takes 0 to 16; send so many"),
-        (["aaaa"], "image 'source 0 of image 0': unknown image format"),
-        (
-            [[encoded(RED), base64.b64encode(png(BLUE)[:-40]).decode()]],
-            "image 'source 1 of image 0': truncated or damaged image",
-        ),
-        (["%"], "a source image is no base64"),
-        ("aaaa", '"source_images": [BASE64, ...] or a list of these for each image}'),
-        ([encoded(Image.new("1", (8200, 8200)))], "resize it before sending"),
+        ((0, 16), [["aaaa"]] * 2, "2 lists of sources for 1 prompts"),
+        ((0, 16), [encoded(RED)] * 17, "17 sources are given for an image, but this reward takes 0 to 16"),
+        ((0, 16), ["aaaa"], "source 0 of image 0"),
+        ((0, 16), [[encoded(RED), DAMAGED]], "source 1 of image 0"),
+        ((0, 16), ["%"], "a source image is no base64"),
+        ((0, 16), "aaaa", "source_images.list"),
+        ((0, 16), [encoded(Image.new("1", (8200, 8200)))], "resize it before sending"),
+        ((1, 1), [], "0 sources are given for an image, but this reward takes 1"),
+        ((0, 0), ["aaaa"], "judges images made from text alone"),  # before they are decoded
     ],
 )
-def test_bad_sources_are_refused_in_one_line(served: tuple[str, ServedModel], given: Any, message: str) -> None:
-    address, model = served
-    reply = ask(address, {"prompt": TEXT, "image": encoded(RED), "source_images": given})
-    assert reply.status_code in (400, 422) and message in reply.json()["error"], reply.text
-    assert "\n" not in reply.json()["error"] and model.resources.memory.held == 0
-
-
-def test_sources_by_another_name_are_told_the_right_one(served: tuple[str, ServedModel]) -> None:
-    address, _ = served
-    for name in ("source_image", "sources"):
-        reply = ask(address, {"prompt": TEXT, "image": encoded(RED), name: [encoded(RED)]})
-        assert reply.status_code in (400, 422) and '"source_images": [BASE64' in reply.json()["error"], reply.text
-    files = [("image", png(RED)), ("source_images", png(BLUE))]
-    reply = httpx.post(f"{address}/v1/score_images", data={"prompt": TEXT}, files=files, timeout=300)
-    assert reply.json()["error"].endswith("several times, and for edits the files source")
-    reply = httpx.post(f"{address}/v1/score_images", data={"prompt": TEXT}, files=[("picture", b"")], timeout=300)
-    assert "edits" not in reply.json()["error"]
-
-
-def test_a_reward_of_images_from_text_refuses_sources_before_it_decodes(text_to_image: str) -> None:
-    told = "1 sources are given for an image, but this reward judges images made from text alone; leave them out"
-    reply = ask(text_to_image, {"prompt": TEXT, "image": "aaaa", "source_images": ["aaaa"]})
-    assert reply.status_code == 422 and reply.json()["error"] == told
-    files = [("image", b"none"), ("source", b"none")]
-    reply = httpx.post(f"{text_to_image}/v1/score_images", data={"prompt": TEXT}, files=files, timeout=300)
-    assert reply.status_code == 422 and reply.json()["error"] == told
-
-
-def test_a_reward_that_needs_a_source_starts_and_refuses_images_without(
-    served: tuple[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+def test_bad_sources_are_refused_in_one_line(
+    served: tuple[str, ServedModel], monkeypatch: pytest.MonkeyPatch, taken: tuple[int, int], given: Any, key: str
 ) -> None:
+    address, model = served
+    monkeypatch.setattr(model, "accepted", replace(model.accepted, sources=taken))
+    reply = ask(address, {"prompt": TEXT, "image": encoded(RED), "source_images": given})
+    assert reply.status_code in (400, 422) and key in reply.json()["error"], reply.text
+    assert "\n" not in reply.json()["error"]
+
+
+def test_the_description_tells_how_many_sources_a_reward_takes(served: tuple[str, ServedModel]) -> None:
     reward = edit_reward()
     reward.backbone.sources = (1, 1)
-    needing = served_model(reward)
-    assert needing.describe()["sources"] == [1, 1]
-    address, model = served
-    assert httpx.get(f"{address}/v1/model").json()["sources"] == [0, 16]
-    monkeypatch.setattr(model, "accepted", needing.accepted)
-    reply = ask(address, {"prompt": TEXT, "image": encoded(RED)})
-    assert reply.status_code == 422
-    assert reply.json()["error"] == "0 sources are given for an image, but this reward takes 1; send so many"
-
-
-def test_the_largest_requests_of_sources_pass() -> None:
-    image = base64.b64encode(bytes(range(256))).decode()
-    content = {"prompts": ["a"] * 64, "images": [image] * 64, "source_images": [[image] * 16] * 64}
-    found = images_of_json(json.dumps(content).encode(), 64, 16)
-    assert len({prompt.sources[15].image_key for prompt in found.prompts}) == 1
-    with pytest.raises(RequestError, match="over 576 texts"):
-        images_of_json(json.dumps(content).encode(), 64)
+    assert served_model(reward).describe()["sources"] == [1, 1]  # which can be tried without a picture at hand
+    assert httpx.get(f"{served[0]}/v1/model").json()["sources"] == [0, 16]
+    files = [("image", png(RED)), ("source_images", png(BLUE))]
+    reply = httpx.post(f"{served[0]}/v1/score_images", data={"prompt": TEXT}, files=files, timeout=300)
+    assert reply.status_code == 400 and "files source" in reply.json()["error"]
 
 
 def test_sources_count_once_in_the_memory_that_a_request_takes() -> None:
     def needed(*sources: list[Image.Image]) -> int:
         given = {"source_images": [[*map(encoded, row)] for row in sources]}
         content = {"prompt": TEXT, "images": [encoded(RED)] * len(sources), **given}
-        return images_of_json(json.dumps(content).encode(), 8, 16).memory_bytes(10**6)
+        return pixel_bytes(images_of_json(json.dumps(content).encode()), 10**6)
 
-    assert needed([BLUE]) == needed([]) + len(png(BLUE)) + 4 * 2400 + 8 * max(BLUE.size)
+    assert needed([BLUE]) == needed([]) + 4 * 2400 + 8 * max(BLUE.size)
     assert needed([BLUE], [BLUE]) - needed([], []) == needed([BLUE]) - needed([])
 
 
@@ -212,7 +153,7 @@ def test_unirls_earlier_turns_are_the_sources(served: tuple[str, ServedModel]) -
     assert [result["reward"]["score"] for result in results] == wanted(model, [RED], [RED, BLUE], [])
     sent["requests"][0]["history"][0]["image_b64"] = "%"
     reply = ask(address, sent, "score")
-    assert reply.status_code == 400 and reply.json()["error"] == "requests.0: image_b64 is no base64"
+    assert reply.status_code == 400 and reply.json()["error"] == "a source image is no base64"
 
 
 KIND = {"content-type": "application/octet-stream"}
@@ -296,78 +237,51 @@ def test_verl_omnis_protocol_takes_latents_of_sources(served: tuple[str, ServedM
 
 
 @pytest.mark.parametrize(
-    ("sources", "message"),
+    ("sources", "key", "changes"),
     [
-        ({"source_0": latents(1)[:, :7]}, "source_0: C of (B, C, h0, w0) is 7, but 16 in this model"),
-        ({"source_0": latents(2)}, "source_0: B of (B, C, h0, w0) is 2, but 1 in this model or other tensors"),
-        ({"source_1": latents(1)}, "source_1 is given without source_0; number sources from 0 on"),
-        ({"source_0": latents(1, height=24, width=24)}, "source_0: h · w 576 is over this server's limit"),
-        ({f"source_{n}": latents(1, height=8, width=8) for n in range(3)}, "latents and sources: h · w 198"),
-        ({"source_0": latents(1)[0]}, "source_0: shape must be (B, C, h0, w0)"),
-        ({"source_16": latents(1)}, "the body holds an unknown tensor 'source_16'"),
-        ({"source_0": latents(1) / 0}, "source_0 holds NaN or infinity"),
+        ({"source_0": latents(1)[:, :7]}, "source_0: C of (B, C, h0, w0) is 7, but 16", {}),
+        ({"source_0": latents(2)}, "source_0: B of (B, C, h0, w0) is 2, but 1", {}),
+        ({"source_1": latents(1)}, "source_1 is given without one before it", {}),
+        ({"source_0": latents(1, height=24, width=24)}, "latents and source_0: h · w 582", {}),
+        ({f"source_{n}": latents(1, height=8, width=8) for n in range(3)}, "latents and source_0: h · w 198", {}),
+        ({"source_0": latents(1)[0]}, "source_0: shape must be (B, C, h0, w0)", {}),
+        ({"source_16": latents(1)}, "the body holds 'source_16'", {}),
+        ({"source_0": latents(1) / 0}, "source_0 holds NaN or infinity", {}),
+        ({"source_0": latents(1)}, "'source_0', which this model does not take", {"sources": (0, 0)}),
+        ({"source_0": latents(1)}, "send images to /v1/score_images", {"sees_sources": True}),
+        ({}, "0 sources are given for an image, but this reward takes 1 to 16", {"sources": (1, 16)}),
     ],
 )
 def test_latents_of_sources_that_do_not_fit_are_refused(
-    served: tuple[str, ServedModel], sources: dict[str, torch.Tensor], message: str
+    served: tuple[str, ServedModel], sources: dict[str, torch.Tensor], key: str, changes: dict[str, Any]
 ) -> None:
-    reply = send(served[0], "score_latents", body_of({"latents": latents(1), **sources}, TEXT))
-    assert reply.status_code in (400, 413, 422) and message in reply.json()["error"], reply.text
-    assert "\n" not in reply.json()["error"]
-
-
-def test_a_reward_of_images_from_text_refuses_latents_of_sources(text_to_image: str) -> None:
-    reply = send(text_to_image, "score_latents", body_of({"latents": latents(1), "source_0": latents(1)}, TEXT))
-    assert reply.status_code == 422
-    assert reply.json()["error"] == "source_0 is given, but this model takes none; leave it out"
-
-
-def test_text_encoders_that_see_pictures_take_no_latents_of_them(served: tuple[str, ServedModel]) -> None:
-    accepted = replace(served[1].accepted, sources=(1, 16), sees_sources=True)
-    with pytest.raises(RequestError, match="reads the pictures that are edited, and latents are none; send images to"):
-        parse_latents(body_of({"latents": latents(1), "source_0": latents(1)}, TEXT), accepted, repeat(0))
-    without = replace(accepted, sees_sources=False)
-    with pytest.raises(RequestError, match="0 sources are given for an image, but this reward takes 1 to 16"):
-        parse_latents(body_of({"latents": latents(1)}, TEXT), without, repeat(0))
+    with pytest.raises(RequestError) as caught:
+        parse_latents(body_of({"latents": latents(1), **sources}, TEXT), replace(served[1].accepted, **changes))
+    assert caught.value.status in (400, 413, 422) and key in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
-def test_a_server_scores_with_a_text_encoder_that_sees_the_pictures(tmp_path: Path) -> None:
-    """Qwen-Image-Edit, served by a process of its own: scores are those of `score`."""
-    base, rows = qwen_image_edit_folder(), [[RED], [BLUE], [BLUE, RED]]
-    backbone = create_backbone("qwen_image_edit", source=base, visual_taps=[2], text_taps=[2])
+def test_a_server_scores_with_a_text_encoder_that_sees_the_pictures() -> None:
+    """Qwen-Image-Edit; a picture or text that the encoder cannot take is told, and leaves the batch's others alone."""
+    backbone = create_backbone("qwen_image_edit", source=qwen_image_edit_folder(), visual_taps=[2], text_taps=[2])
     head = GatedQFormerHead(backbone.feature_spec, num_heads=2)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
     reward = RewardModel(backbone, head).eval()
     reward.image_sizes = OneSize(32, 48)
-    reward.save_pretrained(tmp_path / "reward")
-    for name, image in (("0", EDITED[0]), ("1", EDITED[0]), ("2", EDITED[0]), ("red", RED), ("blue", BLUE)):
-        image.save(tmp_path / f"{name}.png")
-    narrow = Image.new("RGB", (2, 500))
-    narrow.save(tmp_path / "narrow.png")
-    names = [["red.png"], ["blue.png"], ["blue.png", "red.png"], ["narrow.png"]]
-    listed = [{"image": f"{row % 3}.png", "prompt": TEXT, "source_images": given} for row, given in enumerate(names)]
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
-    output, options = str(tmp_path / "scores.csv"), (f"--base={base}", "--device=cpu")
-    main(["score", str(tmp_path / "list.jsonl"), output, f"--model={tmp_path / 'reward'}", *options])
-    with Path(output).open() as file:
-        *rows_of_file, odd = csv.DictReader(file)
-    scores = [float(row["score"]) for row in rows_of_file]
-    assert len({round(score, 4) for score in scores}) == 3
-    assert not odd["score"] and "a picture to edit has 2×500 pixels" in odd["problem"]
-    sent = {"prompt": TEXT, "images": [encoded(EDITED[0])] * 3}
-    alone = {"prompt": TEXT, "source_images": [encoded(RED)]}
-    with forked_server("serve", str(tmp_path / "reward"), "--port=0", *options) as server:
-        assert httpx.get(f"{server.address}/v1/model").json()["sources"] == [1, 16]
-        reply = ask(server.address, sent | {"source_images": [[*map(encoded, row)] for row in rows]})
+    rows, sent = [[RED], [BLUE], [BLUE, RED]], {"prompt": TEXT, "images": [encoded(EDITED[0])] * 3}
+    with serving(reward) as (address, _), torch.inference_mode():
+        assert httpx.get(f"{address}/v1/model").json()["sources"] == [1, 16]
+        scores = [reward.score(edit_prompt(TEXT, row), EDITED[0]).item() for row in rows]
+        assert len({round(score, 4) for score in scores}) == 3
+        reply = ask(address, sent | {"source_images": [[*map(encoded, row)] for row in rows]})
         assert reply.status_code == 200 and reply.json()["scores"] == pytest.approx(scores, abs=2e-5), reply.text
-        for text, source in ((TEXT, narrow), ("draw <|image_pad|>", RED)):
-            content = {"prompt": text, "image": encoded(EDITED[0]), "source_images": [encoded(source)]}
+        good = {"prompt": TEXT, "image": encoded(EDITED[0]), "source_images": [encoded(RED)]}
+        narrow = {"source_images": [encoded(Image.new("RGB", (2, 500)))]}
+        for wrong, told in ((narrow, "crop the picture"), ({"prompt": "a <|image_pad|>"}, "leave it out of the text")):
             with ThreadPoolExecutor() as pool:  # they may be in one batch
-                good, bad = pool.map(ask, [server.address] * 2, [content | alone, content])
-            assert good.json()["scores"] == pytest.approx(scores[:1], abs=2e-5) and bad.status_code == 422
-            assert "crop the picture" in bad.json()["error"] or "leave it out of the text" in bad.json()["error"]
-        reply = send(server.address, "score_latents", body_of({"latents": latents(1), "source_0": latents(1)}, TEXT))
-        assert reply.status_code == 422 and "latents are none; send images to /v1/score_images" in reply.json()["error"]
-        assert server.stop() == 0
+                fine, bad = pool.map(ask, [address] * 2, [good, good | wrong])
+            assert fine.json()["scores"] == pytest.approx(scores[:1], abs=2e-5)
+            assert bad.status_code == 422 and told in bad.json()["error"]
+        reply = send(address, "score_latents", body_of({"latents": latents(1), "source_0": latents(1)}, TEXT))
+        assert reply.status_code == 422 and "send images to /v1/score_images" in reply.json()["error"]

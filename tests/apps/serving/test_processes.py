@@ -13,13 +13,14 @@ import yaml
 from safetensors.torch import save
 from torch import Tensor
 
-from latentreward.apps.serving.served import accepted_by
-from latentreward.apps.serving.settings import ServiceSettings
-from latentreward.apps.serving.tensors import Accepted
+from latentreward.apps.serving import ServiceSettings
+from latentreward.apps.serving.bodies import Accepted
+from latentreward.apps.serving.service import ServedModel
 from tests.alignment.rewards.stored import write_run
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
-from tests.apps.serving.processes import ServerProcess, forked_server, fuzz, load
-from tests.apps.serving.servers import tiny_reward
+from tests.apps.serving.mutated_bodies import fuzz_route, routes
+from tests.apps.serving.processes import ServerProcess, forked_server, load
+from tests.apps.serving.servers import serving, tiny_reward
 
 pytestmark = pytest.mark.slow
 
@@ -44,21 +45,21 @@ def test_1_000_requests_32_at_a_time_and_10_000_malformed_ones(server: ServerPro
     answers = load(server.address, bodies, 1000, 32)
     assert answers.statuses == {200: 1000}, answers.unexpected[:3]
     assert "latentreward_queue_rows 0" in httpx.get(f"{server.address}/metrics").text
-    answers = fuzz(server.address, save(_tensors(0)), _accepted(), 10_000, server.rss)
+    answers = fuzz_route(server.address, next(routes(_accepted())), 10_000, server.rss)
     assert not answers.unexpected, answers.unexpected[:3]
-    assert set(answers.statuses) <= {200, 400, 413, 415, 422} and answers.statuses[400] > 5_000
+    assert set(answers.statuses) <= {200, 400, 413, 422} and answers.statuses[400] > 5_000
     settled, last = answers.rss[4], answers.rss[-1]  # after 2 000
     assert last - settled < 16 * 2**20, [round(size / 2**20) for size in answers.rss]
     assert httpx.post(f"{server.address}/v1/score", content=save(_tensors(0)), headers=HEADERS).status_code == 200
     assert server.stop() == 0
 
 
-# After the first row, which is scored alone, 63 rows wait 3 s for one more that would fill their batch.
-@pytest.mark.parametrize("server", [["--batch_size=64", "--max_wait_ms=3000", "--max_pass_s=60"]], indirect=True)
+# 60 rows wait 3 s for more that would fill their pass.
+@pytest.mark.parametrize("server", [["--batch_size=64", "--max_wait_ms=3000"]], indirect=True)
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_what_is_under_way_finish(server: ServerProcess, sent: signal.Signals) -> None:
     replies: list[httpx.Response] = []
-    body = save(_tensors(0, rows=64))
+    body = save(_tensors(0, rows=60))
 
     def ask() -> None:
         replies.append(httpx.post(f"{server.address}/v1/score", content=body, headers=HEADERS, timeout=300))
@@ -71,7 +72,7 @@ def test_a_signal_lets_what_is_under_way_finish(server: ServerProcess, sent: sig
             time.sleep(0.02)
     assert server.stop(sent) == 0
     thread.join(300)
-    assert replies[0].status_code == 200 and len(replies[0].json()["raw_scores"]) == 64
+    assert replies[0].status_code == 200 and len(replies[0].json()["raw_scores"]) == 60
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.address)
 
@@ -93,8 +94,32 @@ def test_several_rewards_by_a_config(run: Path, tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[str, ServedModel]]:
+    with serving(tiny_reward(), max_wait_ms=1) as started:
+        yield started
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_no_body_brings_a_server_down(
+    running: tuple[str, ServedModel], number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    address, model = running
+    every = list(routes(model.accepted))
+    assert len(every) == 7
+    route = every[number]
+    before = httpx.post(f"{address}{route.path}", content=route.good, headers=route.headers, timeout=300)
+    assert before.status_code == 200, before.text
+    answers = fuzz_route(address, route, 500)
+    assert not answers.unexpected, answers.unexpected[:5]
+    assert answers.statuses[200] < 400 and set(answers.statuses) <= {200, 400, 413, 415, 422}
+    assert not [one for one in caplog.records if one.name.startswith("python_multipart")]
+    after = httpx.post(f"{address}{route.path}", content=route.good, headers=route.headers, timeout=300)
+    assert after.status_code == 200 and after.json().keys() == before.json().keys()
+
+
 def _accepted() -> Accepted:
-    return accepted_by(tiny_reward(), ServiceSettings())
+    return Accepted.of(tiny_reward(), ServiceSettings())
 
 
 def _tensors(seed: int, rows: int = 1) -> dict[str, Tensor]:

@@ -1,17 +1,22 @@
-"""Scores of pictures: forms of requests and replies, batches, cache, and replies that are none."""
+"""Scores of pictures and edits: forms of requests and replies, batches, cache, and replies that are none."""
 
+import base64
 import threading
 import time
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from latentreward.core.contracts import EditPrompt, ImageRef
 from latentreward.core.errors import InputError
 from latentreward.core.interrupts import stop_asked
-from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, UniRL
-from latentreward.reward.remote.images import RemoteImages
-from tests.reward.remote.judges import judged, judging, plain, says, unirl
+from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, ServedImages, UniRL, edit_prompt
+from latentreward.reward.remote.client import RemoteImages
+from latentreward.reward.remote.schemas import source_texts
+from tests.reward.remote.judges import judged, judging, opened, plain, says, unirl
 
 PROMPTS = ["a red circle", "two blue squares", "a cross", "a red circle", "à la carte 🙂"]
 IMAGES = [Image.new("RGB", (8 + number, 8), (40 * number, 0, 0)) for number in range(4)] + [Image.new("RGB", (8, 8))]
@@ -45,7 +50,7 @@ def test_equal_rows_are_asked_once_and_remembered() -> None:
 
 
 def test_the_cache_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentreward.reward.remote.scores.CACHED", 2)
+    monkeypatch.setattr("latentreward.reward.remote.client.CACHED", 2)
     with judging() as judge:
         source = images(judge.url, batch_size=8)
         assert source.begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
@@ -65,18 +70,6 @@ def test_no_more_requests_at_a_time_than_set(parallel: int, least: float) -> Non
         ends = sorted([(begin, 1) for begin, _ in judge.times] + [(end, -1) for _, end in judge.times])
         running = [sum(step for _, step in ends[: place + 1]) for place in range(len(ends))]
         assert max(running) == parallel
-
-
-def test_no_more_threads_than_requests_at_a_time() -> None:
-    """A rollout of many samples with small requests would else start a thread for each of them."""
-    with judging() as judge:
-        judge.delay_s = 0.3
-        source, before = images(judge.url, batch_size=1, parallel=2), {*threading.enumerate()}
-        pending = source.begin([str(number) for number in range(6)], IMAGES[:1] * 6)
-        started = {*threading.enumerate()} - before
-        assert [thread.name for thread in started].count("reward request") == 2
-        assert len(pending()) == 6
-        assert source.begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
 
 
 def test_scores_are_asked_for_before_they_are_waited_for() -> None:
@@ -191,3 +184,83 @@ def test_an_error_of_a_schema_of_ones_own_is_a_refusal(reply: dict[str, Any], to
     with judging(faults=[says(200, reply)]) as judge, pytest.raises(RemoteError, match=told) as raised:
         images(judge.url, Best()).begin(PROMPTS[:2], IMAGES[:2])()
     assert str(raised.value).startswith(f"reward server {judge.url}: ")
+
+
+RED, BLUE, GREY = (Image.new("RGB", (9, 8), colour) for colour in ("red", "blue", "grey"))
+
+
+def redder(request: dict[str, Any]) -> dict[str, Any]:
+    """How much redder pictures are than the ones that were edited."""
+    before = [sum(judged("", opened(text)) for text in row) for row in request["source_images"]]
+    after = [judged("", opened(text)) for text in request["images"]]
+    return {"scores": [new - old for new, old in zip(after, before, strict=True)]}
+
+
+def unirl_redder(request: dict[str, Any]) -> dict[str, Any]:
+    rows = [one["history"] for one in request["requests"]]
+    assert all({turn["text"] for turn in row} == {"make it red"} for row in rows)
+    pictures = [[turn["image_b64"] for turn in row] for row in rows]
+    told = redder({"source_images": [row[:-1] for row in pictures], "images": [row[-1] for row in pictures]})
+    return {"results": [{"redder": {"score": score}} for score in told["scores"]]}
+
+
+@pytest.mark.parametrize(("answer", "schema"), [(redder, PlainJSON()), (unirl_redder, UniRL("redder"))])
+def test_sources_are_sent_with_each_image(answer, schema: ImageSchema, tmp_path: Path) -> None:
+    BLUE.save(tmp_path / "blue.jpg")
+    in_file = EditPrompt("make it red", [ImageRef("blue", path=tmp_path / "blue.jpg")])
+    prompts = [edit_prompt("make it red", given) for given in (RED, BLUE, [BLUE, RED])] + [in_file]
+    with judging(answer) as judge:
+        found = images(judge.url, schema, 8).begin(prompts, [RED, RED, RED, GREY])()
+    assert found == pytest.approx([0, 1, 0, judged("", GREY)], abs=0.01)
+
+
+def test_a_source_is_sent_as_its_file_unless_readers_would_differ(tmp_path: Path) -> None:
+    """A photograph as PNG is several times its size; one on its side, or with alpha, is sent as it is seen."""
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    BLUE.save(tmp_path / "plain.jpg", quality=50)
+    BLUE.save(tmp_path / "plain.png")
+    BLUE.save(tmp_path / "lying.jpg", exif=lying)
+    BLUE.convert("RGBA").save(tmp_path / "alpha.png")
+    BLUE.convert("L").save(tmp_path / "grey.jpg")
+    BLUE.save(tmp_path / "other.webp", lossless=True)
+    names = ["plain.jpg", "plain.png", "lying.jpg", "alpha.png", "grey.jpg", "other.webp"]
+    (texts,) = source_texts([EditPrompt("make it red", [ImageRef(name, path=tmp_path / name) for name in names])])
+    sent = [*map(base64.b64decode, texts)]
+    same = [data == (tmp_path / name).read_bytes() for name, data in zip(names, sent, strict=True)]
+    assert same == [True, True, False, False, False, False]
+    made = [Image.open(BytesIO(data)) for data in sent[2:]]
+    assert [(image.format, image.mode) for image in made] == [("PNG", "RGB")] * 4
+    assert [image.size for image in made] == [(8, 9), (9, 8), (9, 8), (9, 8)]
+
+
+def test_scores_are_remembered_by_image_and_sources() -> None:
+    prompts = [edit_prompt("make it red", source) for source in (RED, BLUE, RED)]
+    with judging(redder) as judge:
+        source = images(judge.url, batch_size=8)
+        assert source.begin(prompts, [RED] * 3)() == [0, 1, 0]
+        assert source.begin(prompts, [RED] * 3)() == [0, 1, 0]
+        assert judge.sizes == [2]
+        source.begin([edit_prompt("make it red", [RED, BLUE])], [RED])()
+        assert judge.sizes == [2, 1]
+
+
+def test_latentreward_serve_gets_sources_that_a_request_shares_once() -> None:
+    red, blue = (edit_prompt("make it red", source) for source in (RED, BLUE))
+    of_red, of_blue = source_texts([red, blue])
+    for prompts, sent in (([red] * 3, of_red), ([red], of_red), ([red, blue], [of_red, of_blue]), (["a cat"], None)):
+        assert ServedImages().request(prompts, ["x"] * len(prompts)).get("source_images") == sent
+    assert PlainJSON().request([red] * 2, ["x"] * 2)["source_images"] == [of_red] * 2
+
+
+def test_a_request_that_is_too_large_is_halved_and_later_ones_are_as_small() -> None:
+    pictures = [Image.new("RGB", (9, 8), (number, 0, 0)) for number in range(12)]
+    scores = pytest.approx([judged("", picture) for picture in pictures])
+    with judging(lambda request: {"scores": [judged("", opened(text)) for text in request["images"]]}) as judge:
+        judge.faults += [says(413)]
+        source = images(judge.url, batch_size=8)
+        assert source.begin([""] * 6, pictures[:6])() + source.begin([""] * 6, pictures[6:])() == scores
+        assert judge.sizes == [3] * 4
+        judge.faults += [says(413)]
+        with pytest.raises(RemoteError, match="HTTP 413"):
+            source.begin([""], [RED])()

@@ -9,11 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.apps.serving.protocol import parse_request
-from latentreward.apps.serving.refusals import RequestError
-from latentreward.apps.serving.resources import Resources
-from latentreward.apps.serving.served import ServedModel
-from latentreward.apps.serving.settings import ServiceSettings
+from latentreward.apps.serving.batching import RequestError
+from latentreward.apps.serving.bodies import parse_request
 from latentreward.core.contracts import EditPrompt, ImageRef
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
@@ -21,6 +18,7 @@ from latentreward.data.image_lists import ImageList, ListedImage, read_images
 from latentreward.data.images import png
 from latentreward.reward import CLIPProjectionHead, RewardModel, RewardModelScorer, edit_prompt
 from latentreward.reward.scoring.image_lists import ListedScoring, images_identity
+from tests.apps.serving.servers import served_model
 from tests.diffusion.families.made_qwen_image_edit import picture, qwen_image_edit_folder
 from tests.diffusion.families.twins import TWINS
 from tests.reward.scoring.models import edit_reward
@@ -156,6 +154,6 @@ def test_a_head_gets_the_empty_prompt_that_was_read_beside_the_picture() -> None
         assert seeing.score_latents([prompt], latents, conditioning=(encoded, None)) == pytest.approx(
             expected, abs=1e-5
         )
-    served = ServedModel(seeing, Resources(ServiceSettings()), name="r")
+    served = served_model(seeing)
     with pytest.raises(RequestError, match="/v1/score_images"):
         parse_request(b"", served.accepted)

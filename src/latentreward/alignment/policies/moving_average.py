@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from latentreward.alignment.policies.policy import POLICY, Policy, add_frozen_adapter
 from latentreward.core.errors import InputError, check_range
@@ -38,6 +39,11 @@ class DecayRamp:
     def decay(self, step: int) -> float:
         """Return d after ``step`` optimiser steps."""
         return min(max(step - self.start, 0) * self.slope, self.most)
+
+
+def move_towards(old: Tensor, new: Tensor, decay: float) -> None:
+    """Set ``old`` to ``decay · old + (1 − decay) · new``, in place."""
+    old.lerp_(new.to(old.dtype), 1 - decay) if decay else old.copy_(new)
 
 
 class MovingCopy:
@@ -79,4 +85,4 @@ class MovingCopy:
         for key, weight in weights.items():
             if f".{self.name}." in key:
                 new = weights[key.replace(f".{self.name}.", f".{POLICY}.")]
-                weight.lerp_(new.to(weight.dtype), 1 - decay) if decay else weight.copy_(new)
+                move_towards(weight, new, decay)

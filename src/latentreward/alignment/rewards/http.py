@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,18 +18,16 @@ from latentreward.core.reports.drawing import to_image
 from latentreward.core.storage.digests import digest
 from latentreward.diffusion.encoders.vae import edit_of_grey
 from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedImages, ServedLatents
-from latentreward.reward.remote.images import RemoteImages
-from latentreward.reward.remote.latents import (
+from latentreward.reward.remote.client import (
+    Connection,
     LatentRow,
+    PendingScores,
+    RemoteImages,
     RemoteLatents,
-    ServedReward,
-    check_rows,
-    check_widths,
     describe,
-    latent_space,
+    raise_together,
 )
-from latentreward.reward.remote.scores import PendingScores
-from latentreward.reward.remote.server import Connection, raise_together
+from latentreward.reward.remote.schemas import ServedReward
 
 if TYPE_CHECKING:
     from latentreward.alignment.policies.loading import PolicySource
@@ -86,16 +83,32 @@ class HTTPReward(RewardSource):
         """Return False."""
         return False
 
+    def served(self, taken: tuple[int, int | None] | None = None) -> ServedReward | None:
+        """Ask ``latentreward serve`` what its reward takes, and compare the edits that a policy makes; None of others.
+
+        Raises:
+            InputError: If the reward does not judge edits of as many pictures, or ``batch_size`` is over its limit.
+        """
+        if not isinstance(self.schema, ServedImages | ServedLatents):
+            return None
+        served, name = describe(Connection(self.server), self.schema), f"reward server {self.server.url}"
+        if taken is not None:
+            check_edits(name, served.sources, taken)
+        if self.batch_size > (served.max_rows or self.batch_size):
+            most = f"{served.max_rows}, the most rows that the {name} takes in a request"
+            raise InputError(f"reward.batch_size={self.batch_size} is over {most}")
+        return served
+
     def latent_space(self) -> LatentSpace | None:
         """Ask the server for the latent space of its model; None for pictures, which the policy's own VAE decodes."""
-        return latent_space(self.server, self.schema) if isinstance(self.schema, ServedLatents) else None
+        served = self.served() if self.uses_sigmas else None
+        return None if served is None else LatentSpace.from_record(served.latent_space)
 
     def require_latents_of(self, policy: PolicySource) -> None:
         """See :meth:`RewardSource.require_latents_of`; asks ``latentreward serve`` whether its reward judges edits."""
         super().require_latents_of(policy)
         if isinstance(self.schema, ServedImages | ServedLatents):
-            served = describe(Connection(self.server), self.schema)
-            check_edits(f"reward server {self.server.url}", served.sources, policy.resolve_family().sources)
+            self.served(policy.resolve_family().sources)
 
     def scores_states(self) -> bool:
         """Return False: what is sent is a prediction of the clean latents, or its picture."""
@@ -109,15 +122,20 @@ class HTTPReward(RewardSource):
                 the two edits pictures and the other knows none, or ``batch_size`` is over the limit of
                 ``latentreward serve``.
         """
-        if isinstance(self.schema, ServedImages | ServedLatents):
-            served = describe(Connection(self.server), self.schema)
-            check_rows(self.server, served, self.batch_size)
-            check_edits(f"reward server {self.server.url}", served.sources, policy.family.sources)
+        served = self.served(policy.family.sources)
         if isinstance(self.schema, ImageSchema):
             return RemoteImageReward(self, policy)
+        assert served is not None
         with torch.no_grad():
-            empty = edit_of_grey() if policy.family.sources[0] else ""
-            check_widths(self.server, served, policy.require_text_encoder()([empty]))
+            encoded = policy.require_text_encoder()([edit_of_grey() if policy.family.sources[0] else ""])
+        pooled = encoded.pooled_prompt_embeds
+        ours = encoded.prompt_embeds.shape[-1], None if pooled is None else pooled.shape[-1]
+        theirs = served.prompt_embeds_width, served.pooled_prompt_embeds_width
+        if ours[0] != theirs[0] or (ours[1] != theirs[1] and theirs[1] is not None and not served.pools_tokens):
+            raise InputError(
+                f"reward server {self.server.url} takes prompts embedded in widths {theirs}, but the policy's text "
+                f"encoders give {ours}; take schema: ServedImages, for which the server encodes prompts"
+            )
         return RemoteLatentReward(self, self.schema, policy, served)
 
 
@@ -194,16 +212,13 @@ class RemoteImageReward(RemoteReward, DecodingReward):
         return [self._images.begin([encoded[row] for row in rows.tolist()], images)]
 
 
-@dataclass(frozen=True)
-class SentPrompts:
-    """Prompts as a server of latents gets them."""
+SentPrompts = tuple[tuple[str, ...], tuple[Conditioning, ...]]
+"""Prompts as a server of latents gets them: texts, and the embeddings of each, one row, float32 on the CPU."""
 
-    texts: tuple[str, ...]  # P prompts
-    rows: tuple[Conditioning, ...]  # Embeddings of each prompt, one row each, float32 on the CPU
 
-    def seed(self, row: int) -> int:
-        """Return the seed of the noise of a prompt's latents."""
-        return int(digest([self.texts[row]], 8), 16) >> 1  # int64
+def seed_of(text: str) -> int:
+    """Return the seed, an int64, of the noise of a prompt's latents."""
+    return int(digest([text], 8), 16) >> 1
 
 
 class RemoteLatentReward(RemoteReward):
@@ -226,7 +241,7 @@ class RemoteLatentReward(RemoteReward):
     def encode_prompts(self, prompts: Sequence[str]) -> SentPrompts:
         """Embed the prompts with the policy's text encoders."""
         encoded = self.policy.encode_prompts(prompts).to("cpu", torch.float32)
-        return SentPrompts(tuple(prompts), tuple(encoded.select([row]).trimmed() for row in range(len(prompts))))
+        return tuple(prompts), tuple(encoded.select([row]).trimmed() for row in range(len(prompts)))
 
     def begin(
         self, clean: Tensor | None, rows: Tensor, encoded: SentPrompts, sigmas: Sequence[float]
@@ -236,13 +251,12 @@ class RemoteLatentReward(RemoteReward):
             raise InputError("a reward on a server needs the policy's prediction of the clean latents, and got none")
         if self._latents is None:  # not earlier: it has locks, which cannot be copied to another process
             self._latents = RemoteLatents(self.source.server, self.schema, self.source.batch_size, self.served)
-        latents, prompts = clean.detach().to("cpu", torch.float32).contiguous(), rows.tolist()
-        texts = [encoded.texts[row] for row in prompts]
+        texts, prompts = ([column[row] for row in rows.tolist()] for column in encoded)
+        seeds = [*map(seed_of, texts)]
+        latents = clean.detach().to("cpu", torch.float32).contiguous()
         pending = []
         for sigma in sigmas or (self.schema.sigma,):
-            sent = [
-                LatentRow(state, encoded.rows[row], float(sigma), encoded.seed(row))
-                for state, row in zip(latents, prompts, strict=True)
-            ]
+            given = zip(latents, prompts, seeds, strict=True)
+            sent = [LatentRow(state, prompt, float(sigma), seed) for state, prompt, seed in given]
             pending.append(self._latents.begin(sent, texts))
         return pending

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from latentreward.apps.serving.settings import RewardToServe, ServiceSettings, check_name
+from latentreward.apps.serving import RewardToServe, ServiceSettings, bind, check_name, is_loopback
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError
 from latentreward.core.settings.functions import run_function
@@ -64,8 +64,8 @@ def serve(
         device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
         name: Name of the model in addresses, replies and metrics.
         rewards: Several rewards by name, each with its model, device and limits; the first scores requests that name
-            none. See :class:`~latentreward.apps.serving.settings.RewardToServe`.
-        limits: See :class:`~latentreward.apps.serving.settings.ServiceSettings`.
+            none. See :class:`~latentreward.apps.serving.RewardToServe`.
+        limits: See :class:`~latentreward.apps.serving.ServiceSettings`.
 
     Raises:
         InputError: If a setting is wrong, the port is taken, or a model cannot be loaded.
@@ -73,11 +73,9 @@ def serve(
     modules = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
     if missing := [module for module in modules if find_spec(module) is None]:
         raise InputError(f"serve needs {missing[0]}, which is not installed; pip install 'latentreward[serve]'")
-    from latentreward.apps.serving.addresses import bind, is_loopback
+    from latentreward.apps.serving.app import serve as serve_until_stopped
     from latentreward.apps.serving.dialects import Dialect
-    from latentreward.apps.serving.resources import Resources
-    from latentreward.apps.serving.served import ScoringService, ServedModel
-    from latentreward.apps.serving.server import serve as serve_until_stopped
+    from latentreward.apps.serving.service import ScoringService
     from latentreward.core.registry import import_class
     from latentreward.core.running import find_device
 
@@ -89,15 +87,12 @@ def serve(
     settings = ServiceSettings(token=token, **limits)
     for path in settings.dialects:  # before the models are loaded
         import_class("dialects", path, Dialect)
-    single: dict[str, Any] = {"device": device, "dtype": dtype, "base": base, "run_config": run_config}
-    single |= {"revision": revision, "published": published}
     if (model is None) == (not rewards):
         raise InputError("give either model, or rewards with a name, model and device for each")
-    usual = {"device": "auto", "dtype": "float32", "name": "reward"}
-    given = [key for key, value in {**single, "name": name}.items() if value != usual.get(key)]
-    if rewards and given:
-        raise InputError(f"{given[0]} is that of a single model; give it for each of rewards")
-    chosen = {check_name(label): one for label, one in (rewards or {name: RewardToServe(str(model), **single)}).items()}
+    single = RewardToServe(model or "", device, dtype, base, run_config, revision, published)
+    if rewards and (single, name) != (RewardToServe(""), "reward"):
+        raise InputError("name, device, base and the like are those of a single model; give them for each of rewards")
+    chosen = {check_name(label): one for label, one in (rewards or {name: single}).items()}
     for one in chosen.values():
         one.limits(settings)  # raises for a wrong limit
         find_device(one.device)
@@ -108,12 +103,11 @@ def serve(
                 f"reaches it may send requests; set token_file or {TOKEN_VARIABLE}",
                 file=sys.stderr,
             )
-        resources, models = Resources(settings), []
+        loaded = {}
         for label, one in chosen.items():
             source = ModelSource(one.model, one.run_config, one.base, one.revision, trust_remote_code, one.published)
-            reward = load_reward(source, one.device, one.dtype)
-            models.append(ServedModel(reward, resources, one.limits(settings), label))
-        serve_until_stopped(ScoringService(models, resources), bound)
+            loaded[label] = load_reward(source, one.device, one.dtype), one.limits(settings)
+        serve_until_stopped(ScoringService(loaded, settings), bound)
     print("stopped", flush=True)
 
 

@@ -1,210 +1,264 @@
-"""HTTP endpoints of ``latentreward serve``."""
+"""Endpoints of ``latentreward serve``, what is refused before them, and how the server starts and ends."""
 
 import asyncio
 import base64
+import contextlib
 import hmac
+import logging
 import re
+import signal
+import socket
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from http import HTTPStatus
+from functools import lru_cache
 from typing import Any
 
-from fastapi import FastAPI, Request, Security
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from latentreward import __version__
-from latentreward.apps.serving.addresses import is_loopback, names_this_machine
-from latentreward.apps.serving.dialects import Dialect
-from latentreward.apps.serving.dialects.flow_factory import FlowFactory
-from latentreward.apps.serving.dialects.unirl import UniRL
-from latentreward.apps.serving.images import Images
-from latentreward.apps.serving.prompted_latents import PromptedLatents
-from latentreward.apps.serving.protocol import VerlOmni
-from latentreward.apps.serving.refusals import RefusalLog, RequestError
-from latentreward.apps.serving.routes import Route, add_routes
-from latentreward.apps.serving.served import ScoringService
-from latentreward.core.errors import InputError, printable
+from latentreward.apps.serving import bodies, is_loopback
+from latentreward.apps.serving.batching import RequestError
+from latentreward.apps.serving.bodies import FORM, JSON, SAFETENSORS
+from latentreward.apps.serving.dialects import Dialect, FlowFactory, UniRL
+from latentreward.apps.serving.service import ScoringService, takes
+from latentreward.core.errors import InputError
 from latentreward.core.registry import import_class
+from latentreward.reward.remote.schemas import ImagesRequest
 
-HEADER_BYTES = 16 * 1024  # greatest total length of a request's headers, in bytes
-REQUESTS = 256  # least limit on the number of requests in progress; see requests_at_once
+CONNECTIONS = 512  # least limit on the number of connections; twice the queues if that is more
+IDLE_SECONDS = 10  # that a client may take to send the headers of a request, or leave a connection idle
+LOGGED_EVERY_S = 60.0  # seconds after which a refusal of the same path and status is printed again
+VERSION, PROMPT = "x-drm-protocol-version", "x-prompt"  # headers of verl-omni's protocol, and one beside it
 OPEN_PATH = "/healthz"  # path that needs no token
 OF_REWARD = re.compile(r"^/rewards/[^/]+(?=/)")  # start of the path of a route of one reward
 
-LOG = RefusalLog()
+
+def reward_routes(service: ScoringService) -> APIRouter:
+    """Return the routes of a reward, which may stand below ``/rewards/NAME``."""
+    router, binary = APIRouter(), takes({SAFETENSORS: None})
+
+    @router.get("/v1/model", summary="What a reward takes")
+    async def model(request: Request) -> JSONResponse:
+        return JSONResponse(service.model_of(request).describe())
+
+    headers = [{"name": name, "in": "header", "schema": {"type": "string"}} for name in (VERSION, PROMPT)]
+
+    @router.post(
+        "/v1/score",
+        summary="verl-omni's latent-reward protocol, version 1",
+        openapi_extra={**binary, "parameters": headers},
+    )
+    async def score(request: Request) -> JSONResponse:
+        # verl_omni/utils/reward_score/latent_http_scorer_client.py (Apache-2.0); it sends one row, and no x-prompt.
+        model = service.model_of(request)
+        if (version := request.headers.get(VERSION)) != "1":
+            raise RequestError(f"header {VERSION} is {version!r:.20}; this server speaks version 1")
+        prompt = prompt_of(request.headers.getlist(PROMPT))
+        async with service.body(request, SAFETENSORS) as (body, _):
+            rows = await asyncio.to_thread(bodies.parse_request, body, model.accepted, prompt, model.seeds)
+            columns = model.columns(await model.score(request, rows))
+        return JSONResponse({"protocol_version": "1", "raw_scores": columns.pop("scores"), **columns})
+
+    @router.post("/v1/score_latents", summary="Score clean latents for raw prompts", openapi_extra=binary)
+    async def score_latents(request: Request) -> JSONResponse:
+        model = service.model_of(request)
+        async with service.body(request, SAFETENSORS) as (body, _):
+            rows = await asyncio.to_thread(bodies.parse_latents, body, model.accepted, model.seeds)
+            columns = model.columns(await model.score(request, rows))
+        noise = str(model.reward.noise) if rows[0].u is None else "u"
+        return JSONResponse({**columns, "noise": noise, "model": model.reward.identity})
+
+    @router.post("/v1/score_states", summary="Score the noisy states of trajectories", openapi_extra=binary)
+    async def score_states(request: Request) -> JSONResponse:
+        model = service.model_of(request)
+        async with service.body(request, SAFETENSORS) as (body, _):
+            process = model.reward.backbone.noise_process
+            rows, steps = await asyncio.to_thread(bodies.parse_states, body, model.accepted, process)
+            columns = model.columns(await model.score(request, rows))
+        starts = range(0, len(rows), steps)
+        parted = {name: [one[start : start + steps] for start in starts] for name, one in columns.items()}
+        return JSONResponse({**parted, "model": model.reward.identity})
+
+    either = takes({JSON: ImagesRequest.model_json_schema(), FORM: None})
+
+    @router.post("/v1/score_images", summary="Score images for prompts: a form, or JSON", openapi_extra=either)
+    async def score_images(request: Request) -> JSONResponse:
+        model = service.model_of(request)
+        async with service.body(request, JSON, FORM) as (body, take):
+            if request.headers["content-type"].lower().startswith(FORM):
+                images = await bodies.images_of_form(request, body, model.accepted)
+            else:
+                images = await asyncio.to_thread(bodies.images_of_json, body)
+            bodies.check_limit("images: rows", len(images[1]), model.accepted.max_rows)
+            columns = model.columns(await model.score_images(request, images, take))
+        z_scores, quantiles = model.standing(columns["scores"])
+        told = {"z_scores": z_scores, "quantiles": quantiles, "noise": str(model.reward.noise)}
+        return JSONResponse({**columns, **told, "model": model.reward.identity})
+
+    return router
+
+
+def server_routes(service: ScoringService) -> APIRouter:
+    """Return the routes of the whole server."""
+    router = APIRouter()
+
+    @router.get("/v1/rewards", summary="The rewards, their devices and limits")
+    async def rewards() -> JSONResponse:
+        return JSONResponse({"rewards": [model.limits() for model in service.models.values()]})
+
+    @router.get(OPEN_PATH, summary="Whether the server is ready; needs no token")
+    async def health() -> JSONResponse:
+        """Answer 503 if one pass takes longer than the request timeout, or scoring has stopped."""
+        ready = service.ready
+        return JSONResponse({"live": True, "ready": ready}, 200 if ready else 503)
+
+    @router.get("/metrics", summary="Metrics for Prometheus")
+    async def metrics() -> Response:
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def prompt_of(values: Sequence[str]) -> str:
+    """Decode the headers ``x-prompt`` of a request, base64 of UTF-8; empty without one."""
+    if len(values) > 1:
+        raise RequestError(f"header x-prompt stands {len(values)} times; a request has one prompt")
+    try:
+        return base64.b64decode("".join(values), validate=True).decode()
+    except ValueError as error:
+        raise RequestError(f"header x-prompt is not base64 of UTF-8 text ({error}); encode it so") from error
 
 
 def create_app(service: ScoringService) -> FastAPI:
-    """Create the application, without FastAPI's documentation pages, which load scripts from the network."""
+    """Create the application; raise InputError if two dialects have one route."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         for model in service.models.values():
-            model.batcher.start()
+            model.task = asyncio.create_task(model.batcher.run())
         yield
-        await asyncio.gather(*(model.batcher.stop() for model in service.models.values()))
+        for model in service.models.values():
+            model.task and model.task.cancel()
+        await asyncio.wait([model.task for model in service.models.values() if model.task])
 
-    title, secured = "latentreward serve", Security(HTTPBearer(auto_error=False))  # for the description
+    # For the description alone: the middleware asks for the token.
+    secured = [Security(HTTPBearer(auto_error=False))] if service.settings.token else []
     app = FastAPI(
-        title=title, version=__version__, dependencies=[secured], lifespan=lifespan, docs_url=None, redoc_url=None
+        title="latentreward serve", version=__version__, dependencies=secured, lifespan=lifespan, redoc_url=None
     )
-    routes = routes_of(service)
-    add_routes(app, routes, list(service.models))
-
-    @app.exception_handler(RequestError)
-    async def refuse(request: Request, error: RequestError) -> JSONResponse:
-        headers = None if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-        return _answer(" ".join(str(error).split()), error.status, headers)
+    own = [import_class("dialects", path, Dialect) for path in service.settings.dialects]
+    routers = [reward_routes(service), *(kind(service).router() for kind in (UniRL, FlowFactory, *own))]
+    general = server_routes(service)
+    for router in (general, *routers):
+        app.include_router(router)
+    for router in routers:
+        app.include_router(router, prefix="/rewards/{reward}")
+    routes = [(method, route.path) for one in (general, *routers) for route in one.routes for method in route.methods]
+    if twice := next((route for route in routes if routes.count(route) > 1), None):
+        raise InputError(f"dialects: there are two routes {' '.join(twice)}; give one another path")
 
     @app.exception_handler(HTTPException)
-    async def tell(request: Request, error: HTTPException) -> JSONResponse:
-        detail = " ".join((str(error.detail) or HTTPStatus(error.status_code).phrase).split())
-        LOG.tell(error.status_code, f"{request.method} {request.url.path}: {detail}")
-        return JSONResponse({"error": detail}, error.status_code, error.headers)
+    @app.exception_handler(RequestError)
+    async def tell(request: Request, error: RequestError | HTTPException) -> JSONResponse:
+        if isinstance(error, RequestError):
+            headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+            return JSONResponse({"error": str(error)}, error.status, headers)
+        return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
 
     @app.exception_handler(Exception)  # uvicorn prints the traceback
     async def fail(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"error": f"the server failed ({type(error).__name__})"}, 500)
 
-    paths = {"/docs", "/openapi.json", *(route.path for route in routes)}
-    app.add_middleware(AuthMiddleware, service=service, paths=paths)
+    app.add_middleware(Gate, service=service, paths={path for _, path in routes})
     return app
 
 
-def routes_of(service: ScoringService) -> list[Route]:
-    """Return all routes of a server; raise InputError if two dialects have one route."""
-    own = [import_class("dialects", path, Dialect) for path in service.settings.dialects]
-    kinds = (VerlOmni, About, Images, PromptedLatents, UniRL, FlowFactory, *own)
-    routes = [route for kind in kinds for route in kind(service).routes()]
-    for number, route in enumerate(routes):
-        if any((route.method, route.path) == (one.method, one.path) for one in routes[:number]):
-            raise InputError(f"dialects: there are two routes {route.method} {route.path}; give one another path")
-    return routes
+class Gate:
+    """ASGI middleware that refuses requests before their bodies are read, and counts all of them.
 
-
-class About(Dialect):
-    """Handlers of what a server tells of itself."""
-
-    def routes(self) -> list[Route]:
-        """Return the routes."""
-        about = dict[str, Any]
-        return [
-            Route("GET", "/v1/model", self.model, "What a reward takes", answer=about, of_reward=True),
-            Route("GET", "/v1/rewards", self.rewards, "The rewards, their devices and limits", answer=about),
-            Route("GET", "/healthz", self.health, "Whether the server is ready; needs no token", answer=about),
-            Route("GET", "/metrics", self.metrics, "Metrics for Prometheus"),
-        ]
-
-    async def model(self, request: Request) -> JSONResponse:
-        """Answer with a description of a reward and the server's limits."""
-        return JSONResponse(self.service.model_of(request).describe())
-
-    async def rewards(self, request: Request) -> JSONResponse:
-        """Answer with the rewards of the server, the first of which scores requests that name none."""
-        return JSONResponse({"rewards": [model.limits() for model in self.service.models.values()]})
-
-    async def health(self, request: Request) -> JSONResponse:
-        """Answer 200 if ready; 503 if one batch takes longer than the request timeout, or scoring has stopped."""
-        ready = self.service.ready
-        return JSONResponse({"live": True, "ready": ready}, 200 if ready else 503)
-
-    async def metrics(self, request: Request) -> Response:
-        """Answer with the metrics in Prometheus' text format."""
-        return Response(generate_latest(self.service.resources.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-class AuthMiddleware:
-    """ASGI middleware that refuses bad or excess requests before their bodies are read, and counts all requests.
-
-    Refused are: requests with both Transfer-Encoding and Content-Length (400), with too long headers (431), without the
-    token (401), on a server without one from a page elsewhere that a browser of this machine shows (403), and beyond
-    the number of requests in progress (503) if no body arrives slowly. All ``paths`` that are not known are counted
-    together as ``other``.
+    Refused are requests with both Transfer-Encoding and Content-Length (400), without the token (401), and on a server
+    without one from a page elsewhere that a browser of this machine shows (403). All ``paths`` that are not known are
+    counted together as ``other``. A refusal is printed, since some clients never show it: one of a path and status in
+    :data:`LOGGED_EVERY_S`.
     """
 
     def __init__(self, app: ASGIApp, service: ScoringService, paths: set[str]) -> None:
         self.app, self.service, self.paths = app, service, paths
-        self._under_way, self._max_requests = 0, requests_at_once(service)
+        self._told: dict[tuple[str, int], float] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a connection, as the ASGI specification defines."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        status, start = 500, time.monotonic()
+        status, start, path = 500, time.monotonic(), OF_REWARD.sub("", scope["path"])
+        path = path if path in self.paths else "other"
 
         async def send_counted(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
+            if status >= 400 and message["type"] == "http.response.body":
+                self._tell(path, status, message.get("body", b""))
             await send(message)
 
-        refusal = self._refusal(scope)
-        self._under_way += refusal is None
         if scope["method"] == "HEAD":  # answered as GET; uvicorn leaves the body out
             scope = {**scope, "method": "GET"}
         try:
-            await (refusal or self.app)(scope, receive, send_counted)
+            await (self._refusal(scope) or self.app)(scope, receive, send_counted)
         finally:
-            self._under_way -= refusal is None
-            path = OF_REWARD.sub("", scope["path"])
-            path = path if path in self.paths else "other"
-            metrics = self.service.resources.metrics
-            metrics.requests.labels(path, status).inc()
-            metrics.seconds.labels(path).observe(time.monotonic() - start)
+            self.service.metrics.requests.labels(path, status).inc()
+            self.service.metrics.seconds.labels(path).observe(time.monotonic() - start)
+
+    def _tell(self, path: str, status: int, body: bytes) -> None:
+        now = time.monotonic()
+        if now - self._told.get((path, status), -LOGGED_EVERY_S) >= LOGGED_EVERY_S:
+            self._told[path, status] = now
+            print(f"refused with {status}: {path} {body.decode()[:300]}", file=sys.stderr, flush=True)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
-        headers, is_open = scope["headers"], scope["path"] == OPEN_PATH
-        if {b"transfer-encoding", b"content-length"} <= {name for name, _ in headers}:
+        headers, token = dict(scope["headers"]), self.service.settings.token
+        if {b"transfer-encoding", b"content-length"} <= headers.keys():
             error = "give either Transfer-Encoding or Content-Length; a request with both may hide another"
-            return _answer(error, 400, {"Connection": "close"})
-        if sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES:
-            return _answer(f"the headers are longer than {HEADER_BYTES} bytes", 431)
-        token, given = self.service.settings.token, dict(headers).get(b"authorization", b"")
-        if token is None and not is_open and (foreign := _foreign(scope)):
+            return JSONResponse({"error": error}, 400, {"Connection": "close"})
+        if scope["path"] == OPEN_PATH:
+            return None
+        if token is None:
+            places = headers.get(b"host", b"localhost"), headers.get(b"origin", b"//localhost").partition(b"//")[2]
+            if not is_loopback((scope["server"] or ("",))[0]) or all(map(names_this_machine, places)):
+                return None
             error = (
-                f"{foreign}; without a token this server answers only localhost, loopback addresses and the machine's "
-                "own name: set token_file or LATENTREWARD_TOKEN, or let a proxy send Host: localhost and no Origin"
+                "the header Host or Origin names another machine; without a token this server answers only localhost, "
+                "loopback addresses and the machine's own name: set token_file or LATENTREWARD_TOKEN, or let a proxy "
+                "send Host: localhost and no Origin"
             )
-            return _answer(error, 403)
-        if not (is_open or token is None or hmac.compare_digest(_token_of(given), token.encode())):
+            return JSONResponse({"error": error}, 403)
+        if not hmac.compare_digest(token_of(headers.get(b"authorization", b"")), token.encode()):
             error = "give this server's token in the header Authorization: Bearer TOKEN, or as password in the URL"
-            return _answer(error, 401, {"WWW-Authenticate": 'Bearer, Basic realm="latentreward"'})
-        # Last: a request that is refused for another reason takes nobody's place.
-        is_health = OF_REWARD.sub("", scope["path"]) in (OPEN_PATH, "/health")  # answered however many there are
-        full = self._under_way >= self._max_requests and not is_health
-        if full and not self.service.resources.bodies.make_room():
-            error = f"{self._max_requests} requests are under way; try later"
-            return _answer(error, 503, {"Retry-After": "1"})
+            return JSONResponse({"error": error}, 401, {"WWW-Authenticate": 'Bearer, Basic realm="latentreward"'})
         return None
 
 
-def requests_at_once(service: ScoringService) -> int:
-    """Return the limit on requests in progress, high enough that requests of one row each can fill the queue."""
-    return max(REQUESTS, sum(model.settings.queue for model in service.models.values()))
+@lru_cache
+def names_this_machine(place: bytes) -> bool:
+    """Tell whether a place, with or without a port, is ``localhost``, a loopback address, or this machine's own name.
 
-
-def _foreign(scope: Scope) -> str | None:
-    """Return the header by which a request on a loopback address comes from a page elsewhere; None without one.
-
-    Such a page may send a form to this machine (its ``Origin`` tells), or reach the server by a name of its own that it
-    lets point to this machine (the ``Host``), and then read the answers too.
+    A page elsewhere may send a form to this machine (its ``Origin`` tells), or reach the server by a name of its own
+    that it lets point to this machine (the ``Host``), and then read the answers too.
     """
-    if not is_loopback((scope["server"] or ("",))[0]):
-        return None
-    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-    host, origin = headers.get(b"host"), headers.get(b"origin")
-    if host is not None and not names_this_machine(host):
-        return f"the header Host is {printable(host)[:100]!r}"
-    if origin is not None and not names_this_machine(origin.partition("://")[2]):
-        return f"the header Origin is {printable(origin)[:100]!r}"
-    return None
+    found = re.fullmatch(r"([\w.-]+|\[([\w:.%-]+)\])(:\d+)?", place.decode("latin-1"))
+    host = found and (found[2] or found[1].lower())  # no user, path or blank
+    return bool(host) and (host in ("localhost", socket.gethostname().lower()) or is_loopback(host))
 
 
-def _token_of(authorization: bytes) -> bytes:
+def token_of(authorization: bytes) -> bytes:
     """Return the token of the header ``Authorization``: that after ``Bearer``, or the password after ``Basic``.
 
     HTTP clients send ``Basic`` for addresses such as ``http://:TOKEN@host:8000``, which clients of other frameworks
@@ -213,15 +267,56 @@ def _token_of(authorization: bytes) -> bytes:
     kind, _, value = authorization.partition(b" ")
     if kind.lower() == b"bearer":  # in whatever case, RFC 9110, section 11.1
         return value
-    if kind.lower() != b"basic":
-        return b""
     try:
-        return base64.b64decode(value, validate=True).partition(b":")[2]
+        return base64.b64decode(value, validate=True).partition(b":")[2] if kind.lower() == b"basic" else b""
     except ValueError:
         return b""
 
 
-def _answer(error: str, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
-    """Return the answer to a request that is refused, and print a line about it."""
-    LOG.tell(status, error)
-    return JSONResponse({"error": error}, status, headers)
+class Protocol(H11Protocol):
+    """HTTP protocol of uvicorn, which would wait without a limit for the headers of a connection's first request."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Close the connection if no request begins in time."""
+        super().connection_made(transport)
+        self.loop.call_later(IDLE_SECONDS, lambda: self.cycle or transport.close())
+
+
+def configuration(service: ScoringService) -> uvicorn.Config:
+    """Return uvicorn's settings for a service."""
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a line for each faulty form would fill the log
+    return uvicorn.Config(
+        create_app(service),
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        log_level=logging.ERROR,
+        limit_concurrency=max(CONNECTIONS, 2 * sum(model.settings.queue for model in service.models.values())),
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=int(service.settings.timeout) + 1,
+    )
+
+
+def serve(service: ScoringService, bound: socket.socket) -> None:
+    """Answer requests until SIGTERM or SIGINT; then finish requests in progress, for up to the request timeout.
+
+    Prints each reward, and ``serving NAMES at URL`` once clients can connect.
+    """
+    server = uvicorn.Server(configuration(service))
+    # Until uvicorn sets this handler itself, and after its shutdown, when it raises the caught signal again.
+    previous = signal.signal(signal.SIGTERM, server.handle_exit)
+    try:
+        bound.listen()
+        host, port = bound.getsockname()[:2]
+        for model in service.models.values():
+            fresh = f"; latents without a seed take those from {model.first_seed} on" if model.first_seed else ""
+            print(f"{model.name}: {model.reward.identity}, on {model.reward.device}{fresh}")
+        names = ", ".join(service.models)
+        print(f"serving {names} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[bound])
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,217 +1,233 @@
-"""Dynamic batching: rows of many requests are collected into batches while the model is busy."""
-
-from __future__ import annotations
+"""Rows of requests, collected into passes of the model while it is busy."""
 
 import asyncio
 import contextlib
 import math
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
-from latentreward.apps.serving.batch_scorer import Row, Scores
-from latentreward.apps.serving.refusals import RequestError
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentreward.core.contracts import Conditioning, sources_of
+from latentreward.core.errors import InputError, printable
+from latentreward.reward import RewardModel, ScoringNoise
+from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
+
+TOKENS = 64  # number of which the length of padded prompts is a multiple
+Scores = tuple[float, ...]  # score of a row and, of a model with two axes, fidelity and aesthetics after it
+
+
+class RequestError(InputError):
+    """An error in the handling of a request, answered as ``{"error": message}`` with an HTTP status.
+
+    Args:
+        message: One line that says what is wrong and what to do.
+        status: HTTP status of the answer.
+        retry_after: Seconds after which the client may try again, for the header ``Retry-After``; None for no header.
+    """
+
+    def __init__(self, message: str, status: int = 400, retry_after: int | None = None) -> None:
+        super().__init__(printable(" ".join(message.split())))  # it may repeat what a stranger sent
+        self.status, self.retry_after = status, retry_after
 
 
 @dataclass(frozen=True, eq=False)
-class _Request:
-    """What the finishing time of a request depends on."""
+class Row:
+    """A row of a request: an image, clean latents, or a noisy state; tensors are float32 and scaled."""
 
-    begun: float  # seconds that each client had been served when the request came
-    shapes: Counter[Hashable]  # number of rows by shape
-    among: int  # number of requests of its client, with this one
+    prompt: str  # raw text; an EditPrompt if an image is an edit of pictures
+    image: Image.Image | None = None  # 8-bit RGB
+    latents: Tensor | None = None  # ``(C, h, w)`` or ``(C, T, h, w)``, clean, or a state if there is a timestep
+    timestep: float | None = None  # of the model's noise process
+    u: float | None = None  # noise level in [0, 1] of clean latents; None takes the model's own levels and seeds
+    seed: int = 0  # seed of the noise at ``u``, which also depends on the raw prompt
+    encoded: Conditioning | None = None  # prompt as the network gets it, one row; None if the model encodes it
+    sources: tuple[Tensor, ...] = ()  # latents ``(C, h, w)`` or ``(C, T, h, w)`` of the pictures that were edited
+
+    @property
+    def tokens(self) -> int | None:
+        """Number of tokens in a pass, which for a prompt with a mask does not depend on the other rows."""
+        if self.encoded is None:
+            return None
+        count = self.encoded.prompt_embeds.shape[1]
+        return count if self.encoded.prompt_mask is None else -(-count // TOKENS) * TOKENS
+
+    @property
+    def group(self) -> Hashable:
+        """Key of rows that can share a pass: kind, shapes, and noise level."""
+        shapes = *(one.shape for one in self.sources), None if self.latents is None else self.latents.shape
+        masked = self.encoded is not None and self.encoded.prompt_mask is not None
+        return self.timestep is None, len(sources_of(self.prompt)), shapes, self.tokens, masked, self.u
 
 
-@dataclass(frozen=True)
+class RowScorer:
+    """Scorer of rows of one group; the score of a row does not depend on the others."""
+
+    def __init__(
+        self,
+        reward: RewardModel,
+        batch_size: int,
+        prompts_kept: int = 1,  # encoded prompts that are kept for later passes, at least batch_size
+        observe: Callable[[int, int], None] = lambda kept, encoded: None,  # counts raw prompts, kept and to be encoded
+    ) -> None:
+        self.reward, self.batch_size, self._observe = reward, batch_size, observe
+        self._memory = reward.prompt_memory(max(prompts_kept, batch_size))
+
+    def __call__(self, rows: Sequence[Row]) -> list[Scores]:
+        """Score rows; InputError if the model gives several scores for a row, or one is not finite."""
+        with torch.inference_mode():
+            outputs = self._score(rows).float().cpu()
+        scores = self.reward.head.total(outputs)
+        if scores.ndim != 1:
+            raise InputError(f"the model gives {scores.shape[1]} scores for each image; serve a model that gives one")
+        columns = [scores, *(outputs.unbind(dim=1) if self.reward.axes else ())]
+        return [*zip(*(column.tolist() for column in columns), strict=True)]
+
+    def _score(self, rows: Sequence[Any]) -> Tensor:
+        prompts, first = [row.prompt for row in rows], rows[0]
+        options: dict[str, Any] = {"batch_size": self.batch_size, "axes": bool(self.reward.axes)}
+        if first.encoded is not None:
+            parts = [row.encoded if row.encoded.prompt_mask is None else row.encoded.padded(row.tokens) for row in rows]
+            conditioning = Conditioning.join(parts)
+        else:
+            new = {*prompts}
+            kept = sum(prompt in self._memory for prompt in new)
+            self._observe(kept, len(new) - kept)
+            if first.image is not None:
+                return self.reward.score(prompts, [row.image for row in rows], memory=self._memory, **options)
+            scale = self.reward.backbone.latent_space.downscale
+            self._memory.resize_sources(*(side * scale for side in first.latents.shape[-2:]))
+            conditioning = self._memory.encode(prompts)
+        device = conditioning.prompt_embeds.device
+        sources = (torch.stack(place).to(device) for place in zip(*(row.sources for row in rows), strict=True))
+        conditioning = replace(conditioning, source_latents=tuple(sources))
+        latents = torch.stack([row.latents for row in rows])
+        options["conditioning"] = conditioning, self._memory.encode_uncond(prompts)
+        if first.timestep is not None:
+            timesteps = torch.tensor([[row.timestep] for row in rows])
+            return self.reward.score_states(prompts, latents[:, None], timesteps, **options)[:, 0]
+        if first.u is None:
+            return self.reward.score_latents(prompts, latents, noise=self.reward.noise, **options)
+        noise, process = ScoringNoise(sigmas=(first.u,)), self.reward.backbone.noise_process
+        sigma = process.sigma(timesteps_of(noise, process)).item()
+        draws = torch.cat([draw_noise([row.prompt], None, row.seed, sigma, row.latents.shape) for row in rows])
+        return self.reward.score_latents(prompts, latents, noise=noise, draws=draws, **options)
+
+
+@dataclass(frozen=True, eq=False)
 class _Waiting:
-    future: asyncio.Future[Scores]
     row: Row
     group: Hashable
-    request: _Request
+    turn: int
     since: float
+    future: asyncio.Future[Scores]
 
 
-class MicroBatcher:
-    """Collects rows of requests into batches, and scores the batches in one worker thread.
+class Batcher:
+    """Bounded queue of rows, from which one thread scores passes of rows of one group.
 
-    A batch starts when the worker is free and some group either fills a batch or has a row that has waited
-    ``max_wait`` seconds.
-
-    The order of requests is fair queueing (Demers, Keshav and Shenker 1989). Each request gets a finishing time,
-    the time at which it would be finished if all clients were served simultaneously at equal rates, and the requests
-    of each client at equal rates too. It is counted in seconds of the worker, as estimated from the last batch of rows
-    of equal shape, so that few large rows count as much as many small ones. The request with the earliest finishing
-    time is scored first, and other rows of its group fill its batch. Short requests therefore overtake long ones, and a
-    long request is finished no later than under simultaneous service.
-
-    A batch holds a single row if its shape was not measured yet, or if one row takes longer than ``max_pass``. An
-    object belongs to one event loop.
+    A pass starts when the thread is free, and enough rows wait to fill it or the oldest has waited ``max_wait``
+    seconds. Requests take turns: in each turn a request may score one pass of rows, so that a short request waits for
+    one pass of each long one at most (start-time fair queueing). If a pass fails, its rows are scored one by one, so
+    that only the bad ones fail.
     """
 
     def __init__(
         self,
-        score: Callable[[Sequence[Row]], Sequence[Scores]],  # of up to batch_size rows of a group, in the worker
-        batch_size: int,  # greatest number of rows per batch
-        max_wait: float,  # seconds that a row waits for other rows at most, while the worker is free
-        queue: int,  # greatest number of waiting rows; requests beyond it are refused
-        max_pass: float,  # seconds that a batch should take at most, as estimated from the last rows of equal shape
-        observe: Callable[[int], None] = lambda size: None,  # called with the number of rows of each batch
-        turns: asyncio.Semaphore | None = None,  # on the device, shared with other batchers; None waits for no other
+        score: Callable[[Sequence[Row]], Sequence[Scores]],  # of up to batch_size rows of a group, in the thread
+        batch_size: int,
+        max_wait: float,
+        queue: int,  # greatest number of waiting rows
+        timeout: float,  # seconds that a request may wait for others
+        observe: Callable[[int], None] = lambda size: None,  # called with the number of rows of each pass
+        turns: asyncio.Semaphore | None = None,  # on the device, shared with other rewards
     ) -> None:
-        self.batch_size, self.max_wait, self.queue, self.max_pass = batch_size, max_wait, queue, max_pass
-        self._score, self._observe = score, observe
-        self._turns = turns or asyncio.Semaphore()
-        self._waiting: dict[asyncio.Future[Scores], _Waiting] = {}
-        self._requests: Counter[Hashable] = Counter()
-        self._served = 0.0
-        self._seconds_per_row: dict[Hashable, float] = {}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._arrived = asyncio.Event()
+        self.batch_size, self.max_wait, self.queue, self.timeout = batch_size, max_wait, queue, timeout
+        self._score, self._observe, self._turns = score, observe, turns or asyncio.Semaphore()
+        self.waiting: list[_Waiting] = []
+        self._turn, self._seconds_per_row = 0, 0.0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._arrived, self._filled = asyncio.Event(), asyncio.Event()
         self._busy_since: float | None = None
-        self._task: asyncio.Task[None] | None = None
-
-    @property
-    def waiting(self) -> int:
-        """Number of rows in the queue, without the rows that are being scored."""
-        return len(self._waiting)
-
-    @property
-    def running(self) -> bool:
-        """Whether the batcher has been started, and has neither been stopped nor crashed."""
-        return self._task is not None and not self._task.done()
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds since the current batch started; 0 if the worker is free."""
+        """Seconds since the current pass started; 0 if the thread is free."""
         return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
 
-    def start(self) -> None:
-        """Start scoring, in the running event loop."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
-
-    async def stop(self) -> None:
-        """Stop scoring: wait for the current batch, and drop the rows in the queue."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-        await asyncio.to_thread(self._worker.shutdown)
-
     def require_room(self, rows: int) -> None:
-        """Raise RequestError with status 503 if the queue has no room for so many rows just now."""
-        if self.waiting + rows > self.queue:
-            seconds = sum(self._seconds_per_row.get(waiting.row.shape, 0.0) for waiting in self._waiting.values())
-            message = f"{self.waiting} of {self.queue} places in the queue are taken; try later"
-            raise RequestError(message, 503, max(1, math.ceil(seconds)))
+        """Raise RequestError (503) if the queue has no room for so many rows, or they would wait too long for it."""
+        ahead = sum(one.turn <= self._turn + (rows - 1) // self.batch_size for one in self.waiting)
+        wait, every = ahead * self._seconds_per_row, len(self.waiting) * self._seconds_per_row
+        if len(self.waiting) + rows > self.queue:
+            problem = f"{len(self.waiting)} of {self.queue} places in the queue are taken"
+            raise RequestError(f"{problem}; try later", 503, max(1, math.ceil(every)))
+        if wait > self.timeout:
+            problem = f"{ahead} rows are ahead, which take some {wait:.0f} seconds, longer than the timeout"
+            raise RequestError(f"{problem}; try later", 503, math.ceil(wait - self.timeout))
 
-    async def score(self, rows: Sequence[Row], client: Hashable = None) -> list[Scores]:
-        """Score the rows of one request by ``client``; cancelling the call drops the rows that still wait.
-
-        Raises:
-            RequestError: With status 503 if the queue has no room for the rows.
-            Exception: The model's error if it fails on one of the rows.
-        """
+    async def score(self, rows: Sequence[Row]) -> list[Scores]:
+        """Score the rows of one request, or raise the model's error; cancelling the call drops rows that still wait."""
         self.require_room(len(rows))
-        self._requests[client] += 1
-        request = _Request(self._served, Counter(row.shape for row in rows), self._requests[client])
         loop, now = asyncio.get_running_loop(), time.monotonic()
-        futures = [loop.create_future() for _ in rows]
-        for future, row in zip(futures, rows, strict=True):
-            self._waiting[future] = _Waiting(future, row, row.group, request, now)
+        added = [
+            _Waiting(row, row.group, self._turn + number // self.batch_size, now, loop.create_future())
+            for number, row in enumerate(rows)
+        ]
+        self.waiting += added
         self._arrived.set()
+        if len(self.waiting) >= self.batch_size:
+            self._filled.set()
         try:
-            return list(await asyncio.gather(*futures))
+            return list(await asyncio.gather(*(one.future for one in added)))
         finally:
-            for future in futures:
-                future.cancel()
-                self._waiting.pop(future, None)
-            self._requests -= Counter([client])  # subtraction of Counters removes entries of 0
+            for one in added:
+                one.future.cancel()
+            self.waiting = [one for one in self.waiting if not one.future.done()]
 
-    async def _run(self) -> None:
-        while True:
-            await self._until_due()
-            async with self._turns:
-                # Chosen now: clients may have come or left while another reward computed.
-                rows = next(iter(self._groups()), [])
-                rows = rows[: self._capacity(rows[0].row)] if rows else []
-                try:
-                    await self._score_pass(rows)
-                except Exception as error:
-                    for waiting in rows:
-                        _finish(waiting.future, error)
+    async def run(self) -> None:
+        """Score what waits, until cancelled; then the current pass ends."""
+        try:
+            while True:
+                await self._arrived.wait()
+                oldest = min((one.since for one in self.waiting), default=0.0)
+                self._filled.clear()
+                if len(self.waiting) < self.batch_size and (left := oldest + self.max_wait - time.monotonic()) > 0:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._filled.wait(), left)
+                async with self._turns:  # rows are chosen now: clients may have come or left meanwhile
+                    await self._pass()
+                if not self.waiting:
+                    self._arrived.clear()
+        finally:
+            await asyncio.to_thread(self._thread.shutdown)
 
-    async def _until_due(self) -> None:
-        """Wait until a group is due."""
-        while True:
-            self._arrived.clear()
-            due = math.inf
-            for rows in self._groups():  # due at once if they fill a batch, else after a wait
-                wait = 0.0 if len(rows) >= self._capacity(rows[0].row) else self.max_wait
-                due = min(due, wait + min(waiting.since for waiting in rows))
-            left = due - time.monotonic()
-            if left <= 0:
-                return
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), None if left == math.inf else left)
-
-    def _groups(self) -> list[list[_Waiting]]:
-        """Return the waiting rows by group, both sorted by finishing time.
-
-        A row of a shape that was not measured counts as the mean of others; without any measurement, as a second.
-        """
-        groups: dict[Hashable, list[_Waiting]] = defaultdict(list)
-        known = self._seconds_per_row
-        other = sum(known.values()) / len(known) if known else 1.0
-        finishing = {}
-        for request in {waiting.request for waiting in self._waiting.values()}:
-            seconds = sum(count * known.get(shape, other) for shape, count in request.shapes.items())
-            finishing[request] = request.begun + seconds * request.among
-        for waiting in sorted(self._waiting.values(), key=lambda waiting: finishing[waiting.request]):
-            groups[waiting.group].append(waiting)
-        return list(groups.values())
-
-    def _capacity(self, row: Row) -> int:
-        """Return the greatest number of rows, of the shape of ``row``, that a batch may hold."""
-        seconds = self._seconds_per_row.get(row.shape, math.inf)
-        return max(1, min(self.batch_size, int(self.max_pass / seconds)))
-
-    async def _score_pass(self, rows: Sequence[_Waiting]) -> None:
-        """Score a batch; if scoring fails, put each row back as a batch of its own, so that only bad rows fail."""
-        if not rows:
+    async def _pass(self) -> None:
+        if not self.waiting:
             return
-        for waiting in rows:
-            del self._waiting[waiting.future]
-        self._observe(len(rows))
+        first = min(self.waiting, key=lambda one: one.turn)  # of equal turns the oldest
+        group = sorted((one for one in self.waiting if one.group == first.group), key=lambda one: one.turn)
+        taken, self._turn = group[: self.batch_size], first.turn
+        chosen = {*map(id, taken)}
+        self.waiting = [one for one in self.waiting if id(one) not in chosen]
+        self._observe(len(taken))
         self._busy_since = time.monotonic()
+        loop, rows = asyncio.get_running_loop(), [one.row for one in taken]
+        results = await loop.run_in_executor(self._thread, self._results, rows)
+        # A slow first pass, which loads kernels, counts less and less.
+        self._seconds_per_row += 0.3 * (self.busy_seconds / len(rows) - self._seconds_per_row)
+        self._busy_since = None
+        for one, result in zip(taken, results, strict=True):
+            if not one.future.done():  # its request was cancelled
+                (one.future.set_exception if isinstance(result, Exception) else one.future.set_result)(result)
+
+    def _results(self, rows: Sequence[Row]) -> Sequence[Scores | Exception]:
         try:
-            loop = asyncio.get_running_loop()
-            scores = await loop.run_in_executor(self._worker, self._score, [waiting.row for waiting in rows])
-            if len(scores) != len(rows):
-                raise ValueError(f"{len(scores)} scores for {len(rows)} rows")
+            return self._score(rows)
         except Exception as error:
-            if len(rows) == 1:
-                _finish(rows[0].future, error)
-            for waiting in rows:
-                if not waiting.future.done():
-                    self._waiting[waiting.future] = replace(waiting, group=waiting.future)
-        else:
-            known, shape = self._seconds_per_row, rows[0].row.shape
-            known.pop(shape, None)  # the shapes of the last batches stay
-            known[shape] = max(self.busy_seconds / len(rows), 1e-6)
-            if len(known) > 1024:
-                del known[next(iter(known))]
-            for waiting, score in zip(rows, scores, strict=True):
-                _finish(waiting.future, score)
-        finally:
-            self._served += self.busy_seconds / max(1, len(self._requests))
-            self._busy_since = None
-
-
-def _finish(future: asyncio.Future[Scores], result: Scores | Exception) -> None:
-    if future.done():  # its request was cancelled
-        return
-    if isinstance(result, Exception):
-        future.set_exception(result)
-    else:
-        future.set_result(result)
+            return [error] if len(rows) == 1 else [self._results([row])[0] for row in rows]

@@ -1,4 +1,4 @@
-"""Forms in which servers take images or latents with prompts, and return scores."""
+"""Forms of requests and replies: the JSON of every route as pydantic models, and the forms in which a client asks."""
 
 import base64
 from abc import abstractmethod
@@ -9,7 +9,7 @@ from io import BytesIO
 from typing import Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, Json
 
 from latentreward.core.contracts import ImageRef, sources_of
 from latentreward.core.errors import InputError, check_range
@@ -21,6 +21,113 @@ from latentreward.data.images import image_bytes, read_header
 
 ANSWER, REMEDY = "the answer: ", "look at the schema"
 """Name of a reply in messages, and what to do about one of another form."""
+MOST_CHARACTERS = 10_000  # of a prompt that ``latentreward serve`` takes; text encoders truncate far earlier
+
+
+class ImagesRequest(BaseModel, extra="forbid", strict=True):
+    """JSON of ``/v1/score_images``; images are files in base64, sources the pictures that they are edits of."""
+
+    prompt: str | None = None  # of all images; exclusive with prompts
+    prompts: list[str] | None = None
+    image: str | None = None  # exclusive with images
+    images: list[str] | None = None
+    source_images: list[str] | list[list[str]] | None = None  # a list for all images, or one for each
+
+
+class Prompts(BaseModel, extra="forbid"):
+    """Prompts in the ``__metadata__`` of a safetensors file: one for all rows, or one for each."""
+
+    prompt: str | None = None
+    prompts: Json[list[str]] | None = None
+    format: str | None = None
+
+
+class Header(BaseModel):
+    """Safetensors header with prompts."""
+
+    texts: Prompts = Field(Prompts(), alias="__metadata__")
+
+
+class Turn(BaseModel, strict=True):
+    """Turn of a history of UniRL: a text with an image."""
+
+    text: str
+    image_b64: str | None = None
+    image_ipc: None = None  # this and videos are refused
+    video_b64: None = None
+    video_path: None = None
+
+
+class Identity(BaseModel, strict=True):
+    """Marks of a sample of UniRL, which the reply repeats."""
+
+    request_id: str | None = None
+    sample_id: str | None = None
+    group_id: str | None = None
+    source_rank: int | None = None
+    policy_version: int | None = None
+    scorer_version: None = None  # no version is pinned
+    idempotency_key: str | None = None
+
+
+class Sample(Identity, strict=True):
+    """A history of UniRL, and the rewards that are to score its last turn."""
+
+    history: list[Turn] = Field(min_length=1)
+    required_rewards: list[str] = Field(min_length=1)
+    metadata: dict[str, Any] | None = None
+
+
+class UniRLRequest(BaseModel, strict=True):
+    """JSON of UniRL's ``/score``."""
+
+    protocol_version: Literal["1"] = "1"
+    requests: list[Sample]
+    grad_mode: Literal[False] = False
+
+
+class UniRLReply(BaseModel):
+    """JSON of a reply of UniRL's reward service; a service may leave errors and identities out."""
+
+    protocol_version: Literal["1"] = "1"
+    results: list[dict[str, dict[str, Any]]]
+    errors: list[Any] | None = None
+    identities: list[dict[str, Any]] | None = None
+
+
+class ComputeRequest(BaseModel, strict=True):
+    """JSON of Flow-Factory's ``/compute``; an empty list of videos is none."""
+
+    prompt: list[str]
+    image: list[str] | None = None
+    video: list[None] | None = None
+    condition_images: list[list[str]] | None = None
+    condition_videos: list[None] | None = None
+
+
+class PlainReply(BaseModel):
+    """JSON of a reply with scores."""
+
+    scores: list[Any]
+
+
+class LatentsReply(BaseModel):
+    """JSON of a reply of verl-omni's protocol."""
+
+    raw_scores: list[Any]
+
+
+class ServedReward(BaseModel):
+    """What ``latentreward serve`` tells of a reward that clients compare."""
+
+    model: str
+    latent_space: dict[str, Any]
+    prompt_embeds_width: int | None = None
+    pooled_prompt_embeds_width: int | None = None  # None if the model takes no pooled embedding
+    prompt_mask: bool = False  # whether the model needs a mask of the prompts' tokens
+    pools_tokens: bool = False  # whether a mask may stand in for the pooled embedding
+    sources: tuple[int, int] = (0, 0)  # least and largest number of pictures that an image is an edit of
+    max_rows: int | None = None  # of a request
 
 
 class Schema(Part):
@@ -93,12 +200,6 @@ def png_text(image: Image.Image) -> str:
     return base64.b64encode(content.getvalue()).decode()
 
 
-class PlainReply(BaseModel):
-    """JSON of a reply with scores."""
-
-    scores: list[Any]
-
-
 @dataclass(frozen=True)
 class PlainJSON(ImageSchema):
     """The plainest form, for a judge of one's own: ``{"prompts", "images"}`` → ``{"scores"}``.
@@ -133,9 +234,8 @@ class ServedImages(PlainJSON):
     path: str = "/v1/score_images"
 
     def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
-        """See :meth:`ImageSchema.request`; pictures that all images are edits of are sent once."""
         request = super().request(prompts, images)
-        first, *others = request.get("source_images", ((),))
+        first, *others = request.get("source_images", ((),))  # pictures that all images are edits of are sent once
         return request | {"source_images": first} if first and all(row == first for row in others) else request
 
 
@@ -171,9 +271,8 @@ class UniRL(ImageSchema):
     def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
         """See :meth:`ImageSchema.scores`; an error of a single request is one of all."""
         told = checked(UniRLReply, reply, ANSWER, REMEDY)
-        for failed in told.errors or ():
-            if failed:
-                raise InputError(f"an image could not be scored: {shown(failed)}")
+        if failed := next(filter(None, told.errors or ()), None):
+            raise InputError(f"an image could not be scored: {shown(failed)}")
         asked = [one["request_id"] for one in request["requests"]]
         if told.identities and [one.get("request_id") for one in told.identities] != asked:
             raise InputError("identities are not those of the request, in its order")
@@ -189,15 +288,6 @@ class UniRL(ImageSchema):
         if metric not in metrics:
             raise InputError(f"{self.reward} has no metric {metric!r}, but {shown(', '.join(metrics))}")
         return metrics[metric]
-
-
-class UniRLReply(BaseModel):
-    """JSON of a reply of UniRL's reward service; a service may leave errors and identities out."""
-
-    protocol_version: Literal["1"] = "1"
-    results: list[dict[str, dict[str, Any]]]
-    errors: list[Any] | None = None
-    identities: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

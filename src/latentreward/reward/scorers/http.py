@@ -8,9 +8,8 @@ from torch import Tensor
 
 from latentreward.core.errors import check_at_least_one
 from latentreward.core.promises import check_needs
-from latentreward.reward.remote.images import RemoteImages
+from latentreward.reward.remote.client import RemoteImages, RemoteServer
 from latentreward.reward.remote.schemas import ImageSchema, PlainJSON
-from latentreward.reward.remote.server import RemoteServer
 from latentreward.reward.scorers.base import ImageScorer
 
 
