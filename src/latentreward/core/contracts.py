@@ -786,7 +786,7 @@ class RolloutStatistics(TensorRecord):
     """Scores of one rollout over all ranks, for logs, callbacks and messages.
 
     Attributes:
-        timesteps: ``(S,)`` timesteps at which candidates were scored, float32; 0 for finished latents.
+        timesteps: ``(S,)`` timesteps of the states before the steps, float32; 0 for finished latents.
         scores: ``(S, K, P)`` scores of the K candidates of each of P prompts.
         gap: ``(S, P)`` tanh(Δ/2), where Δ is the best minus the worst score of the candidates.
         kept: ``(S, P)`` bool: whether these candidates become training samples.

@@ -125,6 +125,7 @@ class SD3DiTBackbone(TransformerBackbone):
         dit, pooled, output = self.transformer, conditioning.pooled_prompt_embeds, None
         assert pooled is not None
         dtype = dit.pos_embed.proj.weight.dtype
+        # The pass ends behind the last tap, so that `output` is set with an output map alone.
         with self.recorded(["time_text_embed"]) as seen:
             output = dit(
                 hidden_states=latents.to(dtype),

@@ -110,6 +110,7 @@ class FamilyBackbone(TransformerBackbone):
         """See :meth:`DiffusionBackbone.read`; a network with embedded guidance gets the family's default."""
         family, output = self.family, None
         sigma = timesteps.to(latents.device, torch.float32) / 1000
+        # The pass ends behind the last tap, so that `output` is set with an output map alone.
         with family.exact_times(self.transformer, sigma), self.recorded(family.time_embedding) as seen:
             output = family.predict(self.transformer, latents, timesteps, conditioning, None)
         grids, first = family.grids(latents, conditioning), seen[0]

@@ -406,7 +406,10 @@ class RewardModule(LightningModule):
         return ScoredPairs(*(torch.cat(c) if isinstance(c[0], Tensor) else sum(c, ()) for c in columns))
 
     def score_ensemble(self, batch: PreferenceBatch, encoded: EncodedPairs) -> PairScores:
-        """Score each pair with the head's ensemble over ``ensemble_sigmas``; the returned sigmas are their mean."""
+        """Score each pair with the head's ensemble over ``ensemble_sigmas``; the returned sigmas are their mean.
+
+        One noise serves all levels; a stored reward draws another for each level, see :class:`ScoringNoise`.
+        """
         levels = []
         for timestep in self.ensemble_timesteps:
             timesteps = timestep.repeat(2 * len(batch))
