@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from latentreward.apps.cli import main
+from latentreward.apps.generation.trained_policy import files_named
 from latentreward.core import workers
 from latentreward.core.errors import InputError
 from latentreward.core.workers import SharedWork
@@ -48,9 +49,16 @@ def cluster() -> Iterator[Any]:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", "0" * 64)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")
         from ray.cluster_utils import Cluster  # which reads the variables
 
-        found = Cluster(True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        for attempt in range(5):  # Ray gives a node half a minute to start, which a busy machine needs for the imports
+            try:
+                found = Cluster(True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+                break
+            except Exception:
+                if attempt == 4:
+                    raise
         patch.setenv("RAY_ADDRESS", found.address)
         yield found
         found.shutdown()
@@ -134,6 +142,18 @@ def test_a_worker_with_other_packages_is_refused(cluster: Any, tmp_path: Path, m
         InputError, match=rf"^versions\.diffusers \"0\.1\" in the first.*\"{own['diffusers']}\" in this"
     ):
         squares(tmp_path)
+
+
+def test_files_of_workers_count_by_their_contents(tmp_path: Path) -> None:
+    """Equal copies have other times; other contents have the same path."""
+    weights, named = tmp_path / "model" / "weights.safetensors", {"policy": [str(tmp_path / "model")], "seed": 1}
+    weights.parent.mkdir()
+    weights.write_bytes(b"first")
+    first = files_named(named)
+    os.utime(weights, (0, 0))
+    assert files_named(named) == first and [*first] == named["policy"]
+    weights.write_bytes(b"other")
+    assert files_named(named) != first
 
 
 @pytest.mark.slow

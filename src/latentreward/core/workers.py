@@ -182,6 +182,7 @@ class SharedWork:
                     raise InputError(f"{times}{problem}")
                 left.extendleft([] if number is None else [number])
                 continue
+            failed[None] = 0  # starts of workers count until one has joined
             if text and not told:
                 print(text, end="", flush=True)
                 told = True
@@ -194,6 +195,7 @@ class SharedWork:
     def _start(self) -> ModuleType:
         """Start Ray on this machine, or connect to the cluster of ``RAY_ADDRESS``."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray tells its makers about each cluster
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else anything else on this machine goes before them
         address = os.environ.get("RAY_ADDRESS")
         if not address and "RAY_AUTH_MODE" not in os.environ:  # else other users of this machine could run code here
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -271,6 +273,7 @@ class Worker:
 
         def work() -> list[Result]:
             if task != self._task:
+                self.__dict__.pop("_do", None)  # else the models of two tasks would be in memory
                 self._do, self._task = self._work._tasks[task](given), task
             return list(self._do(part))
 

@@ -112,10 +112,11 @@ class PairLoaders(LightningDataModule):
         return dataset
 
     def _worker_settings(self) -> dict[str, Any]:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return {
             "num_workers": self.num_workers,
             "prefetch_factor": self.prefetch_factor if self.num_workers else None,
-            "pin_memory": self.pin_memory and torch.accelerator.is_available(),
+            "pin_memory": self.pin_memory and accelerator is not None and accelerator.type != "mps",  # a Mac has none
         }
 
     def evaluation_loading(self, dataset: Any) -> dict[str, Any]:

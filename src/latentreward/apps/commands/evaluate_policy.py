@@ -20,7 +20,7 @@ from latentreward.apps.evaluation.policy.statistics import (
     scores_csv,
 )
 from latentreward.apps.generation.image_folder import DETERMINISTIC
-from latentreward.apps.generation.trained_policy import plain
+from latentreward.apps.generation.trained_policy import files_named, plain
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, tell
 from latentreward.core.interrupts import interrupts_told
@@ -32,7 +32,7 @@ from latentreward.core.storage.run_folder import RunFolder
 from latentreward.core.workers import SharedWork, Task
 from latentreward.data.alignment.prompt_files import PromptRow, read_prompt_set
 from latentreward.reward import ImageScorer, Scorer
-from latentreward.reward.scorers.fingerprints import public_identity
+from latentreward.reward.scorers.fingerprints import public_identity, scorer_fingerprints
 from latentreward.reward.scorers.tools import ToolScorer
 from latentreward.reward.scoring.network import name_of
 from latentreward.tinyworld.captions import judged_captions, tuning_captions
@@ -162,11 +162,12 @@ def evaluate_policy(
                 tasks[samples.PICTURES_OF.format(slot)] = partial(sample, policies[name])
             tasks[picture_scores.SCORES_OF.format(slot)] = partial(picture_scores.scoring_task, scorers, prepare)
         generators = {name: judged.trained.identity() for name, judged in policies.items() if name not in found}
-        identities = {scorer.name: scorer.identity() for scorer in scorers}
+        named = {scorer.name: scorer_fingerprints(scorer) for scorer in scorers} if workers > 1 else {}
         spec = {
             **settings,
-            "policies": generators,
-            "scorers": identities,
+            "policies": {name: of["policy"] for name, of in generators.items()},
+            "scorers": {scorer.name: scorer.identity() for scorer in scorers},
+            "files": {**named, **files_named([*generators.values(), plain(state_scores)])} if workers > 1 else {},
             "batch_size": batch_size,
             "state_scores": plain(state_scores),
         }

@@ -19,7 +19,7 @@ from latentreward.alignment import (
 )
 from latentreward.apps import generation
 from latentreward.apps.generation import image_folder
-from latentreward.apps.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
+from latentreward.apps.generation.trained_policy import TrainedPolicy, files_named, offload_text_encoders, plain
 from latentreward.core.contracts import PathText, PromptBatch, like_prompt
 from latentreward.core.errors import InputError
 from latentreward.core.interrupts import interrupts_told
@@ -151,7 +151,12 @@ def generate(
     texts = [row.prompt for row in read_prompt_rows(prompts, "prompts", max_prompt_chars)]
     family.check_prompts(texts, "prompts")
     with SharedWork(command, workers, device, gpus_per_worker) as work:
-        work.join({PICTURES: pictures}, {**settings, "batch_size": batch_size})
+        work.join(
+            {PICTURES: pictures},
+            settings
+            | {"batch_size": batch_size, "checkpoint": None, "lora": None}
+            | {"files": files_named([settings, str(prompts)]) if workers > 1 else {}},
+        )
         with locked(output_dir, "output_dir"):
             folder = image_folder.ImageFolder(output_dir, settings, table)
             wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,6 +24,7 @@ from latentreward.core.storage.digests import digest
 from latentreward.diffusion.encoders.stored_prompts import OffloadedEncoder
 from latentreward.reward.scorers.base import code_of
 from latentreward.reward.scorers.plugins import settings_of
+from latentreward.reward.scoring.layouts.find import fingerprint
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,22 @@ def plain(value: Any) -> Any:
     if isinstance(value, logging.Logger):  # its attributes lead to all other loggers
         return value.name
     return str(value) if isinstance(value, Path) else described(value)
+
+
+def files_named(value: Any) -> dict[str, str]:
+    """Return the fingerprints of the files and folders that plain values name: path → fingerprint.
+
+    Workers compare them: the identity of a policy or scorer names files, and their times, which copies do not share.
+    """
+    if isinstance(value, dict | list):
+        found = [files_named(one) for one in (value.values() if isinstance(value, dict) else value)]
+        return {path: content for one in found for path, content in one.items()}
+    return {value: fingerprint(value)} if isinstance(value, str) and is_path(value) else {}
+
+
+def is_path(text: str) -> bool:
+    """Tell whether a text with a slash or dot, and so no mere word, is the path of a file or folder."""
+    return bool({"/", "."} & {*text}) and os.path.exists(text)  # noqa: PTH110 - pathlib raises for a text that is too long
 
 
 @recursive_repr("an object around it")

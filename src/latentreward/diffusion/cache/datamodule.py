@@ -269,16 +269,17 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
 
 _memory, _taking = list[np.ndarray](), Lock()  # memory of batches, and who looks for some of it that is free
 _MOST = 64  # blocks of memory that are kept; as a rule there are as many as batches and their parts at one time
+_FREE = next(getrefcount(block) for block in [np.empty(1)])  # references to a block of a list that nothing else holds
 
 
 def batch_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return a tensor in the memory of an earlier batch, of which no tensor is left: new pages take longer to make."""
     size = dtype.itemsize * int(np.prod(shape))
     with _taking:
-        free = (block for block in _memory if block.nbytes >= size and getrefcount(block) == 3)  # list, block, argument
+        free = (block for block in _memory if block.nbytes >= size and getrefcount(block) == _FREE)
         if (found := next(free, None)) is None:
             if len(_memory) == _MOST:
-                _memory.clear()
+                _memory.clear()  # with blocks that are too small for today's batches; what batches hold stays theirs
             _memory.append(found := torch.empty(max(size, 1), dtype=torch.uint8).numpy())
         return torch.from_numpy(found[:size]).view(dtype).view(*shape)
 
