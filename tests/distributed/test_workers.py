@@ -21,6 +21,7 @@ from tests.alignment.rewards.stored import write_run
 from tests.apps.commands.test_score import write_pictures
 from tests.diffusion.cache.writing import write_data
 from tests.distributed.toy_work import PARTS, squares
+from tests.marks import rotated_after
 
 SAMPLING = ("--sampling.num_inference_steps=2", "--guidance_scale=1", "--batch_size=2")
 SCORER = {"function": "tests.apps.evaluation.policy.toy_scorers.redness", "name": "red"}
@@ -84,7 +85,7 @@ def written(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", rotated_after(1, reversed(COMMANDS)))
 def test_workers_write_the_files_of_one_process(
     name: str, cluster: Any, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,13 +99,12 @@ def test_workers_write_the_files_of_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [2, 4])
 def test_a_part_whose_worker_is_killed_is_done_again(
-    number: int, cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = squares(tmp_path, workers=1)
     assert capsys.readouterr().out == "from 100\n"
-    found = squares(tmp_path, "once", number)
+    found = squares(tmp_path, "once", 4)
     assert {part: (value, threads) for part, (value, _, threads) in found.items()} == {
         part: (value, threads) for part, (value, _, threads) in whole.items()
     }
@@ -116,16 +116,19 @@ def test_a_part_whose_worker_is_killed_is_done_again(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("trouble", "said"),
-    [
-        ("always", "a part failed 3 times: "),
-        ("wrong input", "the disk is on fire; put it out (worker "),
-        (
-            "defect",
-            "a part failed 3 times: ZeroDivisionError: by zero (" + str(Path(__file__).with_name("toy_work.py")),
-        ),
-        ("absent", "[Errno 2] No such file or directory: "),
-        ("other files", "model false in the first process, true in this worker; make both the same (worker "),
-    ],
+    rotated_after(
+        2,
+        [
+            ("always", "a part failed 3 times: "),
+            ("wrong input", "the disk is on fire; put it out (worker "),
+            (
+                "defect",
+                "a part failed 3 times: ZeroDivisionError: by zero (" + str(Path(__file__).with_name("toy_work.py")),
+            ),
+            ("absent", "[Errno 2] No such file or directory: "),
+            ("other files", "model false in the first process, true in this worker; make both the same (worker "),
+        ],
+    ),
 )
 def test_what_ends_a_run_is_said_in_one_line(trouble: str, said: str, cluster: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
