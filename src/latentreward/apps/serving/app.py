@@ -279,16 +279,16 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """Close the connection if no request begins in time."""
         super().connection_made(transport)
-        self._await_request()
+        self.loop.call_later(IDLE_SECONDS, self._close_after, self.cycle)
 
     def on_response_complete(self) -> None:
         """Close the connection if no other request begins in time."""
-        self._await_request()
+        self.loop.call_later(IDLE_SECONDS, self._close_after, self.cycle)
         super().on_response_complete()
 
-    def _await_request(self) -> None:
-        last = self.cycle
-        self.loop.call_later(IDLE_SECONDS, lambda: self.cycle is last and self.transport.close())
+    def _close_after(self, last: Any) -> None:
+        if self.cycle is last:  # no request has begun since
+            self.transport.close()
 
 
 def configuration(service: ScoringService) -> uvicorn.Config:
