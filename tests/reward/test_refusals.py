@@ -1,6 +1,7 @@
 """Settings that make no sense: each is refused by one line that names it, where the part is made."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from latentreward.reward import (
     TieLoss,
     WarmupSchedule,
 )
+from latentreward.reward.scoring.layouts.saving import check_target
 from tests.reward.heads.features import DIT_SPEC, UNET_SPEC
 from tests.reward.heads.test_axes import HEADS
 from tests.reward.heads.test_drm import SPEC
@@ -139,6 +141,7 @@ REFUSED: list[tuple[Callable[..., Any], list[tuple[dict[str, Any], str]]]] = [
         (make, [({"axes": axes}, "axes=.*fidelity and aesthetics") for axes in ((1.0,), (0.0, 0.0), (-1.0, 2.0))])
         for make in HEADS.values()
     ),
+    (check_target, [({"folder": Path(place)}, "holds the current folder.*another one") for place in (".", "..")]),
 ]
 ROWS = [(make, *row) for make, rows in REFUSED for row in rows]
 

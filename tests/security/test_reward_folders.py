@@ -374,18 +374,22 @@ def test_bases_run_nothing(name: str, good: Path, canary: Path) -> None:
 
 
 @pytest.mark.parametrize("value", INTERPOLATIONS)
-@pytest.mark.parametrize("where", ["source", "class", "head"])
+@pytest.mark.parametrize("where", ["source", "lora", "class", "head"])
 def test_nothing_is_resolved(value: str, where: str, good: Path, canary: Path) -> None:
     def change(settings: dict[str, Any], _: Path) -> None:
         settings |= {"elsewhere": "${oc.env:SECRET}", "kind": "env"}
         if where == "source":
             part(settings, "backbone")["init_args"]["source"] = value
+        elif where == "lora":
+            part(settings, "backbone")["init_args"]["lora"] = {"target_modules": [value]}
         elif where == "class":
             part(settings, "head")["class_path"] = value
         else:
             settings["model"]["init_args"]["head"] = value
 
-    assert len(refusals(spoilt(good / "run", of_yaml(change), canary), canary)) == len(DOORS)
+    messages = refusals(spoilt(good / "run", of_yaml(change), canary), canary)
+    assert len(messages) == len(DOORS)
+    assert all("would be resolved" in message for message in messages)
 
 
 @pytest.mark.parametrize("door", ["score", "publish", "benchmark", "serve", "fit", "generate", "evaluate-policy"])

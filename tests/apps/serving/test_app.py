@@ -338,6 +338,8 @@ def test_slow_clients_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tiny_reward(), timeout=1.0) as (address, _):
         assert raw(address) == b""
         assert raw(address, b"POST /v1/score HTTP/1.1\r\n", b"host: localhost\r\n", pause=0.1) == b""
+        again = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n", b"GET /healthz HTTP/1.1\r\n"
+        assert raw(address, *again, pause=0.1, timeout=10).count(b" 200 OK") == 1
         assert b"408" in raw(address, HEAD + b"content-length: 100\r\nconnection: close\r\n\r\nabc").splitlines()[0]
 
 

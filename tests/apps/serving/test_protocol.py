@@ -1,20 +1,35 @@
 """Bytes of the latent-reward protocol: what comes out of good ones, and what is said of bad ones."""
 
+import asyncio
 import json
 import random
 import resource
 import struct
+import tracemalloc
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from typing import Any
 
 import pytest
 import torch
+from fastapi import Request
+from pydantic import BaseModel
 from safetensors.torch import save
 
+from latentreward.apps.serving import ServiceSettings
 from latentreward.apps.serving.batching import RequestError
-from latentreward.apps.serving.bodies import Accepted, parse_latents, parse_request, parse_states
+from latentreward.apps.serving.bodies import (
+    JSON,
+    Accepted,
+    Memory,
+    parse_json,
+    parse_latents,
+    parse_request,
+    parse_states,
+)
 from latentreward.diffusion import FlowMatching
+from latentreward.reward.remote.schemas import ComputeRequest, ImagesRequest, UniRLRequest
 from tests.apps.serving.latent_requests import body_of, mutated, taken_apart, tensors_of
 from tests.apps.serving.prompted_requests import TIMES
 from tests.apps.serving.prompted_requests import body_of as prompted
@@ -61,6 +76,45 @@ def unequal(**tensors: torch.Tensor | None) -> bytes:
 
 def masks(*rows: list[int]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.uint8)
+
+
+UNIRL = '{"requests":[{"history":[{"text":""}%s],"required_rewards":[""],"metadata":{"a":[%s]}}]}'
+MANY = 10_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        *((ImagesRequest, '{"images":[%s""]}' % (one * MANY)) for one in ("{},", '"",', '"ab",')),
+        *((ImagesRequest, '{"source_images":[%s[]]}' % (one * MANY)) for one in ("{},", "1,", "[],", '["a"],')),
+        (ImagesRequest, json.dumps({f"x{number}": 1 for number in range(MANY)})),
+        (ImagesRequest, '{"prompt":"%s"}' % ("\N{CAT}" * MANY)),
+        (ImagesRequest, '{"prompt":"%s"}' % ("\\ud83d\\ude00" * MANY)),
+        (ImagesRequest, "[" * MANY),
+        *((UniRLRequest, UNIRL % ("", one * MANY + "1")) for one in ("{},", '{"a":{}},', "[" * 50 + "]" * 50 + ",")),
+        *((UniRLRequest, UNIRL % (one * MANY, "")) for one in (",{}", ',{"text":"b"}')),
+        (UniRLRequest, '{"requests":[%s{}]}' % ("{}," * MANY)),
+        (ComputeRequest, '{"prompt":[],"video":[%s{}]}' % ("{}," * MANY)),
+    ],
+    ids=lambda one: str(one)[:40],
+)
+def test_what_json_becomes_fits_into_the_memory_that_is_counted(kind: type[BaseModel], text: str) -> None:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
+
+    async def peak() -> int:
+        async with memory.body(request, ServiceSettings(), JSON):
+            tracemalloc.start()
+            with suppress(RequestError):
+                parse_json(body, kind)
+            return tracemalloc.get_traced_memory()[1] - memory.held
+
+    body, memory = text.encode(), Memory(2**30)
+    request = Request({"type": "http", "headers": [(b"content-type", JSON.encode())]}, receive)
+    try:
+        assert asyncio.run(peak()) < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def described(name: str, **values: Any) -> bytes:

@@ -227,6 +227,12 @@ def test_a_token_that_the_server_repeats_is_not_shown(
     assert "ab/cd" not in told and "secret" not in told
 
 
+def test_a_token_within_a_number_or_an_escape_leaves_the_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "1234")
+    with judging(faults=[says(200, b'{"scores": [0.12345], "model": "\\u1234 1234"}')]) as judge:
+        assert ask(judge, token_env="JUDGE_TOKEN") == {"scores": [0.12345], "model": "\u1234 (token)"}
+
+
 def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", DEAD)
     monkeypatch.delenv("NO_PROXY", raising=False)

@@ -274,12 +274,21 @@ def token_of(authorization: bytes) -> bytes:
 
 
 class Protocol(H11Protocol):
-    """HTTP protocol of uvicorn, which would wait without a limit for the headers of a connection's first request."""
+    """HTTP protocol of uvicorn, which would wait without a limit for headers that have begun, or never do."""
 
     def connection_made(self, transport: Any) -> None:
         """Close the connection if no request begins in time."""
         super().connection_made(transport)
-        self.loop.call_later(IDLE_SECONDS, lambda: self.cycle or transport.close())
+        self.loop.call_later(IDLE_SECONDS, self._close_after, self.cycle)
+
+    def on_response_complete(self) -> None:
+        """Close the connection if no other request begins in time."""
+        self.loop.call_later(IDLE_SECONDS, self._close_after, self.cycle)
+        super().on_response_complete()
+
+    def _close_after(self, last: Any) -> None:
+        if self.cycle is last:  # no request has begun since
+            self.transport.close()
 
 
 def configuration(service: ScoringService) -> uvicorn.Config:

@@ -37,7 +37,7 @@ from latentreward.reward.scoring.ensemble import source_ref
 JSON, FORM, SAFETENSORS = "application/json", "multipart/form-data", "application/octet-stream"
 ROWS = 64  # greatest number of rows of a request of one's own routes, if the queue is not shorter
 TENSOR_NAMES, WITH_PROMPTS = 16 * 1024, 2**20  # greatest length in bytes of a safetensors header
-VALUES = 2**20  # greatest number of values in JSON, which become objects of 50 and more bytes each
+VALUES, VALUE_BYTES = 2**16, 2048  # greatest number of values in JSON, and what one takes with two errors about it
 FLOATS = ("F32", "F16", "BF16")
 NUMBERS = {"I64": torch.int64, "BOOL": torch.uint8, "U8": torch.uint8}  # a truth value above 1 would be no error
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, **NUMBERS}
@@ -99,8 +99,9 @@ class Memory:
             body = b"".join(chunks)
             chunks.clear()
             # What parsing takes beside the body. A text is decoded to up to 4 bytes for each character, halves to
-            # float32, and a form is copied.
+            # float32, and a form is copied. Values of JSON become objects, and wrong ones records of errors.
             take((1 if kind == SAFETENSORS and b"F16" not in body[: 2**14] else 3 if body.isascii() else 6) * length)
+            take(VALUE_BYTES * values_in(body) if kind == JSON else 0)
             yield body, take
         finally:
             self.held -= mine
@@ -113,9 +114,14 @@ def check_limit(name: str, found: int, most: int, remedy: str = "") -> None:
         raise RequestError(f"{name} {found} is over this server's limit of {most}; {remedy}", 413)
 
 
+def values_in(body: bytes) -> int:
+    """Return the greatest number of values that JSON may hold."""
+    return sum(map(body.count, (b",", b"[", b"{")))
+
+
 def parse_json(body: bytes, kind: type[Content]) -> Content:
     """Parse JSON into a pydantic model; raise RequestError that names the first wrong field."""
-    check_limit("the body: values", sum(map(body.count, (b",", b"[", b"{"))), VALUES, "send fewer images at once")
+    check_limit("the body: values", values_in(body), VALUES, "send fewer images at once")
     try:
         parse(body)  # of a key that is given twice, pydantic would take the last value
     except (ValueError, RecursionError) as error:

@@ -270,17 +270,13 @@ class Connection:
         packed = headers.get("content-encoding", "identity") != "identity"
         text, problem = "(compressed)" if packed else body.decode("utf-8", "replace"), None
         try:
-            content = json.loads(text)
-            text = json.dumps(content)
+            content = without(self.server.token, json.loads(text))  # so that no later message can show it
         except (ValueError, RecursionError) as error:
             content, problem = None, error
-        if token := self.server.token:  # masked here, so that no later message can show it
-            text = text.replace(json.dumps(token)[1:-1], "(token)").replace(token, "(token)")
-            content = content if problem else json.loads(text)
-        told = content
+        told = without(self.server.token, text) if problem else content
         if isinstance(content, dict):
             told = next((content[name] for name in ("error", "detail", "message") if name in content), content)
-        words = printable(" ".join(str(text if problem else told).split()))[:SHOWN] or "(no text)"
+        words = printable(" ".join(str(told).split()))[:SHOWN] or "(no text)"
         if status in RETRIED:
             raise Unavailable(f"HTTP {status}: {words}", seconds_of(headers.get("retry-after")))
         if status != 200:
@@ -318,6 +314,17 @@ class Connection:
             logger.warning("reward server %s answers again after %.0f seconds", url, now - since)
         if error is not None and since is None:
             logger.warning("reward server %s: %s; tries again for up to %g seconds", url, error, self.server.limit[1])
+
+
+def without(token: str | None, value: Any) -> Any:
+    """Replace a token in the texts of a JSON value; numbers may hold it by chance."""
+    if isinstance(value, str) and token:
+        return value.replace(json.dumps(token)[1:-1], "(token)").replace(token, "(token)")
+    if isinstance(value, list):
+        return [without(token, one) for one in value]
+    if isinstance(value, dict):
+        return {without(token, key): without(token, one) for key, one in value.items()}
+    return value
 
 
 def seconds_of(header: str | None) -> float | None:

@@ -151,6 +151,8 @@ def target_problem(folder: Path) -> str | None:
         return None
     if not folder.is_dir():
         return f"folder {str(folder)!r} is a file; choose another name"
+    if Path.cwd().is_relative_to(folder.resolve()):
+        return f"folder {str(folder)!r} holds the current folder, which would be removed; choose another one"
     try:
         found = contents(folder)
         foreign = [name for name in found if name not in OURS and not name.startswith("adapter")]
