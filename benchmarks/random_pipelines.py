@@ -124,6 +124,12 @@ class RandomPipeline(PipelineSource):
         """See :meth:`PipelineSource.load`; no weight is read."""
         return super().load(kind, part, pretrained=False)
 
+    def transformer(self) -> Any:
+        """Return SD3's transformer, in float32."""
+        from diffusers import SD3Transformer2DModel
+
+        return self.load(SD3Transformer2DModel, "transformer")
+
 
 class RandomPolicy(PolicySource):
     """A policy with random weights; ``source`` is a key of :data:`SIZES`."""

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from latentreward.reward.remote.latents import LatentRow, RemoteLatents, describe
 
-from latentreward.apps.serving import ServiceSettings, bind
 from latentreward.apps.serving.app import serve
 from latentreward.apps.serving.service import ScoringService
+from latentreward.apps.serving.settings import ServiceSettings, bind
 from latentreward.core.contracts import Conditioning
 from latentreward.reward import RemoteServer, ServedImages, ServedLatents
 from latentreward.reward.remote.client import Connection, RemoteImages

@@ -29,10 +29,10 @@ from scoring import random_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from latentreward.apps.serving import ServiceSettings, bind
 from latentreward.apps.serving.app import serve
 from latentreward.apps.serving.bodies import Accepted, parse_request
 from latentreward.apps.serving.service import ScoringService
+from latentreward.apps.serving.settings import ServiceSettings, bind
 from latentreward.core.contracts import Conditioning
 from latentreward.reward import RewardModel, ScoringNoise
 from tests.apps.serving.latent_requests import tensors_of

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.optim import AdamW
 
 from latentreward.alignment import HTTPReward, PolicySource, RewardMixture, Sampling, TrajectoryGRPOModule
-from latentreward.apps.serving import bind
+from latentreward.apps.serving.settings import bind
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.diffusion import LoRA
 from latentreward.reward import HTTPScorer, RemoteError, RemoteServer

@@ -8,6 +8,7 @@ from PIL import Image
 
 from latentreward.alignment import HTTPReward, Policy
 from latentreward.alignment.rewards.base import check_edits
+from latentreward.alignment.rewards.http import seed_of
 from latentreward.core.contracts import NoisyStates
 from latentreward.core.errors import InputError
 from latentreward.core.reports.drawing import to_image
@@ -46,13 +47,13 @@ def test_latents_travel_with_latents_of_their_sources(policy: Policy, served: tu
     url, model = served
     reward = HTTPReward(RemoteServer(url), ServedLatents(), batch_size=2).load(policy)
     known = reward.encode_prompts(PROMPTS)
-    assert [row.source_latents[0].shape for row in known.rows] == [(1, 16, 8, 12)] * 2
+    assert [row.source_latents[0].shape for row in known[1]] == [(1, 16, 8, 12)] * 2
     found = reward.score_clean(LATENTS[[0, 0, 1]], torch.tensor([0, 1, 1]), known, None, (0.4,))
     assert found[0] != found[1]
     noise, process = ScoringNoise(sigmas=(0.4,)), model.backbone.noise_process
     level = process.sigma(timesteps_of(noise, process)).item()
     for row, latents, score in zip((0, 1, 1), LATENTS[[0, 0, 1]], found, strict=True):
-        draws = draw_noise([""], None, known.seed(row), level, latents.shape)
+        draws = draw_noise([""], None, seed_of(str(PROMPTS[row])), level, latents.shape)
         options = {"noise": noise, "draws": draws, "conditioning": (policy.encode_prompts([PROMPTS[row]]), None)}
         torch.testing.assert_close(score, model.score_latents("", latents[None], **options)[0], atol=2e-5, rtol=0)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import uvicorn
 
-from latentreward.apps.serving import RewardToServe, ServiceSettings, bind
 from latentreward.apps.serving.app import configuration
 from latentreward.apps.serving.service import ScoringService, ServedModel
+from latentreward.apps.serving.settings import RewardToServe, ServiceSettings, bind
 from latentreward.reward import RewardModel
 from tests.alignment.modules.batches import MODULES
 

@@ -20,9 +20,10 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from latentreward.apps.serving import app, bind, bodies
+from latentreward.apps.serving import app, bodies
 from latentreward.apps.serving.bodies import Accepted, parse_request
 from latentreward.apps.serving.service import ServedModel
+from latentreward.apps.serving.settings import bind
 from latentreward.reward import Calibration, RewardModel, ScoringNoise
 from latentreward.reward.scoring.ensemble import pixel_batches
 from tests.apps.serving.latent_requests import HEADERS, tensors_of

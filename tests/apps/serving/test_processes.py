@@ -13,9 +13,9 @@ import yaml
 from safetensors.torch import save
 from torch import Tensor
 
-from latentreward.apps.serving import ServiceSettings
 from latentreward.apps.serving.bodies import Accepted
 from latentreward.apps.serving.service import ServedModel
+from latentreward.apps.serving.settings import ServiceSettings
 from tests.alignment.rewards.stored import write_run
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.mutated_bodies import fuzz_route, routes

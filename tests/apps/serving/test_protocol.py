@@ -17,7 +17,6 @@ from fastapi import Request
 from pydantic import BaseModel
 from safetensors.torch import save
 
-from latentreward.apps.serving import ServiceSettings
 from latentreward.apps.serving.batching import RequestError
 from latentreward.apps.serving.bodies import (
     JSON,
@@ -28,6 +27,7 @@ from latentreward.apps.serving.bodies import (
     parse_request,
     parse_states,
 )
+from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.diffusion import FlowMatching
 from latentreward.reward.remote.schemas import ComputeRequest, ImagesRequest, UniRLRequest
 from tests.apps.serving.latent_requests import body_of, mutated, taken_apart, tensors_of

@@ -11,10 +11,10 @@ from fastapi import APIRouter
 from PIL import Image
 from safetensors.torch import save
 
-from latentreward.apps.serving import check_name
 from latentreward.apps.serving.app import create_app
 from latentreward.apps.serving.dialects import Dialect
 from latentreward.apps.serving.service import ScoringService
+from latentreward.apps.serving.settings import check_name
 from latentreward.core.errors import InputError
 from tests.apps.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded
 from tests.apps.serving.latent_requests import HEADERS, tensors_of

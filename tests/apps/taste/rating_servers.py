@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from latentreward.apps.serving import bind
+from latentreward.apps.serving.settings import bind
 from latentreward.apps.taste.rating_page import HOST, RatingServer
 from latentreward.apps.taste.ratings import Ratings
 

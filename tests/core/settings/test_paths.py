@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from latentreward.alignment import PolicySource
-from latentreward.apps.serving import RewardToServe
+from latentreward.apps.serving.settings import RewardToServe
 from latentreward.core.contracts import PathText
 from latentreward.core.public_names import public_names
 from latentreward.core.registry import backbone_names

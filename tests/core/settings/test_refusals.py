@@ -90,7 +90,7 @@ OPTIONS = [
     (["--model.head=null"], "model.head: expected the name of a class, got null"),
     (["--resume_override=lr"], "resume_override: expected list, got 'lr'"),
     (["--trainer.max_steps=${steps"], "trainer.max_steps: the interpolation is not closed"),
-    (["--model.lrr=1"], "model: Option 'lrr' is not accepted; did you mean 'lr"),
+    (["--model.lrr=1"], "model: Option 'lrr' is not accepted"),
     (["--modle.lr=1"], "unrecognized arguments: --modle.lr=1; did you mean 'model'?"),
     (["--trainer.max_epoch=2"], "unrecognized arguments: --trainer.max_epoch=2; did you mean 'trainer.max_epochs'?"),
     (["--trainer.max_epochs=x"], "trainer.max_epochs: expected int or null, got 'x'"),

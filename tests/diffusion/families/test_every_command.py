@@ -40,8 +40,8 @@ def train_reward(twin: Twin) -> None:
     reader = {"class_path": "latentreward.data.HPDv3Reader", "init_args": {"root": "pairs", "split": "train"}}
     encoder = {"class_path": "PipelineEncoders", "init_args": {"source": twin.folder, "text": True, "batch_size": 4}}
     images = {"size": SIZE, "resize": "stretch"}
-    run("cache", {"reader": reader, "encoder": encoder, "images": images, "dtype": "float32", "num_workers": 0,
-                  "trainer": {"accelerator": "cpu", "devices": 1}}, "cache")  # fmt: skip
+    settings = {"reader": reader, "encoder": encoder, "images": images, "dtype": "float32", "num_workers": 0}
+    run("cache", {**settings, "device": "cpu"}, "cache")
     taps = [*range(1, twin.layers)]
     backbone = {"source": twin.folder, "visual_taps": taps, "text_taps": taps, "tuning": "lora"}
     head = {"class_path": "GatedQFormerHead", "init_args": {"num_queries": 2, "num_heads": 2}}

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from latentreward.apps.serving import RewardToServe, ServiceSettings, bind, check_name, is_loopback
+from latentreward.apps.serving.settings import RewardToServe, ServiceSettings, bind, check_name, is_loopback
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError
 from latentreward.core.settings.functions import run_function
@@ -64,8 +64,8 @@ def serve(
         device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
         name: Name of the model in addresses, replies and metrics.
         rewards: Several rewards by name, each with its model, device and limits; the first scores requests that name
-            none. See :class:`~latentreward.apps.serving.RewardToServe`.
-        limits: See :class:`~latentreward.apps.serving.ServiceSettings`.
+            none. See :class:`~latentreward.apps.serving.settings.RewardToServe`.
+        limits: See :class:`~latentreward.apps.serving.settings.ServiceSettings`.
 
     Raises:
         InputError: If a setting is wrong, the port is taken, or a model cannot be loaded.

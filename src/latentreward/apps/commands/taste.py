@@ -185,7 +185,7 @@ def check_size(size: int, family: "Family") -> None:
 
 def rate_pictures(folder: Path, port: int, seed: int) -> None:
     """Serve the page to rate pictures until Ctrl-C or SIGTERM, after which the same command continues."""
-    from latentreward.apps.serving import bind
+    from latentreward.apps.serving.settings import bind
     from latentreward.apps.taste.pairs import check_folder
     from latentreward.apps.taste.rating_page import HOST, serve_ratings
     from latentreward.apps.taste.ratings import Ratings

@@ -25,11 +25,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from latentreward import __version__
-from latentreward.apps.serving import bodies, is_loopback
+from latentreward.apps.serving import bodies
 from latentreward.apps.serving.batching import RequestError
 from latentreward.apps.serving.bodies import FORM, JSON, SAFETENSORS
 from latentreward.apps.serving.dialects import Dialect, FlowFactory, UniRL
 from latentreward.apps.serving.service import ScoringService, takes
+from latentreward.apps.serving.settings import is_loopback
 from latentreward.core.errors import InputError
 from latentreward.core.registry import import_class
 from latentreward.reward.remote.schemas import ImagesRequest

@@ -20,8 +20,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from latentreward.apps.serving import ServiceSettings
 from latentreward.apps.serving.batching import RequestError, Row
+from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.core.contracts import Conditioning, EditPrompt, ImageRef, sources_of, sources_wanted
 from latentreward.core.errors import InputError, check_multiples, first_line, one_line, quoted
 from latentreward.core.storage.json_files import parse

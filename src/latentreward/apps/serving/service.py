@@ -13,9 +13,10 @@ import torch
 from fastapi import Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from latentreward.apps.serving import ServiceSettings, bodies
+from latentreward.apps.serving import bodies
 from latentreward.apps.serving.batching import Batcher, RequestError, Row, RowScorer, Scores
 from latentreward.apps.serving.bodies import Accepted, Images, Memory, Take
+from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError, one_line
 from latentreward.diffusion.encoders.vae import edit_of_grey

@@ -160,7 +160,7 @@ class Plan:
             *self._family("encoder.family"),
             *(f"--encoder.source={self.base}", f"--images.size={self.size or found.size}", "--seed={seed}"),
             *(["--dtype=float32"] if found.tiny else []),
-            *self._device(precision=False),
+            f"--device={'cuda' if self.gpu else 'cpu'}",
         ]
 
     def _train(self, found: Base) -> list[str]:

@@ -37,7 +37,7 @@ HEADERS = {
 
 
 class RatingServer(ThreadingHTTPServer):
-    """Server of the page at a socket that :func:`~latentreward.apps.serving.bind` bound."""
+    """Server of the page at a socket that :func:`~latentreward.apps.serving.settings.bind` bound."""
 
     daemon_threads = True
 
