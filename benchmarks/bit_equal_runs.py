@@ -82,8 +82,7 @@ CACHING = (
     "--images.size=16",
     "--images_per_shard=16",
     "--num_workers=0",
-    "--trainer.accelerator=cpu",
-    "--trainer.devices=1",
+    "--device=cpu",
 )
 SETTINGS: dict[str, dict[str, Any]] = {
     "lrm": {
