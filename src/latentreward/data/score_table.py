@@ -10,15 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
-import pyarrow.json as pa_json
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, did_you_mean, errors_at, first_line
-from latentreward.core.storage.user_files import whole_file
+from latentreward.core.storage.run_folder import load_table
 from latentreward.data.readers.base import OnError, PairReader, count_text
 from latentreward.data.splits import ChosenRows
 
@@ -27,8 +24,6 @@ FLAG = "different_flag"
 GAP, SIDES, WINNER_FIRST = "_gap", ("_a", "_b"), ("_chosen", "_rejected")
 NOT_SCORES = ("label_a", "problem_a")
 """Columns of the tables of ``score-pairs`` that are no scores, even where empty."""
-BLOCK = 1 << 26
-"""Largest length of a row of CSV or JSON lines, in bytes."""
 CHECKED_ROWS = 64
 """Number of rows whose images are compared with the reader's."""
 
@@ -219,18 +214,6 @@ def read_table(path: Path) -> pa.Table:
     if PAIR_ID in names:
         table = table.set_column(names.index(PAIR_ID), PAIR_ID, table.column(PAIR_ID).cast(pa.string()))
     return table
-
-
-def load_table(path: Path, texts: Sequence[str], **nulls: bool) -> pa.Table:
-    """Read a file by its suffix; ``texts`` are columns of text, and ``nulls`` say what of CSV is null."""
-    file = whole_file(path)
-    if path.suffix == ".parquet":
-        return pq.read_table(file, page_checksum_verification=True)
-    if path.suffix == ".jsonl":
-        return pa_json.read_json(file, pa_json.ReadOptions(block_size=BLOCK))
-    columns = pa_csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()), **nulls)
-    lines = pa_csv.ParseOptions(newlines_in_values=True)
-    return pa_csv.read_csv(file, pa_csv.ReadOptions(block_size=BLOCK), lines, columns)
 
 
 def numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:

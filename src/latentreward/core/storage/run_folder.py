@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,14 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.interrupts import interrupts_held
 from latentreward.core.storage.durable import KEPT, contents, locked, refuse_link, replacing, write_file
 from latentreward.core.storage.json_files import read_config
+from latentreward.core.storage.user_files import whole_file
 
 DIGEST = re.compile(r", [0-9a-f]{32}\b")  # digest at the end of a fingerprint, which messages leave out
 
@@ -246,3 +248,19 @@ WRITERS: dict[str, Callable[[Path, pa.Schema], Any]] = {
     ".jsonl": JSONLinesWriter,
 }
 """File name extension → class that writes such a table."""
+
+
+BLOCK = 1 << 26
+"""Largest length of a row of CSV or JSON lines, in bytes."""
+
+
+def load_table(path: Path, texts: Sequence[str], **nulls: bool) -> pa.Table:
+    """Read a file by its suffix; ``texts`` are columns of text, and ``nulls`` say what of CSV is null."""
+    file = whole_file(path)
+    if path.suffix == ".parquet":
+        return pq.read_table(file, page_checksum_verification=True)
+    if path.suffix == ".jsonl":
+        return pa_json.read_json(file, pa_json.ReadOptions(block_size=BLOCK))
+    columns = pa_csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()), **nulls)
+    lines = pa_csv.ParseOptions(newlines_in_values=True)
+    return pa_csv.read_csv(file, pa_csv.ReadOptions(block_size=BLOCK), lines, columns)

@@ -17,12 +17,12 @@ from torch import Tensor
 from latentreward.core.contracts import seen_as, sources_of, sources_wanted, taken_of_edits
 from latentreward.core.errors import InputError, first_line, one_line
 from latentreward.core.storage.digests import digest, size_and_time
+from latentreward.core.storage.run_folder import load_table
 from latentreward.data import ImageError, count_text, decode_image
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_lists import ImageList, ListedImage
 from latentreward.data.images import MAX_PIXELS, MISSING, check_scans, map_ahead, read_header
 from latentreward.data.readers.json_rows import short
-from latentreward.data.score_table import load_table
 from latentreward.reward.scoring.reward_model import RewardModel
 from latentreward.reward.scoring.scoring_noise import ScoringNoise, timesteps_of
 
