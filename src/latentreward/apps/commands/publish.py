@@ -4,11 +4,10 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from latentreward.apps.commands.score import NoiseSettings
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_range, errors_at, printable
 from latentreward.core.interrupts import interrupts_told
@@ -17,9 +16,7 @@ from latentreward.core.settings.functions import run_function
 from latentreward.core.settings.rewriting import expanded
 from latentreward.core.storage.durable import check_writable
 from latentreward.core.storage.json_files import read_config
-from latentreward.data.image_lists import ImageList, read_images
 from latentreward.reward import Calibration, Card, ModelSource, RewardModel
-from latentreward.reward.scoring.image_lists import ListedScoring, require_some
 from latentreward.reward.scoring.layouts.find import upload
 from latentreward.reward.scoring.layouts.model_folder import CONFIG, FolderConfig
 from latentreward.reward.scoring.layouts.saving import (
@@ -30,7 +27,10 @@ from latentreward.reward.scoring.layouts.saving import (
     paths_here,
     write_model,
 )
-from latentreward.reward.scoring.scoring_noise import FEWEST
+from latentreward.reward.scoring.scoring_noise import FEWEST, NoiseSettings
+
+if TYPE_CHECKING:
+    from latentreward.data.image_lists import ImageList
 
 FEW = 200
 """Number of distinct reference images below which quantiles have errors of a few hundredths, and a warning is shown."""
@@ -59,8 +59,11 @@ class Reference:
     def __post_init__(self) -> None:
         check_range(f"[{FEWEST}, inf)", "a calibration needs as many images", **{"reference.limit": self.limit})
 
-    def listed(self) -> ImageList:
+    def listed(self) -> "ImageList":
         """List the images without opening them; raise InputError for fewer than a calibration needs."""
+        from latentreward.data.image_lists import ImageList, read_images  # not for `--help`
+        from latentreward.reward.scoring.image_lists import require_some
+
         with errors_at("reference: "):
             found = read_images(self.images, self.prompt, allow_outside=self.allow_outside)
         require_some(found)
@@ -168,8 +171,10 @@ def publish(
             raise InputError(f"push_to_hub: {error}; {written}") from error
 
 
-def calibrate(model: RewardModel, reference: Reference, listed: ImageList, batch_size: int) -> Calibration:
+def calibrate(model: RewardModel, reference: Reference, listed: "ImageList", batch_size: int) -> Calibration:
     """Fit a calibration to the scores of the reference images; those that cannot be read are counted on stderr."""
+    from latentreward.reward.scoring.image_lists import ListedScoring  # not for `--help`
+
     scoring = ListedScoring(model, listed.rows, {"score": model.noise}, batch_size, decode_threads=4)
     tables = [table for _, table in scoring.tables([range(len(listed.rows))])]
     found = [score for table in tables for score in table["score"].to_pylist()]

@@ -12,50 +12,22 @@ import pyarrow as pa
 import torch
 
 from latentreward.core.contracts import PathText
-from latentreward.core.errors import InputError, check_once, first_line
+from latentreward.core.errors import InputError, first_line
 from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.progress import Progress
 from latentreward.core.storage.run_folder import PartFiles
 from latentreward.core.workers import SharedWork
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
-from latentreward.reward import ModelSource, PublishedSettings, RewardModel, ScoringNoise
+from latentreward.reward import ModelSource, PublishedSettings, RewardModel
 from latentreward.reward.scoring.image_lists import ListedScoring, images_identity, read_scores, require_some, summarise
 from latentreward.reward.scoring.layouts.base import StoredReward
 from latentreward.reward.scoring.layouts.find import find_reward, fingerprint
 from latentreward.reward.scoring.network import own_sizes
-from latentreward.reward.scoring.scoring_noise import NoiseKey
+from latentreward.reward.scoring.scoring_noise import NoiseSettings
 
 PARTS = "parts"
 """Name of the task of the processes."""
-
-
-@dataclass(frozen=True)
-class NoiseSettings:
-    """Noise that is added to images before scoring; a setting that is left out keeps the model's value.
-
-    Attributes:
-        sigmas: Noise levels in [0, 1]; several levels make one ensemble score.
-        timesteps: Timesteps of the model's noise process, instead of noise levels.
-        seeds: Seeds of the noise; the scores of all seeds are averaged.
-        noise_key: ``prompt``: images of one prompt share the noise; ``image``: each image has its own noise.
-    """
-
-    sigmas: tuple[float, ...] = ()
-    timesteps: tuple[float, ...] = ()
-    seeds: tuple[int, ...] = ()
-    noise_key: NoiseKey | None = None
-
-    def __post_init__(self) -> None:
-        self.over(ScoringNoise(timesteps=(1.0,)))
-
-    def over(self, own: ScoringNoise) -> ScoringNoise:
-        """Override the given settings in ``own``, the model's noise."""
-        check_once(**{"noise.sigmas": self.sigmas, "noise.timesteps": self.timesteps})
-        given = {name: value for name, value in vars(self).items() if value}
-        if self.sigmas or self.timesteps:
-            given = {"sigmas": (), "timesteps": (), **given}
-        return dataclasses.replace(own, **given)
 
 
 def score(
@@ -63,7 +35,7 @@ def score(
     output: Path,
     model: PathText,
     prompt: str | None = None,
-    noise: NoiseSettings = NoiseSettings(),
+    noise: NoiseSettings = NoiseSettings(),  # noqa: B008
     each_level: bool = False,
     gallery: Path | None = None,
     gallery_images: int = 500,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
-from latentreward.core.errors import InputError
+from latentreward.core.errors import InputError, check_once
 from latentreward.core.running import scoring_generator
 from latentreward.diffusion import NoiseProcess
 
@@ -65,6 +65,34 @@ class ScoringNoise:
         if self.seeds != (0,):
             text += f", seed {self.seeds[0]}" if len(self.seeds) == 1 else f", {len(self.seeds)} seeds"
         return text if self.noise_key == "prompt" else f"{text}, noise per image"
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """Noise that is added to images before scoring; a setting that is left out keeps the model's value.
+
+    Attributes:
+        sigmas: Noise levels in [0, 1]; several levels make one ensemble score.
+        timesteps: Timesteps of the model's noise process, instead of noise levels.
+        seeds: Seeds of the noise; the scores of all seeds are averaged.
+        noise_key: ``prompt``: images of one prompt share the noise; ``image``: each image has its own noise.
+    """
+
+    sigmas: tuple[float, ...] = ()
+    timesteps: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+    noise_key: NoiseKey | None = None
+
+    def __post_init__(self) -> None:
+        self.over(ScoringNoise(timesteps=(1.0,)))
+
+    def over(self, own: ScoringNoise) -> ScoringNoise:
+        """Override the given settings in ``own``, the model's noise."""
+        check_once(**{"noise.sigmas": self.sigmas, "noise.timesteps": self.timesteps})
+        given = {name: value for name, value in vars(self).items() if value}
+        if self.sigmas or self.timesteps:
+            given = {"sigmas": (), "timesteps": (), **given}
+        return replace(own, **given)
 
 
 def check_noise(noise: Any) -> None:

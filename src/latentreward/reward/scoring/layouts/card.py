@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
-
 from latentreward import __version__
 from latentreward.core.reports.tables import Table, markdown_table, plain
 from latentreward.core.storage.hub import is_hub_id
@@ -69,6 +67,8 @@ def model_card(config: FolderConfig, card: Card, name: str) -> str:
 
 def front_matter(config: FolderConfig, card: Card) -> str:
     """Return the metadata that the hub reads, as YAML."""
+    from huggingface_hub import ModelCardData  # not for `--help`
+
     identified = LICENCE_ID.fullmatch(card.licence)
     name = re.sub(r"[^a-z0-9.+-]+", "-", card.licence.lower()).strip("-") or "other"
     return ModelCardData(
