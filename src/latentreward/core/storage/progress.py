@@ -25,8 +25,6 @@ class Progress:
         delay: Seconds before the first line; 0 prints a line at the start, and always one at the end.
         limit: Function that returns the seconds until the work ends, even if items are left by then; the time left
             that is shown never exceeds it.
-        processes: Number of processes that do the same work about equally fast. Each item that is counted here stands
-            for one of every process, but no more than ``total`` are counted; the name says so.
     """
 
     def __init__(
@@ -39,17 +37,14 @@ class Progress:
         interval: float = INTERVAL,
         delay: float = INTERVAL,
         limit: Callable[[], float] | None = None,
-        processes: int = 1,
     ) -> None:
-        self._processes = processes
         shown: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True, "bar_format": BAR}
         if not sys.stderr.isatty():
             shown = {"file": _Lines(), "bar_format": LINE, "delay": delay, "mininterval": interval, "miniters": 1}
             shown["position"] = 0  # in nested bars, tqdm would move the cursor
         nothing = total is not None and done >= total
         counts: dict[str, Any] = {"total": total, "initial": done, "unit": f" {unit}", "smoothing": 0}
-        desc = name if processes == 1 else f"{name}: about"
-        self._bar = _Bar(limit, desc=desc, leave=None, disable=nothing, **counts, **shown)
+        self._bar = _Bar(limit, desc=name, leave=None, disable=nothing, **counts, **shown)
 
     def __enter__(self) -> Self:
         return self
@@ -61,8 +56,7 @@ class Progress:
         """Count ``number`` more items as done; show ``values``, such as a loss, beside the rate."""
         if values:
             self._bar.set_postfix(values, refresh=False)
-        left = number if self._bar.total is None else max(0, self._bar.total - self._bar.n)
-        self._bar.update(number if self._processes == 1 else min(number * self._processes, left))
+        self._bar.update(number)
 
     def expect(self, total: int | None) -> None:
         """Change the total number of items."""
