@@ -393,10 +393,10 @@ def count_dina(size: str = "sd35") -> DiNaWork:
         replace_prompts(size, policy, reward, "meta")
         latents, encoded, model = random_states(policy, 1, "meta"), reward.encode_prompts(["a"]), reward.model
         arguments = (latents, torch.full((1,), 500.0), encoded.conditioning, encoded.uncond)
-        features, decoder = model.read(*arguments), policy.vae
+        features, decoder = model.backbone(*arguments), policy.vae
         assert decoder is not None
         return DiNaWork(
-            flops(lambda: model.read(*arguments)),
+            flops(lambda: model.backbone(*arguments)),
             flops(lambda: model.head(features)),
             flops(lambda: model.head.score_ensemble([features] * 3)),
             flops(lambda: decoder.decode(latents)),

@@ -206,7 +206,7 @@ class Scorers:
             assert self.policy.vae is not None
             return self.vlm(self.policy.vae.decode(latents))
         model, levels = self.dina.model, 3 if self.kind == "ensemble of 3" else 1
-        features = [model.read(latents, self.timesteps, self.encoded, None) for _ in range(levels)]
+        features = [model.backbone(latents, self.timesteps, self.encoded, None) for _ in range(levels)]
         return model.head.score_ensemble(features) if levels > 1 else model.head(features[0])
 
     def score(self) -> None:

@@ -283,7 +283,7 @@ def dina_scoring(size: str, batch: int, released: bool, sigmas: tuple[float, ...
         return [process.add_noise(latents, torch.randn_like(latents), t) for t in timesteps]
 
     def rewritten() -> None:
-        levels = [model.read(x, t, prompts) for x, t in zip(noisy(), timesteps, strict=True)]
+        levels = [model.backbone(x, t, prompts) for x, t in zip(noisy(), timesteps, strict=True)]
         model.head.score_ensemble(levels) if len(levels) > 1 else model.head(levels[0])
 
     if not released:

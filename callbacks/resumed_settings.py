@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
 from latentreward.alignment.modules.alignment import prompts_of
 from latentreward.core.contracts import PathText, sources_of
@@ -275,8 +275,6 @@ class ResumedSettings(Callback):
             set_base_rates(config.scheduler)
             taken = trainer.global_step if config.interval == "step" else trainer.current_epoch
             steps = saved[number]["last_epoch"] if number < len(saved) else taken // config.frequency
-            if isinstance(config.scheduler, ReduceLROnPlateau):  # follows a metric, so it starts afresh
-                continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch expects steps of the optimiser in between
                 for _ in range(steps):

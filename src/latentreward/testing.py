@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from latentreward.alignment import Policy, PolicySource, RewardSource
 from latentreward.core.contracts import (
+    Conditioning,
     CrossScores,
     Features,
     FeatureSpec,
@@ -30,10 +32,9 @@ from latentreward.core.errors import InputError
 from latentreward.core.promises import place_of, unchanged
 from latentreward.core.running import evaluating
 from latentreward.data import PairReader
-from latentreward.diffusion import DiffusionBackbone
+from latentreward.diffusion import DiffusionBackbone, Family, NoiseProcess
 from latentreward.diffusion.backbones.base import rows_of
 from latentreward.reward import ImageScorer, PreferenceLoss, RewardHead
-from latentreward.reward.scoring.apart import EXACT, check_apart, check_equal, check_predictions
 
 SPEC = FeatureSpec(
     visual=(TapSpec(16, (4, 4)), TapSpec(24, (4, 4))),
@@ -45,6 +46,8 @@ SPEC = FeatureSpec(
 """Features of a small network, with everything that a head may read."""
 PROMPTS = ("a red circle", "two small blue squares left of a green triangle", "")
 ROWS = 4
+EXACT, ROUNDED = 1e-3, 0.05
+"""Largest differences as parts of the largest value: of float32 on a CPU and of scores, and of features elsewhere."""
 
 
 def check_head(make: Callable[[FeatureSpec], RewardHead], spec: FeatureSpec = SPEC) -> None:
@@ -177,7 +180,7 @@ def check_backbone(backbone: DiffusionBackbone, latents: Tensor, head: RewardHea
     text = backbone.encode_prompts(PROMPTS)
     with torch.no_grad(), evaluating(backbone):
         _kept(backbone, "read", latents, timesteps, text)
-    check_apart(backbone, head, latents, timesteps, text, None, shipped=True)
+    check_apart(backbone, head, latents, timesteps, text, None)
 
 
 def check_family(policy: Policy, latents: Tensor) -> None:
@@ -195,6 +198,115 @@ def check_family(policy: Policy, latents: Tensor) -> None:
     with torch.no_grad(), evaluating(policy.network):
         _kept(policy.family, "predict", policy.network, latents, timesteps, text, None)
     check_predictions(policy.family, policy.network, latents, timesteps, text, None)
+
+
+def check_apart(
+    backbone: DiffusionBackbone,
+    head: RewardHead,
+    latents: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    uncond: Conditioning | None,
+) -> None:
+    """Compare two rows of a batch with each row alone, in evaluation mode: features, then scores.
+
+    A row alone has no padding: its text tokens are those of its mask. The rows get timesteps far apart, see
+    :func:`far_timesteps`, and padding, see :func:`with_padding`.
+    """
+    owner = getattr(backbone, "family", backbone)
+    timesteps, conditioning = far_timesteps(timesteps, backbone.noise_process), with_padding(conditioning)
+
+    def features(rows: list[int], text: Conditioning) -> Features:
+        return backbone(latents[rows], timesteps[rows], text, uncond and uncond.empty_for(rows))
+
+    with torch.no_grad(), evaluating(backbone), evaluating(head):
+        both = features([0, 1], conditioning.select([0, 1]))
+        among = [rows_of(both, slice(row, row + 1)) for row in (0, 1)]
+        tolerance = tolerance_of(*floats_of(both))
+        for row in (0, 1):  # a sum over the rows before leaves the first row as it is
+            single = features([row], conditioning.select([row]).trimmed())
+            for alone, one in zip(*map(floats_of, map(unpadded, (single, among[row]))), strict=True):
+                if alone.shape == one.shape:  # text of a backbone without a mask keeps its padding
+                    check_equal(owner, "read" if owner is backbone else "velocity", alone, one, tolerance)
+        alone = torch.cat([head(unpadded(row).to(torch.float32)) for row in among])
+        check_equal(head, "forward", alone, head(both.to(torch.float32)), EXACT)
+
+
+def check_predictions(
+    family: Family, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
+) -> None:
+    """Compare a family's predictions for the first and last row of a batch with those of each row alone.
+
+    Rows are given as in :func:`check_apart`.
+    """
+    ends = [0, len(latents) - 1]
+    latents, timesteps = latents[ends], far_timesteps(timesteps[ends], family.noise_process)
+    conditioning = with_padding(conditioning.select(ends))
+    method = "velocity" if hasattr(family, "velocity") else "predict"
+    with torch.no_grad(), evaluating(network):
+        both = family.predict(network, latents, timesteps, conditioning, guidance)
+        for row in (0, 1):
+            text = conditioning.select([row]).trimmed()
+            alone = family.predict(network, latents[[row]], timesteps[[row]], text, guidance)
+            check_equal(family, method, alone, both[[row]], tolerance_of(both))
+
+
+def far_timesteps(timesteps: Tensor, process: NoiseProcess) -> Tensor:
+    """Return two timesteps: that of the first row, and of the highest and lowest of the process the more distant one.
+
+    Rows of one timestep would not show a network that gives all rows that of the first.
+    """
+    first, levels = timesteps[0], process.timesteps[[0, -1]].to(timesteps)
+    return torch.stack([first, levels[(levels - first).abs().argmax()]])
+
+
+def with_padding(conditioning: Conditioning) -> Conditioning:
+    """Count the last token of each prompt of several tokens as padding, where the prompts have a mask.
+
+    Prompts of equal lengths would not show that padding counts. Tokens after the last one could exceed the number for
+    which a network has positions.
+    """
+    if conditioning.prompt_mask is None:
+        return conditioning
+    mask = F.pad(conditioning.prompt_mask[:, 1:], (0, 1))
+    mask[:, 0] = True
+    return replace(conditioning, prompt_mask=mask)
+
+
+def unpadded(features: Features) -> Features:
+    """Return the features of one row with the text tokens of its mask alone, also those of the empty prompt."""
+    uncond = features.uncond and unpadded(features.uncond)
+    if features.text_mask is None or not features.text_mask.any():
+        return replace(features, uncond=uncond)
+    kept = features.text_mask[0]
+    text = tuple(tap[:, kept] for tap in features.text)
+    return replace(features, text=text, text_mask=features.text_mask[:, kept], uncond=uncond)
+
+
+def floats_of(features: Features) -> list[Tensor]:
+    """Return the features that are floating-point tensors."""
+    found: list[Tensor] = []
+    map_tensors(features, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return [tensor for tensor in found if tensor.is_floating_point()]
+
+
+def tolerance_of(*found: Tensor) -> float:
+    """Return :data:`EXACT` for results that were computed in float32 on a CPU, else :data:`ROUNDED`."""
+    return EXACT if {(one.device.type, one.dtype) for one in found} == {("cpu", torch.float32)} else ROUNDED
+
+
+def check_equal(part: Any, method: str, alone: Tensor, among: Tensor, tolerance: float) -> None:
+    """Raise InputError if a method's result for a row ``alone`` is not that ``among`` other rows."""
+    alone, among = alone.float(), among.float()
+    error, largest = (alone - among).abs().max(), among.abs().max()
+    if error > tolerance * largest + 1e-5:
+        level = "," if method == "forward" else ", at its own timestep,"
+        raise InputError(
+            f"{type(part).__name__}.{method} returned values of a row alone that are up to {error:.3g} (of "
+            f"{largest:.3g}) away from those of the same row in a batch{place_of(getattr(type(part), method))}; "
+            f"compute each row from itself alone{level} without statistics of the batch and text tokens outside the "
+            "mask, and draw nothing at random"
+        )
 
 
 def _kept(part: Any, method: str, *given: Any) -> Any:

@@ -66,7 +66,7 @@ from latentreward.reward import (
     TableScorer,
 )
 from latentreward.reward.modules.reward import LevelMetrics
-from latentreward.reward.scoring.network import RewardNetwork
+from latentreward.testing import check_apart
 from tests.reward.heads.features import DIT_SPEC, random_features
 
 NAN = float("nan")
@@ -582,7 +582,7 @@ NUMBERED = torch.arange(2.0)[:, None, None, None].expand_as(ZERO)
 
 
 def features_by(backbone: Any, head: Any) -> None:
-    RewardNetwork(backbone, head).read(NUMBERED, ONES[:2], conditioning(2, 3, 5))
+    check_apart(backbone, head, NUMBERED, ONES[:2], conditioning(2, 3, 5), None)
 
 
 @pytest.mark.parametrize(
@@ -609,13 +609,3 @@ def test_a_head_whose_scores_depend_on_other_rows_is_refused(forward: Any) -> No
 def test_a_backbone_whose_features_depend_on_other_rows_is_refused(changed: Any) -> None:
     with pytest.raises(InputError, match=APART.format("read")):
         features_by(reading(changed), made(HEAD))
-
-
-def test_rows_are_compared_once_in_evaluation_mode() -> None:
-    lengths: list[int] = []
-    backbone = reading(lambda found: lengths.append(len(found.temb)) or found)
-    head = made(HEAD, "forward", lambda self, found: found.temb[:, 0] + self.training * found.temb[:, 0].mean())
-    network = RewardNetwork(backbone, head).train()
-    for _ in range(2):
-        network.read(NUMBERED, ONES[:2], conditioning(2, 3, 5))
-    assert lengths == [2, 1, 1, 2, 2] and head.training and backbone.training

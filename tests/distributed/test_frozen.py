@@ -33,7 +33,7 @@ from latentreward.core.storage.weight_files import (
     sharing_between,
 )
 from latentreward.diffusion import sd_tiny
-from latentreward.reward import CLIPProjectionHead, LRMLoss, LRMModule, RewardModel
+from latentreward.reward import CLIPProjectionHead, LRMLoss, LRMModule
 from latentreward.reward.modules.training import share_frozen
 from latentreward.tinyworld.writers import write_pickapic
 from tests.distributed.ranks import on_ranks
@@ -89,7 +89,7 @@ def aligned_by_a_reward(folder: Path) -> dict[str, Any]:
 def test_a_machine_holds_frozen_weights_once(run: str, tmp_path: Path) -> None:
     write_pickapic(tmp_path / "pairs", {"train": 16, "validation": 8})
     model = LRMModule(sd_tiny(), CLIPProjectionHead, LRMLoss(), seed=0).model
-    RewardModel.of(model).save_pretrained(tmp_path / "reward", base="sd_tiny")
+    model.save_pretrained(tmp_path / "reward", base="sd_tiny")
     on_ranks(f"tests.distributed.test_frozen:{run}", tmp_path)
     found = [torch.load(tmp_path / f"memory{rank}.pt") for rank in range(2)]
     for memory in found:

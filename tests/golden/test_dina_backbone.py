@@ -70,9 +70,9 @@ def test_noising(case: Case) -> None:
 def test_features_and_score(case: Case) -> None:
     data, model = case.tensors(), model_of(case)
     with without_lora(model):
-        base = model.read(data["out.noisy_latents"], data["out.timestep"], conditioning_of(data))
+        base = model.backbone(data["out.noisy_latents"], data["out.timestep"], conditioning_of(data))
         score = model.head(base)
-    lora = model.read(data["out.noisy_latents"], data["out.timestep"], conditioning_of(data))
+    lora = model.backbone(data["out.noisy_latents"], data["out.timestep"], conditioning_of(data))
     assert_close(column(score), data["default_adapter.score"], "default_adapter.score", **SCORE)
     assert_close(column(model.head(lora)), data["lora.score"], "lora.score", **SCORE)
     taps = {"visual": model.backbone.visual_taps, "text": model.backbone.text_taps}

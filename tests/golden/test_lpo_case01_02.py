@@ -111,7 +111,7 @@ def read(model: RewardModel, data: Tensors, batch: str) -> Features:
     uncond = encode(model, data, "neg_") if model.head.needs_uncond else None
     latents, prompts = data[f"{batch}.latents"], len(conditioning.prompt_embeds)
     conditioning = conditioning.select([*range(prompts)] * (len(latents) // prompts))
-    return model.read(latents, data[f"{batch}.timesteps"], conditioning, uncond)
+    return model.backbone(latents, data[f"{batch}.timesteps"], conditioning, uncond)
 
 
 def pooled_names(features: Features) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from latentreward.reward import (
     TieLoss,
     WarmupSchedule,
 )
-from latentreward.reward.scoring.layouts.saving import check_target
+from latentreward.reward.scoring.publishing import check_target
 from tests.reward.heads.features import DIT_SPEC, UNET_SPEC
 from tests.reward.heads.test_axes import HEADS
 from tests.reward.heads.test_drm import SPEC
@@ -121,7 +121,6 @@ REFUSED: list[tuple[Callable[..., Any], list[tuple[dict[str, Any], str]]]] = [
             ({"sigmas": (NAN,)}, "noise.sigmas holds nan"),
             ({"sigmas": (0.4, 0.5), "seeds": range(501)}, "levels times seeds are 1002"),
             *(({"sigmas": (0.4,), "seeds": seeds}, "noise.seeds=") for seeds in ((), (1, 1), ("1",), (True,), (1.5,))),
-            ({"sigmas": (0.4,), "noise_key": "x"}, "noise.noise_key is 'x'"),
         ],
     ),
     (

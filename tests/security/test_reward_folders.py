@@ -71,7 +71,7 @@ def call(target: str, canary: Path) -> dict[str, Any]:
 TARGETS = (
     *("os.system", "subprocess.Popen", "builtins.exec", "builtins.open", "importlib.import_module", "torch.load"),
     *("evil_module.Head", "latentreward.evil_module.Head", "latentreward.reward.heads.evil_module.Head"),
-    *("latentreward.reward.scoring.layouts.recipe.import_module", "__main__.os.system"),
+    *("latentreward.reward.scoring.recipe.import_module", "__main__.os.system"),
 )
 """What a configuration may name that is no class of a reward."""
 

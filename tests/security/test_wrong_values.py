@@ -18,9 +18,9 @@ from latentreward.apps.cli import main
 from latentreward.core.errors import InputError, printable
 from latentreward.data.image_sizes import ImageSizes, OneSize
 from latentreward.reward import RewardModel
-from latentreward.reward.scoring.layouts import model_folder
-from latentreward.reward.scoring.layouts.model_folder import sizes_record
-from latentreward.reward.scoring.layouts.run import SETTINGS
+from latentreward.reward.scoring import stored
+from latentreward.reward.scoring.recipe import SETTINGS
+from latentreward.reward.scoring.stored import sizes_record
 from tests.marks import slow_after
 from tests.tiny_pipelines import pipeline_folder
 
@@ -265,7 +265,7 @@ ORDER = dict.fromkeys([*range(0, len(ROWS), 11), *range(len(ROWS))])  # a few of
 def test_a_damaged_file_is_one_line(
     layout: str, change: Change, key: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_folder, "check_hash", lambda path, *_: path)  # it would speak first
+    monkeypatch.setattr(stored, "check_hash", lambda path, *_: path)  # it would speak first
     folder = shutil.copytree(good / layout, tmp_path / "spoilt")
     change(folder)
     base = {"lrm": pipeline_folder("sd15")}.get(layout)
@@ -276,7 +276,7 @@ def test_a_damaged_file_is_one_line(
 
 @pytest.mark.parametrize("layout", slow_after(1, ["model", "whole"]))
 def test_half_downloaded(layout: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_folder, "check_hash", lambda path, *_: path)
+    monkeypatch.setattr(stored, "check_hash", lambda path, *_: path)
     folder = Path(shutil.copytree(good / layout, tmp_path / "half"))
     for path in [*folder.rglob("*.json"), *folder.rglob("*.safetensors")]:
         whole = path.read_bytes()
@@ -296,7 +296,7 @@ def test_half_downloaded(layout: str, good: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 def test_the_record_of_the_base_is_compared_too(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_folder, "check_hash", lambda path, *_: path)
+    monkeypatch.setattr(stored, "check_hash", lambda path, *_: path)
     folder, base = Path(shutil.copytree(good / "model", tmp_path / "model")), "base.safetensors"
     name = next(name for name in load_file(folder / base) if name.startswith("transformer."))
     for change, message in (

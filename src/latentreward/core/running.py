@@ -100,21 +100,18 @@ def pair_generator(seed: int, purpose: str, epoch: int, pair_id: str, image_key:
     return _generator([seed, purpose, epoch, pair_id, image_key])
 
 
-def scoring_generator(
-    prompt: str, seed: int, sigma: float, shape: Sequence[int], image_key: str | None = None
-) -> torch.Generator:
+def scoring_generator(prompt: str, seed: int, sigma: float, shape: Sequence[int]) -> torch.Generator:
     """Return a new CPU generator for the noise that is added to latents before they are scored.
 
     Equal arguments give equal noise, whatever other latents are in the batch.
 
     Args:
-        prompt: Prompt of the latents; without ``image_key`` all images of a prompt get the same noise.
+        prompt: Prompt of the latents; all images of a prompt get the same noise.
         seed: Seed of the noise.
         sigma: Noise level in [0, 1], rounded to six decimals.
         shape: Shape ``(C, ...)`` of the latents of one image.
-        image_key: Hash of the image's content, to give each image noise of its own.
     """
-    return _generator(["score", prompt, seed, f"{sigma:.6f}", list(shape), image_key])
+    return _generator(["score", prompt, seed, f"{sigma:.6f}", list(shape), None])
 
 
 def _generator(name: list[Any]) -> torch.Generator:

@@ -45,9 +45,9 @@ from .scorers.plugins import CallableScorer, TableColumn
 from .scorers.reward_model import RewardModelScorer
 from .scorers.step_aware import StepAwareScorer
 from .scoring.ensemble import edit_prompt
-from .scoring.layouts.card import Card
-from .scoring.layouts.find import ModelSource
-from .scoring.layouts.papers import PublishedSettings
+from .scoring.files import PublishedSettings
+from .scoring.find import ModelSource
+from .scoring.publishing import Card
 from .scoring.reward_model import RewardModel, normalise_score
 from .scoring.scoring_noise import Calibration, ScoringNoise
 

@@ -27,7 +27,7 @@ from latentreward.core.contracts import NoisyStates, PromptBatch, StepPairs, tak
 from latentreward.core.errors import InputError
 from latentreward.data.image_sizes import OneSize
 from latentreward.diffusion import LoRA
-from latentreward.reward.scoring.layouts.model_folder import sizes_record
+from latentreward.reward.scoring.stored import sizes_record
 from tests.alignment.modules.lpo_runs import (
     PROMPTS,
     Brightness,

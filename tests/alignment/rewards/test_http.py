@@ -109,7 +109,7 @@ def test_latents_get_the_scores_of_the_served_model(policy: Policy) -> None:
     for row in range(3):
         some = 2 * row + torch.arange(2)
         conditioning = policy.encode_prompts([PROMPTS.prompts[row]] * 2)
-        draws = draw_noise([""] * 2, None, seed_of(known[0][row]), sigma, latents.shape[1:])
+        draws = draw_noise([""] * 2, seed_of(known[0][row]), sigma, latents.shape[1:])
         options = {"noise": noise, "draws": draws, "conditioning": (conditioning, None)}
         torch.testing.assert_close(scores[some], model.score_latents([""] * 2, latents[some], **options))
 

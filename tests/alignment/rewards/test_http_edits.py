@@ -53,7 +53,7 @@ def test_latents_travel_with_latents_of_their_sources(policy: Policy, served: tu
     noise, process = ScoringNoise(sigmas=(0.4,)), model.backbone.noise_process
     level = process.sigma(timesteps_of(noise, process)).item()
     for row, latents, score in zip((0, 1, 1), LATENTS[[0, 0, 1]], found, strict=True):
-        draws = draw_noise([""], None, seed_of(str(PROMPTS[row])), level, latents.shape)
+        draws = draw_noise([""], seed_of(str(PROMPTS[row])), level, latents.shape)
         options = {"noise": noise, "draws": draws, "conditioning": (policy.encode_prompts([PROMPTS[row]]), None)}
         torch.testing.assert_close(score, model.score_latents("", latents[None], **options)[0], atol=2e-5, rtol=0)
 

@@ -11,11 +11,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -117,8 +115,8 @@ def test_levels_seeds_and_the_score_at_each_level(here: Path, dina: str) -> None
     for name, sigmas in (("score", (0.2, 0.7)), ("score_sigma_0.2", (0.2,)), ("score_sigma_0.7", (0.7,))):
         expected = model.score(table["prompt"].to_pylist(), files, noise=ScoringNoise(sigmas, seeds=(0, 1)))
         torch.testing.assert_close(torch.tensor(table[name].to_pylist()), expected, rtol=0, atol=2e-5)
-    only_seeds = score("pics", "t.parquet", dina, "--noise.seeds=[5]", "--noise.noise_key=image")
-    noise = ScoringNoise(model.noise.sigmas, seeds=(5,), noise_key="image")
+    only_seeds = score("pics", "t.parquet", dina, "--noise.seeds=[5]")
+    noise = ScoringNoise(model.noise.sigmas, seeds=(5,))
     expected = model.score(table["prompt"].to_pylist(), files, noise=noise)
     torch.testing.assert_close(torch.tensor(only_seeds["score"].to_pylist()), expected, rtol=0, atol=2e-5)
 
@@ -218,48 +216,6 @@ def test_after_sigkill_it_goes_on_to_the_same_bits(here: Path, dina: str) -> Non
     assert process.wait(120) == 0, process.stderr
     assert (here / "killed.csv").read_bytes() == (here / "whole.csv").read_bytes()
     assert not (here / "killed.csv.parts").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("call", "sent", "name"),
-    slow_after(1, [(1, signal.SIGINT, "Ctrl-C"), (3, signal.SIGTERM, "SIGTERM"), (3, signal.SIGINT, "Ctrl-C")]),
-)
-def test_a_signal_keeps_what_was_scored_of_a_part(
-    here: Path,
-    dina: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    call: int,
-    sent: signal.Signals,
-    name: str,
-) -> None:
-    """The images' sizes alternate, so those of a pass do not follow each other in the list."""
-    write_pictures(here / "pics", 12)
-    (here / "pics" / "000.jpg").write_bytes(b"no image")
-    expected = score("pics", "expected.parquet", dina, "--batch_size=2")
-    own, calls = RewardModel.score_levels, []
-
-    def interrupted(*arguments: Any, **settings: Any) -> torch.Tensor:
-        calls.append(arguments)
-        if len(calls) == call:
-            signal.raise_signal(sent)
-        return own(*arguments, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RewardModel, "score_levels", interrupted)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            score("pics", "s.parquet", dina, "--batch_size=2")
-    assert ended.value.code == 128 + sent
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    printed = capsys.readouterr().err
-    kept = sum(pq.read_table(file).num_rows for file in Path("s.parquet.parts").glob("rows_*"))
-    line = f"{kept} of 12 rows are kept in s.parquet.parts: the same command goes on there\n"
-    assert printed == f"latentreward: stopped by {name}; {line}"
-    assert kept == 1 if call == 1 else 4 < kept < 12
-    assert score("pics", "s.parquet", dina, "--batch_size=2").equals(expected)
-    assert f"{12 - kept} images scored in" in capsys.readouterr().out
 
 
 def test_another_run_s_output_is_refused(here: Path, lrm: str, dina: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -376,7 +332,7 @@ def test_an_image_without_a_finite_score_does_not_cost_the_others_theirs(
 @pytest.mark.slow
 def test_start_up_loads_neither_lightning_nor_networks() -> None:
     """They take seconds; networks' libraries load with the model."""
-    code = "import sys, latentreward.apps.commands.score, latentreward.reward.scoring.layouts.find\n"
+    code = "import sys, latentreward.apps.commands.score, latentreward.reward.scoring.find\n"
     code += "print({'lightning', 'torchmetrics', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed == "set()\n"

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from tests.small_user import RUNS, SEEN, SmallUserModule, SteppedUserModule, refusal, run
@@ -68,28 +67,6 @@ SCORES = ("--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--t
 )
 def test_refusals(settings: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, "fit", tmp_path, "--trainer.max_epochs=2", *settings).startswith(said)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("interval", ["null", "6"])
-def test_reduce_on_plateau(interval: str, tmp_path: Path) -> None:
-    """Stepped at each validation, and resumed exactly."""
-    each = ("--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=6") if interval == "6" else ()
-    plateau = (
-        "--model=tests.apps.commands.test_trainer_options.Based",
-        "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau",
-        "--model.lr_scheduler.monitor=val/loss",
-        "--model.lr_scheduler.patience=0",
-        *each,
-        LAST,
-    )
-    run("fit", tmp_path / "a", *plateau, "--trainer.max_epochs=3")
-    straight = RUNS[-1]
-    run("fit", tmp_path / "b", *plateau, "--trainer.max_epochs=2")
-    run("fit", tmp_path / "b", *plateau, "--trainer.max_epochs=3", "--ckpt_path=last")
-    rates = [module.optimizers().param_groups[0]["lr"] for module in (straight, RUNS[-1])]
-    assert rates[0] == rates[1] == pytest.approx(1e-3 * 0.1 ** (2 if interval == "null" else 5))
-    assert all(torch.equal(*pair) for pair in zip(straight.parameters(), RUNS[-1].parameters(), strict=True))
 
 
 class NoLoss(Based):

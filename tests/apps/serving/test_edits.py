@@ -230,7 +230,7 @@ def test_verl_omnis_protocol_takes_latents_of_sources(served: tuple[str, ServedM
             None if mask is None else mask[[row]],
             tuple(one[[row]] for one in sources.values()),
         )
-        draws = draw_noise([""], None, 0, level, latents(1).shape[1:])
+        draws = draw_noise([""], 0, level, latents(1).shape[1:])
         options = {"noise": noise, "draws": draws, "conditioning": (encoded, None)}
         assert score == pytest.approx(model.reward.score_latents("", latents(2)[[row]], **options).item(), abs=2e-5)
     assert found != pytest.approx(send(address, "score", save(tensors)).json()["raw_scores"], abs=1e-4)

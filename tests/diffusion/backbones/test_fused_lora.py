@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from latentreward.alignment import AdapterSwitch
 from latentreward.diffusion.backbones.fused_lora import FusedLinear, fuse_lora
 from latentreward.diffusion.backbones.weights import quantize
-from latentreward.reward.scoring.network import halve_products
+from latentreward.reward.scoring.precision import halve_products
 
 
 def made(dtype: torch.dtype = torch.float64, **options: Any) -> Any:

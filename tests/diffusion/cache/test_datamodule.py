@@ -21,7 +21,6 @@ from latentreward.reward import (
     GatedQFormerHead,
     LRMLoss,
     LRMModule,
-    RewardModel,
     ThurstoneLoss,
 )
 from latentreward.tinyworld.writers import write_hpdv3
@@ -136,7 +135,7 @@ def test_text_encoders_are_freed_where_prompts_are_cached(method: str, world: Pa
     with pytest.raises(InputError, match=r"'a purple cow' was not encoded .*; use cached prompts, or"):
         modules[1].model.encode_prompts(["a purple cow"])
     with pytest.raises(InputError, match="EncodeOnce has freed the model's text encoders; load a checkpoint of"):
-        RewardModel.of(modules[1].model).save_pretrained(tmp_path / "folder")
+        modules[1].model.save_pretrained(tmp_path / "folder")
 
 
 def test_a_cache_of_another_latent_space_is_refused_before_training(tmp_path: Path) -> None:

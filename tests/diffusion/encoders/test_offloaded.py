@@ -14,7 +14,7 @@ from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.stored_prompts import OffloadedEncoder
 from latentreward.diffusion.families import qwen_image_edit
 from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, edit_prompt
-from latentreward.reward.scoring.network import RewardNetwork
+from latentreward.reward.scoring.reward_model import RewardModel
 from tests.diffusion.families.made_qwen_image_edit import picture, qwen_image_edit_folder
 from tests.diffusion.families.twins import TWINS
 
@@ -52,7 +52,7 @@ def test_policy_and_reward_go_on_sharing_an_encoder_and_nothing_moves_on_a_cpu()
     backbone = create_backbone(twin.backbone, source=twin.folder, **options)
     backbone.text_encoder = encoder
     head = GatedQFormerHead(backbone.feature_spec, num_queries=2, num_heads=2)
-    scorer = LatentScorer(RewardNetwork(backbone, head), policy.noise_process, policy=policy)
+    scorer = LatentScorer(RewardModel(backbone, head), policy.noise_process, policy=policy)
     trained_policy.offload_text_encoders(policy, scorer, PROMPTS, torch.device("cpu"))
     assert policy.text_encoder is encoder is scorer.model.backbone.text_encoder
     trained_policy.offload_text_encoders(policy, scorer, PROMPTS, torch.device("meta"))
@@ -69,7 +69,7 @@ def test_empty_prompts_of_edits_are_encoded_ahead_and_forgotten(monkeypatch: pyt
     backbone = create_backbone("qwen_image_edit", source=qwen_image_edit_folder(), visual_taps=[1], text_taps=[1])
     backbone.text_encoder, encoder = policy.text_encoder, policy.text_encoder
     head = CLIPProjectionHead(backbone.feature_spec, guidance=3.0)
-    scorer = LatentScorer(RewardNetwork(backbone, head), policy.noise_process, policy=policy)
+    scorer = LatentScorer(RewardModel(backbone, head), policy.noise_process, policy=policy)
     here = partial(OffloadedEncoder, ahead=6)
     monkeypatch.setattr(
         trained_policy, "OffloadedEncoder", lambda one, prompts, _: here(one, prompts, torch.device("cpu"))

@@ -24,8 +24,8 @@ from latentreward.data.image_sizes import OneSize
 from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
 from latentreward.diffusion.cache.sources import ImageSettings, PipelineEncoders
 from latentreward.diffusion.cache.store import read_plan
-from latentreward.reward import CallableScorer, DiNaLRMModule, GatedQFormerHead, RewardModel, ThurstoneLoss
-from latentreward.reward.scoring.layouts.model_folder import sizes_of, sizes_record
+from latentreward.reward import CallableScorer, DiNaLRMModule, GatedQFormerHead, ThurstoneLoss
+from latentreward.reward.scoring.stored import sizes_of, sizes_record
 from tests.alignment.modules.lpo_runs import make_trainer
 from tests.apps.evaluation.policy.toy_scorers import redness
 from tests.clips import write_clip
@@ -124,7 +124,7 @@ def score_rows(table: str) -> list[dict[str, str]]:
 
 def test_clips_are_refused_where_images_are_taken(tmp_path: Path) -> None:
     clip = PreferenceDataModule(SIZE, train=JSONLPairReader(pairs(tmp_path)), frames=4, num_workers=0)
-    model, pixels = RewardModel.of(reward_module().model), torch.zeros(1, 3, SIZE, SIZE)
+    model, pixels = reward_module().model, torch.zeros(1, 3, SIZE, SIZE)
     model.image_sizes = OneSize(SIZE, SIZE, frames=FRAMES)
     reward, noise = PixelReward(CallableScorer(redness, "red")).load(WAN.source().load()), torch.zeros(1, *LATENTS)
     states = NoisyStates(noise, torch.zeros(1), torch.zeros(1, dtype=torch.int64), noise)

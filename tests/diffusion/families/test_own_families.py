@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from latentreward.core.errors import InputError
 from latentreward.diffusion import ContinuousFlow, LoRA, find_family
 from latentreward.diffusion.backbones.loading import PipelineSource
 from latentreward.diffusion.backbones.weights import settle
-from latentreward.reward import CLIPProjectionHead
-from latentreward.reward.scoring.network import RewardNetwork
+from latentreward.reward import CLIPProjectionHead, RewardModel
+from latentreward.testing import check_apart, check_predictions
 from tests.alignment.policies.alignment import perturbed
 from tests.diffusion.families import own_families
 from tests.diffusion.families.made_configs import MadeConfigs
@@ -201,17 +202,20 @@ def mixed(self: Any, network: Any, latents: Any, *given: Any) -> Any:
 
 @pytest.mark.parametrize("velocity", [unmasked, one_timestep, mixed])
 @pytest.mark.parametrize("part", ["reward", "policy"])
-def test_a_family_whose_rows_depend_on_others_is_named_in_the_first_batch(
+def test_a_family_whose_rows_depend_on_others_is_named(
     velocity: Any, part: str, pixart: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = noise_for((4, 8, 8)), torch.full((2,), 500.0)
     if part == "policy":
         policy = PolicySource(pixart, family=f"{own_families.__name__}.PixArt").load()
-        inputs, predict = (policy.encode_prompts(PROMPTS),), policy.predict
+        inputs, compare = (
+            (policy.encode_prompts(PROMPTS), None),
+            partial(check_predictions, policy.family, policy.network),
+        )
     else:
         backbone = own_families.own_pixart(pixart, visual_taps=[2], text_taps=[])
-        network = RewardNetwork(backbone, CLIPProjectionHead(backbone.feature_spec, embed_dim=8))
-        inputs, predict = network.encode_prompts(PROMPTS), network.read
+        model = RewardModel(backbone, CLIPProjectionHead(backbone.feature_spec, embed_dim=8))
+        inputs, compare = model.encode_prompts(PROMPTS), partial(check_apart, backbone, model.head)
     monkeypatch.setattr(own_families.PixArt, "velocity", velocity)
     with pytest.raises(InputError, match=r"^PixArt.velocity returned values of a row alone"):
-        predict(*given, *inputs)
+        compare(*given, *inputs)

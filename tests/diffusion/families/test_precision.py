@@ -7,7 +7,7 @@ import torch
 
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion import DiffusionBackbone
-from latentreward.reward.scoring.network import halve_products, is_halved
+from latentreward.reward.scoring.precision import halve_products, is_halved
 from tests.diffusion.families.twins import PROMPTS, TWINS, Twin, every_network, noise_for
 
 OF_TOKENS = re.compile(

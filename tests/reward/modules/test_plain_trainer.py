@@ -141,24 +141,6 @@ def test_load_from_checkpoint_runs_nothing(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
-@pytest.mark.slow
-def test_load_from_checkpoint_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning imports the function that a checkpoint names; before 2.6.4 it imports any."""
-    (tmp_path / "trap_module.py").write_text("import pathlib\npathlib.Path('ran').touch()\ndef make(*_): ...\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    saving = "lightning.pytorch.core.saving._ALLOWED_INSTANTIATORS"
-    monkeypatch.setattr(saving, {"trap_module.make"}, raising=False)
-    path = trained(lrm(), tmp_path, True)
-    content = torch.load(path, weights_only=True)
-    for key in ("hyper_parameters", "hparams", "module_arguments"):
-        torch.save({**content, key: {"_instantiator": "trap_module.make"}}, path)
-        head = partial(CLIPProjectionHead, guidance=3.0)
-        again = LRMModule.load_from_checkpoint(path, backbone=lrm().model.backbone, head=head)
-        assert isinstance(again, LRMModule)
-    assert not (tmp_path / "ran").exists()
-
-
 class Trap:
     """Makes a file when it is unpickled."""
 

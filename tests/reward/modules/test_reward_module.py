@@ -1,6 +1,5 @@
 """The shared reward module: one score per pair whatever the company and the side, any head with any loss, training."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -176,22 +175,6 @@ def test_timesteps_are_shared_unless_asked() -> None:
     assert (own.chosen_sigmas != own.rejected_sigmas).any()
 
 
-def test_posterior_sample_or_mode() -> None:
-    batch = pixel_batch()
-    sampled, mode = lrm(), lrm(posterior="mode")
-    epochs = [[m.encode(batch, PairDraws(batch, m.seed, epoch)).latents for epoch in (0, 1)] for m in (sampled, mode)]
-    assert not torch.equal(*epochs[0])
-    assert torch.equal(*epochs[1])
-    torch.testing.assert_close(epochs[1][0][:6], sampled.model.encode_images(batch.chosen))
-
-
-def test_one_forward_pass_for_both_images() -> None:
-    module, calls = lrm(), []
-    module.model.backbone.unet.conv_in.register_forward_hook(lambda _m, _i, out: calls.append(len(out)))
-    loss_of(module, pixel_batch(4))
-    assert calls == [16]  # two images a pair, each with its prompt and the empty one
-
-
 # any head with any loss
 
 
@@ -350,54 +333,6 @@ def test_unlabelled_pairs_have_no_part_in_metrics(kind: str) -> None:
 # training
 
 
-def bright_and_dark() -> DataLoader:
-    """Pairs a reward can tell apart: the brighter image wins."""
-    pairs = [
-        replace(item, pixels_a=item.pixels_a / 4 + 0.7, pixels_b=item.pixels_b / 4 - 0.7)
-        for item in loaded_pairs(6, labels=(1.0,))
-    ]
-    return DataLoader(pairs, batch_size=6, collate_fn=collate_pairs)
-
-
-def final_loss(module: RewardModule) -> float:
-    batch = next(iter(bright_and_dark()))
-    with torch.no_grad():
-        return module.loss(scores_of(module, batch)).item()
-
-
-TRAINED: dict[str, Callable[..., RewardModule]] = {
-    "lrm": lambda **o: lrm("sd15", **o),
-    "lrm lora": lambda **o: lrm(
-        "sdxl", loss=LRMLoss("both"), backbone={"tuning": "lora", "frozen_dtype": "bfloat16"}, **o
-    ),
-    "dina lora": lambda **o: dina("sd35", backbone={"frozen_dtype": "bfloat16"}, **o),
-    "dina head alone": lambda **o: dina("sd15", backbone={"tuning": "frozen", "gradient_checkpointing": True}, **o),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "precision"),
-    rotated_after(
-        1,
-        [
-            ("lrm", "32-true"),
-            ("dina lora", "bf16-mixed"),
-            ("dina head alone", "32-true"),
-            *((name, "bf16-mixed") for name in ("lrm", "lrm lora", "dina head alone")),  # frozen_dtype goes with that
-        ],
-    ),
-)
-def test_training_lowers_the_loss(name: str, precision: str) -> None:
-    module = TRAINED[name](optimizer=lambda groups: AdamW(groups, lr=1e-3), levels=ConstantSigma(0.3))
-    before = final_loss(module)
-    run = trainer(max_epochs=30, precision=precision, gradient_clip_val=1.0)
-    run.fit(module, bright_and_dark())
-    assert final_loss(module) < 0.9 * before
-    assert all(p.dtype == torch.float32 for p in module.parameters() if p.requires_grad)
-    assert {"train/loss", "train/accuracy", "train/margin"} <= set(run.callback_metrics)
-
-
 def test_a_batch_of_ties_trains_and_has_no_accuracy() -> None:
     module, run = dina(), trainer()
     run.fit(module, loader(4, 4, labels=(0.5,)))
@@ -431,31 +366,6 @@ def test_schedule_counts_optimiser_steps() -> None:
     assert seen == [0.25, 0.5, 0.75]
 
 
-def test_clipping_takes_effect() -> None:
-    def movement(clip: float | None) -> float:
-        module = dina(optimizer=lambda groups: SGD(groups, lr=1.0))
-        before = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
-        trainer(max_steps=1, gradient_clip_val=clip).fit(module, loader())
-        moved = [(p - before[n]).norm() for n, p in module.named_parameters() if n in before]
-        return torch.stack(moved).norm().item()
-
-    assert movement(1e-3) == pytest.approx(1e-3, rel=1e-2)
-    assert movement(None) > 2e-3
-
-
-@pytest.mark.slow
-def test_accumulated_batches_are_their_mean() -> None:
-    def weights(batch_size: int, accumulate: int) -> list[Tensor]:
-        module = dina(optimizer=lambda groups: SGD(groups, lr=0.1))
-        pairs = [replace(item, pair=replace(item.pair, weight=1.0)) for item in loaded_pairs(4)]
-        data = DataLoader(pairs, batch_size=batch_size, collate_fn=collate_pairs)
-        trainer(accumulate_grad_batches=accumulate).fit(module, data)
-        return [p.detach() for p in module.parameters() if p.requires_grad]
-
-    for a, b in zip(weights(4, 1), weights(2, 2), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
 def test_vectors_and_scalars_do_not_decay_unless_asked() -> None:
     (everything,) = lrm("sd15", decay_vectors=True).configure_optimizers().param_groups
     assert any(p.ndim < 2 for p in everything["params"])
@@ -466,16 +376,6 @@ def test_vectors_and_scalars_do_not_decay_unless_asked() -> None:
     assert any(p is module.model.head.logit_scale for p in plain["params"])
     trained = [p for p in module.parameters() if p.requires_grad]
     assert len(decayed["params"]) + len(plain["params"]) == len(trained)
-
-
-def test_seed_is_the_runs_unless_stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PL_GLOBAL_SEED", "17")
-    backbone = lrm().model.backbone
-    make = lambda seed: RewardModule(  # noqa: E731
-        backbone, CLIPProjectionHead, LRMLoss(), UniformSigma(), eval_sigmas=(0.5,), seed=seed
-    )
-    assert make(None).seed == 17
-    assert make(3).seed == 3
 
 
 @pytest.mark.parametrize(("levels", "told"), [(ConstantSigma(0.8), True), (ConstantSigma(0.0), False)])

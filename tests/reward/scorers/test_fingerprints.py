@@ -11,7 +11,7 @@ from latentreward.core.storage import hub
 from latentreward.reward import CallableScorer, RewardModelScorer
 from latentreward.reward.scorers.fingerprints import scorer_fingerprints
 from latentreward.reward.scorers.tools import CommandScorer, ScoreFile
-from latentreward.reward.scoring.layouts.find import BLOCK, WHOLE, fingerprint
+from latentreward.reward.scoring.find import BLOCK, WHOLE, fingerprint
 
 
 def fill(folder: Path, *names: str) -> Path:

@@ -11,7 +11,7 @@ from PIL import Image
 from latentreward.core.registry import create_backbone
 from latentreward.data.image_sizes import OneSize
 from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, PublishedSettings, RewardModel
-from latentreward.reward.scoring.layouts.papers import PublishedDiNaLRM, PublishedLRM
+from latentreward.reward.scoring.importers import PublishedDiNaLRM, PublishedLRM
 from tests.diffusion.backbones.networks import tiny_backbone
 from tests.diffusion.families.twins import TWINS
 

@@ -9,8 +9,8 @@ import torch
 
 from latentreward.core.errors import InputError
 from latentreward.reward import Calibration, ScoringNoise
-from latentreward.reward.scoring.layouts.model_folder import FolderConfig
 from latentreward.reward.scoring.scoring_noise import FEWEST, GRID
+from latentreward.reward.scoring.stored import FolderConfig
 from tests.reward.scoring.test_model_card import config
 
 NOISE = ScoringNoise(sigmas=(0.4,))
@@ -65,7 +65,7 @@ def test_a_value_that_half_the_reference_set_shares_is_its_middle() -> None:
 
 
 def test_json_keeps_every_bit() -> None:
-    noise = ScoringNoise(timesteps=(1, 251), seeds=(0, 3), noise_key="image")
+    noise = ScoringNoise(timesteps=(1, 251), seeds=(0, 3))
     calibration = Calibration.fit(normal_scores(100) / 3, "ünïcode", noise, seed=7)
     again = FolderConfig.of_record(json.loads(replace(config(), calibration=calibration).text())).calibration
     assert again == calibration
@@ -99,7 +99,7 @@ def test_damaged_records(change) -> None:
 def test_scores_at_other_levels_are_refused_and_other_draws_are_not() -> None:
     calibration = Calibration.fit(normal_scores(100), "reference", NOISE)
     scores = torch.zeros(2)
-    for same in (NOISE, ScoringNoise(sigmas=(0.4,), seeds=(5,)), ScoringNoise(sigmas=(0.4,), noise_key="image")):
+    for same in (NOISE, ScoringNoise(sigmas=(0.4,), seeds=(5,))):
         assert calibration.fits(same)
         calibration.z_score(scores, same)
     for other in (ScoringNoise(sigmas=(0.5,)), ScoringNoise(timesteps=(400,)), ScoringNoise(sigmas=(0.4, 0.5))):

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -91,15 +90,6 @@ def test_a_picture_that_is_written_again_is_read_again(model: RewardModel, tmp_p
     assert scores[0] != scores[1]
 
 
-@torch.no_grad()
-def test_latents_and_images_score_alike(model: RewardModel) -> None:
-    prompts = [edit_prompt("make it red", BLUE), edit_prompt("make it red", RED)]
-    pixels = torch.from_numpy(np.array(RED.resize((48, 32)))).permute(2, 0, 1).float().repeat(2, 1, 1, 1) / 127.5 - 1
-    by_pixels = model.score(prompts, pixels, value_range=(-1, 1))
-    by_latents = model.score_latents(prompts, model.encode_images(pixels))
-    assert torch.allclose(by_pixels, by_latents, atol=2e-5)
-
-
 def written_list(folder: Path) -> tuple[ListedImage, ...]:
     for name, image in (("red", RED), ("blue", BLUE)):
         image.save(folder / f"{name}.png")
@@ -115,7 +105,7 @@ def written_list(folder: Path) -> tuple[ListedImage, ...]:
 def test_lists_of_edits_are_scored_and_odd_rows_named(model: RewardModel, tmp_path: Path) -> None:
     rows = written_list(tmp_path)
     scoring = ListedScoring(model, rows, {"score": model.noise}, 2, 1)
-    ((_, table),) = scoring.tables([range(len(rows))])
+    table = scoring.table(range(len(rows)))
     wanted = [model.score(row.prompt, tmp_path / "red.png").item() for row in (rows[0], rows[2], rows[4])]
     scores = table["score"].to_pylist()
     assert [scores[place] for place in (0, 2, 4)] == pytest.approx(wanted, abs=2e-5)

@@ -13,7 +13,7 @@ from latentreward.apps.cli import main
 from latentreward.core.errors import InputError
 from latentreward.data.image_sizes import OneSize
 from latentreward.reward import PublishedSettings, RewardModel, ScoringNoise
-from latentreward.reward.scoring.layouts.exporting import export_reward
+from latentreward.reward.scoring.exporting import export_reward
 from tests.alignment.rewards.stored import write_run
 from tests.marks import rotated_after
 from tests.reward.scoring.models import PROMPTS, pictures
@@ -79,26 +79,13 @@ def test_a_run_loads_again_to_its_scores(
     assert not any(str(tmp_path) in path.read_text() for path in output.rglob("*.json"))
 
 
-@pytest.mark.slow
-def test_a_model_folder_and_another_layout_can_be_exported(tmp_path: Path) -> None:
-    base = pipeline_folder("sd15")
-    write_lrm(tmp_path / "published", "sd15")
-    settings = PublishedSettings(guidance=1.0, multi_scale="enhanced")
-    model = RewardModel.from_pretrained(tmp_path / "published", base=base, published=settings)
-    model.save_pretrained(tmp_path / "folder")
-    export(tmp_path / "folder", tmp_path / "exported", "lpo", f"--base={base}")
-    again = RewardModel.from_pretrained(tmp_path / "exported", base=base, published=settings)
-    assert torch.equal(scores_of(again), scores_of(model))
-
-
 def test_what_the_layout_does_not_hold_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", "dina", "sd35", **SMALL, frozen_dtype="bfloat16")
     model = RewardModel.from_pretrained(tmp_path / "run")
     model.noise, model.image_sizes = ScoringNoise(sigmas=(0.2, 0.7)), OneSize(16, 16)
     told = export_reward(model, tmp_path / "exported", "diffusion-rm", base_name="owner/base")
     assert told[1].startswith("not held by this layout: noise sigma 0.2+0.7")
-    assert "image sizes 16x16 (will be " in told[1]
-    assert told[1].endswith("; frozen_dtype bfloat16 of the base")
+    assert "image sizes 16x16, EXIF orientation (ignore)" in told[1]
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert config["model"]["backbone_model_id"] == "owner/base"
 
@@ -121,7 +108,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     for run, layout, problem in (
         ("lrm", "diffusion-rm", "a GatedQFormerHead on SD3DiTBackbone, and this is a CLIPProjectionHead on SDUNet"),
         ("dina", "lpo", "a CLIPProjectionHead on SDUNetBackbone, and this is a GatedQFormerHead on SD3DiT"),
-        ("dina", "kohya", "is for policies, but"),
+        ("dina", "kohya", "is for policies (for a reward set diffusion-rm or lpo): "),
     ):
         assert problem in refused(capsys, tmp_path / run, new, f"--format={layout}")
     assert "base_name is for diffusion-rm" in refused(capsys, tmp_path / "lrm", new, "--format=lpo", "--base_name=a/b")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from latentreward.apps.cli import main
-from latentreward.reward.scoring.layouts.find import checkpoint_of
+from latentreward.reward.scoring.find import checkpoint_of
 from tests.core.settings.test_refusals import FIT
 
 FEW = ["--data.train_pairs=4", "--data.val_pairs=4", "--data.batch_size=2", "--data.num_workers=0"]

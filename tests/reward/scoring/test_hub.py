@@ -1,16 +1,12 @@
 """Reward models on the hub, by its real client against a hub on this machine; and what is said without one."""
 
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 
 from latentreward.core.errors import InputError
-from latentreward.core.storage.hub import TIMEOUT
 from latentreward.reward import Card, RewardModel
 from tests.alignment.rewards.stored import write_run
 from tests.marks import rotated_after
@@ -110,28 +106,3 @@ def test_without_a_network_the_cache_will_do(hub: StubHub, monkeypatch: pytest.M
     with pytest.raises(InputError, match="'owner/reward': the hub does not answer") as caught:
         model.push_to_hub("owner/reward", token="hf_secret")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.slow
-def test_names_and_tokens_that_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, hub: StubHub, tmp_path: Path) -> None:
-    model = trained(tmp_path)
-    with pytest.raises(InputError, match=r"'no/hub/id' is not a hub id .*; give owner/name"):
-        model.push_to_hub("no/hub/id", token="hf_secret")
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    with pytest.raises(InputError, match="'owner/reward': the hub refuses"):
-        model.push_to_hub("owner/reward", token="hf_wrong")
-
-
-def refuse(self: huggingface_hub.HfApi, *args: object, **options: object) -> None:
-    """What the client does without a token."""
-    raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required, but no token found")
-
-
-@pytest.mark.slow
-def test_a_hub_that_says_nothing_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        set_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
-        start = time.monotonic()
-        with pytest.raises(InputError, match="the hub does not answer"):
-            RewardModel.from_pretrained("owner/reward")
-        assert time.monotonic() - start < 2 * TIMEOUT + 3  # connecting and reading have it each

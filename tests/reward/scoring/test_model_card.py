@@ -8,9 +8,9 @@ import yaml
 
 from latentreward.data.image_sizes import OneSize
 from latentreward.reward import Calibration, Card, ScoringNoise
-from latentreward.reward.scoring.layouts.card import model_card
-from latentreward.reward.scoring.layouts.model_folder import FolderConfig
-from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe
+from latentreward.reward.scoring.publishing import model_card
+from latentreward.reward.scoring.recipe import ModelPart, ModelRecipe
+from latentreward.reward.scoring.stored import FolderConfig
 
 NOISE = ScoringNoise(sigmas=(0.3, 0.6), seeds=(0, 1))
 
@@ -87,19 +87,7 @@ def test_what_a_score_means() -> None:
 
 def test_hostile_texts_stay_in_their_cells() -> None:
     evil = "x | y\n| evil | row\n# Head <script>alert(1)</script> [a](http://b) `c`"
-    text = model_card(
-        config(), Card(name=evil, datasets=(evil,), training={evil: evil}, metrics={evil: evil}), "folder"
-    )
+    text = model_card(config(), Card(name=evil, datasets=(evil,)), "folder")
     assert "<script>" not in text.replace("\\<script\\>", "")
     assert "| evil |" not in text.replace("\\| evil \\|", "")
     assert not any(line.startswith(("| evil", "# Head")) for line in text.splitlines())
-
-
-def test_metrics_are_flattened_and_cut() -> None:
-    text = model_card(config(), Card(metrics={"hpdv2": {"accuracy": 0.812345, "pairs": 10}, "curve": [1, 2]}), "folder")
-    assert "| hpdv2.accuracy | 0.8123 |" in text
-    assert "| hpdv2.pairs | 10 |" in text
-    assert "curve" not in text
-    many = model_card(config(), Card(metrics={f"m{n}": n for n in range(100)}), "folder")
-    assert "40 more are not shown" in many
-    assert "## Metrics" not in model_card(config(), Card(), "folder")

@@ -13,7 +13,7 @@ from latentreward.alignment import LatentReward
 from latentreward.apps.cli import main
 from latentreward.core.errors import InputError
 from latentreward.reward import GatedQFormerHead, RewardModel
-from latentreward.reward.scoring.layouts.recipe import ModelRecipe, backbone_part, head_part, own_parts
+from latentreward.reward.scoring.recipe import ModelRecipe, backbone_part, head_part, own_parts
 from tests.marks import rotated_after, slow_after
 from tests.reward.scoring import plugin_backbone
 from tests.tiny_pipelines import pipeline_folder
@@ -120,12 +120,3 @@ def test_a_buffer_of_the_backbones_own_is_saved(tmp_path: Path, capsys: Any) -> 
     again = RewardModel.from_pretrained(tmp_path / "out", base=pipeline_folder("sd15"), trust_remote_code=True)
     assert torch.equal(again.backbone.shift, model.backbone.shift)
     assert torch.equal(scores(again), scores(model))
-
-
-@pytest.mark.slow
-def test_a_base_that_no_setting_names(tmp_path: Path, capsys: Any) -> None:
-    trained("fixed").save_pretrained(tmp_path / "saved")
-    publish(tmp_path)
-    with pytest.raises(SystemExit):
-        publish(tmp_path, "--base_name=owner/base")
-    assert "source" in capsys.readouterr().err

@@ -20,18 +20,16 @@ from transformers import CLIPTextModel
 from latentreward.alignment import LatentReward
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
-from latentreward.data.image_sizes import NearestBucket, OneSize
 from latentreward.diffusion import LoRA as BackboneLoRA
 from latentreward.diffusion import SD3DiTBackbone, sd35_medium, sd_tiny
 from latentreward.reward import (
-    Calibration,
     CLIPProjectionHead,
     GatedQFormerHead,
     RewardModel,
     ScoringNoise,
 )
-from latentreward.reward.scoring.layouts import saving
-from latentreward.reward.scoring.layouts.recipe import ModelPart, ModelRecipe, recipe_in_python
+from latentreward.reward.scoring import publishing
+from latentreward.reward.scoring.recipe import ModelPart, ModelRecipe, recipe_in_python
 from tests.alignment.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.marks import rotated_after, slow_after
 from tests.reward.scoring.test_published import write_dina, write_lrm
@@ -149,22 +147,6 @@ def test_peft_reads_the_adapters(name: str, part: str, family: Any, folder: str,
         if isinstance(layer, LoraLayer):
             expected = plain[f"{layer_name}.weight"] + layer.get_delta_weight("default")
             torch.testing.assert_close(merged[f"{layer_name}.weight"], expected)
-
-
-@pytest.mark.slow
-def test_noise_sizes_and_calibration_come_back(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "dina", "sd35", lora=LORA)
-    model = RewardModel.from_pretrained(tmp_path / "run")
-    model.noise = ScoringNoise(sigmas=(0.1, 0.6), seeds=(3, 4), noise_key="image")
-    model.image_sizes = NearestBucket(((16, 16), (16, 32)))
-    model.calibration = Calibration.fit(torch.randn(50), "some images", model.noise, seed=2)
-    model.save_pretrained(tmp_path / "saved")
-    again = RewardModel.from_pretrained(tmp_path / "saved")
-    assert (again.noise, again.image_sizes, again.calibration) == (model.noise, model.image_sizes, model.calibration)
-    assert torch.equal(scores(again), scores(model))
-    model.image_sizes = OneSize(24, 16)
-    model.save_pretrained(tmp_path / "saved")
-    assert RewardModel.from_pretrained(tmp_path / "saved").image_sizes == OneSize(24, 16)
 
 
 def changed_base(name: str, part: str, folder: Path, factor: float = 1.1) -> str:
@@ -315,25 +297,6 @@ def test_a_killed_save_leaves_no_folder_or_the_old_one(existing: bool, files: in
     assert not list(tmp_path.glob(".target.*"))
 
 
-@pytest.mark.slow
-def test_two_processes_save_to_one_folder(tmp_path: Path) -> None:
-    model = RewardModel.from_pretrained(saved_run(tmp_path, lora=LORA))
-    target = tmp_path / "target"
-    processes = []
-    for _ in range(3):
-        if (process := os.fork()) == 0:
-            try:
-                for _ in range(5):
-                    model.save_pretrained(target)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        processes.append(process)
-    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0, 0]
-    assert torch.equal(scores(RewardModel.from_pretrained(target)), scores(model))
-    assert not list(tmp_path.glob(".target.*"))
-
-
 def save_and_die(model: RewardModel, target: Path, files: int) -> None:
     """Save, and be killed once so many files of tensors are written."""
     written: list[Path] = []
@@ -344,7 +307,7 @@ def save_and_die(model: RewardModel, target: Path, files: int) -> None:
         if len(written) == files:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    saving.save_file = write
+    publishing.save_file = write
     model.save_pretrained(target)
     os._exit(1)
 

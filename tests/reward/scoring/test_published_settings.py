@@ -1,6 +1,5 @@
 """What the files of a published layout do not hold: given by an argument, told, recorded, refused elsewhere."""
 
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from latentreward.alignment import LatentReward
 from latentreward.core.errors import InputError
 from latentreward.reward import CLIPProjectionHead, PublishedSettings, RewardModel
-from tests.alignment.rewards.stored import states_of, tiny_policy, write_run
+from tests.alignment.rewards.stored import write_run
 from tests.diffusion.backbones.networks import tiny_backbone
 from tests.marks import rotated_after
 from tests.reward.scoring.models import PROMPTS, load_lrm, pictures
@@ -126,17 +125,3 @@ def test_settings_of_another_layout_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             LatentReward(str(tmp_path / name), published=PublishedSettings(**settings)).latent_space()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("share", rotated_after(1, ["auto", "never"]))
-def test_latent_reward_takes_and_tells_them(share: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_dina(tmp_path)
-    policy, prompts = tiny_policy("sd35", t5_length=256), ["a cat", "two dogs"]
-    reward = LatentReward(str(tmp_path), share=share, published=PublishedSettings(rms_eps=1e-7)).load(policy)
-    assert reward.model.head.norm_ff.eps == 1e-7
-    assert [r.levelno for r in caplog.records if "rms_eps 1e-07, t5_length 256" in r.getMessage()] == [logging.WARNING]
-    other = LatentReward(str(tmp_path), share=share).load(policy)
-    states = states_of(policy)
-    scores = [scorer(states, scorer.encode_prompts(prompts)) for scorer in (reward, other)]
-    assert (scores[0] - scores[1]).abs().max() > 0

@@ -1,6 +1,7 @@
 """Images in whatever form, each with its prompt, to one score each; what cannot be scored is named."""
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +167,20 @@ def test_a_single_image_gives_one_score(lrm: RewardModel, tmp_path: Path) -> Non
     torch.testing.assert_close(lrm.score("a cat", to_tensor(image)[0], value_range=(0, 1)), expected)
 
 
+def fresh(model: RewardModel) -> RewardModel:
+    """The same network, which has warned of nothing yet."""
+    new = copy(model)
+    new._warned = set()
+    return new
+
+
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """(1, 3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
 
 
 def test_the_range_of_a_tensor_can_be_given_and_is_doubted(lrm: RewardModel, caplog: Any) -> None:
-    model = RewardModel.of(lrm)
+    model = fresh(lrm)
     pixels = to_tensor(picture(3, PIXELS, PIXELS))
     expected = model.score("a cat", 2 * pixels - 1)
     for scale in (1, 255):
@@ -185,7 +193,7 @@ def test_the_range_of_a_tensor_can_be_given_and_is_doubted(lrm: RewardModel, cap
     [record] = caplog.records
     assert "all values of the image tensor lie in [0, 1]" in record.message
     assert "value_range=(0, 1)" in record.message
-    RewardModel.of(lrm).score("a cat", pixels, value_range=(-1, 1))
+    fresh(lrm).score("a cat", pixels, value_range=(-1, 1))
     assert len(caplog.records) == 1
     larger = to_tensor(picture(3, PIXELS, 2 * PIXELS))
     model.score("a cat", larger, value_range=(0, 1))
@@ -198,7 +206,7 @@ def test_the_range_of_a_tensor_can_be_given_and_is_doubted(lrm: RewardModel, cap
 
 @pytest.mark.parametrize(("prompts", "empty"), [("", 2), (["a cat", " \n"], 1)])
 def test_empty_prompts_are_told_once(lrm: RewardModel, prompts: Any, empty: int, caplog: Any) -> None:
-    model = RewardModel.of(lrm)
+    model = fresh(lrm)
     model.score(prompts, pictures(2))
     model.score(prompts, pictures(2))
     model.score_latents(prompts, torch.randn(2, 4, 8, 8))
@@ -207,7 +215,7 @@ def test_empty_prompts_are_told_once(lrm: RewardModel, prompts: Any, empty: int,
 
 
 def test_images_that_no_training_size_fits_are_counted(dina: RewardModel, caplog: Any) -> None:
-    model = RewardModel.of(dina)
+    model = fresh(dina)
     model.image_sizes = NearestBucket(((16, 16), (16, 24)))
     model.score("a cat", [picture(0, 20, 20), picture(1, 20, 30)])
     caplog.clear()  # of the encoder's line about long prompts, once in a process
@@ -220,7 +228,7 @@ def test_images_that_no_training_size_fits_are_counted(dina: RewardModel, caplog
 
 @pytest.mark.parametrize("exif", ["apply", "ignore"])
 def test_exif_orientation_is_as_the_model_has_it(lrm: RewardModel, exif: Any, tmp_path: Path) -> None:
-    model = RewardModel.of(lrm)
+    model = fresh(lrm)
     assert model.exif == "apply"
     model.exif = exif
     stored = picture(1, 24, 40)
@@ -317,7 +325,7 @@ def test_buckets_at_full_size_are_the_published_ones() -> None:
 
     from latentreward.apps.estimate.pipelines import write_pipelines
     from latentreward.core.registry import create_backbone
-    from latentreward.reward.scoring.network import own_sizes
+    from latentreward.reward.scoring.reward_model import own_sizes
 
     with tempfile.TemporaryDirectory() as folder:
         folders = write_pipelines(Path(folder))

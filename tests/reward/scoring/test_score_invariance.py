@@ -65,8 +65,8 @@ def test_repeats_and_any_order_give_the_same_bits(model: RewardModel, mixed: boo
 
 
 @pytest.mark.slow
-def test_ensembles_seeds_and_noise_by_image_do_not_matter_either(model: RewardModel) -> None:
-    levels = [ScoringNoise(sigmas=(0.2, 0.5), seeds=(0, 5)), ScoringNoise(sigmas=(0.7,), noise_key="image")]
+def test_ensembles_and_seeds_do_not_matter_either(model: RewardModel) -> None:
+    levels = [ScoringNoise(sigmas=(0.2, 0.5), seeds=(0, 5)), ScoringNoise(sigmas=(0.7,))]
     images, prompts = pictures(8), prompts_of(8)
     expected = model.score_levels(prompts, images, levels, batch_size=8)
     back = model.score_levels(prompts[::-1], images[::-1], levels, batch_size=8)

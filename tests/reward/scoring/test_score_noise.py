@@ -2,18 +2,15 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from latentreward.core.running import scoring_generator
 from latentreward.diffusion import DDPM, FlowMatching
 from latentreward.reward import RewardModel, ScoringNoise
-from latentreward.reward.scoring.ensemble import content_key
 from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
-from tests.reward.scoring.models import picture, pictures, scoring_model
+from tests.reward.scoring.models import pictures, scoring_model
 from tests.tiny_pipelines import LATENTS
 
 SHAPE = (4, LATENTS, LATENTS)
@@ -29,8 +26,8 @@ def lrm() -> RewardModel:
     return scoring_model("sd15")
 
 
-def draw(prompts: Sequence[str], keys: Sequence[str] | None = None, seed: int = 0, sigma: float = 0.4) -> Tensor:
-    return draw_noise(prompts, keys, seed, sigma, SHAPE)
+def draw(prompts: Sequence[str], seed: int = 0, sigma: float = 0.4) -> Tensor:
+    return draw_noise(prompts, seed, sigma, SHAPE)
 
 
 def test_images_of_a_prompt_share_their_noise() -> None:
@@ -38,9 +35,6 @@ def test_images_of_a_prompt_share_their_noise() -> None:
     assert torch.equal(both[0], both[2])
     assert not torch.equal(both[0], both[1])
     assert both.dtype == torch.float32
-    by_image = draw(["a cat", "a cat", "a cat"], ["x", "y", "x"])
-    assert torch.equal(by_image[0], by_image[2])
-    assert not torch.equal(by_image[0], by_image[1])
 
 
 def test_every_part_of_the_name_counts_and_nothing_else() -> None:
@@ -48,9 +42,9 @@ def test_every_part_of_the_name_counts_and_nothing_else() -> None:
     first = draw(["a cat"])
     torch.manual_seed(2)
     assert torch.equal(draw(["a dog", "a cat"])[1:], first)
-    others = [draw(["a cat "]), draw(["a cat"], seed=1), draw(["a cat"], sigma=0.41), draw(["a cat"], ["key"])]
+    others = [draw(["a cat "]), draw(["a cat"], seed=1), draw(["a cat"], sigma=0.41)]
     assert all(not torch.equal(other, first) for other in others)
-    wider = draw_noise(["a cat"], None, 0, 0.4, (4, LATENTS, 2 * LATENTS))
+    wider = draw_noise(["a cat"], 0, 0.4, (4, LATENTS, 2 * LATENTS))
     assert not torch.equal(wider.flatten()[:64], first.flatten()[:64])
 
 
@@ -85,7 +79,6 @@ def test_k_settings_are_k_scores_with_one_encoding(name: str, request: pytest.Fi
         model.noise,
         ScoringNoise(sigmas=(0.2, 0.5, 0.7)),
         ScoringNoise(sigmas=(0.7,), seeds=(3, 4)),
-        ScoringNoise(sigmas=(0.7,), noise_key="image"),
     ]
     prompts, images = ["a cat", "a dog", "a cat", ""], pictures(4)
     calls: list[int] = []
@@ -105,29 +98,9 @@ def test_each_level_of_an_ensemble_has_its_own_draw(dina: RewardModel) -> None:
     for timestep in process.timesteps_at(torch.tensor(sigmas)):
         (sigma,) = process.sigma(timestep[None]).tolist()
         noisy = process.add_noise(latents, draw(["a cat"], sigma=sigma), timestep[None])
-        features.append(dina.read(noisy, timestep[None], conditioning))
+        features.append(dina.backbone(noisy, timestep[None], conditioning))
     expected = dina.head.score_ensemble(features)
     torch.testing.assert_close(dina.score_latents(["a cat"], latents, noise=ScoringNoise(sigmas=sigmas)), expected)
-
-
-def test_noise_of_its_own_for_each_image_follows_its_content(dina: RewardModel) -> None:
-    noise = ScoringNoise(sigmas=(0.7,), noise_key="image")
-    image, other = picture(1), picture(2)
-    turned = Image.fromarray(np.array(image))  # the same pixels in another object
-    scores = dina.score("a cat", [image, other, turned], noise=noise)
-    assert scores[0] == scores[2]
-    assert not torch.equal(scores, dina.score("a cat", [image, other, turned], noise=ScoringNoise(sigmas=(0.7,))))
-    alone = dina.score("a cat", [other], noise=noise)
-    torch.testing.assert_close(alone, scores[1:2], rtol=0, atol=2e-5)
-
-
-def test_content_has_one_name() -> None:
-    values = torch.randn(2, 3, 4)
-    assert content_key(values) == content_key(values.clone().requires_grad_())
-    assert content_key(values) == content_key(values.transpose(0, 1).contiguous().transpose(0, 1))
-    others = [values.reshape(3, 2, 4), values.double(), values + 1e-6, -values]
-    assert len({content_key(value) for value in (values, *others)}) == 5
-    assert content_key(torch.tensor(1.0)) != content_key(torch.zeros(0))
 
 
 def test_given_conditioning_stands_for_the_prompts(lrm: RewardModel) -> None:

@@ -3,7 +3,6 @@
 import importlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion import LoRA
 from latentreward.reward import RewardModel
-from latentreward.reward.scoring.layouts.recipe import guarded_imports
+from latentreward.reward.scoring.recipe import guarded_imports
 from tests.alignment.rewards.stored import write_run
 from tests.marks import slow_after
 from tests.reward.scoring.models import ForeignHead
 from tests.reward.scoring.stub_hub import StubHub, running_hub
-from tests.reward.scoring.test_pretrained import scores
 from tests.tiny_pipelines import pipeline_folder
 
 pytestmark = pytest.mark.usefixtures("bases_here")
@@ -58,19 +56,6 @@ def refused(source: str | Path, message: str, **options: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", list(RUNS))
-def test_a_run_on_the_hub_scores_as_it_does_here(kind: str, hub: StubHub, tmp_path: Path) -> None:
-    method, name, options = RUNS[kind]
-    write_run(tmp_path / "run", method, name, **options)
-    ours = RewardModel.from_pretrained(tmp_path / "run")
-    theirs = RewardModel.from_pretrained(upload(hub, tmp_path / "run"))
-    assert torch.equal(scores(theirs), scores(ours))
-    assert theirs.recipe == ours.recipe
-    theirs.save_pretrained(tmp_path / "saved")
-    assert torch.equal(scores(RewardModel.from_pretrained(tmp_path / "saved")), scores(ours))
-
-
 @pytest.mark.parametrize(
     "head",
     slow_after(
@@ -86,55 +71,6 @@ def test_our_own_classes_by_any_of_their_names(head: Any, hub: StubHub, tmp_path
     write_run(tmp_path, "lrm", "sd15")
     edit(tmp_path, lambda model: model.update(head=head))
     RewardModel.from_pretrained(upload(hub, tmp_path))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["here", "hub"])
-def test_trust_allows_all_and_nothing_else_does(
-    place: str, hub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("BASE", pipeline_folder("sd35"))
-    write_run(tmp_path / "run", "dina", "sd35")
-    edit(tmp_path / "run", lambda model: model["backbone"]["init_args"].update(source="${oc.env:BASE}"))
-    write_run(tmp_path / "mine", "lrm", "sd15")
-    head = {"class_path": "tests.reward.scoring.models.ForeignHead"}
-    edit(tmp_path / "mine", lambda model: model.update(head=head))
-    for folder in (tmp_path / "run", tmp_path / "mine"):
-        source = str(folder) if place == "here" else upload(hub, folder, f"owner/{folder.name}")
-        refused(source, "trust_remote_code=True")
-        refused(source, "trust_remote_code=True", config=str(folder / "config.yaml"))
-        RewardModel.from_pretrained(source, trust_remote_code=True)
-
-
-@pytest.mark.slow
-def test_variables_that_no_model_reads_need_no_trust(tmp_path: Path) -> None:
-    write_run(tmp_path, "dina", "sd35")
-    path = tmp_path / "config.yaml"
-    settings = yaml.safe_load(path.read_text())
-    settings |= {"trainer": {"logger": {"class_path": "x.Y", "init_args": {"key": "${oc.env:UNSET_KEY}"}}}}
-    settings["model"]["init_args"] |= {"metrics": "${oc.env:UNSET_KEY}"}
-    path.write_text(yaml.safe_dump(settings))
-    for trusted in (False, True):
-        RewardModel.from_pretrained(tmp_path, trust_remote_code=trusted)
-
-
-@pytest.mark.slow
-def test_what_was_downloaded_imports_nothing_of_its_own(
-    hub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    write_run(tmp_path / "run", "lrm", "sd15")
-    (tmp_path / "run" / "beside").mkdir()
-    code = "from tests.reward.scoring.models import ForeignHead\nprint('ran')\n"
-    for name in ("beside.py", "beside/inner.py"):
-        (tmp_path / "run" / name).write_text(code)
-    RewardModel.from_pretrained(upload(hub, tmp_path / "run"))
-    (here,) = (tmp_path / "cache").rglob("reward.ckpt")
-    monkeypatch.syspath_prepend(str(here.parent))
-    for path in ("beside.ForeignHead", "beside.inner.ForeignHead"):
-        edit(tmp_path / "run", lambda model, path=path: model.update(head={"class_path": path}))
-        name = upload(hub, tmp_path / "run", f"owner/{path.partition('.Foreign')[0]}")
-        refused(name, "beside a model that came from others", trust_remote_code=True)
-    assert "beside" not in sys.modules
 
 
 def test_a_module_beside_a_model_that_a_link_leads_to_is_refused(

@@ -14,7 +14,7 @@ from latentreward.core.checkpoints.shards import read_checkpoint
 from latentreward.core.errors import InputError, first_line
 from latentreward.diffusion import LoRA, is_foreign
 from latentreward.diffusion.backbones.tuning import check_settings, plain_name, stored_ranks
-from latentreward.reward.scoring.layouts.recipe import ONLY_IN_TRAINING
+from latentreward.reward.scoring.recipe import ONLY_IN_TRAINING
 
 SOURCE = "policy_source"
 """Key of a checkpoint that holds the fields of a :class:`PolicySource` as plain values."""

@@ -62,7 +62,7 @@ class Policy(nn.Module):
         self.text_encoder, self.vae = text_encoder, vae
         self.source_encoder = None if vae is None else family.source_encoder(vae)
         self.adapters = AdapterSwitch(network, POLICY)
-        self._gradient_seen = self._compared = False
+        self._gradient_seen = False
         self._uncond: tuple[Any, Conditioning] | None = None
         self._rows: dict[str, int] = {}
         self._remembered: tuple[Conditioning, Conditioning | None] | None = None
@@ -95,17 +95,8 @@ class Policy(nn.Module):
     def predict(
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None = None
     ) -> Tensor:
-        """Predict noise, v or velocity ``(B, C, ...)`` as :meth:`Family.predict`, by default with its own guidance.
-
-        Of a user's own family the first batch is compared by
-        :func:`~latentreward.reward.scoring.apart.check_predictions`.
-        """
+        """Predict noise, v or velocity ``(B, C, ...)`` as :meth:`Family.predict`, by default with its own guidance."""
         users_family = not of_this_package(type(self.family).__module__)  # shipped families need no check
-        if users_family and not self._compared:
-            from latentreward.reward.scoring.apart import check_predictions  # only a family of one's own needs it
-
-            self._compared = True
-            check_predictions(self.family, self.network, latents, timesteps, conditioning, guidance)
         first = users_family and torch.is_grad_enabled() and not self._gradient_seen
         self._gradient_seen |= first
         with warn_of_lost_gradient(self.family, self.network) if first else nullcontext():

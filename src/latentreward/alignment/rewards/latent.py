@@ -21,13 +21,14 @@ from latentreward.diffusion.backbones.loading import PipelineSource
 from latentreward.diffusion.backbones.weights import Reading, read_weights, reading_later
 from latentreward.diffusion.noise.processes import per_sample
 from latentreward.reward import ModelSource
-from latentreward.reward.scoring.layouts.find import StoredReward, find_reward
-from latentreward.reward.scoring.network import RewardNetwork
+from latentreward.reward.scoring.find import find_reward
+from latentreward.reward.scoring.reward_model import RewardModel
 
 if TYPE_CHECKING:
     from latentreward.alignment.policies.loading import PolicySource
     from latentreward.alignment.policies.policy import Policy
     from latentreward.diffusion.encoders.prompts import PromptEncoder
+    from latentreward.reward.scoring.stored import StoredReward
 
 
 def surrogate(latents: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
@@ -152,7 +153,7 @@ class LatentScorer(Reward):
 
     def __init__(
         self,
-        model: RewardNetwork,
+        model: RewardModel,
         noise_process: NoiseProcess,
         batch_size: int | None = None,
         policy: Policy | None = None,
@@ -171,7 +172,7 @@ class LatentScorer(Reward):
         self._own_text = self._own_network = False  # whether these have a precision of their own
 
     @property
-    def model(self) -> RewardNetwork:
+    def model(self) -> RewardModel:
         """Reward model, including modules shared with the policy."""
         self.read_weights()
         return self._model[0]
@@ -263,7 +264,7 @@ class LatentScorer(Reward):
             for timestep in timesteps:
                 repeated = timestep.repeat(len(latents))
                 noisy = process.add_noise(latents, noise[chunk].to(latents), repeated)
-                levels.append(self.model.read(noisy, repeated, *prompts))
+                levels.append(self.model.backbone(noisy, repeated, *prompts))
             head = self.model.head
             return head.total(head(levels[0]) if len(levels) == 1 else head.score_ensemble(levels))
 
@@ -375,11 +376,11 @@ class LatentReward(RewardSource):
         scorer.origin = f"reward {self.path}"
         return scorer
 
-    def _loaded(self, stored: StoredReward, policy: Policy) -> tuple[RewardNetwork, Switch]:
+    def _loaded(self, stored: StoredReward, policy: Policy) -> tuple[RewardModel, Switch]:
         """Load the model, and return it with the context in which a network shared with the policy is the reward's."""
         network, text = (self.share == "auto" and shares(stored, policy) for shares in (shares_network, shares_text))
         if not network:
-            model = stored.load(RewardNetwork)
+            model = stored.load(RewardModel)
             model.backbone.vae = None  # 84 million parameters that scoring of latents does not need
             if text:
                 model.backbone.text_encoder = policy.text_encoder
@@ -389,8 +390,8 @@ class LatentReward(RewardSource):
         if text:
             encoder, head = policy.text_encoder, stored.head(outline).requires_grad_(False).eval()
         else:  # the text encoder can only be loaded with the whole model, whose network is then dropped
-            whole = stored.load(RewardNetwork)
+            whole = stored.load(RewardModel)
             encoder, head = whole.backbone.text_encoder, whole.head
-        model = RewardNetwork(outline.with_network(policy.network, encoder), head)
+        model = RewardModel(outline.with_network(policy.network, encoder), head)
         model.image_sizes = stored.image_sizes or model.image_sizes
         return model, partial(policy.adapters.use, adapter)

@@ -15,7 +15,7 @@ from latentreward.core.checkpoints.base_weights import is_quantized, without_ada
 
 if TYPE_CHECKING:
     from latentreward.alignment.policies.policy import Policy
-    from latentreward.reward.scoring.layouts.find import StoredReward
+    from latentreward.reward.scoring.stored import StoredReward
 
 REWARD = "reward"
 """Name in peft of the first reward's adapter in the policy's network; further ones are ``reward1``, ``reward2``, …"""

@@ -34,7 +34,7 @@ from latentreward.data.alignment.prompt_files import PromptRow, read_prompt_set
 from latentreward.reward import ImageScorer, Scorer
 from latentreward.reward.scorers.fingerprints import public_identity, scorer_fingerprints
 from latentreward.reward.scorers.tools import ToolScorer
-from latentreward.reward.scoring.network import name_of
+from latentreward.reward.scoring.find import name_of
 from latentreward.tinyworld.captions import judged_captions, tuning_captions
 
 SCORES = "scores.csv"

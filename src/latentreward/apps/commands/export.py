@@ -7,13 +7,11 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from latentreward.core.contracts import PathText
-from latentreward.core.errors import InputError
+from latentreward.core.errors import InputError, errors_at
 from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.durable import check_writable
 from latentreward.reward import ModelSource, RewardModel
-from latentreward.reward.scoring.layouts.exporting import RewardFormat, export_reward
-from latentreward.reward.scoring.layouts.find import find_reward
-from latentreward.reward.scoring.layouts.model_folder import is_model_folder
+from latentreward.reward.scoring.exporting import RewardFormat, export_reward
 
 PolicyFormat = Literal["diffusers", "kohya", "peft", "merged"]
 
@@ -80,28 +78,13 @@ def export_policy(
     from latentreward.alignment import TrainedLoRA, write_kohya, write_merged
     from latentreward.alignment.policies.checkpoint import read_policy_adapter
 
-    try:
+    with errors_at(f"format={format} is for policies (for a reward set {' or '.join(get_args(RewardFormat))}): "):
         saved = read_policy_adapter(checkpoint, trusted)
-    except InputError as error:
-        if not is_reward(checkpoint):
-            raise
-        formats = " or ".join(get_args(RewardFormat))
-        problem = f"format={format} is for policies, but {checkpoint} is a reward; set format: {formats}"
-        raise InputError(problem) from error
     if format == "merged":
         return write_merged(TrainedLoRA.of_checkpoint(saved), saved.source.pipeline(), output, precision)
     lora = TrainedLoRA.of_checkpoint(saved, precision)
     write = {"diffusers": lora.write_diffusers, "peft": lora.write_peft, "kohya": partial(write_kohya, lora)}[format]
     return write(output)
-
-
-def is_reward(place: Path) -> bool:
-    """Tell whether a path holds a reward; only small files are read."""
-    try:
-        # find_reward refuses a folder that names classes outside this package, but it is a reward all the same
-        return place.exists() and (is_model_folder(place) or find_reward(ModelSource(str(place))) is not None)
-    except InputError:
-        return False
 
 
 run = partial(run_function, export, bare=2, classes=False)

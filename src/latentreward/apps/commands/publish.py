@@ -15,16 +15,14 @@ from latentreward.core.running import find_device
 from latentreward.core.settings.functions import run_function
 from latentreward.core.settings.rewriting import expanded
 from latentreward.core.storage.durable import check_writable
-from latentreward.core.storage.json_files import read_config
 from latentreward.reward import Calibration, Card, ModelSource, RewardModel
-from latentreward.reward.scoring.layouts.find import upload
-from latentreward.reward.scoring.layouts.model_folder import CONFIG, FolderConfig
-from latentreward.reward.scoring.layouts.saving import (
-    Probe,
+from latentreward.reward.scoring.publishing import (
+    check_folder,
     check_target,
     config_of,
     new_folder,
-    paths_here,
+    probe,
+    upload,
     write_model,
 )
 from latentreward.reward.scoring.scoring_noise import FEWEST, NoiseSettings
@@ -69,10 +67,8 @@ class Reference:
         require_some(found)
         rows = [row for row in found.rows if row.problem is None]
         if len(rows) < FEWEST:
-            raise InputError(
-                f"reference.images: {self.images} has {len(rows)} images with prompts; a calibration needs at least "
-                f"{FEWEST}"
-            )
+            few = f"reference.images: {self.images} has {len(rows)} images with prompts"
+            raise InputError(f"{few}; a calibration needs at least {FEWEST}")
         if len(rows) > self.limit:
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
             rows = [rows[index] for index in sorted(order[: self.limit].tolist())]
@@ -87,7 +83,6 @@ def publish(
     licence: str = "",
     datasets: list[str] | None = None,
     description: str = "",
-    metrics: Path | None = None,
     name: str = "",
     base_name: str | None = None,
     run_config: PathText | None = None,
@@ -113,7 +108,6 @@ def publish(
             several words.
         datasets: Training data for the model card: hub ids or names; by default the card names the run's readers.
         description: Markdown for the model card, or path of a .md file.
-        metrics: JSON file with numbers for the model card, e.g. of latentreward benchmark.
         name: Title of the model card; by default the hub id, or the folder's name.
         base_name: Name under which others find the base, e.g. owner/name@revision, if the model was trained on a local
             copy. By default the name of the copy's folder is written, and base must be given to load the model.
@@ -127,12 +121,7 @@ def publish(
     """
     check_target(output)
     check_writable(output)
-    if metrics is not None and not metrics.exists():
-        raise InputError(f"metrics: {metrics} cannot be read: there is no such file; give a JSON file")
-    with errors_at("metrics: "):
-        numbers = {} if metrics is None else read_config(metrics, remedy="give a JSON object of names and numbers")
-    title = name or push_to_hub or ""
-    card = Card(title, licence, text_of(description), tuple(datasets or ()), metrics=numbers)
+    card = Card(name or push_to_hub or "", licence, text_of(description), tuple(datasets or ()))
     listed = None if reference is None else reference.listed()
     source, target = ModelSource(model, config=run_config, **loading), find_device(device)
     loaded = RewardModel.from_pretrained(source, device=target)
@@ -143,24 +132,15 @@ def publish(
             loaded.calibration = None
     if reference is not None and listed is not None:
         loaded.calibration = calibrate(loaded, reference, listed, batch_size)
-    calibration, replaced = loaded.calibration, ""
-    if (output / CONFIG).is_file():
-        try:
-            before = calibration_text(FolderConfig.of_record(read_config(output / CONFIG)).calibration)
-            replaced = f"{output}: replaced the model that was there ({before})"
-        except InputError:
-            replaced = f"{output}: replaced the model that was there, which could not be read"
+    calibration, recipe, before = loaded.calibration, loaded.recipe, probe(loaded)
+    assert recipe is not None
     with new_folder(output) as partial:
         write_model(loaded, partial, card, base_name, output.resolve().name)
-        probe = Probe.of(loaded)
         del loaded  # frees memory before the written model is loaded
-        probe.compare(partial, target, source.trust_remote_code)
-    for setting, path in paths_here(probe.recipe).items():
-        print(f"{setting} is {path}, a path on this machine; config.json publishes it", file=sys.stderr)
-    if replaced:
-        print(replaced)
+        check_folder(RewardModel, partial, before, recipe.backbone, target, source.trust_remote_code)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    print(f"{output}: {size / 1e6:.1f} MB, loads again to {probe.summary}; {calibration_text(calibration)}")
+    equal = "equal weights" if before[1] is None else "equal weights and scores"
+    print(f"{output}: {size / 1e6:.1f} MB, loads again to {equal}; {calibration_text(calibration)}")
     if push_to_hub is not None:
         again = f"latentreward publish {output} {output} --push_to_hub {push_to_hub}"
         written = f"the folder {output} is written: later run {again}"
@@ -176,18 +156,15 @@ def calibrate(model: RewardModel, reference: Reference, listed: "ImageList", bat
     from latentreward.reward.scoring.image_lists import ListedScoring  # not for `--help`
 
     scoring = ListedScoring(model, listed.rows, {"score": model.noise}, batch_size, decode_threads=4)
-    tables = [table for _, table in scoring.tables([range(len(listed.rows))])]
-    found = [score for table in tables for score in table["score"].to_pylist()]
-    problems = [problem for table in tables for problem in table["problem"].to_pylist()]
-    if bad := [(row.name, problem) for row, problem in zip(listed.rows, problems, strict=True) if problem is not None]:
-        name, problem = bad[0]
-        line = f"{len(bad)} of {len(listed.rows)} reference images are left out, the first: {name}: {problem}"
+    table = scoring.table(range(len(listed.rows)))
+    rows = list(zip(listed.rows, table["score"].to_pylist(), table["problem"].to_pylist(), strict=True))
+    if bad := [(row.name, problem) for row, _, problem in rows if problem is not None]:
+        line = f"{len(bad)} of {len(rows)} reference images are left out, the first: {bad[0][0]}: {bad[0][1]}"
         print(printable(line), file=sys.stderr)
-    scored = [(row, score) for row, score in zip(listed.rows, found, strict=True) if score is not None]
-    scores = torch.tensor([score for _, score in scored])
-    different = len({row.path for row, _ in scored})
+    scores = torch.tensor([score for _, score, _ in rows if score is not None])
+    different = len({row.path for row, score, _ in rows if score is not None})
     if different < FEW:
-        thin = f"reference.images: {different} different images in {len(scored)} rows"
+        thin = f"reference.images: {different} different images in {len(scores)} rows"
         print(f"{thin}; z_score and quantile are rough below {FEW}", file=sys.stderr)
     name = reference.name or Path(reference.images).name
     return Calibration.fit(scores, name, model.noise, reference.seed, model.head.axis_weights)
@@ -208,9 +185,8 @@ def text_of(description: str) -> str:
     try:
         return Path(expanded(description)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"description: {description} cannot be read ({error}); give a file .md, or the text"
-        ) from error
+        remedy = "give a file .md, or the text"
+        raise InputError(f"description: {description} cannot be read ({error}); {remedy}") from error
 
 
 run = partial(run_function, publish, bare=2, classes=False)

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +17,20 @@ from latentreward.core.storage.progress import Progress
 from latentreward.core.storage.run_folder import PartFiles
 from latentreward.core.workers import SharedWork
 from latentreward.data.image_lists import ImageList, read_images
+from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
 from latentreward.reward import ModelSource, PublishedSettings, RewardModel
-from latentreward.reward.scoring.image_lists import ListedScoring, images_identity, read_scores, require_some, summarise
-from latentreward.reward.scoring.layouts.base import StoredReward
-from latentreward.reward.scoring.layouts.find import find_reward, fingerprint
-from latentreward.reward.scoring.network import own_sizes
+from latentreward.reward.scoring.find import find_reward, fingerprint
+from latentreward.reward.scoring.image_lists import (
+    FOUND,
+    Gallery,
+    ListedScoring,
+    images_identity,
+    read_scores,
+    require_some,
+    summarise,
+)
+from latentreward.reward.scoring.reward_model import own_sizes
 from latentreward.reward.scoring.scoring_noise import NoiseSettings
 
 PARTS = "parts"
@@ -80,8 +87,7 @@ def score(
         run_config: Config file of the model's training run; by default the one beside the checkpoint.
         batch_size: Images per forward pass.
         decode_threads: Threads that decode images ahead of the model.
-        flush_every: Images per part of the table: a killed process loses at most one part. Ctrl-C loses no score of a
-            single process; each of several workers loses at most one part.
+        flush_every: Images per part of the table: a process that is stopped loses at most one part.
         max_pixels: Most pixels of an image; larger images are recorded as unreadable.
         exif: apply rotates images by their EXIF orientation, ignore takes the stored pixels; by default the model
             treats images as in its training.
@@ -93,19 +99,34 @@ def score(
         loading: See :class:`~latentreward.reward.ModelSource`.
     """
     command = partial(score, **{name: value for name, value in locals().items() if name != "loading"}, **loading)
-    page = None
-    if gallery is not None:
-        from latentreward.reward.scoring.gallery import Gallery
-
-        page = Gallery(gallery, gallery_images, decode_threads, max_pixels)
+    page = None if gallery is None else Gallery(gallery, gallery_images, decode_threads, max_pixels)
     with SharedWork(command, workers, device, gpus_per_worker) as work:
         source = ModelSource(model, config=run_config, **loading)
+        find = cache(partial(find_reward, source))
         listed = read_images(images, prompt, image_column, prompt_column, allow_outside, max_prompt_chars)
-        load = partial(RewardModel.from_pretrained, source, device=work.device, dtype=getattr(torch, dtype))
         reading = {"batch_size": batch_size, "decode_threads": decode_threads, "max_pixels": max_pixels}
-        scoring = PartScoring(
-            output, listed, partial(_scoring, load, listed, noise, each_level, exif, reading), workers
-        )
+        progress: list[Progress] = []  # of the first process, once it begins
+        rules: list[ImageSizes | None] = []  # that of a model in this process
+
+        def task(given: None) -> Callable[[range], Iterator[tuple[pa.Table, dict[str, float]]]]:
+            """Load the model, and return the function that scores a part, and tells what was found in its images."""
+            loaded = RewardModel.from_pretrained(source, device=work.device, dtype=getattr(torch, dtype))
+            rules.append(loaded.image_sizes)
+            scoring = prepared(loaded, listed, noise, each_level, exif, reading)
+            if workers == 1:
+                scoring.progress = progress[0].add
+
+            def score_part(part: range) -> Iterator[tuple[pa.Table, dict[str, float]]]:
+                scoring.found = dict.fromkeys(FOUND, 0.0)
+                try:
+                    yield scoring.table(part), scoring.found
+                except torch.OutOfMemoryError as error:
+                    kept = f"what was scored is kept in {output.name}.parts: set a smaller one"
+                    memory = f"batch_size={batch_size} takes more memory than there is ({first_line(error)})"
+                    raise InputError(f"{memory}; {kept}") from error
+
+            return score_part
+
         spec = {
             "images": images_identity(listed),
             "model": fingerprint(model, source.revision),
@@ -120,125 +141,78 @@ def score(
             "exif": exif,
             "dtype": dtype,
         }
-        work.join({PARTS: scoring.task}, {**spec, "images": images_identity(listed, False), "batch_size": batch_size})
-        files = PartFiles(output, spec, len(listed.rows))
-        find = cache(partial(find_reward, source))
+        work.join({PARTS: task}, {**spec, "images": images_identity(listed, False), "batch_size": batch_size})
         notes: list[str] = []
-        with files:
+        with PartFiles(output, spec, len(listed.rows)) as files:
             if files.finished():
                 print(f"{output} is complete already: {len(listed.rows)} images")
-            else:
-                if parts := files.missing(flush_every):
-                    notes = scoring.score(work, files, parts, exif, find)
+            elif parts := files.missing(flush_every):
+                require_some(listed)
+                speed, found = score_parts(work, files, parts, progress)
+                rule = rules[0] if rules else find().image_sizes or own_sizes(find().on_meta_device)
+                notes = [speed, *remarks(files, found, rule, (exif or find().exif) == "ignore")]
+            if not files.finished():
                 files.finish()
     table = read_scores(output)
     print(f"{output}: {summarise(listed, table)}")
     if page is not None:
         start = time.monotonic()
-        shown = page.write(listed, table, model, exif or find().exif, find().image_sizes)
-        notes.append(f"page of {shown} images written in {time.monotonic() - start:.1f} s: {gallery}")
+        number = page.write(listed, table, model, exif or find().exif, find().image_sizes)
+        notes.append(f"page of {number} images written in {time.monotonic() - start:.1f} s: {gallery}")
     if notes:
         print("; ".join(notes))
     if table["problem"].null_count == 0:
         raise InputError(f"images: none of {len(listed.rows)} can be scored; {output} says why")
 
 
-@dataclass
-class PartScoring:
-    """Scoring of the missing parts of a table by one or several processes."""
+def score_parts(
+    work: SharedWork, files: PartFiles, parts: Sequence[range], progress: list[Progress]
+) -> tuple[str, dict[str, float]]:
+    """Score parts of the table, and write each; return a text on the time, and what was found in the images."""
+    total = sum(map(len, parts))
+    if kept := files.rows - total:
+        print(f"{kept} of {files.rows} images were scored before and are kept", flush=True)
+    found, begun = dict.fromkeys(FOUND, 0.0), time.monotonic()
 
-    output: Path  # table to write
-    listed: ImageList  # images to score
-    load: Callable[[], ListedScoring]  # function that loads the model
-    workers: int
-    # What the processes found in the images so far: ``rotated``, ``unused`` and the model's ``seconds``
-    found: dict[str, float] = field(default_factory=dict)
-    model: RewardModel | None = None  # model of this process, once it has scored a part
+    def keep(part: range, result: tuple[pa.Table, dict[str, float]]) -> None:
+        files.write(part, result[0])
+        found.update({name: value + result[1][name] for name, value in found.items()})
+        if work.workers > 1:
+            progress[0].add(len(part))
 
-    def score(
-        self,
-        work: SharedWork,
-        files: PartFiles,
-        parts: Sequence[range],
-        exif: ExifOrientation | None,
-        find: Callable[[], StoredReward],
-    ) -> list[str]:
-        """Score the given parts; return remarks on time and clips, and on images' shapes (all runs) and EXIF."""
-        require_some(self.listed)
-        total = sum(map(len, parts))
-        if kept := files.rows - total:
-            print(f"{kept} of {files.rows} images were scored before and are kept", flush=True)
-
-        def keep(part: range, result: tuple[range, pa.Table, dict[str, float]]) -> None:
-            rows, scores, found = result
-            files.write(rows, scores)
-            for name, value in found.items():
-                self.found[name] = self.found.get(name, 0) + value
-            if self.workers > 1:
-                self._progress.add(len(rows))
-
-        self._begun = time.monotonic()
-        with Progress("score", files.rows, "images", kept) as self._progress:
-            work.run(PARTS, None, parts, keep)
-        seconds = time.monotonic() - self._begun
-        speed = f"{total / seconds:.1f} images/s, {self.found['seconds']:.1f} s in the model"
-        notes = [f"{total} images scored in {seconds:.1f} s ({speed})"]
-        if self.found["unused"]:
-            notes.append(f"{self.found['unused']} frames of clips longer than the training's were not used")
-        read = self.model or find()  # of many processes the first may have come too late for a part
-        rule = read.image_sizes or own_sizes(find().on_meta_device)  # the model's own, if its files record none
-        assert rule is not None  # ListedScoring refuses a model without
-        unfitting = 0
-        for _, part in files.read():
-            sides = zip(part["height"].to_pylist(), part["width"].to_pylist(), strict=True)
-            unfitting += sum(height is not None and not rule.fits(height, width) for height, width in sides)
-        if unfitting:
-            notes.append(
-                f"{unfitting} images have an aspect ratio the model was not trained on: cropped to the nearest"
-            )
-        if self.found["rotated"]:
-            ignored = "images have an EXIF orientation, which this model ignores: --exif apply turns them"
-            turned = "images turned upright by their EXIF orientation"
-            notes.append(f"{self.found['rotated']} {ignored if (exif or read.exif) == 'ignore' else turned}")
-        return notes
-
-    def task(self, given: None) -> Callable[[range], Iterator[tuple[range, pa.Table, dict[str, float]]]]:
-        """Load the model, and return the function that scores a part of the table.
-
-        It yields ranges of rows with their tables, and what was found in their images. After a Ctrl-C it yields what is
-        finished of the part.
-        """
-        scoring = self.load()
-        self.model, self._begun = scoring.model, time.monotonic()
-        if self.workers == 1:
-            scoring.progress = self._progress.add
-
-        def score_part(part: range) -> Iterator[tuple[range, pa.Table, dict[str, float]]]:
-            try:
-                for rows, table in scoring.tables([part]):
-                    found = {"seconds": scoring.seconds, "rotated": scoring.rotated, "unused": scoring.unused}
-                    scoring.seconds, scoring.rotated, scoring.unused = 0.0, 0, 0
-                    yield rows, table, found
-            except torch.OutOfMemoryError as error:
-                raise InputError(
-                    f"batch_size={scoring.batch_size} takes more memory than there is ({first_line(error)}); what was "
-                    f"scored is kept in {self.output.name}.parts: set a smaller one"
-                ) from error
-
-        return score_part
+    with Progress("score", files.rows, "images", kept) as shown:
+        progress.append(shown)
+        work.run(PARTS, None, parts, keep)
+    seconds = time.monotonic() - begun
+    speed = f"{total / seconds:.1f} images/s, {found['seconds']:.1f} s in the model"
+    return f"{total} images scored in {seconds:.1f} s ({speed})", found
 
 
-def _scoring(
-    load: Callable[[], RewardModel],
+def remarks(files: PartFiles, found: Mapping[str, float], rule: ImageSizes | None, ignored: bool) -> Iterator[str]:
+    """Yield what users should know of their images: frames left out, shapes cropped (all runs), EXIF orientation."""
+    if found["unused"]:
+        yield f"{found['unused']:g} frames of clips longer than the training's were not used"
+    assert rule is not None  # ListedScoring refuses a model without
+    unfitting = 0
+    for _, part in files.read():
+        sides = zip(part["height"].to_pylist(), part["width"].to_pylist(), strict=True)
+        unfitting += sum(height is not None and not rule.fits(height, width) for height, width in sides)
+    if unfitting:
+        yield f"{unfitting} images have an aspect ratio the model was not trained on: cropped to the nearest"
+    if found["rotated"]:
+        left = "images have an EXIF orientation, which this model ignores: --exif apply turns them"
+        yield f"{found['rotated']:g} {left if ignored else 'images turned upright by their EXIF orientation'}"
+
+
+def prepared(
+    model: RewardModel,
     listed: ImageList,
     noise: NoiseSettings,
     each_level: bool,
     exif: ExifOrientation | None,
     reading: Mapping[str, int],
 ) -> ListedScoring:
-    """Load the model, and print its noise, and what the table will lack."""
-    start = time.monotonic()
-    model = load()
+    """Prepare a loaded model for the list, and print its noise, and what the table will lack."""
     model.exif = exif or model.exif
     own = noise.over(model.noise)
     columns = {"score": own}
@@ -246,7 +220,7 @@ def _scoring(
         kind, prefix = ("sigmas", "score_sigma") if own.sigmas else ("timesteps", "score_t")
         columns |= {f"{prefix}_{one:g}": dataclasses.replace(own, **{kind: (one,)}) for one in getattr(own, kind)}
     scoring = ListedScoring(model, listed.rows, columns, **reading)
-    print(f"model loaded in {time.monotonic() - start:.1f} s; scoring at {own}", flush=True)
+    print(f"model loaded; scoring at {own}", flush=True)
     if model.calibration is not None and not model.calibration.fits(own):
         at = model.calibration.noise
         print(f"z_score and quantile are empty: the model is calibrated at {at}, not at {own}")

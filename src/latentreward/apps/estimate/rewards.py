@@ -19,11 +19,10 @@ from latentreward.core.settings.rewriting import shipped_configs
 from latentreward.core.storage.hub import cached_files
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.reward import RewardHead
-from latentreward.reward.scoring.layouts.base import Network, StoredReward
-from latentreward.reward.scoring.layouts.find import checkpoint_of
-from latentreward.reward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
-from latentreward.reward.scoring.layouts.recipe import ModelRecipe, build_head
-from latentreward.reward.scoring.layouts.run import TrainedReward
+from latentreward.reward.scoring.find import checkpoint_of
+from latentreward.reward.scoring.importers import TrainedReward
+from latentreward.reward.scoring.recipe import ModelRecipe, build_head
+from latentreward.reward.scoring.stored import Model, PretrainedReward, StoredReward, is_model_folder
 
 OWN = "its own settings"
 """Origin of the settings of a stored reward, in words."""
@@ -44,7 +43,7 @@ class Unread(StoredReward):
         with torch.device("meta"):
             return build_head(self.recipe.head, backbone.feature_spec)
 
-    def load(self, kind: type[Network]) -> Network:
+    def load(self, kind: type[Model]) -> Model:
         with torch.device("meta"):
             backbone = self.backbone()
         return kind(backbone, self.head(backbone)).requires_grad_(False).eval()

@@ -24,7 +24,7 @@ from latentreward.core.storage.digests import digest
 from latentreward.diffusion.encoders.stored_prompts import OffloadedEncoder
 from latentreward.reward.scorers.base import code_of
 from latentreward.reward.scorers.plugins import settings_of
-from latentreward.reward.scoring.layouts.find import fingerprint
+from latentreward.reward.scoring.find import fingerprint
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class RowScorer:
             return self.reward.score_latents(prompts, latents, noise=self.reward.noise, **options)
         noise, process = ScoringNoise(sigmas=(first.u,)), self.reward.backbone.noise_process
         sigma = process.sigma(timesteps_of(noise, process)).item()
-        draws = torch.cat([draw_noise([row.prompt], None, row.seed, sigma, row.latents.shape) for row in rows])
+        draws = torch.cat([draw_noise([row.prompt], row.seed, sigma, row.latents.shape) for row in rows])
         return self.reward.score_latents(prompts, latents, noise=noise, draws=draws, **options)
 
 

@@ -23,10 +23,8 @@ def check_axes(axes: Sequence[float] | None) -> tuple[float, float] | None:
         return None
     sound = len(axes) == len(AXES) and all(math.isfinite(weight) and weight >= 0 for weight in axes) and sum(axes) > 0
     if not sound:
-        raise InputError(
-            f"axes={list(axes)} must be two weights of at least 0, those of {' and '.join(AXES)}, such as [0.5, 0.5]; "
-            "null gives one score"
-        )
+        wanted = f"must be two weights of at least 0, those of {' and '.join(AXES)}, such as [0.5, 0.5]"
+        raise InputError(f"axes={list(axes)} {wanted}; null gives one score")
     return float(axes[0]), float(axes[1])
 
 

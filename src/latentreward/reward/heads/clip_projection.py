@@ -64,9 +64,9 @@ class CLIPProjectionHead(EmbeddingHead):
         if embed_dim is None:
             embed_dim = spec.pooled_text_dim if text_weight is None else len(text_weight)
         if not project_text and embed_dim != spec.pooled_text_dim:
+            remedy = "set project_text: true, or embed_dim and text_projection_source to null"
             raise InputError(
-                f"embed_dim={embed_dim} differs from the pooled text's width {spec.pooled_text_dim}; set "
-                "project_text: true, or embed_dim and text_projection_source to null"
+                f"embed_dim={embed_dim} differs from the pooled text's width {spec.pooled_text_dim}; {remedy}"
             )
         widths = [tap.width for tap in spec.visual]
         self.visual_projection = nn.Linear(
@@ -78,11 +78,9 @@ class CLIPProjectionHead(EmbeddingHead):
             nn.init.normal_(self.text_projection.weight, std=0.02)
         if text_weight is not None:
             if not project_text or text_weight.shape != self.text_projection.weight.shape:
-                raise InputError(
-                    f"text_projection_source={text_projection_source!r} has a projection of shape "
-                    f"{tuple(text_weight.shape)}, but this head needs ({embed_dim}, {spec.pooled_text_dim}) and "
-                    "project_text: true"
-                )
+                given = f"text_projection_source={text_projection_source!r} has a projection of shape"
+                needs = f"this head needs ({embed_dim}, {spec.pooled_text_dim}) and project_text: true"
+                raise InputError(f"{given} {tuple(text_weight.shape)}, but {needs}")
             self.text_projection.weight.data.copy_(text_weight)
         self.logit_scale = nn.Parameter(torch.tensor([float(logit_scale)]))  # one element: FSDP2 takes no scalars
 

@@ -38,12 +38,7 @@ class LogisticSquash(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the features, computed in float32, with an explicit epsilon.
-
-    Args:
-        width: Number of features.
-        eps: Epsilon added to the mean square.
-    """
+    """Root-mean-square norm over the features, computed in float32, with an explicit epsilon."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -55,17 +50,10 @@ class RMSNorm(nn.Module):
 
 
 class FiLMAdapter(nn.Module):
-    """FiLM modulation (arXiv:1709.07871) of one tap's tokens by the timestep, followed by a projection.
+    """FiLM modulation (arXiv:1709.07871) of one tap's tokens by the timestep, followed by a projection to ``out_dim``.
 
     Computes ``proj(x · (1 + γ) + β + layer_embed)``, where an MLP computes ``γ, β`` from the timestep embedding. Both
-    are 0 at initialisation.
-
-    Args:
-        in_dim: Width of the tap's tokens.
-        width: Width of the head; tokens of another width are projected to ``width`` first.
-        out_dim: Width of the output.
-        temb_dim: Width of the timestep embedding.
-        use_proj_in: Whether to project to ``width`` first even if ``in_dim`` equals ``width``.
+    are 0 at initialisation. Tokens of another width than ``width`` are projected to it first, with ``use_proj_in`` all.
     """
 
     def __init__(self, in_dim: int, width: int, out_dim: int, temb_dim: int, use_proj_in: bool) -> None:
@@ -95,13 +83,6 @@ class QueryAttention(nn.Module):
 
     The results of the two attentions are added. With ``gated``, each token's value is multiplied by a gate: the sigmoid
     of an MLP on the normalised token, ½ at initialisation. The residual connection adds the queries before their norm.
-
-    Args:
-        width: Width of queries and tokens.
-        num_heads: Number of attention heads.
-        with_text: Whether the queries also attend to text tokens.
-        gated: Whether values are gated.
-        eps: Epsilon of the norms.
     """
 
     def __init__(self, width: int, num_heads: int, with_text: bool, gated: bool, eps: float) -> None:
@@ -267,17 +248,9 @@ class GatedQFormerHead(RewardHead):
 
 
 def resample_tokens(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) -> Tensor:
-    """Resample tokens from ``grid`` to the grid ``target`` by adaptive average pooling.
+    """Resample tokens ``(B, prod(grid), D)`` to ``(B, prod(target), D)`` by adaptive average pooling.
 
-    A finer ``target`` is possible too; tokens then repeat.
-
-    Args:
-        tokens: ``(B, prod(grid), D)``, in row-major order.
-        grid: Present number of tokens along each of one to three axes (text, image, video).
-        target: New number of tokens along each axis.
-
-    Returns:
-        ``(B, prod(target), D)``.
+    Grids have one to three axes (text, image, video), in row-major order. Tokens repeat where ``target`` is finer.
     """
     if grid == target:
         return tokens

@@ -47,12 +47,7 @@ def mean_over_outputs(values: Tensor) -> Tensor:
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
     r"""Compute the weighted mean over pairs, :math:`\sum_i w_i l_i / \sum_i w_i`; 0 if every weight is 0.
 
-    Args:
-        values: One value per pair, ``(B,)``.
-        weight: Weights, ``(B,)``, which need not sum to 1.
-
-    Returns:
-        A scalar in the dtype of ``values``.
+    Values and weights are ``(B,)``; weights need not sum to 1. The result has the dtype of ``values``.
     """
     weight = weight.to(values.dtype)
     # The least positive number keeps a batch without weight at 0 / tiny = 0 instead of NaN.
@@ -121,12 +116,9 @@ class PreferenceLoss(SetLoss):
         Returns:
             Scalar, float32.
         """
-        rows = scores.chosen.shape[:1]
-        if scores.chosen.ndim not in (1, 2) or scores.rejected.shape != scores.chosen.shape:
-            raise ValueError(
-                f"chosen {tuple(scores.chosen.shape)} and rejected {tuple(scores.rejected.shape)} must both be (B,) or "
-                "(B, out_dim)"
-            )
+        rows, (chosen, rejected) = scores.chosen.shape[:1], (tuple(s.shape) for s in (scores.chosen, scores.rejected))
+        if len(chosen) not in (1, 2) or rejected != chosen:
+            raise ValueError(f"chosen {chosen} and rejected {rejected} must both be (B,) or (B, out_dim)")
         for name in ("label", "weight", "chosen_sigmas", "rejected_sigmas"):
             if getattr(scores, name).shape != rows:  # (1,) would broadcast silently
                 raise ValueError(f"{name} has shape {tuple(getattr(scores, name).shape)}, expected {tuple(rows)}")

@@ -99,16 +99,13 @@ class LRMLoss(PreferenceLoss):
 
     def _cross_of(self, scores: PairScores) -> CrossScores:
         if scores.cross is None:
-            raise InputError(
-                f"mode = {self.mode!r} needs the score of every image with every prompt, which this head does not "
-                "give; use mode 'pair' or a head that embeds images and prompts separately"
+            needed = (
+                f"mode = {self.mode!r} needs the score of every image with every prompt, which this head does not give"
             )
-        pairs = len(scores.label)
-        if scores.cross.chosen.shape != (pairs, pairs):
-            raise ValueError(
-                f"cross scores are {tuple(scores.cross.chosen.shape)} for {pairs} pairs; gather features over the "
-                "ranks before making them"
-            )
+            raise InputError(f"{needed}; use mode 'pair' or a head that embeds images and prompts separately")
+        pairs, shape = len(scores.label), tuple(scores.cross.chosen.shape)
+        if shape != (pairs, pairs):
+            raise ValueError(f"cross scores are {shape} for {pairs} pairs; gather features over the ranks first")
         return scores.cross
 
     def win_probability(self, scores: PairScores) -> Tensor:

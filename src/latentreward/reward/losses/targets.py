@@ -56,9 +56,8 @@ class TargetLoss(PreferenceLoss):
     def targets_of(self, scores: PairScores) -> PairTargets:
         """Return the given values of a batch; raise InputError if there are none, or not one for each score."""
         if scores.targets is None:
-            raise InputError(
-                f"{type(self).__name__} needs given values of the images, and the batch has none; set data.targets"
-            )
+            needed = f"{type(self).__name__} needs given values of the images"
+            raise InputError(f"{needed}, and the batch has none; set data.targets")
         if scores.targets.chosen.shape != scores.chosen.shape:
             columns, outputs = (1 if t.ndim == 1 else t.shape[1] for t in (scores.targets.chosen, scores.chosen))
             raise InputError(f"data.targets: {columns} columns for {outputs} scores of the head; let them agree")
@@ -107,11 +106,9 @@ class RegressionDistillation(TargetLoss):
 
     def per_pair(self, scores: PairScores) -> Tensor:
         targets = self.targets_of(scores)
-        sides = [
-            (scores.chosen, targets.chosen, targets.chosen_std),
-            (scores.rejected, targets.rejected, targets.rejected_std),
-        ]
-        return mean_over_outputs(mean_over_images(*(masked_loss(gaussian_nll, *side) for side in sides)))
+        chosen = masked_loss(gaussian_nll, scores.chosen, targets.chosen, targets.chosen_std)
+        rejected = masked_loss(gaussian_nll, scores.rejected, targets.rejected, targets.rejected_std)
+        return mean_over_outputs(mean_over_images(chosen, rejected))
 
 
 class RankingDistillation(TargetLoss):
@@ -135,10 +132,8 @@ def check_labels(values: Tensor) -> None:
     """Raise InputError if a value is not in [0, 1]; NaN is no label."""
     inside = ((values >= 0) & (values <= 1)) | values.isnan()
     if not inside.all():  # also of an estimate's stand-ins, which have no values
-        raise InputError(
-            f"data.targets holds {values[~inside][0]:g}, which is no label; give columns in [0, 1] and "
-            "standardise: false"
-        )
+        held = f"data.targets holds {values[~inside][0]:g}, which is no label"
+        raise InputError(f"{held}; give columns in [0, 1] and standardise: false")
 
 
 def label_loss(scores: PairScores, targets: PairTargets, smoothing: float) -> Tensor:

@@ -20,11 +20,8 @@ class DiNaLRMModule(RewardModule):
 
     Args:
         backbone: Any backbone; a DiT in the paper.
-        head: See :class:`RewardModule`.
         loss: None takes the paper's ``ThurstoneLoss()``.
         levels: Sampler of noise levels; None takes uniform noise levels.
-        eval_sigmas: See :class:`RewardModule`.
-        ensemble_sigmas: See :class:`RewardModule`.
         options: See :class:`RewardModule`.
     """
 

@@ -17,11 +17,8 @@ class LRMModule(RewardModule):
 
     Args:
         backbone: Any backbone; a U-Net in the paper.
-        head: See :class:`RewardModule`.
         loss: None takes ``LRMLoss(mode="pair")``.
         levels: Sampler of timesteps; None takes LRM's grid.
-        noise_per_image: See :class:`RewardModule`.
-        eval_timesteps: See :class:`RewardModule`.
         options: See :class:`RewardModule`.
     """
 

@@ -14,10 +14,10 @@ from latentreward.core.errors import errors_at
 from latentreward.core.storage.json_files import checked
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
-from latentreward.reward.scoring.layouts.model_folder import sizes_of, sizes_record
-from latentreward.reward.scoring.layouts.recipe import SETTINGS
+from latentreward.reward.scoring.recipe import SETTINGS
 from latentreward.reward.scoring.reward_model import RewardModel
 from latentreward.reward.scoring.scoring_noise import timesteps_of
+from latentreward.reward.scoring.stored import sizes_of, sizes_record
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from latentreward.reward.metrics.pairwise import Equal, MeanLoss, MeanMargin, Pa
 from latentreward.reward.modules.pictures import TrainingPictures, record_building
 from latentreward.reward.modules.sharding import shard
 from latentreward.reward.modules.training import FrozenBase, OptimizerSteps, single_optimizer, unseen_settings
-from latentreward.reward.scoring.layouts.recipe import recipe_in_python
+from latentreward.reward.scoring.recipe import recipe_in_python
 from latentreward.reward.scoring.reward_model import RewardModel
 
 if TYPE_CHECKING:
@@ -50,12 +50,8 @@ Side = Literal["chosen", "rejected"]
 class PairDraws:
     """Random numbers for a batch of pairs that depend only on seed, epoch, purpose, pair and, if asked for, image.
 
-    Results therefore depend neither on the number of processes or workers nor on where a run was resumed.
-
-    Args:
-        batch: The pairs.
-        seed: Seed of the run.
-        epoch: Epoch number; validation uses 0.
+    Results therefore depend neither on the number of processes or workers nor on where a run was resumed. Validation
+    uses epoch 0.
     """
 
     def __init__(self, batch: PreferenceBatch, seed: int, epoch: int) -> None:
@@ -89,19 +85,15 @@ def latents_of(
     posterior: Posterior,
     sides: Sequence[Side] = ("chosen", "rejected"),
 ) -> Tensor:
-    """Return the latents of ``sides`` of a batch, one side after the other: ``(len(sides) · B, C, ...)`` float32.
-
-    The VAE of ``network`` encodes pixels, to a sample of its posterior or to the mode.
-    """
+    """Return the latents of ``sides`` of a batch, one side after the other: ``(len(sides) · B, C, ...)`` float32."""
     # In float32 before `cat`, which raises for float16 under bfloat16 autocast on a CPU.
     images = torch.cat([getattr(batch, side).float() for side in sides])
     kind = "backbone" if isinstance(network, DiffusionBackbone) else "policy"
     if batch.latent_space is not None:
         if batch.latent_space != network.latent_space:
-            raise InputError(
-                f"the data holds latents of the space [{batch.latent_space}], but the {kind} takes "
-                f"[{network.latent_space}]; encode the images with the {kind}'s own VAE"
-            )
+            held = f"the data holds latents of the space [{batch.latent_space}]"
+            remedy = f"encode the images with the {kind}'s own VAE"
+            raise InputError(f"{held}, but the {kind} takes [{network.latent_space}]; {remedy}")
         return images
     if network.vae is None:
         raise InputError(f"the data holds pixels, but this {kind} has no VAE; load a full pipeline folder")
@@ -184,9 +176,8 @@ class LevelMetrics(nn.Module):
         for name, metric in metrics.items():
             metric.reset()
             if not isinstance(values[name], Tensor) or values[name].numel() != 1:
-                raise InputError(
-                    f"{type(metric).__name__}.compute returned {shown(values[name])}; it must be a scalar tensor"
-                )
+                returned = f"{type(metric).__name__}.compute returned {shown(values[name])}"
+                raise InputError(f"{returned}; it must be a scalar tensor")
         return values
 
 
@@ -277,7 +268,6 @@ class RewardModule(LightningModule):
             self._take(backbone, head(backbone.feature_spec))
 
     def _take(self, backbone: DiffusionBackbone, head: RewardHead) -> None:
-        """Join backbone and head to the model that trains."""
         self.model = RewardModel(backbone, head)
         self.cross_spans_ranks = isinstance(head, EmbeddingHead)  # others read image and prompt together
         built = {} if backbone.built_by is None else backbone.built_by.init_args
@@ -336,15 +326,14 @@ class RewardModule(LightningModule):
     ) -> PairScores:
         """Score both images of each pair at ``timesteps`` ``(2B,)``.
 
-        ``with_cross`` adds the scores of every image with every prompt, by B forward passes with a head that has no
-        embeddings. Under several processes that is a collective call, which only training can make: in evaluation,
-        ranks may have different numbers of batches.
+        ``with_cross`` adds the scores of every image with every prompt: a collective call, which only training can make
+        (in evaluation, ranks may have different numbers of batches).
         """
         noisy, cross = self.add_noise(encoded, timesteps), None
         if with_cross:
             rewards, cross = self._score_with_negatives(noisy, timesteps, encoded)
         else:
-            rewards = self.model.head(self.model.read(noisy, timesteps, encoded.conditioning, encoded.uncond))
+            rewards = self.model.head(self.model.backbone(noisy, timesteps, encoded.conditioning, encoded.uncond))
         # Losses and metrics compare scores in float32; bfloat16 of autocast has 8 bits.
         chosen, rejected = rewards.float().chunk(2)
         chosen_sigmas, rejected_sigmas = self.noise_process.sigma(timesteps).to(rewards.device).chunk(2)
@@ -354,10 +343,13 @@ class RewardModule(LightningModule):
     def _score_with_negatives(
         self, noisy: Tensor, timesteps: Tensor, encoded: EncodedPairs
     ) -> tuple[Tensor, CrossScores]:
-        """Score noisy latents ``(2B, C, ...)`` with their own prompts, ``(2B,)``, and with those of the other pairs."""
+        """Score noisy latents ``(2B, C, ...)`` with their own prompts, ``(2B,)``, and with those of the other pairs.
+
+        A head without embeddings takes B forward passes.
+        """
         head = self.model.head
         if isinstance(head, EmbeddingHead):  # image and text are embedded apart: one pass
-            features = self.model.read(noisy, timesteps, encoded.conditioning, encoded.uncond)
+            features = self.model.backbone(noisy, timesteps, encoded.conditioning, encoded.uncond)
             image_embeds, text_embeds = head.embed(features)
             # Over the batches of all ranks, with gradient to the rank that owns a row.
             halves = [gather_with_grad(half) for half in image_embeds.chunk(2)]
@@ -368,7 +360,7 @@ class RewardModule(LightningModule):
         for prompt in range(len(noisy) // 2):
             conditioning = encoded.conditioning.select([prompt] * len(noisy))
             uncond = encoded.uncond and encoded.uncond.empty_for([prompt] * len(noisy))
-            rewards = head(self.model.read(noisy, timesteps, conditioning, uncond)).float()
+            rewards = head(self.model.backbone(noisy, timesteps, conditioning, uncond)).float()
             if rewards.ndim > 1:
                 raise InputError("in-batch negatives need a head with one output; set out_dim: 1 or mode: pair")
             rows.append(rewards)
@@ -414,18 +406,16 @@ class RewardModule(LightningModule):
         for timestep in self.ensemble_timesteps:
             timesteps = timestep.repeat(2 * len(batch))
             noisy = self.add_noise(encoded, timesteps)
-            levels.append(self.model.read(noisy, timesteps, encoded.conditioning, encoded.uncond))
+            levels.append(self.model.backbone(noisy, timesteps, encoded.conditioning, encoded.uncond))
         chosen, rejected = self.model.head.score_ensemble(levels).float().chunk(2)
         sigma = self.noise_process.sigma(self.ensemble_timesteps).mean().to(chosen.device)
         sigmas = sigma.repeat(len(batch))
         return PairScores(chosen, rejected, batch.label, batch.weight, sigmas, sigmas)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
-        """Score at every evaluation level, and update the metrics."""
         return self.evaluation_step(batch, "val")
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
-        """Score at every evaluation level, and update the metrics."""
         return self.evaluation_step(batch, "test")
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
@@ -444,7 +434,6 @@ class RewardModule(LightningModule):
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics of the test as in validation, under ``test/``."""
         self._log_metrics("test")
 
     def setup(self, stage: str) -> None:
@@ -468,10 +457,7 @@ class RewardModule(LightningModule):
         return [OptimizerSteps(), *([self.pictures] if hasattr(self, "model") else [])]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the base of the weights, the training images and, if the run writes no config, how to build the model.
-
-        The base counts as far as frozen weights are left out.
-        """
+        """Save the base, the training images and, if the run writes no config, how to build the model."""
         self.frozen_base.save(self, checkpoint, checkpoint["state_dict"])
         if hasattr(self, "model"):
             self.pictures.record(self.model, checkpoint)
@@ -492,7 +478,7 @@ class RewardModule(LightningModule):
 
     @property
     def latent_decoder(self) -> "LatentEncoder | None":
-        """Return the VAE that decodes latents, for callbacks; None without a VAE."""
+        """VAE that decodes latents, for callbacks; None without a VAE."""
         return self.model.backbone.vae
 
 

@@ -11,7 +11,7 @@ trainable weights only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,10 +22,6 @@ from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.base import LatentNetwork
 from latentreward.diffusion.families.base import families
 from latentreward.reward.modules.training import refuse_quantized
-
-if TYPE_CHECKING:
-    from latentreward.diffusion.encoders.prompts import PromptEncoder
-    from latentreward.diffusion.encoders.vae import LatentEncoder
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 """Methods that Lightning calls in place of ``forward``; FSDP2 must gather weights for these too."""
@@ -88,7 +84,7 @@ def shard_scorers(backbones: Iterable[DiffusionBackbone], own: Set[nn.Module], m
         shard_encoders(backbone.text_encoder if backbone.text_encoder in own else None, None, mesh)
 
 
-def called_equally(network: LatentNetwork) -> LatentEncoder | None:
+def called_equally(network: LatentNetwork) -> nn.Module | None:
     """Return the VAE, which all ranks must call equally often once it is sharded; None for an editor.
 
     An editor's VAE encodes the pictures to edit that a rank has not kept, unlike many on each rank.
@@ -96,7 +92,7 @@ def called_equally(network: LatentNetwork) -> LatentEncoder | None:
     return network.vae if network.source_encoder is None else None
 
 
-def shard_encoders(text_encoder: PromptEncoder | None, vae: LatentEncoder | None, mesh: DeviceMesh) -> None:
+def shard_encoders(text_encoder: nn.Module | None, vae: nn.Module | None, mesh: DeviceMesh) -> None:
     """Shard text encoders by layer, and a VAE as a whole; None leaves one out.
 
     Without ``reshard_after_forward`` an encoder that is called by itself, as in a policy, would stay whole after the

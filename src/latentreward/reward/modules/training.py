@@ -28,10 +28,7 @@ from latentreward.diffusion.encoders.prompts import PromptEncoder
 
 
 def unseen_settings(place: str, given: Mapping[str, Any], encoder: PromptEncoder | None) -> dict[str, Any]:
-    """Return the settings of a base that are not seen in the samples of its weights, for :class:`FrozenBase`.
-
-    ``place`` is the name of the base in the run's settings; ``encoder`` knows the ``t5_length`` that null stands for.
-    """
+    """Return the settings of a base, ``place`` in the run's, that are not seen in the samples of its weights."""
     found = {f"{place}.{name}": given.get(name) for name in ("quantization", "family")}
     if encoder is not None:  # encoders whose tokens are T5's alone have no number of their own for T5
         found[f"{place}.t5_length"] = getattr(encoder, "t5_length", encoder.num_tokens)
@@ -44,8 +41,7 @@ class FrozenBase:
     Args:
         weights: The module, or its part, that holds the base's weights.
         source: Folder or hub id that they come from.
-        settings: Settings of the base that are not seen in its weights and that a resumed run must not change, by the
-            names of the run's settings.
+        settings: Settings that are not seen in the weights and that a resumed run must not change, by name.
         dtype_setting: Name of the setting that stores frozen weights in bfloat16, for messages.
     """
 
@@ -113,10 +109,8 @@ class FrozenBase:
         for name, ours in self.settings.items() if fitting else ():
             theirs = trained.get(name, ours)
             if theirs != ours:
-                raise InputError(
-                    f"the checkpoint was trained with {name}={theirs}, not {ours}; give {name} as it was, or start a "
-                    "new run"
-                )
+                trained_with = f"the checkpoint was trained with {name}={theirs}, not {ours}"
+                raise InputError(f"{trained_with}; give {name} as it was, or start a new run")
 
 
 def own_values(module: nn.Module, names: Collection[str]) -> dict[str, Any]:
@@ -127,12 +121,7 @@ def own_values(module: nn.Module, names: Collection[str]) -> dict[str, Any]:
 
 
 class FSDP1Precision(FSDPPrecision):
-    """Precision of FSDP1 that takes our batches, and clips gradients by their norm over all ranks.
-
-    Args:
-        plain: Lightning's precision of the run: 32-true, 16-mixed or bf16-mixed.
-        strategy: Strategy of the run, which wraps the module later.
-    """
+    """Precision of FSDP1 that takes our batches, and clips gradients by their norm over all ranks."""
 
     def __init__(self, plain: FSDPPrecision, strategy: FSDPStrategy) -> None:
         super().__init__(plain.precision, plain.scaler)
@@ -154,9 +143,6 @@ def share_frozen(module: LightningModule, trainer: Trainer) -> None:
     At its start DDP writes the weights of rank 0 into those of the other ranks. Of weights that are mapped from a file,
     each process would then get a copy of its own. A digest is compared instead. The module must not be wrapped or
     sharded yet.
-
-    Raises:
-        InputError: On all ranks, if a rank has other frozen weights than rank 0.
     """
     if trainer.world_size == 1:
         release_shared(remove=True)
@@ -165,9 +151,8 @@ def share_frozen(module: LightningModule, trainer: Trainer) -> None:
     found = digest(frozen_values(module, names))
     strategy = trainer.strategy
     if not strategy.reduce_boolean_decision(found == strategy.broadcast(found), all=True):
-        raise InputError(
-            "the ranks have loaded different frozen weights; give all machines the same files of the base models"
-        )
+        problem = "the ranks have loaded different frozen weights"
+        raise InputError(f"{problem}; give all machines the same files of the base models")
     release_shared(remove=trainer.local_rank == 0)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
@@ -176,29 +161,23 @@ def refuse_quantized(module: nn.Module, strategy: str) -> None:
     """Raise InputError if a parameter is quantised, which the named strategy cannot shard."""
     for name, parameter in module.named_parameters():
         if is_quantized(parameter):
-            raise InputError(
-                f"parameter {name} is quantised, which {strategy} cannot shard; use ddp, or no quantization"
-            )
+            remedy = "use ddp, or no quantization"
+            raise InputError(f"parameter {name} is quantised, which {strategy} cannot shard; {remedy}")
 
 
 def frozen_values(module: nn.Module, names: set[str]) -> Iterator[memoryview | str]:
     """Yield names and bytes of the named parameters and buffers of a module, in the module's order."""
-    tensors: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
+    tensors: list[tuple[str, Any]] = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in tensors:
         if name in names:
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-            for part in stored_parts(tensor.detach()):
+            values = tensor.detach()
+            # torchao's quantised tensors consist of plain ones: codes and scales
+            parts = values.__tensor_flatten__()[0] if hasattr(values, "__tensor_flatten__") else ()
+            for part in [getattr(values, one) for one in parts] or [values]:
                 yield memoryview(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def stored_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the plain tensors in which a tensor is stored: itself, or codes and scales of torchao's quantised ones."""
-    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
-    yield from [getattr(tensor, name) for name in names] or [tensor]
-
-
-NEVER = 2**62
-"""Frequency, in epochs, at which Lightning steps a ReduceLROnPlateau: :class:`OptimizerSteps` does it instead."""
 Decay = Literal["none", "linear", "cosine"]
 
 
@@ -228,16 +207,10 @@ def single_optimizer(
         group["lr"] = group["lr"] if lr is None else lr
     if lr_scheduler is None:
         return built
-    schedule: dict[str, Any] = {"scheduler": lr_scheduler(built), "interval": "step"}
-    if isinstance(schedule["scheduler"], ReduceLROnPlateau):
-        if not hasattr(schedule["scheduler"], "monitor"):
-            raise InputError(
-                "model.lr_scheduler: ReduceLROnPlateau of torch has no monitor; take "
-                "lightning.pytorch.cli.ReduceLROnPlateau, with monitor: val/accuracy and mode: max, for example"
-            )
-        # Lightning steps it after the checkpoint of an epoch is written; a resumed run would lack that step.
-        schedule |= {"monitor": schedule["scheduler"].monitor, "interval": "epoch", "frequency": NEVER}
-    return {"optimizer": built, "lr_scheduler": schedule}
+    schedule = lr_scheduler(built)
+    if isinstance(schedule, ReduceLROnPlateau):  # Lightning steps it after the checkpoint of an epoch is written
+        raise InputError("model.lr_scheduler: a ReduceLROnPlateau cannot be resumed; take another, as WarmupSchedule")
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class WarmupSchedule(LambdaLR):
@@ -260,10 +233,8 @@ class WarmupSchedule(LambdaLR):
         check_choices(WarmupSchedule, decay=decay)
         check_range("[0, inf)", warmup_steps=warmup_steps)
         if decay != "none" and (total_steps is None or total_steps <= warmup_steps):
-            raise InputError(
-                f"decay={decay!r} needs total_steps above warmup_steps={warmup_steps}, got {total_steps}; "
-                'give the run\'s length, e.g. total_steps: "${trainer.max_steps}"'
-            )
+            needed = f"decay={decay!r} needs total_steps above warmup_steps={warmup_steps}, got {total_steps}"
+            raise InputError(f'{needed}; give the run\'s length, e.g. total_steps: "${{trainer.max_steps}}"')
         self.warmup_steps, self.decay, self.total_steps = warmup_steps, decay, total_steps
         super().__init__(optimizer, self._factor)
 
@@ -277,7 +248,7 @@ class WarmupSchedule(LambdaLR):
 
 
 class OptimizerSteps(Callback):
-    """Callback of every module: checks and logs its optimiser's steps, and steps a ReduceLROnPlateau.
+    """Callback of every module: checks and logs its optimiser's steps.
 
     Logs ``train/lr`` and ``train/grad_norm``, the norm of all gradients before they are clipped. FSDP1, which shards
     gradients without their shapes, has no norm and no warning of weights without a gradient.
@@ -297,10 +268,8 @@ class OptimizerSteps(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Raise InputError for a loss without a gradient, of which PyTorch names no part."""
         if not loss.requires_grad:
-            raise InputError(
-                f"{type(pl_module).__name__}.training_step returned a loss without a gradient; nothing that is "
-                "computed from trained weights may be detached (in a family of your own: velocity, begin and step)"
-            )
+            given = f"{type(pl_module).__name__}.training_step returned a loss without a gradient"
+            raise InputError(f"{given}; nothing that is computed from trained weights may be detached")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Log the learning rate and the norm of logged steps; in the first step, warn of unreached weights."""
@@ -326,23 +295,6 @@ class OptimizerSteps(Callback):
         if pl_module.automatic_optimization and not outputs:
             raise InputError(f"{type(pl_module).__name__}.training_step returned None; it must return the loss")
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Step a ReduceLROnPlateau with its metric; a sanity check only looks for the metric.
-
-        Lightning steps it after the checkpoint of an epoch's end, so that a resumed run would lack that step.
-        """
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
-        for config in trainer.lr_scheduler_configs:
-            if config.reduce_on_plateau:
-                if (metric := trainer.callback_metrics.get(str(config.monitor))) is None:
-                    known = ", ".join(sorted(trainer.callback_metrics))
-                    raise InputError(
-                        f"model.lr_scheduler.monitor: {config.monitor} is not one of the validation's metrics: {known}"
-                    )
-                if not trainer.sanity_checking:
-                    config.scheduler.step(metric)
-
 
 def warn_of_unreached(module: nn.Module) -> None:
     """Warn in one line of trained weights to which a backward pass gave no gradient, not even zeros."""
@@ -353,6 +305,5 @@ def warn_of_unreached(module: nn.Module) -> None:
     few = ", ".join(f"{name} ({type(module.get_submodule(name)).__name__})" for name in [*dict.fromkeys(places)][:3])
     rank_zero_warn(
         f"{type(module).__name__}: {len(places)} of {len(trained)} trained weights got no gradient in the first step, "
-        f"such as those of {few}: what is computed from them is not part of the loss, or detach, item or no_grad cut "
-        "it off; freeze weights that are not to train by requires_grad_(False)"
+        f"such as those of {few}; let the loss depend on them, or freeze them by requires_grad_(False)"
     )

@@ -8,8 +8,7 @@ from typing import Any
 from latentreward.core.registry import of_this_package
 from latentreward.reward.scorers.base import Scorer, code_of
 from latentreward.reward.scorers.clip import model_source
-from latentreward.reward.scoring.layouts.find import fingerprint
-from latentreward.reward.scoring.network import name_of
+from latentreward.reward.scoring.find import fingerprint, name_of
 
 PLACES = ("path", "weights", "source", "processor", "tokenizer", "base", "config")
 """Names of the attributes of scorers that hold files, folders or hub ids."""

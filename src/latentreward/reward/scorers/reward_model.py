@@ -15,7 +15,7 @@ from torch import Tensor
 from latentreward.core.contracts import PathText
 from latentreward.core.running import find_device
 from latentreward.reward.scorers.base import ImageScorer
-from latentreward.reward.scoring.layouts.find import ModelSource, find_reward
+from latentreward.reward.scoring.find import ModelSource, find_reward
 
 if TYPE_CHECKING:
     from latentreward.reward.scoring.reward_model import RewardModel

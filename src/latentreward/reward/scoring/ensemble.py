@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,15 +21,24 @@ from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation, convert_image, map_ahead, png
 from latentreward.diffusion.backbones.base import rows_of
 from latentreward.diffusion.encoders.prompts import empty_prompts
-from latentreward.reward.scoring.network import RewardNetwork
 from latentreward.reward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
+
+if TYPE_CHECKING:
+    from latentreward.reward.scoring.reward_model import RewardModel
 
 ImageInput = Image.Image | str | Path | bytes | ImageRef | np.ndarray
 """Type of one image: a PIL image, a path, encoded bytes, a reader's reference, or a uint8 array ``(H, W, 3)``."""
 Images = Sequence[ImageInput] | Tensor
+Item = TypeVar("Item")
 FORMS = "a PIL image, a path, encoded bytes, an ImageRef or a uint8 array (H, W, 3)"
 LARGEST_PIXEL = 4.0
 """Largest magnitude of pixels accepted as lying in [-1, 1]; VAE decoders overshoot that range by some tenths."""
+ROWS = 4
+"""Number of rows of which a batch on a CPU holds a multiple: :func:`even_parts`.
+
+Widths of features are multiples of 8 and CPU vectors hold at most 32 numbers, so that 4 rows fill them evenly.
+"""
+PROMPTS_KEPT = 32  # number of encoded prompts that are kept for later batches; an encoded prompt of SD3 takes 5 MB
 
 
 class PixelBatch(NamedTuple):
@@ -75,7 +84,7 @@ def as_images(images: ImageInput | Images, value_range: tuple[float, float] | No
 def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor:
     """Convert pixels in ``value_range`` to ``(N, 3, H, W)``, or of clips to ``(N, 3, F, H, W)``, in [-1, 1].
 
-    ``images`` are ``(N, 3, H, W)``, ``(3, H, W)`` or ``(N, 3, F, H, W)``, floating point.
+    Floating point ``images`` are ``(N, 3, H, W)``, ``(3, H, W)`` or ``(N, 3, F, H, W)``.
     """
     pixels = images[None] if images.ndim == 3 else images
     if pixels.ndim not in (4, 5) or pixels.shape[1] != 3 or not pixels.is_floating_point():
@@ -88,8 +97,7 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
         if not low < high:
             raise InputError(f"value_range is {value_range}; give the lowest and the highest value, e.g. (0, 1)")
         pixels = (pixels - low) * (2 / (high - low)) - 1
-    largest = pixels.detach().abs().max().item() if pixels.numel() else 0.0
-    if largest > LARGEST_PIXEL:
+    if pixels.numel() and pixels.detach().abs().max().item() > LARGEST_PIXEL:
         within = "in [-1, 1]" if value_range is None else f"within value_range={value_range}"
         raise InputError(
             f"images hold a pixel of magnitude {images.detach().abs().max().item():g}, not {within}; scale them to "
@@ -100,10 +108,11 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
 
 def check_frames(images: Images, sizes: ImageSizes | None, space: LatentSpace) -> None:
     """Check that a model trained on images gets images, and one trained on clips gets clips of as many frames."""
-    if isinstance(images, Tensor) and images.ndim == 5 and space.frame_downscale is None:
+    clips = isinstance(images, Tensor) and images.ndim == 5
+    if clips and space.frame_downscale is None:
         shape = f"{tuple(images.shape)}, but this model's latents have no time axis"
         raise InputError(f"images are a tensor of shape {shape}; give (N, 3, H, W)")
-    given = images.shape[2] if isinstance(images, Tensor) and images.ndim == 5 else 1
+    given = images.shape[2] if clips else 1
     if sizes is not None and len(images) and given != sizes.frames:
         made, trained = (f"clips of {n} frames" if n > 1 else "images" for n in (given, sizes.frames))
         form = f"a tensor (N, 3, {sizes.frames}, H, W)" if sizes.frames > 1 else "images"
@@ -125,14 +134,16 @@ def doubts_of_pixels(pixels: Tensor, sizes: ImageSizes | None, range_given: bool
     The key ``range`` stands for values that all lie in [0, 1], unless the user named their range; ``size`` for a size
     that the model was not trained at.
     """
-    doubts = {}
-    if not range_given and pixels.numel() and pixels.detach().min() >= 0 and pixels.detach().max() <= 1:
+    doubts: dict[str, str] = {}
+    if not pixels.numel():
+        return doubts
+    if not range_given and pixels.detach().min() >= 0 and pixels.detach().max() <= 1:
         doubts["range"] = (
             "all values of the image tensor lie in [0, 1], but [-1, 1] is expected; give value_range=(0, 1), or "
             "value_range=(-1, 1) if they are right"
         )
     height, width = pixels.shape[-2:]
-    loader = None if sizes is None or not pixels.numel() else sizes.loader(height, width)
+    loader = None if sizes is None else sizes.loader(height, width)
     if loader is not None and (loader.height, loader.width) != (height, width):
         doubts["size"] = (
             f"the image tensor is {height}×{width} pixels and scored at that size, but the model was trained at "
@@ -166,21 +177,24 @@ def pixel_batches(
         size = decoded.height, decoded.width
         return sizes.loader(*size).pixels(decoded), sizes.fits(*size)
 
-    waiting: dict[tuple[torch.Size, Any], list[tuple[int, Tensor, bool]]] = {}
-    for row, (pixels, fits) in enumerate(map_ahead(load, enumerate(images), batch_size)):
-        kind = pixels.shape, groups and groups[row]
-        batch = waiting.setdefault(kind, [])
-        batch.append((row, pixels, fits))
-        if len(batch) == batch_size:
-            yield from _joined(waiting.pop(kind), step)
-    for batch in waiting.values():
-        yield from _joined(batch, step)
+    loaded = enumerate(map_ahead(load, enumerate(images), batch_size))
+    kinds = (((pixels.shape, groups and groups[row]), (row, pixels, fits)) for row, (pixels, fits) in loaded)
+    for batch in by_kind(kinds, batch_size):
+        for part in even_parts(len(batch), len(batch), step):
+            rows, pixels, fits = zip(*batch[part], strict=True)
+            unfitting = [row for row, good in zip(rows, fits, strict=True) if not good]
+            yield PixelBatch([*rows], torch.stack(pixels), unfitting)
 
 
-def _joined(batch: list[tuple[int, Tensor, bool]], step: int) -> Iterator[PixelBatch]:
-    for part in even_parts(len(batch), len(batch), step):
-        rows, pixels, fits = zip(*batch[part], strict=True)
-        yield PixelBatch([*rows], torch.stack(pixels), [row for row, good in zip(rows, fits, strict=True) if not good])
+def by_kind(items: Iterable[tuple[Any, Item]], size: int) -> Iterator[list[Item]]:
+    """Yield items of one kind, from pairs of kind and item: ``size`` items as soon as they are there, the rest last."""
+    waiting: dict[Any, list[Item]] = {}
+    for kind, item in items:
+        group = waiting.setdefault(kind, [])
+        group.append(item)
+        if len(group) == size:
+            yield waiting.pop(kind)
+    yield from waiting.values()
 
 
 def edit_prompt(text: str, sources: ImageInput | Sequence[ImageInput]) -> EditPrompt:
@@ -215,28 +229,13 @@ def decode_any(image: Any, row: int, exif: ExifOrientation) -> Image.Image:
             problem = f"image number {row} has mode F, of which 255 is white, and no value above {most:g}"
             raise InputError(f"{problem}; multiply it by 255, or give a tensor with value_range=(0, 1)")
         return convert_image(image, f"number {row}", exif=exif)
+    if isinstance(image, bytes):
+        image = ImageRef(f"number {row}", data=image)
+    if isinstance(image, str | Path):
+        image = ImageRef(str(image), path=Path(image))
     if isinstance(image, ImageRef):
         return decode_image(image, exif=exif)
-    if isinstance(image, bytes):
-        return decode_image(ImageRef(f"number {row}", data=image), exif=exif)
-    if isinstance(image, str | Path):
-        return decode_image(ImageRef(str(image), path=Path(image)), exif=exif)
     raise InputError(f"image number {row} is a {type(image).__name__}; give {FORMS}")
-
-
-def content_key(values: Tensor) -> str:
-    """Return a hash of a tensor's values, shape and dtype."""
-    name = f"{values.dtype} {tuple(values.shape)} ".encode()
-    content = values.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return digest([name, content])
-
-
-ROWS = 4
-"""Number of rows of which a batch on a CPU holds a multiple: :func:`even_parts`.
-
-Widths of features are multiples of 8 and CPU vectors hold at most 32 numbers, so that 4 rows fill them evenly.
-"""
-PROMPTS_KEPT = 32  # number of encoded prompts that are kept for later batches; an encoded prompt of SD3 takes 5 MB
 
 
 @dataclass(frozen=True)
@@ -247,9 +246,12 @@ class EncodedBatch:
     prompts: Sequence[str]  # B prompts, which seed the noise
     conditioning: Conditioning  # encoded prompts, B rows
     uncond: Conditioning | None  # encoded empty prompt, one row; None if the head does not need it
-    # B hashes of the images, which seed the noise with ``noise_key="image"``; None hashes the latents
-    image_keys: Sequence[str] | None = None
     draws: Tensor | None = None  # ``(B, C, ...)`` noise to add at all levels in place of seeded noise
+
+    def features(self, model: RewardModel, noisy: Tensor, timesteps: Tensor) -> Features:
+        """Compute the features of noisy latents ``(B, C, ...)`` at ``timesteps`` ``(B,)``, at least float32."""
+        features = model.backbone(noisy, timesteps, self.conditioning, self.uncond)
+        return features.to(torch.promote_types(noisy.dtype, torch.float32))
 
 
 class PromptMemory:
@@ -258,7 +260,7 @@ class PromptMemory:
     Prompts are encoded one at a time, so that rounding does not depend on the other prompts of a batch.
     """
 
-    def __init__(self, model: RewardNetwork, capacity: int) -> None:
+    def __init__(self, model: RewardModel, capacity: int) -> None:
         self._model, self._capacity = model, capacity + model.head.needs_uncond  # the empty prompt comes beside them
         self._kept: OrderedDict[str | tuple[tuple[Any, ...], PixelLoader | None], Conditioning] = OrderedDict()
 
@@ -302,7 +304,7 @@ class PromptMemory:
 
 
 def score_images(
-    model: RewardNetwork,
+    model: RewardModel,
     prompts: Sequence[str],
     images: Images,
     levels: Sequence[ScoringNoise],
@@ -313,7 +315,6 @@ def score_images(
     for noise in levels:  # raises for a level out of range before images are decoded
         timesteps_of(noise, model.backbone.noise_process)
     memory = memory or PromptMemory(model, max(batch_size, PROMPTS_KEPT))
-    by_content = any(noise.noise_key == "image" for noise in levels)
     rows: list[int] = []
     scores: list[Tensor] = []
     unfitting: list[int] = []
@@ -329,7 +330,6 @@ def score_images(
                 of_batch,
                 memory.encode(of_batch),
                 memory.encode_uncond(of_batch),
-                [content_key(pixels) for pixels in batch.pixels] if by_content else None,
             )
             scored = torch.stack([score_encoded(model, encoded, noise) for noise in levels], dim=1).cpu()
         check_finite(scored, of_batch, batch.rows)
@@ -348,7 +348,7 @@ def score_images(
 
 
 def score_given_latents(
-    model: RewardNetwork,
+    model: RewardModel,
     prompts: Sequence[str],
     latents: Tensor,
     noise: ScoringNoise,
@@ -365,7 +365,7 @@ def score_given_latents(
 
 
 def score_parts(
-    model: RewardNetwork,
+    model: RewardModel,
     prompts: Sequence[str],
     rows: Sequence[int],
     latents: Tensor,
@@ -394,44 +394,24 @@ def score_parts(
     return torch.cat(scores) if scores else latents.new_zeros(0, *outputs_of(model))
 
 
-def score_encoded(model: RewardNetwork, batch: EncodedBatch, noise: ScoringNoise) -> Tensor:
+def score_encoded(model: RewardModel, batch: EncodedBatch, noise: ScoringNoise) -> Tensor:
     """Score one encoded batch: ``(B,)`` or ``(B, out_dim)``, at least float32, averaged over the seeds."""
-    process = model.backbone.noise_process
+    process, latents, scores = model.backbone.noise_process, batch.latents, []
     timesteps = timesteps_of(noise, process)
-    if batch.draws is not None:
-        return _score_draw(model, batch, timesteps, [batch.draws] * len(timesteps))
-    keys = None
-    if noise.noise_key == "image":
-        keys = batch.image_keys or [content_key(latents) for latents in batch.latents]
-    scores = []
-    for seed in noise.seeds:
-        draws = [
-            draw_noise(batch.prompts, keys, seed, sigma, batch.latents.shape[1:])
-            for sigma in process.sigma(timesteps).tolist()
-        ]
-        scores.append(_score_draw(model, batch, timesteps, draws))
+    for seed in noise.seeds if batch.draws is None else (None,):
+        levels = []
+        for timestep, sigma in zip(timesteps.to(latents.device), process.sigma(timesteps).tolist(), strict=True):
+            draw = batch.draws
+            if draw is None:
+                draw = draw_noise(batch.prompts, seed, sigma, latents.shape[1:])
+            repeated = timestep.repeat(len(latents))
+            noisy = process.add_noise(latents, draw.to(latents), repeated)
+            levels.append(batch.features(model, noisy, repeated))
+        scores.append(head_scores(model, levels, len(latents)))
     return torch.stack(scores).mean(dim=0)
 
 
-def _score_draw(model: RewardNetwork, batch: EncodedBatch, timesteps: Tensor, draws: Sequence[Tensor]) -> Tensor:
-    """Score a batch at ``timesteps`` ``(K,)`` with K noise tensors ``(B, C, ...)``; the head gets float32."""
-    process, levels = model.backbone.noise_process, []
-    for timestep, draw in zip(timesteps.to(batch.latents.device), draws, strict=True):
-        repeated = timestep.repeat(len(batch.latents))
-        noisy = process.add_noise(batch.latents, draw.to(batch.latents), repeated)
-        levels.append(features_at(model, noisy, repeated, batch.conditioning, batch.uncond))
-    return head_scores(model, levels, len(batch.latents))
-
-
-def features_at(
-    model: RewardNetwork, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None
-) -> Features:
-    """Compute the features of noisy latents ``(B, C, ...)`` at ``timesteps`` ``(B,)``, at least float32."""
-    features = model.read(noisy, timesteps, conditioning, uncond)
-    return features.to(torch.promote_types(noisy.dtype, torch.float32))
-
-
-def head_scores(model: RewardNetwork, levels: Sequence[Features], count: int) -> Tensor:
+def head_scores(model: RewardModel, levels: Sequence[Features], count: int) -> Tensor:
     """Score ``count`` rows from their features at each level, on a CPU one row at a time."""
     rows = even_parts(count, 1 if even_step(model) > 1 else count, 1)
     parts = [[rows_of(features, part) for features in levels] for part in rows]
@@ -439,16 +419,16 @@ def head_scores(model: RewardNetwork, levels: Sequence[Features], count: int) ->
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def outputs_of(model: RewardNetwork) -> tuple[int, ...]:
+def outputs_of(model: RewardModel) -> tuple[int, ...]:
     """Return the shape of an image's outputs: ``(2,)`` of a head with two axes, else empty."""
     return (len(model.axes),) if model.axes else ()
 
 
-def even_step(model: RewardNetwork) -> int:
-    """Return the number of rows of which a batch should hold a multiple on the model's device.
+def even_step(model: RewardModel) -> int:
+    """Return the number of rows of which a batch should hold a multiple on the model's device: see :func:`even_parts`.
 
-    See :func:`even_parts`. It is 1 on an accelerator. A head has arrays, such as
-    one number per token, for which :data:`ROWS` rows are not enough; on a CPU heads therefore score one row at a time.
+    It is 1 on an accelerator. A head has arrays, such as one number per token, for which :data:`ROWS` rows are not
+    enough; on a CPU heads therefore score one row at a time.
     """
     return ROWS if model.device.type == "cpu" else 1
 
@@ -461,10 +441,9 @@ def prompt_of_each(prompts: str | Sequence[str], count: int) -> Sequence[str]:
         raise InputError(f"prompts is a {type(prompts).__name__}; give a text for each image, or a single text for all")
     if len(prompts) != count:
         raise InputError(f"prompts: {len(prompts)} for {count} images; give one for each, or a single text for all")
-    wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
-    if wrong:
-        raise InputError(f"prompts hold a {type(wrong[0]).__name__}; give texts, the empty one where there is none")
     for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise InputError(f"prompts hold a {type(prompt).__name__}; give texts, the empty one where there is none")
         if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise InputError(f"prompt number {number} {prompt[:60]!a} holds half a character; decode its file as UTF-8")
     return list(prompts)

@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,30 @@ from latentreward.core.storage.json_files import read_config
 from latentreward.core.storage.user_files import whole_file
 from latentreward.core.storage.weight_files import read_header
 from latentreward.diffusion.backbones.tuning import CONFIG, PEFT_SETTINGS, PREFIX, WEIGHTS, check_settings, stored_ranks
+from latentreward.reward.heads.clip_projection import MultiScale
+
+PUBLISHED_RMS_EPS = 2.0**-7  # epsilon of the RMS norms with which DiNa-LRM's published weights were trained
+
+
+@dataclass(frozen=True)
+class PublishedSettings:
+    """Settings of a published checkpoint that its files do not hold.
+
+    Attributes:
+        guidance: LRM: guidance g of visual feature enhancement, the authors' ``guidance_scale``; at 1 or below visual
+            feature enhancement is off.
+        multi_scale: LRM: see :class:`~latentreward.reward.CLIPProjectionHead`. The authors' ``multi_scale: False`` is
+            ``single``, their ``multi_scale_cfg: True`` is ``enhanced``. None takes ``single`` if the width of the
+            stored projection is that of the mid block alone, and ``plain`` otherwise.
+        rms_eps: DiNa-LRM: epsilon of the head's RMS norms. The published weights were trained with 2⁻⁷; the authors'
+            code computes with 1.19e-7 under newer PyTorch.
+        t5_length: DiNa-LRM: number of T5 tokens per prompt; 256 in the published example, 128 in training.
+    """
+
+    guidance: float = 7.5
+    multi_scale: MultiScale | None = None
+    rms_eps: float = PUBLISHED_RMS_EPS
+    t5_length: int = 256
 
 
 def load_exactly(
@@ -51,19 +76,15 @@ def compare_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor],
             raise InputError(f"cannot load {path}: tensor {name} is {found[name].dtype}, expected floating point")
 
 
-def not_dense(state: Mapping[str, Any], meta: bool = False) -> str | None:
+def not_dense(state: Mapping[str, Any]) -> str | None:
     """Return the name of the first value that is not a dense tensor, or None.
 
     ``torch.load`` also reads sparse tensors, and tensors on the meta device, which have no values.
-
-    Args:
-        state: State dict.
-        meta: Whether to accept tensors on the meta device.
     """
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or (value.is_meta and not meta):
-            return name
-    return None
+    dense = {
+        name: isinstance(one, Tensor) and one.layout == torch.strided and not one.is_meta for name, one in state.items()
+    }
+    return next((name for name, sound in dense.items() if not sound), None)
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

@@ -1,33 +1,42 @@
-"""Scoring of image lists, decoded in threads ahead of the model, and the table of their scores."""
+"""Scoring of image lists, decoded in threads ahead of the model; the table of their scores, and a page of it."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
-from itertools import chain, groupby, islice
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_from_bytes
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from latentreward.core.contracts import seen_as, sources_of, sources_wanted, taken_of_edits
+from latentreward.core.contracts import ImageRef, seen_as, sources_of, sources_wanted, taken_of_edits
 from latentreward.core.errors import InputError, first_line, one_line
 from latentreward.core.storage.digests import digest, size_and_time
+from latentreward.core.storage.durable import check_writable
 from latentreward.core.storage.run_folder import load_table
 from latentreward.data import ImageError, count_text, decode_image
 from latentreward.data.clips import ClipLoader
 from latentreward.data.image_lists import ImageList, ListedImage
-from latentreward.data.images import MAX_PIXELS, MISSING, check_scans, map_ahead, read_header
+from latentreward.data.image_sizes import ImageSizes
+from latentreward.data.images import MAX_PIXELS, MISSING, ExifOrientation, check_scans, map_ahead, read_header
 from latentreward.data.readers.json_rows import short
+from latentreward.reward.scoring.ensemble import by_kind
+from latentreward.reward.scoring.find import name_of
 from latentreward.reward.scoring.reward_model import RewardModel
 from latentreward.reward.scoring.scoring_noise import ScoringNoise, timesteps_of
 
-HELD_BATCHES = 4  # number of batches of decoded images that may wait until a batch of one size is full
 NO_SCORE = "no finite score"  # start of the text in column ``problem`` for an image whose score is NaN or infinite
+FOUND = ("seconds", "rotated", "unused")
+"""What :class:`ListedScoring` counts: seconds in the model, images with an EXIF orientation other than upright, and
+frames of clips that were not used."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +49,6 @@ class Loaded:
     problem: str | None = None  # reason why the image cannot be used; None if it can
     rotated: bool = False  # whether the image has an EXIF orientation other than upright
     unused: int = 0  # number of frames of a clip that are not used
-
-
-@dataclass
-class ScoredRows:
-    """Results so far for one part of the list."""
-
-    rows: Sequence[ListedImage]  # N rows of the list
-    scores: Tensor  # ``(N, K)`` float32; NaN for a row without a score
-    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)  # index of a row → height and width of its image
-    problems: dict[int, str] = field(default_factory=dict)  # index of a row → reason why the row has no score
-
-    def finished(self) -> list[range]:
-        """Return ranges of consecutive rows that have a score or a problem."""
-        scored = self.scores.isfinite().all(dim=1).tolist()
-        known = groupby(range(len(self.rows)), lambda row: scored[row] or row in self.problems)
-        runs = [list(rows) for done, rows in known if done]
-        return [range(rows[0], rows[-1] + 1) for rows in runs]
 
 
 class ListedScoring:
@@ -82,56 +74,50 @@ class ListedScoring:
         self.batch_size, self.decode_threads, self.max_pixels = batch_size, decode_threads, max_pixels
         self._sizes = model.image_sizes
         self._taken = taken_of_edits(model.backbone.sources, lambda: any(sources_of(row.prompt) for row in rows))
-        self.scored = False  # whether an image has a score, so that a failure counts as the image's, not the model's
-        self.seconds = 0.0  # spent in the model so far
-        self.rotated = 0  # images so far with an EXIF orientation other than upright
-        self.unused = 0  # frames of clips so far that were not used
+        self.found = dict.fromkeys(FOUND, 0.0)
         self.progress: Callable[[int], None] = lambda number: None  # called with the number of rows just finished
 
-    def tables(self, parts: Sequence[range]) -> Iterator[tuple[range, pa.Table]]:
-        """Score the parts one by one; yield each part's range of rows with its table, see :meth:`table`.
-
-        After a Ctrl-C, the rows of the current part that are finished are yielded before KeyboardInterrupt is raised.
-        """
-        listed = (self.rows[index] for index in chain.from_iterable(parts))
-        ahead = 2 * self.batch_size + self.decode_threads
-        with closing(map_ahead(self._load, listed, ahead, self.decode_threads)) as loaded:
-            for rows in parts:
-                empty = torch.full((len(rows), len(self.levels) + len(self.axes)), torch.nan)
-                part = ScoredRows(self.rows[rows.start : rows.stop], empty)
-                try:
-                    self._score(part, islice(loaded, len(rows)))
-                except KeyboardInterrupt:
-                    table = self.table(part)
-                    for done in part.finished():
-                        yield range(rows.start + done.start, rows.start + done.stop), table[done.start : done.stop]
-                    raise
-                yield rows, self.table(part)
-
-    def table(self, part: ScoredRows) -> pa.Table:
-        """Convert the results of a part to a table.
+    def table(self, part: range) -> pa.Table:
+        """Score the rows of a part.
 
         Columns are ``image``, ``prompt``, ``score`` and a score for each further level, of a model with two axes
         ``fidelity`` and ``aesthetics`` with the noise of ``score``, ``z_score`` and ``quantile`` of ``score`` (empty
         unless the model is calibrated at that level), ``width`` and ``height`` of the image, and ``problem``: the
         reason why there is no score.
+
+        Raises:
+            InputError: If no image of a part at the start of the list has a finite score: then the model is at fault.
         """
-        rows = range(len(part.rows))
-        columns: dict[str, Any] = {
-            "image": pa.array([row.name for row in part.rows], pa.string()),
-            "prompt": pa.array([row.prompt for row in part.rows], pa.string()),
-        }
-        columns |= {name: _numbers(part.scores[:, index]) for index, name in enumerate([*self.levels, *self.axes])}
-        calibration, own = self.model.calibration, part.scores[:, 0]
-        if calibration is not None and calibration.fits(self.levels["score"]):
-            columns |= {"z_score": _numbers(calibration.z_score(own)), "quantile": _numbers(calibration.quantile(own))}
-        else:
-            columns |= dict.fromkeys(("z_score", "quantile"), _numbers(torch.full_like(own, torch.nan)))
-        for axis, name in ((1, "width"), (0, "height")):
-            sides = [part.sizes[row][axis] if row in part.sizes else None for row in rows]
-            columns[name] = pa.array(sides, pa.int32())
-        columns["problem"] = pa.array([part.problems.get(row) for row in rows], pa.string())
-        return pa.table(columns)
+        rows = self.rows[part.start : part.stop]
+        names = [*self.levels, *self.axes]
+        scores = torch.full((len(rows), len(names)), torch.nan)
+        problems: list[str | None] = [None] * len(rows)
+        sizes: list[tuple[int | None, int | None]] = [(None, None)] * len(rows)
+        error: InputError | None = None
+        with closing(
+            map_ahead(self._load, rows, 2 * self.batch_size + self.decode_threads, self.decode_threads)
+        ) as loaded:
+            for batch in by_kind(self._readable(rows, loaded, problems, sizes), self.batch_size):
+                error = self._score(rows, batch, scores, problems) or error
+                self.progress(len(batch))
+        if error is not None and part.start == 0 and not scores.isfinite().any():
+            raise error from error.__cause__
+        calibration, own = self.model.calibration, scores[:, 0]
+        calibrated = calibration is not None and calibration.fits(self.levels["score"])
+        empty = torch.full_like(own, torch.nan)
+        columns = dict(zip(names, scores.unbind(dim=1), strict=True))
+        columns["z_score"] = calibration.z_score(own) if calibrated else empty
+        columns["quantile"] = calibration.quantile(own) if calibrated else empty
+        return pa.table(
+            {
+                "image": pa.array([row.name for row in rows], pa.string()),
+                "prompt": pa.array([row.prompt for row in rows], pa.string()),
+                **{name: pa.array(v.float().numpy(), pa.float32(), from_pandas=True) for name, v in columns.items()},
+                "width": pa.array([width for _, width in sizes], pa.int32()),
+                "height": pa.array([height for height, _ in sizes], pa.int32()),
+                "problem": pa.array(problems, pa.string()),
+            }
+        )
 
     def _load(self, row: ListedImage) -> Loaded:
         if row.problem is not None:
@@ -159,87 +145,56 @@ class ListedScoring:
         size = image.height, image.width
         return Loaded(self._sizes.loader(*size).pixels(image), size, rotated=rotated)
 
-    def _score(self, part: ScoredRows, loaded: Iterable[Loaded]) -> None:
-        """Score a part in batches of images of one size, which are edits of equally many pictures.
+    def _readable(
+        self, rows: Sequence[ListedImage], loaded: Iterable[Loaded], problems: list[Any], sizes: list[Any]
+    ) -> Iterator[tuple[tuple[int, ...], tuple[int, Tensor]]]:
+        """Yield kind, row and pixels of the images that can be used; fill in ``problems`` and ``sizes`` of the rows.
 
-        Decoded images wait until :data:`HELD_BATCHES` batches are held; then all images of the commonest size are
-        scored. The rest is scored at the end of the part.
+        Images of one kind have one size, and are edits of equally many pictures.
         """
-        waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
         for row, image in enumerate(loaded):
             if image.pixels is None:
-                part.problems[row] = image.problem or ""
+                problems[row] = image.problem
                 self.progress(1)
                 continue
-            part.sizes[row] = image.size or (0, 0)
-            self.rotated += image.rotated
-            self.unused += image.unused
-            kind = len(sources_of(part.rows[row].prompt)), *image.pixels.shape
-            waiting.setdefault(kind, []).append((row, image.pixels))
-            if sum(map(len, waiting.values())) >= HELD_BATCHES * self.batch_size:
-                fullest = max(waiting, key=lambda shape: len(waiting[shape]))
-                self._score_images(part, waiting.pop(fullest))
-        for images in waiting.values():
-            self._score_images(part, images)
+            sizes[row] = image.size
+            self.found["rotated"] += image.rotated
+            self.found["unused"] += image.unused
+            yield (len(sources_of(rows[row].prompt)), *image.pixels.shape), (row, image.pixels)
 
-    def _score_images(self, part: ScoredRows, images: Sequence[tuple[int, Tensor]]) -> None:
-        """Score images of one size; if that fails, one by one, to record a problem for each image that fails.
-
-        Raises:
-            InputError: If no image has had a score so far, nor has one at the start of the list: then the model is at
-                fault, not an image.
-        """
+    def _score(
+        self, rows: Sequence[ListedImage], images: list[tuple[int, Tensor]], scores: Tensor, problems: list[Any]
+    ) -> InputError | None:
+        """Score images of one size; if that fails, one by one, to note which images fail; return a failure."""
         try:
-            part.scores[[row for row, _ in images]] = self._call(part, images)
+            scores[[row for row, _ in images]] = self._call(rows, images)
+            return None
         except InputError:
-            problems = {}
+            last = None
             for row, pixels in images:
                 try:
-                    part.scores[row] = self._call(part, [(row, pixels)])[0]
-                    self.scored = True
+                    scores[row] = self._call(rows, [(row, pixels)])[0]
                 except InputError as error:
                     unread = isinstance(error, ImageError)  # a picture to edit, which no one decoded before
                     problems[row] = str(error) if unread else f"{NO_SCORE} ({one_line(error)})"
                     last = error
-            if not self.scored and not self._works():
-                raise last from last.__cause__
-            part.problems.update(problems)  # not before: after a Ctrl-C they would be kept
-        self.scored = True
-        self.progress(len(images))
+            return last
 
-    def _works(self) -> bool:
-        """Tell whether the model scores any of the first images of the list that can be read.
-
-        Other processes, and runs that go on, have other parts; all of them ask for the same images.
-        """
-        part = ScoredRows(self.rows, torch.empty(0))
-        images = ((row, self._load(listed).pixels) for row, listed in enumerate(self.rows))
-        readable = ((row, pixels) for row, pixels in images if pixels is not None)
-        for image in islice(readable, HELD_BATCHES * self.batch_size):
-            with suppress(InputError):
-                self._call(part, [image])
-                return True
-        return False
-
-    def _call(self, part: ScoredRows, images: Sequence[tuple[int, Tensor]]) -> Tensor:
+    def _call(self, rows: Sequence[ListedImage], images: Sequence[tuple[int, Tensor]]) -> Tensor:
         """Score N images of one size under K noise settings; returns ``(N, K)``, with axes ``(N, K + 2)``."""
         start = time.perf_counter()
         pixels = torch.stack([image for _, image in images])
-        prompts = [seen_as(part.rows[row].prompt, max_pixels=self.max_pixels) for row, _ in images]
+        prompts = [seen_as(rows[row].prompt, max_pixels=self.max_pixels) for row, _ in images]
         different = list(dict.fromkeys(self.levels.values()))
         options: dict[str, Any] = {"batch_size": self.batch_size, "value_range": (-1, 1), "axes": bool(self.axes)}
         outputs = self.model.score_levels(prompts, pixels, different, **options)
         scores = self.model.head.total(outputs)
-        self.seconds += time.perf_counter() - start
+        self.found["seconds"] += time.perf_counter() - start
         if scores.ndim != 2:
             number = scores.shape[-1]
             raise InputError(f"model: {self.model.source} gives {number} scores per image; choose one that gives one")
         scores = scores[:, [different.index(noise) for noise in self.levels.values()]]
         return torch.cat([scores, outputs[:, different.index(self.levels["score"])]], dim=1) if self.axes else scores
-
-
-def _numbers(values: Tensor) -> pa.Array:
-    return pa.array(values.float().numpy(), pa.float32(), from_pandas=True)
 
 
 TEXTS, SIDES = ("image", "prompt", "problem"), ("width", "height")
@@ -286,17 +241,105 @@ def read_scores(path: Path) -> pa.Table:
 
 def summarise(listed: ImageList, table: pa.Table) -> str:
     """Return a text for the user: number and range of scores, reasons and names of images without one, and remarks."""
-    problems = [(row, problem) for row, problem in enumerate(table["problem"].to_pylist()) if problem is not None]
-    good = len(listed.rows) - len(problems)
-    text = f"{good} of {len(listed.rows)} images have a score"
-    if good:
+
+    def some(texts: Sequence[str], joined: str) -> str:
+        return joined.join(texts[:NAMED]) + (f" and {len(texts) - NAMED} more" if len(texts) > NAMED else "")
+
+    bad = [(row, one) for row, one in zip(listed.rows, table["problem"].to_pylist(), strict=True) if one is not None]
+    text = f"{len(listed.rows) - len(bad)} of {len(listed.rows)} images have a score"
+    if len(bad) < len(listed.rows):
         text += f", {pc.min(table['score']).as_py():.4f} to {pc.max(table['score']).as_py():.4f}"
-    if problems:
-        reasons = Counter(problem.partition(" (")[0] for _, problem in problems)
-        names = [f"{listed.rows[row].name or listed.rows[row].detail.partition(':')[0]}" for row, _ in problems[:NAMED]]
-        more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        text += f"\nwithout a score: {count_text(reasons)}: {', '.join(map(short, names))}{more}"
-    if listed.remarks:
-        text += f"\nremarks: {'; '.join(listed.remarks[:NAMED])}"
-        text += f" and {len(listed.remarks) - NAMED} more" if len(listed.remarks) > NAMED else ""
-    return text
+    if bad:
+        reasons = Counter(problem.partition(" (")[0] for _, problem in bad)
+        names = [short(row.name or row.detail.partition(":")[0]) for row, _ in bad]
+        text += f"\nwithout a score: {count_text(reasons)}: {some(names, ', ')}"
+    return f"{text}\nremarks: {some(listed.remarks, '; ')}" if listed.remarks else text
+
+
+SIDE, QUALITY = 224, 75
+"""Longest side of a thumbnail in pixels, and its JPEG quality: 500 photographs make a page of 4 to 8 MB."""
+LISTED = 1000  # largest number of images without a score that the page lists
+LEVEL = "score_"  # prefix of the columns with scores at one noise level
+
+
+class Gallery:
+    """HTML file that shows scored images as embedded thumbnails, each with a link to its image file.
+
+    Beside an edit the pictures that were edited are shown.
+
+    Of a list longer than ``limit`` the best and the worst are shown, half each. An image of more than ``max_pixels`` is
+    shown without a thumbnail.
+    """
+
+    def __init__(self, path: Path, limit: int, threads: int, max_pixels: int) -> None:
+        if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+            raise InputError(f"gallery is {path}; give a file that ends in .html")
+        check_writable(path)
+        self.path, self.limit, self.threads, self.max_pixels = path, limit, threads, max_pixels
+
+    def write(
+        self,
+        listed: ImageList,
+        table: pa.Table,
+        model: str,
+        exif: ExifOrientation = "ignore",
+        sizes: ImageSizes | None = None,
+    ) -> int:
+        """Write the page of the images with their ``table`` of scores, and return the number of images on it.
+
+        Thumbnails are turned upright if ``exif`` is ``apply``; a rule ``sizes`` for clips makes thumbnails that play.
+        """
+        from latentreward.core.reports.page import write_page
+
+        scores = table["score"].to_numpy()
+        order = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())].tolist()
+        best = len(order) if len(order) <= self.limit else (self.limit + 1) // 2
+        places = [*range(best), *range(max(best, len(order) - self.limit + best), len(order))]
+        rows = table.to_pylist()
+
+        def card(place: int) -> dict[str, Any]:
+            row, values = listed.rows[order[place]], rows[order[place]]
+            levels = {name.removeprefix(LEVEL): value for name, value in values.items() if name.startswith(LEVEL)}
+            return {
+                **{name: values[name] for name in ("score", "z_score", "quantile")},
+                "rank": place + 1,
+                "name": row.name,
+                "prompt": row.prompt,
+                "href": quote_from_bytes(os.fsencode(os.path.relpath(row.path, self.path.parent))),
+                "picture": self._picture(row.ref(), exif, sizes),
+                "sources": [self._picture(one, exif) for one in sources_of(row.prompt)],
+                "levels": [(name.replace("_", " "), value) for name, value in levels.items() if value is not None],
+                "size": f"{values['width']} × {values['height']}",
+            }
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            cards = [*pool.map(card, places)]
+        told = ((one.name, row["problem"]) for one, row in zip(listed.rows, rows, strict=True))
+        without = [(name, problem) for name, problem in told if problem is not None]
+        write_page(
+            self.path,
+            "gallery",
+            title=f"Scores of {name_of(str(listed.source))}",
+            model=name_of(model),
+            total=len(listed.rows),
+            scored=len(order),
+            mean=f"{np.nanmean(scores):.4f}" if order else "",
+            best=best,
+            cards=cards,
+            without=without[:LISTED],
+            more_without=max(len(without) - LISTED, 0),
+        )
+        return len(places)
+
+    def _picture(self, image: ImageRef, exif: ExifOrientation, sizes: ImageSizes | None = None) -> str | None:
+        """Return a thumbnail as a data URI; None if the image or clip cannot be read any more."""
+        from latentreward.core.reports.drawing import clip_uri, picture_uri, to_images
+
+        loader = None if sizes is None else sizes.loader(SIDE, SIDE)
+        try:
+            if isinstance(loader, ClipLoader):
+                clip = replace(loader, max_pixels=self.max_pixels)(image)
+                return clip_uri(to_images(clip), loader.fps, SIDE, QUALITY)
+            return picture_uri(decode_image(image, self.max_pixels, exif), SIDE, QUALITY)
+        except ImageError:
+            return None

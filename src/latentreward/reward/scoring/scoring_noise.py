@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from latentreward.core.errors import InputError, check_once
 from latentreward.core.running import scoring_generator
 from latentreward.diffusion import NoiseProcess
 
-NoiseKey = Literal["prompt", "image"]
 MOST_DRAWS = 1000
 """Largest number of noisy latents of an image: a model's file could keep a machine busy without end."""
 
@@ -31,14 +30,11 @@ class ScoringNoise:
         sigmas: Noise levels in [0, 1]; each is replaced by the nearest level of the model's noise process.
         timesteps: Timesteps of the model's noise process.
         seeds: Seeds; each gives one noise sample per level.
-        noise_key: ``prompt``: images of one prompt get the same noise. ``image``: each image gets noise of its own,
-            seeded also with the hash of its pixels (of its latents, if latents are scored).
     """
 
     sigmas: tuple[float, ...] = ()
     timesteps: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0,)
-    noise_key: NoiseKey = "prompt"
 
     def __post_init__(self) -> None:
         for name in ("sigmas", "timesteps", "seeds"):
@@ -46,17 +42,13 @@ class ScoringNoise:
         if bool(self.sigmas) == bool(self.timesteps):
             given = f"noise.sigmas={list(self.sigmas)} and noise.timesteps={list(self.timesteps)}"
             raise InputError(f"{given}: give levels as one of the two, e.g. sigmas: [0.4], or timesteps: [1]")
-        outside = [sigma for sigma in self.sigmas if not 0 <= sigma <= 1]
-        if outside:
+        if outside := [sigma for sigma in self.sigmas if not 0 <= sigma <= 1]:
             raise InputError(f"noise.sigmas holds {outside[0]}; noise levels lie in [0, 1]")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"noise.seeds={list(self.seeds)}; give at least one seed, each once")
-        if not all(type(seed) is int for seed in self.seeds):
-            raise InputError(f"noise.seeds={list(self.seeds)}; seeds are whole numbers")
+        whole = all(type(seed) is int for seed in self.seeds)
+        if not self.seeds or not whole or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"noise.seeds={list(self.seeds)}; give at least one whole number, each once")
         if (draws := len(self.sigmas or self.timesteps) * len(self.seeds)) > MOST_DRAWS:
             raise InputError(f"noise: levels times seeds are {draws}; give at most {MOST_DRAWS} together")
-        if self.noise_key not in get_args(NoiseKey):
-            raise InputError(f"noise.noise_key is {self.noise_key!r}; give {' or '.join(get_args(NoiseKey))}")
 
     def __str__(self) -> str:
         """Return a short name for tables, e.g. ``sigma 0.4`` or ``t 1, 3 seeds``."""
@@ -64,7 +56,7 @@ class ScoringNoise:
         text = f"{'sigma' if self.sigmas else 't'} {'+'.join(f'{level:g}' for level in levels)}"
         if self.seeds != (0,):
             text += f", seed {self.seeds[0]}" if len(self.seeds) == 1 else f", {len(self.seeds)} seeds"
-        return text if self.noise_key == "prompt" else f"{text}, noise per image"
+        return text
 
 
 @dataclass(frozen=True)
@@ -75,13 +67,11 @@ class NoiseSettings:
         sigmas: Noise levels in [0, 1]; several levels make one ensemble score.
         timesteps: Timesteps of the model's noise process, instead of noise levels.
         seeds: Seeds of the noise; the scores of all seeds are averaged.
-        noise_key: ``prompt``: images of one prompt share the noise; ``image``: each image has its own noise.
     """
 
     sigmas: tuple[float, ...] = ()
     timesteps: tuple[float, ...] = ()
     seeds: tuple[int, ...] = ()
-    noise_key: NoiseKey | None = None
 
     def __post_init__(self) -> None:
         self.over(ScoringNoise(timesteps=(1.0,)))
@@ -112,23 +102,13 @@ def timesteps_of(noise: ScoringNoise, process: NoiseProcess) -> Tensor:
     return process.snap(torch.tensor(noise.timesteps, dtype=torch.float32))
 
 
-def draw_noise(
-    prompts: Sequence[str], image_keys: Sequence[str] | None, seed: int, sigma: float, shape: Sequence[int]
-) -> Tensor:
-    """Return standard normal noise ``(B, *shape)``, float32 on the CPU, for one seed and noise level ``sigma``.
-
-    Rows with equal prompt and image key, a hash of the image's content, get equal noise; without ``image_keys`` rows
-    with equal prompts do.
-    """
-    keys = [None] * len(prompts) if image_keys is None else image_keys
-    names = list(zip(prompts, keys, strict=True))
-    drawn = {
-        (prompt, key): torch.randn(
-            *shape, generator=scoring_generator(prompt, seed, sigma, shape, key), device="cpu", dtype=torch.float32
-        )
-        for prompt, key in dict.fromkeys(names)
-    }
-    return torch.stack([drawn[name] for name in names])
+def draw_noise(prompts: Sequence[str], seed: int, sigma: float, shape: Sequence[int]) -> Tensor:
+    """Return standard normal noise ``(B, *shape)``, float32 on the CPU; rows with equal prompts get equal noise."""
+    drawn = {}
+    for prompt in dict.fromkeys(prompts):
+        generator = scoring_generator(prompt, seed, sigma, shape)
+        drawn[prompt] = torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
+    return torch.stack([drawn[prompt] for prompt in prompts])
 
 
 GRID = 1001  # number of quantiles that a calibration stores
@@ -166,26 +146,17 @@ class Calibration:
         grid = torch.tensor(self.quantiles, dtype=torch.float64, device="cpu")
         ascends = len(grid) >= 2 and bool(grid.isfinite().all()) and bool((grid.diff() >= 0).all())
         if not (ascends and self.std > 0 and torch.tensor([self.mean, self.std], device="cpu").isfinite().all()):
-            raise InputError(
-                f"calibration on {self.reference!r}: mean {self.mean}, std {self.std} and {len(grid)} quantiles are no "
-                "calibration; the spread must be positive and the quantiles ascend"
-            )
+            found = f"mean {self.mean}, std {self.std} and {len(grid)} quantiles are no calibration"
+            remedy = "the spread must be positive and the quantiles ascend"
+            raise InputError(f"calibration on {self.reference!r}: {found}; {remedy}")
 
     @classmethod
     def fit(
         cls, scores: Tensor, reference: str, noise: ScoringNoise, seed: int = 0, axes: tuple[float, ...] | None = None
     ) -> Self:
-        """Compute a calibration from the raw scores of a reference set.
+        """Compute a calibration from the raw scores ``(N,)`` of a reference set; see the attributes for the rest.
 
-        Args:
-            scores: ``(N,)`` raw scores of the reference set.
-            reference: Name of the reference set.
-            noise: Noise levels and seeds at which the reference set was scored.
-            seed: See :class:`Calibration`.
-            axes: See :class:`Calibration`.
-
-        Raises:
-            InputError: If there are fewer than :data:`FEWEST` scores, one is not finite, or all are equal.
+        There must be at least :data:`FEWEST` scores, all finite, and not all equal.
         """
         scores, place = scores.detach().to("cpu", torch.float64).flatten(), f"calibration on {reference!r}"
         if len(scores) < FEWEST:
@@ -205,12 +176,8 @@ class Calibration:
     def z_score(self, scores: Tensor, noise: ScoringNoise | None = None) -> Tensor:
         """Return ``(score − mean) / std`` of each score, float32, in the shape of ``scores``.
 
-        Args:
-            scores: Raw scores.
-            noise: Noise setting of ``scores``, to check that the calibration applies; None skips the check.
-
-        Raises:
-            InputError: If the levels of ``noise`` differ from those of the calibration.
+        ``noise`` is the noise setting of the scores, whose levels must be those of the calibration; None is not
+        compared.
         """
         self.check(noise)
         return ((scores.double() - self.mean) / self.std).float()
@@ -220,11 +187,7 @@ class Calibration:
 
         The share is interpolated linearly between the stored quantiles. It is 0 up to the smallest and 1 from the
         largest reference score. A score that equals several stored quantiles gets the middle of their range. NaN stays
-        NaN.
-
-        Args:
-            scores: Raw scores.
-            noise: See :meth:`z_score`.
+        NaN. ``noise`` is that of :meth:`z_score`.
         """
         self.check(noise)
         raw = scores.detach().double()

@@ -50,10 +50,10 @@ def test_draws_do_not_share_seeds(path: str) -> None:
         torch.testing.assert_close(scores[:, place], alone, atol=2e-5, rtol=0)
 
 
-def test_levels_keep_the_scorers_seeds_and_key_of_noise(path: str) -> None:
-    noise = ScoringNoise((0.5, 0.7), seeds=(3, 5), noise_key="image")
+def test_levels_keep_the_scorers_seeds(path: str) -> None:
+    noise = ScoringNoise((0.5, 0.7), seeds=(3, 5))
     columns = NoiseColumns(RewardModelScorer(path, "mine", noise=noise), [0.3], 1)
     columns.prepare()
-    alone = ScoringNoise((0.3,), seeds=(3, 5), noise_key="image")
+    alone = ScoringNoise((0.3,), seeds=(3, 5))
     expected = columns.scorer.model.score(PROMPTS, images(), noise=alone)
     torch.testing.assert_close(columns(PROMPTS, images())[:, 1], expected, atol=2e-5, rtol=0)

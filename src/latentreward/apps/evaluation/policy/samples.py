@@ -23,7 +23,7 @@ from latentreward.data.alignment.prompt_files import PromptRow, read_prompt_rows
 from latentreward.data.images import file_image, image_bytes
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.reward.scorers.tools import JudgedPicture
-from latentreward.reward.scoring.network import name_of
+from latentreward.reward.scoring.find import name_of
 
 TABLES = ("images.csv", "images.jsonl")
 

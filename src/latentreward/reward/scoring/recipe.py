@@ -1,6 +1,6 @@
 """Recipe of a reward model: classes and settings of backbone and head, from which the model is built again.
 
-Callers must check with :func:`check_class` that a class is allowed before it is built here.
+Classes that a file names must pass :func:`check_class` before they are built here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from latentreward.core.public_names import public_names
 from latentreward.core.registry import Construction, backbone_names, find_modules_here, of_this_package
 from latentreward.core.settings.errors import leaves
 from latentreward.core.settings.functions import reworded
-from latentreward.core.settings.rewriting import show_secrets
 from latentreward.core.storage.json_files import STRICT, check_arguments
 from latentreward.diffusion import DiffusionBackbone, LoRA, import_family, is_foreign
 from latentreward.diffusion.backbones.loading import SHIPPED
@@ -39,6 +38,10 @@ SETTINGS = "reward_settings"
 """Key of a checkpoint with the settings of backbone and head, for runs without a ``config.yaml``."""
 SMALL = 10_000_000
 """Number of weights up to which a head is built whatever its file holds; comparing names and shapes refuses it."""
+REMEDY = (
+    "if you trust its author, give --trust_remote_code=true (in a YAML trust_remote_code: true beside its path, "
+    "in Python trust_remote_code=True)"
+)
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,12 @@ class ModelRecipe:
 
     def with_own(self, own: Iterable[str]) -> Self:
         """Return a recipe with more names in :attr:`own`, and the backbone's tuning settings changed accordingly."""
-        if not {*own} - {*self.own}:
+        if {*own} <= {*self.own}:
             return self
         parts = in_order({*self.own, *own})
-        settings = without_training(self.backbone.init_args, parts) if is_ours(self.backbone) else None
-        backbone = self.backbone if settings is None else replace(self.backbone, init_args=settings)
+        backbone = self.backbone
+        if is_ours(backbone):
+            backbone = replace(backbone, init_args=without_training(backbone.init_args, parts))
         return replace(self, backbone=backbone, own=parts)
 
     def on(self, base: str, revision: str | None = None) -> Self:
@@ -108,10 +112,7 @@ def backbone_part(name: str, init_args: Mapping[str, Any], own: tuple[str, ...])
 
 
 def without_training(init_args: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
-    """Return settings of one of this package's factories without LoRA and other settings for training.
-
-    ``tuning`` and ``text_encoder_tuning`` become ``full`` for modules in ``own`` and ``frozen`` for others.
-    """
+    """Return settings of one of this package's factories for scoring: no LoRA, and ``full`` tuning of ``own``."""
     settings = {name: value for name, value in init_args.items() if name not in ONLY_IN_TRAINING}
     settings["tuning"] = "full" if {"unet", "transformer"} & {*own} else "frozen"
     settings["text_encoder_tuning"] = "full" if "text_encoder" in own else "frozen"
@@ -160,8 +161,7 @@ def own_parts(backbone: DiffusionBackbone, untrained: bool = False) -> tuple[str
     """
     named = [name for name, weight in backbone.named_parameters() if untrained or weight.requires_grad]
     own = {name.partition(".")[0] for name in named if ".lora_" not in name} - ({"vae"} if untrained else set())
-    own |= {name for name in backbone.state_dict() if "." not in name}
-    return in_order(own)
+    return in_order(own | {name for name in backbone.state_dict() if "." not in name})
 
 
 def in_order(parts: Iterable[str]) -> tuple[str, ...]:
@@ -170,10 +170,9 @@ def in_order(parts: Iterable[str]) -> tuple[str, ...]:
 
 
 def build_backbone(part: ModelPart, folder: Path | None = None, **overrides: Any) -> DiffusionBackbone:
-    """Build the backbone of a recipe with the base pipeline's weights.
+    """Build the backbone of a recipe with the base pipeline's weights; on the meta device it has shapes alone.
 
-    Under ``torch.device("meta")`` the backbone has shapes but no weights. ``overrides`` replace settings of a
-    registered factory. Nothing may be imported from ``folder``, the model's.
+    ``overrides`` replace settings of a registered factory. Nothing may be imported from ``folder``, the model's.
     """
     path = backbone_names().get(part.name)
     settings = {**part.init_args, **overrides}
@@ -203,6 +202,9 @@ def build_head(
             return instantiated(Callable[[FeatureSpec], RewardHead], part, folder)(spec)
         kind, settings = imported(path), {"spec": spec, **part.init_args}
         if stored is not None:
+            if settings.get("text_projection_source") is not None:  # its weights are among the stored ones
+                width = len(stored.get("visual_projection.weight", ()))
+                settings |= {"text_projection_source": None, "embed_dim": width}
             with torch.device("meta"):
                 numbers = sum(weight.numel() for weight in called(kind, settings).state_dict().values())
             if numbers > SMALL + 4 * (held := sum(weight.numel() for weight in stored.values())):
@@ -252,21 +254,14 @@ def imported(path: str) -> Any:
         raise InputError(f"class path {path!r} cannot be imported ({first_line(error)}){where(error)}") from error
 
 
-REMEDY = (
-    "if you trust its author, give --trust_remote_code=true (in a YAML trust_remote_code: true beside its path, "
-    "in Python trust_remote_code=True)"
-)
-MASK = "$\0{"  # replacement of ``${``, the start of an OmegaConf interpolation, in settings that must not be resolved
-
-
 def head_paths() -> dict[str, str]:
     """Return the import path of each head class that ``latentreward.reward`` exports, by name; none is imported."""
     found = {name: f"{module}.{name}" for name, module in public_names().items() if ".reward.heads." in f"{module}."}
     return {name: path for name, path in found.items() if name.endswith("Head") and name != RewardHead.__name__}
 
 
-def known_names(kind: str) -> Mapping[str, str | Callable[..., Any]]:
-    """Return the registered backbones or heads by name: import paths, or factories of plug-ins."""
+def known_names(kind: str) -> Mapping[str, str]:
+    """Return the import paths of the registered backbones or heads, by name."""
     return backbone_names() if kind == "backbone" else head_paths()
 
 
@@ -276,49 +271,22 @@ def registered_name(kind: str, class_path: str) -> str:
     package, _, last = class_path.rpartition(".")
     if package.startswith("latentreward.") and last in known:  # also by a path of an earlier version
         return last
-    return {path: name for name, path in known.items() if isinstance(path, str)}.get(class_path, class_path)
+    return {path: name for name, path in known.items()}.get(class_path, class_path)
 
 
-def check_class(kind: str, name: str, trusted: bool) -> None:
-    """Raise InputError if a class is neither registered nor, with ``trusted``, an import path; nothing is imported."""
+def check_class(kind: str, part: ModelPart, trusted: bool) -> None:
+    """Raise InputError if a part names a class that is not registered, unless ``trusted``; nothing is imported."""
     known = known_names(kind)
-    if name in known:
-        return
-    if "." not in name:
-        raise InputError(f"{kind}: unknown class {name!r}{did_you_mean(name, known)}")
-    if not trusted:
-        raise InputError(f"{kind}: class {name!r} is not registered and would be imported; {REMEDY}")
-
-
-def check_family(settings: Mapping[str, Any], trusted: bool) -> None:
-    """Raise InputError if settings name a family outside this package without ``trusted``; nothing is imported."""
-    family = settings.get("family")
+    if part.name not in known:
+        if "." not in part.name:
+            raise InputError(f"{kind}: unknown class {part.name!r}{did_you_mean(part.name, known)}")
+        if not trusted:
+            raise InputError(f"{kind}: class {part.name!r} is not registered and would be imported; {REMEDY}")
+    family = part.init_args.get("family") if kind == "backbone" else None
     if not isinstance(family, str | None):
         raise InputError(f"backbone: family={family!r:.80} is no import path; get the model again")
     if not trusted and is_foreign(family):
         raise InputError(f"backbone: family {family!r} is not of this package and would be imported; {REMEDY}")
-
-
-def masked(settings: Any) -> Any:
-    """Return a copy of settings in which OmegaConf finds no interpolation: each ``${`` is replaced by :data:`MASK`.
-
-    Resolvers could read environment variables of this machine, and nested references could grow exponentially.
-    """
-    if isinstance(settings, Mapping):
-        return {name: masked(value) for name, value in settings.items()}
-    if isinstance(settings, list):
-        return [masked(value) for value in settings]
-    return settings.replace("${", MASK) if isinstance(settings, str) else settings
-
-
-def check_masked(settings: Any) -> None:
-    """Raise InputError if settings contain an interpolation that :func:`masked` replaced."""
-    if isinstance(settings, Mapping | list):
-        for value in settings.values() if isinstance(settings, Mapping) else settings:
-            check_masked(value)
-    elif isinstance(settings, str) and MASK in settings:
-        shown = show_secrets(settings.replace(MASK, "${"))
-        raise InputError(f"{shown!r} would be resolved on this machine; {REMEDY}")
 
 
 class FolderGuard:

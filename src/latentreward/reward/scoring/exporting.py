@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentreward.core.checkpoints.base_weights import without_adapters
 from latentreward.core.checkpoints.shards import require_finite
-from latentreward.core.errors import InputError
+from latentreward.core.errors import InputError, errors_at
 from latentreward.core.storage.durable import replacing
 from latentreward.diffusion import SD3DiTBackbone, SDUNetBackbone
 from latentreward.diffusion.backbones.loading import PipelineSource
@@ -21,18 +21,17 @@ from latentreward.diffusion.backbones.sd_unet import unet_family
 from latentreward.reward.heads.clip_projection import CLIPProjectionHead
 from latentreward.reward.heads.gated_qformer import GatedQFormerHead, LogisticSquash
 from latentreward.reward.scoring.files import ADAPTER, adapter_settings, lora_layers, write_adapter
-from latentreward.reward.scoring.layouts.model_folder import adapters_of
-from latentreward.reward.scoring.layouts.papers import DINA_ADAPTER
-from latentreward.reward.scoring.layouts.recipe import ModelRecipe
-from latentreward.reward.scoring.layouts.saving import write_tensors
-from latentreward.reward.scoring.network import RewardNetwork, name_of
+from latentreward.reward.scoring.find import name_of
+from latentreward.reward.scoring.importers import DINA_ADAPTER
+from latentreward.reward.scoring.publishing import write_tensors
+from latentreward.reward.scoring.recipe import ModelRecipe
+from latentreward.reward.scoring.reward_model import RewardModel
+from latentreward.reward.scoring.stored import adapters_of
 
 RewardFormat = Literal["diffusion-rm", "lpo"]
-OF_THE_BASE = {"revision": None, "variant": None, "vae_dtype": "float32"}
-"""Settings of the base that the layouts do not hold → the values that they have after a layout is loaded."""
 
 
-def export_reward(model: RewardNetwork, folder: Path, layout: RewardFormat, base_name: str | None = None) -> list[str]:
+def export_reward(model: RewardModel, folder: Path, layout: RewardFormat, base_name: str | None = None) -> list[str]:
     """Write ``model`` in float32 in one of the two layouts.
 
     The folder is written under a temporary name and renamed when it is complete.
@@ -49,34 +48,31 @@ def export_reward(model: RewardNetwork, folder: Path, layout: RewardFormat, base
 
     Returns:
         Lines for the user: flags with which the folder gives equal scores, and settings that the layout does not hold.
-
-    Raises:
-        InputError: If the layout cannot hold the model, or the model was not loaded from files in float32.
     """
     recipe = model.recipe
     if recipe is None or model.dtype != torch.float32:
         raise InputError("only a model that RewardModel.from_pretrained loaded in float32 can be exported; load it so")
-    for problem in (lpo_problems if layout == "lpo" else diffusion_rm_problems)(model, recipe):
-        raise InputError(f"format={layout} cannot hold this reward: {problem}")
+    with errors_at(f"format={layout} cannot hold this reward: "):
+        for problem in (lpo_problems if layout == "lpo" else diffusion_rm_problems)(model, recipe):
+            raise InputError(problem)
     require_finite(dict(model.named_parameters()), "the reward model")
     base = base_of(model, recipe)
     head: Any = model.head
     with replacing(folder) as partial:
         if layout == "lpo":
             write_lpo(model, base, partial)
-            unheld, settings = OF_THE_BASE, {"guidance": head.guidance, "multi_scale": head.multi_scale}
+            settings = {"guidance": head.guidance, "multi_scale": head.multi_scale}
         else:
             write_diffusion_rm(model, base_name or name_of(base.source), partial)
-            unheld = {**OF_THE_BASE, "frozen_dtype": "float32"}
             encoder: Any = model.backbone.text_encoder
             length = recipe.backbone.init_args.get("t5_length") if encoder is None else encoder.t5_length
             settings = {"rms_eps": head.norm_ff.eps, "t5_length": 256 if length is None else length}
     flags = [f"--base {quote(base.source)}", *(f"--published.{name} {value}" for name, value in settings.items())]
-    lost = [*not_held(model, recipe.backbone.init_args, unheld)]
-    return [f"load it with {' '.join(flags)}", *([f"not held by this layout: {'; '.join(lost)}"] if lost else [])]
+    unheld = f"noise {model.noise}, image sizes {model.image_sizes}, EXIF orientation ({model.exif}), calibration"
+    return [f"load it with {' '.join(flags)}", f"not held by this layout: {unheld}, and the type of the base's weights"]
 
 
-def base_of(model: RewardNetwork, recipe: ModelRecipe) -> PipelineSource:
+def base_of(model: RewardModel, recipe: ModelRecipe) -> PipelineSource:
     """Return the base pipeline that the model was loaded on; raise InputError if it was loaded without one."""
     settings = recipe.backbone.init_args
     source = settings.get("source") or model.backbone.source
@@ -85,37 +81,18 @@ def base_of(model: RewardNetwork, recipe: ModelRecipe) -> PipelineSource:
     return PipelineSource(source, settings.get("revision"), settings.get("variant"))
 
 
-def not_held(model: RewardNetwork, settings: Mapping[str, Any], unheld: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a text for each setting of the model that the layout does not hold and that differs after loading."""
-    default = RewardNetwork(model.backbone, model.head)
-    if model.noise != default.noise:
-        yield f"noise {model.noise} (will be {default.noise})"
-    if model.image_sizes != default.image_sizes:
-        yield f"image sizes {model.image_sizes} (will be {default.image_sizes})"
-    if model.exif == "apply":
-        yield "EXIF orientation applied (will be ignored; `latentreward score` takes --exif apply)"
-    if model.calibration is not None:
-        yield "the calibration"
-    for name, later in unheld.items():
-        if (value := settings.get(name, later)) != later:
-            yield f"{name} {value} of the base"
+def check_classes(model: RewardModel, backbone: type, head: type) -> None:
+    """Raise InputError if the model's backbone or head is of another class than the layout holds."""
+    if type(model.backbone) is not backbone or type(model.head) is not head:
+        found = f"{type(model.head).__name__} on {type(model.backbone).__name__}"
+        raise InputError(f"it takes a {head.__name__} on {backbone.__name__}, and this is a {found}")
 
 
-def of_other_classes(model: RewardNetwork, backbone: type, head: type) -> str | None:
-    """Return a text if the model's backbone or head is of another class than the layout holds, else None."""
-    if type(model.backbone) is backbone and type(model.head) is head:
-        return None
-    found = f"{type(model.head).__name__} on {type(model.backbone).__name__}"
-    return f"it takes a {head.__name__} on {backbone.__name__}, and this is a {found}"
-
-
-def diffusion_rm_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator[str]:
+def diffusion_rm_problems(model: RewardModel, recipe: ModelRecipe) -> Iterator[str]:
     """Yield a text for each property of the model that the layout of DiNa-LRM cannot hold."""
     backbone: Any = model.backbone
     head: Any = model.head
-    if problem := of_other_classes(model, SD3DiTBackbone, GatedQFormerHead):
-        yield problem
-        return
+    check_classes(model, SD3DiTBackbone, GatedQFormerHead)
     trained = (*recipe.own, *(f"LoRA of {part}" for part in adapters_of(backbone)))
     if trained != ("LoRA of transformer",):
         yield f"it takes a head and the LoRA of transformer, and here that is {', '.join(trained) or 'the head alone'}"
@@ -136,13 +113,11 @@ def diffusion_rm_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator
         yield "it takes the base's T5, and here load_t5 is false"
 
 
-def lpo_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator[str]:
+def lpo_problems(model: RewardModel, recipe: ModelRecipe) -> Iterator[str]:
     """Yield a text for each property of the model that the layout of LRM cannot hold."""
     backbone: Any = model.backbone
     head: Any = model.head
-    if problem := of_other_classes(model, SDUNetBackbone, CLIPProjectionHead):
-        yield problem
-        return
+    check_classes(model, SDUNetBackbone, CLIPProjectionHead)
     trained = {*recipe.own, *(part.partition(".")[0] for part in adapters_of(backbone))}
     if foreign := sorted(trained - {"unet", "text_encoder"}):
         yield f"it takes a U-Net and text encoders, and here {foreign[0]} was trained too"
@@ -158,7 +133,7 @@ def lpo_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator[str]:
         yield f"the authors' multi_scale_cfg means another enhance_first than {head.enhance_first} on this base"
 
 
-def write_diffusion_rm(model: RewardNetwork, base: str, folder: Path) -> None:
+def write_diffusion_rm(model: RewardModel, base: str, folder: Path) -> None:
     """Write the layout of DiNa-LRM into ``folder``; ``base`` is the name of the base in its configs."""
     write_adapter(model.backbone.get_submodule("transformer"), folder / DINA_ADAPTER, base)
     state = model.head.state_dict().items()
@@ -167,7 +142,7 @@ def write_diffusion_rm(model: RewardNetwork, base: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(diffusion_rm_config(model, base), indent=4) + "\n")
 
 
-def diffusion_rm_config(model: RewardNetwork, base: str) -> dict[str, Any]:
+def diffusion_rm_config(model: RewardModel, base: str) -> dict[str, Any]:
     """Return the contents of ``config.json`` in DiNa-LRM's layout; unknown settings of the training are None."""
     backbone: Any = model.backbone
     head: Any = model.head
@@ -197,18 +172,15 @@ def diffusion_rm_config(model: RewardNetwork, base: str) -> dict[str, Any]:
             },
         },
         "training": {
-            "mixed_precision": None,
-            "learning_rate": None,
+            **dict.fromkeys(("mixed_precision", "learning_rate", "max_grad_norm")),
+            **dict.fromkeys(("t_weighting_scheme", "t_weighting_scheme_param")),
             "add_noise": True,
-            "t_weighting_scheme": None,
-            "t_weighting_scheme_param": None,
-            "max_grad_norm": None,
             "use_vae": False,
         },
     }
 
 
-def write_lpo(model: RewardNetwork, base: PipelineSource, folder: Path) -> None:
+def write_lpo(model: RewardModel, base: PipelineSource, folder: Path) -> None:
     """Write the layout of LRM into ``folder``; the U-Net's up path, which rewards do not keep, comes from ``base``."""
     backbone: Any = model.backbone
     head: Any = model.head

@@ -1,1 +1,0 @@
-"""Layouts of reward models on disk: detection, reading and writing of each."""
