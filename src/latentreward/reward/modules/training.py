@@ -167,15 +167,18 @@ def refuse_quantized(module: nn.Module, strategy: str) -> None:
 
 def frozen_values(module: nn.Module, names: set[str]) -> Iterator[memoryview | str]:
     """Yield names and bytes of the named parameters and buffers of a module, in the module's order."""
-    tensors: list[tuple[str, Any]] = [*module.named_parameters(), *module.named_buffers()]
+    tensors: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in tensors:
         if name in names:
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-            values = tensor.detach()
-            # torchao's quantised tensors consist of plain ones: codes and scales
-            parts = values.__tensor_flatten__()[0] if hasattr(values, "__tensor_flatten__") else ()
-            for part in [getattr(values, one) for one in parts] or [values]:
+            for part in stored_parts(tensor.detach()):
                 yield memoryview(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def stored_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors in which a tensor is stored: itself, or codes and scales of torchao's quantised ones."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    yield from [getattr(tensor, name) for name in names] or [tensor]
 
 
 Decay = Literal["none", "linear", "cosine"]
