@@ -103,13 +103,8 @@ def pair_generator(seed: int, purpose: str, epoch: int, pair_id: str, image_key:
 def scoring_generator(prompt: str, seed: int, sigma: float, shape: Sequence[int]) -> torch.Generator:
     """Return a new CPU generator for the noise that is added to latents before they are scored.
 
-    Equal arguments give equal noise, whatever other latents are in the batch.
-
-    Args:
-        prompt: Prompt of the latents; all images of a prompt get the same noise.
-        seed: Seed of the noise.
-        sigma: Noise level in [0, 1], rounded to six decimals.
-        shape: Shape ``(C, ...)`` of the latents of one image.
+    Equal arguments give equal noise, whatever other latents are in the batch: a prompt, a seed, a noise level in
+    [0, 1], which is rounded to six decimals, and the shape ``(C, ...)`` of the latents of one image.
     """
     return _generator(["score", prompt, seed, f"{sigma:.6f}", list(shape), None])
 

@@ -108,14 +108,7 @@ class PreferenceLoss(SetLoss):
 
     @returns(lambda found, loss, scores: _wrong_losses(found, scores, ()))
     def forward(self, scores: PairScores) -> Tensor:
-        """Compute the weighted mean of :meth:`per_pair`.
-
-        Args:
-            scores: Pairs of all ranks; rewards ``(B,)`` or ``(B, out_dim)``.
-
-        Returns:
-            Scalar, float32.
-        """
+        """Compute the weighted mean of :meth:`per_pair`, a float32 scalar, over the pairs of all ranks."""
         rows, (chosen, rejected) = scores.chosen.shape[:1], (tuple(s.shape) for s in (scores.chosen, scores.rejected))
         if len(chosen) not in (1, 2) or rejected != chosen:
             raise ValueError(f"chosen {chosen} and rejected {rejected} must both be (B,) or (B, out_dim)")
@@ -158,13 +151,8 @@ def gather_with_grad(rows: Tensor) -> Tensor:
     """Concatenate the rows of all ranks, in rank order; gradients flow back to the rank that owns a row.
 
     This is a collective call: every rank must make it, and if gradients are needed, every rank must run backward. Ranks
-    may have different numbers of rows (batches of different aspect buckets).
-
-    Args:
-        rows: ``(B_rank, ...)``; dtype and trailing shape must be equal on all ranks.
-
-    Returns:
-        ``(sum of B_rank, ...)``; ``rows`` itself if there is one process.
+    may have different numbers of rows ``(B_rank, ...)`` (batches of different aspect buckets), but of one dtype and
+    trailing shape. If there is one process, ``rows`` itself is returned.
     """
     world_size = _world_size()
     if world_size == 1:
@@ -178,13 +166,7 @@ def gather_pair_scores(scores: PairScores) -> PairScores:
     """Gather the pairs of all ranks, in rank order, float32, in one collective call, and one more for targets.
 
     ``scores.cross`` is returned as given: these scores are computed from embeddings that are gathered already
-    (:func:`gather_with_grad`), so they span all ranks.
-
-    Args:
-        scores: The pairs of this rank; rewards ``(B,)`` or ``(B, out_dim)``.
-
-    Returns:
-        The pairs of all ranks; ``scores`` itself if there is one process.
+    (:func:`gather_with_grad`), so they span all ranks. If there is one process, ``scores`` itself is returned.
     """
     if _world_size() == 1:
         return scores
@@ -205,14 +187,9 @@ def bradley_terry_nll(margin: Tensor, label: Tensor) -> Tensor:
 
     .. math:: l = -y \log\sigma(d) - (1 - y) \log\sigma(-d), \qquad \partial l / \partial d = \sigma(d) - y
 
-    Loss and gradient are finite for every finite float32 margin.
-
-    Args:
-        margin: Chosen minus rejected reward d, ``(B,)`` or ``(B, out_dim)``.
-        label: Probability y that chosen wins, broadcastable to ``margin``, in [0, 1].
-
-    Returns:
-        Loss in the shape of ``margin``, float64.
+    The margin d is the chosen minus the rejected reward, ``(B,)`` or ``(B, out_dim)``; the label y, broadcastable to
+    it, the probability that chosen wins. The loss is float64 in the shape of ``margin``; loss and gradient are finite
+    for every finite float32 margin.
     """
     margin, label = margin.double(), label.double()
     return -label * logsigmoid(margin) - (1 - label) * logsigmoid(-margin)
@@ -281,14 +258,8 @@ def log_ndtr(z: Tensor) -> Tensor:
 def comparison_std(chosen_sigmas: Tensor, rejected_sigmas: Tensor, k: float = 2.0, sigma_u: float = 0.1) -> Tensor:
     r"""Compute the standard deviation of a comparison, :math:`\sqrt{\tau^2(t_c) + \tau^2(t_r)}`.
 
-    Args:
-        chosen_sigmas: Noise level of the chosen image, ``(B,)`` in [0, 1].
-        rejected_sigmas: Noise level of the rejected image, ``(B,)``.
-        k: Factor on the noise variance.
-        sigma_u: Standard deviation of judging one clean image, in reward units.
-
-    Returns:
-        ``(B,)``, float64, in reward units.
+    Noise levels are ``(B,)`` in [0, 1], ``k`` is a factor on their variance, and ``sigma_u`` the standard deviation of
+    judging one clean image, in reward units as the result, ``(B,)`` float64.
     """
     # Variances of the two judgements add up; the images may have different noise levels (LRM).
     variance = k * (chosen_sigmas.double() ** 2 + rejected_sigmas.double() ** 2) + 2 * sigma_u**2
@@ -298,14 +269,9 @@ def comparison_std(chosen_sigmas: Tensor, rejected_sigmas: Tensor, k: float = 2.
 def thurstone_nll(z: Tensor, label: Tensor) -> Tensor:
     r"""Compute the negative log-likelihood of a soft label, :math:`-y\log\Phi(z) - (1-y)\log\Phi(-z)`.
 
-    The loss is quadratic in the margin of a wrongly ranked pair, and exceeds float32 only past :math:`|z|` ≈ 2e19.
-
-    Args:
-        z: Margin in units of the comparison's standard deviation, any shape.
-        label: Probability y that chosen wins, broadcastable to ``z``, in [0, 1].
-
-    Returns:
-        Loss in the shape of ``z``, float64.
+    ``z`` is the margin in units of the comparison's standard deviation, of any shape; the label y, broadcastable to
+    it, the probability that chosen wins. The loss, float64, is quadratic in the margin of a wrongly ranked pair, and
+    exceeds float32 only past :math:`|z|` ≈ 2e19.
     """
     z, label = z.double(), label.double()
     return -label * log_ndtr(z) - (1 - label) * log_ndtr(-z)
@@ -319,14 +285,7 @@ def mixture_fidelity(z: Tensor, label: Tensor) -> Tensor:
 
     The gradient is exactly 0 at y = ½, whatever the margin: nothing is learned from ties. Other soft labels act
     like certain ones, because the minimum for y > ½ lies at z → ∞. Use :func:`bhattacharyya_fidelity` if ties
-    should pull rewards together.
-
-    Args:
-        z: Margin in units of the comparison's standard deviation, any shape.
-        label: Probability y that chosen wins, broadcastable to ``z``, in [0, 1].
-
-    Returns:
-        Loss in [0, 1), in the shape of ``z``, float64.
+    should pull rewards together. Arguments are those of :func:`thurstone_nll`; the loss lies in [0, 1).
     """
     z, label = _towards_likelier_side(z.double(), label.double())
     # q = (1-y) + (2y-1) p in logarithms: p may underflow, and at y = ½ the term with z is exactly log 0.
@@ -341,13 +300,7 @@ def bhattacharyya_fidelity(z: Tensor, label: Tensor) -> Tensor:
     .. math:: l = 1 - \sqrt{y p} - \sqrt{(1 - y)(1 - p)}
 
     The minimum, 0, lies at p = y, so a tie pulls the margin to 0. For y = 1 the loss equals :func:`mixture_fidelity`.
-
-    Args:
-        z: Margin in units of the comparison's standard deviation, any shape.
-        label: Probability y that chosen wins, broadcastable to ``z``, in [0, 1].
-
-    Returns:
-        Loss in [0, 1], in the shape of ``z``, float64.
+    Arguments are those of :func:`thurstone_nll`.
     """
     # In logarithms: Φ(z) underflows in float64 below z = −38.
     z, label = _towards_likelier_side(z.double(), label.double())

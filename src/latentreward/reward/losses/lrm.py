@@ -27,12 +27,7 @@ def lrm_pair_loss(margin: Tensor, label: Tensor) -> Tensor:
 
     .. math:: l = -y\log\sigma(d) - (1-y)\log\sigma(-d) + [y = ½] \log ½
 
-    Args:
-        margin: Chosen minus rejected score d, ``(B,)`` or ``(B, out_dim)``.
-        label: Probability y that chosen wins, broadcastable to ``margin``.
-
-    Returns:
-        Loss in the shape of ``margin``, float64; its minimum is 0 for certain pairs and for ties.
+    Arguments are those of :func:`bradley_terry_nll`; the minimum is 0 for certain pairs and for ties.
     """
     return bradley_terry_nll(margin, label) + _tie_offset(label.double())
 
@@ -47,12 +42,7 @@ def lrm_batch_loss(cross: CrossScores, label: Tensor) -> Tensor:
     * text to image: :math:`y\,\mathrm{CE}([S^c_i, S^r_i], i) + (1-y)\,\mathrm{CE}([S^c_i, S^r_i], N + i)` over the 2N
       images, plus :math:`\log ½` for a tie.
 
-    Args:
-        cross: Scores ``(N, N)`` of every prompt with every image.
-        label: Probability y that chosen wins, ``(N,)``.
-
-    Returns:
-        Loss per pair, ``(N,)``, float64.
+    ``cross`` has scores ``(N, N)`` of every prompt with every image; the labels y are ``(N,)``, as is the float64 loss.
     """
     label, chosen, rejected = label.double(), cross.chosen.double(), cross.rejected.double()
     image_to_text = -(

@@ -19,13 +19,7 @@ def gaussian_nll(score: Tensor, target: Tensor, std: Tensor | None = None) -> Te
 
     .. math:: l = (r - s)^2, \qquad l = \frac{(r - s)^2}{2u^2} + \log u
 
-    Args:
-        score: Score r, any shape.
-        target: The teacher's score s.
-        std: The teacher's uncertainty u, positive; None for the squared error.
-
-    Returns:
-        Loss in the shape of ``score``, float64. The constant ½ log 2π is left out.
+    r is the score, of any shape, and s the teacher's. The loss is float64; the constant ½ log 2π is left out.
     """
     error = (score.double() - target.double()).square()
     return error if std is None else error / (2 * std.double().square()) + std.double().log()
@@ -37,12 +31,7 @@ def teacher_preference(targets: PairTargets, temperature: float = 1.0) -> Tensor
     .. math:: \Phi\Bigl(\frac{s_a - s_b}{\sqrt{u_a^2 + u_b^2}}\Bigr), \quad
         \text{without uncertainties } \sigma\Bigl(\frac{s_a - s_b}{\tau}\Bigr)
 
-    Args:
-        targets: The teacher's scores s and, if it gives them, uncertainties u.
-        temperature: τ, positive; ignored if there are uncertainties.
-
-    Returns:
-        Probabilities in the shape of the scores, float64.
+    s are the teacher's scores, u its uncertainties if it gives them, and τ is the temperature. The result is float64.
     """
     gap = targets.chosen.double() - targets.rejected.double()
     if targets.chosen_std is None or targets.rejected_std is None:

@@ -11,10 +11,7 @@ from latentreward.core.errors import check_range
 
 
 def bin_by_confidence(win_probability: Tensor, label: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return index of the bin, confidence and outcome of each pair, as flat tensors.
-
-    Arguments are those of :meth:`PairCalibration.update`, and the number of bins.
-    """
+    """Return index of the bin, confidence and outcome of each pair, as flat tensors; see :class:`PairCalibration`."""
     probability = win_probability.detach().float()
     label = label.float().reshape(-1, *[1] * (probability.ndim - 1)).expand_as(probability).flatten()
     lean = probability.flatten() - 0.5
@@ -26,14 +23,9 @@ def bin_by_confidence(win_probability: Tensor, label: Tensor, bins: int) -> tupl
 def fit_temperature(gap: np.ndarray, label: np.ndarray) -> float:
     r"""Fit the temperature T > 0 of win probabilities :math:`\sigma(d/T)` by maximum likelihood.
 
-    The log-likelihood is concave in 1/T; the root of its derivative is found by bisection.
-
-    Args:
-        gap: ``(N,)`` score gap d of a minus b; pairs with NaN or 0 are left out.
-        label: ``(N,)`` probability that a wins; pairs with NaN are left out.
-
-    Returns:
-        Temperature in units of the scores; inf if larger gaps do not win more often, or no pair is left.
+    The log-likelihood is concave in 1/T; the root of its derivative is found by bisection. Gaps ``(N,)`` are scores of
+    a minus b, labels the probability that a wins; pairs with NaN or a gap of 0 are left out. The result, in units of
+    the scores, is inf if larger gaps do not win more often, or no pair is left.
     """
     known = ~np.isnan(gap) & ~np.isnan(label) & (gap != 0)
     gap, label = gap[known], label[known]
@@ -78,12 +70,7 @@ class PairCalibration(Metric):
             self.add_state(name, torch.zeros(bins), dist_reduce_fx="sum")
 
     def update(self, win_probability: Tensor, label: Tensor) -> None:
-        """Add B pairs.
-
-        Args:
-            win_probability: Predicted probability that chosen wins, ``(B,)`` or ``(B, out_dim)``, in [0, 1].
-            label: Probability that chosen wins, ``(B,)``.
-        """
+        """Add B pairs: predicted probabilities that chosen wins, ``(B,)`` or ``(B, out_dim)``, and labels ``(B,)``."""
         index, confidence, outcome = bin_by_confidence(win_probability, label, self.bins)
         self.count.index_add_(0, index, torch.ones_like(confidence))
         self.confidence_sum.index_add_(0, index, confidence)

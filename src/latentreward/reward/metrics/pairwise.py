@@ -15,15 +15,10 @@ Equal = Literal["wrong", "half"]
 
 
 def preferred_margin(chosen_rewards: Tensor, rejected_rewards: Tensor, label: Tensor) -> Tensor:
-    """Compute the reward of the preferred image minus that of the other; pairs labelled ½ are left out.
+    """Compute the reward of the preferred image minus that of the other, flat and float32; ties are left out.
 
-    Args:
-        chosen_rewards: ``(B,)`` or ``(B, out_dim)`` rewards; every column counts as a comparison.
-        rejected_rewards: Rewards of the rejected images, with the shape of ``chosen_rewards``.
-        label: ``(B,)`` probability that chosen wins; below ½ the rejected image is the preferred one.
-
-    Returns:
-        Flat float32 tensor with one margin for each column of each pair that is not labelled ½.
+    Rewards are ``(B,)`` or ``(B, out_dim)``, of which every column counts as a comparison. The label ``(B,)`` is the
+    probability that chosen wins; below ½ the rejected image is the preferred one, at ½ the pair is a tie.
     """
     margin = chosen_rewards.detach().float() - rejected_rewards.detach().float()
     side = torch.sign(label.float() - 0.5)
@@ -95,12 +90,9 @@ class GroupPairAccuracy(MeanMetric):
     is_differentiable, higher_is_better = False, True  # type: ignore[assignment]  # None of all means
 
     def update(self, scores: Tensor, ranks: Tensor, groups: Tensor | None = None) -> None:
-        """Count the pairs of complete groups.
+        """Count the pairs of complete groups, from rewards, human ranks (lower is better) and groups, all ``(N,)``.
 
-        Args:
-            scores: ``(N,)`` rewards.
-            ranks: ``(N,)`` human ranks, lower is better.
-            groups: ``(N,)`` number of the image's prompt group; None treats all N images as one group.
+        Without ``groups`` all N images are one group.
         """
         groups = torch.zeros_like(ranks) if groups is None else groups
         first, second = torch.triu_indices(len(scores), len(scores), offset=1, device=scores.device)
@@ -140,12 +132,7 @@ class ByNoiseLevel(WrapperMetric):
         return [f"sigma_{low:g}_{high:g}" for low, high in self.bands]
 
     def update(self, sigmas: Tensor, *columns: Tensor) -> None:
-        """Update the metric of each band with the rows in the band.
-
-        Args:
-            sigmas: ``(B,)`` noise levels of the rows.
-            columns: Arguments of the metric's ``update``, each ``(B, ...)``.
-        """
+        """Update the metric of each band with its rows, by levels ``(B,)``; ``columns`` are the metric's arguments."""
         for (low, high), metric in zip(self.bands, self.metrics, strict=True):
             # σ = 1 belongs to a band: training at pure noise happens.
             last = high == self.bands[-1][1]

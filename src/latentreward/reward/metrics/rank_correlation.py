@@ -35,12 +35,8 @@ def clustered_correlation(
 ) -> Interval:
     """Compute the correlation of two scores with a 95 % interval by resampling groups.
 
-    Args:
-        x: ``(N,)`` scores.
-        y: ``(N,)`` scores of the same items; rows where ``x`` or ``y`` is NaN are left out.
-        groups: N names of the groups that are resampled.
-        kind: ``pearson``, or ``spearman`` for ranks, where equal scores get their mean rank. Ranks are computed once
-            among all rows and not within each resample; the difference is O(1/N).
+    Rows where one of the scores ``(N,)`` is NaN are left out. For ``spearman``, equal scores get their mean rank; ranks
+    are computed once among all rows and not within each resample; the difference is O(1/N).
     """
     known = ~(np.isnan(x) | np.isnan(y))
     x, y = x[known].astype(np.float64), y[known].astype(np.float64)

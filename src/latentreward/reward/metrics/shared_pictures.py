@@ -10,10 +10,8 @@ from latentreward.core.bootstrap import Interval, group_codes, wilson_ends
 def shared_groups(links: Sequence[Sequence[str]]) -> np.ndarray:
     """Number the groups of rows that hang together by common names, such as the two pictures of a pair.
 
-    Two rows are in one group if they have a name in common, or if further rows link them.
-
-    Returns:
-        ``(N,)`` int64 numbers from 0 on, in the order of each group's first row.
+    Two rows are in one group if they have a name in common, or if further rows link them. Groups are numbered from 0 on
+    in the order of their first rows.
     """
     above: dict[str, str] = {}
 
@@ -44,12 +42,8 @@ def picture_accuracy(credit: np.ndarray, pictures: Sequence[tuple[str, str]]) ->
     the fewest with 36 pairs of 12 pictures. A bootstrap over pictures would be too wide by a factor of √3 where pairs
     share none (Owen 2007, doi:10.1214/07-AOAS122).
 
-    Args:
-        credit: ``(N,)`` credit of each pair: 1 for a right answer, 0 for a wrong one, ½ for equal scores.
-        pictures: Names of the two different pictures of each pair.
-
-    Returns:
-        Accuracy with its interval; ``groups`` is the number of independent pairs, rounded. NaN without pairs.
+    The credit of a pair is 1 for a right answer, 0 for a wrong one, ½ for equal scores; ``pictures`` names the two
+    different pictures of each. ``groups`` of the result is the number of independent pairs, rounded.
     """
     number = len(credit)
     if not number:

@@ -106,30 +106,17 @@ def latents_of(
 
 
 class ScoredPairs(NamedTuple):
-    """Scores that a step of :class:`RewardModule` returns for callbacks; N = pairs × noise levels, all detached.
+    """Scores that a step of :class:`RewardModule` returns for callbacks; N = pairs × noise levels, all detached."""
 
-    Attributes:
-        pair_ids: N pair names.
-        chosen_keys: N keys of the chosen images.
-        rejected_keys: N keys of the rejected images.
-        timesteps: ``(N,)`` timestep of the chosen image.
-        chosen: ``(N,)`` or ``(N, out_dim)`` rewards.
-        rejected: Same shape.
-        label: ``(N,)`` probability that chosen wins.
-        weight: ``(N,)`` weights, not normalised.
-        chosen_sigmas: ``(N,)`` noise levels in [0, 1] of the chosen images.
-        rejected_sigmas: ``(N,)`` noise levels of the rejected images.
-    """
-
-    pair_ids: tuple[str, ...]
-    chosen_keys: tuple[str, ...]
+    pair_ids: tuple[str, ...]  # N pair names
+    chosen_keys: tuple[str, ...]  # N keys of the chosen images
     rejected_keys: tuple[str, ...]
-    timesteps: Tensor
-    chosen: Tensor
+    timesteps: Tensor  # ``(N,)`` timestep of the chosen image
+    chosen: Tensor  # ``(N,)`` or ``(N, out_dim)`` rewards
     rejected: Tensor
-    label: Tensor
-    weight: Tensor
-    chosen_sigmas: Tensor
+    label: Tensor  # ``(N,)`` probability that chosen wins
+    weight: Tensor  # ``(N,)`` weights, not normalised
+    chosen_sigmas: Tensor  # ``(N,)`` noise levels in [0, 1] of the chosen images
     rejected_sigmas: Tensor
 
 

@@ -237,10 +237,8 @@ def model_settings(path: Path, trusted: bool = False) -> dict[str, Any]:
     ``${...}`` in the settings of backbone and head is resolved if ``trusted``, otherwise refused: resolvers could read
     environment variables of this machine, and nested references could grow exponentially.
 
-    Returns:
-        A dict with three keys. ``backbone`` and ``head`` hold ``class_path`` and ``init_args``. ``training`` holds
-        ``module`` and ``data_module``, the class paths of the run's module and data module, and ``data``, the class of
-        the reader of training pairs.
+    ``backbone`` and ``head`` of the result hold ``class_path`` and ``init_args``; ``training`` holds the class paths
+    ``module`` and ``data_module``, and as ``data`` the class of the reader of training pairs.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

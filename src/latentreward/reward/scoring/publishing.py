@@ -235,13 +235,9 @@ def upload(
 ) -> str:
     """Upload a model folder to the hub as one commit, and return the commit's URL.
 
-    Args:
-        folder: Model folder.
-        repository: ``owner/name``; the repository is created if it does not exist.
-        private: Whether a new repository is private; None takes the owner's default.
-        token: Access token; None takes that of ``huggingface-cli login`` or ``HF_TOKEN``.
-        revision: Branch, created if it does not exist; None is the main branch.
-        commit_message: Message of the commit.
+    The repository ``owner/name`` and the branch ``revision`` (None: the main one) are created if they do not exist.
+    ``private`` is for a new repository; None takes the owner's default. ``token`` None takes that of
+    ``huggingface-cli login`` or ``HF_TOKEN``.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
