@@ -52,13 +52,6 @@ def test_several_outputs_average_their_columns(loss: PreferenceLoss) -> None:
     assert loss.win_probability(scores).shape == (6, 3)
 
 
-@without_negatives
-def test_one_output_column_equals_a_flat_score(loss: PreferenceLoss) -> None:
-    scores = random_scores(2)
-    column = replace(scores, chosen=scores.chosen[:, None], rejected=scores.rejected[:, None])
-    assert torch.equal(loss(column), loss(scores))
-
-
 @every_loss
 def test_only_ratios_of_weights_matter(loss: PreferenceLoss) -> None:
     scores = random_scores(3, cross=True)

@@ -11,7 +11,6 @@ from latentreward.core.registry import register_backbone
 from latentreward.diffusion import DiffusionBackbone, LoRA
 from latentreward.diffusion.backbones.loading import PipelineSource, finish, load_weights
 from latentreward.diffusion.backbones.tuning import Tuning
-from tests.tiny_pipelines import pipeline_folder
 
 
 class TwoNetworks(DiffusionBackbone):
@@ -67,8 +66,3 @@ def two_networks(source: str, tuning: Tuning = "lora", drawn: str = "") -> TwoNe
     """The two networks; the small one trains as a whole."""
     backbone = Shifted(PipelineSource(source), drawn) if drawn else TwoNetworks(PipelineSource(source))
     return finish(backbone, backbone.denoiser, tuning=tuning, lora=LoRA(2, 4.0) if tuning == "lora" else None)
-
-
-def fixed() -> TwoNetworks:
-    """The two networks on a base that no setting names."""
-    return two_networks(pipeline_folder("sd15"))

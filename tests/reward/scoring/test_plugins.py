@@ -22,12 +22,11 @@ PATH = "tests.reward.scoring.plugin_backbone.two_networks"
 HEAD = {"num_heads": 2}
 
 
-def trained(factory: str = "two_networks", **settings: Any) -> RewardModel:
+def trained(**settings: Any) -> RewardModel:
     """A reward on the plug-in, each of its trained weights changed."""
-    if factory == "two_networks":
-        settings = {"source": pipeline_folder("sd15"), **settings}
+    settings = {"source": pipeline_folder("sd15"), **settings}
     torch.manual_seed(0)
-    backbone = getattr(plugin_backbone, factory)(**settings)
+    backbone = plugin_backbone.two_networks(**settings)
     head = GatedQFormerHead(backbone.feature_spec, **HEAD)
     model = RewardModel(backbone, head)
     with torch.no_grad():
@@ -35,8 +34,7 @@ def trained(factory: str = "two_networks", **settings: Any) -> RewardModel:
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     own = own_parts(backbone)
-    path = f"{plugin_backbone.__name__}.{factory}"
-    model.recipe = ModelRecipe(backbone_part(path, settings, own), head_part(head, HEAD), own)
+    model.recipe = ModelRecipe(backbone_part(PATH, settings, own), head_part(head, HEAD), own)
     return model.eval().requires_grad_(False)
 
 

@@ -15,7 +15,7 @@ from latentreward.core.errors import InputError
 from latentreward.data.image_sizes import NearestBucket, OneSize
 from latentreward.reward import RewardModel, ScoringNoise
 from latentreward.reward.scoring.ensemble import pixel_batches
-from tests.reward.scoring.models import PROMPTS, picture, pictures, png, scoring_model
+from tests.reward.scoring.models import picture, pictures, png, scoring_model
 from tests.tiny_pipelines import PIXELS
 
 
@@ -27,18 +27,6 @@ def lrm() -> RewardModel:
 @pytest.fixture(scope="module")
 def dina() -> RewardModel:
     return scoring_model("sd35")
-
-
-def test_the_form_of_an_image_does_not_matter(lrm: RewardModel, tmp_path: Path) -> None:
-    image = picture(1)
-    path = tmp_path / "a b ö.png"
-    path.write_bytes(png(image))
-    forms: list[Any] = [image, str(path), path, png(image), ImageRef("x", data=png(image)), Image.open(path)]
-    scores = lrm.score("a cat", forms, batch_size=1)
-    assert scores.shape == (6,)
-    assert scores.dtype == torch.float32
-    assert not scores.requires_grad
-    assert torch.equal(scores, scores[:1].expand(6))
 
 
 def grey16(values: np.ndarray) -> Image.Image:
@@ -63,13 +51,6 @@ def test_every_mode_of_pillow_is_converted_as_a_file_is(lrm: RewardModel, mode: 
         assert torch.equal(scores, lrm.score("a cat", [picture(2).convert("L")]))
     if mode == "transparent":
         assert torch.equal(scores, lrm.score("a cat", [picture(2)]))
-
-
-def test_floats_up_to_1_are_not_read_as_black(lrm: RewardModel) -> None:
-    with pytest.raises(InputError, match=r"^image number 0 has mode F, of which 255 is white, and no value above"):
-        lrm.score("a cat", [Image.new("F", (8, 8), 0.5)])
-    black = Image.new("F", (8, 8), 0.0)
-    assert torch.equal(lrm.score("a cat", [black]), lrm.score("a cat", [Image.new("L", (8, 8))]))
 
 
 def test_sizes_follow_the_network(lrm: RewardModel, dina: RewardModel) -> None:
@@ -143,6 +124,7 @@ def test_pixels_are_taken_as_they_are(lrm: RewardModel, dina: RewardModel) -> No
         (Path("there/is/none.png"), "image 'there/is/none.png': missing file"),
         ("a\0b.png", "missing file"),
         (None, "image number 1 is a NoneType"),
+        (Image.new("F", (8, 8), 0.5), "image number 1 has mode F, of which 255 is white, and no value above"),
         (np.zeros((4, 4, 3)), "image number 1 is a float64 array"),
         (np.zeros((4, 4), np.uint8), "image number 1 is a uint8 array"),
         (torch.zeros(3, 4, 4), "image number 1 is a Tensor"),
@@ -163,6 +145,9 @@ def test_a_single_image_gives_one_score(lrm: RewardModel, tmp_path: Path) -> Non
     for form in forms:
         assert torch.equal(lrm.score("a cat", form), expected)
         assert torch.equal(lrm.score(["a cat"], form), expected)
+    together = lrm.score("a cat", [*forms, Image.open(tmp_path / "a.png")], batch_size=1)
+    assert together.dtype == torch.float32 and not together.requires_grad
+    assert torch.equal(together, expected.expand(7))
     assert lrm.score_levels("a cat", image, [lrm.noise] * 2).shape == (1, 2)
     torch.testing.assert_close(lrm.score("a cat", to_tensor(image)[0], value_range=(0, 1)), expected)
 
@@ -308,15 +293,6 @@ def test_identity_tells_models_apart(lrm: RewardModel) -> None:
     lrm.source = str(Path(__file__).parent)
     assert lrm.identity.startswith("scoring, on ")  # no place of this machine
     lrm.source = ""
-
-
-def test_equal_prompts_are_encoded_once_and_others_one_by_one(lrm: RewardModel, monkeypatch: Any) -> None:
-    asked: list[tuple[str, ...]] = []
-    encode = lrm.backbone.encode_prompts
-    monkeypatch.setattr(lrm.backbone, "encode_prompts", lambda prompts: asked.append(tuple(prompts)) or encode(prompts))
-    lrm.score(PROMPTS, pictures(6), batch_size=2)
-    assert sorted(asked) == sorted({(prompt,) for prompt in PROMPTS} | {("",)}) or asked.count(("",)) == 2
-    assert all(len(prompts) == 1 for prompts in asked)
 
 
 @pytest.mark.slow
