@@ -110,9 +110,9 @@ def score(
 
         def task(given: None) -> Callable[[range], Iterator[tuple[pa.Table, dict[str, float]]]]:
             """Load the model, and return the function that scores a part, and tells what was found in its images."""
-            loaded = RewardModel.from_pretrained(source, device=work.device, dtype=getattr(torch, dtype))
-            rules.append(loaded.image_sizes)
-            scoring = prepared(loaded, listed, noise, each_level, exif, reading)
+            load = partial(RewardModel.from_pretrained, source, device=work.device, dtype=getattr(torch, dtype))
+            scoring = prepared(load, listed, noise, each_level, exif, reading)
+            rules.append(scoring.model.image_sizes)
             if workers == 1:
                 scoring.progress = progress[0].add
 
@@ -205,14 +205,16 @@ def remarks(files: PartFiles, found: Mapping[str, float], rule: ImageSizes | Non
 
 
 def prepared(
-    model: RewardModel,
+    load: Callable[[], RewardModel],
     listed: ImageList,
     noise: NoiseSettings,
     each_level: bool,
     exif: ExifOrientation | None,
     reading: Mapping[str, int],
 ) -> ListedScoring:
-    """Prepare a loaded model for the list, and print its noise, and what the table will lack."""
+    """Load the model for the list, and print its noise, and what the table will lack."""
+    start = time.monotonic()
+    model = load()
     model.exif = exif or model.exif
     own = noise.over(model.noise)
     columns = {"score": own}
@@ -220,7 +222,7 @@ def prepared(
         kind, prefix = ("sigmas", "score_sigma") if own.sigmas else ("timesteps", "score_t")
         columns |= {f"{prefix}_{one:g}": dataclasses.replace(own, **{kind: (one,)}) for one in getattr(own, kind)}
     scoring = ListedScoring(model, listed.rows, columns, **reading)
-    print(f"model loaded; scoring at {own}", flush=True)
+    print(f"model loaded in {time.monotonic() - start:.1f} s; scoring at {own}", flush=True)
     if model.calibration is not None and not model.calibration.fits(own):
         at = model.calibration.noise
         print(f"z_score and quantile are empty: the model is calibrated at {at}, not at {own}")
