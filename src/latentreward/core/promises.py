@@ -37,7 +37,8 @@ class Part(ABC):  # noqa: B024 - derived classes have the methods
     """Base of the classes from which users derive their own, and which YAML files name.
 
     A base class marks its methods by :func:`returns`. What such a method of a user's class returns is compared in its
-    first call with a graph and in its first one without. Classes of this package run as they are; :mod:`latentreward.testing` compares them.
+    first call with a graph and in its first one without. Classes of this package run as they are, compared by
+    :mod:`latentreward.testing`.
 
     Attributes:
         needs: Names of attributes that a derived class must set.

@@ -47,7 +47,6 @@ from latentreward.core.settings import functions
 from latentreward.core.settings.errors import check_ranges, summarise
 from latentreward.core.settings.rewriting import rewrite_arguments
 from latentreward.core.storage.durable import disk_full, lock_run, write_file
-from latentreward.core.storage.weight_files import sharing_between
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
@@ -344,7 +343,7 @@ class TrainingCLI(LightningCLI):
                 check_resumable(local, given)
             self.held.enter_context(checking_values(Path(local)))  # while the networks are built
         check_callbacks(settings["trainer"])
-        with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
+        with constructor_errors():
             super().instantiate_classes()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = checkpoint_files.DurableCheckpointIO()
@@ -496,18 +495,6 @@ class TrainingCLI(LightningCLI):
 def restarted() -> bool:
     """Tell whether SLURM has restarted this job."""
     return bool(int(os.environ.get("SLURM_RESTART_COUNT") or 0))
-
-
-def ranks_per_machine(trainer: Namespace) -> int:
-    """Return the number of processes that a trainer's settings start on each machine."""
-    devices = trainer.get("devices")
-    if isinstance(devices, str) and devices.lstrip("-").isdigit():
-        devices = int(devices)
-    if isinstance(devices, int) and devices >= 0:
-        return devices
-    if isinstance(devices, list | str) and devices != "auto":
-        return len([one for one in devices.split(",") if one.strip()] if isinstance(devices, str) else devices)
-    return 1 if trainer.get("accelerator") == "cpu" else torch.cuda.device_count()  # "auto" and -1
 
 
 @contextmanager
