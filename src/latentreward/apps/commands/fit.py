@@ -38,7 +38,7 @@ from latentreward.apps.commands.fit_folder import FOLDER
 from latentreward.apps.estimate.estimate import Card
 from latentreward.callbacks.resumed_settings import Override, log_folder, run_kind
 from latentreward.core.checkpoints import files as checkpoint_files
-from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, newest_first, read_sharded
+from latentreward.core.checkpoints.shards import check_weights, damaged, newest_first, read_sharded
 from latentreward.core.errors import InputError, check_at_least_one, errors_at, where
 from latentreward.core.interrupts import TERMINATED
 from latentreward.core.peak_rates import PEAKS, Limits, find_limits
@@ -341,7 +341,6 @@ class TrainingCLI(LightningCLI):
             check_checkpoint(local, given, values=False)
             if self.command == "fit":
                 check_resumable(local, given)
-            self.held.enter_context(checking_values(Path(local)))  # while the networks are built
         check_callbacks(settings["trainer"])
         with constructor_errors():
             super().instantiate_classes()

@@ -11,7 +11,6 @@ import pickle
 import struct
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from latentreward.core.checkpoints.base_weights import is_quantized, quantized_names
 from latentreward.core.errors import InputError, fault_of, first_line
-from latentreward.core.storage.digests import Places, check_hash, check_records, checking_meanwhile
+from latentreward.core.storage.digests import Places, check_hash, check_records
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -72,17 +71,6 @@ def check_values(path: Path) -> None:
     """Compare the values in a checkpoint with its checksums; raises ValueError or OSError if it is damaged."""
     for file, places in files_of(path):
         check_records(file, places)
-
-
-@contextmanager
-def checking_values(path: Path) -> Iterator[None]:
-    """Compute the checksums of a checkpoint in threads while the block runs; :func:`check_values` waits for them."""
-    try:
-        files = files_of(path)
-    except InputError:  # said where the checkpoint is read
-        files = []
-    with checking_meanwhile(records=files):
-        yield
 
 
 def files_of(path: Path) -> list[tuple[Path, Places | None]]:
