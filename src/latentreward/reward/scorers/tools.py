@@ -30,25 +30,15 @@ Headline = Literal["mean", "mean_of_groups"]
 
 @dataclass(frozen=True)
 class JudgedPicture:
-    """One image of a policy, to be scored.
+    """One image of a policy, to be scored."""
 
-    Attributes:
-        place: Index of the prompt in the set of prompts, from 0.
-        image: Number of the image of this prompt, from 0.
-        file: File name of the image in the policy's folder.
-        path: Path of the image.
-        prompt: Raw text.
-        group: Category of the prompt, such as GenEval's tag; empty if prompts have no categories.
-        fields: Whole row of the prompt in the file of prompts.
-    """
-
-    place: int
-    image: int
-    file: str
-    path: Path
-    prompt: str
-    group: str = ""
-    fields: dict[str, Any] = field(default_factory=dict)
+    place: int  # Index of the prompt in the set of prompts, from 0
+    image: int  # Number of the image of this prompt, from 0
+    file: str  # File name of the image in the policy's folder
+    path: Path  # Path of the image
+    prompt: str  # Raw text
+    group: str = ""  # Category of the prompt, such as GenEval's tag; empty if prompts have no categories
+    fields: dict[str, Any] = field(default_factory=dict)  # Whole row of the prompt in the file of prompts
 
 
 class ToolScorer(Scorer):
