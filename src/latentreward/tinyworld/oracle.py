@@ -17,16 +17,21 @@ from PIL import Image
 
 from latentreward.core.errors import InputError
 from latentreward.tinyworld.captions import SHAPES, parse_caption
-from latentreward.tinyworld.rendering import (
+from latentreward.tinyworld.scenes import (
     BACKGROUND_LEVELS,
     COLOR_VALUES,
     IMAGE_SIZE,
     MAX_FADE,
     MAX_GRADIENT,
     MIDDLES,
+    Blob,
+    Item,
+    Nuisances,
+    Scene,
+    alignment_checks,
+    picture_utility,
     shape_coverage,
 )
-from latentreward.tinyworld.scenes import Blob, Item, Nuisances, Scene, alignment_checks, picture_utility
 
 MIN_SHAPE_AREA = 23
 """Smallest area of a shape in pixels; blobs cover at most 17."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from operator import ne
@@ -16,8 +17,38 @@ from latentreward.core.errors import InputError
 from latentreward.tinyworld.captions import all_captions, caption_splits, draw_caption, parse_caption
 from latentreward.tinyworld.oracle import judge
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
-from latentreward.tinyworld.scenes import draw_label, picture_utility
-from latentreward.tinyworld.world import Sketch, World
+from latentreward.tinyworld.scenes import draw_label, draw_scene, picture_utility, render, scene_alignment
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Picture that may be drawn for a caption, and the parts of its utility."""
+
+    alignment: float  # share of the caption that the picture gets right, in [0, 1]
+    quality: float  # in [0, 1]
+    draw: Callable[[], np.ndarray]  # returns the picture, ``(32, 32, 3)`` uint8
+
+
+class World:
+    """The drawn shapes; a subclass has captions and pictures of its own.
+
+    Attributes:
+        settings: What the pictures of a subclass depend on, kept beside pairs; empty for the shapes.
+        noiseless: Splits whose labels have no noise.
+    """
+
+    settings: str = ""
+    noiseless: Sequence[str] = ()
+
+    def draw_caption(self, rng: np.random.Generator, split: str) -> Any:
+        """Draw a caption of a split, an object with a ``text``."""
+        return draw_caption(rng, split)
+
+    def sketch(self, caption: Any, rng: np.random.Generator, **shares: Any) -> Sketch:
+        """Draw what a picture for a caption shows; ``shares`` are those of :func:`draw_scene`."""
+        scene = draw_scene(caption, rng, **shares)
+        return Sketch(scene_alignment(caption, scene), scene.nuisances.quality, lambda: render(scene))
+
 
 JPEG_QUALITY = 95
 GENERATED_GAP = 0.3

@@ -24,12 +24,9 @@ from latentreward.core.errors import InputError
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.durable import replacing
 from latentreward.core.storage.run_folder import RunFolder
-from latentreward.tinyworld.edit_pairs import draw_edit, draw_edit_pairs
-from latentreward.tinyworld.edits import scene_verdict
-from latentreward.tinyworld.pairs import Mixed, Pair, Picture, draw_pairs, encode_jpeg, generate_pairs
-from latentreward.tinyworld.rendering import render
-from latentreward.tinyworld.scenes import Scene
-from latentreward.tinyworld.world import World
+from latentreward.tinyworld.edits import draw_edit, draw_edit_pairs, scene_verdict
+from latentreward.tinyworld.pairs import Mixed, Pair, Picture, World, draw_pairs, encode_jpeg, generate_pairs
+from latentreward.tinyworld.scenes import Scene, render
 
 PICKAPIC_SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")
 PICKAPIC_SCHEMA = pa.schema(
