@@ -1,6 +1,5 @@
 """Scorers that run other programs: real programs, written here, and tables of scores."""
 
-import json
 import os
 import sys
 import time
