@@ -23,10 +23,7 @@ PathText = Annotated[str, "path"]
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return a copy of ``value`` with ``function`` applied to every tensor, also inside nested records and tuples.
-
-    Values of other types are returned unchanged.
-    """
+    """Return a copy of ``value`` with ``function`` applied to every tensor, also inside nested records and tuples."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, TensorRecord):
@@ -146,10 +143,7 @@ def sources_of(prompt: str) -> tuple[ImageRef, ...]:
 
 
 def sources_wanted(number: int, taken: tuple[int, int | None]) -> str | None:
-    """Return how many pictures to edit are ``taken``, in words, if ``number`` is not among them; None if it is.
-
-    ``taken`` is the least and the largest number; None for any.
-    """
+    """Return in words how many pictures to edit are ``taken``, least to most, if ``number`` is not among them."""
     least, most = taken
     if number >= least and (most is None or number <= most):
         return None
@@ -157,10 +151,7 @@ def sources_wanted(number: int, taken: tuple[int, int | None]) -> str | None:
 
 
 def check_sources(name: str, prompts: Sequence[str], taken: tuple[int, int | None]) -> None:
-    """Raise InputError if a reward does not take the number of pictures that a prompt edits.
-
-    ``name`` is that of the reward in messages, ``taken`` as for :func:`sources_wanted`.
-    """
+    """Raise InputError if the reward ``name`` does not take the number of pictures that a prompt edits."""
     for number in {len(sources_of(prompt)): None for prompt in prompts}:
         if wanted := sources_wanted(number, taken):
             plural = "s" * (wanted != "1")
@@ -251,14 +242,7 @@ class LatentSpace:
         return "channel" if self.means else "scalar" if self.statistics is None else "batch_norm"
 
     def shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
-        """Return the shape ``(C, h, w)``, or ``(C, T, h, w)`` in a space with a time axis, of one image or clip.
-
-        Args:
-            height: Height in pixels.
-            width: Width in pixels.
-            frames: Number of frames, 1 for an image; in a space with a time axis a multiple of ``frame_downscale``
-                plus 1.
-        """
+        """Return the shape ``(C, h, w)``, or ``(C, T, h, w)`` in a space with a time axis, of one image or clip."""
         time = () if self.frame_downscale is None else ((frames - 1) // self.frame_downscale + 1,)
         return self.channels, *time, height // self.downscale, width // self.downscale
 
@@ -349,10 +333,7 @@ class Conditioning(TensorRecord):
         return len(self.prompt_embeds)
 
     def select(self, index: Tensor | Sequence[int]) -> "Conditioning":
-        """Return the rows ``index``; an index may repeat, so that one encoded prompt serves several images.
-
-        For all rows in their order the result may be this record itself.
-        """
+        """Return the rows ``index``, which may repeat; for all rows in their order, it may be this record itself."""
         rows = torch.as_tensor(index)
         # No copy of all rows in their order. An index on an accelerator is not read, which would be a wait; a copy of
         # what inference mode made can be part of a graph.

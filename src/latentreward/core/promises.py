@@ -29,8 +29,7 @@ KINDS = {
     "indices": "whole numbers (int64)",
     "bool": "bool",
 }
-KEPT = "_promises_kept"
-"""Attribute of a part with the methods that were compared, and whether a graph was built."""
+KEPT = "_promises_kept"  # Attribute of a part with the methods that were compared, and whether a graph was built
 
 
 class Part(ABC):  # noqa: B024 - derived classes have the methods

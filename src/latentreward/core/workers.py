@@ -26,15 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType, TracebackType
 
-ATTEMPTS = 3
-"""Times that a part, or the start of a worker, may fail before it ends the run."""
-WAIT_S = 60.0
-"""Seconds without a working worker after which the first process says what it waits for."""
+ATTEMPTS = 3  # Times that a part, or the start of a worker, may fail before it ends the run
+WAIT_S = 60.0  # Seconds without a working worker after which the first process says what it waits for
 
-Part = Any
-"""What one call of the work does, such as a list of pictures to sample; it can be pickled."""
-Result = Any
-"""What a part gives, such as the bytes of a picture; it can be pickled."""
+Part = Any  # What one call of the work does, such as a list of pictures to sample; it can be pickled
+Result = Any  # What a part gives, such as the bytes of a picture; it can be pickled
 Task = Callable[[Any], Callable[[Part], Iterable[Result]]]
 """Function that takes what all parts need, loads models, and returns the function that yields the results of a part."""
 
@@ -226,8 +222,7 @@ class SharedWork:
         return kind.remote()
 
 
-Answer = tuple[str, bool, list[Result]]
-"""Problem or an empty text, whether it ends the run, and results."""
+Answer = tuple[str, bool, list[Result]]  # Problem or an empty text, whether it ends the run, and results
 
 
 class Worker:

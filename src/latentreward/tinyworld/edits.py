@@ -20,18 +20,13 @@ from latentreward.tinyworld.captions import BACKGROUNDS, COLORS, POSITIONS, SHAP
 from latentreward.tinyworld.oracle import detect_scene
 from latentreward.tinyworld.scenes import IMAGE_SIZE, Item, Scene, direction, draw_label, draw_scene
 
-KINDS = ("color", "shape", "move", "add", "remove", "background")
-"""Kinds of instructions."""
+KINDS = ("color", "shape", "move", "add", "remove", "background")  # Kinds of instructions
 WORDS = {"left": "left", "right": "right", "top": "up", "bottom": "down"}
 """Side that a shape is moved to → word in the instruction."""
-STEP = 7.0
-"""Pixels by which a shape is moved."""
-REACH = 1.3
-"""Largest distance of a shape's point from its centre, in radii."""
-MAX_SHIFT = 1.5
-"""Largest distance in pixels by which the centre of a shape that stays may differ."""
-MAX_GROWTH = 0.2
-"""Largest share by which the radius of a shape that stays may differ."""
+STEP = 7.0  # Pixels by which a shape is moved
+REACH = 1.3  # Largest distance of a shape's point from its centre, in radii
+MAX_SHIFT = 1.5  # Largest distance in pixels by which the centre of a shape that stays may differ
+MAX_GROWTH = 0.2  # Largest share by which the radius of a shape that stays may differ
 
 
 @dataclass(frozen=True)
@@ -146,9 +141,8 @@ def possible_edits(scene: Scene) -> list[Edit]:
 def scene_verdict(source: Scene, result: Scene, edit: Edit) -> EditVerdict:
     """Judge a scene as the result of an edit of another scene.
 
-    Attributes of a shape are its colour, shape, place and radius. The shapes of the source are matched to those of the
-    result in the order with the most right attributes. Further attributes are the background, and that there are no
-    shapes but those asked for.
+    Attributes of a shape are its colour, shape, place and radius, matched in the order with the most right ones.
+    Further attributes are the background, and that there are no shapes but those asked for.
     """
     stay = [item for item in source.items if edit.kind != "remove" or item.color != edit.color]
     found = [*result.items, *[None] * len(stay)]
@@ -196,8 +190,7 @@ def judge_edit(source: np.ndarray | Image.Image, result: np.ndarray | Image.Imag
 
 RESULTS = {"right": 0.3, "unchanged": 0.15, "another edit": 0.1, "overdone": 0.25, "drawn anew": 0.2}
 """Kinds of results → probability that a pair's first picture is of this kind; the second is of another kind."""
-PAIRS_PER_SOURCE = 2
-"""Number of pairs of each scene and instruction."""
+PAIRS_PER_SOURCE = 2  # Number of pairs of each scene and instruction
 
 
 @dataclass(frozen=True)

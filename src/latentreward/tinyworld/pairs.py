@@ -51,8 +51,7 @@ class World:
 
 
 JPEG_QUALITY = 95
-GENERATED_GAP = 0.3
-"""Smallest utility gap of a pair of generated pictures; a smaller gap could be the judge's error."""
+GENERATED_GAP = 0.3  # Smallest utility gap of a pair of generated pictures; a smaller gap could be the judge's error
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Shares of pairs whose winner is worse than the loser in one part of the utility, independent of each other.
+    """Shares of pairs whose winner is worse in one part of the utility, independent of each other.
 
-    The defaults are those of Pick-a-Pic according to arXiv:2502.01051: half of the winners have a lower aesthetic
-    score, 40 % a lower CLIP or VQA score.
+    The defaults are those of Pick-a-Pic by arXiv:2502.01051 (of a lower aesthetic, and of a lower CLIP or VQA score).
     """
 
     quality: float = 0.5
@@ -108,11 +106,11 @@ def draw_pairs(
         split: Captions to draw from: ``train``, ``validation`` or ``test``.
         number: Number of pairs.
         rng: Random number generator.
-        unique: Whether every pair has a caption of its own.
-        ties: Whether to keep pairs with a tie as label; if False, other pairs are drawn instead.
-        mixed: Shares of winners that are worse in one part of the utility; there are no ties then. By default pairs are
-            kept as they are drawn: about 20 % of the winners have less quality, 15 % less alignment.
-        world: World of captions and pictures; the shapes if None, which alone can be ``unique``.
+        unique: Whether every pair has a caption of its own; of the shapes alone.
+        ties: Whether to keep pairs with a tie as label, in place of other ones.
+        mixed: Shares of winners that are worse in one part of the utility, without ties. By default pairs are kept as
+            they are drawn: about 20 % of the winners have less quality, 15 % less alignment.
+        world: World of captions and pictures; the shapes if None.
     """
     world = world or World()
     available = sum(map(len, caption_splits()[split].values()))

@@ -25,11 +25,7 @@ PIPELINE_FOLDERS = {name: Path(__file__).parent / "pipelines" / name for name in
 
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline | StableDiffusion3Pipeline:
-    """Load a tiny pipeline in float32, without progress bars.
-
-    Raises:
-        FileNotFoundError: If ``folder`` holds no pipeline.
-    """
+    """Load a tiny pipeline in float32, without progress bars."""
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"no pipeline in {folder}; make one with `make tinyworld` in a clone")
     with quiet_libraries():
@@ -98,8 +94,7 @@ def sample_pictures(
     return np.concatenate(pictures)
 
 
-SIDE = 128
-"""Side in pixels of a picture before and after the alignment."""
+SIDE = 128  # Side in pixels of a picture before and after the alignment
 
 
 @dataclass(frozen=True)
@@ -113,11 +108,7 @@ class Judged:
 
 
 def judge_policy(pipeline: str, lora: Path | None, guidance_scale: float) -> Judged:
-    """Sample one picture for each of 192 held-out captions with diffusers, and judge the pictures.
-
-    The pipeline is ``sd_tiny`` or ``sd35_tiny``; ``lora`` is a folder for ``load_lora_weights``. A guidance scale of 1
-    switches guidance off.
-    """
+    """Sample a picture for each of 192 held-out captions by ``sd_tiny`` or ``sd35_tiny`` with a LoRA, and judge it."""
     loaded = load_pipeline(PIPELINE_FOLDERS[pipeline])
     if lora is not None:
         with quiet_libraries():

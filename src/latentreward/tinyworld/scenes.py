@@ -9,8 +9,7 @@ import numpy as np
 
 from latentreward.tinyworld.captions import BACKGROUNDS, COLORS, POSITIONS, RELATIONS, SHAPES, SIZES, Caption
 
-SIZE_BORDER = 6.4
-"""Smallest radius in pixels of a large shape."""
+SIZE_BORDER = 6.4  # Smallest radius in pixels of a large shape
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,8 @@ def picture_utility(alignment: float, quality: float) -> float:
 def alignment_checks(caption: Caption, background: str, items: Sequence[Item]) -> dict[str, bool]:
     """Check which attributes of a caption a picture gets right.
 
-    The items, in any order, are matched to the caption's shapes in the order with the most correct attributes. If two
-    shapes have exchanged their positions, only the relation is wrong; if they have exchanged their colours, both
-    colours are wrong.
-
-    Returns:
-        Name of an attribute → whether the picture gets it right; four to seven entries.
+    The items, in any order, are matched to the caption's shapes in the order with the most correct attributes. Of two
+    shapes that have exchanged their places only the relation is wrong.
     """
     checks = {"background": background == caption.background, "count": len(items) == caption.count}
     if caption.kind == "two":
@@ -123,10 +118,7 @@ def scene_utility(caption: Caption, scene: Scene) -> float:
 def draw_label(utility_a: float, utility_b: float, rng: np.random.Generator | None) -> float:
     """Draw a noisy label from the Bradley-Terry model with log-odds of 2 per unit of utility; without ``rng`` no noise.
 
-    A utility gap below 0.15 gives a tie.
-
-    Returns:
-        1.0 if the first picture is preferred, 0.0 if the second, 0.5 for a tie.
+    It is 1.0 if the first picture is preferred, 0.0 if the second, and 0.5, a tie, for a gap of utility below 0.15.
     """
     gap = utility_a - utility_b
     if abs(gap) < 0.15:
@@ -134,8 +126,7 @@ def draw_label(utility_a: float, utility_b: float, rng: np.random.Generator | No
     return float((0.5 if rng is None else rng.random()) < 1.0 / (1.0 + np.exp(-2.0 * gap)))
 
 
-IMAGE_SIZE = 32
-"""Height and width of every picture, in pixels."""
+IMAGE_SIZE = 32  # Height and width of every picture, in pixels
 
 COLOR_VALUES: dict[str, tuple[float, float, float]] = {
     "red": (0.87, 0.15, 0.15),
@@ -150,10 +141,8 @@ BACKGROUND_LEVELS: dict[str, float] = {"black": 0.06, "gray": 0.5, "white": 0.94
 """Gray level in [0, 1] of each background."""
 MIDDLES = {"black": 0.5, "gray": 0.0, "white": -0.5}
 """Background → share of a gradient in the picture's middle: a gradient lightens black and darkens white."""
-MAX_FADE = 0.65
-"""Share of a shape's contrast that a contrast nuisance of strength 1 removes."""
-MAX_GRADIENT = 0.35
-"""Change in gray level (0 to 1) over 32 pixels along a background gradient of strength 1."""
+MAX_FADE = 0.65  # Share of a shape's contrast that a contrast nuisance of strength 1 removes
+MAX_GRADIENT = 0.35  # Change in gray level (0 to 1) over 32 pixels along a background gradient of strength 1
 
 
 def shape_distance(shape: str, x: np.ndarray | float, y: np.ndarray | float, radius: float) -> np.ndarray | float:
@@ -161,9 +150,6 @@ def shape_distance(shape: str, x: np.ndarray | float, y: np.ndarray | float, rad
 
     Shapes of one radius look equally large. Outside a corner, the distance is that to the half-planes, so that corners
     stay sharp. The triangle points up, and its centroid is the origin.
-
-    Raises:
-        ValueError: If the tiny world has no such shape.
     """
     ax, ay = np.abs(x), np.abs(y)
     if shape == "circle":
@@ -172,10 +158,8 @@ def shape_distance(shape: str, x: np.ndarray | float, y: np.ndarray | float, rad
         return np.maximum(ax, ay) - 0.88 * radius
     if shape == "triangle":
         return np.maximum(y, ax * np.sqrt(0.75) - 0.5 * y) - 0.65 * radius
-    if shape == "cross":
-        long, short = 1.05 * radius, 0.38 * radius
-        return np.minimum(np.maximum(ax - long, ay - short), np.maximum(ax - short, ay - long))
-    raise ValueError(f"unknown shape {shape!r}; the tiny world has {', '.join(SHAPES)}")
+    long, short = 1.05 * radius, 0.38 * radius  # of a cross
+    return np.minimum(np.maximum(ax - long, ay - short), np.maximum(ax - short, ay - long))
 
 
 def shape_coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
@@ -283,9 +267,8 @@ def _place_pair(depicted: Caption, rng: np.random.Generator) -> tuple[Item, ...]
 
 
 def _offset(side: str, along: float, across: float) -> tuple[float, float]:
-    return {"left": (-along, across), "right": (along, across), "top": (across, -along), "bottom": (across, along)}[
-        side
-    ]
+    sign = 1 if side in ("right", "bottom") else -1
+    return (sign * along, across) if side in ("left", "right") else (across, sign * along)
 
 
 def _draw_nuisances(items: Sequence[Item], rng: np.random.Generator, clean_share: float) -> Nuisances:

@@ -28,7 +28,7 @@ Count = Annotated[int, Interval(ge=0, lt=2**63)]
 
 @dataclass(frozen=True)
 class Entry:
-    """Entry of a tensor."""
+    """Entry of a tensor in a header."""
 
     dtype: str
     shape: tuple[Count, ...]
@@ -36,15 +36,10 @@ class Entry:
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], int, int]:
-    """Read the header of a safetensors file.
+    """Read the header of a safetensors file; a length beyond the file or 1 MiB, of no such file, is a ValueError.
 
     Returns:
-        The header's entry of each tensor by name, the byte at which the data of all tensors begin, and the file's size
-        in bytes.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the file is not a safetensors file. A header length beyond the file or 1 MiB is not trusted.
+        The entry of each tensor by name, the byte at which the data of all tensors begin, and the file's size in bytes.
     """
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -135,13 +130,8 @@ def find_weights(
 ) -> tuple[Path, ...]:
     """Find a model's safetensors files, a single one or shards with an index, in a folder or on the hub.
 
-    Args:
-        source: Folder or hub id.
-        stem: Beginning of the files' names: ``model`` (transformers) or ``diffusion_pytorch_model`` (diffusers).
-        subfolder: Folder inside ``source``.
-        variant: File variant, such as ``fp16``.
-        revision: Branch, tag or commit of a hub id.
-        local_files_only: Whether to read a hub id from the local cache alone.
+    ``stem`` begins the files' names: ``model`` (transformers) or ``diffusion_pytorch_model`` (diffusers); ``variant``
+    is one such as ``fp16``. ``local_files_only`` reads a hub id from the local cache alone.
     """
     suffix = f".{variant}" if variant else ""
     place = f"{subfolder}/" if subfolder else ""
@@ -171,25 +161,19 @@ def find_weights(
 def _remedy(source: str, place: str, stem: str, variant: str | None, told: ModelInfo | None) -> str:
     """Return what to do about weights that are not there, by the other files; ``told`` is the hub's list of them."""
     folder = (Path(source) if Path(source).is_dir() else cached_files(source) or Path(source)) / place
-    listed = folder.iterdir() if folder.is_dir() else ()
-    names = sorted(
-        (path.name for path in listed)
-        if told is None
-        else (file.rfilename.removeprefix(place) for file in told.siblings or () if file.rfilename.startswith(place))
-    )
-    weights = [re.fullmatch(rf"{stem}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", name) for name in names]
-    others = {found[1] for found in weights if found} - {variant}
-    if None in others:
-        return f"its weights have no variant {variant}; leave variant out"
-    if others:
-        other = sorted(map(str, others))[0]
-        return f"its weights are of the variant {other}; set variant: {other}, or rename them without it"
-    if pickles := [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack"))]:
+    listed = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if told is not None:
+        found = [file.rfilename for file in told.siblings or ()]
+        listed = [name.removeprefix(place) for name in found if name.startswith(place)]
+    weights = [re.fullmatch(rf"{stem}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", name) for name in listed]
+    if others := sorted({found[1] or "" for found in weights if found}):
+        return f"its weights are of the variant {others[0]}; set it as variant" if others[0] else "leave variant out"
+    if pickles := sorted(name for name in listed if name.endswith((".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack"))):
         return (
             f"it has {pickles[0]}, but only safetensors files are read, because pickles can run code; load the model "
             "in the library that wrote it and call save_pretrained"
         )
-    if whole := sorted(Path(source).glob("*.safetensors")) if place and Path(source).is_dir() else []:
+    if place and (whole := sorted(Path(source).glob("*.safetensors"))):
         return f"if {whole[0].name} in {source} holds the whole model, give this file in place of the folder"
     return "get the files again"
 
