@@ -117,22 +117,16 @@ class SharedWork:
             send: Function that turns a part, when its turn comes, into what the task's function takes.
         """
         if self.workers > 1 and parts:
-            self._share(task, given, parts, keep, send)
+            for part, result in self._shared(task, given, parts, send):
+                keep(part, result)
         elif parts:
             work = self._tasks[task](given)
             for part in parts:
                 for result in work(send(part)):
                     keep(part, result)
 
-    def _share(
-        self,
-        task: str,
-        given: Any,
-        parts: Sequence[Any],
-        keep: Callable[[Any, Result], None],
-        send: Callable[[Any], Part],
-    ) -> None:
-        """Give each worker that has joined one part after another until all are done."""
+    def _shared(self, task: str, given: Any, parts: Sequence[Any], send: Callable[[Any], Part]) -> Iterator[Any]:
+        """Give each worker that has joined one part after another, and yield parts with their results."""
         ray = self._ray or self._start()
         shared, left, failed = ray.put(given), deque(range(len(parts))), Counter[int | None]()
         calls: dict[Any, tuple[Any, int | None]] = {}  # running calls → worker, and part, which is None while it joins
@@ -170,7 +164,7 @@ class SharedWork:
                 continue
             failed[None] = 0  # starts of workers count until one has joined
             for result in results:
-                keep(parts[number or 0], result)
+                yield parts[number or 0], result
         self._pool = idle  # a worker that has not joined by now is not needed
         for worker in [worker for worker, _ in calls.values()]:
             ray.kill(worker)

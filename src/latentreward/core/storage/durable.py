@@ -55,9 +55,6 @@ def replacing(target: Path, kept: str = KEPT, over: bool = True) -> Iterator[Pat
         target: File or folder to create.
         kept: End of the error message on a full disk: what is still safe, and how to continue.
         over: Whether to replace an existing ``target``. If False, an existing non-empty folder stays, without an error.
-
-    Raises:
-        InputError: If the disk is full, a file size limit or a quota is reached, or writing is not allowed.
     """
     partial = temporary_name(target.absolute())  # pyarrow takes a:b for an address
     try:
@@ -255,9 +252,6 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
 
     Processes that only read take no lock. The operating system frees the lock when the process ends, also after a
     kill, which leaves the lock file behind. On a file system without locks, the block runs unlocked, with a warning.
-
-    Raises:
-        InputError: If another process holds the lock, or the folder cannot be written to.
     """
     from filelock import FileLock  # not for `--help`
 
