@@ -10,7 +10,6 @@ from torch import Tensor
 
 from latentreward.core.contracts import Conditioning, LatentSpace, PathText
 from latentreward.core.registry import register_backbone
-from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import LanguageModelEncoder, PromptEncoder, without_last_layer
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
@@ -64,7 +63,7 @@ class ErnieImage(FlowFamily):
         from transformers import Mistral3Model
 
         whole = self.pipeline.load(Mistral3Model, "text_encoder", pretrained)
-        model = without_last_layer(part_of(whole, "language_model"))
+        model = without_last_layer(whole.get_submodule("language_model"))
         return self.fitting(ErnieImagePromptEncoder(model, self.pipeline.tokenizer("tokenizer"), TEXT_LENGTH))
 
     # Network

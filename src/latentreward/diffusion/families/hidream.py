@@ -19,7 +19,6 @@ from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.core.storage.json_files import entries
-from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import PromptEncoder, first_layers, masked_ids, token_ids
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
@@ -115,7 +114,7 @@ class HiDream(FlowFamily):
         kinds = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
         parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
         models = [self.pipeline.load(kind, part, pretrained) for kind, part in zip(kinds, parts, strict=True)]
-        llama = part_of(self.pipeline.load(LlamaForCausalLM, LLAMA, pretrained), "model")
+        llama = self.pipeline.load(LlamaForCausalLM, LLAMA, pretrained).get_submodule("model")
         if len(llama.layers) <= max(self.layers):
             raise InputError(
                 f"{self.named(self.part)} reads layer {max(self.layers)} of Llama, but {LLAMA} has "

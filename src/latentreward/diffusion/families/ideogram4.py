@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from latentreward.core.contracts import Conditioning, LatentSpace, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
-from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import LanguageModelEncoder, PromptEncoder, first_layers
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
@@ -91,7 +90,7 @@ class Ideogram4(FlowFamily):
         from transformers import Qwen3VLModel
 
         tokenizer = self.chat_tokenizer()
-        model = part_of(self.pipeline.load(Qwen3VLModel, "text_encoder", pretrained), "language_model")
+        model = self.pipeline.load(Qwen3VLModel, "text_encoder", pretrained).get_submodule("language_model")
         if len(model.layers) <= LAYERS[-1]:
             raise InputError(
                 f"source={self.pipeline.source!r}: {self.title} reads layer {LAYERS[-1] + 1} of its text encoder, but "

@@ -16,7 +16,6 @@ from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.core.storage.json_files import entries, entry
-from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import PromptEncoder, first_layers
 from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
@@ -85,7 +84,7 @@ class Krea2(FlowFamily):
 
         tokenizer = self.pipeline.tokenizer("tokenizer", Qwen2Tokenizer)
         whole = self.pipeline.load(Qwen3VLModel, "text_encoder", pretrained)
-        model = part_of(whole, "language_model")
+        model = whole.get_submodule("language_model")
         if len(model.layers) < max(self.layers):
             raise InputError(
                 f"{self.named('model_index.json')} has text_encoder_select_layers={list(self.layers)}, but the text "
