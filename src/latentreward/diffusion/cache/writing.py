@@ -102,8 +102,8 @@ class RowScan(Dataset[Any]):
         refs = [*images_of(pair).values()]
         marks = [crc32((ref.data or b"") if ref.path is None else os.fsencode(ref.path)) for ref in refs]
         a, b, *sources = (ImageRef(ref.image_key, noise=ref.noise) for ref in refs)
-        text = EditPrompt(pair.prompt, sources) if sources else pair.prompt
-        bare = replace(pair, prompt=text, image_a=a, image_b=b)
+        bare = replace(pair, prompt=EditPrompt(pair.prompt, sources), image_a=a, image_b=b)
+        bare = bare if sources else replace(bare, prompt=str(pair.prompt))
         try:
             return bare, marks, self._sizes(pair.prompt, refs)
         except InputError as error:
@@ -164,7 +164,7 @@ class Plan:
         return self.known[name][0]
 
     def image(self, image: ImageRef, size: Bucket, mark: int, index: int, side: str) -> int:
-        """Return the row of an image, which the reader's row ``index`` has."""
+        """Return the row of an image, which the reader's row ``index`` has; refuse another image with its key."""
         group = *size, self.spec.posterior == "sample" and side not in ("a", "b")
         if (image.image_key, group) not in self.known:
             self.known[image.image_key, group] = len(self.rows[IMAGES]), mark, index, side
@@ -172,18 +172,13 @@ class Plan:
             self.rows[IMAGES].append((image.image_key, *size, image.noise, side, file, index))
         number, first, *place = self.known[image.image_key, group]
         if first != mark:
-            self._refuse_others(image.image_key, (*place, index, side))
+            refs = [images_of(self.reader[row])[of] for row, of in (place, (index, side))]
+            found = [ref.data if ref.path is None else ref.path.is_file() and ref.path.read_bytes() for ref in refs]
+            if all(found) and found[0] != found[1]:  # of a missing file the reader's on_error decides
+                one, two = (ref.path or "bytes" for ref in refs)
+                names = f"{one} (row {place[0]}) and of {two} (row {index})"
+                raise InputError(f"reader: image_key={image.image_key!r:.200} is of {names}; give each its own")
         return number
-
-    def _refuse_others(self, key: str, places: tuple[Any, ...]) -> None:
-        """Raise InputError unless two images of a key are equal; ``places`` are the reader's row and side of each."""
-        refs = [images_of(self.reader[row])[side] for row, side in zip(places[::2], places[1::2], strict=True)]
-        found = [ref.data if ref.path is None else ref.path.is_file() and ref.path.read_bytes() for ref in refs]
-        if all(found) and found[0] != found[1]:  # of a missing file the reader's on_error decides
-            names = " and of ".join(
-                f"{ref.path or 'bytes'} (row {n})" for ref, n in zip(refs, places[::2], strict=True)
-            )
-            raise InputError(f"reader: image_key={key!r:.200} is of {names}; give each its own")
 
     def scan(self, encoder: LatentSource, num_workers: int) -> tuple[CachePlan, dict[str, bytes]]:
         """Scan all rows; return the plan and the files of the tables. Raises InputError if no row can be cached."""
@@ -204,8 +199,8 @@ class Plan:
             raise InputError(f"reader: none of its rows can be cached ({reasons or 'it has none'}); check images")
         tables = {name: _parquet(self.rows[name], schema) for name, schema in SCHEMAS.items()}
         digests = {name: sha256(content).hexdigest() for name, content in tables.items()}
-        pairs, images, prompts = (len(self.rows[name]) for name in (PAIRS, IMAGES, PROMPTS))
-        return CachePlan(self.spec, describe_data(reader), digests, pairs, images, prompts, dict(dropped)), tables
+        counts = (len(rows) for rows in self.rows.values())
+        return CachePlan(self.spec, describe_data(reader), digests, *counts, dict(dropped)), tables
 
 
 def _parquet(rows: list[tuple[Any, ...]], schema: dict[str, pa.DataType]) -> bytes:
@@ -252,9 +247,8 @@ class EncodeBatches(Dataset[Any]):
     """Batches of a planned cache, by the number of their file and of their first row in it."""
 
     def __init__(self, folder: Path, reader: PairReader) -> None:
-        self.plan, self.reader = store.read_plan(folder), reader
+        self.plan, self.reader, self.files = store.read_plan(folder), reader, store.files_of(folder)
         self.images, self.prompts = (store.read_table(folder, name) for name in (IMAGES, PROMPTS))
-        self.files = store.files_of(folder)
         self._fetched: tuple[int, PreferencePair] | None = None
 
     def keys_of(self, number: int) -> list[tuple[int, int]]:
@@ -278,30 +272,24 @@ class EncodeBatches(Dataset[Any]):
             texts, places = (self.prompts[name].take(rows).to_pylist() for name in ("prompt", "reader_row"))
             prompts = [self._prompt(place, text) for text, place in zip(texts, places, strict=True)]
             return prompts, None, None, unread, unused
-        shape, time = (
-            spec.latent_space.shape(*file.size, spec.images.frames),
-            spec.latent_space.frame_downscale is not None,
-        )
-        loader = PixelLoader(*file.size, spec.images.resize, spec.images.max_pixels, self.reader.exif)
-        clips = (
-            ClipLoader(**vars(loader), frames=spec.images.frames, fps=spec.images.fps)
-            if spec.images.frames > 1
-            else None
-        )
+        shape, settings = spec.latent_space.shape(*file.size, spec.images.frames), spec.images
+        loader = PixelLoader(*file.size, settings.resize, settings.max_pixels, self.reader.exif)
+        if settings.frames > 1:
+            loader = ClipLoader(**vars(loader), frames=settings.frames, fps=settings.fps)
         keys, places, sides = (self.images[name].take(rows).to_pylist() for name in ("image_key", "reader_row", "side"))
         for number, place in enumerate(zip(places, sides, keys, strict=True)):
             try:
                 image, more = self._planned(*place), 0
                 if spec.vae is None:
-                    content = torch.from_numpy(decode_latents(image, time)).float()
-                elif clips is None:
-                    content = loader(image)
+                    content = torch.from_numpy(decode_latents(image, spec.latent_space.frame_downscale is not None))
+                elif isinstance(loader, ClipLoader):
+                    content, _, more = loader.load(image)
                 else:
-                    content, _, more = clips.load(image)
-                loaded, unused = [*loaded, content], unused + more
+                    content = loader(image)
+                loaded, unused = [*loaded, content.float()], unused + more
             except ImageError as error:
                 unread[number] = self._skipped(error)
-                loaded.append(torch.zeros(shape) if spec.vae is None else (clips or loader).blank())
+                loaded.append(torch.zeros(shape) if spec.vae is None else loader.blank())
         noise = None
         if spec.posterior == "sample" and sides[0] in ("a", "b"):
             draws = (pair_generator(spec.seed, "posterior", 0, "", name) for name in keys)

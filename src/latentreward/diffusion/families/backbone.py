@@ -58,8 +58,6 @@ class FamilyBackbone(TransformerBackbone):
                 f"text_taps={list(self.text_taps)} lie after the last of visual_taps, but {family.title} has the same "
                 "text in all blocks; name earlier blocks"
             )
-        for names in ("tail", "time_embedding"):
-            family.require_parts(names, getattr(family, names), transformer)
         for name in () if self.output_map else family.tail:
             if isinstance(getattr(transformer, name, None), nn.Parameter):
                 delattr(transformer, name)
@@ -68,8 +66,6 @@ class FamilyBackbone(TransformerBackbone):
 
     def unread_parts(self, number: int, visual: bool, text: bool) -> tuple[Sequence[str], Sequence[str]]:
         inside = self.family.unread(number, visual, text) if number else ()
-        if number:
-            self.family.require_parts("unread", inside, [*self.blocks()][number - 1])
         return inside, self.family.unread_outside(number, visual, text)
 
     def drop_text_taps(self) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
@@ -72,21 +71,9 @@ def _wrong_levels(found: tuple[Tensor, Tensor], family: Family, steps: int, shap
         return problem
     if sigmas[-1] or (sigmas.diff() > 0).any():
         return f"noise levels from {sigmas[0]:g} to {sigmas[-1]:g}; they must fall, the last one to 0"
-    error = (family.noise_process.sigma(timesteps) - sigmas[:-1]).abs()
-    if error.max() <= 0.01:  # rounded to whole timesteps
-        return None
-    timestep, sigma = timesteps[error.argmax()], sigmas[error.argmax()]
-    return f"timestep {timestep:g} for the noise level {sigma:g}; it must be 1000 times that, as in noise_process"
-
-
-def _wrong_network(found: nn.Module, family: Family, pretrained: bool = True) -> str | None:
-    problem = of_class(nn.Module)(found)
-    for names in ("lists", "idle") if problem is None else ():
-        family.require_parts(names, getattr(family, names, ()), found)
-    if problem is None and not of_this_package(type(family).__module__):
-        kinds = {type(block).__name__ for block in family.blocks(found)} - {*family.block_classes}
-        family._require("block_classes", not kinds, f"lacks {', '.join(sorted(kinds))}, of the blocks of the network")
-    return problem
+    if (family.noise_process.sigma(timesteps) - sigmas[:-1]).abs().max() > 0.01:  # rounded to whole timesteps
+        return f"timesteps from {timesteps[0]:g} for noise levels from {sigmas[0]:g}; they must be 1000 times those"
+    return None
 
 
 class Family(Part):
@@ -109,7 +96,6 @@ class Family(Part):
         part: Name of the network in a pipeline.
         network_class: Class of the network in diffusers.
         block_classes: Classes of the network's blocks in diffusers, which FSDP1 wraps as units.
-        refused: Classes of pipelines in diffusers with the family's networks that are refused, each with the reason.
         text_layers: Classes of the text encoders' layers in transformers, which FSDP1 wraps as units.
         vae_class: Class of the VAE in diffusers.
         latent_encoder: Class that encodes and decodes with the VAE.
@@ -139,7 +125,6 @@ class Family(Part):
     part: ClassVar[str] = "transformer"
     network_class: ClassVar[str] = ""
     block_classes: ClassVar[Sequence[str]] = ()
-    refused: ClassVar[Mapping[str, str]] = {}
     text_layers: ClassVar[Sequence[str]] = ()
     vae_class: ClassVar[str] = "AutoencoderKL"
     latent_encoder: ClassVar[type[LatentEncoder]] = LatentEncoder
@@ -168,51 +153,15 @@ class Family(Part):
     def check(self) -> None:
         """Check that this variant of the family is supported, and that network and VAE belong together."""
 
-    def check_names(self) -> None:
-        """Check a family of one's own for what would be wrong in silence or late: flow, LoRA loader, misspelt names."""
-        import diffusers
-        from diffusers import loaders
-
-        for field in ("name", "title", "network_class"):
-            self._require(field, getattr(self, field), "must be a text")
-        known = self.lora_loader is None or hasattr(loaders, self.lora_loader)
-        self._require("lora_loader", known, "is not in diffusers.loaders")
-        kind = getattr(diffusers, str(self.pipeline.index.get("_class_name")), None)
-        reads = self.lora_loader is None or kind is None or issubclass(kind, getattr(loaders, self.lora_loader))
-        self._require("lora_loader", reads, f"{getattr(kind, '__name__', kind)} is not derived from; set it to None")
+    def check_flow(self) -> None:
+        """Check :attr:`flow` of a family of one's own by the pipeline's scheduler: a wrong one would train in silence."""
         config = self.pipeline.config("scheduler") if self.pipeline.has("scheduler") else {}
-        scheduler, other = config.get("_class_name"), f"set flow = {not self.flow}"
-        right = fits_kind(config, self.flow)
-        self._require("flow", right, f"is not so of a network with a {scheduler} ({self.named('scheduler')}); {other}")
-        process = self.noise_process
-        right = isinstance(process, FlowMatching) == self.flow
-        self._require("flow", right, f"contradicts noise_process, a {type(process).__name__}; change one of the two")
-        self._warn_of_misspelt()
-
-    def _warn_of_misspelt(self) -> None:
-        """Warn of attributes of the user's classes whose names are nearly those of a family's members."""
-        classes = type(self).__mro__
-        known = {name for kind in classes if of_this_package(kind.__module__) for name in dir(kind)}
-        own = {name for kind in classes if not of_this_package(kind.__module__) for name in vars(kind)} - known
-        for name in sorted(name for name in own if not name.startswith("_")):
-            if near := get_close_matches(name, known, n=1, cutoff=0.85):
-                warnings.warn(
-                    f"family: {type(self).__name__}.{name} is no member of a family; did you mean {near[0]}?",
-                    stacklevel=2,
-                )
-
-    def require_parts(self, field: str, names: Sequence[str], module: nn.Module) -> None:
-        """Check that modules or weights have the ``names`` (endings) that a family of one's own gives as ``field``."""
-        known = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
-        for name in () if of_this_package(type(self).__module__) else names:
-            if not any(f".{one}".endswith(f".{name}") for one in known):
-                place = type(module).__name__
-                raise InputError(f"family: {type(self).__name__}.{field} names {name!r:.200}, which is not in {place}")
-
-    def _require(self, field: str, right: Any, wanted: str) -> None:
-        if not right:
-            value = getattr(self, field)
-            raise InputError(f"family: {type(self).__name__}.{field} is {value!r:.200}, which {wanted}")
+        process, name = self.noise_process, f"family: {type(self).__name__}.flow is {self.flow}"
+        if not fits_kind(config, self.flow):
+            told = f"is not so of a network with a {config.get('_class_name')} ({self.named('scheduler')})"
+            raise InputError(f"{name}, which {told}; set flow = {not self.flow}")
+        if isinstance(process, FlowMatching) != self.flow:
+            raise InputError(f"{name}, which contradicts noise_process, a {type(process).__name__}; change one of them")
 
     def assumption(self) -> str | None:
         """Return what is assumed about the variant where the configs do not tell, for a line of the run's output."""
@@ -258,17 +207,7 @@ class Family(Part):
     @cached_property
     def latent_space(self) -> LatentSpace:
         """Space of the latents, from the VAE's config."""
-        config, name = self.pipeline.config("vae"), self.named("vae")
-        found, encoder = config.get("_class_name", self.vae_class), self.latent_encoder
-        try:
-            return encoder.space_of(config, name)
-        except InputError as error:
-            if found == self.vae_class and (encoder is not LatentEncoder or found == Family.vae_class):
-                raise
-            raise InputError(
-                f"{name} is of class {str(found)[:100]!r}, which {encoder.__name__} does not read; give a family of "
-                "your own the vae_class and a latent_encoder, see docs/families.md, Another VAE"
-            ) from error
+        return self.latent_encoder.space_of(self.pipeline.config("vae"), self.named("vae"))
 
     @property
     @abstractmethod
@@ -458,12 +397,12 @@ class Family(Part):
 
     @returns(tensor(lambda family, with_prompt, *given: with_prompt.shape))
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
-        """Combine the predictions with and without the prompt: u + s·(c − u)."""
-        return without + scale * (with_prompt - without)
+        """Combine the predictions with and without the prompt: u + s·(c − u), or c + s·(c − u) where 0 is off."""
+        return (without if self.no_guidance else with_prompt) + scale * (with_prompt - without)
 
     # Network
 
-    @returns(_wrong_network)
+    @returns(of_class(nn.Module))
     def load_network(self, pretrained: bool = True) -> Any:
         """Load the network, whose weights stay unread for ``settle``; initial weights without ``pretrained``."""
         import diffusers
@@ -522,9 +461,11 @@ class Family(Part):
         raise NotImplementedError
 
 
-_SANA = "no family here has its VAE (AutoencoderDC) and prompts; give a class of your own as family (docs/families.md)"
-UNSUPPORTED: Mapping[str, str] = dict.fromkeys(("SanaPipeline", "SanaSprintPipeline", "SanaTransformer2DModel"), _SANA)
-"""Class of a pipeline or network in diffusers that belongs to no family → why it is refused."""
+OTHER_TASKS = re.compile(
+    "(Kontext|Edit)Inpaint|Control|Fill|VisualCloze|Layered|ImageOmni|ImageToVideo|VACE|LucyEdit|KleinKV|Kolors|"
+    "Flux2Pipeline"
+)
+"""Pipelines of diffusers with a family's class of network that take more than a prompt, or another text encoder."""
 
 
 @cache
@@ -550,7 +491,7 @@ def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
     """
     if own is not None:
         family = import_family(own)(pipeline)
-        family.check_names()
+        family.check_flow()
         theirs = next(base for base in type(family).__mro__ if "name" in vars(base))
         taken = backbone_names() | {name: kind.__module__ for name, kind in families().items()}
         if not of_this_package(theirs.__module__) and of_this_package(taken.get(family.name)):
@@ -559,12 +500,12 @@ def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
         return family
     configs = [pipeline.index, *(pipeline.config(part) for part in ("transformer", "unet") if pipeline.has(part))]
     names = [str(config.get("_class_name")) for config in configs]
-    refused, known = dict(UNSUPPORTED), families(*names)  # a family's file names its classes
-    for kind in known.values():
-        refused |= kind.refused
-    for name in names:
-        if reason := refused.get(name):
-            raise InputError(f"source={pipeline.source!r} is a {name}: {reason}")
+    known = families(*names)  # a family's file names its classes
+    if OTHER_TASKS.search(names[0]):
+        raise InputError(
+            f"source={pipeline.source!r} is a {names[0]}, which takes more than a prompt, or a text encoder that no "
+            "family here has; give a text-to-image pipeline, or a class of your own as family (docs/families.md)"
+        )
     found = [kind for kind in known.values() if kind.recognises(pipeline)]
     # The file of a family that derives from another one may name no class.
     found = found or [kind for kind in families().values() if kind.recognises(pipeline)]

@@ -52,12 +52,6 @@ class Chroma(FlowFamily):
         model = self.pipeline.load(T5EncoderModel, "text_encoder", pretrained)
         return self.fitting(ChromaPromptEncoder(model, self.pipeline.tokenizer("tokenizer"), length))
 
-    # Noise
-
-    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
-        """See :meth:`FlowFamily.mu`; linear in the number of tokens."""
-        return self.linear_mu(shape[-2] // 2 * (shape[-1] // 2))
-
     # Network
 
     def velocity(
@@ -87,9 +81,6 @@ class Chroma(FlowFamily):
     def temb_dim(self) -> int:
         """See :attr:`FlowFamily.temb_dim`; shift and scale of the output layer."""
         return 2 * self.width
-
-    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return super().unread(number, visual, text) if number <= self.dual_blocks else ()
 
 
 class ChromaPromptEncoder(PromptEncoder):

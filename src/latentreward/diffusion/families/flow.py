@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from latentreward.core.contracts import Conditioning
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.promises import check_needs, returns
-from latentreward.core.registry import of_this_package
 from latentreward.core.storage.json_files import entries
 from latentreward.diffusion.backbones.loading import check_channels
 from latentreward.diffusion.encoders.prompts import PromptEncoder
@@ -116,8 +115,6 @@ class FlowFamily(Family):
     @property
     def text_dim(self) -> int:
         """Number of features of a token of the text encoder, by the config's :attr:`text_field`."""
-        if not of_this_package(type(self).__module__):
-            self._require("text_field", self.text_field in self.config, f"is not in {self.named(self.part)}")
         return self.entry(self.part, self.text_field, int)
 
     @cached_property
@@ -128,34 +125,27 @@ class FlowFamily(Family):
     def fitting(self, encoder: PromptEncoder) -> PromptEncoder:
         """Return a text encoder whose output is as wide as the network's config says."""
         check_needs(encoder)
-        own = "" if of_this_package(type(self).__module__) else f", or {type(self).__name__} needs another "
-        for output, member, given, taken in (
-            ("tokens", "text_field", encoder.token_dim, self.text_dim),
-            ("pooled vectors", "pooled_dim", encoder.pooled_dim or encoder.token_dim, self.pooled_dim),
+        for output, given, taken in (
+            ("tokens", encoder.token_dim, self.text_dim),
+            ("pooled vectors", encoder.pooled_dim or encoder.token_dim, self.pooled_dim),
         ):
             if given != taken:
                 raise InputError(
                     f"source={self.pipeline.source!r}: the text encoder's {output} are {given} wide, but the "
-                    f"{self.part} takes {taken}; all parts must come from one pipeline{own and own + member}"
+                    f"{self.part} takes {taken}; all parts must come from one pipeline"
                 )
         return encoder
 
     def chat_tokenizer(self) -> Any:
         """Load the pipeline's tokenizer, whose chat template the prompts get."""
         tokenizer = self.pipeline.tokenizer("tokenizer")
-        if not tokenizer.chat_template:
-            raise InputError(
-                f"source={self.pipeline.source!r}: tokenizer has no chat template, with which {self.title} encodes "
-                "prompts; download tokenizer again"
-            )
         try:
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": "a cat"}], tokenize=False, add_generation_prompt=True
-            )
+            turn = [{"role": "user", "content": "a cat"}]
+            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template raises what it likes
             raise InputError(
-                f"{self.named('tokenizer')} has a chat template that cannot be rendered ({first_line(error)}); "
-                "download tokenizer again"
+                f"{self.named('tokenizer')} has no chat template that can be rendered ({first_line(error)}), with "
+                f"which {self.title} encodes prompts; download tokenizer again"
             ) from error
         return tokenizer
 
@@ -166,9 +156,12 @@ class FlowFamily(Family):
         """See :attr:`Family.noise_process`; of a family that is no flow, that of the pipeline's scheduler."""
         return ContinuousFlow() if self.flow else process_from_scheduler(self.scheduler_config, DDPM_SCHEDULERS)
 
-    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float | None:
-        """Return the logarithm of the shift for a dynamic schedule; arguments as in :meth:`levels`."""
-        return None
+    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
+        """Return the logarithm of the shift for a dynamic schedule; arguments as in :meth:`levels`.
+
+        The default is :meth:`linear_mu` of the number of tokens, as in most pipelines.
+        """
+        return self.linear_mu(math.prod((*shape[1:-2], *(side // self.packing for side in shape[-2:]))))
 
     def linear_mu(self, tokens: int) -> float:
         """Return the logarithm of the shift that the scheduler config gives linearly in the number of tokens."""
@@ -186,13 +179,9 @@ class FlowFamily(Family):
 
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         dynamic = self.entry("scheduler", "use_dynamic_shifting", bool, default=False)
-        mu = self.mu(num_inference_steps, shape) if dynamic else None
-        if dynamic and mu is None and not of_this_package(type(self).__module__):
-            raise InputError(
-                f"{self.named('scheduler')} has use_dynamic_shifting=true, and {type(self).__name__}.mu returns None; "
-                "let it return the logarithm of the pipeline's shift, such as self.linear_mu(tokens)"
-            )
-        return shifted_levels(self.scheduler_config, num_inference_steps, mu)
+        return shifted_levels(
+            self.scheduler_config, num_inference_steps, self.mu(num_inference_steps, shape) if dynamic else None
+        )
 
     # Network
 
@@ -318,6 +307,8 @@ class FlowFamily(Family):
             visual: Whether its visual tokens are read.
             text: Whether its text tokens are read.
         """
+        if len(self.lists) > 1 and number > self.dual_blocks:
+            return ()
         return *(() if text else self.text_output), *(() if visual else self.visual_output)
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ FLUX.1-schnell was distilled further and takes none.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -83,18 +83,6 @@ class Flux1(FlowFamily):
     network_class = "FluxTransformer2DModel"
     block_classes = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     text_layers = ("CLIPEncoderLayer", "T5Block")
-    refused: ClassVar[Mapping[str, str]] = {
-        "FluxFillPipeline": "it fills a given image",
-        "FluxKontextInpaintPipeline": "it edits a given image",
-        "FluxControlPipeline": "it takes a control image",
-        "FluxControlImg2ImgPipeline": "it takes a control image",
-        "FluxControlInpaintPipeline": "it takes a control image",
-        "FluxControlNetPipeline": "it takes a control image",
-        "FluxControlNetImg2ImgPipeline": "it takes a control image",
-        "FluxControlNetInpaintPipeline": "it takes a control image",
-        "VisualClozePipeline": "it takes images as examples",
-        "VisualClozeGenerationPipeline": "it takes images as examples",
-    }
     lists = ("transformer_blocks", "single_transformer_blocks")
     positions = 4
     text_input = ("context_embedder",)
@@ -142,12 +130,6 @@ class Flux1(FlowFamily):
         )
         return self.fitting(encoder)
 
-    # Noise
-
-    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
-        """See :meth:`FlowFamily.mu`; linear in the number of tokens."""
-        return self.linear_mu(shape[-2] // 2 * (shape[-1] // 2))
-
     # Guidance
 
     @property
@@ -194,9 +176,6 @@ class Flux1(FlowFamily):
         return torch.full_like(sigma, scale) if self.takes_guidance and scale is not None else None
 
     # Features
-
-    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return super().unread(number, visual, text) if number <= self.dual_blocks else ()
 
 
 def t5_tokens(family: FlowFamily, t5_length: int | None, load_t5: bool, usual: int = MOST_TOKENS) -> int:

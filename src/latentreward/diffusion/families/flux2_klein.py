@@ -8,9 +8,9 @@ pass; the distilled models take none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -89,11 +89,6 @@ class Flux2Klein(FlowFamily):
     network_class = "Flux2Transformer2DModel"
     block_classes = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     text_layers = ("Qwen3DecoderLayer",)
-    refused: ClassVar[Mapping[str, str]] = {
-        "Flux2Pipeline": "the text path of FLUX.2-dev (Mistral, 24 billion parameters) is not supported; use "
-        "FLUX.2-klein",
-        "Flux2KleinKVPipeline": "it edits given images",
-    }
     vae_class = "AutoencoderKLFlux2"
     latent_encoder = PatchedLatentEncoder
     lists = ("transformer_blocks", "single_transformer_blocks")
@@ -199,9 +194,6 @@ class Flux2Klein(FlowFamily):
         return self.unpack(output, grids[0])
 
     # Features
-
-    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return super().unread(number, visual, text) if number <= self.dual_blocks else ()
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`; the modulation of blocks that are not there."""

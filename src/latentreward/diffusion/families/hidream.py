@@ -177,9 +177,6 @@ class HiDream(FlowFamily):
         """See :meth:`FlowFamily.temb`; with that of the pooled text."""
         return found[0] + found[1]
 
-    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return super().unread(number, visual, text) if number <= self.dual_blocks else ()
-
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`; the projections for blocks that are not there."""
         if not (number or text):

@@ -105,10 +105,6 @@ class Krea2(FlowFamily):
     def default_guidance(self) -> float | None:
         return None if self.distilled else 4.5
 
-    def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
-        """See :meth:`Family.guide`; p + s·(p − n)."""
-        return with_prompt + scale * (with_prompt - without)
-
     # Network
 
     def velocity(

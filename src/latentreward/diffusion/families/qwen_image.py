@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -38,12 +38,6 @@ class QwenImage(FlowFamily):
     network_class = "QwenImageTransformer2DModel"
     block_classes = ("QwenImageTransformerBlock",)
     text_layers: ClassVar[Sequence[str]] = ("Qwen2_5_VLDecoderLayer",)
-    refused: ClassVar[Mapping[str, str]] = {
-        "QwenImageEditInpaintPipeline": "it edits a given image",
-        "QwenImageControlNetPipeline": "it takes a control image",
-        "QwenImageControlNetInpaintPipeline": "it takes a control image",
-        "QwenImageLayeredPipeline": "it makes layers instead of one image",
-    }
     vae_class = "AutoencoderKLQwenImage"
     latent_encoder = ChannelLatentEncoder
     lists = ("transformer_blocks",)
@@ -100,13 +94,6 @@ class QwenImage(FlowFamily):
 
         whole = self.pipeline.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", pretrained)
         return self.fitting(QwenImagePromptEncoder(part_of(whole, "model.language_model"), self.tokenizer))
-
-    # Noise
-
-    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
-        """See :meth:`FlowFamily.mu`; linear in the number of tokens."""
-        _, frames, height, width = shape
-        return self.linear_mu(frames * (height // self.packing) * (width // self.packing))
 
     # Guidance
 

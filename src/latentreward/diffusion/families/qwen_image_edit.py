@@ -8,10 +8,10 @@ which Qwen2.5-VL was trained.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,7 +55,6 @@ class QwenImageEdit(QwenImage):
     name = "qwen_image_edit"
     title = "Qwen-Image-Edit"
     text_layers = ("Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock")
-    refused: ClassVar[Mapping[str, str]] = {}
     sees_sources = True
 
     @cached_property

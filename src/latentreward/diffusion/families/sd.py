@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,6 @@ class StableDiffusion(Family):
     part = "unet"
     network_class = "UNet2DConditionModel"
     block_classes = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn")
-    refused: ClassVar[Mapping[str, str]] = {
-        "KolorsPipeline": "its text encoder is a ChatGLM; give a pipeline of SD1.5, SD2.1 or SDXL with CLIP",
-    }
     text_layers = ("CLIPEncoderLayer",)
     flow = False
     default_guidance = 5.0  # LPO's, instead of the pipelines' 7.5

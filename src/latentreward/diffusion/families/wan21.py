@@ -10,7 +10,7 @@ import html
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -59,11 +59,6 @@ class Wan21(FlowFamily):
     network_class = "WanTransformer3DModel"
     block_classes = ("WanTransformerBlock",)
     text_layers = ("UMT5Block",)
-    refused: ClassVar[Mapping[str, str]] = {
-        "WanImageToVideoPipeline": "it continues a given image",
-        "WanVACEPipeline": "it edits a given video",
-        "LucyEditPipeline": "it edits a given video",
-    }
     vae_class = "AutoencoderKLWan"
     latent_encoder = ChannelLatentEncoder
     lists = ("blocks",)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +32,6 @@ class ZImage(FlowFamily):
     network_class = "ZImageTransformer2DModel"
     block_classes = ("ZImageTransformerBlock",)
     text_layers = ("Qwen3DecoderLayer",)
-    refused: ClassVar[Mapping[str, str]] = {
-        "ZImageOmniPipeline": "it takes images as conditions",
-        "ZImageControlNetPipeline": "it takes a control image",
-        "ZImageControlNetInpaintPipeline": "it takes a control image",
-    }
     lists = ("layers",)
     axes_lens = (1024, 512, 512)
     text_field = "cap_feat_dim"
@@ -99,10 +93,6 @@ class ZImage(FlowFamily):
     @property
     def default_guidance(self) -> float | None:
         return None if self.turbo else 5.0
-
-    def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
-        """See :meth:`Family.guide`; p + s·(p − n)."""
-        return with_prompt + scale * (with_prompt - without)
 
     # Network
 
