@@ -232,7 +232,7 @@ def test_parts_of_other_models_are_named_as_such(copied: Callable[[str], Path]) 
     edit_json(folder / "text_encoder" / "config.json", architectures=["ChatGLMModel"])
     refused("sd15", folder, "its config is of a ChatGLMModel, not a CLIPTextModel; give a pipeline of the family")
     edit_json(folder / "model_index.json", _class_name="KolorsPipeline")
-    with pytest.raises(InputError, match="is a KolorsPipeline: its text encoder is a ChatGLM; give a pipeline of"):
+    with pytest.raises(InputError, match=r"is a KolorsPipeline, which takes .* a text encoder that no family here has"):
         PolicySource(str(folder)).resolve_family()
     edit_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     edit_json(folder / "unet" / "config.json", time_cond_proj_dim=8)

@@ -11,7 +11,7 @@ from latentreward.core.contracts import Conditioning, Features
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion import DiffusionBackbone, LoRA
-from latentreward.diffusion.backbones.tuning import ATTENTION, warn_of_layers
+from latentreward.diffusion.backbones.tuning import warn_of_layers
 from latentreward.reward import CLIPProjectionHead, GatedQFormerHead
 from tests.alignment.policies.alignment import tiny_source
 from tests.diffusion.backbones.networks import inputs_of, network_of, tiny_backbone
@@ -147,13 +147,6 @@ class FusedAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.qkv_proj, self.to_out = nn.Linear(2, 6), nn.ModuleList([nn.Linear(2, 2)])
-
-
-def test_layers_of_attention_that_the_default_names_miss_are_told() -> None:
-    network, own = nn.Sequential(FusedAttention()), type("Own", (), {"lora_targets": ATTENTION})()
-    told = "lora: only to_out.0 get adapters, not qkv_proj of the same layers; name all in lora.target_modules"
-    with pytest.warns(UserWarning, match=told):
-        warn_of_layers(network, LoRA(), own)
 
 
 def gradients(backbone: DiffusionBackbone) -> dict[str, Tensor]:

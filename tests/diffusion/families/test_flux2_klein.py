@@ -133,7 +133,7 @@ def test_text_encoders_with_too_few_layers_are_refused(tmp_path: Path) -> None:
     config.write_text(json.dumps({**values, "num_hidden_layers": 26, "layer_types": values["layer_types"][:26]}))
     with (
         torch.device("meta"),
-        pytest.raises(InputError, match="reads layer 27 of its text encoder, but this one has 26"),
+        pytest.raises(InputError, match="layer 27 of a text encoder is read, but this one has 26"),
     ):
         found.load_prompt_encoder()
 

@@ -255,7 +255,7 @@ def test_long_texts_are_cut_and_pictures_are_not(folders: dict[str, str]) -> Non
 def test_releases_are_told_apart(folders: dict[str, str], tmp_path: Path) -> None:
     zero, plus = (PolicySource(folders[name]).resolve_family() for name in ("zero", "plus"))
     assert (zero.model, plus.model) == ("Qwen-Image-Edit-2511", "Qwen-Image-Edit-2509")
-    assert plus.sources == (1, None) and plus.assumption() is None
+    assert plus.sources == (1, None)
     copytree(folders["plus"], tmp_path / "copy")
     path = tmp_path / "copy" / "processor" / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"patch_size": 16}))

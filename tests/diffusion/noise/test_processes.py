@@ -150,15 +150,12 @@ BOTH = (*FLOW_SCHEDULERS, *DDPM_SCHEDULERS)
     ("config", "taken", "message"),
     [
         *(
-            ({"_class_name": name}, BOTH, f"class {name}, which tells no noise process .* DDIMScheduler, .* published")
-            for name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "IPNDMScheduler", "MyScheduler", ["a"])
+            ({"_class_name": name}, BOTH, f"class {name}, whose predictions tell no noise process")
+            for name in ("EDMEulerScheduler", "IPNDMScheduler", "MyScheduler", ["a"])
         ),
-        *(
-            ({"_class_name": name}, BOTH, f"class {name}, for networks that were distilled .* give the pipeline that")
-            for name in ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
-        ),
-        (EULER, DDPM_SCHEDULERS, "class FlowMatchEulerDiscreteScheduler, which tells no .* it takes DDIMScheduler, "),
-        (DDIM, FLOW_SCHEDULERS, "class DDIMScheduler, which .* it takes FlowMatchEulerDiscreteScheduler, "),
+        ({"_class_name": "LCMScheduler"}, BOTH, "class LCMScheduler, whose predictions are of networks distilled"),
+        (EULER, DDPM_SCHEDULERS, "class FlowMatchEulerDiscreteScheduler, .* published with one of DDIMScheduler, "),
+        (DDIM, FLOW_SCHEDULERS, "class DDIMScheduler, .* with one of FlowMatchEulerDiscreteScheduler, "),
         ({**DDIM, "use_flow_sigmas": True}, DDPM_SCHEDULERS, "use_flow_sigmas=True, for another noise process"),
         ({**DDIM, "timestep_type": "continuous"}, DDPM_SCHEDULERS, "timestep_type=continuous, for another noise"),
         ({**DDIM, "prediction_type": "flow_prediction"}, DDPM_SCHEDULERS, "prediction_type 'flow_prediction'"),

@@ -33,8 +33,7 @@ class SD3DiTBackbone(TransformerBackbone):
         transformer: diffusers transformer; blocks after the first ``num_layers`` are removed from this object.
         noise_process: See :class:`DiffusionBackbone`.
         latent_space: See :class:`DiffusionBackbone`.
-        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap. Blocks after the last tap are
-            not run.
+        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap, after which none runs.
         visual_taps: Numbers of the blocks whose visual tokens are read, ascending.
         text_taps: Numbers of the blocks whose text tokens are read, ascending; may be empty.
         pooled_text: Pooled text vector in the features: ``clip`` is the pooled CLIP text, ``t5`` the mean of T5's
@@ -86,15 +85,13 @@ class SD3DiTBackbone(TransformerBackbone):
             freeze(self.text_encoder, self.text_encoder.tokens_only)
 
     def drop_time_embedding(self) -> None:
-        """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block runs."""
-        if self.last_tap == 0 and not self.output_map:
+        if self.last_tap == 0 and not self.output_map:  # no block runs, which would need it
             self.transformer.time_text_embed.requires_grad_(False)
             if self.pooled_text == "t5" and not self.text_taps:  # then nothing reads the CLIP text
                 freeze(self.text_encoder, ("text_encoder", "text_encoder_2"))
 
     @property
     def feature_spec(self) -> FeatureSpec:
-        """See :attr:`DiffusionBackbone.feature_spec`; grids are for the transformer's native latent size."""
         config = self.transformer.config
         width = config.num_attention_heads * config.attention_head_dim
         side = config.sample_size // config.patch_size
@@ -109,19 +106,14 @@ class SD3DiTBackbone(TransformerBackbone):
 
     @property
     def native_size(self) -> tuple[int, int]:
-        side = self.transformer.config.sample_size * self.latent_space.downscale
-        return side, side
+        return (self.transformer.config.sample_size * self.latent_space.downscale,) * 2
 
     @property
     def side_multiple(self) -> int:
-        """See :attr:`DiffusionBackbone.side_multiple`; the side of one token in pixels."""
         return self.transformer.config.patch_size * self.latent_space.downscale
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
-        """See :meth:`DiffusionBackbone.read`; latents ``(B, C, h, w)``.
-
-        The patch embedding ignores rows and columns beyond a multiple of the patch size.
-        """
+        """See :meth:`DiffusionBackbone.read`; rows and columns beyond a multiple of the patch size are ignored."""
         dit, pooled, output = self.transformer, conditioning.pooled_prompt_embeds, None
         assert pooled is not None
         dtype = dit.pos_embed.proj.weight.dtype

@@ -68,9 +68,8 @@ class SDUNetBackbone(DiffusionBackbone):
 
     @property
     def feature_spec(self) -> FeatureSpec:
-        """See :attr:`DiffusionBackbone.feature_spec`; grids are for the U-Net's native latent size."""
         config, encoder = self.unet.config, self.text_encoder
-        width, size = config.cross_attention_dim, self._native_size()
+        width, size = config.cross_attention_dim, check_sample_size(config.sample_size)
         length, pooled = (77, width) if encoder is None else (encoder.num_tokens, encoder.pooled_dim)
         levels = [config.block_out_channels[0], *config.block_out_channels, config.block_out_channels[-1]]
         shrink = [0, *range(self._mid - 1), self._mid - 2]
@@ -86,7 +85,7 @@ class SDUNetBackbone(DiffusionBackbone):
 
     @property
     def native_size(self) -> tuple[int, int]:
-        height, width = self._native_size()
+        height, width = check_sample_size(self.unet.config.sample_size)
         return height * self.latent_space.downscale, width * self.latent_space.downscale
 
     def drop_text_taps(self) -> None:
@@ -96,14 +95,10 @@ class SDUNetBackbone(DiffusionBackbone):
             freeze(self.text_encoder, self.text_encoder.tokens_only)
 
     def drop_time_embedding(self) -> None:
-        """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block is kept."""
-        if not any(True for _ in self.blocks()):
+        if not [*self.blocks()]:
             self.unet.time_embedding.requires_grad_(False)
             if self.unet.config.addition_embed_type == "text_time":
                 self.unet.add_embedding.requires_grad_(False)
-
-    def _native_size(self) -> tuple[int, int]:
-        return check_sample_size(self.unet.config.sample_size)
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
         """See :meth:`DiffusionBackbone.read`; latents ``(B, 4, h, w)``; InputError for tokens of other width."""
@@ -154,10 +149,9 @@ class SDUNetBackbone(DiffusionBackbone):
 
 
 def beside_sources(unet: Any, latents: Tensor, conditioning: Conditioning, space: LatentSpace) -> Tensor:
-    """Join noisy latents ``(B, C, h, w)`` and those of the picture to edit, on the channel axis.
+    """Join noisy latents ``(B, C, h, w)`` and those of the pictures that the U-Net edits, on the channel axis.
 
-    InstructPix2Pix takes the mode of the VAE's posterior as it is, without the scaling of other latents
-    (arXiv:2211.09800, released code). A U-Net that edits no picture gets ``latents`` back.
+    InstructPix2Pix takes the posterior's mode without the scaling of other latents (arXiv:2211.09800, released code).
     """
     sources, taken = conditioning.source_latents, unet.config.in_channels // space.channels - 1
     if len(sources) != taken:

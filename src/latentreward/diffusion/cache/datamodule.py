@@ -1,12 +1,9 @@
 """Batches of a cache's pairs, and the data module that deals them out."""
 
 import logging
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import islice
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +28,7 @@ from latentreward.data.clips import check_frames
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.dataset import is_turned, stack_targets
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
-from latentreward.data.loading import ResumableLoader, WorkerLoader, as_is, shares_of
+from latentreward.data.loading import ResumableLoader, as_is, shares_of
 from latentreward.data.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.data.score_table import check_targets, label_remedy
 from latentreward.data.splits import SharedPrompts, tell_unopened
@@ -251,40 +248,6 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         return self._mapped[number, name]
 
 
-class ReadAhead(DataLoader[Any]):
-    """Loader whose workers are threads, which read batches ahead of the trainer and copy rows without Python's lock."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if not self.num_workers:
-            yield from super().__iter__()
-            return
-        on_device = None
-        if self.pin_memory:  # a thread of its own would make its pages known to the first accelerator
-            on_device = partial(torch.accelerator.set_device_index, torch.accelerator.current_device_index())
-        rows, pool = iter(self.batch_sampler or self.sampler), ThreadPoolExecutor(self.num_workers, "cache", on_device)
-        try:
-            ahead = self.num_workers * (self.prefetch_factor or 1)
-            waiting = deque(pool.submit(self._batch, numbers) for numbers in islice(rows, ahead))
-            while waiting:
-                batch = waiting.popleft().result()
-                waiting.extend(pool.submit(self._batch, numbers) for numbers in islice(rows, 1))
-                yield batch
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _batch(self, numbers: Any) -> Any:
-        batch = self.dataset[numbers]
-        return batch.pin_memory() if self.pin_memory else batch
-
-
-class TrainingLoader(ResumableLoader, ReadAhead):
-    """Loader of training batches of a cache."""
-
-
-class EvaluationLoader(WorkerLoader, ReadAhead):
-    """Loader of batches of a cache that are used once."""
-
-
 def check_backbone(spec: CacheSpec, backbone: "LatentNetwork", with_text: bool) -> None:
     """Check that a cache was encoded as the backbone of a reward model, or a policy, encodes images and prompts.
 
@@ -347,8 +310,8 @@ class CachedPreferenceDataModule(PairLoaders):
             :class:`~latentreward.data.sampling.BucketBatchSampler`. Evaluation always takes every pair once.
         cached_text: Whether to take prompt embeddings from the caches, if all caches hold them. Otherwise the model
             encodes prompts.
-        num_workers: Number of threads per rank that read ahead; 0 reads when a batch is asked for.
-        prefetch_factor: Number of batches that each thread reads in advance.
+        num_workers: Number of processes per rank that read ahead; 0 reads in the training process.
+        prefetch_factor: Number of batches that each of them reads in advance.
         shared_prompts: See :class:`~latentreward.data.PreferenceDataModule`.
         targets: See :class:`~latentreward.data.PreferenceDataModule`.
         loading: See :class:`~latentreward.data.datamodules.PairLoaders`.
@@ -463,7 +426,7 @@ class CachedPreferenceDataModule(PairLoaders):
         sampler = BucketBatchSampler(*self._sizing(dataset), rank)
         if rank == 0:
             logger.info("data.train: %s", sampler.describe())
-        return TrainingLoader(dataset, sampler, collate_fn=as_is, **self._worker_settings())
+        return ResumableLoader(dataset, sampler, collate_fn=as_is, **self._worker_settings())
 
     def _sizing(self, dataset: CachedPairDataset) -> tuple[np.ndarray, Sizing]:
         """Return the latents' sizes of a data set, and the settings of its batches."""
@@ -473,8 +436,7 @@ class CachedPreferenceDataModule(PairLoaders):
         sizing = Sizing(self.batch_size, tokens, self.small_buckets, world, self.seed, self.shuffle)
         return dataset.sizes() // [scale, scale, 1], sizing
 
-    def _evaluation_loader(self, name: str) -> DataLoader[Any]:
-        """Return a loader of batches of one size, in the order of the rows where possible."""
-        dataset = self._dataset(name)
+    def evaluation_loading(self, dataset: CachedPairDataset) -> dict[str, Any]:
+        """See :meth:`PairLoaders.evaluation_loading`; batches of one size, in the order of the rows where possible."""
         sampler = EvaluationBatches(*self._sizing(dataset), shares_of(self.trainer)["rank"])
-        return EvaluationLoader(dataset, batch_size=None, sampler=sampler, collate_fn=as_is, **self._worker_settings())
+        return {"batch_size": None, "sampler": sampler, "collate_fn": as_is}

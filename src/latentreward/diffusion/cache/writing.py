@@ -358,10 +358,9 @@ class Encoding:
     progress: Callable[[int], object] = lambda number: None  # gets the rows of each batch encoded
 
     def task(self, tables: Mapping[str, bytes]) -> Callable[[int], Iterator[tuple[bytes, int]]]:
-        """Return the function that encodes the file of a number.
+        """Return the function that yields the content of the file of a number, and its number of unused frames.
 
-        It takes the plan and the tables of the cache, name → content; the function yields the content of the file and
-        how many frames of clips are not used.
+        ``tables`` are the plan and the tables of the cache: name → content.
         """
         with TemporaryDirectory() as folder:
             for name, content in tables.items():
@@ -402,10 +401,7 @@ class Encoding:
         return encode
 
     def write(self, folder: Path, todo: Sequence[int], progress: Callable[[int], object]) -> int:
-        """Encode and write the files of the numbers ``todo``; return how many frames of clips are not used.
-
-        ``progress`` is called with numbers of images and prompts.
-        """
+        """Encode and write the files of the numbers ``todo``; return how many frames of clips are not used."""
         files, unused, shared = store.files_of(folder), 0, self.work.workers > 1
         tables = {name: (folder / name).read_bytes() for name in (SPEC, *SCHEMAS)}
 

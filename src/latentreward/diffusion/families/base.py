@@ -42,15 +42,12 @@ class PipelineConfigs(Protocol):
 
     def has(self, part: str) -> bool:
         """Tell whether the pipeline has ``part``."""
-        ...
 
     def config(self, part: str) -> dict[str, Any]:
         """Return the config of ``part``; raise InputError if it is missing."""
-        ...
 
     def tensors(self, part: str, names: Sequence[str]) -> list[Tensor]:
         """Return weights of ``part`` by name; raise InputError if one is missing."""
-        ...
 
 
 def wrong_prediction(found: Tensor, family: Family, network: Any, latents: Tensor, *given: Any) -> str | None:
@@ -79,16 +76,13 @@ def _wrong_levels(found: tuple[Tensor, Tensor], family: Family, steps: int, shap
 class Family(Part):
     """Conventions of one family of generators: latents, text, noise levels, guidance, network, adapters.
 
-    Backbones, policies, caches, export, generation and the server ask this object. Outside a family there are latents
-    in canonical form (4-D, or 5-D with a time axis; scaled, never packed), timesteps of :attr:`noise_process` (1000·σ
-    for flows) and :class:`~latentreward.core.contracts.Conditioning` only.
-
-    An object describes one pipeline. It reads configs only; weights are loaded by the methods ``load_…``.
+    Outside a family there are latents in canonical form (4-D, or 5-D with a time axis; scaled, never packed), timesteps
+    of :attr:`noise_process` (1000·σ for flows) and :class:`~latentreward.core.contracts.Conditioning` only. An object
+    describes one pipeline and reads configs only; weights are loaded by the methods ``load_…``.
 
     Args:
         pipeline: Configs of the pipeline; a :class:`~latentreward.diffusion.backbones.loading.PipelineSource` if
-            weights are to
-            be loaded.
+            weights are to be loaded.
 
     Attributes:
         name: Name of the family: that of its file and of its settings.
@@ -100,20 +94,19 @@ class Family(Part):
         vae_class: Class of the VAE in diffusers.
         latent_encoder: Class that encodes and decodes with the VAE.
         flow: Whether the network is a rectified flow; else it predicts noise or v of a DDPM process.
-        train_mode: Whether the network is in training mode while a policy trains. False, as a frozen network has no use
-            for its dropout; True for a network that in evaluation mode computes a part of its output without gradient.
+        train_mode: Whether the network is in training mode while a policy trains; True for one that in evaluation mode
+            computes a part of its output without gradient.
         clips: Whether the network makes clips; others make images, also in a latent space with a time axis.
         default_guidance: ``guidance_scale`` where none is given, as a rule that of the family's pipeline; None for
             networks without guidance.
         no_guidance: ``guidance_scale`` that switches guidance off.
-        image_guidance_scale: Scale of the guidance towards the pictures to edit, which the policy's settings can
-            change; None for networks whose guidance has one scale.
+        image_guidance_scale: Scale of the guidance towards the pictures to edit; None for guidance with one scale.
         passes: Number of predictions of a picture that classifier-free guidance combines.
         uncond_prompt: Prompt that is encoded for classifier-free guidance.
         lora_targets: Default name endings of the layers that get adapters.
         idle: Names of layers whose output never reaches the network's, so that an adapter would not train.
-        float32_parts: Parts of the names of the network's weights that are float32 also where frozen weights are
-            stored in another type, as diffusers loads them.
+        float32_parts: Parts of the names of weights that are float32 also where frozen weights are stored in another
+            type, as diffusers loads them.
         lora_loader: Class in ``diffusers.loaders`` that reads and writes LoRA files of the family, or None.
         sources: Least and largest number of pictures that the network edits or refers to; None for any number.
         sees_sources: Whether the text encoder reads these pictures too, as its :attr:`PromptEncoder.sees_sources` says.
@@ -154,7 +147,7 @@ class Family(Part):
         """Check that this variant of the family is supported, and that network and VAE belong together."""
 
     def check_flow(self) -> None:
-        """Check :attr:`flow` of a family of one's own by the pipeline's scheduler: a wrong one would train in silence."""
+        """Check :attr:`flow` of a family of one's own by the scheduler: a wrong one would train in silence."""
         config = self.pipeline.config("scheduler") if self.pipeline.has("scheduler") else {}
         process, name = self.noise_process, f"family: {type(self).__name__}.flow is {self.flow}"
         if not fits_kind(config, self.flow):
@@ -207,7 +200,7 @@ class Family(Part):
     @cached_property
     def latent_space(self) -> LatentSpace:
         """Space of the latents, from the VAE's config."""
-        return self.latent_encoder.space_of(self.pipeline.config("vae"), self.named("vae"))
+        return self.latent_encoder.space_in(self.pipeline)
 
     @property
     @abstractmethod
@@ -227,18 +220,14 @@ class Family(Part):
     def latent_shape(self, height: int | None = None, width: int | None = None, frames: int = 1) -> tuple[int, ...]:
         """Return the shape ``(C, h, w)``, or ``(C, T, h, w)`` with a time axis, of the latents of one sample.
 
-        Args:
-            height: Height in pixels; None takes the native height.
-            width: Width in pixels; None takes the native width.
-            frames: Number of frames; 1 for an image.
+        ``height`` and ``width`` are in pixels; None takes the native ones. ``frames`` is 1 for an image.
         """
         sides, space = [], self.latent_space
         for name, side, native in zip(("height", "width"), (height, width), self.native_size, strict=True):
             pixels = native if side is None else side
             if type(pixels) is not int or pixels < 1 or pixels % self.side_multiple:
                 raise InputError(f"{name}={pixels!r} must be a positive multiple of {self.side_multiple} pixels")
-            if self.max_side is not None and pixels > self.max_side * space.downscale:
-                most = self.max_side * space.downscale
+            if self.max_side is not None and pixels > (most := self.max_side * space.downscale):
                 raise InputError(
                     f"{name}={pixels} is over {most} pixels, for which this network has positions; set {most}"
                 )
@@ -250,13 +239,10 @@ class Family(Part):
 
     def check_sources(self, number: int) -> None:
         """Raise InputError if the network does not take this number of pictures to edit."""
-        wanted = sources_wanted(number, self.sources)
-        if wanted == "0":
-            given = f"{number} to edit were given; leave them out"
-            raise InputError(f"{self.title} makes pictures from text alone, and {given}")
-        if wanted:
-            plural = "s" * (wanted != "1")
-            raise InputError(f"{self.title} takes {wanted} picture{plural} to edit, and {number} were given")
+        if wanted := sources_wanted(number, self.sources):
+            takes = f"takes {wanted} picture{'s' * (wanted != '1')} to edit, and {number} were given"
+            alone = f"makes pictures from text alone, and {number} to edit were given; leave them out"
+            raise InputError(f"{self.title} {alone if wanted == '0' else takes}")
 
     def check_prompt(self, prompt: str) -> None:
         """Raise InputError if a text encoder that sees pictures does not take the prompt, whatever their number."""
@@ -275,12 +261,7 @@ class Family(Part):
             )
 
     def source_size(self, height: int, width: int) -> SourceSize:
-        """Return the size for a picture to edit, as the family's pipeline in diffusers has it.
-
-        Args:
-            height: Height of the picture in pixels.
-            width: Width of the picture in pixels.
-        """
+        """Return the size for a picture to edit of (height, width) pixels, as the family's pipeline has it."""
         self.check_sources(1)
         raise NotImplementedError(f"{type(self).__name__} gives no size for sources")
 
@@ -339,9 +320,7 @@ class Family(Part):
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the timesteps ``(n,)`` and noise levels ``(n + 1,)`` of the pipeline's sampler, for flows.
 
-        Args:
-            num_inference_steps: Number of steps n.
-            shape: Shape of one sample's latents, on which some families' levels depend.
+        ``shape`` is that of one sample's latents, on which some families' levels depend.
         """
         raise NotImplementedError(f"{type(self).__name__} is not a flow")
 
@@ -389,9 +368,7 @@ class Family(Part):
     def guided_prompts(self, conditioning: Conditioning, uncond: Conditioning) -> list[Conditioning]:
         """Return the prompts of the :attr:`passes` that :meth:`guide` combines: empty ones, the given ones, others.
 
-        Args:
-            conditioning: Encoded prompts, B rows.
-            uncond: Encoded empty prompt, one row, or B.
+        ``conditioning`` has B rows, and ``uncond``, the empty prompt, one row, or B.
         """
         return [uncond.beside(conditioning), conditioning]
 
@@ -485,9 +462,7 @@ def families(*mentioning: str) -> dict[str, type[Family]]:
 def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
     """Return the family of a pipeline, checked; no weight is loaded.
 
-    Args:
-        pipeline: Configs of the pipeline.
-        own: Import path of a family to use without asking those of this package.
+    ``own`` is the import path of a family to use without asking those of this package.
     """
     if own is not None:
         family = import_family(own)(pipeline)
@@ -510,11 +485,9 @@ def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
     # The file of a family that derives from another one may name no class.
     found = found or [kind for kind in families().values() if kind.recognises(pipeline)]
     if len(found) != 1:
+        told = f"source={pipeline.source!r} is of no known family (it holds a {names[-1]})"
         titles = ", ".join(sorted(kind.title for kind in families().values()))
-        raise InputError(
-            f"source={pipeline.source!r} is of no known family (it holds a {names[-1]}); known are {titles}; give a "
-            "class of your own as family"
-        )
+        raise InputError(f"{told}; known are {titles}; give a class of your own as family")
     family = found[0](pipeline)
     family.check()
     return family
@@ -526,13 +499,8 @@ def is_foreign(path: Any) -> bool:
 
 
 def import_family(path: str) -> type[Family]:
-    """Import a family by the import path of its class; see :func:`~latentreward.core.registry.import_class`.
-
-    Whoever reads ``path`` from a file of others must ask :func:`is_foreign` first.
-    """
+    """Import a family by its path; who reads that from a stranger's file asks :func:`is_foreign` first."""
     if "." not in path:
-        raise InputError(
-            f"family={path!r} cannot be imported: it is no path of a class, such as my_file.MyFamily; for a family of "
-            "this package leave family out, which is found from the pipeline's configs"
-        )
+        told = f"family={path!r} cannot be imported: it is no path of a class, such as my_file.MyFamily"
+        raise InputError(f"{told}; for a family of this package leave family out, which is found from the configs")
     return import_class("family", path, Family)

@@ -45,7 +45,6 @@ class Chroma(FlowFamily):
     def load_prompt_encoder(
         self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
     ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; ``t5_length`` None takes 512."""
         from transformers import T5EncoderModel
 
         length = t5_tokens(self, t5_length, load_t5)
@@ -74,12 +73,10 @@ class Chroma(FlowFamily):
     # Features
 
     def temb(self, *found: Any) -> Tensor:
-        """See :meth:`FlowFamily.temb`; the modulation of the output layer."""
         return found[0][:, -2:].flatten(1)
 
     @property
     def temb_dim(self) -> int:
-        """See :attr:`FlowFamily.temb_dim`; shift and scale of the output layer."""
         return 2 * self.width
 
 
@@ -104,7 +101,6 @@ class ChromaPromptEncoder(PromptEncoder):
         self.num_tokens, self.token_dim = length, text_encoder.config.d_model
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`; ids, the mask of T5 and that of the network."""
         ids, mask = masked_ids(self, self.tokenizer, prompts, self.num_tokens)
         counts = mask.sum(dim=1)
         length = min(int(counts.max()) + 1, self.num_tokens)

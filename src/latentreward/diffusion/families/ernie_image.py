@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentreward.core.contracts import Conditioning, LatentSpace, PathText
+from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import LanguageModelEncoder, PromptEncoder, without_last_layer
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.families.flux2_klein import normalised_space
 from latentreward.diffusion.families.z_image import lengths_of
 
 TEXT_LENGTH = 1024  # greatest number of tokens of a prompt; the pipeline's is that of the tokenizer, which has none
@@ -43,11 +41,6 @@ class ErnieImage(FlowFamily):
     lora_loader = "ErnieImageLoraLoaderMixin"
     text_input, modulation = ("text_proj",), ("adaLN_modulation",)
     default_guidance = 4.0
-
-    @cached_property
-    def latent_space(self) -> LatentSpace:
-        """See :attr:`Family.latent_space`; equal to FLUX.2's where the VAE's statistics are."""
-        return normalised_space(self)
 
     def assumption(self) -> str | None:
         return (

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from latentreward.core.contracts import Conditioning
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.promises import check_needs, returns
-from latentreward.core.storage.json_files import entries
+from latentreward.core.storage.json_files import entries, entry
 from latentreward.diffusion.backbones.loading import check_channels
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.families.base import Family, PipelineConfigs, wrong_prediction
@@ -76,6 +76,11 @@ class FlowFamily(Family):
     def check(self) -> None:
         check_channels(self.pipeline.source, self.part, self.config, self.latent_space, self.positions)
 
+    @property
+    def distilled(self) -> bool:
+        """Whether ``model_index.json`` says that the model was distilled to sample in few steps without guidance."""
+        return entry(self.pipeline.index, "is_distilled", bool, self.named("model_index.json"), default=False)
+
     # Latents
 
     @property
@@ -84,7 +89,6 @@ class FlowFamily(Family):
 
     @property
     def side_multiple(self) -> int:
-        """See :attr:`Family.side_multiple`; the side of a token in pixels."""
         return self.latent_space.downscale * self.packing
 
     @cached_property
@@ -213,13 +217,9 @@ class FlowFamily(Family):
         return *latents.shape[2:-2], *(side // self.packing for side in latents.shape[-2:])
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Join :attr:`packing` × :attr:`packing` pixels to a token whose features have the order (c, dy, dx).
+        """Join :attr:`packing`² pixels of latents ``(B, C, ..., h, w)`` to tokens ``(B, N, C·packing²)``, row by row.
 
-        Args:
-            latents: ``(B, C, ..., h, w)`` canonical latents.
-
-        Returns:
-            Tokens ``(B, N, C·packing²)``, frame by frame and row by row.
+        The features of a token have the order (c, dy, dx).
         """
         return F.pixel_unshuffle(latents.movedim(1, -3), self.packing).movedim(-3, -1).flatten(1, -2)
 
@@ -300,13 +300,7 @@ class FlowFamily(Family):
         return *time, *(side // self.side_multiple for side in network_size)
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """Return the names of submodules of block ``number`` that the given outputs of that block do not depend on.
-
-        Args:
-            number: Number of the last tapped block; 0 is before the first block.
-            visual: Whether its visual tokens are read.
-            text: Whether its text tokens are read.
-        """
+        """Return the names of submodules of block ``number`` that its tokens, if read as given, do not depend on."""
         if len(self.lists) > 1 and number > self.dual_blocks:
             return ()
         return *(() if text else self.text_output), *(() if visual else self.visual_output)

@@ -18,7 +18,7 @@ from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.backbones.tuning import ATTENTION
-from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids, token_ids
+from latentreward.diffusion.encoders.prompts import PromptEncoder, check_length, masked_ids, token_ids
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.base import PipelineConfigs
 from latentreward.diffusion.families.flow import FlowFamily
@@ -111,7 +111,6 @@ class Flux1(FlowFamily):
 
     @property
     def pooled_dim(self) -> int:
-        """See :attr:`FlowFamily.pooled_dim`; that of CLIP-L."""
         return self.entry(self.part, "pooled_projection_dim", int)
 
     def load_prompt_encoder(
@@ -147,7 +146,6 @@ class Flux1(FlowFamily):
         return scale
 
     def needs_uncond(self, scale: float | None) -> bool:
-        """See :meth:`Family.needs_uncond`; there is no second pass."""
         return False
 
     # Network
@@ -182,22 +180,21 @@ def t5_tokens(family: FlowFamily, t5_length: int | None, load_t5: bool, usual: i
     """Return the number of T5 tokens per prompt, ``t5_length`` or the usual one, of a family that needs T5."""
     if not load_t5:
         raise InputError(f"load_t5=false: {family.title} takes a prompt's tokens from T5; leave load_t5 out")
-    length = usual if t5_length is None else t5_length
-    if type(length) is not int or not 1 <= length <= MOST_TOKENS:
-        raise InputError(f"t5_length={length!r} must be a whole number from 1 to {MOST_TOKENS} for {family.title}")
-    return length
+    return check_length(usual if t5_length is None else t5_length, 1, MOST_TOKENS)
 
 
 def positions(length: int, grids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the positions ``(n, 3)`` of text and visual tokens: all 0 for text, (k, row, column) for picture k.
+    """Return the positions ``(n, 3)`` of tokens: all 0 for text, (k, row, column) for picture k; 0 is the one made."""
+    return torch.zeros(length, 3, device=device), picture_positions(grids, device)
 
-    Picture 0 is the one that is made.
-    """
-    ids = []
-    for picture, grid in enumerate(grids):
-        ranges = ((picture, picture + 1), *((0, side) for side in grid))
-        ids.append(torch.cartesian_prod(*(torch.arange(*one, device=device) for one in ranges)).float())
-    return torch.zeros(length, 3, device=device), torch.cat(ids) if len(ids) > 1 else ids[0]
+
+def picture_positions(grids: Sequence[Sequence[int]], device: torch.device, step: int = 1) -> Tensor:
+    """Return the positions ``(n, 3)`` of the tokens of pictures k: (step·k, row, column)."""
+    pictures = [
+        torch.cartesian_prod(*(torch.arange(first, last, device=device) for first, last in axes)).float()
+        for axes in (((step * k, step * k + 1), *((0, side) for side in grid)) for k, grid in enumerate(grids))
+    ]
+    return torch.cat(pictures) if len(pictures) > 1 else pictures[0]
 
 
 @register_backbone

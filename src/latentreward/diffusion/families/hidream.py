@@ -97,7 +97,6 @@ class HiDream(FlowFamily):
 
     @property
     def pooled_dim(self) -> int:
-        """See :attr:`FlowFamily.pooled_dim`; those of both CLIPs."""
         return self.entry(self.part, "text_emb_dim", int)
 
     def load_prompt_encoder(
@@ -116,11 +115,6 @@ class HiDream(FlowFamily):
         parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
         models = [self.pipeline.load(kind, part, pretrained) for kind, part in zip(kinds, parts, strict=True)]
         llama = part_of(self.pipeline.load(LlamaForCausalLM, LLAMA, pretrained), "model")
-        if len(llama.layers) <= max(self.layers):
-            raise InputError(
-                f"{self.named(self.part)} reads layer {max(self.layers)} of Llama, but {LLAMA} has "
-                f"{len(llama.layers)} layers; save the pipeline with Llama-3.1-8B-Instruct"
-            )
         models.append(first_layers(llama, max(self.layers) + 1))
         tokenizers = [self.pipeline.tokenizer(f"tokenizer{end}") for end in ("", "_2", "_3", "_4")]
         tokenizers[3].pad_token = tokenizers[3].eos_token
@@ -207,7 +201,6 @@ class HiDreamPromptEncoder(PromptEncoder):
         self.pooled_dim = sum(model.config.projection_dim for model in models[:2])
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`; ids of the CLIPs, and ids and mask of T5 and of Llama."""
         found = [token_ids(words, prompts, min(self.num_tokens, CLIP_LENGTH)) for words in self.tokenizers[:2]]
         for words in self.tokenizers[2:]:
             found += masked_ids(self, words, prompts, self.num_tokens)

@@ -27,7 +27,6 @@ TEMPLATE = (
 )
 """Text that is encoded for a prompt; the tokens before the prompt are dropped afterwards."""
 EDITORS = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")  # classes of pipelines of Qwen-Image-Edit
-PREFIX = 34  # number of tokens before the prompt with Qwen's own tokenizer
 
 
 class QwenImage(FlowFamily):
@@ -60,22 +59,13 @@ class QwenImage(FlowFamily):
         return (zero_time or pipeline.index.get("_class_name") in EDITORS) == (cls.sources != (0, 0))
 
     def check(self) -> None:
-        for field, reason in {
-            "use_layer3d_rope": "a network of Qwen-Image-Layered, which makes layers instead of one image",
-            "use_additional_t_cond": "a network of Qwen-Image-Layered, which makes layers instead of one image",
-            "guidance_embeds": "a network with embedded guidance, of which no release is known",
-        }.items():
+        for field in ("use_layer3d_rope", "use_additional_t_cond", "guidance_embeds"):  # as Qwen-Image-Layered has them
             if self.config.get(field):
                 raise InputError(
-                    f"source={self.pipeline.source!r} has {field}=true: {reason}; use Qwen-Image or Qwen-Image-2512"
+                    f"source={self.pipeline.source!r} has {field}=true, which no Qwen-Image of one picture has; "
+                    "use Qwen-Image or Qwen-Image-2512"
                 )
         super().check()
-
-    def assumption(self) -> str | None:
-        text = "Qwen-Image and Qwen-Image-2512 have equal configs and are treated alike"
-        if not self.pipeline.has("tokenizer") or (prefix := prefix_length(self.tokenizer)) == PREFIX:
-            return text
-        return f"{text}; the template begins with {prefix} tokens of this tokenizer instead of {PREFIX}, all dropped"
 
     # Text
 
@@ -207,7 +197,6 @@ class QwenImagePromptEncoder(PromptEncoder):
         self.dropped_tokens = prefix_length(tokenizer)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`; the ids and the mask of prompts in their template, padded at the end."""
         texts, most = [TEMPLATE.format(prompt) for prompt in prompts], self.dropped_tokens + self.num_tokens
         rows = self.tokenizer(texts).input_ids
         self.tell_cut(self.tokenizer, texts, [len(row) for row in rows], most)

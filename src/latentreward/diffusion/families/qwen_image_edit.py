@@ -76,9 +76,6 @@ class QwenImageEdit(QwenImage):
     def model(self) -> str:
         return f"{self.title}{('-2511' if self.zero_time else '-2509') if self.numbered else ''}"
 
-    def assumption(self) -> str | None:
-        return None
-
     def source_size(self, height: int, width: int) -> SourceSize:
         """See :meth:`Family.source_size`; an area of about 1024² pixels, the aspect kept to multiples of 32 pixels."""
         return SourceSize(sides(AREA, height, width))
@@ -235,7 +232,6 @@ class QwenImageEditPromptEncoder(PromptEncoder):
         return without_prefix(found.last_hidden_state, mask, self.dropped_tokens)
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """See :meth:`PromptEncoder.count_tokens`; of pictures the headers are read."""
         return [len(row) - self.dropped_tokens for row in self._rows(prompts)]
 
     def _rows(self, prompts: Sequence[str]) -> list[list[int]]:

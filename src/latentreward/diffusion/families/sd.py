@@ -137,7 +137,6 @@ class StableDiffusion(Family):
         return f"StableDiffusion{'XL' if self.is_xl else ''}LoraLoaderMixin"
 
     def kohya_layers(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[Pair | None]]:
-        """See :meth:`Family.kohya_layers`; kohya's scripts use diffusers' names of U-Nets."""
         return {layer: [pair] for layer, pair in layers.items()}
 
     def search_inputs(self) -> list[str]:

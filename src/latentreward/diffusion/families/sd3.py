@@ -102,12 +102,10 @@ class StableDiffusion3(Family):
 
     @property
     def side_multiple(self) -> int:
-        """See :attr:`Family.side_multiple`; the side of a token in pixels."""
         return self.latent_space.downscale * self.entry(self.part, "patch_size", int, 2)
 
     @property
     def max_side(self) -> int:
-        """See :attr:`Family.max_side`; the table of positions."""
         positions = self.entry(self.part, "pos_embed_max_size", int, 96)
         return positions * self.entry(self.part, "patch_size", int, 2)
 

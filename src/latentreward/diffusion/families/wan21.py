@@ -17,7 +17,7 @@ from torch import Tensor
 from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
-from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids
+from latentreward.diffusion.encoders.prompts import PromptEncoder, check_length, masked_ids
 from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.base import Pair
@@ -91,7 +91,6 @@ class Wan21(FlowFamily):
 
     @property
     def max_side(self) -> int:
-        """See :attr:`FlowFamily.max_side`; the table of positions has 1024 along each axis."""
         return self.packing * self.entry(self.part, "rope_max_seq_len", int, 1024)
 
     # Text
@@ -133,7 +132,6 @@ class Wan21(FlowFamily):
     # Adapters
 
     def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
-        """See :meth:`Family.kohya_layers`; the layers of Wan's own code."""
         return {own_name(layer): [pair] for layer, pair in layers.items()}
 
 
@@ -162,13 +160,10 @@ class WanPromptEncoder(PromptEncoder):
 
     def __init__(self, text_encoder: Any, tokenizer: Any, length: int = 512) -> None:
         super().__init__()
-        if type(length) is not int or not 1 <= length <= 4096:
-            raise InputError(f"t5_length is {length!r}; give a whole number from 1 to 4096")
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
-        self.num_tokens, self.token_dim = length, text_encoder.config.d_model
+        self.num_tokens, self.token_dim = check_length(length, 1, 4096), text_encoder.config.d_model
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`; the ids and the mask of UMT5."""
         return masked_ids(self, self.tokenizer, [cleaned(prompt) for prompt in prompts], self.num_tokens)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
