@@ -47,5 +47,5 @@ def test_numbers_of_t5_tokens_out_of_range_are_refused(length: int) -> None:
 
 @pytest.mark.parametrize("channels", [384, 128])  # Fill, Canny
 def test_networks_with_channels_of_images_are_refused(channels: int) -> None:
-    with pytest.raises(InputError, match=f"takes {channels} channels.* 4 positions have 64; give a text-to-image"):
+    with pytest.raises(InputError, match=f"takes {channels} channels.*4 positions to a token.; give a text-to-image"):
         family(in_channels=channels)

@@ -42,7 +42,7 @@ def test_other_networks_are_refused_by_name(field: str) -> None:
     with pytest.raises(InputError, match=f"{field}=true"):
         find_family(configs(**{field: True}))
     for channels in (48, 65):
-        with pytest.raises(InputError, match=f"takes {channels} channels, .* 4 positions have 64"):
+        with pytest.raises(InputError, match=f"takes {channels} channels, .*4 positions to a token"):
             find_family(configs(in_channels=channels))
 
 

@@ -74,7 +74,6 @@ WRONG = [
     *(("wan21", "scheduler", field, True) for field in ("use_karras_sigmas", "use_dynamic_shifting")),
     ("wan21", "scheduler", "prediction_type", "epsilon"),
     ("wan21", "scheduler", "use_flow_sigmas", False),
-    *((name, "scheduler", "use_dynamic_shifting", True) for name in ("z_image", "lumina2")),
     *((name, "scheduler", "use_dynamic_shifting", "false") for name in FLOWS),
     *((name, "scheduler", "time_shift_type", "foo") for name in EULERS),
     *((name, "scheduler", "shift_terminal", 1.0) for name in EULERS),

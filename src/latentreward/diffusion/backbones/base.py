@@ -259,16 +259,11 @@ class PassEnded(Exception):
 
 
 class FirstBlocks(nn.Module):
-    """Stand-in for a network's list of blocks during a pass that is recorded.
-
-    Args:
-        blocks: Blocks that run.
-        count: Number of blocks of the whole list, which networks ask for (Chroma).
-        ends: Whether the pass ends behind these blocks.
-    """
+    """Stand-in for a network's list of blocks during a pass that is recorded."""
 
     def __init__(self, blocks: Sequence[nn.Module], count: int, ends: bool) -> None:
         super().__init__()
+        # ``count``: of the whole list, which Chroma's network asks for; ``ends``: the pass ends behind ``blocks``.
         self.blocks, self.count, self.ends = tuple(blocks), count, ends
 
     def __len__(self) -> int:

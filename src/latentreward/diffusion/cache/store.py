@@ -149,6 +149,8 @@ def check_file(folder: Path, plan: CachePlan, file: CacheFile, contents: bool = 
         record = tensors.pop("cache")
         if record.get("plan") != plan.name:
             raise InputError(f"{file.name} belongs to another cache")
+        if (LATENTS if file.size is not None else EMBEDS) not in tensors:
+            raise InputError(f"{file.name} is damaged: its tensors are not those of the plan")
         if contents and digest_of(tensors, record["unread"]) != record["sha256"]:
             raise InputError(f"{file.name} is damaged: its contents are not those of its digest")
         return {int(file.rows[int(row)]): str(reason) for row, reason in record["unread"].items()}

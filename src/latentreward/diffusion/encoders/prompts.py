@@ -188,10 +188,6 @@ class CLIPPromptEncoder(PromptEncoder):
 
     Token embeddings are the last hidden states after the final norm. The pooled vector is their row at the EOS token.
     No attention mask is used: padding tokens take part, as in training of the base models.
-
-    Args:
-        text_encoder: CLIP text encoder.
-        tokenizer: Its tokenizer; None if only token ids are encoded.
     """
 
     tokens_in_fingerprint = False
@@ -215,12 +211,6 @@ class SDXLPromptEncoder(PromptEncoder):
 
     Token embeddings are the second-to-last hidden states of both, concatenated along the features. The pooled vector is
     the second encoder's projected EOS feature.
-
-    Args:
-        text_encoder: CLIP-L; no output depends on its last layer and final norm, which therefore do not train.
-        text_encoder_2: CLIP-G with projection.
-        tokenizer: Tokenizer of ``text_encoder`` (pads with EOS).
-        tokenizer_2: Tokenizer of ``text_encoder_2`` (pads with id 0).
     """
 
     tokens_in_fingerprint = False

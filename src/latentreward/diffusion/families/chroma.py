@@ -85,11 +85,6 @@ class ChromaPromptEncoder(PromptEncoder):
 
     T5 sees the prompt's own tokens. The pipeline pads to ``length`` and masks the padding after its first token; here
     no such padding is made.
-
-    Args:
-        text_encoder: T5 encoder.
-        tokenizer: Its tokenizer.
-        length: Greatest number of T5 tokens per prompt.
     """
 
     pooled_dim = 0

@@ -38,13 +38,6 @@ class Flux1PromptEncoder(PromptEncoder):
 
     Prompts are padded to ``t5_length`` tokens. T5 gets no attention mask, and the network no mask: padding tokens take
     part, as in FLUX.1's pipeline.
-
-    Args:
-        text_encoder: CLIP-L.
-        text_encoder_2: T5 encoder.
-        tokenizer: Tokenizer of CLIP-L; None if only token ids are encoded.
-        tokenizer_2: Tokenizer of T5; None if only token ids are encoded.
-        t5_length: Number of T5 tokens per prompt.
     """
 
     tokens_only = ("text_encoder_2",)

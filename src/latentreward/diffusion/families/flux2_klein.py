@@ -40,10 +40,6 @@ class Flux2KleinPromptEncoder(PromptEncoder):
     which the network does not take, is the mean of the prompt's own tokens. Layers after the last one read are removed.
     Their norm goes with them, but stays in a text encoder that ends with the last one read, as the pipeline then reads
     it after the norm.
-
-    Args:
-        text_encoder: Qwen3 with its language head, which is removed from this object.
-        tokenizer: Tokenizer with Qwen3's chat template; None if only token ids are encoded.
     """
 
     pools_tokens = True

@@ -123,11 +123,6 @@ class Krea2PromptEncoder(PromptEncoder):
 
     Prompts have the template of Qwen-Image, whose end stays where a long prompt is cut. The pipeline pads between the
     prompt and this end, gives padding no position and masks it; here padding follows instead, which changes no state.
-
-    Args:
-        text_encoder: Language model of Qwen3-VL, as :func:`first_layers` returns it.
-        tokenizer: Its tokenizer.
-        layers: Numbers of the layers that are read, from 1 on.
     """
 
     num_tokens = TEXT_LENGTH

@@ -134,9 +134,6 @@ class Positions(nn.Module):
     """Rotary positions of a network, which keep tables for each device, made outside inference mode.
 
     Tables of a validation under inference mode could not serve a backward pass.
-
-    Args:
-        rope: The network's own module.
     """
 
     def __init__(self, rope: nn.Module) -> None:
@@ -176,15 +173,7 @@ def without_prefix(states: Tensor, mask: Tensor, length: int) -> Conditioning:
 
 
 class QwenImagePromptEncoder(PromptEncoder):
-    """Prompt encoder of Qwen-Image: the states of Qwen2.5-VL's language model after its final norm, with a mask.
-
-    Args:
-        text_encoder: Language model of Qwen2.5-VL.
-        tokenizer: Its tokenizer, which also tells how many tokens the template begins with.
-
-    Attributes:
-        dropped_tokens: Number of the template's tokens before the prompt, whose states are dropped.
-    """
+    """Prompt encoder of Qwen-Image: the states of Qwen2.5-VL's language model after its final norm, with a mask."""
 
     num_tokens = 512
     pooled_dim = 0

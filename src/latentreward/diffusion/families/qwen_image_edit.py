@@ -172,11 +172,6 @@ class QwenImageEditPromptEncoder(PromptEncoder):
 
     A prompt's pictures come before its text, each as one token for every 28×28 pixels that Qwen2.5-VL sees of it. The
     text is cut where the prompt has over ``num_tokens``; pictures are not.
-
-    Args:
-        text_encoder: Qwen2.5-VL without its language head.
-        tokenizer: Its tokenizer, which also tells how many tokens the template begins with.
-        seen: Pictures as it sees them.
     """
 
     pooled_dim = 0

@@ -149,11 +149,6 @@ class WanPromptEncoder(PromptEncoder):
     """Prompt encoder of Wan: the last hidden state of UMT5, and zeros after a prompt's tokens.
 
     The number of tokens is fixed and there is no mask: the network attends to the zeros too.
-
-    Args:
-        text_encoder: UMT5 encoder.
-        tokenizer: Its tokenizer.
-        length: Number of tokens per prompt.
     """
 
     pooled_dim = 0
