@@ -1,6 +1,5 @@
 """Caches of prompts with unequal numbers of tokens, without a pooled vector, and of latents with a time axis."""
 
-import shutil
 from io import BytesIO
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from latentreward.diffusion.cache.datamodule import CachedPairDataset, CachedPai
 from latentreward.diffusion.cache.sources import ImageSettings, PublishedLatents
 from latentreward.diffusion.cache.store import IMAGES, PROMPTS, CacheSpec, read_plan
 from latentreward.diffusion.cache.writing import RowScan
-from tests.diffusion.cache.writing import contents, row, stored, table, write_image, write_rows
+from tests.diffusion.cache.writing import row, stored, table, write_image, write_rows
 from tests.diffusion.families.twins import QUICK, TWINS
 from tests.marks import rotated_after
 from tests.unequal_prompts import MOST, SPACE, clip_encoder, letter_states
@@ -82,14 +81,6 @@ def test_a_batch_is_padded_to_its_longest_prompt(written: tuple[Path, Path]) -> 
         torch.testing.assert_close(found.prompt_embeds, wanted.prompt_embeds * kept, rtol=1e-5, atol=1e-6)
         assert uncond.prompt_embeds.shape == (1, 1, 6) and uncond.prompt_mask.all()
         torch.testing.assert_close(uncond.prompt_embeds, encoder([""]).prompt_embeds, rtol=1e-5, atol=1e-6)
-
-
-def test_a_resumed_run_and_loader_processes_give_the_same_bytes(written: tuple[Path, Path], tmp_path: Path) -> None:
-    data, cache = written
-    again = Path(shutil.copytree(cache, tmp_path / "again"))
-    (again / "text-00000.safetensors").unlink()
-    main(arguments(again, data, "--num_workers=1"))
-    assert contents(again) == contents(cache)
 
 
 @pytest.mark.parametrize("twin", rotated_after(3, sorted(TWINS, key=lambda name: name not in QUICK)))

@@ -367,16 +367,13 @@ class CachedPreferenceDataModule(PairLoaders):
             self.datasets[name] = CachedPairDataset(reader.index, reader.rows[rows], self.cached_text, values)
 
     def _check_alike(self, first: CacheIndex, other: CacheIndex) -> None:
-        """Raise InputError if two caches cannot be used together; other handling of EXIF is only logged."""
+        """Raise InputError if two caches cannot be used together."""
         one, two = (self._compared(index.spec) for index in (first, other))
         if differ := [name for name in one if one[name] != two[name]]:
             raise InputError(
                 f"caches {first.folder} and {other.folder} are of different {' and '.join(differ)}; write one of them "
                 "again (of another text encoder alone: or set data.cached_text: false)"
             )
-        if other.spec.exif != first.spec.exif:
-            text = "caches %s and %s treat EXIF orientation differently (exif: %s and %s)"
-            logger.warning(text, first.folder, other.folder, first.spec.exif, other.spec.exif)
 
     def _compared(self, spec: CacheSpec) -> dict[str, Any]:
         text = spec.text.fingerprint if self.cached_text and spec.text is not None else None

@@ -243,58 +243,53 @@ def prepare_cache(
         return [number for number, (problem, _) in enumerate(states) if problem]
 
 
-class EncodeBatches(Dataset[Any]):
-    """Batches of a planned cache, by the number of their file and of their first row in it."""
+class PlannedContents(Dataset[Any]):
+    """Images and prompts of a planned cache, by the number of their file and of their row in it."""
 
     def __init__(self, folder: Path, reader: PairReader) -> None:
         self.plan, self.reader, self.files = store.read_plan(folder), reader, store.files_of(folder)
         self.images, self.prompts = (store.read_table(folder, name) for name in (IMAGES, PROMPTS))
         self._fetched: tuple[int, PreferencePair] | None = None
 
-    def keys_of(self, number: int) -> list[tuple[int, int]]:
-        """List the keys of a file's batches."""
-        return [(number, first) for first in range(0, len(self.files[number].rows), self._step(number))]
+    def batches_of(self, number: int) -> list[list[tuple[int, int]]]:
+        """List the places of each batch of a file."""
+        spec, file = self.plan.spec, self.files[number]
+        step = spec.text.batch_size if spec.text is not None and file.size is None else spec.batch_size
+        places = [(number, row) for row in range(len(file.rows))]
+        return [places[first : first + step] for first in range(0, len(places), step)]
 
-    def _step(self, number: int) -> int:
-        spec = self.plan.spec
-        return spec.text.batch_size if spec.text is not None and self.files[number].size is None else spec.batch_size
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[str], Tensor | None, Tensor | None, dict[int, str], int]:
-        """Read a batch of images of one size, or of prompts, as ``on_error`` says about those that cannot be read.
+    def __getitem__(self, place: tuple[int, int]) -> tuple[str, Tensor | None, Tensor | None, str, int]:
+        """Read an image, or a prompt, as ``on_error`` says about what cannot be read.
 
         Returns:
-            The prompts, or the names of the images; of images the pixels or ready latents, and noise to sample the
-            VAE's posterior; why rows could not be read; and how many frames of clips are not used.
+            The prompt, or the name of the image; of an image the pixels or ready latents, and noise to sample the VAE's
+            posterior; why it could not be read; and how many frames of a clip are not used.
         """
-        file, spec, loaded, unread, unused = self.files[key[0]], self.plan.spec, list[Tensor](), dict[int, str](), 0
-        rows = file.rows[key[1] : key[1] + self._step(key[0])]
+        file, spec = self.files[place[0]], self.plan.spec
+        table, row = self.prompts if file.size is None else self.images, int(file.rows[place[1]])
+        one = {name: table[name][row].as_py() for name in table.column_names}
         if file.size is None:
-            texts, places = (self.prompts[name].take(rows).to_pylist() for name in ("prompt", "reader_row"))
-            prompts = [self._prompt(place, text) for text, place in zip(texts, places, strict=True)]
-            return prompts, None, None, unread, unused
-        shape, settings = spec.latent_space.shape(*file.size, spec.images.frames), spec.images
-        loader = PixelLoader(*file.size, settings.resize, settings.max_pixels, self.reader.exif)
-        if settings.frames > 1:
-            loader = ClipLoader(**vars(loader), frames=settings.frames, fps=settings.fps)
-        keys, places, sides = (self.images[name].take(rows).to_pylist() for name in ("image_key", "reader_row", "side"))
-        for number, place in enumerate(zip(places, sides, keys, strict=True)):
-            try:
-                image, more = self._planned(*place), 0
-                if spec.vae is None:
-                    content = torch.from_numpy(decode_latents(image, spec.latent_space.frame_downscale is not None))
-                elif isinstance(loader, ClipLoader):
-                    content, _, more = loader.load(image)
-                else:
-                    content = loader(image)
-                loaded, unused = [*loaded, content.float()], unused + more
-            except ImageError as error:
-                unread[number] = self._skipped(error)
-                loaded.append(torch.zeros(shape) if spec.vae is None else loader.blank())
-        noise = None
-        if spec.posterior == "sample" and sides[0] in ("a", "b"):
-            draws = (pair_generator(spec.seed, "posterior", 0, "", name) for name in keys)
-            noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
-        return keys, torch.stack(loaded), noise, unread, unused
+            return self._prompt(one["reader_row"], one["prompt"]), None, None, "", 0
+        shape, images, key = spec.latent_space.shape(*file.size, spec.images.frames), spec.images, one["image_key"]
+        loader = PixelLoader(*file.size, images.resize, images.max_pixels, self.reader.exif)
+        if images.frames > 1:
+            loader = ClipLoader(**vars(loader), frames=images.frames, fps=images.fps)
+        problem, unused, noise = "", 0, None
+        try:
+            image = self._planned(one["reader_row"], one["side"], key)
+            if spec.vae is None:
+                has_time = spec.latent_space.frame_downscale is not None
+                content = torch.from_numpy(decode_latents(image, has_time)).float()
+            elif isinstance(loader, ClipLoader):
+                content, _, unused = loader.load(image)
+            else:
+                content = loader(image)
+        except ImageError as error:
+            problem = self._skipped(error)
+            content = torch.zeros(shape) if spec.vae is None else loader.blank()
+        if spec.posterior == "sample" and one["side"] in ("a", "b"):
+            noise = torch.randn(shape, generator=pair_generator(spec.seed, "posterior", 0, "", key))
+        return key, content, noise, problem, unused
 
     def _prompt(self, row: int | None, text: str) -> str:
         """Return a prompt, with its pictures if the text encoder sees them; grey ones for those that cannot be read."""
@@ -365,34 +360,35 @@ class Encoding:
         with TemporaryDirectory() as folder:
             for name, content in tables.items():
                 (Path(folder) / name).write_bytes(content)
-            batches, keys = EncodeBatches(Path(folder), self.reader), list[tuple[int, int]]()
-        device = self.work.device
+            planned, places = PlannedContents(Path(folder), self.reader), list[list[tuple[int, int]]]()
+        device, plan = self.work.device, planned.plan
         for encoder in (self.encoders.vae, self.encoders.text):
             if encoder is not None:
                 encoder.eval().to(device)
         loader = WorkerLoader(
-            batches,
-            batch_size=None,
-            sampler=keys,  # of one file after the other, for which the same worker processes load
+            planned,
+            batch_sampler=places,  # of one file after the other, for which the same worker processes load
+            collate_fn=list,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=device.type != "cpu",
             # A worker of Ray runs threads, and a fork of a process with threads may hang (seen with Python 3.11).
             multiprocessing_context="forkserver" if self.num_workers and SharedWork.in_worker else None,
             worker_init_fn=end_with_parent,
         )
 
         def encode(number: int) -> Iterator[tuple[bytes, int]]:
-            plan, parts, lost, skipped = batches.plan, list[dict[str, Tensor]](), dict[str, str](), 0
-            keys[:] = batches.keys_of(number)
-            for (_, first), (names, *tensors, unread, unused) in zip(keys, loader, strict=True):
-                content, noise = (tensor if tensor is None else tensor.to(device) for tensor in tensors)
+            parts, lost, skipped, first = list[dict[str, Tensor]](), dict[str, str](), 0, 0
+            places[:] = planned.batches_of(number)
+            for batch in loader:
+                names, *tensors, problems, unused = zip(*batch, strict=True)
+                content, noise = (None if one[0] is None else torch.stack(one).to(device) for one in tensors)
+                unread = {row: problem for row, problem in enumerate(problems) if problem}
                 with torch.inference_mode():
                     rows = encode_batch(names, content, noise, self.encoders, getattr(torch, plan.spec.dtype))
                     rows.get(store.LATENTS, torch.empty(0))[[*unread]] = 0
                 parts.append({name: tensor.cpu() for name, tensor in rows.items()})
                 lost |= {str(first + row): reason for row, reason in unread.items()}
-                skipped += unused
+                first, skipped = first + len(names), skipped + sum(unused)
                 self.progress(len(names))
             whole = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
             record = {"plan": plan.name, "unread": lost, "sha256": store.digest_of(whole, lost)}

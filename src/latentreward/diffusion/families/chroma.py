@@ -18,7 +18,7 @@ from latentreward.core.registry import register_backbone
 from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.families.flux1 import TEXT_OUTPUT, VISUAL_OUTPUT, Flux1, positions, t5_tokens
+from latentreward.diffusion.families.flux1 import TEXT_OUTPUT, VISUAL_OUTPUT, Flux1, positions
 from latentreward.diffusion.families.qwen_image import needed_mask
 
 
@@ -38,18 +38,15 @@ class Chroma(FlowFamily):
     time_embedding = ("distilled_guidance_layer",)
     lora_targets = Flux1.lora_targets
     lora_loader = "FluxLoraLoaderMixin"
+    t5_tokens = (512, 512)
     default_guidance = 5.0
 
     # Text
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import T5EncoderModel
 
-        length = t5_tokens(self, t5_length, load_t5)
-        model = self.pipeline.load(T5EncoderModel, "text_encoder", pretrained)
-        return self.fitting(ChromaPromptEncoder(model, self.pipeline.tokenizer("tokenizer"), length))
+        return ChromaPromptEncoder(load(T5EncoderModel, "text_encoder"), self.pipeline.tokenizer("tokenizer"), length)
 
     # Network
 

@@ -50,15 +50,11 @@ class ErnieImage(FlowFamily):
 
     # Text
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; of Mistral 3 only the language model is kept."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Mistral3Model
 
-        whole = self.pipeline.load(Mistral3Model, "text_encoder", pretrained)
-        model = without_last_layer(part_of(whole, "language_model"))
-        return self.fitting(ErnieImagePromptEncoder(model, self.pipeline.tokenizer("tokenizer"), TEXT_LENGTH))
+        model = without_last_layer(part_of(load(Mistral3Model, "text_encoder"), "language_model"))
+        return ErnieImagePromptEncoder(model, self.pipeline.tokenizer("tokenizer"), TEXT_LENGTH)
 
     # Network
 

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from latentreward.core.errors import InputError, first_line
 from latentreward.core.promises import check_needs, returns
 from latentreward.core.storage.json_files import entries, entry
 from latentreward.diffusion.backbones.loading import check_channels
-from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.prompts import PromptEncoder, check_length
 from latentreward.diffusion.families.base import Family, PipelineConfigs, wrong_prediction
 from latentreward.diffusion.noise.processes import ContinuousFlow, NoiseProcess, process_from_scheduler
 from latentreward.diffusion.noise.schedules import DDPM_SCHEDULERS, shifted_levels
@@ -46,6 +46,7 @@ class FlowFamily(Family):
         refines: Whether layers before the first block take the timestep embedding.
         sinusoids: Name of the module that makes sinusoids of the noise levels, and the factor of σ in what it takes,
             for networks that round it to the type of the tokens; bfloat16 would join several levels to one.
+        t5_tokens: Usual and largest number of T5 tokens per prompt; (0, 0) without T5.
         text_field: Field of the network's config with the width of the text encoder's tokens.
         text_input: Names of modules and weights before the blocks that only text tokens depend on.
         modulation: Names of modules and weights outside the blocks that make the modulation of all blocks.
@@ -63,6 +64,7 @@ class FlowFamily(Family):
     time_embedding: ClassVar[Sequence[str]] = ("time_text_embed",)
     refines: ClassVar[bool] = False
     sinusoids: ClassVar[tuple[str, float] | None] = None
+    t5_tokens: tuple[int, int] = (0, 0)
     text_field: ClassVar[str] = "joint_attention_dim"
     text_input: ClassVar[Sequence[str]] = ()
     modulation: ClassVar[Sequence[str]] = ()
@@ -139,6 +141,20 @@ class FlowFamily(Family):
                     f"{self.part} takes {taken}; all parts must come from one pipeline"
                 )
         return encoder
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`; with T5, ``t5_length`` None takes the first of :attr:`t5_tokens`."""
+        usual, most = self.t5_tokens
+        if most and not load_t5:
+            raise InputError(f"load_t5=false: {self.title} takes a prompt's tokens from T5; leave load_t5 out")
+        length = check_length(usual if t5_length is None else t5_length, 1, most) if most else 0
+        return self.fitting(self.prompt_encoder(partial(self.pipeline.load, pretrained=pretrained), length))
+
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
+        """Make the prompt encoder with parts that ``load(class, name)`` loads, for ``length`` tokens of T5 if any."""
+        raise NotImplementedError
 
     def chat_tokenizer(self) -> Any:
         """Load the pipeline's tokenizer, whose chat template the prompts get."""

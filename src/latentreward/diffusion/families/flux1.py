@@ -18,7 +18,7 @@ from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.backbones.tuning import ATTENTION
-from latentreward.diffusion.encoders.prompts import PromptEncoder, check_length, masked_ids, token_ids
+from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids, token_ids
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.base import PipelineConfigs
 from latentreward.diffusion.families.flow import FlowFamily
@@ -103,24 +103,20 @@ class Flux1(FlowFamily):
     # Text
 
     @property
+    def t5_tokens(self) -> tuple[int, int]:  # type: ignore[override]
+        """See :attr:`FlowFamily.t5_tokens`; FLUX.1-schnell was trained with 256."""
+        return 512 if self.takes_guidance else 256, MOST_TOKENS
+
+    @property
     def pooled_dim(self) -> int:
         return self.entry(self.part, "pooled_projection_dim", int)
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; ``t5_length`` None takes 512 for FLUX.1-dev and 256 for schnell."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import CLIPTextModel, T5EncoderModel
 
-        length = t5_tokens(self, t5_length, load_t5, usual=512 if self.takes_guidance else 256)
-        encoder = Flux1PromptEncoder(
-            self.pipeline.load(CLIPTextModel, "text_encoder", pretrained),
-            self.pipeline.load(T5EncoderModel, "text_encoder_2", pretrained),
-            self.pipeline.tokenizer("tokenizer"),
-            self.pipeline.tokenizer("tokenizer_2"),
-            t5_length=length,
-        )
-        return self.fitting(encoder)
+        models = load(CLIPTextModel, "text_encoder"), load(T5EncoderModel, "text_encoder_2")
+        tokenizers = self.pipeline.tokenizer("tokenizer"), self.pipeline.tokenizer("tokenizer_2")
+        return Flux1PromptEncoder(*models, *tokenizers, t5_length=length)
 
     # Guidance
 
@@ -167,13 +163,6 @@ class Flux1(FlowFamily):
         return torch.full_like(sigma, scale) if self.takes_guidance and scale is not None else None
 
     # Features
-
-
-def t5_tokens(family: FlowFamily, t5_length: int | None, load_t5: bool, usual: int = MOST_TOKENS) -> int:
-    """Return the number of T5 tokens per prompt, ``t5_length`` or the usual one, of a family that needs T5."""
-    if not load_t5:
-        raise InputError(f"load_t5=false: {family.title} takes a prompt's tokens from T5; leave load_t5 out")
-    return check_length(usual if t5_length is None else t5_length, 1, MOST_TOKENS)
 
 
 def positions(length: int, grids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

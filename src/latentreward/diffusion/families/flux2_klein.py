@@ -123,13 +123,10 @@ class Flux2Klein(FlowFamily):
 
     # Text
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen3ForCausalLM
 
-        tokenizer, model = self.chat_tokenizer(), self.pipeline.load(Qwen3ForCausalLM, "text_encoder", pretrained)
-        return self.fitting(Flux2KleinPromptEncoder(model, tokenizer))
+        return Flux2KleinPromptEncoder(load(Qwen3ForCausalLM, "text_encoder"), self.chat_tokenizer())
 
     # Noise
 

@@ -75,15 +75,11 @@ class Ideogram4(FlowFamily):
 
     # Text
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; of Qwen3-VL only the language model is kept."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen3VLModel
 
-        tokenizer = self.chat_tokenizer()
-        model = part_of(self.pipeline.load(Qwen3VLModel, "text_encoder", pretrained), "language_model")
-        return self.fitting(Ideogram4PromptEncoder(first_layers(model, LAYERS[-1] + 1), tokenizer, TEXT_LENGTH))
+        model = part_of(load(Qwen3VLModel, "text_encoder"), "language_model")
+        return Ideogram4PromptEncoder(first_layers(model, LAYERS[-1] + 1), self.chat_tokenizer(), TEXT_LENGTH)
 
     # Noise
 

@@ -71,16 +71,12 @@ class Krea2(FlowFamily):
         """See :attr:`FlowFamily.text_dim`; a token has the features of all layers that are read, one after another."""
         return super().text_dim * self.entry(self.part, "num_text_layers", int)
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; of Qwen3-VL only the language model is kept."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen2Tokenizer, Qwen3VLModel
 
+        model = part_of(load(Qwen3VLModel, "text_encoder"), "language_model")
         tokenizer = self.pipeline.tokenizer("tokenizer", Qwen2Tokenizer)
-        whole = self.pipeline.load(Qwen3VLModel, "text_encoder", pretrained)
-        model = part_of(whole, "language_model")
-        return self.fitting(Krea2PromptEncoder(first_layers(model, max(self.layers)), tokenizer, self.layers))
+        return Krea2PromptEncoder(first_layers(model, max(self.layers)), tokenizer, self.layers)
 
     # Noise
 

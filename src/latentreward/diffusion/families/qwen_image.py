@@ -76,14 +76,11 @@ class QwenImage(FlowFamily):
 
         return self.pipeline.tokenizer("tokenizer", Qwen2Tokenizer)
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; of Qwen2.5-VL only the language model is kept."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        whole = self.pipeline.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", pretrained)
-        return self.fitting(QwenImagePromptEncoder(part_of(whole, "model.language_model"), self.tokenizer))
+        whole = load(Qwen2_5_VLForConditionalGeneration, "text_encoder")
+        return QwenImagePromptEncoder(part_of(whole, "model.language_model"), self.tokenizer)
 
     # Guidance
 

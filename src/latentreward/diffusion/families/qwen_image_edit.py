@@ -91,14 +91,11 @@ class QwenImageEdit(QwenImage):
         processor = self.pipeline.image_processor("processor", Qwen2VLImageProcessorPil)
         return SeenPictures(processor, len(self.tokenizer(LABEL.format(1)).input_ids) if self.numbered else None)
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; of Qwen2.5-VL all is kept but the language head."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        whole = self.pipeline.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", pretrained)
-        return self.fitting(QwenImageEditPromptEncoder(part_of(whole, "model"), self.tokenizer, self.seen))
+        whole = load(Qwen2_5_VLForConditionalGeneration, "text_encoder")
+        return QwenImageEditPromptEncoder(part_of(whole, "model"), self.tokenizer, self.seen)
 
 
 def sides(area: float, height: int, width: int) -> tuple[int, int]:

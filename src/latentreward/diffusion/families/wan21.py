@@ -17,7 +17,7 @@ from torch import Tensor
 from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
-from latentreward.diffusion.encoders.prompts import PromptEncoder, check_length, masked_ids
+from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids
 from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.base import Pair
@@ -72,6 +72,7 @@ class Wan21(FlowFamily):
     lora_loader = "WanLoraLoaderMixin"
     text_input, modulation = ("condition_embedder.text_embedder",), ("condition_embedder.time_proj",)
     kohya_module = "networks.lora_wan"
+    t5_tokens = (512, 4096)
     default_guidance = 5.0
 
     def check(self) -> None:
@@ -95,17 +96,10 @@ class Wan21(FlowFamily):
 
     # Text
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; ``t5_length`` None takes 512, and T5 cannot be left out."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import UMT5EncoderModel
 
-        if not load_t5:
-            raise InputError(f"load_t5=false, but {self.title} has no other text encoder; leave load_t5 out")
-        model = self.pipeline.load(UMT5EncoderModel, "text_encoder", pretrained)
-        length = 512 if t5_length is None else t5_length
-        return self.fitting(WanPromptEncoder(model, self.pipeline.tokenizer("tokenizer"), length))
+        return WanPromptEncoder(load(UMT5EncoderModel, "text_encoder"), self.pipeline.tokenizer("tokenizer"), length)
 
     # Noise
 
@@ -156,7 +150,7 @@ class WanPromptEncoder(PromptEncoder):
     def __init__(self, text_encoder: Any, tokenizer: Any, length: int = 512) -> None:
         super().__init__()
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
-        self.num_tokens, self.token_dim = check_length(length, 1, 4096), text_encoder.config.d_model
+        self.num_tokens, self.token_dim = length, text_encoder.config.d_model
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         return masked_ids(self, self.tokenizer, [cleaned(prompt) for prompt in prompts], self.num_tokens)

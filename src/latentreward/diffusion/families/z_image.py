@@ -79,14 +79,11 @@ class ZImage(FlowFamily):
 
     # Text
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen3Model
 
-        tokenizer = self.chat_tokenizer()
-        model = self.pipeline.load(Qwen3Model, "text_encoder", pretrained)
-        return self.fitting(ZImagePromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH))
+        model = without_last_layer(load(Qwen3Model, "text_encoder"))
+        return ZImagePromptEncoder(model, self.chat_tokenizer(), TEXT_LENGTH)
 
     # Guidance
 
