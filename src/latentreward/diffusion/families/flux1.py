@@ -153,16 +153,9 @@ class Flux1(FlowFamily):
             timestep=sigma,
             img_ids=image_ids,
             txt_ids=text_ids,
-            guidance=self._scales(sigma, guidance),
+            guidance=torch.full_like(sigma, guidance) if self.takes_guidance else None,
         ).sample
         return self.unpack(output, grids[0])
-
-    def _scales(self, sigma: Tensor, guidance: float | None) -> Tensor | None:
-        """Return the guidance scale of each sample, float32; None for a network without the input."""
-        scale = self.default_guidance if guidance is None else guidance
-        return torch.full_like(sigma, scale) if self.takes_guidance and scale is not None else None
-
-    # Features
 
 
 def positions(length: int, grids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

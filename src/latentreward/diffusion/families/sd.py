@@ -115,19 +115,11 @@ class StableDiffusion(Family):
     ) -> Tensor:
         if conditioning.source_latents or network.config.in_channels > latents.shape[1]:  # InstructPix2Pix
             latents = beside_sources(network, latents, conditioning, self.latent_space)
-        dtype = network.conv_in.weight.dtype
-        extra = {}
-        if self.is_xl:
-            assert conditioning.pooled_prompt_embeds is not None
-            height, width = (float(side * self.latent_space.downscale) for side in latents.shape[-2:])
-            time_ids = torch.tensor([height, width, 0.0, 0.0, height, width], device=latents.device, dtype=dtype)
-            extra["added_cond_kwargs"] = {
-                "text_embeds": conditioning.pooled_prompt_embeds.to(dtype),
-                "time_ids": time_ids.expand(len(latents), 6),
-            }
-        output: Tensor = network(
-            latents.to(dtype), timesteps.to(latents.device), conditioning.prompt_embeds.to(dtype), **extra
-        ).sample
+        dtype, downscale = network.conv_in.weight.dtype, self.latent_space.downscale
+        sides = [float(side * downscale) for side in latents.shape[-2:]]
+        added = added_conditions(conditioning.pooled_prompt_embeds, sides, latents.to(dtype)) if self.is_xl else None
+        text, at = conditioning.prompt_embeds.to(dtype), timesteps.to(latents.device)
+        output: Tensor = network(latents.to(dtype), at, text, added_cond_kwargs=added).sample
         return output
 
     def blocks(self, network: Any) -> Iterator[nn.Module]:
@@ -245,11 +237,8 @@ class SDUNetBackbone(DiffusionBackbone):
                 "pipeline"
             )
         added = {}
-        if config.addition_embed_type == "text_time":
-            height, breadth = (float(side) for side in self.native_size)
-            # SDXL's size conditioning as in training of LRM-SDXL: original size native, no crop, target size native.
-            sizes = [height, breadth, 0.0, 0.0, height, breadth]
-            added = {"text_embeds": pooled.to(dtype), "time_ids": sample.new_tensor(sizes).expand(len(sample), 6)}
+        if config.addition_embed_type == "text_time":  # sizes as in training of LRM-SDXL: native ones, no crop
+            added = added_conditions(pooled, [float(side) for side in self.native_size], sample)
         names = "conv_in", "time_embedding", *(["add_embedding"] if added else []), *(["encoder_hid_proj"] * projected)
         watched = {name: getattr(unet, name) for name in names} | dict(enumerate(self.blocks(), start=1))
         lists, last = {}, self.visual_taps[-1]
@@ -277,6 +266,13 @@ class SDUNetBackbone(DiffusionBackbone):
         if self.unet.mid_block is not None:
             yield self.unet.mid_block
         yield from self.unet.up_blocks
+
+
+def added_conditions(pooled: Tensor | None, sides: Sequence[float], like: Tensor) -> dict[str, Tensor]:
+    """Return SDXL's pooled text and sizes: original (height, width), no crop, and the same as target."""
+    assert pooled is not None
+    sizes = like.new_tensor([*sides, 0.0, 0.0, *sides])
+    return {"text_embeds": pooled.to(like.dtype), "time_ids": sizes.expand(len(like), 6)}
 
 
 def beside_sources(unet: Any, latents: Tensor, conditioning: Conditioning, space: LatentSpace) -> Tensor:
