@@ -51,7 +51,38 @@ def test_seconds_of_each_limit() -> None:
 
 def test_peaks_by_precision() -> None:
     assert find_limits("H200", None) == ("H200, 32-true", 66.9, 4.8)
-    assert find_limits("H200", "32-true", tf32=True) == ("H200, 32-true", 494.7, 4.8)
+
+
+@pytest.mark.parametrize(
+    ("card", "half", "bandwidth"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312, 1.555),
+        ("NVIDIA A100-SXM4-80GB", 312, 2.039),
+        ("NVIDIA H100 80GB HBM3", 989.4, 3.35),
+        ("NVIDIA H100 PCIe", 756, 2.0),
+        ("NVIDIA H200", 989.4, 4.8),
+        ("NVIDIA L40S", 362, 0.864),
+        ("NVIDIA GeForce RTX 4090", 165.2, 1.008),
+        ("AMD Instinct MI300X OAM", 1307.4, 5.3),
+        ("h100", 989.4, 3.35),
+    ],
+)
+def test_peaks_by_the_name_of_a_card(card: str, half: float, bandwidth: float) -> None:
+    assert find_limits(card, "bf16-mixed") == (f"{card}, bf16-mixed", half, bandwidth)
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "NVIDIA L40",
+        "NVIDIA A10G",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "Tesla T4",
+    ],
+)
+def test_other_cards_have_no_peak(card: str) -> None:
+    assert find_limits(card, "bf16-mixed") is None
 
 
 def found(work: Mapping[str, Work], data: str, trained: int = 0, **performance: Any) -> Estimate:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc import locate
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 
 import torch
 from jsonargparse import Namespace
@@ -301,20 +300,14 @@ COMPILED = 0.3
 """Part of a step's time that compiled blocks save: 0.12 to 0.5 in docs/performance.md."""
 
 
-def bounds_table(
-    title: str,
-    rows: Mapping[str, Work],
-    limits: Limits | None,
-    columns: Mapping[str, Sequence[str]] = MappingProxyType({}),
-) -> Table:
-    """Return a table of work by name and, with ``limits``, its bounds in seconds; further ``columns`` come last."""
+def bounds_table(rows: Mapping[str, Work], limits: Limits) -> Table:
+    """Return a table of work by name, with its bounds in seconds."""
     cells = []
-    for number, (name, work) in enumerate(rows.items()):
-        bounds = [] if limits is None else [f"{seconds:.4f}" for seconds in limits.bounds(work).values()]
+    for name, work in rows.items():
         counts = f"{work.flops / 1e12:.4g}", f"{work.bytes / 1e9:.4g}", str(work.kernels)
-        cells.append((name, *counts, *bounds, *(column[number] for column in columns.values())))
-    headings = ("arithmetic, s", "traffic, s", "launches, s") if limits else ()
-    return Table((title, "TFLOP", "GB", "kernels", *headings, *columns), tuple(cells))
+        cells.append((name, *counts, *(f"{seconds:.4f}" for seconds in limits.bounds(work).values())))
+    headings = "TFLOP", "GB", "kernels", "arithmetic, s", "traffic, s", "launches, s"
+    return Table((limits.name, *headings), tuple(cells))
 
 
 def limits_text(found: Estimate, limits: Limits) -> str:
@@ -333,7 +326,7 @@ def limits_text(found: Estimate, limits: Limits) -> str:
     bounds = limits.bounds(step)
     greatest = max(bounds, key=bounds.__getitem__)
     lines = [
-        as_text(bounds_table(limits.name, rows, limits)),
+        as_text(bounds_table(rows, limits)),
         "Traffic as if no operators were fused, and 6 µs a launch: compiled blocks need less of both.",
         f"limit: {greatest}, at least {bounds[greatest]:.3g} s a step",
     ]
