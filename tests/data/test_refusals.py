@@ -22,7 +22,6 @@ from latentreward.data import (
     GenAIBenchReader,
     HPDv2Reader,
     HPDv3Reader,
-    Img2DatasetReader,
     JSONLPairReader,
     PairGaps,
     PairReader,
@@ -132,7 +131,6 @@ FILES: dict[Callable[[str], Any], list[tuple[str, bytes, str]]] = {
         ("rows.json", b"[1, 2]", "is none of Pick-a-Pic"),
     ],
     lambda file: recognise(str(Path(file).parent)): [("plan.json", b"{}", "is a cache of latents; verify it with")],
-    lambda file: Img2DatasetReader(str(Path(file).parent)): [("a.txt", b"", "root: no *.tar, no folder of images and")],
 }
 
 
@@ -190,7 +188,6 @@ SETTINGS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (HPDv2Reader, {"root": ".", "split": "absent"}, "no file absent.json"),
     (PickAPicReader, {"source": "/nowhere/at/all", "split": "train"}, "source: no folder '/nowhere/at/all'"),
     (FolderPairReader, {"root": "."}, "root: no folder chosen"),
-    (Img2DatasetReader, {"root": "nowhere"}, "root: no folder"),
     (DiffusionRMReader, {"root": "."}, "index: no bucket_index.csv; correct root"),
     (DiffusionRMReader, {"root": ".", "index": None}, "root: no *.parquet"),
     (DatasetPairReader, {"source": "nowhere"}, "source: no folder"),

@@ -7,7 +7,6 @@ from .readers.dataset_pairs import DatasetPairReader, JSONLPairReader
 from .readers.diffusion_rm import DiffusionRMReader
 from .readers.edits import EditPairReader
 from .readers.folders import FolderPairReader
-from .readers.img2dataset import Img2DatasetReader
 from .readers.published import (
     GenAIBenchCMUReader,
     GenAIBenchReader,
@@ -38,7 +37,6 @@ __all__ = [
     "ImageError",
     "ImageRewardDBReader",
     "ImageRewardReader",
-    "Img2DatasetReader",
     "JSONLPairReader",
     "LoadedPair",
     "OnError",

@@ -178,7 +178,6 @@ class Report:
     splits: list[SplitCounts] = field(default_factory=list)  # counts of each split
     unread: dict[str, str] = field(default_factory=dict)  # split → why its reader could not be constructed
     shared: dict[str, list[int]] = field(default_factory=dict)  # two splits → as of :func:`shared_prompts`
-    others: dict[str, str] = field(default_factory=dict)  # other formats found: reader and splits → flags that read it
 
     def to_json(self) -> str:
         """Return the report as JSON."""
@@ -205,7 +204,6 @@ class Report:
         named = [f"{one.name}, {why}: {', '.join(ids)}" for one in self.splits for why, ids in one.named.items()]
         sections = [
             f"{self.data} ({', '.join(dict.fromkeys(split.reader for split in self.splits))})",
-            *(f"also found, not read: {reader}; read it with {flags}" for reader, flags in self.others.items()),
             *(f"split {name} was not read: {problem}" for name, problem in self.unread.items()),
             table("", [split.name for split in self.splits], overview(self.splits)),
             SIDES,

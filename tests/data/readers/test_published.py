@@ -617,22 +617,14 @@ def write_votes(tmp_path, jpeg):
 def write_ratings(tmp_path, jpeg):
     """Write rows of ratings by model; returns the root."""
 
-    def write(ratings: list[dict[str, Any] | None], older: bool = False) -> str:
+    def write(ratings: list[dict[str, Any] | None]) -> str:
         images = {model: {"bytes": jpeg((60 * n, 3, 3)), "path": None} for n, model in enumerate(MODELS)}
-        kinds = dict.fromkeys(MODELS, IMAGE)
-        if older:
-            names = {model: f"{model}_HumanRating" for model in MODELS}
-            rows = [{**images, "id": f"{n:05d}", "prompt": "p"} for n in range(len(ratings))]
-            rows = [{**r, **{names[m]: str(given[m]) for m in MODELS}} for r, given in zip(rows, ratings, strict=True)]
-            schema = pa.schema({"id": pa.string(), "prompt": pa.string(), **kinds})
-            schema = pa.schema([*schema, *(pa.field(name, pa.string()) for name in names.values())])
-            file = tmp_path / "GenAI-Bench.parquet"
-        else:
-            rows = [{**images, "Index": n, "Prompt": "p", "HumanRatings": given} for n, given in enumerate(ratings)]
-            rated = pa.struct(dict.fromkeys(MODELS, pa.list_(pa.int64())))
-            schema = pa.schema({"Index": pa.int64(), "Prompt": pa.string(), "HumanRatings": rated, **kinds})
-            file = tmp_path / "data" / "train-00000-of-00001.parquet"
-            file.parent.mkdir()
+        rows = [{**images, "Index": n, "Prompt": "p", "HumanRatings": given} for n, given in enumerate(ratings)]
+        rated = pa.struct(dict.fromkeys(MODELS, pa.list_(pa.int64())))
+        named = {"Index": pa.int64(), "Prompt": pa.string(), "HumanRatings": rated}
+        file = tmp_path / "data" / "train-00000-of-00001.parquet"
+        file.parent.mkdir()
+        schema = pa.schema({**named, **dict.fromkeys(MODELS, IMAGE)})
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, row_group_size=2)
         return str(tmp_path)
 
@@ -646,8 +638,6 @@ def test_votes_become_labels(write_votes) -> None:
     assert dict(reader.remarks) == {
         "unlabelled (vote_type is none of leftvote, rightvote, tievote, bothbad_vote)": 2,
     }
-    reader = GenAIBenchReader(write_votes(), both_bad="unlabelled")
-    assert [pair.label_a for pair in reader] == [1, 0, 0.5, None, None, None]
 
 
 def test_row_becomes_a_record_of_genai_bench(write_votes, jpeg) -> None:
@@ -683,11 +673,3 @@ def test_ratings_become_labels(write_ratings) -> None:
     assert (pair.model_a, pair.model_b, pair.source) == ("A", "C", "genai_bench_cmu")
     assert [reader[n].image_b.image_key for n in (1, 2)] == [pair.image_b.image_key] * 2  # content, not row
     assert dict(reader.remarks) == {"image without ratings": 1}
-
-
-def test_older_revision_is_read_as_well(write_ratings) -> None:
-    ratings = [{"A": [5, 5, 5], "B": [1, 2, 3], "C": [2, 2, 2]}, {"A": [1, 1, 1], "B": None, "C": [2]}]
-    ratings[1]["B"] = []
-    reader = GenAIBenchCMUReader(write_ratings(ratings, older=True), randomise_sides=False)
-    np.testing.assert_array_equal(reader.labels(), [1, 1, 0.5, np.nan, 0, np.nan])
-    assert (reader[0].pair_id, reader[0].group_id) == ("GenAI-Bench.parquet:0:0-1", "00000")

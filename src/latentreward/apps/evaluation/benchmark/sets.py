@@ -179,7 +179,7 @@ class GenAIBenchCMUBenchmark(Benchmark):
     """GenAI-Bench of CMU, 1,600 prompts of six rated images: ``genai_bench_cmu``.
 
     Args:
-        root: Folder that holds ``train-*.parquet``, directly or in ``data/``, or ``GenAI-Bench.parquet``; or a hub id.
+        root: Folder that holds ``train-*.parquet``, directly or in ``data/``; or a hub id.
         on_error: See :class:`Benchmark`.
     """
 
