@@ -19,12 +19,11 @@ from .readers.published import (
 from .readers.tars import PickAPicTarReader
 from .sampling import PairBatchSampler
 from .score_table import MPCF, FilteredReader, PairGaps, ScoreTable, ScoreTargets, select_consistent
-from .splits import CutReader, normalise_prompt, select_rows
+from .splits import normalise_prompt, select_rows
 from .streaming import PairStream, StreamedPreferenceDataModule
 
 __all__ = [
     "MPCF",
-    "CutReader",
     "DatasetPairReader",
     "DiffusionRMReader",
     "EditPairReader",

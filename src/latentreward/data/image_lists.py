@@ -170,15 +170,9 @@ def read_images(
       list's folder. A column ``source_images`` or ``source_image`` has the pictures that the image is an edit of: one
       path, or a list of paths (in a table as JSON), which the row's prompt carries.
 
-    Args:
-        source: Folder, pattern, image file or list, see above.
-        prompt: Prompt of all images; replaces the prompts of the source.
-        image_column: Name of the column with paths; by default the first name in ``list_rows.IMAGE_COLUMNS`` that is a
-            column.
-        prompt_column: Name of the column with prompts; by default the first name in ``list_rows.PROMPT_COLUMNS`` that
-            is a column.
-        allow_outside: Whether a list may name files outside its folder.
-        max_prompt_chars: Largest number of characters in a prompt; a row with a longer one gets a ``problem``.
+    ``prompt`` replaces the prompts of the source. The columns with paths and prompts are by default the first of
+    ``IMAGE_COLUMNS`` and ``PROMPT_COLUMNS``. With ``allow_outside``, a list may name files outside its folder. A row
+    with a prompt longer than ``max_prompt_chars`` gets a ``problem``.
     """
     found, rows = _read(source, prompt, (image_column, prompt_column), allow_outside), []
     for row in found.rows:

@@ -72,12 +72,7 @@ class SplitCounts:
 
 
 class ImageCensus:
-    """Counter of a split's images, to which rows are added one by one.
-
-    Args:
-        decode: Decode every image. Without it only headers are read, so that truncated images are not found.
-        exif: Whether the EXIF orientation of images is applied, see :class:`PixelLoader`.
-    """
+    """Counter of a split's images, to which rows are added; without ``decode``, truncated images are not found."""
 
     def __init__(self, decode: bool = False, exif: ExifOrientation = "ignore") -> None:
         self.decode, self.exif = decode, exif

@@ -48,19 +48,19 @@ COUNTED = (BAD, UNLABELLED, SHARED, UNREAD, COUNT)
 class PairStream(RowReader):
     """Source of pairs for :class:`StreamedPreferenceDataModule`, read in their order and never by number.
 
-    The columns are those of :class:`~latentreward.data.DatasetPairReader`, but images must be bytes. A pair without
-    ``pair_id`` is named by a hash of its prompt and images. Only the first row is read by the constructor; later rows
-    are checked when they are read. Unlabelled rows are left out, and ``on_error: placeholder`` is as ``skip``, since no
-    row has a number to keep. No code of a data set is run. What needs the number of rows takes readers only.
+    Columns and settings are those of :class:`~latentreward.data.DatasetPairReader`, but images must be bytes. A pair
+    without ``pair_id`` is named by a hash of its prompt and images. Only the first row is read by the constructor.
+    Unlabelled rows are left out, and ``on_error: placeholder`` is as ``skip``, since no row has a number to keep. What
+    needs the number of rows takes readers only.
 
     Args:
-        source: Id of a hub data set, in any format that ``datasets`` streams; folder or file of parquet files, as for
-            ``DatasetPairReader``. From Python also an ``IterableDataset``.
+        source: Id of a hub data set, in any format that ``datasets`` streams; folder or file of parquet files. From
+            Python also an ``IterableDataset``.
         split: Name of the split.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         config: Name of the configuration, where the hub data set has several.
-        columns: Names of the columns where they differ, see ``DatasetPairReader``.
-        labels: Meaning of each label, see ``DatasetPairReader``; needed for a column of whole numbers.
+        columns: Names of the columns where they differ.
+        labels: Meaning of each label; needed for a column of whole numbers.
         shuffle_buffer: Rows, with their images' bytes, that each loader process keeps in memory to draw the next row
             from at random; files are drawn in a random order too. 1 keeps the order of the source.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import tarfile
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -363,28 +362,6 @@ def test_a_split_of_ones_own_names_its_images(write) -> None:
     assert pair.image_a.path == Path(root, "train/a.jpg")
 
 
-def test_hub_id_downloads_and_unpacks(write, tmp_path, monkeypatch) -> None:
-    root = Path(write([PAIR]))
-    with tarfile.open(root / "train.tar.gz", "w:gz") as archive:
-        archive.add(root / "train", "train")
-    monkeypatch.setattr("latentreward.data.readers.tables.LOCATION", f"{root}/{{}}/{{}}")
-    repository = root / "some" / "hub-id" / "abc"
-    repository.mkdir(parents=True)
-    for name in ("train.json", "train.tar.gz"):
-        (root / name).rename(repository / name)
-    monkeypatch.setattr("datasets.config.DOWNLOADED_DATASETS_PATH", tmp_path / "cache")
-    monkeypatch.setattr("datasets.config.EXTRACTED_DATASETS_PATH", tmp_path / "cache" / "extracted")
-    reader = HPDv2Reader("some/hub-id", "train", revision="abc")
-    assert reader[0].image_a.image_key == "train/a.jpg"
-    assert reader[0].image_a.path.is_relative_to(tmp_path / "cache")
-    PairDataset(reader, PixelLoader(8, 8))[0]
-    with pytest.raises(
-        InputError, match=r"no folder 'some/hub-id', and the hub does not give test\.json of it"
-    ) as error:
-        HPDv2Reader("some/hub-id", "test", revision="abc")
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.slow
 def test_large_files_keep_a_compact_index(tmp_path) -> None:
     rows = [{**PAIR, "prompt": f"a prompt of usual length, number {n}, with some words more"} for n in range(20_000)]
@@ -563,19 +540,6 @@ def test_workers_open_the_zip_files_themselves(write_db) -> None:
     assert list(loader) == expected
     copy = pickle.loads(pickle.dumps(reader))
     assert [copy[n] for n in range(len(copy))] == expected
-
-
-def test_hub_id_downloads_the_parts(write_db, tmp_path, monkeypatch) -> None:
-    root = Path(write_db([db_row(n, rank, part=n) for n in (1, 2) for rank in (1, 2)]))
-    monkeypatch.setattr("latentreward.data.readers.tables.LOCATION", f"{root}/{{}}/{{}}")
-    (root / "some" / "hub-id").mkdir(parents=True)
-    (root / "some" / "hub-id" / "abc").symlink_to(root)
-    reader = ImageRewardDBReader("some/hub-id", "train", parts=[2], revision="abc")
-    assert reader.pair_ids() == ["000002:0-1"]
-    with pytest.raises(InputError, match=r"the hub does not give images/train/train_1\.zip of it"):
-        ImageRewardDBReader("some/hub-id", "train")
-    with pytest.raises(InputError, match="split: no 'val' in some/hub-id; choose from train, validation, test"):
-        ImageRewardDBReader("some/hub-id", "val")
 
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})

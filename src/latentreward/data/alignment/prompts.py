@@ -18,12 +18,7 @@ from latentreward.data.readers.base import MAX_PROMPT_CHARS
 
 
 class PromptOrder(Dataset[PromptBatch]):
-    """Endless sequence of prompts: pass after pass over all prompts, each pass in a new random order.
-
-    Args:
-        prompts: Distinct prompts.
-        seed: Seed of the orders.
-    """
+    """Endless sequence of distinct prompts: pass after pass over all of them, each pass in a new random order."""
 
     def __init__(self, prompts: Sequence[str], seed: int) -> None:
         self.prompts, self.seed = prompts, seed
@@ -48,9 +43,6 @@ class PromptSampler(CountedBatches):
 
     A global batch is the next ``batch_size * num_replicas`` indices. Rank r takes every ``num_replicas``-th of them,
     starting with index r. The state adds the number of prompts used to that of ``CountedBatches``.
-
-    Args:
-        settings: Arguments of :class:`~latentreward.data.loading.CountedBatches`.
     """
 
     def __init__(self, *settings: Any, **named: Any) -> None:
@@ -81,9 +73,8 @@ class PromptSampler(CountedBatches):
 class PromptLoaders(LightningDataModule):
     """Data module of training batches for alignment, from a list of prompts.
 
-    A module with rollouts of its own (LPO, SPO, GRPO; :class:`~latentreward.data.alignment.experience.Learner`) gets
-    batches of rollout rows. A rollout runs whenever fewer rows are left than an optimiser step takes. Any other module
-    (ReFL) gets batches of prompts.
+    A module with rollouts of its own (LPO, SPO, GRPO) gets batches of rollout rows. A rollout runs whenever fewer rows
+    are left than an optimiser step takes. Any other module (ReFL) gets batches of prompts.
 
     An epoch is a fixed number of batches and independent of passes over the prompts. Each pass has a new random order,
     which does not depend on the world size. Checkpoints hold the position in the pass and the unused rollout rows.

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError
-from latentreward.core.storage.hub import is_hub_id
 from latentreward.core.storage.user_files import find_files, whole_file
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.json_rows import parse_number, parse_rows, parse_text, short
@@ -33,7 +32,6 @@ from latentreward.data.readers.tables import (
     Source,
     SplitTable,
     damage_named,
-    fetch_files,
     open_table,
     read_list,
     source_name,
@@ -54,8 +52,6 @@ GENAI: Columns = {"prompt": LONG, "left_model": TEXT, "right_model": TEXT, "vote
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
 LOWEST, HIGHEST = 1, 5
 SKILLS = ("basic", "advanced")
-PARTS = {"train": 32, "validation": 2, "test": 2}
-"""Number of zip files of each published split of ImageRewardDB."""
 HPDV3 = {
     "prompt": "prompt",
     "chosen": "path1",
@@ -324,28 +320,20 @@ class HPDv2Reader(RowReader):
 
     Args:
         root: Folder with ``{split}.json`` and, in ``{split}/``, the images of the unpacked ``{split}.tar.gz``; images
-            outside ``{split}/`` are not opened. Otherwise the id of a hub data set with those files.
+            outside ``{split}/`` are not opened.
         split: ``train`` or ``test``.
         images: Folder of the images if it is not ``{split}/``, e.g. for a split of your own made from ``train.json``.
-        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
     exif, winner_first = "ignore", False
 
-    def __init__(
-        self, root: PathText, split: str, *, images: PathText | None = None, revision: str | None = None, **options: Any
-    ) -> None:
+    def __init__(self, root: PathText, split: str, *, images: PathText | None = None, **options: Any) -> None:
         super().__init__("hpdv2", split, **options)
-        if Path(root).is_dir() or not is_hub_id(root):
-            file, folder = Path(root, f"{split}.json"), Path(root, split)
-            self.check_inside(root, file, folder)
-        else:
-            (file,) = fetch_files(root, [f"{split}.json"], revision)
-            (folder,) = fetch_files(root, [f"{split}.tar.gz"], revision, extract=True)
-            folder = folder / split if (folder / split).is_dir() else folder
-        self.folder, self.prefix = Path(images) if images else folder, f"{Path(images).name if images else split}/"
-        rows = [(f"{split}.json:{number}", number, row) for _, number, row in read_list(file)]
+        file, self.folder = Path(root, f"{split}.json"), Path(images) if images else Path(root, split)
+        self.check_inside(root, file, *([] if images else [self.folder]))
+        self.prefix = f"{self.folder.name}/"
+        rows = [*read_list(file)]
         ranked = any("image_path" in row for _, _, row in rows if isinstance(row, dict))
         parser = PairRowParser(self, self._ranked if ranked else self._compared, sources=())
         self.fill(rows, str(file), f"split: {file} has no pairs left; give the published file", parser)
@@ -421,29 +409,19 @@ class ImageRewardDBReader(RowReader):
     that its part does not hold, counts as an unreadable image. The images of a prompt are bad together.
 
     Args:
-        source: Folder with ``images/{split}/{split}_{i}.zip``; otherwise the id of a hub data set with those files.
+        source: Folder with ``images/{split}/{split}_{i}.zip``.
         split: ``train``, ``validation`` or ``test``.
         parts: Numbers of the parts to read, e.g. ``[1, 2]`` of train's 1 to 32 for a smaller training set. By default
             all parts are read, and parts that the metadata name but the folder lacks fall under ``on_error``.
-        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
     exif = "ignore"
 
-    def __init__(
-        self,
-        source: PathText,
-        split: str,
-        *,
-        parts: Sequence[int] | None = None,
-        revision: str | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, source: PathText, split: str, *, parts: Sequence[int] | None = None, **options: Any) -> None:
         super().__init__("imagerewarddb", split, **options)
-        places, metadata = _find_parts(source, split, parts, revision), Path(source, f"metadata-{split}.parquet")
-        if Path(source).is_dir():
-            self.check_inside(source, metadata, *places, *(place / f"{place.name}.json" for place in places))
+        places, metadata = _find_parts(source, split, parts), Path(source, f"metadata-{split}.parquet")
+        self.check_inside(source, metadata, *places, *(place / f"{place.name}.json" for place in places))
         self._archives = ImageArchives(places, self.allow_outside)
         rows = self._read_metadata(metadata, parts) if metadata.is_file() else self._read_parts()
         parser = PairRowParser(self, self._pairs, sources=None)
@@ -505,12 +483,7 @@ class ImageRewardDBReader(RowReader):
         return ranked_pairs(name, row["images"], ranks, group=name, group_id=name)
 
 
-def _find_parts(source: PathText, split: str, parts: Sequence[int] | None, revision: str | None) -> list[Path]:
-    if not Path(source).is_dir() and is_hub_id(source):
-        if split not in PARTS:
-            raise InputError(f"split: no {split!r} in {source}; choose from {', '.join(PARTS)}")
-        numbers = range(1, PARTS[split] + 1) if parts is None else parts
-        return fetch_files(str(source), [f"images/{split}/{split}_{number}.zip" for number in numbers], revision)
+def _find_parts(source: PathText, split: str, parts: Sequence[int] | None) -> list[Path]:
     folder, found = Path(source, "images", split), dict[int, Path]()
     for path in reversed(find_files(folder, "*")):  # a folder comes after its zip file and replaces it
         number = re.fullmatch(rf"{re.escape(split)}_(\d+)(\.zip)?", path.name)

@@ -49,7 +49,6 @@ HINT = "give the published files, or read your own by DatasetPairReader"
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files by which ``save_to_disk`` marks the folder of a data set, and the folder of several splits."""
 SAVE_AGAIN = "write it again with save_to_disk"
-LOCATION = "hf://datasets/{}@{}"
 LISTS = (".json", ".jsonl", ".csv", ".tsv")
 """Suffixes of tables of text; :func:`read_list` reads them."""
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException)
@@ -93,8 +92,7 @@ def find_parts(
     elif place.is_file() or place.suffix == ".parquet":
         paths = [place]
     elif is_hub_id(source):
-        fetched = fetch_split(source, split, ".parquet", revision, config)
-        return _all_there(reader, source, split, [ParquetPart(*file) for file in fetched])
+        return _all_there(reader, source, split, _fetch(source, split, revision, config))
     else:
         raise InputError(f"source: no folder {source!r}, and no hub id either; set it to the folder of the data set")
     return _all_there(reader, source, split, [ParquetPart(path.name, path) for path in paths])
@@ -130,10 +128,8 @@ def nested_pattern(folder: Path) -> str:
     return f", such as {first.parent / '*.parquet'}" if first else ""
 
 
-def fetch_split(
-    source: str, split: str, ending: str, revision: str | None = None, config: str | None = None
-) -> list[tuple[str, Path]]:
-    """Download all files of a split of a hub data set; return (published file name, local path) of each, by URL."""
+def _fetch(source: str, split: str, revision: str | None, config: str | None) -> list[ParquetPart]:
+    """Download all files of a split of a hub data set."""
     from datasets import DownloadManager, load_dataset_builder  # slow to import
 
     try:
@@ -144,23 +140,9 @@ def fetch_split(
     except (OSError, ValueError) as error:
         problem = f"source: no folder {source!r}, and the hub does not give it"
         raise InputError(f"{problem}: {first_line(error)}") from error
-    if not urls or not all(url.endswith(ending) for url in urls):
-        kind, splits = ending.removeprefix("."), ", ".join(map(str, files))
-        raise InputError(f"split: no {kind} files of {split!r} in {source!r}; it has {splits}")
-    return [(url.rsplit("/", 1)[-1], Path(path)) for url, path in zip(urls, paths, strict=True)]
-
-
-def fetch_files(source: str, names: Sequence[str], revision: str | None = None, extract: bool = False) -> list[Path]:
-    """Download files of a hub data set, or find them in the cache; ``extract`` unpacks archives to folders."""
-    from datasets import DownloadManager  # slow to import
-
-    manager = DownloadManager(dataset_name=source, base_path=LOCATION.format(source, revision or "main"))
-    try:
-        paths = (manager.download_and_extract if extract else manager.download)(list(names))
-    except (OSError, ValueError) as error:
-        problem = f"no folder {source!r}, and the hub does not give {names[0]} of it"
-        raise InputError(f"{problem}: {first_line(error)}") from error
-    return [Path(str(path)) for path in paths]
+    if not urls or not all(url.endswith(".parquet") for url in urls):
+        raise InputError(f"split: no parquet files of {split!r} in {source!r}; it has {', '.join(map(str, files))}")
+    return [ParquetPart(url.rsplit("/", 1)[-1], Path(path)) for url, path in zip(urls, paths, strict=True)]
 
 
 def open_part(part: ParquetPart) -> pq.ParquetFile:

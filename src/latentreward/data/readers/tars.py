@@ -15,7 +15,6 @@ from PIL import Image
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError, first_line
-from latentreward.core.storage.hub import is_hub_id
 from latentreward.core.storage.json_files import UnreadableTextError, decode_text
 from latentreward.core.storage.user_files import find_files, is_ignored, whole_file
 from latentreward.data.images import ImageError, file_image, png
@@ -23,7 +22,6 @@ from latentreward.data.readers.base import content_key
 from latentreward.data.readers.json_rows import encodable
 from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row, choice
 from latentreward.data.readers.rows import RowReader
-from latentreward.data.readers.tables import fetch_split
 
 ABSENT = (-1, 0)
 MAX_TEXT = 1 << 20
@@ -200,10 +198,8 @@ class PickAPicTarReader(RowReader):
     kept under ``skip`` and ``placeholder``.
 
     Args:
-        root: Folder that holds ``*.tar``, directly or in a subfolder named after the split; or one tar; otherwise the
-            id of a hub data set, whose tars of this split are then downloaded.
+        root: Folder that holds ``*.tar``, directly or in a subfolder named after the split; or one tar.
         split: Name of the split.
-        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         drop_identical: Leave out rows whose two images have identical bytes; recommended for training.
         weight: Weight of a row in the loss: ``per_prompt`` is 1 / (number of rows read with the row's prompt),
             ``equal`` is 1 for every row.
@@ -217,27 +213,21 @@ class PickAPicTarReader(RowReader):
         root: PathText,
         split: str = "train",
         *,
-        revision: str | None = None,
         drop_identical: bool = False,
         weight: Literal["per_prompt", "equal"] = "per_prompt",
         **options: Any,
     ) -> None:
         super().__init__("pickapic", split, **options)
         self._drop, place = drop_identical, Path(root)
-        if place.is_file():
-            found = [(place.name, place)]
-        elif not place.is_dir() and is_hub_id(str(place)):
-            found = fetch_split(str(place), split, ".tar", revision)
-        else:
-            tars = find_files(place / split, "*.tar") or find_files(place, "*.tar")
-            if not tars:
+        self._tars = [place]
+        if not place.is_file():
+            self._tars = find_files(place / split, "*.tar") or find_files(place, "*.tar")
+            if not self._tars:
                 raise InputError(f"root: no *.tar in {place} or {place / split}; set it to the folder of the tars")
-            self.check_inside(place, *tars)
-            found = [(tar.name, tar) for tar in tars]
-        self._tars = [path for _, path in found]
+            self.check_inside(place, *self._tars)
         parser = PairRowParser(self, self._pairs, columns={"prompt": PROMPT}, sources=None)
         extent = pa.list_(pa.int64(), 2)
-        self.table = parser.table(self._samples(found), {"tar": pa.int32(), **dict.fromkeys(IMAGES, extent)})
+        self.table = parser.table(self._samples(), {"tar": pa.int32(), **dict.fromkeys(IMAGES, extent)})
         if weight == "per_prompt":
             prompts = self.prompts()
             rows_of = Counter(prompts)
@@ -252,14 +242,14 @@ class PickAPicTarReader(RowReader):
             contents = [read_extent(tar, row[name]) for name in IMAGES]
         return [ImageRef(content_key(data), data) for data in contents]
 
-    def _samples(self, tars: list[tuple[str, Path]]) -> Iterator[Row]:
-        for number, (name, tar) in enumerate(tars):
+    def _samples(self) -> Iterator[Row]:
+        for number, tar in enumerate(self._tars):
             samples, problem = read_samples(tar)
             if problem is not None:
                 self.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
             for sample in samples:
                 row = {**dict.fromkeys(sample.unreadable, ""), **sample.texts, "sample": sample, "tar": number}
-                yield encodable(f"{name}:{sample.key}"), number, row
+                yield encodable(f"{tar.name}:{sample.key}"), number, row
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
         sample = row["sample"]
