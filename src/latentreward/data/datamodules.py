@@ -106,11 +106,9 @@ class PairLoaders(LightningDataModule):
 
     def _worker_settings(self) -> dict[str, Any]:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return {
-            "num_workers": self.num_workers,
-            "prefetch_factor": self.prefetch_factor if self.num_workers else None,
-            "pin_memory": self.pin_memory and accelerator is not None and accelerator.type != "mps",  # a Mac has none
-        }
+        pinned = self.pin_memory and accelerator is not None and accelerator.type != "mps"  # a Mac has no such memory
+        ahead = self.prefetch_factor if self.num_workers else None
+        return {"num_workers": self.num_workers, "prefetch_factor": ahead, "pin_memory": pinned}
 
     def evaluation_loading(self, dataset: Any) -> dict[str, Any]:
         """Return the ``DataLoader`` arguments for evaluation on this rank: sampler, batch size and ``collate_fn``."""

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -35,20 +35,20 @@ class ChosenRows(PairReader):
     def labels(self) -> np.ndarray:
         return self.reader.labels()[self.rows]
 
+    def _of(self, values: Sequence[Any]) -> list[Any]:
+        return [values[row] for row in self.rows]
+
     def prompts(self) -> list[str]:
-        prompts = self.reader.prompts()
-        return [prompts[row] for row in self.rows]
+        return self._of(self.reader.prompts())
 
     def pair_ids(self) -> list[str]:
-        pair_ids = self.reader.pair_ids()
-        return [pair_ids[row] for row in self.rows]
+        return self._of(self.reader.pair_ids())
 
     def groups(self) -> list[str]:
-        groups = self.reader.groups()
-        return [groups[row] for row in self.rows]
+        return self._of(self.reader.groups())
 
     def facts(self) -> dict[str, list[Any]]:
-        return {name: [values[row] for row in self.rows] for name, values in self.reader.facts().items()}
+        return {name: self._of(values) for name, values in self.reader.facts().items()}
 
 
 logger = logging.getLogger(__name__)
@@ -84,10 +84,10 @@ def select_rows(
         shared[: len(prompts)] = [prompt in taken for prompt in prompts]
         have = f"have a prompt that {' or '.join(reversed(later))} has too"
         if shared.any() and shared_prompts == "raise":
-            example = reader[int(np.flatnonzero(shared)[0])]
+            first = int(np.flatnonzero(shared)[0])
+            told = f"{int(shared.sum())} of {len(reader)} rows {have}, first {reader.pair_ids()[first]}"
             raise InputError(
-                f"data.{name}: {int(shared.sum())} of {len(reader)} rows {have}, first {example.pair_id} "
-                f"{example.prompt[:60]!r}; set data.shared_prompts: drop, or keep"
+                f"data.{name}: {told} {reader.prompts()[first][:60]!r}; set data.shared_prompts: drop, or keep"
             )
         selected[name] = np.flatnonzero(labelled & ~shared)
         if not len(selected[name]):
@@ -117,10 +117,8 @@ def split_by_prompt(reader: PairReader, share: float) -> tuple[PairReader, PairR
     drawn = sorted(set(prompts), key=lambda prompt: digest(["val", prompt]))
     number = max(1, round(share * len(drawn)))
     if not 0 < share < 1 or number >= len(drawn):
-        raise InputError(
-            f"data.val_share={share} of {len(drawn)} prompts leaves a split without any; give a share between 0 and 1 "
-            "and pairs of more prompts, or set data.val"
-        )
+        told = f"data.val_share={share} of {len(drawn)} prompts leaves a split without any"
+        raise InputError(f"{told}; give a share between 0 and 1 and pairs of more prompts, or set data.val")
     taken = set(drawn[:number])
     held_out = np.array([prompt in taken for prompt in prompts], dtype=bool)
     return ChosenRows(reader, np.flatnonzero(~held_out)), ChosenRows(reader, np.flatnonzero(held_out))

@@ -138,10 +138,8 @@ class ExperienceSampler(CountedBatches):
         self.prompts_used, self.rollouts, self._prepared = self.prompts_used + self.rollout, self.rollouts + 1, False
         self.empty_rollouts = 0 if kept else self.empty_rollouts + 1
         if self.empty_rollouts >= self.max_empty_rollouts:
-            raise InputError(
-                f"{self.empty_rollouts} rollouts of {self.rollout} prompts kept nothing to learn from "
-                f"(data.max_empty_rollouts): {self.learner.describe_rollouts()}"
-            )
+            told = f"{self.empty_rollouts} rollouts of {self.rollout} prompts kept nothing to learn from"
+            raise InputError(f"{told} (data.max_empty_rollouts): {self.learner.describe_rollouts()}")
 
     def _left(self) -> Any:
         """Return a copy of the rows from the cursor on; None if there are none."""
@@ -172,11 +170,9 @@ class ExperienceSampler(CountedBatches):
             self.learner.check_experience(self.rows.record)
             now, before = self.learner.rollout_settings(), state_dict["settings"]
             if changed := [name for name in now if before.get(name) != now[name]]:
-                raise InputError(
-                    f"the checkpoint has rows left of rollouts with other settings, to which the present ones do not "
-                    f"apply: {', '.join(f'{name}={now[name]} (was {before.get(name)})' for name in changed)}; "
-                    "resume with the earlier values, or start a new run"
-                )
+                told = "the checkpoint has rows left of rollouts with other settings, not the present ones"
+                values = ", ".join(f"{name}={now[name]} (was {before.get(name)})" for name in changed)
+                raise InputError(f"{told}: {values}; resume with the earlier values, or start a new run")
         self.learner.rollout_statistics = from_plain(state_dict["statistics"], RolloutStatistics)
         for name in ("prompts_used", "rollouts", "empty_rollouts"):
             setattr(self, name, state_dict[name])
@@ -280,7 +276,6 @@ def wrong_rows(record: SampledStates) -> str | None:
 
 def other_rows(kind: str, names: Iterable[str]) -> InputError:
     """Return the error for rows of a checkpoint, a record ``kind`` with fields ``names``, that do not fit the model."""
-    return InputError(
-        f"the checkpoint has rows left of its rollouts ({kind}: {', '.join(sorted(names))}), which "
-        "another method, loss, credit or trust_region made than the model's; resume with these, or start a new run"
-    )
+    told = f"the checkpoint has rows left of its rollouts ({kind}: {', '.join(sorted(names))})"
+    why = "which another method, loss, credit or trust_region made than the model's"
+    return InputError(f"{told}, {why}; resume with these, or start a new run")

@@ -120,14 +120,11 @@ class PromptLoaders(LightningDataModule):
         """Return batches of rollout rows or of prompts; every rank gets equally many rows."""
         shares, order = shares_of(self.trainer), PromptOrder(self.prompts, self.seed)
         if len(self.prompts) < shares["num_replicas"]:
-            raise InputError(
-                f"data.prompts has {len(self.prompts)} prompts for {shares['num_replicas']} ranks; use fewer devices "
-                "or more prompts"
-            )
+            told = f"data.prompts has {len(self.prompts)} prompts for {shares['num_replicas']} ranks"
+            raise InputError(f"{told}; use fewer devices or more prompts")
         if getattr(self.trainer, "overfit_batches", 0):
-            raise InputError(
-                "trainer.overfit_batches: rollouts give new batches; give data.prompts a short file instead"
-            )
+            told = "trainer.overfit_batches: rollouts give new batches"
+            raise InputError(f"{told}; give data.prompts a short file instead")
         learner = self.trainer.lightning_module if self.trainer else None
         settings: dict[str, Any] = {
             "batch_size": self.batch_size,

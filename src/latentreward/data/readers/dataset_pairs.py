@@ -112,7 +112,7 @@ class DatasetPairReader(RowReader):
                 self.check_inside(source, file)
             fill_from_list(self, file, columns, labels)
             return
-        table, name = open_table(self, source, split, revision, config), f"{source_name(source)} {split}"
+        table = open_table(self, source, split, revision, config)
         ((place, schema), *_) = table.schemas()
         own = OwnColumns(schema, columns or {}, place, self.sources)
         images, hint = [own.of[field] for field in own.images], "give bytes or paths in both columns of images"
@@ -129,7 +129,7 @@ class DatasetPairReader(RowReader):
         read = dict.fromkeys(column for field, column in own.of.items() if field not in own.embedded)
         rows = table.records(read, "give every file of the split the same columns")
         if own.embedded:
-            table.open_images([own.of[field] for field in sorted(own.embedded)], memory_map, name)
+            table.open_images([own.of[field] for field in sorted(own.embedded)], memory_map)
 
         def check_path(pair_id: str, field: str, path: Any) -> None:
             if (self.sources_in if field in SOURCES else self.images_in) is None:
@@ -142,7 +142,7 @@ class DatasetPairReader(RowReader):
         edited = edit_column(schema, own.of.values()) if self.sources == "ignore" else None
         if edited is not None:
             self.remarks[edit_remark(edited)] += len(self)
-        self.report(name, f"split: {name} has no rows left; check the files")
+        self.report(table.name, f"split: {table.name} has no rows left; check the files")
 
 
 class JSONLPairReader(RowReader):

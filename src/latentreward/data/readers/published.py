@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,6 @@ from latentreward.data.readers.tables import (
     damage_named,
     open_table,
     read_list,
-    source_name,
 )
 from latentreward.data.readers.tars import ImageArchives
 
@@ -50,6 +49,9 @@ PICKAPIC: Columns = {
 }
 GENAI: Columns = {"prompt": LONG, "left_model": TEXT, "right_model": TEXT, "vote_type": TEXT}
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
+WITHOUT_IMAGES = (
+    "this is the copy without images: take the copy with images, or set images to none for prompts and labels"
+)
 LOWEST, HIGHEST = 1, 5
 SKILLS = ("basic", "advanced")
 HPDV3 = {
@@ -64,50 +66,20 @@ HPDV3 = {
 }
 
 
-class PublishedTable(RowReader):
-    """Base of readers of published tables with images in bytes: a subclass names columns and maps a row to its pairs.
-
-    Args:
-        source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`.
-        split: Name of the split.
-        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
-        memory_map: Copy the images once into the cache of ``datasets``, which takes as much disk space as the download.
-            Without it, a row in random order costs its row group, of hundreds of rows in the published files.
-        options: See :class:`~latentreward.data.readers.rows.RowReader`.
-    """
-
-    exif = "ignore"
-    named: str  # name of the data set
-    prompt = "prompt"  # column
-    config: str | None = None  # subfolder of the files
-    columns: Columns  # without images
-    images: Sequence[str]
-    absent = HINT  # remedy if there are no images
-    facts_kept: ClassVar[Columns] = {}  # further columns of the reader's table
-
-    def __init__(
-        self, source: Source, split: str, *, revision: str | None = None, memory_map: bool = False, **options: Any
-    ) -> None:
-        super().__init__(self.named, split, **options)
-        table, name = open_table(self, source, split, revision, self.config), f"{source_name(source)} {split}"
-        self.look_at(table)
-        table.check_images(self.images, HINT, self.absent)
-        rows = table.records(self.columns, HINT)
-        if self.images:
-            table.open_images(self.images, memory_map, name)
-            self.images_in = table, self.images
-        parser = PairRowParser(self, self.pairs_of, columns={"prompt": self.prompt}, sources=None)
-        self.fill(rows, name, f"split: {name} has no rows left; check the files", parser, self.facts_kept)
-
-    def look_at(self, table: SplitTable) -> None:
-        """Set columns that depend on the table."""
-
-    def pairs_of(self, name: str, row: dict[str, Any]) -> list[Pair]:
-        """Return the pairs of a row."""
-        raise NotImplementedError
+def fill_from_table(
+    reader: RowReader, table: SplitTable, columns: Columns, images: Sequence[str], parser: PairRowParser, **kept: Any
+) -> None:
+    """Give a reader the pairs of a published table, and let it find its images there; ``kept`` are facts by type."""
+    memory_map = kept.pop("memory_map")
+    table.check_images(images, HINT)
+    rows = table.records(columns, HINT)
+    if images:
+        table.open_images(images, memory_map)
+        reader.images_in = table, images
+    reader.fill(rows, table.name, f"split: {table.name} has no rows left; check the files", parser, kept)
 
 
-class PickAPicReader(PublishedTable):
+class PickAPicReader(RowReader):
     """Reader of one split of Pick-a-Pic v1 or v2; image 0 is a, image 1 is b.
 
     The label is ``label_0`` (1, 0, or ½ for a tie). A row is unlabelled if ``has_label`` is not true, a label is null,
@@ -117,37 +89,43 @@ class PickAPicReader(PublishedTable):
     Args:
         source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`.
         split: Name of the split, e.g. ``train``, ``validation_unique`` or ``test_unique``.
+        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
         drop_identical: Leave out rows with two identical images (``are_different`` false, or equal uids); recommended
             for training.
         weight: Weight of a row in the loss. ``per_prompt`` is 1 / ``num_example_per_prompt`` (the number of rows with
             the row's prompt), so that each prompt counts once, as in the training of PickScore and LRM; 1 if this
             number is null or not positive. ``equal`` is 1 for every row.
+        memory_map: Copy the images once into the cache of ``datasets``, which takes as much disk space as the download.
+            Without it, a row in random order costs its row group, of hundreds of rows in the published files.
         images: ``read``, which training needs, reads the images. ``none`` does not, for score tables, for
             ``latentreward inspect``, and for the copy of the data set that is published without images.
-        options: See :class:`PublishedTable`.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
-    named, prompt, winner_first = "pickapic", "caption", False
-    columns = PICKAPIC
-    absent = "this is the copy without images: take the copy with images, or set images to none for prompts and labels"
-    facts_kept: ClassVar[Columns] = {"label_0": pa.float64()}
+    exif, winner_first = "ignore", False
 
     def __init__(
         self,
         source: Source,
         split: str,
         *,
+        revision: str | None = None,
         drop_identical: bool = False,
         weight: Literal["per_prompt", "equal"] = "per_prompt",
+        memory_map: bool = False,
         images: Literal["read", "none"] = "read",
         **options: Any,
     ) -> None:
+        super().__init__("pickapic", split, **options)
         self._drop, self._weigh = drop_identical, weight == "per_prompt"
         self.holds = "images" if images == "read" else "nothing"
-        self.images = ("jpg_0", "jpg_1") if images == "read" else ()
-        super().__init__(source, split, **options)
+        columns = ("jpg_0", "jpg_1") if images == "read" else ()
+        table = open_table(self, source, split, revision)
+        table.check_images(columns, HINT, WITHOUT_IMAGES)
+        parser = PairRowParser(self, self._pairs, columns={"prompt": "caption"}, sources=None)
+        fill_from_table(self, table, PICKAPIC, columns, parser, memory_map=memory_map, label_0=pa.float64())
 
-    def pairs_of(self, name: str, row: dict[str, Any]) -> list[Pair]:
+    def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
         uids = row["image_0_uid"], row["image_1_uid"]
         if self._drop and (row["are_different"] is False or (uids[0] is not None and uids[0] == uids[1])):
             self.skipped["identical images"] += 1
@@ -162,12 +140,12 @@ class PickAPicReader(PublishedTable):
         return [pair]
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        if self.images:
+        if self.holds == "images":
             return super().find_images(row)
         return [ImageRef(row["image_a"] or ""), ImageRef(row["image_b"] or "")]
 
 
-class GenAIBenchReader(PublishedTable):
+class GenAIBenchReader(RowReader):
     """Reader of TIGER-Lab's GenAI-Bench, votes on pairs of generated images; the left image is a, the right one b.
 
     Both bad is a tie (½), as ``tievote`` is; :meth:`facts` returns the votes themselves. A row is unlabelled if its
@@ -177,25 +155,26 @@ class GenAIBenchReader(PublishedTable):
         source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`; the
             files may lie in ``image_generation/``.
         split: ``test`` or ``test_v1``.
-        options: See :class:`PublishedTable`.
+        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
-    named, config, winner_first = "genai_bench_tiger", "image_generation", False
-    columns = GENAI
-    images = ("left_image", "right_image")
-    facts_kept: ClassVar[Columns] = {"vote": TEXT}
+    exif, winner_first = "ignore", False
 
-    def __init__(self, source: Source, split: str = "test", **options: Any) -> None:
-        super().__init__(source, split, **options)
+    def __init__(self, source: Source, split: str = "test", *, revision: str | None = None, **options: Any) -> None:
+        super().__init__("genai_bench_tiger", split, **options)
+        table = open_table(self, source, split, revision, "image_generation")
+        parser = PairRowParser(self, self._pairs, sources=None)
+        fill_from_table(self, table, GENAI, ("left_image", "right_image"), parser, memory_map=False, vote=TEXT)
 
-    def pairs_of(self, name: str, row: dict[str, Any]) -> list[Pair]:
+    def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
         if (vote := row["vote_type"]) not in VOTES:
             self.remark(name, f"unlabelled (vote_type is none of {', '.join(VOTES)})")
         models = {"model_a": row["left_model"], "model_b": row["right_model"]}
         return [{**models, "label": VOTES.get(vote), "vote": vote}]
 
 
-class GenAIBenchCMUReader(PublishedTable):
+class GenAIBenchCMUReader(RowReader):
     """Reader of CMU's GenAI-Bench: pairs of images of several models for a prompt, compared by mean human rating.
 
     A row with n models (six as published) gives n (n − 1) / 2 pairs, in the order of the models' names, with the row's
@@ -206,23 +185,33 @@ class GenAIBenchCMUReader(PublishedTable):
     Args:
         source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`.
         split: Name of the split; only ``train`` is published, although the data set is a benchmark.
-        options: See :class:`PublishedTable`.
+        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
+        memory_map: Copy the images once into the cache of ``datasets``, see :class:`PickAPicReader`.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
-    named, prompt = "genai_bench_cmu", "Prompt"
-    facts_kept: ClassVar[Columns] = {"tags": pa.list_(TEXT)}
+    exif = "ignore"
 
-    def __init__(self, source: Source, split: str = "train", **options: Any) -> None:
-        super().__init__(source, split, **options)
-
-    def look_at(self, table: SplitTable) -> None:
+    def __init__(
+        self,
+        source: Source,
+        split: str = "train",
+        *,
+        revision: str | None = None,
+        memory_map: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__("genai_bench_cmu", split, **options)
+        table = open_table(self, source, split, revision)
         (place, schema), *_ = table.schemas()
         kind = schema.field("HumanRatings").type if "HumanRatings" in schema.names else pa.null()
         if not pa.types.is_struct(kind):
             raise InputError(f"{place}: no column HumanRatings of each model's ratings; {HINT}")
-        self.images = sorted(field.name for field in kind)
-        tags: Columns = {"Tags": None} if "Tags" in schema.names else {}
-        self.columns = {"Index": TEXT, "Prompt": LONG, "HumanRatings": None, **tags}
+        self.models = sorted(field.name for field in kind)
+        columns = {"Index": TEXT, "Prompt": LONG, "HumanRatings": None}
+        columns |= {"Tags": None} if "Tags" in schema.names else {}
+        parser = PairRowParser(self, self._pairs, columns={"prompt": "Prompt"}, sources=None)
+        fill_from_table(self, table, columns, self.models, parser, memory_map=memory_map, tags=pa.list_(TEXT))
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         table, _ = self.images_in  # type: ignore[misc]
@@ -230,12 +219,12 @@ class GenAIBenchCMUReader(PublishedTable):
             return [ImageRef("")] * 2
         return self.embedded_images(table.read(row["row"], [row["model_a"], row["model_b"]]))
 
-    def pairs_of(self, name: str, row: dict[str, Any]) -> list[Pair]:
+    def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
         # An advanced skill makes the prompt advanced.
         basic, advanced = ([skill for skill in (row.get("Tags") or {}).get(kind) or () if skill] for kind in SKILLS)
         tags = [SKILLS[bool(advanced)], *basic, *advanced] if basic or advanced else []
         ratings, ranks = row["HumanRatings"] or {}, list[float | None]()
-        for model in self.images:
+        for model in self.models:
             given = [parse_number(rating) for rating in ratings.get(model) or () if rating is not None]
             if not all(number is not None and LOWEST <= number <= HIGHEST for number in given):
                 told = f"ratings of {model} are {short(ratings[model])}, not numbers from {LOWEST} to {HIGHEST}"
@@ -243,7 +232,7 @@ class GenAIBenchCMUReader(PublishedTable):
             ranks.append(-sum(given) / len(given) if given else None)  # type: ignore[arg-type]
         if missing := ranks.count(None):
             self.remarks["image without ratings"] += missing
-        models = [{"model": model} for model in self.images]
+        models = [{"model": model} for model in self.models]
         return ranked_pairs(name, [None] * len(models), ranks, models, group=name, group_id=row["Index"], tags=tags)
 
 

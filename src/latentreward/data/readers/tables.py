@@ -311,6 +311,8 @@ class RowGroupColumns:
 class SplitTable:
     """Rows of one split in parquet files, in the order of their numbers; images are read row by row."""
 
+    name = ""  # of source and split, for messages
+
     def __init__(self, parts: Sequence[ParquetPart]) -> None:
         self.parts = list(parts)
         self._copy: SplitTable | None = None
@@ -335,11 +337,11 @@ class SplitTable:
         for part, count in zip(self.parts, counts, strict=True):
             yield from (f"{part.name}:{row}" for row in range(count))
 
-    def open_images(self, columns: Sequence[str], memory_map: bool = False, name: str = "") -> None:
+    def open_images(self, columns: Sequence[str], memory_map: bool = False) -> None:
         """Prepare :meth:`read` for columns of images; to be called after :meth:`read_index`.
 
         With ``memory_map``, they are copied once into the cache of ``datasets``, so that a row costs only this row.
-        Otherwise large row groups, whose bytes are decoded beside a row, are warned of under a ``name``.
+        Otherwise large row groups, whose bytes are decoded beside a row, are warned of.
         """
         self._groups, self._copy = RowGroupColumns(self.parts, columns), None
         if memory_map:
@@ -351,12 +353,12 @@ class SplitTable:
             self._copy.open_images(columns)
             return
         largest = 0
-        for part in self.parts if name else ():
+        for part in self.parts:
             with open_part(part) as file, damage_named(part):
                 largest = max([largest, *(row_group_bytes(file, n, columns) for n in range(file.num_row_groups))])
         if largest > LARGE_ROW_GROUP:
             text = "%s: a random row costs its row group, %d MiB; set memory_map to true to copy the images once"
-            logger.warning(text, name, largest >> 20)
+            logger.warning(text, self.name, largest >> 20)
 
     def read(self, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Return the values of ``columns`` (by default all of :meth:`open_images`) in a row."""
@@ -412,7 +414,7 @@ class _DatasetTable(SplitTable):
     def row_names(self) -> Iterator[str]:
         return (f"{self._split}:{row}" for row in range(len(self._rows)))
 
-    def open_images(self, columns: Sequence[str], memory_map: bool = False, name: str = "") -> None:
+    def open_images(self, columns: Sequence[str], memory_map: bool = False) -> None:
         self._images = self._rows.select_columns(list(columns))
 
     def read(self, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -425,6 +427,12 @@ def open_table(
 ) -> SplitTable:
     """Find the table of a split: a ``Dataset``, a ``DatasetDict`` with it, a folder of ``save_to_disk``, or parquet."""
     set_folder(reader, source)
+    table = _find_table(reader, source, split, revision, config)
+    table.name = f"{source_name(source)} {split}"
+    return table
+
+
+def _find_table(reader: RowReader, source: Source, split: str, revision: str | None, config: str | None) -> SplitTable:
     if not isinstance(source, str | os.PathLike):
         return _DatasetTable(_choose_split(source, split), split, f"source ({type(source).__name__})")
     place = next((place for place in (Path(source), Path(source, split)) if (place / SAVED).is_file()), None)
