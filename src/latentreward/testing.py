@@ -118,6 +118,8 @@ def check_reader(reader: PairReader, rows: int = 20) -> None:
     ):
         if len(column) != len(reader) or list(column[: len(found)]) != wanted:
             raise InputError(f"{type(reader).__name__}: {name} are not those of the rows")
+    if len({*reader.pair_ids()}) < len(reader):
+        raise InputError(f"{type(reader).__name__}: several rows have one pair_id, which seeds their random numbers")
 
 
 def check_scorer(scorer: ImageScorer) -> None:

@@ -44,7 +44,7 @@ class ImageRewardDBBenchmark(Benchmark):
     """A split of ImageRewardDB, evaluated by ``imagereward/micro`` and ``imagereward/macro``.
 
     Args:
-        root: Folder with ``images/{split}/{split}_{i}.zip``, or a hub id.
+        root: Folder with ``images/{split}/{split}_{i}.zip``.
         split: ``test`` or ``validation``.
         parts: Numbers of the zip files to read; all by default.
         on_error: See :class:`Benchmark`.
@@ -66,7 +66,7 @@ class HPDv2Benchmark(Benchmark):
     ``style``.
 
     Args:
-        root: Folder with ``test.json`` and ``test/``, or a hub id.
+        root: Folder with ``test.json`` and ``test/``.
         on_error: See :class:`Benchmark`.
     """
 
@@ -179,7 +179,7 @@ class GenAIBenchCMUBenchmark(Benchmark):
     """GenAI-Bench of CMU, 1,600 prompts of six rated images: ``genai_bench_cmu``.
 
     Args:
-        root: Folder that holds ``train-*.parquet``, directly or in ``data/``, or ``GenAI-Bench.parquet``; or a hub id.
+        root: Folder that holds ``train-*.parquet``, directly or in ``data/``; or a hub id.
         on_error: See :class:`Benchmark`.
     """
 
