@@ -27,14 +27,12 @@ from scoring import random_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from latentreward.reward.remote.latents import LatentRow, RemoteLatents, describe
-
 from latentreward.apps.serving.app import serve
 from latentreward.apps.serving.service import ScoringService
 from latentreward.apps.serving.settings import ServiceSettings, bind
 from latentreward.core.contracts import Conditioning
 from latentreward.reward import RemoteServer, ServedImages, ServedLatents
-from latentreward.reward.remote.client import Connection, RemoteImages
+from latentreward.reward.remote.client import Connection, LatentRow, RemoteImages, RemoteLatents, describe
 from tests.apps.serving.processes import server_process
 
 BUSY = "busy_seconds"
@@ -47,9 +45,9 @@ Step = Callable[[int], Any]
 def run_server(size: str, batch_size: int) -> None:
     """Serve a random model that counts the seconds in which it scores; runs in the server's process."""
     settings = ServiceSettings(batch_size=batch_size, timeout=600.0)
-    service = ScoringService({"reward": (random_model(size), settings)}, settings)
+    service = ScoringService({"reward": random_model(size)}, settings)
     batcher = service.default.batcher
-    busy = Counter(BUSY, "Seconds in which the model scores.", registry=service.metrics.registry)
+    busy = Counter(BUSY, "Seconds in which the model scores.", registry=service.registry)
     score = batcher._score
 
     def timed(rows: Sequence[Any]) -> Sequence[Any]:
