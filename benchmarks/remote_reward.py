@@ -32,7 +32,8 @@ from latentreward.apps.serving.service import ScoringService
 from latentreward.apps.serving.settings import ServiceSettings, bind
 from latentreward.core.contracts import Conditioning
 from latentreward.reward import RemoteServer, ServedImages, ServedLatents
-from latentreward.reward.remote.client import Connection, LatentRow, RemoteImages, RemoteLatents, describe
+from latentreward.reward.remote.client import Connection, RemoteImages, RemoteLatents
+from latentreward.reward.remote.schemas import ServedReward
 from tests.apps.serving.processes import server_process
 
 BUSY = "busy_seconds"
@@ -71,9 +72,9 @@ def latents_step(server: RemoteServer, size: str, rows: int, batch_size: int) ->
     """Return a step of latents with embeddings of prompts, like those of a policy."""
     backbone = random_model(size).backbone
     side = backbone.native_size[0] // backbone.latent_space.downscale
-    model = describe(Connection(server), ServedLatents())
-    remote = RemoteLatents(server, ServedLatents(), batch_size, model)
-    widths = model.prompt_embeds_width, model.pooled_prompt_embeds_width
+    told = Connection(server).ask("GET", "/v1/model")
+    remote = RemoteLatents(server, ServedLatents(), batch_size, ServedReward(**told))
+    widths = told["prompt_embeds_width"], told["pooled_prompt_embeds_width"]
 
     def step(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -81,7 +82,7 @@ def latents_step(server: RemoteServer, size: str, rows: int, batch_size: int) ->
         prompt = Conditioning(
             torch.randn(1, TOKENS, widths[0], generator=generator), torch.randn(1, widths[1], generator=generator)
         )
-        remote.begin([LatentRow(one, prompt, 0.4, 0) for one in latents], ["a cat"] * rows)()
+        remote.begin([(one, prompt, 0.4, 0) for one in latents], ["a cat"] * rows)()
 
     return step
 

@@ -48,11 +48,6 @@ def test_unirls_client_gets_the_mean_of_the_rewards_it_names(address: str, servi
     assert client.rewards(PROMPTS, images) != found  # JPEG, as the client sends by default
 
 
-def test_health_names_the_scores_of_each_reward(address: str) -> None:
-    reply = httpx.get(f"{address}/health").json()
-    assert reply == {"status": "ok", "rewards": {"taste": ["score"], "lrm-1.5": ["score"]}}
-
-
 def test_samples_may_want_different_rewards_and_have_several_turns(address: str, service: ScoringService) -> None:
     images = pictures(2)
     sent = UniRLClient(address, {"taste": 1.0}).payload(PROMPTS[:2], images, "png")
@@ -105,25 +100,17 @@ def computed(**change: Any) -> dict[str, Any]:
     [
         ("score", sample(required_rewards=["unknown"]), 400, "no reward 'unknown'"),
         ("score", sample(required_rewards=[]), 400, "requests.0.required_rewards"),
-        ("score", sample(required_rewards="taste"), 400, "requests.0.required_rewards"),
         ("score", sample(history=[]), 400, "requests.0.history"),
         ("score", sample(history=[{"text": "a"}]), 422, "image '0'"),
         ("score", sample(history=[{"image_b64": "aa"}]), 400, "requests.0.history.0.text"),
         ("score", sample(history=[{"text": "a", "image_b64": "%"}]), 400, "image 0"),
-        ("score", sample(history=[BROKEN]), 422, "image '0'"),
         ("score", sample(history=[{"text": "a", "video_path": "/etc/passwd"}]), 400, "video_path"),
-        ("score", sample(history=[{"text": "a", "image_ipc": "x"}]), 400, "image_ipc"),
         ("score", sample(history=[BROKEN | {"text": "a" * 10_001}]), 422, "prompt 0"),
         ("score", sample(scorer_version="3"), 400, "scorer_version"),
-        ("score", sample(source_rank="0"), 400, "source_rank"),
-        ("score", sample(metadata=[]), 400, "metadata"),
         ("score", sample() | {"protocol_version": "2"}, 400, "protocol_version"),
-        ("score", sample() | {"grad_mode": True}, 400, "grad_mode"),
         ("score", {"requests": [GOOD] * 9}, 413, "samples 9"),
-        ("score", {}, 400, "requests"),
         ("score", [], 400, "the body"),
         ("compute", computed(prompt=["a", "b"]), 422, "2 prompts"),
-        ("compute", computed(prompt="a"), 400, "prompt"),
         ("compute", computed(image=None), 422, "image"),
         ("compute", computed(image=["%"]), 400, "image 0"),
         ("compute", computed(video=[["aaaa"]]), 400, "video"),
@@ -203,12 +190,6 @@ def test_metrics_name_the_reward(address: str, service: ScoringService) -> None:
     assert 'latentreward_batch_rows_sum{reward="lrm-1.5"}' in text
     assert 'latentreward_queue_rows{reward="taste"} 0.0' in text
     assert 'latentreward_requests_total{path="/v1/score",status="200"}' in text and "/rewards/" not in text
-
-
-def test_rewards_of_one_device_take_turns_on_it() -> None:
-    service = two()
-    first, second = (model.batcher.device for model in service.models.values())
-    assert first is second
 
 
 def test_the_description_names_every_route(address: str) -> None:

@@ -19,11 +19,10 @@ from latentreward.core.storage.digests import digest
 from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedLatents
 from latentreward.reward.remote.client import (
     Connection,
-    LatentRow,
     PendingScores,
     RemoteImages,
     RemoteLatents,
-    describe,
+    described,
     raise_together,
 )
 from latentreward.reward.remote.schemas import ServedReward
@@ -80,7 +79,8 @@ class HTTPReward(RewardSource):
 
     def served(self) -> ServedReward | None:
         """Ask ``latentreward serve`` what its reward of latents takes; None for pictures, of which it tells itself."""
-        return describe(Connection(self.server), self.schema) if self.uses_sigmas else None
+        connection = Connection(self.server)
+        return connection.result(connection.start(described, connection, self.schema)) if self.uses_sigmas else None
 
     def latent_space(self) -> LatentSpace | None:
         """Ask the server for the latent space of its model; None for pictures, which the policy's own VAE decodes."""
@@ -196,8 +196,5 @@ class RemoteLatentReward(RemoteReward):
             raise InputError("a reward on a server needs the policy's prediction of the clean latents, and got none")
         texts, prompts = ([column[row] for row in rows.tolist()] for column in encoded)
         given = [*zip(clean.detach().to("cpu", torch.float32).contiguous(), prompts, map(seed_of, texts), strict=True)]
-        sent = [
-            [LatentRow(state, prompt, float(sigma), seed) for state, prompt, seed in given]
-            for sigma in sigmas or (self.sigma,)
-        ]
-        return [self.latents.begin(level, texts) for level in sent]
+        levels = [float(sigma) for sigma in sigmas or (self.sigma,)]
+        return [self.latents.begin([(x, prompt, level, seed) for x, prompt, seed in given], texts) for level in levels]

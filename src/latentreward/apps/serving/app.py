@@ -87,9 +87,7 @@ def reward_routes(service: ScoringService) -> APIRouter:
             images = await asyncio.to_thread(bodies.images_of_json, body)
             bodies.check_limit("images: rows", len(images), model.accepted.max_rows)
             columns = model.columns(await model.score_images(request, images, take))
-        z_scores, quantiles = model.standing(columns["scores"])
-        told = {"z_scores": z_scores, "quantiles": quantiles, "noise": str(model.reward.noise)}
-        return JSONResponse({**columns, **told, "model": model.reward.identity})
+        return JSONResponse({**columns, "noise": str(model.reward.noise), "model": model.reward.identity})
 
     return router
 

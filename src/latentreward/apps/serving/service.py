@@ -111,13 +111,6 @@ class ServedModel:
         names = ("scores", *self.reward.axes)
         return {name: [*column] for name, column in zip(names, zip(*scores, strict=True), strict=True)}
 
-    def standing(self, scores: Sequence[float]) -> tuple[list[float] | None, list[float] | None]:
-        """Return z-scores and quantiles; None of a model without a calibration at its own noise."""
-        calibration, raw = self.reward.calibration, torch.tensor(scores)
-        if calibration is None or calibration.noise != self.reward.noise:
-            return None, None
-        return calibration.z_score(raw).tolist(), calibration.quantile(raw).tolist()
-
     def describe(self) -> dict[str, Any]:
         """Describe the model and the server's limits, as :class:`ServedReward` and more, as values for JSON."""
         accepted, backbone, limits = self.accepted, self.reward.backbone, self.settings
@@ -135,7 +128,6 @@ class ServedModel:
             "sources": [*accepted.sources],
             "noise": str(self.reward.noise),
             "u": backbone.noise_process.sigma(timesteps_of(self.reward.noise, backbone.noise_process)).tolist(),
-            "calibrated": self.standing([0.0]) != (None, None),
             **{name: getattr(limits, name) for name in ("fresh_noise", "batch_size", "queue", "timeout")},
             "max_body_bytes": limits.max_body,
             "max_latent_pixels": accepted.max_pixels,

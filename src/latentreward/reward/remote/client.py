@@ -343,18 +343,12 @@ class RemoteImages(RemoteScores[tuple[str, "Image.Image"]]):
         return [*self.schema.scores(reply, request)], self.schema.model(reply)
 
 
-@dataclass(frozen=True, eq=False)
-class LatentRow:
-    """Clean latents with an encoded prompt, all float32 on the CPU."""
-
-    latents: Tensor  # ``(C, ...)``, scaled
-    prompt: Conditioning  # encoded prompt, one row
-    sigma: float  # noise level in [0, 1]
-    seed: int  # seed of the noise
+LatentRow = tuple[Tensor, Conditioning, float, int]
+"""Clean latents ``(C, ...)``, scaled, encoded prompt of one row, noise level in [0, 1], seed; tensors are float32."""
 
 
 class RemoteLatents(RemoteScores[LatentRow]):
-    """Scores of clean latents from ``latentreward serve``, which :func:`describe` describes as ``reward``."""
+    """Scores of clean latents from ``latentreward serve``, which :func:`described` describes as ``reward``."""
 
     def __init__(self, server: RemoteServer, schema: Schema, batch_size: int, reward: ServedReward | None) -> None:
         super().__init__(server, schema, batch_size)
@@ -363,8 +357,8 @@ class RemoteLatents(RemoteScores[LatentRow]):
     def begin(self, rows: Sequence[LatentRow], texts: Sequence[str]) -> PendingScores:
         """Ask for the scores of N rows with latents of one shape, whose prompts are ``texts``; see ``begin_rows``."""
         keys = [
-            digest([f"{identity_of(text)}\n{row.sigma} {row.seed} {tuple(row.latents.shape)}\n", row.latents.numpy()])
-            for row, text in zip(rows, texts, strict=True)
+            digest([f"{identity_of(text)}\n{sigma} {seed} {tuple(latents.shape)}\n", latents.numpy()])
+            for (latents, _, sigma, seed), text in zip(rows, texts, strict=True)
         ]
         return self.begin_rows(rows, keys)
 
@@ -375,23 +369,18 @@ class RemoteLatents(RemoteScores[LatentRow]):
         return reply["raw_scores"], (await described(self.connection, self.schema)).model
 
     def _body(self, rows: Sequence[LatentRow]) -> bytes:
-        prompts, takes = Conditioning.join([row.prompt for row in rows]).trimmed(), self.reward
+        latents, prompts, sigmas, seeds = zip(*rows, strict=True)
+        joined, takes = Conditioning.join([*prompts]).trimmed(), self.reward
         tensors = {
-            "latents": torch.stack([row.latents for row in rows]),
-            "prompt_embeds": prompts.prompt_embeds,
-            "u": torch.tensor([row.sigma for row in rows]),
-            "seeds": torch.tensor([row.seed for row in rows]),
-            "pooled_prompt_embeds": prompts.pooled_prompt_embeds if takes.pooled_prompt_embeds_width else None,
-            "prompt_mask": prompts.prompt_mask if takes.prompt_mask or takes.pools_tokens else None,
-            **{f"source_{place}": latents for place, latents in enumerate(prompts.source_latents)},
+            "latents": torch.stack(latents),
+            "prompt_embeds": joined.prompt_embeds,
+            "u": torch.tensor(sigmas),
+            "seeds": torch.tensor(seeds),
+            "pooled_prompt_embeds": joined.pooled_prompt_embeds if takes.pooled_prompt_embeds_width else None,
+            "prompt_mask": joined.prompt_mask if takes.prompt_mask or takes.pools_tokens else None,
+            **{f"source_{place}": latents for place, latents in enumerate(joined.source_latents)},
         }
         return save({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None})
-
-
-def describe(connection: Connection, schema: Schema) -> ServedReward:
-    """Ask for a description and wait; see :func:`described`."""
-    served: ServedReward = connection.result(connection.start(described, connection, schema))
-    return served
 
 
 async def described(connection: Connection, schema: Schema) -> ServedReward:

@@ -235,8 +235,8 @@ class UniRL(ImageSchema):
 
     def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
         """See :meth:`ImageSchema.scores`; an error of a single request is one of all."""
-        if any(reply.get("errors") or ()) or reply.get("protocol_version", "1") != "1":
-            raise InputError("an image could not be scored, or the service speaks another version")
+        if (failed := [*filter(None, reply.get("errors") or ())]) or reply.get("protocol_version", "1") != "1":
+            raise InputError(f"an image could not be scored: {failed or 'the service speaks another version'}")
         marks = [one.get("request_id") for one in reply.get("identities") or request["requests"]]
         if marks != [one["request_id"] for one in request["requests"]]:
             raise InputError("identities are not those of the request, in its order")
