@@ -468,7 +468,7 @@ KINDS = [
             schema.request(PROMPTS, ["", ""]),
             schema.scores({}, {}),
         ),
-        [("path", DROPPED), ("request", ["a"]), ("scores", 1.0)],
+        [("path", DROPPED)],
         also={"path": "/score"},
     ),
 ]
