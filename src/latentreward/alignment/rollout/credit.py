@@ -16,7 +16,7 @@ class Credit(Part):
     """Rule that turns the rewards of a trajectory's states into one reward for each step."""
 
     @abstractmethod
-    @returns(tensor(lambda rule, rewards: rewards[:, 1:].shape), each=True, keeps=True)
+    @returns(tensor(lambda rule, rewards: rewards[:, 1:].shape), each=True)
     def __call__(self, rewards: Tensor) -> Tensor:
         """Compute the steps' rewards ``(N, S)``, float64.
 
@@ -24,7 +24,7 @@ class Credit(Part):
             rewards: ``(N, S + 1)``: reward r_k of the state before each of S steps, and of the state after the last.
         """
 
-    @returns(tensor(lambda rule, rewards, steps: (len(rewards), len(steps))), each=True, keeps=True)
+    @returns(tensor(lambda rule, rewards, steps: (len(rewards), len(steps))), each=True)
     def of_steps(self, rewards: Tensor, steps: Sequence[int]) -> Tensor:
         """Compute the rewards ``(N, len(steps))`` of the steps that are trained on, of all S steps."""
         return self(rewards)[:, list(steps)]

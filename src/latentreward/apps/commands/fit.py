@@ -36,7 +36,7 @@ from latentreward.apps.commands.fit_folder import FOLDER
 from latentreward.apps.estimate.estimate import Card
 from latentreward.callbacks.resumed_settings import Override, log_folder, run_kind
 from latentreward.core.checkpoints import files as checkpoint_files
-from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, newest_first, read_sharded
+from latentreward.core.checkpoints.shards import check_weights, damaged, newest_first, read_sharded
 from latentreward.core.errors import InputError, errors_at, where
 from latentreward.core.interrupts import TERMINATED
 from latentreward.core.peak_rates import PEAKS, Limits, find_limits
@@ -46,7 +46,6 @@ from latentreward.core.settings.errors import check_ranges, summarise
 from latentreward.core.settings.functions import constructor_errors
 from latentreward.core.settings.rewriting import rewrite_arguments
 from latentreward.core.storage.durable import lock_run, write_file
-from latentreward.core.storage.weight_files import sharing_between
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
@@ -288,9 +287,8 @@ class TrainingCLI(LightningCLI):
             fit_folder.check_folder(settings["trainer"])
         if local not in (None, "last", "hpc"):
             check_checkpoint(local, given, values=False, resumes=self.command == "fit")
-            self.held.enter_context(checking_values(Path(local)))  # while the networks are built
         check_callbacks(settings["trainer"])
-        with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
+        with constructor_errors():
             super().instantiate_classes()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = checkpoint_files.DurableCheckpointIO()
@@ -406,16 +404,6 @@ class TrainingCLI(LightningCLI):
     after_test = after_validate
 
 
-def ranks_per_machine(trainer: Namespace) -> int:
-    """Return the number of processes that a trainer's settings start on each machine."""
-    devices = trainer.get("devices")
-    if isinstance(devices, str) and devices.lstrip("-").isdigit():
-        devices = int(devices)
-    if isinstance(devices, int) and devices >= 0:
-        return devices
-    if isinstance(devices, list | str) and devices != "auto":
-        return len([one for one in devices.split(",") if one.strip()] if isinstance(devices, str) else devices)
-    return 1 if trainer.get("accelerator") == "cpu" else torch.cuda.device_count()  # "auto" and -1
 
 
 def check_callbacks(trainer: Namespace) -> None:

@@ -107,7 +107,6 @@ class DiffusionBackbone(nn.Module, Part):
             JSON.
     """
 
-    counts = "max_side", "max_prompt", "side_multiple"
     source: str = ""
     network_name: str = ""
     takes_aspects: bool = False

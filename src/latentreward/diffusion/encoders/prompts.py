@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentreward.core.contracts import Conditioning, like_prompt, sources_of
 from latentreward.core.errors import InputError
-from latentreward.core.promises import VALUES, Part, keep_promise, returns, shown, wrong_tensor
-from latentreward.core.registry import of_this_package
+from latentreward.core.promises import Part, keep_promise, returns, shown, wrong_tensor
 from latentreward.core.running import phase
 
 if TYPE_CHECKING:
@@ -116,9 +115,9 @@ class PromptEncoder(nn.Module, Part):
         trains = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             encoded = self.encode_ids(*ids)
-        if not self._settled:  # those of users are compared in every call
-            keep_promise(self, "encode_ids", lambda: self.wrong_conditioning(encoded, prompts))
-            self._settled = of_this_package(type(self).__module__)
+        if not self._settled:
+            keep_promise(self, "encode_ids", self.wrong_conditioning, encoded, prompts)
+            self._settled = True
         return encoded
 
     def wrong_conditioning(self, encoded: Conditioning, prompts: Sequence[str]) -> str | None:
@@ -144,8 +143,8 @@ class PromptEncoder(nn.Module, Part):
         if mask is None:
             return None
         problem = wrong_tensor(mask, tokens.shape[:2], "bool")
-        if problem or not VALUES.get():
-            return problem and f"prompt_mask {problem}"
+        if problem:
+            return f"prompt_mask {problem}"
         counts = mask.sum(dim=1)
         if mask.shape[1] > self.num_tokens or not (mask.cummin(dim=1).values == mask).all() or not counts.all():
             return f"prompt_mask with {counts.tolist()} tokens; it must be 1 to {self.num_tokens} that come first"
