@@ -32,7 +32,6 @@ PICTURES = "pictures"
 """Name of the task of the processes."""
 SEARCHES: dict[str, tuple[Callable[..., Tensor], str]] = {
     "step_search": (generation.search_latents, "candidates"),
-    "population_search": (generation.search_population, "population"),
     "reward_guidance": (sample_guided, "guidance"),
 }
 """Option of a search with a reward → its function, and the function's parameter for the settings."""
@@ -50,7 +49,6 @@ def generate(
     images_per_prompt: int = 1,
     best_of: int = 1,
     step_search: generation.Candidates | None = None,
-    population_search: generation.Population | None = None,
     reward_guidance: RewardGuidance | None = None,
     score_sigmas: Sequence[float] = (0.2,),
     seed: int = 0,
@@ -83,8 +81,6 @@ def generate(
         best_of: Number of samples per picture; the sample with the highest score is written.
         step_search: Number of candidates at each sampling step and the steps to search at; the candidate with the
             highest score is kept.
-        population_search: Starts near one, of which a latent reward keeps the better ones after some steps, and in the
-            end one. ``batch_size`` times ``size`` states are sampled at once.
         reward_guidance: Move each step of a window along the gradient of a latent reward. Needs noise, as step search.
         score_sigmas: Noise levels in [0, 1] at which a latent reward scores finished pictures; several levels make an
             ensemble. Pixel rewards ignore this setting.
@@ -102,7 +98,7 @@ def generate(
     family = (source := trained.source()).resolve_family()
     guidance_scale = family.guidance(guidance_scale)
     sampling.require_own_noise(family)
-    searches = dict(zip(SEARCHES, (step_search, population_search, reward_guidance), strict=True))
+    searches = dict(zip(SEARCHES, (step_search, reward_guidance), strict=True))
     made_by = {"reward": reward, "sampling": sampling, "guidance_scale": guidance_scale, "best_of": best_of, **searches}
     settings = trained.identity() | plain({**made_by, "score_sigmas": list(score_sigmas), "seed": seed})
     named = [name for name, value in searches.items() if value is not None]
@@ -111,9 +107,6 @@ def generate(
         reward.require_latents_of(source)
         if step_search is not None:
             step_search.branching().steps(sampling.sampler(family))
-        if population_search is not None:
-            population_search.check(sampling)
-            reward.require_step_scores("population_search")
         if reward_guidance is not None:
             reward_guidance.check(sampling.sampler(family))
             reward.require_guidance()
