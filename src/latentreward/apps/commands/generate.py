@@ -53,7 +53,6 @@ def generate(
     score_sigmas: Sequence[float] = (0.2,),
     seed: int = 0,
     batch_size: int = 8,
-    max_prompt_chars: int = 10_000,
     table: Literal["csv", "jsonl"] = "csv",
     device: str = "auto",
     workers: int = 1,
@@ -86,7 +85,6 @@ def generate(
             ensemble. Pixel rewards ignore this setting.
         seed: Seed of all random numbers.
         batch_size: Pictures sampled at once.
-        max_prompt_chars: Most characters of a prompt; longer ones are refused. Text encoders read a few hundred.
         table: Format of the table.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one.
         workers: Processes that sample: on this machine, or on the Ray cluster of RAY_ADDRESS. More than 1 need the
@@ -141,7 +139,7 @@ def generate(
             with_noise=not named and sampling.follows_flow(family, guidance_scale),
         )
 
-    texts = [row.prompt for row in read_prompt_rows(prompts, "prompts", max_prompt_chars)]
+    texts = [row.prompt for row in read_prompt_rows(prompts, "prompts")]
     family.check_prompts(texts, "prompts")
     with SharedWork(command, workers, device, gpus_per_worker) as work:
         work.join(

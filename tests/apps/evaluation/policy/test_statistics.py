@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentreward.apps.evaluation.policy.statistics import ScoredPictures, compare, headline, in_common, policy_scores
+from latentreward.apps.evaluation.policy.statistics import ScoredPictures, compare, headline, policy_scores
 from latentreward.core.bootstrap import wilson_ends
 from latentreward.core.reports.tables import Row
 from latentreward.reward.scorers.tools import JudgedPicture
@@ -120,13 +120,3 @@ def test_parts_of_a_group_are_successive_prompts() -> None:
     assert group["parts_sd"] == pytest.approx(
         np.std([values[start : start + 80].mean() for start in range(0, 800, 80)])
     )
-
-
-def test_only_what_all_policies_have_is_compared() -> None:
-    values = np.arange(6.0).reshape(3, 2)
-    first, second = scored(values), scored(values + 1, policy="b")
-    short = ScoredPictures("b", second.pictures[1:][::-1], {"score": second.scores["score"][1:][::-1]})
-    paired = in_common([first, short])
-    assert [(one.place, one.image) for one in paired[0].pictures] == [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
-    assert [(one.place, one.image) for one in paired[1].pictures] == [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
-    assert (paired[1].scores["score"] - paired[0].scores["score"]).tolist() == [1.0] * 5

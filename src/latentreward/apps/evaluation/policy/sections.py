@@ -1,7 +1,7 @@
 """Sections of a report on one or two policies, as tables of text, and cards of their pictures for the HTML page."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,6 @@ INTRODUCTION = (
     "Pictures of two policies are compared in pairs with the same prompt and number. The win rate is the share of "
     "pairs in which the first policy scores higher; a tie counts one half, so 50 % means no difference."
 )
-STATES = (
-    "Correlation within prompts of the reward's scores after some steps with its scores of the finished samples, with "
-    "95 % intervals by resampling prompts: ρ of pruned rollouts (pruning.after_steps)."
-)
 COMPARED = ("difference", "win rate %", "wins / ties / losses")
 
 
@@ -34,8 +30,6 @@ def sections(report: PolicyReport) -> list[Section]:
     found = [
         Section("Scores", "", [score_table(report)]),
         Section("By group of prompts", "", list(group_tables(report))),
-        Section("Scores of noisy states", STATES, [states_table(report)] if report.states else []),
-        Section("Published numbers of this protocol", "", [published_table(report)] if report.published else []),
         Section("What was compared", "", [Table(("kind", "name", "what it is"), tuple(what))]),
     ]
     return [section for section in found if section.tables]
@@ -63,15 +57,6 @@ def score_table(report: PolicyReport) -> Table:
         label = score if means[0] is own[0]["mean"] else f"{score} (mean of groups)"
         rows.append((label, *(with_interval(mean, number) for mean in means), *_compared(whole.get(score))))
     return Table(("score", *report.policies, *(COMPARED if whole else ())), tuple(rows))
-
-
-def states_table(report: PolicyReport) -> Table:
-    """Build the table of correlations of noisy states; a row per step, a column per policy."""
-    rows = [
-        (str(step), f"{own[0]['sigma']:.3f}", *(with_interval(one["correlation"], number) for one in own))
-        for (step,), own in grouped(report.states, "after_steps").items()
-    ]
-    return Table(("after steps", "σ", *dict.fromkeys(one["policy"] for one in report.states)), tuple(rows))
 
 
 def group_tables(report: PolicyReport) -> Iterator[Table]:
@@ -106,62 +91,44 @@ def _compared(row: Row | None) -> Sequence[str]:
     return with_interval(row["difference"], signed), with_interval(row["win_rate"]), counts
 
 
-def published_table(report: PolicyReport) -> Table:
-    """Build the table of scores that the protocol's authors published, beside ours."""
-    scores = list(dict.fromkeys(one["score"] for one in report.published))
-    ours = {(one["policy"], one["score"]): number(headline(one).value) for one in report.scores}
-    theirs = {(one["model"], one["score"]): number(one["value"]) for one in report.published}
-    source = f"published: {report.published[0]['source']}"
-    rows = [
-        (name, *(values.get((name, score), NOTHING) for score in scores), where)
-        for values, where in ((ours, "this run"), (theirs, source))
-        for name in dict.fromkeys(name for name, _ in values)
-    ]
-    return Table(("policy", *scores, "source"), tuple(rows))
-
-
 def side_by_side(scored: Sequence[ScoredPictures], cards: int) -> dict[str, Any]:
     """Return the values of the page's template for one policy, or two with pictures of the same prompts and numbers.
 
     At most ``cards`` pictures of each policy are chosen, at evenly spaced ranks of the difference of the two policies'
     first score (with one policy, of the first score).
     """
-    names = list(scored[0].scores)
-    rows = shown_rows(scored, cards)
+    gaps = {name: _gaps(scored, name) for name in scored[0].scores}
+    first, count = next(iter(gaps.values())), len(scored[0].pictures)
+    chosen = np.linspace(0, count - 1, min(cards, count)).round().astype(int)
+    rows = sorted(np.argsort(first, kind="stable")[chosen].tolist())
     groups = sorted({scored[0].pictures[row].group for row in rows} - {""})
     return {
         "policies": [policy.policy for policy in scored],
-        "scores": names,
+        "scores": [*gaps],
         "groups": groups,
-        "cards": [_card(row, scored, names, groups) for row in rows],
-        "pictures": len(scored[0].pictures),
+        "cards": [_card(row, scored, gaps, groups) for row in rows],
+        "pictures": count,
     }
 
 
-def shown_rows(scored: Sequence[ScoredPictures], cards: int) -> list[int]:
-    """Return the rows of the pictures to show, in ascending order."""
-    count = len(scored[0].pictures)
-    order = np.argsort(_sort_values(scored, next(iter(scored[0].scores))), kind="stable")
-    chosen = np.linspace(0, count - 1, min(cards, count)).round().astype(int)
-    return sorted(order[chosen].tolist())
-
-
-def _sort_values(scored: Sequence[ScoredPictures], name: str) -> np.ndarray:
+def _gaps(scored: Sequence[ScoredPictures], name: str) -> np.ndarray:
     """Return ``(N,)``: the first policy's score minus the second's; with one policy, the score itself."""
     first = scored[0].scores[name]
     return first - scored[1].scores[name] if len(scored) > 1 else first
 
 
-def _card(row: int, scored: Sequence[ScoredPictures], names: Sequence[str], groups: Sequence[str]) -> dict[str, Any]:
+def _card(
+    row: int, scored: Sequence[ScoredPictures], gaps: Mapping[str, np.ndarray], groups: Sequence[str]
+) -> dict[str, Any]:
     picture, rows, several = scored[0].pictures[row], [], len(scored) > 1
-    gaps = {name: _sort_values(scored, name)[row] for name in names}
-    for name, gap in gaps.items():
-        values = [number(policy.scores[name][row]) for policy in scored]
+    for name, all_gaps in gaps.items():
+        gap, values = all_gaps[row], [number(policy.scores[name][row]) for policy in scored]
         verdict = "" if gap == 0 or not several else "good" if gap > 0 else "bad"
         rows.append({"name": name, "values": values, "gap": signed(gap) if several else "", "verdict": verdict})
-    files = [(policy.policy, policy.pictures[row]) for policy in scored]
     shown = [("source", image) for image in sources_of(picture.prompt)]
-    shown += [(name, ImageRef(file.file, path=file.path)) for name, file in files]
+    for policy in scored:
+        own = policy.pictures[row]
+        shown.append((policy.policy, ImageRef(own.file, path=own.path)))
     return {
         "prompt": picture.prompt,
         "group": picture.group,
@@ -169,5 +136,5 @@ def _card(row: int, scored: Sequence[ScoredPictures], names: Sequence[str], grou
         "number": f"{picture.place} / {picture.image}",
         "pictures": [{"policy": name, "uri": picture_uri(decode_image(image), side=256)} for name, image in shown],
         "rows": rows,
-        "sort": [f"{gap:.8g}" for gap in gaps.values()],
+        "sort": [f"{own[row]:.8g}" for own in gaps.values()],
     }
