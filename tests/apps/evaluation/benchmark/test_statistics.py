@@ -47,16 +47,6 @@ def test_subgroups_are_the_protocol_on_their_rows() -> None:
         assert (item["estimate"], item["pairs"]) == (alone["estimate"], alone["pairs"])
 
 
-def test_a_value_of_several_lines_counts_for_each() -> None:
-    pairs = scored([1, -1, 1], 0.0, [1, 1, 1], columns={"skill": ("basic\nscene", "advanced\nscene", None)})
-    found = subgroup_results(judge("pairs/strict", pairs))
-    assert [(item["value"], item["pairs"], item["estimate"].value) for item in found] == [
-        ("scene", 2, 0.5),
-        ("advanced", 1, 0),
-        ("basic", 1, 1),
-    ]
-
-
 def test_paired_difference_counts_what_both_scored() -> None:
     pairs = drawn(300)
     first = pairs.first.copy()
