@@ -100,6 +100,8 @@ def measure_search(policy: Policy, rewards: dict[str, list[Reward]], prompts: in
         }
         for way, (eta, work) in ways.items():
             for kind, models in rewards.items():
+                if work is diffusers and kind == "pixels":
+                    continue  # it takes rewards of noisy latents
                 found = [utilities(policy, in_chunks(partial(work, model), captions), captions) for model in models]
                 change, low, high, _ = bootstrap_interval([utility - plain[eta] for utility in found])
                 interval = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"

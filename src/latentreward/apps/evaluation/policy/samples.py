@@ -233,7 +233,7 @@ def open_pictures(
     policy.trained.source().resolve_family().check_prompts(texts, "prompts")
     settings: dict[str, Any] = {"sampling": plan.sampling, "guidance_scale": plan.guidance_of(policy)}
     settings |= {"seed": plan.seed, "shared_noise": plan.shared_noise}
-    opened = ImageFolder(folder, policy.trained.identity() | plain(settings), "csv")
+    opened = ImageFolder(folder, policy.trained.identity() | plain(settings))
     opened.missing(wanted, texts)  # refuses pictures of other prompts before any generator samples
 
     def make() -> dict[Name, JudgedPicture]:
