@@ -128,10 +128,8 @@ def test_every_protocol_on_the_samples(here: Path, capsys: pytest.CaptureFixture
     assert len(report["data"]) == 8
     assert report["published"]
     printed = capsys.readouterr().out
-    assert "imagereward test: imagereward/micro" in printed
+    assert "imagereward test  " in printed
     assert "90.0 [" in printed
-    assert "time: " in printed.splitlines()[-2]
-    assert "luminance " in printed.splitlines()[-2]
 
 
 @pytest.mark.slow

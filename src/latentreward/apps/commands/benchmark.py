@@ -11,10 +11,11 @@ from latentreward.apps.evaluation.benchmark.pair_scores import NoiseColumns, com
 from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE, sections
 from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
 from latentreward.apps.evaluation.benchmark.telling import pictures_of
+from latentreward.apps.evaluation.results import result_table
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.core.reports.page import HTML, JSON, MARKDOWN, versions, write_report
-from latentreward.core.reports.tables import Column, Table, as_text, cell
+from latentreward.core.reports.tables import as_text, cell
 from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.durable import check_writable
 from latentreward.reward import RewardModelScorer, Scorer
@@ -22,10 +23,8 @@ from latentreward.reward.scorers.reward_model import reward_names
 
 LEVELS = (0.1, 0.2, 0.4, 0.6, 0.8)
 """Default noise levels, in [0, 1], at which latent rewards are evaluated one by one."""
-PRINTED: tuple[Column, ...] = (
-    ("protocol", lambda row: f"{row['benchmark']}: {row['protocol']}"),
-    *(("model", "scorer"), ("accuracy %", "estimate"), ("pairs", "pairs")),
-)
+PRINTED = ("benchmark", "protocol", "scorer", "estimate", "pairs")
+"""Names of the values of each result that the terminal shows."""
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -83,7 +82,7 @@ def benchmark(
     given = _with_more("scorers", "model", scorers, rewards)
     models = [NoiseColumns(one, levels) if isinstance(one, RewardModelScorer) else one for one in given]
     scored = open_scores(output_dir / "scores", sets, models, limit, flush_every)
-    seconds = complete(scored)
+    complete(scored)
     report = evaluate(scored)
     report.settings = {
         "data sets": ", ".join(one.name for one in sets),
@@ -104,9 +103,8 @@ def benchmark(
         if (pairs := counts["pairs_without_an_image"])
     ]
     notes = (f"note: {note}" for note in report.notes)
-    print(*notes, *left_out, as_text(Table.of(report.protocols, *PRINTED)), sep="\n")
-    costs = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
-    print(f"time: {costs or 'all was scored before'}")
+    rows = [{name: row[name] for name in PRINTED} for row in report.protocols]
+    print(*notes, *left_out, as_text(result_table(rows)), sep="\n")
     print(f"{output_dir / HTML}, {MARKDOWN} and {JSON} show everything")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from latentreward.alignment import Sampling
 from latentreward.apps.evaluation.policy import picture_scores, samples
-from latentreward.apps.evaluation.policy.sections import INTRODUCTION, score_table, sections, side_by_side
+from latentreward.apps.evaluation.policy.sections import INTRODUCTION, sections, side_by_side
 from latentreward.apps.evaluation.policy.statistics import PolicyReport, compare, policy_scores, scores_csv
 from latentreward.apps.generation.image_folder import DETERMINISTIC
 from latentreward.apps.generation.trained_policy import files_named, plain
@@ -34,6 +34,8 @@ SLOTS, NAMES = ("policy", "against"), ("policy", "baseline")
 """Names of the folders of the two policies, and default names of the policies in reports."""
 TINY_WORLD = {"tinyworld": judged_captions, "tinyworld_tuning": tuning_captions}
 """Values of ``prompts`` → function that gives captions of the tiny world."""
+PRINTED = ("Scores", "Comparison")
+"""Titles of the sections that the terminal shows too."""
 CLIP_WORDS = 75
 """Number of tokens of a prompt that CLIP reads; since a word has at least one token, longer prompts are cut."""
 
@@ -187,9 +189,9 @@ def evaluate_policy(
                 notes,
             )
             write_file(output_dir / SCORES, scores_csv(scored))
-            title, page = " against ".join(policies), side_by_side(scored, cards)
-            write_report(output_dir, report, title, INTRODUCTION, sections(report), "policy", **page)
-            print(as_text(score_table(report)))
+            shown, page = sections(report), side_by_side(scored, cards)
+            write_report(output_dir, report, " against ".join(policies), INTRODUCTION, shown, "policy", **page)
+            print("\n\n".join(as_text(one.tables[0]) for one in shown if one.title in PRINTED))
             print(f"{output_dir / HTML}: {len(wanted)} pictures of each policy")
 
 

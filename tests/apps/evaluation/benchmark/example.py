@@ -42,7 +42,13 @@ def report(hostile: str = HOSTILE) -> BenchmarkReport:
             for name, pair, rank, linear in (("pickscore", 0.8, 0.6, 0.62), ("clipscore", 0.5, 0.1, float("nan")))
         ],
         correlations=[
-            result("dina", value, name=f"clip_corr_{kind}", reference="clipscore")
+            {
+                "benchmark": DATA,
+                "scorer": "dina",
+                "name": f"clip_corr_{kind}",
+                "reference": "clipscore",
+                "correlation": estimate(value),
+            }
             for kind, value in {"pearson": float("nan"), "spearman": 0.1, "pair": 0.5}.items()
         ],
         published=[

@@ -139,7 +139,7 @@ def test_agreement_with_clip_and_aesthetic_scores_is_named() -> None:
     found = agreement_result(drawn(90), replace(drawn(90, 1), scorer="other"))
     for identity, stem in {"CLIPScorer of x": "clip_corr", "AestheticScorer y": "aes_corr"}.items():
         named = correlation_results(found, {"model": "RewardModelScorer z", "other": identity})
-        assert {item["name"]: item["estimate"] for item in named} == {
+        assert {item["name"]: item["correlation"] for item in named} == {
             f"{stem}_{kind}": found[kind] for kind in ("spearman", "pearson", "pair")
         }
         assert {(item["scorer"], item["reference"]) for item in named} == {("model", "other")}

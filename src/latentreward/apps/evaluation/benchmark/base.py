@@ -1,6 +1,5 @@
 """Scored pairs and results of benchmarks, their base class, and columns of sub-groups of pairs."""
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -120,47 +119,8 @@ class BenchmarkReport:
 
 
 Texts = tuple[str | None, ...]
-SUBGROUP_COLUMNS = ("models", "prompt length", "vote share", "style")
+SUBGROUP_COLUMNS = ("models", "style")
 """Columns that define sub-groups; other columns, such as ``vote``, are read by protocols only."""
-
-WORDS = {0: "no words", 1: "1 to 5 words", 6: "6 to 15 words", 16: "16 to 40 words", 41: "41 to 100 words"}
-WORDS |= {101: "over 100 words"}
-"""Lowest number of words in a prompt → name of the band; ``SHARES``: of the share of votes for the preferred image."""
-SHARES = {0.0: "below 0.5", 0.5: "0.5 to 0.6", 0.6: "0.6 to 0.7", 0.7: "0.7 to 0.8", 0.8: "0.8 to 0.9", 0.9: "0.9 to 1"}
-
-
-def subgroup_columns(prompts: Sequence[str], labels: np.ndarray, facts: dict[str, list[Any]]) -> dict[str, Texts]:
-    """Compute the ``columns`` of :class:`BenchmarkPairs` for N pairs; one without a value for any pair is left out.
-
-    ``labels`` ``(N,)`` are probabilities that image a is preferred, NaN without a label. ``facts`` are published facts
-    from :meth:`~latentreward.data.PairReader.facts`: name → N values.
-
-    Returns:
-        Name → N values: ``models`` (names of both models in alphabetical order), ``prompt length`` (band of the number
-        of words), ``vote share`` (band of the share of votes for the preferred image), and ``vote`` and ``label_0`` as
-        published.
-    """
-    unknown = [None] * len(prompts)
-    sides = zip(facts.get("model_a", unknown), facts.get("model_b", unknown), strict=True)
-    shares: list[str | None] = []  # None without votes or without a preference
-    for a, b, label in zip(facts.get("votes_a", unknown), facts.get("votes_b", unknown), labels.tolist(), strict=True):
-        if a is None or b is None or not a + b or np.isnan(label) or label == 0.5:
-            shares.append(None)
-        else:
-            shares.append(band((a if label > 0.5 else b) / (a + b), SHARES))
-    columns = {
-        "models": [" against ".join(sorted(both)) if None not in both else None for both in sides],
-        "prompt length": [band(len(prompt.split()), WORDS) for prompt in prompts],
-        "vote share": shares,
-        "vote": facts.get("vote", unknown),
-        "label_0": [None if x is None else str(x) for x in facts.get("label_0", unknown)],
-    }
-    return {name: tuple(values) for name, values in columns.items() if values != unknown}
-
-
-def band(value: float, bands: dict[Any, str]) -> str:
-    """Return the name of the band, by its lowest value, that holds a value; lower values are in the first band."""
-    return list(bands.values())[max(0, bisect_right(list(bands), value) - 1)]
 
 
 @dataclass(frozen=True)
@@ -284,8 +244,15 @@ class Benchmark:
         return reader.groups()
 
     def columns(self, reader: PairReader) -> dict[str, Texts]:
-        """Return the columns by which the report splits the pairs into sub-groups."""
-        return subgroup_columns(reader.prompts(), reader.labels(), reader.facts())
+        """Return the columns of pairs, of which the reader knows facts: of both models, and published votes."""
+        facts, unknown = reader.facts(), [None] * len(reader)
+        sides = zip(facts.get("model_a", unknown), facts.get("model_b", unknown), strict=True)
+        columns = {
+            "models": [None if None in both else " against ".join(sorted(both)) for both in sides],
+            "vote": facts.get("vote", unknown),
+            "label_0": [None if label is None else str(label) for label in facts.get("label_0", unknown)],
+        }
+        return {name: tuple(values) for name, values in columns.items() if values != unknown}
 
     def temperature(self, scorer: str) -> float | None:
         """Return T of a scorer's win probability σ(gap / T); None has PickScore's protocol, the only reader, fit it."""

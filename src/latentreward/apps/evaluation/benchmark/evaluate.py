@@ -209,7 +209,7 @@ def correlation_results(result: Row, identities: Mapping[str, str]) -> list[Row]
         stem = REFERENCES.get(identities[reference].split(" ")[0])
         for kind in ("pearson", "spearman", "pair") if stem else ():
             named = {"name": f"{stem}_{kind}", "scorer": scorer, "reference": reference}
-            found.append({"benchmark": result["benchmark"], **named, "estimate": result[kind]})
+            found.append({"benchmark": result["benchmark"], **named, "correlation": result[kind]})
     return found
 
 

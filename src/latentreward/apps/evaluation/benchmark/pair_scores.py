@@ -85,9 +85,6 @@ class SplitScores:
     The constructor decodes no image and loads no model, but refuses an existing table that was made with other files of
     the scorer, or with other pairs, labels, prompts or images. Of images names and file sizes are compared, see
     :attr:`PairReader.image_digest`: delete the table if a few of millions were replaced.
-
-    Attributes:
-        seconds: Seconds that this process spent, by model and on reading.
     """
 
     folder: Path  # folder of the split's tables, one per scorer
@@ -100,7 +97,6 @@ class SplitScores:
 
     def __post_init__(self) -> None:
         self._scoring = PairScoring(self.reader, [self.scorer])
-        self.seconds: Mapping[str, float] = self._scoring.seconds
         self.folder.mkdir(parents=True, exist_ok=True)
         output = self.folder / f"{self.scorer.name}.parquet"
         self._files = PartFiles(output, self._scoring.spec(), len(self.reader))
@@ -178,21 +174,15 @@ def open_scores(
     return opened
 
 
-def complete(scored: Sequence[BenchmarkScores]) -> Mapping[str, float]:
-    """Score the pairs that are missing in the tables; all models needed for that are loaded first.
-
-    The seconds that this process spent on scoring, by model, and on reading images are returned.
-    """
+def complete(scored: Sequence[BenchmarkScores]) -> None:
+    """Score the pairs that are missing in the tables; all models needed for that are loaded first."""
     tables = {f"{one.benchmark.name} {' '.join(key)}": table for one in scored for key, table in one.tables.items()}
     for scorer in {table.scorer.name: table.scorer for table in tables.values() if table.missing}.values():
         if isinstance(scorer, ImageScorer):
             scorer.prepare()
-    seconds = Counter[str]()
     for name, table in tables.items():
         with Progress(name, table.missing, "pairs") as progress:
             table.complete(progress.add)
-        seconds.update(table.seconds)
-    return seconds
 
 
 def data_counts(table: pa.Table, reader: PairReader) -> dict[str, Any]:

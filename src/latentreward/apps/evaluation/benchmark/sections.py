@@ -1,8 +1,6 @@
 """Sections of the report: for each kind of result its heading, an explanation of the numbers, tables and a figure."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import yaml
@@ -11,21 +9,12 @@ from matplotlib.figure import Figure
 from latentreward.apps.evaluation.benchmark.base import AVERAGE, BenchmarkReport
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS
 from latentreward.apps.evaluation.benchmark.telling import Pictures, card, preferred, shortened
-from latentreward.core.reports.tables import (
-    NOTHING,
-    Column,
-    Row,
-    Section,
-    Table,
-    cell,
-    grouped,
-    percent,
-    with_interval,
-    without_unset,
-)
+from latentreward.apps.evaluation.results import result_table
+from latentreward.core.reports.tables import NOTHING, Column, Row, Section, Table, cell, grouped, without_unset
 
 LARGEST = 25
 """Most rows of a table of sub-groups."""
+OURS = "Measured in this run"
 TITLE = "Benchmark of reward models"
 TEXTS: Mapping[str, str] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
 INTRODUCTION = TEXTS["introduction"]
@@ -33,54 +22,15 @@ PUBLISHED = f" {TEXTS['published']}"
 """Text after that of a section with published numbers."""
 
 
-def temperature(value: float) -> str:
-    """Format a temperature with three digits; inf means that larger gaps do not win more often."""
-    return f"{value:.3g}" if math.isfinite(value) else "none (larger gaps do not win)"
-
-
-def _correlation(row: Row, name: str) -> str:
-    """Format an interval with two digits after the point, and never as ``-0.00``."""
-    return with_interval(row[name], lambda value: NOTHING if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}")
-
-
-DATA: Column = ("data", "benchmark")
-PROTOCOL: Column = ("protocol", "protocol")
-MODEL: Column = ("model", "scorer")
-KINDS: dict[str, tuple[str, tuple[Column, ...]]] = {
-    "differences": (
-        "Differences between models",
-        (
-            *(DATA, PROTOCOL, ("model", "first"), ("against", "second"), ("pairs", "pairs")),
-            ("difference in points", "estimate"),
-            ("interval excludes 0", lambda row: "yes" if row["estimate"].low > 0 or row["estimate"].high < 0 else "no"),
-        ),
-    ),
-    "levels": (
-        "Accuracy by noise level",
-        (DATA, PROTOCOL, MODEL, ("noise level", "sigma"), ("timestep", "timestep"), ("accuracy %", "estimate")),
-    ),
-    "calibration": (
-        "Calibration",
-        (
-            *(DATA, PROTOCOL, MODEL),
-            ("temperature", lambda row: temperature(row["temperature"])),
-            ("calibration error %", "error"),
-        ),
-    ),
-    "agreement": (
-        "Agreement between models",
-        (
-            *(DATA, ("model", "first"), ("model", "second"), ("pairs", "pairs"), ("same choice %", "pair")),
-            ("Spearman", partial(_correlation, name="spearman")),
-            ("Pearson", partial(_correlation, name="pearson")),
-        ),
-    ),
-    "correlations": (
-        "CLIP-Corr and Aes-Corr",
-        (DATA, MODEL, ("name", "name"), ("against", "reference"), ("value", partial(_correlation, name="estimate"))),
-    ),
+KINDS = {
+    "differences": "Differences between models",
+    "levels": "Accuracy by noise level",
+    "calibration": "Calibration",
+    "agreement": "Agreement between models",
+    "correlations": "CLIP-Corr and Aes-Corr",
 }
-"""List of results in :class:`BenchmarkReport` → heading and columns of its section, whose text has that name."""
+"""List of results in :class:`BenchmarkReport` → heading of its section, whose text has that name."""
+HEADINGS = {"differences": {"estimate": "difference in points"}, "agreement": {"second": "model"}}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette for colour-blind readers, without its yellow, which is too pale on white."""
 MARKERS = "osD^vPX"
@@ -115,22 +65,23 @@ def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Itera
     """Yield all sections that are not empty, in the order of the report, with ``pictures`` of ``report.telling``."""
     if len(report.protocols) > 1:
         text = "Accuracy in %, with 95 % intervals. Protocols treat ties differently; each is explained below."
-        rows = _side_by_side(report.protocols, "benchmark", "protocol")
-        yield Section("Overview", text, [Table.of(rows, DATA, PROTOCOL, *map(_of_scorer, report.scorers))])
+        rows, shown = _side_by_side(report.protocols, "benchmark", "protocol"), map(_of_scorer, report.scorers)
+        yield Section("Overview", text, [Table.of(rows, ("data", "benchmark"), ("protocol", "protocol"), *shown)])
     published = grouped(report.published, "protocol")
     if report.averages:
-        ours = Table.of(report.averages, MODEL, ("mean accuracy %", "estimate"), notes="Measured in this run")
-        tables = [ours, _published(published[AVERAGE,])]
+        tables = [result_table(report.averages, OURS, estimate="mean accuracy %"), _published(published[AVERAGE,])]
         yield Section("Mean of four benchmarks", TEXTS["four"] + PUBLISHED, tables)
-    for (protocol, benchmark), rows in grouped(report.protocols, "protocol", "benchmark").items():
+    for (protocol, benchmark), same in grouped(report.protocols, "protocol", "benchmark").items():
         theirs, summary = published.get((protocol,), []), PROTOCOLS[protocol].summary
         text = f"{summary[0].upper()}{summary[1:]}.{PUBLISHED if theirs else ''}"
-        tables = [protocol_table(rows), *([_published(theirs)] if theirs else [])]
+        ours = result_table(same, OURS, hidden=("protocol", "benchmark"))
+        tables = [ours, *([_published(theirs)] if theirs else [])]
         yield Section(f"{benchmark}: {protocol}", text, tables)
-    for name, (title, columns) in KINDS.items():
+    for name, title in KINDS.items():
         if rows := getattr(report, name):
-            groups = grouped(rows, "benchmark", "protocol").values() if name == "levels" else ()
-            yield Section(title, TEXTS[name], [Table.of(rows, *columns)], [*map(level_figure, groups)])
+            figures = grouped(rows, "benchmark", "protocol").values() if name == "levels" else ()
+            table = result_table(rows, **HEADINGS.get(name, {}))
+            yield Section(title, TEXTS[name], [table], [*map(level_figure, figures)])
     if report.subgroups:
         tables = []
         by_column = grouped(report.subgroups, "benchmark", "protocol", "column")
@@ -139,37 +90,18 @@ def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Itera
             rows, notes = _side_by_side(results, "value")[:LARGEST], f"{benchmark}: {protocol} by {column}"
             tables.append(Table.of(rows, (column, "value"), ("pairs", "pairs"), *scorers, notes=notes))
         yield Section("Sub-groups", TEXTS["subgroups"], tables)
-    counts = Table.of(
-        [{"benchmark": name, **counts} for name, counts in report.data.items()],
-        DATA,
-        ("pairs scored", lambda row: f"{row['pairs']} of {row['pairs_in_file']}"),
-        *(("prompts", "prompts"), ("images", "images"), ("unreadable images", "unreadable_images")),
-        *(("pairs without image", "pairs_without_an_image"), ("rows left out", "rows_left_out_by_the_reader")),
-    )
     models = tuple((name, without_unset(identity)) for name, identity in report.scorers.items())
     settings = tuple((name, str(value)) for name, value in report.settings.items())
-    yield Section("Data", TEXTS["scored"], [counts])
+    counts = [{"benchmark": name, **counts} for name, counts in report.data.items()]
+    yield Section("Data", TEXTS["scored"], [result_table(counts)] if counts else [])
     yield Section("Models", TEXTS["models"], [Table(("model", "what it is"), models)])
     yield Section("Settings and versions", TEXTS["settings"], [Table(("setting", "value"), settings)])
     if report.telling:
         yield _telling(report, pictures or {})
 
 
-def protocol_table(results: Sequence[Row]) -> Table:
-    """Build the table of all models by one protocol."""
-    return Table.of(
-        results,
-        *(MODEL, ("accuracy %", "estimate"), ("pairs", "pairs"), ("prompts", "groups")),
-        *(("equal scores", "equal_scores"), ("pairs left out", "excluded")),
-        ("more", lambda row: _details(row["details"])),
-        notes="Measured in this run",
-    )
-
-
 def _published(theirs: Sequence[Row]) -> Table:
-    accuracy: Column = ("accuracy %", lambda row: percent(row["value"]))
-    columns = ("model", "model"), accuracy, ("source", "source")
-    return Table.of(theirs, *columns, notes="Published by others", theirs=True)
+    return result_table(theirs, "Published by others", hidden=("protocol",), theirs=True)
 
 
 def _side_by_side(results: Sequence[Row], *keys: str) -> list[Row]:
@@ -206,17 +138,3 @@ def _telling(report: BenchmarkReport, pictures: Pictures) -> Section:
 
 def _gap(scorer: str) -> Column:
     return f"gap of {scorer}", lambda row: f"{row['gaps'][scorer]:+.2f}" if scorer in row["gaps"] else ""
-
-
-def _details(details: Row) -> str:
-    parts = []
-    for name, value in details.items():
-        if name == "axes":
-            parts += [f"{axis} alone {percent(accuracy)}" for axis, accuracy in value.items()]
-        elif name == "temperature":
-            parts.append(f"temperature {temperature(value)}")
-        elif isinstance(value, (str, int)):
-            parts.append(f"{name.replace('_', ' ')} {value}")
-        elif isinstance(value, float):
-            parts.append(f"{name.replace('_', ' ')} {value:.4g}")
-    return "; ".join(parts) or NOTHING

@@ -1,15 +1,15 @@
-"""Sections of a report on one or two policies, as tables of text, and cards of their pictures for the HTML page."""
+"""Sections of a report on one or two policies, and cards of their pictures for the HTML page."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from latentreward.apps.evaluation.policy.statistics import PolicyReport, ScoredPictures, headline
+from latentreward.apps.evaluation.policy.statistics import PolicyReport, ScoredPictures
+from latentreward.apps.evaluation.results import number, result_table, signed
 from latentreward.core.contracts import ImageRef, sources_of
 from latentreward.core.reports.drawing import picture_uri
-from latentreward.core.reports.tables import NOTHING, Row, Section, Table, grouped, with_interval, without_unset
+from latentreward.core.reports.tables import Section, Table, without_unset
 from latentreward.data import decode_image
 
 INTRODUCTION = (
@@ -18,77 +18,21 @@ INTRODUCTION = (
     "Pictures of two policies are compared in pairs with the same prompt and number. The win rate is the share of "
     "pairs in which the first policy scores higher; a tie counts one half, so 50 % means no difference."
 )
-COMPARED = ("difference", "win rate %", "wins / ties / losses")
 
 
 def sections(report: PolicyReport) -> list[Section]:
-    """List all sections that have tables, in the order of the report."""
+    """List all sections that have tables, in the order of the report; the first ones are the results."""
+    groups = [
+        {"policy": row["policy"], "score": row["score"], **group} for row in report.scores for group in row["groups"]
+    ]
     what = [
         *(("policy", *item) for item in report.policies.items()),
         *(("score", name, without_unset(identity)) for name, identity in report.scorers.items()),
     ]
-    found = [
-        Section("Scores", "", [score_table(report)]),
-        Section("By group of prompts", "", list(group_tables(report))),
-        Section("What was compared", "", [Table(("kind", "name", "what it is"), tuple(what))]),
-    ]
-    return [section for section in found if section.tables]
-
-
-def number(value: float) -> str:
-    """Format a score with 2, 3 or 4 digits after the point, the more the smaller: ``21.69``, ``5.468``, ``-0.0080``."""
-    if math.isnan(value):
-        return NOTHING
-    digits = 4 if abs(value) < 1 else 3 if abs(value) < 10 else 2
-    return f"{value:.{digits}f}"
-
-
-def signed(value: float) -> str:
-    """Format a difference like :func:`number`, with ``+`` before a positive value."""
-    return f"+{number(value)}" if value > 0 else number(value)
-
-
-def score_table(report: PolicyReport) -> Table:
-    """Build the main table: a row per score; columns for each policy, the difference and the win rate."""
-    whole = {row["score"]: row for row in report.comparisons if not row["group"]}
-    rows = []
-    for (score,), own in grouped(report.scores, "score").items():
-        means = [headline(one) for one in own]
-        label = score if means[0] is own[0]["mean"] else f"{score} (mean of groups)"
-        rows.append((label, *(with_interval(mean, number) for mean in means), *_compared(whole.get(score))))
-    return Table(("score", *report.policies, *(COMPARED if whole else ())), tuple(rows))
-
-
-def group_tables(report: PolicyReport) -> Iterator[Table]:
-    """Yield a table for each score, with a row per group of prompts."""
-    for (score,), own in grouped((row for row in report.scores if row["groups"]), "score").items():
-        by_group = {row["group"]: row for row in report.comparisons if row["score"] == score and row["group"]}
-        compared, left = (COMPARED, [""] * 3) if by_group else ((), [])
-        rows = [
-            (
-                groups[0]["group"],
-                str(groups[0]["prompts"]),
-                *map(_mean, groups),
-                *_compared(by_group.get(groups[0]["group"])),
-            )
-            for groups in zip(*(one["groups"] for one in own), strict=True)
-        ]
-        for kind, label in (("mean", "mean over pictures"), ("mean_of_groups", "mean of groups")):
-            if own[0][kind] is not None:
-                rows.append((label, "", *(with_interval(one[kind], number) for one in own), *left))
-        yield Table(("group", "prompts", *report.policies, *compared), tuple(rows), score)
-
-
-def _mean(group: Row) -> str:
-    spread = "" if math.isnan(group["parts_sd"]) else f", parts' sd {number(group['parts_sd'])}"
-    return with_interval(group["estimate"], number) + spread
-
-
-def _compared(row: Row | None) -> Sequence[str]:
-    if row is None:
-        return ()
-    counts = f"{row['wins']} / {row['ties']} / {row['losses']}"
-    return with_interval(row["difference"], signed), with_interval(row["win_rate"]), counts
+    found = {"Scores": report.scores, "Comparison": report.comparisons, "By group of prompts": groups}
+    tables = {title: [result_table(rows, hidden=("groups",))] for title, rows in found.items() if rows}
+    tables["What was compared"] = [Table(("kind", "name", "what it is"), tuple(what))]
+    return [Section(title, "", shown) for title, shown in tables.items()]
 
 
 def side_by_side(scored: Sequence[ScoredPictures], cards: int) -> dict[str, Any]:

@@ -47,8 +47,8 @@ class PolicyReport:
     # protocol reports. ``mean``: Interval of the mean over all pictures, by resampling prompts. ``mean_of_groups``:
     # that of the mean of the groups' means; None with one group. ``groups``: rows with the result of each ``group`` of
     # prompts; empty with one group that is not cut into parts. ``pictures`` and ``prompts``: their numbers. The row of
-    # a group has ``prompts``, ``estimate`` (mean over the group's pictures) and ``parts_sd``, the standard deviation of
-    # the means of consecutive parts of the group's prompts, NaN with one part.
+    # a group has ``prompts``, ``mean`` (over the group's pictures) and ``parts_sd``, the standard deviation of the
+    # means of consecutive parts of the group's prompts, NaN with one part.
     scores: Sequence[Row]
     # Rows that compare the two policies by one ``score``, over pairs of pictures with the same prompt and number; empty
     # with one policy. ``group``: group of prompts, empty for all. ``win_rate``: share of pairs in which the first
@@ -77,8 +77,8 @@ def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: i
             order, own = np.unique(places[rows]), values[rows]
             cut = np.array_split(order, min(parts, len(order)))
             spread = float(np.std([own[np.isin(places[rows], part)].mean() for part in cut])) if parts > 1 else np.nan
-            estimate = bootstrap.clustered_mean(own, prompts[rows])
-            by_group.append({"group": kind, "prompts": len(order), "estimate": estimate, "parts_sd": spread})
+            mean = bootstrap.clustered_mean(own, prompts[rows])
+            by_group.append({"group": kind, "prompts": len(order), "mean": mean, "parts_sd": spread})
         found.append(
             {
                 "policy": scored.policy,
@@ -92,12 +92,6 @@ def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: i
             }
         )
     return found
-
-
-def headline(score: Row) -> bootstrap.Interval:
-    """Return the number that the score's own protocol reports: the mean of groups' means, or the mean."""
-    of_groups = score["headline"] == "mean_of_groups" and score["mean_of_groups"]
-    return score["mean_of_groups"] if of_groups else score["mean"]
 
 
 def prompt_numbers(scored: ScoredPictures) -> np.ndarray:
