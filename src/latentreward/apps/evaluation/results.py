@@ -73,7 +73,7 @@ FORMATS: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(("mean", "mean_of_groups", "parts_sd"), numbers(number)),
     **dict.fromkeys(("spearman", "pearson", "correlation"), numbers(correlation)),
     "difference": numbers(signed),
-    "value": percent,
+    "value": lambda value: percent(value) if isinstance(value, float) else cell(value),  # published, or a sub-group's
     "temperature": temperature,
     "details": details,
 }
