@@ -78,7 +78,7 @@ FORMATS: Mapping[str, Callable[[Any], str]] = {
     "details": details,
 }
 """Name of a value → format; of others :func:`cell`, which shows intervals in percent."""
-HIDDEN = ("curve", "split", "headline", "remarks_of_the_reader")
+HIDDEN = ("curve", "headline", "remarks_of_the_reader")
 """Names of values that only ``report.json`` has."""
 
 
@@ -86,8 +86,7 @@ def result_table(
     rows: Sequence[Row], notes: str = "", *, hidden: Sequence[str] = (), theirs: bool = False, **headings: str
 ) -> Table:
     """Build the table of results of one kind, without ``hidden`` names, with other ``headings`` for some."""
-    names = [name for name in dict.fromkeys(["benchmark", *rows[0]]) if name in rows[0]]
-    shown = [name for name in names if name not in (*HIDDEN, *hidden)]
+    shown = [name for name in rows[0] if name not in (*HIDDEN, *hidden)]
 
     def text(row: Row, name: str) -> str:
         return FORMATS.get(name, cell)(row[name])

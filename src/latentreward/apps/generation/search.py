@@ -58,19 +58,10 @@ def search_latents(
 ) -> Tensor:
     """Sample finished latents ``(B, C, ...)``, float32, with a search by ``reward`` at each step of the window.
 
-    The random numbers are those of :func:`~latentreward.alignment.candidate_steps`. For a reward with ``needs_clean``
-    the network is evaluated on each of the K candidates. The output for the kept candidate is reused in the next step,
-    so that a searched step costs K evaluations instead of K + 1.
-
-    Args:
-        policy: Policy in evaluation mode.
-        reward: Reward for the candidates.
-        prompts: B prompts.
-        candidates: K and the window.
-        sampling: Steps, noise and size. A noise of None takes the default of rollouts, ``eta`` 1 or ``noise_level``
-            0.7; a noise of 0 is refused.
-        guidance_scale: Scale as checked by :meth:`Family.guidance`.
-        seed: Seed of all random numbers.
+    The random numbers are those of :func:`~latentreward.alignment.candidate_steps`. A noise of None in ``sampling``
+    takes the default of rollouts, ``eta`` 1 or ``noise_level`` 0.7; a noise of 0 is refused. For a reward with
+    ``needs_clean`` the network is evaluated on each of the K candidates. The output for the kept candidate is reused in
+    the next step, so that a searched step costs K evaluations instead of K + 1.
     """
     sampler, draws = sampling.with_noise().sampler(policy.family), RolloutDraws(seed, prompts.keys)
     steps = candidate_steps(policy, sampler, reward, prompts, candidates.branching(), sampling, guidance_scale, draws)
@@ -94,8 +85,9 @@ def best_of_n(
     """Sample ``number`` times for each prompt and keep the samples with the highest scores.
 
     The n-th sample of a prompt is drawn under the key ``KEY/n``. A search with a larger ``number`` therefore contains
-    all samples of a search with a smaller one. All samples are scored in one call, since some rewards compare the
-    samples of a prompt (``RewardMixture`` with ``normalise: group``).
+    all samples of a search with a smaller one. All samples are scored in one call by
+    :func:`~latentreward.alignment.score_finished`, with the same noise for those of a prompt, since some rewards
+    compare them (``RewardMixture`` with ``normalise: group``).
 
     Args:
         sample: Function that samples finished latents ``(B, C, ...)`` for B prompts, e.g.
@@ -103,8 +95,7 @@ def best_of_n(
         reward: Reward for finished latents.
         prompts: B prompts.
         number: Samples N per prompt, at least 1.
-        seed: Seed of the noise that a latent reward adds before it scores, see
-            :func:`~latentreward.alignment.score_finished`; all samples of a prompt get the same noise.
+        seed: Seed of the noise that a latent reward adds before it scores.
         sigmas: Noise levels in [0, 1] of a latent reward; rewards on pixels ignore them.
 
     Returns:

@@ -58,7 +58,6 @@ class BenchmarkPairs:
     first_images: tuple[str, ...] = ()  # N keys of the images a, by which recurring images are recognised; may be empty
     second_images: tuple[str, ...] = ()  # N keys of the images b; may be empty
     benchmark: str = ""  # data set and split in reports, e.g. ``hpdv3 test``
-    split: str = ""  # name of the split
     # Temperature of the scorer's win probability σ(gap / temperature) in PickScore's protocol, the only protocol that
     # reads it; None has the protocol fit it
     temperature: float | None = 1.0
@@ -235,7 +234,6 @@ class Benchmark:
                 second=nothing,
                 columns=self.columns(reader),
                 benchmark=f"{self.name} {split}",
-                split=split,
             )
         return self._unscored[split]
 

@@ -89,7 +89,6 @@ def _look_into(report: BenchmarkReport, scores: BenchmarkScores, evaluation: Eva
 def subgroup_results(judgement: Judgement) -> list[Row]:
     """Compute the protocol's number on each sub-group with counted pairs, larger sub-groups of a column first."""
     results, pairs = list[Row](), judgement.pairs
-    common = {"protocol": judgement.protocol, "scorer": pairs.scorer, "split": pairs.split}
     for column in SUBGROUP_COLUMNS:
         values, found = np.array(pairs.columns.get(column, ()), dtype=object), list[Row]()
         for value in dict.fromkeys(value for value in values if value):
@@ -97,29 +96,32 @@ def subgroup_results(judgement: Judgement) -> list[Row]:
             if number := int((~np.isnan(credit)).sum()):
                 estimate = bootstrap.clustered_accuracy(judgement.sums(credit))
                 group = {"column": column, "value": value, "pairs": number, "estimate": estimate}
-                found.append({**common, **group, "benchmark": pairs.benchmark})
+                found.append({**judgement.named(), **group})
         results += sorted(found, key=lambda row: (-row["pairs"], row["value"]))
     return results
 
 
 def paired_difference(first: Judgement, second: Judgement) -> Row:
     """Compute the difference of two scorers on the pairs that count for both, with the interval of the difference."""
-    pairs, others = first.pairs, second.pairs
     both = ~np.isnan(first.credit) & ~np.isnan(second.credit)
     sums = np.concatenate([first.sums(np.where(both, item.credit, np.nan)) for item in (first, second)], axis=1)
-    estimate = bootstrap.clustered_interval(sums, bootstrap.ratio_difference)
-    compared = {"protocol": first.protocol, "first": pairs.scorer, "second": others.scorer, "pairs": int(both.sum())}
-    return compared | {"estimate": estimate, "split": pairs.split, "benchmark": pairs.benchmark}
+    return {
+        "benchmark": first.pairs.benchmark,
+        "protocol": first.protocol,
+        "first": first.pairs.scorer,
+        "second": second.pairs.scorer,
+        "pairs": int(both.sum()),
+        "estimate": bootstrap.clustered_interval(sums, bootstrap.ratio_difference),
+    }
 
 
 def level_results(key: str, levels: Iterable[tuple[float, float, BenchmarkPairs]]) -> list[Row]:
     """Compute the protocol's number at each noise level: σ in [0, 1], timestep, and the pairs scored there."""
     results: list[Row] = []
     for sigma, timestep, pairs in levels:
-        judgement = judge(key, pairs)
-        estimate = bootstrap.clustered_accuracy(judgement.sums(judgement.credit))
-        level = {"protocol": key, "scorer": pairs.scorer, "sigma": sigma, "timestep": timestep}
-        results.append(level | {"estimate": estimate, "benchmark": pairs.benchmark})
+        judged = judge(key, pairs)
+        estimate = bootstrap.clustered_accuracy(judged.sums(judged.credit))
+        results.append({**judged.named(), "sigma": sigma, "timestep": timestep, "estimate": estimate})
     return results
 
 
@@ -147,12 +149,12 @@ def calibration_result(key: str, pairs: BenchmarkPairs) -> Row:
     error = bootstrap.clustered_interval(sums, lambda sums: np.abs(sums[..., 1:]).sum(-1) / sums[..., 0], centred=True)
     curve = zip(*(values.tolist() for values in metric.curve()), strict=True)
     return {
+        "benchmark": pairs.benchmark,
         "protocol": key,
         "scorer": pairs.scorer,
         "temperature": fit_temperature(gap, label),
         "error": error._replace(low=max(error.low, 0.0)),
         "curve": [(int(count), mean, share) for count, mean, share in curve if count],
-        "benchmark": pairs.benchmark,
     }
 
 
