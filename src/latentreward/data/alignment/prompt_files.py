@@ -87,7 +87,7 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
             logger.warning("%s: %d rows without a prompt are left out, the first is row %d", path, len(blank), blank[0])
         if long := next((row.prompt for row in rows if len(row.prompt) > max_prompt_chars), None):
             problem = f"a prompt of {len(long)} characters, more than {max_prompt_chars=}: {short(long)}"
-            raise InputError(f"{path} holds {problem}; shorten it, or set a higher limit")
+            raise InputError(f"{path} holds {problem}; shorten it")
         return rows
 
 

@@ -39,6 +39,7 @@ class StableDiffusion(Family):
     }
     text_layers = ("CLIPEncoderLayer",)
     flow = False
+    plain_states = True
     default_guidance = 5.0  # LPO's, instead of the pipelines' 7.5
 
     @classmethod
@@ -142,13 +143,6 @@ class StableDiffusion(Family):
     def kohya_layers(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[Pair | None]]:
         """See :meth:`Family.kohya_layers`; kohya's scripts use diffusers' names of U-Nets."""
         return {layer: [pair] for layer, pair in layers.items()}
-
-    def search_inputs(self) -> list[str]:
-        return ["prompt_embeds", *(["add_text_embeds"] if self.is_xl else [])]
-
-    def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
-        tokens = inputs["prompt_embeds"]
-        return Conditioning(tokens, inputs.get("add_text_embeds", tokens[:, 0]))
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class StableDiffusion3(Family):
     lora_loader = "SD3LoraLoaderMixin"
     block_classes = ("JointTransformerBlock",)
     text_layers = ("CLIPEncoderLayer", "T5Block")
+    plain_states = True
     kohya_module = "networks.lora_sd3"
     default_guidance = 5.0  # Flow-GRPO's and this project's, instead of the pipeline's 7.0
 
@@ -173,12 +174,6 @@ class StableDiffusion3(Family):
                 parts = JOINED[joined]
                 found.setdefault(block + joined, [None] * len(parts))[parts.index(rest)] = pair
         return found
-
-    def search_inputs(self) -> list[str]:
-        return ["prompt_embeds", "pooled_prompt_embeds"]
-
-    def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
-        return Conditioning(inputs["prompt_embeds"], inputs["pooled_prompt_embeds"])
 
 
 def load_sd3(
