@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain, count, zip_longest
@@ -41,7 +40,6 @@ from latentreward.core.checkpoints import files as checkpoint_files
 from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, newest_first, read_sharded
 from latentreward.core.errors import InputError, check_at_least_one, errors_at, where
 from latentreward.core.interrupts import TERMINATED
-from latentreward.core.peak_rates import PEAKS, Limits, find_limits
 from latentreward.core.registry import backbone_names
 from latentreward.core.settings import functions
 from latentreward.core.settings.errors import check_ranges, summarise
@@ -200,7 +198,6 @@ class TrainingCLI(LightningCLI):
         self.command, self.folder, self.held, self.estimates = command, folder, held, False
         self.estimated: Estimate | None = None  # memory and computation of the run, under --estimate
         self.card = Card(gpu=False)  # device that the estimate is compared with
-        self.limits: Limits | None = None  # its peak rates, if they are known
         self.profiled: int | None = None  # steps to measure, under --profile
         super().__init__(
             save_config_callback=SaveConfig,
@@ -278,12 +275,6 @@ class TrainingCLI(LightningCLI):
                 help="Measure so many steps after a warm-up, print seconds by phase beside their bounds, and end.",
             )
             parser.add_class_arguments(Card, skip={"gpu"}, instantiate=False)
-            parser.add_argument(
-                "--card",
-                type=str | None,
-                default=None,
-                help="Card whose limits --estimate compares with, such as H100.",
-            )
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -297,19 +288,11 @@ class TrainingCLI(LightningCLI):
             check_at_least_one(profile=self.profiled)
             if self.profiled and self.estimates:
                 raise InputError(f"profile: {self.profiled} measures and --estimate computes; leave one out")
-            trainer, gpu = settings["trainer"], settings["trainer"]["accelerator"] != "cpu"
-            given = {name: settings.pop(name) for name in ("card_gb", "tflops", "card")}
-            card, self.card = given["card"], Card(gpu, given["card_gb"], given["tflops"])
+            given = {name: settings.pop(name) for name in ("card_gb", "tflops")}
+            self.card = Card(settings["trainer"]["accelerator"] != "cpu", **given)
             for name, value in given.items():
-                if value != getattr(Card, name, None) and not self.estimates:
+                if value != getattr(Card, name) and not self.estimates:
                     raise InputError(f"{name}: {value} is for --estimate; add it, or leave {name} out")
-            if self.estimates and (gpu or card is not None):
-                here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-                tf32 = bool(settings["performance"]["tf32"])
-                self.limits = find_limits(here if card is None else card, trainer["precision"], tf32)
-                if card is not None and self.limits is None:
-                    known = ", ".join(words for words in PEAKS if "|" not in words)
-                    raise InputError(f"card: {card!r} is not known; give one of {known}, or leave card out")
         check_ranges(self.config[self.command])
         fit_folder.settle_folder(self.config[self.command]["trainer"], args)
         self.config[self.command] = without_repeated_callbacks(self.config[self.command])
@@ -414,15 +397,14 @@ class TrainingCLI(LightningCLI):
                 folder = self.trainer.default_root_dir
                 raise InputError(f"no space left for {folder} ({reason}); free some space and run it again") from error
             return
-        from latentreward.apps.estimate.estimate import estimate, limits_text
+        from latentreward.apps.estimate.estimate import estimate
 
         def build_module(settings: Namespace) -> LightningModule:
             alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))  # without trainer and data
             with constructor_errors():
                 return self.parser.instantiate(alone)["fit"].model
 
-        found = estimate(self.config[subcommand], build_module)
-        self.estimated = replace(found, limits=limits_text(found, self.limits)) if self.limits else found
+        self.estimated = estimate(self.config[subcommand], build_module)
 
     def before_fit(self) -> None:
         """Prepare ``fit``: lock the run folder when all ranks have started, and find the checkpoint to resume from.
@@ -737,7 +719,7 @@ def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
             rewritten = rewrite_arguments(arguments, backbone_names(), root=f"{command}.")
             if wants_estimate(arguments):
-                from latentreward.apps.estimate.shapes import unset_variables
+                from latentreward.apps.estimate.unread import unset_variables
 
                 held.enter_context(unset_variables())
             done = TrainingCLI(command, rewritten, Path(folder), held)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc import locate
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
 
@@ -20,15 +19,11 @@ from latentreward.alignment import PolicySource
 from latentreward.alignment.rewards.http import RemoteReward
 from latentreward.alignment.rewards.pixel import ImageReward
 from latentreward.apps.estimate.batches import largest_batch, written_caches
-from latentreward.apps.estimate.rewards import replace_rewards
-from latentreward.apps.estimate.shapes import RECOMPUTE, ConfigSources
 from latentreward.apps.estimate.step_costs import TEXT, StepCosts, step_costs
+from latentreward.apps.estimate.unread import ConfigSources, replace_rewards
 from latentreward.core.errors import InputError, check_range
 from latentreward.core.peak_rates import Limits, Work
-from latentreward.core.reports.tables import Table, as_text
-from latentreward.core.running import PHASES
-from latentreward.data.datamodules import PairLoaders
-from latentreward.diffusion import CachedPreferenceDataModule
+from latentreward.core.reports.tables import Table
 
 ASSUMED = (
     "Computed from shapes, nothing measured: GB are 10⁹ bytes, TFLOP 10¹² operations of matrix products, convolutions "
@@ -44,7 +39,6 @@ class Estimate:
     costs: StepCosts  # memory and computation of a training step
     settings: Namespace  # settings of the run
     notes: tuple[str, ...]  # lines on what the numbers assume
-    limits: str = ""  # what bounds a step on a card; empty without a card that is known
 
     @property
     def accumulated(self) -> int:
@@ -92,7 +86,7 @@ class Estimate:
         }
         lines += ["", f"{'computation':<58}{'TFLOP':>10}"]
         lines += [f"  {name:<56}{value / 1e12:>10.3g}" for name, value in computation.items() if value]
-        return "\n".join([*lines, "", *([self.limits, ""] if self.limits else []), *self.notes, ASSUMED])
+        return "\n".join([*lines, "", *self.notes, ASSUMED])
 
 
 def gigabytes(size: int) -> str:
@@ -108,9 +102,7 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
     with TemporaryDirectory(prefix="latentreward-") as folder:
         sources, gpu = ConfigSources(Path(folder)), settings.trainer.accelerator != "cpu"
         module = unread_module(settings, build, sources)
-        callbacks = [str(callback.get("class_path")) for callback in settings.trainer.get("callbacks") or []]
-        averaged = any(name.endswith(".TrainableEMA") for name in callbacks)
-        costs = step_costs(module, settings.data, settings.trainer.accumulate_grad_batches, gpu, averaged)
+        costs = step_costs(module, settings.data, settings.trainer.accumulate_grad_batches, gpu)
     notes = notes_on(settings, costs, sources, gpu)
     for part in module.modules():
         if isinstance(part, RemoteReward):
@@ -118,7 +110,7 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
         if isinstance(part, ImageReward):
             left_out = f"weights and computation of {type(part.scorer).__name__}"
             notes.append(f"Not counted: {left_out}; decoding of the images that it scores is counted.")
-    if any(name.endswith(".EncodeOnce") for name in callbacks):
+    if any(str(one.get("class_path")).endswith(".EncodeOnce") for one in settings.trainer.get("callbacks") or []):
         kept = costs.without(TEXT)
         notes.append(f"EncodeOnce frees text encoders of {kept.freed / 1e9:.2f} GB before the first step.")
         costs = kept
@@ -297,10 +289,6 @@ def told_hours(needs: Mapping[str, TrainingNeeds], card: Card) -> str:
     return f"hours: {', '.join(told)} (computed, at --tflops {card.tflops:g}; without data, validation and pictures)"
 
 
-COMPILED = 0.3
-"""Part of a step's time that compiled blocks save: 0.12 to 0.5 in docs/performance.md."""
-
-
 def bounds_table(
     title: str,
     rows: Mapping[str, Work],
@@ -315,58 +303,3 @@ def bounds_table(
         cells.append((name, *counts, *bounds, *(column[number] for column in columns.values())))
     headings = ("arithmetic, s", "traffic, s", "launches, s") if limits else ()
     return Table((title, "TFLOP", "GB", "kernels", *headings, *columns), tuple(cells))
-
-
-def limits_text(found: Estimate, limits: Limits) -> str:
-    """Format the bounds of a step and of a rollout, and name the setting that would help the step most."""
-    costs, times = found.costs, found.accumulated
-    rollout = costs.work.get("rollout", Work())
-    phases = {name: work for name, work in costs.work.items() if name != "rollout"}
-    if costs.freed and not issubclass(locate(found.settings.data.class_path), PairLoaders):  # type: ignore[arg-type]
-        phases.pop("encode", None)  # EncodeOnce has encoded the prompts before the first step
-    for name in phases.keys() - {"optimizer", "ema"}:  # of one batch
-        phases[name] = Work(*(times * count for count in vars(phases[name]).values()))
-    step = sum(phases.values(), Work())
-    order = [*PHASES, RECOMPUTE]
-    rows = {f"  {name}": phases[name] for name in sorted(phases, key=order.index) if phases[name].kernels}
-    rows |= {"a step": step} | ({"a rollout": rollout} if rollout.kernels else {})
-    bounds = limits.bounds(step)
-    greatest = max(bounds, key=bounds.__getitem__)
-    lines = [
-        as_text(bounds_table(limits.name, rows, limits)),
-        "Traffic as if no operators were fused, and 6 µs a launch: compiled blocks need less of both.",
-        f"limit: {greatest}, at least {bounds[greatest]:.3g} s a step",
-    ]
-    gain, setting = max(remedies_of(found, phases, limits), default=(0.0, ""))
-    if gain > 0.01 * bounds[greatest]:
-        lines[-1] += f"; what would help most: {setting} ({gain:.2g} s less)"
-    return "\n".join(lines)
-
-
-def remedies_of(found: Estimate, phases: Mapping[str, Work], limits: Limits) -> Iterator[tuple[float, str]]:
-    """Yield settings that would shorten a step of so much work by phase, each after the seconds that it saves."""
-    settings, step = found.settings, sum(phases.values(), Work())
-    bounds = sorted((seconds, name) for name, seconds in limits.bounds(step).items())
-    (longest, greatest), (second, _) = bounds[2], bounds[1]
-
-    def without(name: str) -> float:
-        rest = sum((work for other, work in phases.items() if other != name), Work())
-        return longest - max(limits.bounds(rest).values())
-
-    kind: type = locate(settings.data.class_path)  # type: ignore[assignment]
-    trains_text = any(part.name == TEXT and part.trained for part in found.costs.parts)
-    if "encode" in phases and issubclass(kind, PairLoaders) and not issubclass(kind, CachedPreferenceDataModule):
-        yield without("encode"), "cached latents (latentreward cache)"
-    elif "encode" in phases and not trains_text:
-        text = "--data.cached_text=true, of a cache with text" if issubclass(kind, PairLoaders) else "EncodeOnce"
-        yield without("encode"), text
-    if RECOMPUTE in phases:
-        yield without(RECOMPUTE), "gradient_checkpointing: false, if the memory suffices"
-    if greatest == "launches":
-        yield longest - second, "a larger --data.batch_size: as many kernels for more rows"
-    performance, steps = settings.performance, settings.trainer.max_steps
-    itself = (
-        performance.compile_blocks is None and performance.auto and (steps < 0 or steps >= found.costs.compiled_from)
-    )
-    if not (performance.compile_blocks or itself):
-        yield COMPILED * longest, "--performance.compile_blocks=true"
