@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
@@ -173,11 +173,9 @@ def gpu_autocast() -> Iterator[None]:
 
         return call
 
-    originals = [getattr(owner, name) for owner, name, _ in IN_FLOAT32]
-    try:
-        for (owner, name, _), original in zip(IN_FLOAT32, originals, strict=True):
+    with ExitStack() as stack:
+        for owner, name, _ in IN_FLOAT32:
+            original = getattr(owner, name)
+            stack.callback(setattr, owner, name, original)
             setattr(owner, name, in_float32(original))
         yield
-    finally:
-        for (owner, name, _), original in zip(IN_FLOAT32, originals, strict=True):
-            setattr(owner, name, original)

@@ -48,10 +48,7 @@ PARTS = {
     PromptEncoder: TEXT,
     LatentEncoder: "VAE",
 }
-"""Class → name under which the tables list the weights of its modules.
-
-A module inside a module of another of these classes counts to the outer one. All other weights count as ``network``.
-"""
+"""Class → name of its weights in the tables; the outer one of two counts, and all other weights are ``network``."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,7 @@ class StepCosts:
 class RepeatedCalls:
     """Shortcut for methods that are called many times without gradients, such as the policy's in sampling.
 
-    A call with arguments of the same shapes and dtypes as an earlier call is not run. Its FLOPs and memory are counted
-    as those of the earlier call, and stand-ins of the earlier result's shapes are returned.
+    A call with arguments of the shapes and dtypes of an earlier one is not run, but counted as that one.
     """
 
     def __init__(self, shapes: ShapesOnly) -> None:
@@ -221,8 +217,7 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
 def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
     """Let ``calls`` count the policy and reward of an alignment module, and skip their repeated calls.
 
-    Instead of a score of pictures, or of a server, a reward gives the mean of what would be scored. So does code that
-    needs values, which stand-ins have not.
+    Where a reward needs pictures, a server or values, it gives the mean of what would be scored.
     """
     policy, reward = getattr(module, "policy", None), getattr(module, "reward", None)
     if not isinstance(policy, Policy):
@@ -269,7 +264,7 @@ def answer_alone(reward: RemoteReward, latents: Tensor, rows: Tensor, encoded: A
 
 
 def optimizer_of(module: LightningModule, foreach: bool) -> Optimizer:
-    """Return the module's optimiser; ``foreach`` selects PyTorch's multi-tensor update, the default on a GPU."""
+    """Return the module's optimiser; ``foreach`` selects the multi-tensor update, the default on a GPU."""
     built: Any = module.configure_optimizers()
     optimizer = built.get("optimizer") if isinstance(built, Mapping) else built
     if not isinstance(optimizer, Optimizer):
@@ -281,10 +276,7 @@ def optimizer_of(module: LightningModule, foreach: bool) -> Optimizer:
 
 
 def part_costs(module: LightningModule, quantized: Mapping[int, int]) -> tuple[PartCosts, ...]:
-    """Return the weights by part; a weight shared by several parts counts once.
-
-    ``quantized`` holds the size in bytes of each weight that a run would quantise, by the id of its stand-in.
-    """
+    """Return the weights by part, shared ones once; ``quantized`` are sizes of quantised weights, by id."""
     owners: dict[int, str] = {}
     for part in module.modules():  # outer ones first
         name = next((name for kind, name in PARTS.items() if isinstance(part, kind)), None)

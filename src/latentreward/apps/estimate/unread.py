@@ -18,9 +18,8 @@ from torch import Tensor
 
 from latentreward.alignment import HTTPReward, LatentReward, Policy, PolicySource
 from latentreward.alignment.rewards.http import RemoteLatentReward, RemoteReward
-from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.apps.estimate.pipelines import CLIP_MODELS, HUB_IDS, PIPELINES, write_pipelines
-from latentreward.core.errors import InputError, errors_at
+from latentreward.core.errors import InputError
 from latentreward.core.settings.rewriting import shipped_configs
 from latentreward.core.storage.hub import cached_files, is_hub_id
 from latentreward.diffusion import DiffusionBackbone
@@ -108,10 +107,6 @@ def unset_variables() -> Iterator[None]:
         replace(oc.env)
 
 
-OWN = "its own settings"
-"""Origin of the settings of a stored reward, in words."""
-
-
 class Unread(StoredReward):
     """Stored reward that is built on the meta device from another's settings; its weights are never read."""
 
@@ -152,30 +147,13 @@ class UnreadReward(LatentReward):
         sources = ConfigSources(Path(kept))
         settings = Namespace(path=path, usual=usual, usual_base=usual_base, **options)
         self.__dict__["stored"] = find_settings(settings, sources)
-        self._place = ""
-        if sources.used[path] != OWN:
-            self._place = (
-                f"no reward lies at {path} (train it, or give the path of another), and configs/model/{usual}.yaml in "
-                "its place does not fit the policy: "
-            )
-
-    def require_latents_of(self, policy: PolicySource) -> None:
-        with errors_at(self._place):
-            super().require_latents_of(policy)
-
-    def load(self, policy: Policy) -> LatentScorer:
-        with errors_at(self._place):
-            return super().load(policy)
 
 
 class UnaskedReward(HTTPReward):
     """Replacement for :class:`HTTPReward`; asks no server what latents and embeddings it takes."""
 
-    def latent_space(self) -> None:
-        """Return None: the latents are not compared."""
-
-    def require_latents_of(self, policy: PolicySource) -> None:
-        """Compare nothing."""
+    def served(self, *_: Any) -> None:
+        """Return None: nothing is compared."""
 
     def load(self, policy: Policy) -> RemoteReward:
         if self.uses_sigmas:
@@ -212,7 +190,7 @@ def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
     path, base = reward.path, reward.get("base")
     place = Path(path) if Path(path).exists() else cached_files(path, reward.get("revision"))
     trusted = bool(reward.get("trust_remote_code"))
-    sources.used[path] = OWN
+    sources.used[path] = "its own settings"
     stored: PretrainedReward | TrainedReward | None = None
     if place is not None and is_model_folder(place):
         stored = PretrainedReward(place, base, trusted)
