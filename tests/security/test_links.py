@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from latentreward.apps.taste.steps import LOG, TOLD, TaskRunner
+from latentreward.apps.taste.steps import LOG, Step
 from latentreward.core.errors import InputError
 from latentreward.core.storage.run_folder import PartFiles
 from latentreward.data import (
@@ -29,21 +29,13 @@ from latentreward.data import (
     decode_image,
 )
 from latentreward.data.readers.rows import RowReader
-from tests.apps.taste.test_steps import toy
-
-
-def run_step(folder: Path) -> None:
-    TaskRunner(folder).run(toy("1")["pairs"])
-
-
-def beside_step(name: str) -> str:
-    return str(toy("1")["pairs"].output(Path()).parent / name)
-
 
 WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "parts of a table": ("out.csv.parts", lambda folder: PartFiles(folder / "out.csv", {}, 1).__enter__()),
-    "log of a step": (beside_step(LOG), run_step),
-    "record of a step": (beside_step(TOLD), run_step),
+    "log of a step": (
+        str(Step.of(Path(), "list", ["configs"]).output.parent / LOG),
+        lambda folder: Step.of(folder, "list", ["configs"]).run(),
+    ),
 }
 
 

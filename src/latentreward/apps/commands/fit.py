@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain, count
@@ -16,7 +15,6 @@ from tempfile import TemporaryDirectory
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jsonargparse import ActionYesNo, Namespace
 from jsonargparse.typing import PositiveFloat
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
@@ -39,7 +37,6 @@ from latentreward.core.checkpoints import files as checkpoint_files
 from latentreward.core.checkpoints.shards import check_weights, damaged, newest_first, read_sharded
 from latentreward.core.errors import InputError, errors_at, where
 from latentreward.core.interrupts import TERMINATED
-from latentreward.core.peak_rates import PEAKS, Limits, find_limits
 from latentreward.core.registry import backbone_names
 from latentreward.core.settings import functions
 from latentreward.core.settings.errors import check_ranges, summarise
@@ -59,8 +56,6 @@ LEFT_OUT = ("#", "ckpt_path:")
 """Starts of lines in which the settings of one run may differ between two files."""
 USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 """Subcommand -> splits that the subcommand reads; the first split must be set."""
-FOR_ESTIMATE = {"card": None, "card_gb": Card.card_gb, "tflops": Card.tflops}
-"""Settings that only ``--estimate`` reads -> their defaults."""
 
 
 class Parser(functions.SettingsParser, LightningArgumentParser):
@@ -156,7 +151,6 @@ class TrainingCLI(LightningCLI):
         self.command, self.folder, self.held, self.estimates = command, folder, held, False
         self.estimated: Estimate | None = None  # memory and computation of the run, under --estimate
         self.card = Card(gpu=False)  # device that the estimate is compared with
-        self.limits: Limits | None = None  # its peak rates, if they are known
         super().__init__(
             save_config_callback=SaveConfig,
             seed_everything_default=0,
@@ -227,12 +221,6 @@ class TrainingCLI(LightningCLI):
                 help="Compute the memory and computation that the run needs, print them, and end; from configs alone.",
             )
             parser.add_class_arguments(Card, skip={"gpu"}, instantiate=False)
-            parser.add_argument(
-                "--card",
-                type=str | None,
-                default=None,
-                help="Card whose limits --estimate compares with, such as H100.",
-            )
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -248,18 +236,11 @@ class TrainingCLI(LightningCLI):
     def _take_estimate(self, settings: Namespace) -> None:
         """Take what only an estimate reads out of the settings, so that no run records it."""
         self.estimates = settings.pop("estimate")
-        given = {name: settings.pop(name) for name in FOR_ESTIMATE}
+        given = {name: settings.pop(name) for name in ("card_gb", "tflops")}
+        self.card = Card(settings["trainer"]["accelerator"] != "cpu", **given)
         for name, value in given.items():
-            if value != FOR_ESTIMATE[name] and not self.estimates:
+            if value != getattr(Card, name) and not self.estimates:
                 raise InputError(f"{name}: {value} is for --estimate; add it, or leave {name} out")
-        card, gpu = given["card"], settings["trainer"]["accelerator"] != "cpu"
-        self.card = Card(gpu, given["card_gb"], given["tflops"])
-        if self.estimates and (gpu or card is not None):
-            here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-            self.limits = find_limits(here if card is None else card, settings["trainer"]["precision"])
-            if card is not None and self.limits is None:
-                known = ", ".join(words for words in PEAKS if "|" not in words)
-                raise InputError(f"card: {card!r} is not known; give one of {known}, or leave card out")
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -337,15 +318,14 @@ class TrainingCLI(LightningCLI):
         if not self.estimates:
             super()._run_subcommand(subcommand)
             return
-        from latentreward.apps.estimate.estimate import estimate, limits_text
+        from latentreward.apps.estimate.estimate import estimate
 
         def build_module(settings: Namespace) -> LightningModule:
             alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))  # without trainer and data
             with constructor_errors():
                 return self.parser.instantiate(alone)["fit"].model
 
-        found = estimate(self.config[subcommand], build_module)
-        self.estimated = replace(found, limits=limits_text(found, self.limits)) if self.limits else found
+        self.estimated = estimate(self.config[subcommand], build_module)
 
     def before_fit(self) -> None:
         """Prepare ``fit``: lock the run folder when all ranks have started, and find the checkpoint to resume from.
@@ -402,8 +382,6 @@ class TrainingCLI(LightningCLI):
                 print(f"{name:<40}{value.item():>10.4f}")
 
     after_test = after_validate
-
-
 
 
 def check_callbacks(trainer: Namespace) -> None:
@@ -586,7 +564,7 @@ def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
             rewritten = rewrite_arguments(arguments, backbone_names(), root=f"{command}.")
             if any(re.fullmatch(r"--estimate(=true|=yes)?", one.lower()) for one in arguments):
-                from latentreward.apps.estimate.shapes import unset_variables
+                from latentreward.apps.estimate.unread import unset_variables
 
                 held.enter_context(unset_variables())
             done = TrainingCLI(command, rewritten, Path(folder), held)
