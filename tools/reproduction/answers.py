@@ -6,11 +6,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from latentreward.apps.taste.steps import CLONE
 from latentreward.core.errors import InputError
 from latentreward.core.reports.tables import NOTHING, with_interval
 from latentreward.core.storage.json_files import STRICT, checked
 from tools.reproduction.rows import FOLDER, Claim, Row, load_yaml
+from tools.reproduction.tasks import CLONE
 from tools.reproduction.verdicts import Verdict
 
 FILE = "questions.yaml"
