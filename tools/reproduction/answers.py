@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from latentreward.core.errors import InputError
 from latentreward.core.reports.tables import NOTHING, with_interval
 from latentreward.core.storage.json_files import STRICT, checked
+from tools.measured import CLONE
 from tools.reproduction.rows import FOLDER, Claim, Row, load_yaml
-from tools.reproduction.tasks import CLONE
 from tools.reproduction.verdicts import Verdict
 
 FILE = "questions.yaml"
