@@ -108,6 +108,8 @@ def check_reader(reader: PairReader, rows: int = 20) -> None:
     ):
         if len(column) != len(reader) or list(column[: len(found)]) != wanted:
             raise InputError(f"{type(reader).__name__}: {name} are not those of the rows")
+    if len({*reader.pair_ids()}) < len(reader):
+        raise InputError(f"{type(reader).__name__}: several rows have one pair_id, which seeds their random numbers")
 
 
 def check_scorer(scorer: ImageScorer) -> None:
@@ -161,7 +163,7 @@ def check_backbone(backbone: DiffusionBackbone, latents: Tensor, head: RewardHea
 
 
 def check_family(policy: Policy, latents: Tensor) -> None:
-    """Check a family of generators: predictions for rows of a batch against those for each row alone.
+    """Check a family of generators: rows of a batch against each row alone, and gradients in all layers.
 
     Args:
         policy: Loaded policy of the family.
@@ -172,6 +174,19 @@ def check_family(policy: Policy, latents: Tensor) -> None:
     with torch.no_grad(), evaluating(policy.network):
         _kept(policy.family, "predict", policy.network, latents, timesteps, text, None)
     check_predictions(policy.family, policy.network, latents, timesteps, text, None)
+    # diffusers' mixtures of experts run without gradient in evaluation mode: outputs are right, gradients are not.
+    stopped: list[str] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, name=name: None if torch.is_grad_enabled() else stopped.append(name))
+        for name, layer in policy.network.named_modules()
+        if layer._parameters
+    ]
+    policy.train().family.predict(policy.network, latents, timesteps, text, None)
+    for hook in hooks:
+        hook.remove()
+    if stopped:
+        name, more = type(policy.family).__name__, f"{stopped[0]} and {len(stopped) - 1} more layers"
+        raise InputError(f"{name}: {more} run without gradient while the policy trains; set train_mode = True in it")
 
 
 def _kept(part: Any, method: str, *given: Any) -> Any:

@@ -33,7 +33,7 @@ COMMANDS = {
         "--images.size=32", "--images_per_shard=4", "--num_workers=1",
     ),
     "score": ("score", "pics", "out/scores.csv", "--model=model", "--flush_every=2", "--batch_size=2"),
-    "generate": ("generate", "prompts.txt", "out", "--policy.source=sd_tiny", *SAMPLING, "--table=jsonl"),
+    "generate": ("generate", "prompts.txt", "out", "--policy.source=sd_tiny", *SAMPLING),
     "edits": ("generate", "edits.jsonl", "out", f"--policy.source={KLEIN.folder}", *SAMPLING, "--sampling.width=32",
               "--sampling.height=32"),
     "evaluate-policy": (

@@ -1,8 +1,6 @@
 """Scoring of a reader's pairs with several scorers; each image is decoded and scored once per prompt."""
 
 import json
-import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain, islice
@@ -26,7 +24,6 @@ Item = tuple[str, str]  # key of an image, and its prompt
 Side = tuple[int, int]  # index of a pair in a list, and 0 for image a or 1 for image b
 Decoded = tuple[Image.Image | None, dict[Side, str]]
 """First copy of an image that could be decoded, or None; and an error message for each copy that could not."""
-READING = "reading and decoding"  # key in ``PairScoring.seconds`` of the time that reading and decoding take
 MODELS = b"served_models"
 """Key in a table's metadata of the models that servers named with the scores, by scorer, as JSON."""
 TRIED_PAIRS = 8  # number of pairs whose images are tried before any model is loaded
@@ -61,8 +58,6 @@ class PairScoring:
         self._known: dict[str, dict[bytes, Sequence[float]]] = {scorer.name: {} for scorer in self.image_scorers}
         self._models: dict[str, str | None] = {}
         self._sound: set[Any] = set()  # identities of pictures to edit that can be read: many images are edits of one
-        self.seconds: defaultdict[str, float] = defaultdict(float)  # by name of the scorer, and on READING
-        self.images: Counter[str] = Counter()  # number of images scored, by name of the scorer
 
     def spec(self) -> dict[str, Any]:
         """Describe reader, scorers and settings that the scores depend on, as values for JSON."""
@@ -95,13 +90,6 @@ class PairScoring:
                         name = _memory_key(scorer, (key, self._prompts[row]))
                         self._known[scorer.name][name] = tuple(values.tolist())
 
-    def read(self, rows: range) -> list[PreferencePair]:
-        """Read ``rows`` of the reader, and add the time to :attr:`seconds`."""
-        start = time.perf_counter()
-        pairs = [self.reader[row] for row in rows]
-        self.seconds[READING] += time.perf_counter() - start
-        return pairs
-
     def tables(self, parts: Sequence[range]) -> Iterator[tuple[range, pa.Table]]:
         """Yield each part's range of rows of the reader with its table of scores.
 
@@ -111,7 +99,7 @@ class PairScoring:
         such an image are NaN.
         """
         for rows in parts:
-            pairs = self.read(rows)
+            pairs = [self.reader[row] for row in rows]
             problems: dict[Side, str] = {}
             self._score_missing(pairs, problems)
             yield rows, self._table(pairs, problems)
@@ -163,10 +151,7 @@ class PairScoring:
             for scorer in self.image_scorers:
                 known = self._known[scorer.name]
                 missing = {key: item for item in readable if (key := _memory_key(scorer, item)) not in known}
-                start = time.perf_counter()
                 scores = scorer([prompt for _, prompt in missing.values()], [readable[one] for one in missing.values()])
-                self.seconds[scorer.name] += time.perf_counter() - start
-                self.images[scorer.name] += len(missing)
                 self._note_model(scorer.name, scorer.served_model)
                 known.update(zip(missing, scores.reshape(len(missing), len(scorer.columns)).tolist(), strict=True))
 
@@ -192,12 +177,7 @@ class PairScoring:
             return entry[0], (None, problems)
 
         with closing(map_ahead(decode, wanted.items(), 2 * self._group, self.decode_threads)) as decoded:
-            while True:
-                start = time.perf_counter()
-                group = list(islice(decoded, self._group))
-                self.seconds[READING] += time.perf_counter() - start
-                if not group:
-                    return
+            while group := list(islice(decoded, self._group)):
                 yield group
 
 
