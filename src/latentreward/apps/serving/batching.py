@@ -142,6 +142,10 @@ class Batcher:
         """Seconds since the current pass started; 0 if the thread is free."""
         return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
 
+    def count(self) -> int:
+        """Return the number of waiting rows."""
+        return len(self.waiting)
+
     def require_room(self, rows: int) -> None:
         """Raise RequestError (503) if the queue has no room for so many rows, or they would wait too long for it."""
         ahead = sum(one.turn <= self._turn + (rows - 1) // self.batch_size for one in self.waiting)

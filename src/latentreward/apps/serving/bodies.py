@@ -380,7 +380,7 @@ def images_of(prompts: Sequence[str], images: Sequence[str], sources: Sequence[S
             raise RequestError(f"{place} is no base64") from error
 
     refs = [[source_ref(file(one, "a source image"), place) for place, one in enumerate(row)] for row in sources]
-    texts = zip(prompts, refs or [()] * len(prompts), strict=True)
+    texts = zip(prompts, refs or [[]] * len(prompts), strict=True)
     named = [EditPrompt(text, row) if row else text for text, row in texts]
     return [(text, file(images[number], f"image {number}")) for number, text in enumerate(named)]
 
