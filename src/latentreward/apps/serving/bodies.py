@@ -69,15 +69,17 @@ class Memory:
                 raise RequestError("requests of this size fill the server's memory just now; try later", 503, 1)
             mine, self.held = mine + size, self.held + size
 
+        def check_length(length: int) -> None:
+            check_limit("the body: bytes", length, settings.max_body, "send less, or raise --max_body_mb")
+
         given = request.headers.get("content-type", "").lower().partition(";")[0].strip()
         if given != kind or request.headers.get("content-encoding", "identity") != "identity":
             raise RequestError(f"content-type is {given[:40]!r}; send {kind}, and no content-encoding", 415)
-        lengths = "the body: bytes", settings.max_body, "send less, or raise --max_body_mb"
         try:
             async with asyncio.timeout(settings.timeout):
-                check_limit(lengths[0], int(request.headers.get("content-length", "0")), *lengths[1:])
+                check_length(int(request.headers.get("content-length", "0")))
                 async for chunk in request.stream():
-                    check_limit(lengths[0], len(body) + len(chunk), *lengths[1:])
+                    check_length(len(body) + len(chunk))
                     take(len(chunk))
                     body += chunk
             # What parsing takes beside the body. A text is decoded to up to 4 bytes for each character, and halves to

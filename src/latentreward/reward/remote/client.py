@@ -223,12 +223,12 @@ class Connection:
             raise Unavailable(f"no answer within timeout_s={self.server.timeout_s:g} seconds") from error
         except httpx.TransportError as error:
             raise Unavailable(printable(first_line(error))[:SHOWN]) from error
-        found: Any = body.decode("utf-8", "replace")
+        text = body.decode("utf-8", "replace")
         try:
-            found, problem = json.loads(found), None
+            found, problem = without(token, json.loads(text)), None  # so that no later message can show it
         except (ValueError, RecursionError) as error:
-            problem = error
-        told = found = without(token, found)  # so that no later message can show it
+            found, problem = without(token, text), error
+        told: Any = found
         if isinstance(found, dict):
             told = next((found[name] for name in ("error", "detail", "message") if name in found), found)
         words, status = printable(" ".join(str(told).split()))[:SHOWN] or "(no text)", reply.status_code
