@@ -62,7 +62,6 @@ class Reward(nn.Module, Part):
         lambda found, reward, latents, *given: (
             wrong_tensor(found, (len(latents),)) or ((reward.differentiable or None) and detached(found, latents))
         ),
-        keeps=True,
     )
     def score_clean(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()

@@ -15,7 +15,6 @@ from latentreward.alignment.rewards.base import Reward, RewardSource, check_edit
 from latentreward.alignment.rewards.shared_base import share_adapter, shares_network, shares_text
 from latentreward.core.contracts import Conditioning, LatentSpace, NoisyStates, PathText, TensorRecord, check_sources
 from latentreward.core.errors import InputError, check_at_least_one
-from latentreward.core.storage.weight_files import processes_here, sharing_between
 from latentreward.diffusion import DDPM, FlowMatching, NoiseProcess
 from latentreward.diffusion.backbones.loading import PipelineSource
 from latentreward.diffusion.backbones.weights import Reading, read_weights, reading_later
@@ -137,7 +136,6 @@ class LatentScorer(Reward):
         super().__init__()
         kept = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._unread = [reading for key, reading in (unread or {}).items() if key in kept]
-        self._processes = processes_here()
         self._model = (model,)  # a tuple, so that a shared network is not registered twice
         foreign = set() if policy is None else {*policy.children()}
         self._owned = nn.ModuleDict({"head": model.head})
@@ -159,11 +157,10 @@ class LatentScorer(Reward):
     def read_weights(self, halved: Container[int] = ()) -> None:
         """Read the weights that are still unread, those with ids in ``halved`` as bfloat16."""
         if self._unread:
-            with sharing_between(self._processes):
-                read_weights(
-                    reading._replace(wanted=torch.bfloat16) if id(reading.tensor) in halved else reading
-                    for reading in self._unread
-                )
+            read_weights(
+                reading._replace(wanted=torch.bfloat16) if id(reading.tensor) in halved else reading
+                for reading in self._unread
+            )
             self._unread = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentScorer:
