@@ -143,11 +143,8 @@ def create_app(service: ScoringService) -> FastAPI:
     paths = {str(getattr(route, "path", "")) for router in (general, *routers) for route in router.routes}
 
     @app.exception_handler(RequestError)
-    async def refuse(request: Request, error: RequestError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, error.status, error.headers)
-
     @app.exception_handler(HTTPException)
-    async def tell(request: Request, error: HTTPException) -> JSONResponse:
+    async def tell(request: Request, error: RequestError | HTTPException) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
 
     @app.exception_handler(Exception)  # uvicorn prints the traceback

@@ -25,8 +25,9 @@ class RequestError(InputError):
     """An error answered as ``{"error": message}`` with an HTTP status, and perhaps the header ``Retry-After``."""
 
     def __init__(self, message: str, status: int = 400, retry_after: int | None = None) -> None:
-        super().__init__(printable(" ".join(message.split())))  # it may repeat what a stranger sent
-        self.status, self.headers = status, None if retry_after is None else {"Retry-After": str(retry_after)}
+        self.detail = printable(" ".join(message.split()))  # it may repeat what a stranger sent
+        self.status_code, self.headers = status, None if retry_after is None else {"Retry-After": str(retry_after)}
+        super().__init__(self.detail)
 
 
 @dataclass(frozen=True, eq=False)
