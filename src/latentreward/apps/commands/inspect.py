@@ -11,7 +11,7 @@ from latentreward.core.errors import InputError, printable
 from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.durable import write_file
 from latentreward.data import PairReader
-from latentreward.data.format_detection import choose_splits, other_formats, recognise
+from latentreward.data.format_detection import choose_splits, recognise
 from latentreward.data.inspection import Report, inspect_reader, shared_prompts
 from latentreward.data.readers.pair_rows import WholeNumbersError
 
@@ -39,7 +39,6 @@ def inspect(
     """
     readers, unread = _open(data, reader, splits)
     report = Report(data or ", ".join(readers), decode)
-    report.others = {} if data is None else other_formats(data)
     report.unread |= unread
     report.splits += [inspect_reader(name, one, decode, limit) for name, one in readers.items()]
     for first, second in combinations(readers, 2):

@@ -35,7 +35,7 @@ def score_pairs(
         output: File to write, .parquet or .csv.
         reader: Reader of the pairs.
         scorers: Scorers of the images, e.g. latentreward.reward.CLIPScorer.
-        flush_every: Pairs per part of the table: a killed process loses at most one part; Ctrl-C loses no scored pair.
+        flush_every: Pairs per part of the table: a killed process loses at most one part.
         options: See :class:`~latentreward.reward.scorers.pair_scoring.PairScoring`.
     """
     scoring = PairScoring(reader, scorers, **options)

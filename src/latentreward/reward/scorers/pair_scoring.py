@@ -60,10 +60,7 @@ class PairScoring:
         self._sound: set[Any] = set()  # identities of pictures to edit that can be read: many images are edits of one
 
     def spec(self) -> dict[str, Any]:
-        """Describe reader, scorers and settings that the scores depend on, as values for JSON.
-
-        A table of scores can be resumed only with an equal description.
-        """
+        """Describe reader, scorers and settings that the scores depend on, as values for JSON."""
         texts = (f"{text}\0" for text in chain(self.reader.pair_ids(), map(_named, self._prompts)))
         rows = digest(chain([self.reader.labels().tobytes()], texts))
         return {
@@ -96,9 +93,6 @@ class PairScoring:
     def tables(self, parts: Sequence[range]) -> Iterator[tuple[range, pa.Table]]:
         """Yield each part's range of rows of the reader with its table of scores.
 
-        On Ctrl-C the first rows of the current part whose images have all been scored are yielded before
-        KeyboardInterrupt is raised.
-
         Columns: ``pair_id``, ``image_a``, ``image_b``, ``label_a``, ``different_flag`` (0 for ties, else 1); for each
         column name of each scorer ``NAME_a``, ``NAME_b`` and ``NAME_gap`` (winner minus loser; absolute difference for
         ties; NaN without label); and ``problem_a``, ``problem_b``, the reason why an image could not be read. Scores of
@@ -107,22 +101,8 @@ class PairScoring:
         for rows in parts:
             pairs = [self.reader[row] for row in rows]
             problems: dict[Side, str] = {}
-            try:
-                self._score_missing(pairs, problems)
-            except KeyboardInterrupt:
-                done = pairs[: self._first_unfinished(pairs, problems)]
-                if done:
-                    yield range(rows.start, rows.start + len(done)), self._table(done, problems)
-                raise
+            self._score_missing(pairs, problems)
             yield rows, self._table(pairs, problems)
-
-    def _first_unfinished(self, pairs: Sequence[PreferencePair], problems: Mapping[Side, str]) -> int:
-        """Index of the first pair with an image that is neither scored nor known to be unreadable."""
-        for side_index, image, prompt in _sides(pairs):
-            names = {scorer.name: _memory_key(scorer, (image.image_key, prompt)) for scorer in self.image_scorers}
-            if side_index not in problems and not all(name in self._known[scorer] for scorer, name in names.items()):
-                return side_index[0]
-        return len(pairs)
 
     def _table(self, pairs: Sequence[PreferencePair], problems: Mapping[Side, str]) -> pa.Table:
         labels = np.array([np.nan if pair.label_a is None else pair.label_a for pair in pairs])
@@ -157,8 +137,7 @@ class PairScoring:
     def _score_missing(self, pairs: Sequence[PreferencePair], problems: dict[Side, str]) -> None:
         """Score images without a known score, and add the reasons why images could not be read to ``problems``.
 
-        If an image occurs several times, its first copy that can be read is scored, for itself and all later copies.
-        The result therefore does not depend on how rows are grouped into parts.
+        Of an image that occurs several times, the first copy that can be read is scored, for all.
         """
         wanted: dict[Item, list[tuple[Side, ImageRef]]] = {}
         for side_index, image, prompt in _sides(pairs):
