@@ -168,7 +168,7 @@ def judge_pickscore(pairs: BenchmarkPairs, fitting: BenchmarkPairs | None) -> Cr
     fitted, temperature = ~np.isnan(fitting.gap), pairs.temperature
     if temperature is None:
         temperature = fit_temperature(fitting.gap[fitted], fitting.labels[fitted])
-    thresholds = THRESHOLDS if fitted.any() else []
+    thresholds = THRESHOLDS.tolist() if fitted.any() else []
     curve = [float(credit_at(fitting, temperature, theta)[fitted].mean()) for theta in thresholds]
     threshold = float(THRESHOLDS[int(np.argmax(curve))]) if curve else 0.0
     scored = ~np.isnan(pairs.gap)
