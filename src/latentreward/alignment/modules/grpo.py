@@ -198,13 +198,11 @@ class TrajectoryGRPOModule(GRPOModule):
         low: Lowest timestep of the steps that are trained on.
         high: Highest timestep of the steps that are trained on. Steps outside are sampled, but not trained on.
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
-        global_std: Divide advantages by the standard deviation of all rewards of a rollout, over all ranks, instead of
-            the prompt's own (Flow-GRPO's setting).
         loss: See :class:`GRPOModule`. :class:`~latentreward.alignment.OutcomeProcessLoss` takes the advantages of the
             finished sample and of ``credit`` as two terms.
         reward_guidance: Guidance of the rollouts by the reward's gradient (Euphonium, arXiv:2602.04928).
-        advantage: Rule that turns rewards into advantages; None is a :class:`~latentreward.alignment.GroupAdvantage` as
-            ``global_std`` says.
+        advantage: Rule that turns rewards into advantages; None is a :class:`~latentreward.alignment.GroupAdvantage`
+            that divides by the spread of all rewards of a rollout, over all ranks (Flow-GRPO's setting).
         credit: Rule that gives each step a reward of its own, from the reward of each state at the state's own noise
             level, and of the finished latents at the least of ``reward_sigmas``. None gives every step the reward of
             its finished image.
@@ -225,7 +223,6 @@ class TrajectoryGRPOModule(GRPOModule):
         low: float = 0.0,
         high: float = 1000.0,
         reward_sigmas: Sequence[float] = (0.4,),
-        global_std: bool = True,
         loss: ClippedPolicyLoss | None = None,
         reward_guidance: RewardGuidance | None = None,
         advantage: Advantage | None = None,
@@ -284,7 +281,7 @@ class TrajectoryGRPOModule(GRPOModule):
         levels = len(reward_sigmas) if reward.uses_sigmas else 1
         self.finished = FinishedSamples(num_trajectories, levels, pruning)
         self.reward_guidance, self.credit, self.window = reward_guidance, credit, window
-        self.advantage = (advantage or GroupAdvantage("all" if global_std else "group")).weighing(reward.part_weights)
+        self.advantage = (advantage or GroupAdvantage("all")).weighing(reward.part_weights)
         self.part_signs = [-1.0 if weight < 0 else 1.0 for weight in reward.part_weights]
         self.trained_steps = steps
         if window is not None:
