@@ -46,8 +46,6 @@ class ForwardProcessModule(AlignmentModule):
     """Base of the modules that learn from finished samples, with a copy of the adapter that samples.
 
     Args:
-        policy: The generator: a rectified flow, unless :attr:`flows_only` is False.
-        reward: Source of a reward that scores finished latents.
         copies: How each copy of the adapter follows the policy, by name.
         sampling: Sampler settings of rollouts, without noise; None takes the method's number of steps: AWM 14, the
             others 10.
@@ -56,12 +54,9 @@ class ForwardProcessModule(AlignmentModule):
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         advantage: Rule that turns rewards into advantages; None divides by the spread of all rewards of a rollout.
         trust_region: A :class:`~latentreward.alignment.Penalty`, or None. The other rules need a sampler's steps.
-        prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; a reward on a server scores
-            them while the next are sampled. None takes all.
-        pruning: How many candidates of a prompt are sampled, of which a latent reward picks the ``num_samples`` that
-            are finished. None finishes all samples.
-        options: See :class:`~latentreward.alignment.AlignmentModule`. Neither sampling nor training uses
-            classifier-free guidance.
+        prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; None takes all.
+        pruning: How many candidates of a prompt are sampled, of which a latent reward picks those that are finished.
+        options: See :class:`~latentreward.alignment.AlignmentModule`. There is no classifier-free guidance.
 
     Attributes:
         experience: :class:`~latentreward.core.contracts.RenoisedGroups` for a method whose rows hold all samples of a

@@ -58,12 +58,9 @@ class GRPOModule(AlignmentModule):
     Log-probabilities are means over latent elements, as in Flow-GRPO.
 
     Args:
-        policy: The generator.
-        reward: Source of the reward.
         sampling: Sampler settings of rollouts; the sampler's noise is the exploration.
         loss: Clip range ε, weight of the KL divergence from the reference, bound of advantages.
-        options: See :class:`~latentreward.alignment.AlignmentModule`; guidance applies in sampling and in
-            training.
+        options: See :class:`~latentreward.alignment.AlignmentModule`.
     """
 
     experience = StepSamples
@@ -142,7 +139,6 @@ class StepwiseGRPOModule(GRPOModule):
     Step-GRPO of DRM, arXiv:2605.25661). States whose candidates all score equally are left out.
 
     Args:
-        policy: The generator.
         reward: Source of a reward that scores noisy states.
         candidates: Number of candidates K, timestep window, and the candidate with which a rollout goes on.
     """
@@ -192,11 +188,10 @@ class TrajectoryGRPOModule(GRPOModule):
     (arXiv:2305.13301) does.
 
     Args:
-        policy: The generator.
         reward: Source of a reward that scores finished latents.
         num_trajectories: Trajectories K per prompt.
-        low: Lowest timestep of the steps that are trained on.
-        high: Highest timestep of the steps that are trained on. Steps outside are sampled, but not trained on.
+        low: Lowest timestep of the steps that are trained on; others are sampled alone.
+        high: Highest timestep of these steps.
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         loss: See :class:`GRPOModule`. :class:`~latentreward.alignment.OutcomeProcessLoss` takes the advantages of the
             finished sample and of ``credit`` as two terms.
@@ -208,10 +203,8 @@ class TrajectoryGRPOModule(GRPOModule):
             its finished image.
         window: Rule that chooses the steps with noise of each rollout; the others are not trained on.
         trust_region: Rule, or a list of rules, that keeps the policy near the one that sampled, or near the reference.
-        prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; a reward on a server scores
-            them while the next are sampled. None takes all.
-        pruning: How many candidates of a prompt are sampled, of which a latent reward picks the ``num_trajectories``
-            that are finished. None finishes all.
+        prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; None takes all.
+        pruning: How many candidates of a prompt are sampled, of which a latent reward picks those that are finished.
     """
 
     def __init__(
