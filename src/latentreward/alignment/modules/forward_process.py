@@ -135,7 +135,7 @@ class ForwardProcessModule(AlignmentModule):
         self.reward_sigmas, self.advantage = tuple(reward_sigmas), advantage or GroupAdvantage("all")
         self.guard, self.prompts_at_once = trust_region, prompts_at_once
         levels = len(reward_sigmas) if reward.uses_sigmas else 1
-        self.finished = FinishedSamples(num_samples, levels, pruning)
+        self.rollout = FinishedSamples(num_samples, levels, pruning)
         self.copies = [MovingCopy(self.policy, name, ramp) for name, ramp in copies.items()]
         self.followed = 0
         self._warned = False
@@ -152,21 +152,21 @@ class ForwardProcessModule(AlignmentModule):
 
     def make_experience(self, prompts: PromptBatch) -> SampledStates | None:
         self.move_copies()
-        self.finished.begin()
+        self.rollout.begin()
         sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
             with self.policy.adapters.use(OLD):
-                trajectories, finished = self.finished.sample(self, part, self.sampler)
+                trajectories, finished = self.rollout.sample(self, part, self.sampler)
             sampled.append(trajectories.finished.clone())  # a view would keep the states of all steps in memory
             del trajectories
             # A reward on a server scores these samples while the next are drawn.
             pending.append(begin_finished(self.reward, sampled[-1], finished, self.seed, self.reward_sigmas))
         latents = torch.cat(sampled)
-        prompts = self.finished.prompts
+        prompts = self.rollout.prompts
         rewards = self.reward.mix(torch.cat([wait() for wait in pending]), rows_of(prompts, latents))
         rewards = rewards.view(len(prompts), self.num_samples)
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
-        advantage = self.finished.advantages(self, rewards, self.advantage)
+        advantage = self.rollout.advantages(self, rewards, self.advantage)
         learned = (advantage.abs() > LEAST_ADVANTAGE).any()
         if not self.of_all_ranks(learned[None]).any():  # equal samples count beside others
             return None
@@ -174,9 +174,14 @@ class ForwardProcessModule(AlignmentModule):
         if self.experience is RenoisedGroups:
             samples = join_rows(self._rows_of(prompts, latents.unflatten(0, advantage.shape), advantage))
         else:
-            samples = join_rows(self._rows_of(self.finished.samples, latents, advantage.flatten()))
+            samples = join_rows(self._rows_of(self.rollout.samples, latents, advantage.flatten()))
+        self._warn_of_leftovers(len(samples))
+        return samples
+
+    def _warn_of_leftovers(self, rows: int) -> None:
+        """Warn once of rows of a rollout that no whole number of optimiser steps takes."""
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
-        rows, step = len(samples), size and size * self.trainer.accumulate_grad_batches
+        step = size and size * self.trainer.accumulate_grad_batches
         if step and rows % step and step % rows and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -184,7 +189,6 @@ class ForwardProcessModule(AlignmentModule):
                 "trainer.accumulate_grad_batches): rows that are left over are learned from after the adapter 'old' "
                 "has moved on; choose a divisor"
             )
-        return samples
 
     def move_copies(self) -> None:
         """Let the copies follow the policy, once after each optimiser step."""

@@ -272,7 +272,7 @@ class TrajectoryGRPOModule(GRPOModule):
         self.num_trajectories, self.reward_sigmas = num_trajectories, tuple(reward_sigmas)
         self.prompts_at_once, self.rules = prompts_at_once, rules
         levels = len(reward_sigmas) if reward.uses_sigmas else 1
-        self.finished = FinishedSamples(num_trajectories, levels, pruning)
+        self.rollout = FinishedSamples(num_trajectories, levels, pruning)
         self.reward_guidance, self.credit, self.window = reward_guidance, credit, window
         self.advantage = (advantage or GroupAdvantage("all")).weighing(reward.part_weights)
         self.part_signs = [-1.0 if weight < 0 else 1.0 for weight in reward.part_weights]
@@ -319,18 +319,18 @@ class TrajectoryGRPOModule(GRPOModule):
             start = self.window.start(len(steps), iteration, pair_generator(self.seed, "window", iteration, ""))
             steps = steps[start : start + self.window.size]
             sampler = WindowedSampler(self.sampler, self.plain_sampler, steps)
-        self.finished.begin()
+        self.rollout.begin()
         sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
             guided = sampler
             if self.reward_guidance is not None:
                 encoded = self.reward.encode_prompts(part.times(self.num_trajectories).prompts)
                 guided = GuidedSampler(sampler, self.reward_guidance, self.reward, encoded)
-            taken, finished = self.finished.sample(self, part, guided, keep_means="ratio" in self.rules)
+            taken, finished = self.rollout.sample(self, part, guided, keep_means="ratio" in self.rules)
             sampled.append(taken)
             # A reward on a server scores these samples while the next are drawn.
             pending.append(begin_finished(self.reward, taken.finished, finished, self.seed, self.reward_sigmas))
-        trajectories, prompts, repeated = Trajectories.join(sampled), self.finished.prompts, self.finished.samples
+        trajectories, prompts, repeated = Trajectories.join(sampled), self.rollout.prompts, self.rollout.samples
         latents = trajectories.finished
         scores = {}
         if self.gate is not None and self.gate.takes == "levels":
@@ -347,7 +347,7 @@ class TrajectoryGRPOModule(GRPOModule):
             areas = F.adaptive_avg_pool2d(latents.float().flatten(1, -3), 4)
             features = areas.flatten(1).unflatten(0, rewards.shape)
         given = parts if self.advantage.takes_parts else rewards
-        outcome = self.finished.advantages(self, given, self.advantage, features)
+        outcome = self.rollout.advantages(self, given, self.advantage, features)
         outcome = outcome[..., None].expand(*rewards.shape, len(steps))
         process = None
         if self.credit is not None:
