@@ -124,7 +124,6 @@ class Claim:
     higher: Side  # side that should be higher
     lower: Side | None = None  # side that should be lower; None compares ``higher`` with ``more_than`` alone
     more_than: float = 0.0  # difference that should be exceeded
-    headline: str = ""  # question of the papers that the claim answers; the page's first table has all of these
 
 
 @dataclass(frozen=True)

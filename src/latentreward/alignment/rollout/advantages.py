@@ -40,7 +40,6 @@ class Advantage(Part):
     @returns(
         tensor(lambda rule, rewards, *given: rewards.shape[:1] if rule.takes_parts else rewards.shape),
         each=True,
-        keeps=True,
     )
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """Compute advantages, float32, of rewards ``(N,)`` or ``(N, T)`` of samples of the prompts ``groups`` (N,)."""

@@ -16,11 +16,11 @@ class Credit(Part):
     """Rule that turns the rewards of a trajectory's states into one reward for each step."""
 
     @abstractmethod
-    @returns(tensor(lambda rule, rewards: rewards[:, 1:].shape), each=True, keeps=True)
+    @returns(tensor(lambda rule, rewards: rewards[:, 1:].shape), each=True)
     def __call__(self, rewards: Tensor) -> Tensor:
         """Compute the steps' rewards ``(N, S)``, float64, from those of the states before and after ``(N, S + 1)``."""
 
-    @returns(tensor(lambda rule, rewards, steps: (len(rewards), len(steps))), each=True, keeps=True)
+    @returns(tensor(lambda rule, rewards, steps: (len(rewards), len(steps))), each=True)
     def of_steps(self, rewards: Tensor, steps: Sequence[int]) -> Tensor:
         """Compute the rewards ``(N, len(steps))`` of the steps that are trained on, of all S steps."""
         return self(rewards)[:, list(steps)]

@@ -45,7 +45,7 @@ def _wrong_pairs(found: SelectedPairs, rule: "PairSelection", step: CandidateSte
 class PairSelection(Part):
     """Base class of rules that pair the best with the worst candidate, and keep pairs with a large score gap."""
 
-    @returns(_wrong_pairs, keeps=True)
+    @returns(_wrong_pairs)
     def select(self, step: CandidateStep, sampler: StepSampler) -> SelectedPairs:
         """Select the pairs of one step; every rank must call this at the same steps, with equally many prompts."""
         best, worst = step.scores.float().max(dim=0), step.scores.float().min(dim=0)
@@ -54,7 +54,7 @@ class PairSelection(Part):
         return SelectedPairs(best.indices, worst.indices, gap, self.keep(gap, step.index, sampler))
 
     @abstractmethod
-    @returns(tensor(lambda rule, gap, *given: gap.shape, "bool"), each=True, keeps=True)
+    @returns(tensor(lambda rule, gap, *given: gap.shape, "bool"), each=True)
     def keep(self, gap: Tensor, index: int, sampler: StepSampler) -> Tensor:
         """Tell which of the gaps ``(B,)`` at step ``index`` are large enough to keep: ``(B,)`` bool."""
 

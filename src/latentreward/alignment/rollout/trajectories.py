@@ -38,11 +38,6 @@ class RolloutDraws:
         """Draw the index of one of ``count`` candidates per prompt after step ``index``: ``(B,)`` int64 on the CPU."""
         return torch.cat([torch.randint(count, (1,), generator=g) for g in self._generators("rollout choice", index)])
 
-    def resampled(self, index: int, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Draw n indices per prompt with replacement, in proportion to ``weights`` ``(n,)`` of each prompt."""
-        drawn = zip(weights, self._generators("rollout resampling", index), strict=True)
-        return [torch.multinomial(part, len(part), replacement=True, generator=g) for part, g in drawn]
-
     def _generators(self, purpose: str, index: int = 0) -> list[torch.Generator]:
         # By key, never by place in a batch: a rollout is equal on any number of ranks, and after a resume.
         return [pair_generator(self._seed, purpose, 0, key, f"step {index}") for key in self._keys]

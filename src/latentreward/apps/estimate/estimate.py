@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 
 import torch
 from jsonargparse import Namespace
@@ -22,8 +21,6 @@ from latentreward.apps.estimate.batches import largest_batch, written_caches
 from latentreward.apps.estimate.step_costs import TEXT, StepCosts, step_costs
 from latentreward.apps.estimate.unread import ConfigSources, replace_rewards
 from latentreward.core.errors import InputError, check_range
-from latentreward.core.peak_rates import Limits, Work
-from latentreward.core.reports.tables import Table
 
 ASSUMED = (
     "Computed from shapes, nothing measured: GB are 10⁹ bytes, TFLOP 10¹² operations of matrix products, convolutions "
@@ -256,19 +253,3 @@ def told_hours(needs: Mapping[str, TrainingNeeds], card: Card) -> str:
     hours = {name: one.flops / (card.tflops * 1e12) / 3600 for name, one in needs.items()}
     told = [f"{name} {one:.3g}{'' if needs[name].whole else ' per 1,000 steps'}" for name, one in hours.items()]
     return f"hours: {', '.join(told)} (computed, at --tflops {card.tflops:g}; without data, validation and pictures)"
-
-
-def bounds_table(
-    title: str,
-    rows: Mapping[str, Work],
-    limits: Limits | None,
-    columns: Mapping[str, Sequence[str]] = MappingProxyType({}),
-) -> Table:
-    """Return a table of work by name and, with ``limits``, its bounds in seconds; further ``columns`` come last."""
-    cells = []
-    for number, (name, work) in enumerate(rows.items()):
-        bounds = [] if limits is None else [f"{seconds:.4f}" for seconds in limits.bounds(work).values()]
-        counts = f"{work.flops / 1e12:.4g}", f"{work.bytes / 1e9:.4g}", str(work.kernels)
-        cells.append((name, *counts, *bounds, *(column[number] for column in columns.values())))
-    headings = ("arithmetic, s", "traffic, s", "launches, s") if limits else ()
-    return Table((title, "TFLOP", "GB", "kernels", *headings, *columns), tuple(cells))

@@ -157,7 +157,7 @@ class UnaskedReward(HTTPReward):
 
     def load(self, policy: Policy) -> RemoteReward:
         if self.uses_sigmas:
-            return RemoteLatentReward(self, self.schema, policy, {})
+            return RemoteLatentReward(self, policy, None)
         return super().load(policy)
 
 
