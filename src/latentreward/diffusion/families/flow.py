@@ -154,7 +154,7 @@ class FlowFamily(Family):
 
     def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         """Make the prompt encoder with parts that ``load(class, name)`` loads, for ``length`` tokens of T5 if any."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no prompt_encoder")
 
     def chat_tokenizer(self) -> Any:
         """Load the pipeline's tokenizer, whose chat template the prompts get."""
