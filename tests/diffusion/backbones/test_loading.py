@@ -184,7 +184,7 @@ def test_variant_selects_its_files(copied: Callable[[str], Path]) -> None:
     folder = copied("sd15")
     for path in folder.rglob("*.safetensors"):
         path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
-    refused("sd15", folder, "weights are of the variant fp16; set variant: fp16, or rename them without it")
+    refused("sd15", folder, "weights are of the variant fp16; set it as variant")
     backbone = create_backbone("sd15", source=str(folder), variant="fp16")
     torch.testing.assert_close(backbone.unet.conv_in.weight, tiny_backbone("sd15").unet.conv_in.weight)
 

@@ -98,5 +98,5 @@ def test_a_strangers_checkpoint_does_not_import_its_family(tmp_path: Path, monke
     assert read_policy_adapter(tmp_path / "last.ckpt", trusted=True).source.family == "stranger.Family"
     torch.save({"state_dict": state, SOURCE: {**record, "family": ["stranger.Family"]}}, tmp_path / "last.ckpt")
     for trusted in (False, True):
-        with pytest.raises(InputError, match=r"family=\['stranger.Family'\], which is no import path"):
+        with pytest.raises(InputError, match=r"names the family \['stranger.Family'\], which would be imported"):
             read_policy_adapter(tmp_path / "last.ckpt", trusted)

@@ -102,7 +102,6 @@ class DiffusionBackbone(nn.Module, Part):
         built_by: Record of the call that made the backbone; None if an argument cannot be written as JSON.
     """
 
-    counts = "max_side", "max_prompt", "side_multiple"
     source: str = ""
     network_name: str = ""
     takes_aspects: bool = False

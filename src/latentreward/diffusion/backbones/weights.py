@@ -28,8 +28,6 @@ from latentreward.core.storage.weight_files import (
     StoredTensor,
     find_weights,
     map_weights,
-    processes_here,
-    shared,
 )
 
 Quantization = Literal["int8", "bnb_int8", "nf4"]
@@ -311,8 +309,8 @@ def settle(
     """Store the weights of a model in their final types, in place, reading those that are still mapped.
 
     A mapped weight is read from its file straight into the new type; one that has it, at an aligned address, stays
-    mapped. If several processes of the machine load the same weights, one converts the rest into a file that all map.
-    Inside :func:`settling_later` it waits for the end of the block, inside :func:`reading_later` weights are listed.
+    mapped. Inside :func:`settling_later` it waits for the end of the block, inside :func:`reading_later` weights are
+    listed.
 
     Args:
         network: Module, mapped or not.
@@ -346,7 +344,6 @@ def settle(
 
 def read_weights(listed: Iterable[Reading]) -> None:
     """Store listed weights in their types, in place; see :func:`settle`."""
-    stored: list[tuple[Tensor, StoredTensor, torch.dtype]] = []
     for reading in listed:
         tensor, place, wanted = reading[:3]
         # The address in a mapped file depends on the length of its header, and CPU kernels round differently at
@@ -354,12 +351,9 @@ def read_weights(listed: Iterable[Reading]) -> None:
         if tensor.dtype == wanted and (tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0):
             continue
         if place is not None and reading.mapped:
-            stored.append((tensor, place, wanted))
+            tensor.data = place.read().to(wanted)
         else:
             tensor.data = tensor.data.to(wanted, copy=True)
-    values = shared([(place, wanted) for _, place, wanted in stored]) if stored and processes_here() > 1 else None
-    for number, (tensor, place, wanted) in enumerate(stored):
-        tensor.data = place.read().to(wanted) if values is None else values[number]
 
 
 @contextmanager

@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentreward.core.contracts import Conditioning, like_prompt, sources_of
 from latentreward.core.errors import InputError
-from latentreward.core.promises import VALUES, Part, keep_promise, returns, shown, wrong_tensor
-from latentreward.core.registry import of_this_package
+from latentreward.core.promises import Part, keep_promise, returns, shown, wrong_tensor
 from latentreward.core.running import phase
 
 if TYPE_CHECKING:
@@ -105,9 +104,9 @@ class PromptEncoder(nn.Module, Part):
         trains = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             encoded = self.encode_ids(*ids)
-        if not self._settled:  # those of users are compared in every call
-            keep_promise(self, "encode_ids", lambda: self.wrong_conditioning(encoded, prompts))
-            self._settled = of_this_package(type(self).__module__)
+        if not self._settled:
+            keep_promise(self, "encode_ids", self.wrong_conditioning, encoded, prompts)
+            self._settled = True
         return encoded
 
     def wrong_conditioning(self, encoded: Conditioning, prompts: Sequence[str]) -> str | None:
@@ -123,7 +122,7 @@ class PromptEncoder(nn.Module, Part):
         problem = None
         if (mask is not None) != self.masked:
             problem = f"is {shown(mask)}, but masked is {self.masked}; it must be a mask if some tokens do not count"
-        elif mask is not None and not (problem := wrong_tensor(mask, tokens.shape[:2], "bool")) and VALUES.get():
+        elif mask is not None and not (problem := wrong_tensor(mask, tokens.shape[:2], "bool")):
             counts, told, later = mask.sum(dim=1).tolist(), self.count_tokens(prompts), mask[:, 1:] > mask[:, :-1]
             if counts != told or 0 in counts or max(counts) > self.num_tokens or later.any():
                 problem = f"with {counts} tokens; it must be 1 to {self.num_tokens} that come first, counted as {told}"

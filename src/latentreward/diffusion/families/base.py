@@ -110,6 +110,7 @@ class Family(Part):
         lora_loader: Class in ``diffusers.loaders`` that reads and writes LoRA files of the family, or None.
         sources: Least and largest number of pictures that the network edits or refers to; None for any number.
         sees_sources: Whether the text encoder reads these pictures too, as its :attr:`PromptEncoder.sees_sources` says.
+        plain_states: Whether the states of the diffusers pipeline are this family's latents, one row for each picture.
         kohya_module: Name of the network module of kohya's scripts, for the metadata of their format.
     """
 
@@ -133,6 +134,7 @@ class Family(Part):
     float32_parts: ClassVar[Sequence[str]] = ()
     sources: tuple[int, int | None] = (0, 0)
     sees_sources: ClassVar[bool] = False
+    plain_states: ClassVar[bool] = False
     kohya_module: ClassVar[str] = "networks.lora"
 
     def __init__(self, pipeline: PipelineConfigs) -> None:
@@ -424,19 +426,6 @@ class Family(Part):
             f"format=kohya has no names for {self.title}; use format={other} or merged; docs/families.md tells which "
             "programs read them"
         )
-
-    # Search inside diffusers' pipelines
-
-    def search_inputs(self) -> list[str]:
-        """Return the names of the tensors that a callback needs from the pipeline to predict clean latents."""
-        raise InputError(
-            f"StepSearch cannot read the states of {self.title}'s pipeline; use `latentreward generate` with a reward, "
-            "or search_latents"
-        )
-
-    def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
-        """Make the conditioning of a pipeline's states from the tensors that :meth:`search_inputs` names."""
-        raise NotImplementedError
 
 
 OTHER_TASKS = re.compile(

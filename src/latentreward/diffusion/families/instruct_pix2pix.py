@@ -29,6 +29,7 @@ class InstructPix2Pix(StableDiffusion):
     default_guidance = 7.5
     image_guidance_scale: float = 1.5
     passes = 3
+    plain_states = False  # three rows for a picture
     sources = (1, 1)
 
     @property
@@ -56,10 +57,6 @@ class InstructPix2Pix(StableDiffusion):
         """Combine predictions from prompt and source, the source, and none: equation 3 of arXiv:2211.09800."""
         assert bare is not None
         return bare + scale * (with_prompt - without) + self.image_guidance_scale * (without - bare)
-
-    def search_inputs(self) -> list[str]:
-        """See :meth:`Family.search_inputs`; the pipeline's three rows for a picture are refused."""
-        return super(StableDiffusion, self).search_inputs()
 
 
 def widened(unet: UNet2DConditionModel) -> UNet2DConditionModel:

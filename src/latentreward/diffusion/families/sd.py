@@ -39,6 +39,7 @@ class StableDiffusion(Family):
     block_classes = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn")
     text_layers = ("CLIPEncoderLayer",)
     flow = False
+    plain_states = True
     default_guidance = 5.0  # LPO's, instead of the pipelines' 7.5
 
     @classmethod
@@ -133,13 +134,6 @@ class StableDiffusion(Family):
 
     def kohya_layers(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[Pair | None]]:
         return {layer: [pair] for layer, pair in layers.items()}
-
-    def search_inputs(self) -> list[str]:
-        return ["prompt_embeds", *(["add_text_embeds"] if self.is_xl else [])]
-
-    def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
-        tokens = inputs["prompt_embeds"]
-        return Conditioning(tokens, inputs.get("add_text_embeds", tokens[:, 0]))
 
 
 class SDUNetBackbone(DiffusionBackbone):

@@ -69,6 +69,7 @@ class StableDiffusion3(Family):
     lora_loader = "SD3LoraLoaderMixin"
     block_classes = ("JointTransformerBlock",)
     text_layers = ("CLIPEncoderLayer", "T5Block")
+    plain_states = True
     kohya_module = "networks.lora_sd3"
     default_guidance = 5.0  # Flow-GRPO's and this project's, instead of the pipeline's 7.0
 
@@ -175,12 +176,6 @@ class StableDiffusion3(Family):
                 parts = JOINED[joined]
                 found.setdefault(block + joined, [None] * len(parts))[parts.index(rest)] = pair
         return found
-
-    def search_inputs(self) -> list[str]:
-        return ["prompt_embeds", "pooled_prompt_embeds"]
-
-    def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
-        return Conditioning(inputs["prompt_embeds"], inputs["pooled_prompt_embeds"])
 
 
 _TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
