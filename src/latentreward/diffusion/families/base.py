@@ -188,16 +188,6 @@ class Family(Part):
         """Name of the model within the family, such as ``SDXL``."""
         return self.title
 
-    @property
-    def usual_reward(self) -> str:
-        """NAME of ``configs/model/NAME.yaml``: the reward usually trained for this model."""
-        return f"dina_lrm_{self.name}"
-
-    @property
-    def usual_reward_is_own(self) -> bool:
-        """Whether :attr:`usual_reward` is built on this model's own network; otherwise on that of another model."""
-        return True
-
     # Latents
 
     @cached_property

@@ -31,9 +31,9 @@ SPREAD = 1.5  # standard deviation of the logits of the noise levels
 LEAST, MOST = (1 / (1 + math.exp(logit)) for logit in (7.5, -9.0))  # noise levels, but for the last one, which is 0
 
 
-def by_channel(values: Tensor) -> Tensor:
-    """Bring the features of 2×2 patches, in the last axis, from the network's order (dy, dx, c) into (c, dy, dx)."""
-    return values.unflatten(-1, (4, -1)).mT.flatten(-2)
+def by_channel(features: Tensor) -> Tensor:
+    """Bring features of 2×2 patches, in the last axis, from the network's order (dy, dx, c) into (c, dy, dx)."""
+    return features.unflatten(-1, (4, -1)).mT.flatten(-2)
 
 
 class Ideogram4LatentEncoder(PatchedLatentEncoder):
