@@ -198,55 +198,25 @@ def test_damaged_bytes_raise_nothing_else() -> None:
                 assert "\n" not in str(error)
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    (tmp_path / "root" / "images").mkdir(parents=True)
-    for place in ("root/images/in.png", "out.png"):
-        (tmp_path / place).write_bytes(encode(NOISE).data)
-    (tmp_path / "root" / "empty.png").touch()
-    (tmp_path / "root" / "link_out.png").symlink_to(tmp_path / "out.png")
-    (tmp_path / "root" / "link_in.png").symlink_to(tmp_path / "root" / "images" / "in.png")
-    (tmp_path / "root" / "folder_out").symlink_to(tmp_path)
-    (tmp_path / "root" / "loop").symlink_to(tmp_path / "root" / "loop")
-    return tmp_path / "root"
-
-
-@pytest.mark.parametrize("name", ["images/in.png", "images/../images/in.png", "link_in.png", "./images//in.png"])
-def test_paths_inside_the_root_are_read(root: Path, name: str) -> None:
-    assert decode_image(ImageRef(name, path=root / name, root=root)).size == (40, 48)
-
-
-def test_a_root_that_is_a_link_itself_is_fine(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "alias").symlink_to(root)
-    alias = tmp_path / "alias"
-    assert decode_image(ImageRef("k", path=alias / "images/in.png", root=alias)).size == (40, 48)
-
-
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("../out.png", "path outside the root"),
-        ("images/../../out.png", "path outside the root"),
-        ("link_out.png", "path outside the root"),
-        ("folder_out/out.png", "path outside the root"),
-        ("/etc/hostname", "path outside the root"),
         ("loop/x.png", "path outside the root|missing file"),
-        ("images/in.png\0.jpg", "path outside the root|missing file"),
-        ("images/absent.png", "missing file"),
-        ("images", "missing file"),
+        ("a.png\0.jpg", "path outside the root|missing file"),
         ("x" * 5000, "path outside the root|missing file"),
+        ("absent.png", "missing file"),
+        (".", "not a file"),
+        ("pipe", "not a file"),
         ("empty.png", "empty image"),
     ],
 )
-def test_other_paths_are_refused(root: Path, name: str, problem: str) -> None:
-    with pytest.raises(ImageError, match=problem):
-        decode_image(ImageRef(name[:40], path=root / name, root=root))
-
-
-def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+def test_what_is_no_file_is_refused(tmp_path: Path, name: str, problem: str) -> None:
+    """``test_paths.py`` has the paths that lead elsewhere."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ImageError, match="not a file"):
-        decode_image(ImageRef("pipe", path=tmp_path / "pipe"))
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ImageError, match=problem):
+        decode_image(ImageRef(name[:40], path=tmp_path / name, root=tmp_path))
 
 
 @pytest.mark.parametrize("resize", ["stretch", "center_crop"])

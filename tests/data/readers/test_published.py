@@ -96,16 +96,6 @@ def test_odd_values_are_survived(write_pickapic, pickapic_rows) -> None:
     assert reader[3].pair_id != reader[4].pair_id
 
 
-def test_nothing_to_read_is_one_clear_line(write_pickapic, pickapic_rows, monkeypatch) -> None:
-    with pytest.raises(InputError, match=r"split: no test-\*\.parquet"):
-        PickAPicReader(write_pickapic([pickapic_rows(0)]), "test")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="source: no folder 'no/such-set', and the hub does not give it") as error:
-        PickAPicReader("no/such-set", "train")
-    assert "\n" not in str(error.value)
-
-
 def test_hub_id_reads_the_files_that_the_builder_lists(write_pickapic, pickapic_rows, monkeypatch, tmp_path) -> None:
     import datasets
 
@@ -239,31 +229,6 @@ def test_confidence_threshold_keeps_what_has_none(write_hpdv3, hpdv3_rows) -> No
     assert dict(reader.skipped) == {"confidence below the threshold": 3}
 
 
-def test_keys_do_not_depend_on_spelling(write_hpdv3, hpdv3_rows) -> None:
-    rows = [hpdv3_rows(0), hpdv3_rows(0, path1="./images/0-good.jpg", path2="images//0-bad.jpg")]
-    reader = HPDv3Reader(write_hpdv3(rows), "train", randomise_sides=False)
-    assert reader[0].image_a.image_key == reader[1].image_a.image_key
-    assert reader[0].image_b.image_key == reader[1].image_b.image_key
-
-
-def test_absolute_paths_inside_the_root_are_inside(write_hpdv3, hpdv3_rows, tmp_path, monkeypatch) -> None:
-    root = Path(write_hpdv3([hpdv3_rows(0)]))
-    (tmp_path / "link").symlink_to(root)
-    places = [root, tmp_path / "link", root / "images" / ".."]
-    written = [{f"path{n}": str(place / hpdv3_rows(0)[f"path{n}"]) for n in (1, 2)} for place in places]
-    write_hpdv3([hpdv3_rows(0), *(hpdv3_rows(n, **paths) for n, paths in enumerate(written))])
-    monkeypatch.chdir(tmp_path)
-    for folder in (str(root), "hpdv3", "link", str(tmp_path / "link")):
-        reader = HPDv3Reader(folder, "train", randomise_sides=False)
-        assert {reader[n].image_a.image_key for n in range(4)} == {"images/0-good.jpg"}
-        dataset = PairDataset(reader, PixelLoader(8, 8))
-        assert all(bool((dataset[n].pixels_b == dataset[0].pixels_b).all()) for n in range(4))
-    beside = str(root) + "-other/images/0-good.jpg"
-    write_hpdv3([hpdv3_rows(0, path1=beside)])
-    with pytest.raises(InputError, match=r"path1 .* leads out of hpdv3"):
-        HPDv3Reader("hpdv3", "train")
-
-
 def test_hpdv3_plus_is_read_by_the_subfolder_of_its_file(hpdv3_rows, write_hpdv3) -> None:
     """Layout and fields of its card: pairs of three fields, and pairs with votes and confidence as texts."""
     plain = dict.fromkeys(("choice_dist", "confidence", "model1", "model2"), ...)
@@ -281,17 +246,6 @@ def test_hpdv3_plus_is_read_by_the_subfolder_of_its_file(hpdv3_rows, write_hpdv3
     assert readers["test_tf"][0].pair_id == "test_tf.json:0"
     assert readers["train_aes"][0].image_a.path == root / "images/0-good.jpg"
     assert (readers["stage1_labeled"][0].votes, readers["stage1_labeled"][0].confidence) == ((8, 1), 0.98)
-
-
-@pytest.mark.parametrize("label", ["hard", "votes"])
-def test_labels_and_facts_need_no_rows(write_hpdv3, hpdv3_rows, monkeypatch, label) -> None:
-    votes = [[9, 3], [0, 0], None, [1, 4]]
-    root = write_hpdv3([hpdv3_rows(n, choice_dist=value) for n, value in enumerate(votes)], images=False)
-    reader = HPDv3Reader(root, "train", label=label)
-    pairs = [reader[n] for n in range(4)]
-    monkeypatch.setattr(HPDv3Reader, "read_row", None)
-    assert reader.labels().tolist() == [pair.label_a for pair in pairs]
-    assert reader.facts()["votes_a"] == [pair.votes and pair.votes[0] for pair in pairs]
 
 
 PAIR = {"human_preference": [0, 1], "prompt": "two\n\nparagraphs", "file_path": ["a.jpg", "b.jpg"]}
@@ -599,9 +553,7 @@ def test_votes_become_labels(write_votes) -> None:
     reader = GenAIBenchReader(write_votes())
     assert [pair.label_a for pair in reader] == [1, 0, 0.5, 0.5, None, None]
     assert reader.facts()["vote"] == list(VOTES)
-    assert dict(reader.remarks) == {
-        "unlabelled (vote_type is none of leftvote, rightvote, tievote, bothbad_vote)": 2,
-    }
+    assert dict(reader.remarks) == {"unlabelled (vote_type is none of leftvote, rightvote, tievote, bothbad_vote)": 2}
 
 
 def test_row_becomes_a_record_of_genai_bench(write_votes, jpeg) -> None:
