@@ -57,17 +57,13 @@ def recognise(data: str) -> Splits:
             starts = ("train", "val", "test", "")
             return {name: splits[name] for start in starts for name in sorted(splits) if name.startswith(start)}
     if any((path / name).is_file() for name in ("spec.json", "plan.json")):
-        raise InputError(
-            f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "
-            "data set it was written from"
-        )
+        told = f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`"
+        raise InputError(f"{told}, and inspect the data set it was written from")
     columns = _keys(path) if path.suffix.lower() in (".csv", ".tsv") else set().union(*next(_tables(path), {}).values())
     if columns:
-        named = quoted(", ".join(sorted(columns)[:NAMED_COLUMNS]))
-        raise InputError(
-            f"data: {data} is a table whose columns no reader knows: {named}; name those of a pair by --reader "
-            f"DatasetPairReader --reader.source {shlex.quote(data)} --reader.columns '{{prompt: COLUMN, ...}}'"
-        )
+        told = f"a table whose columns no reader knows: {quoted(', '.join(sorted(columns)[:NAMED_COLUMNS]))}"
+        flags = f"DatasetPairReader --reader.source {shlex.quote(data)} --reader.columns '{{prompt: COLUMN, ...}}'"
+        raise InputError(f"data: {data} is {told}; name those of a pair by --reader {flags}")
     remedy = "check the folder, or name your class with --reader CLASS"
     if pattern := nested_pattern(path):
         remedy = f"read its tables by --reader DatasetPairReader and a pattern as --reader.source{pattern}"

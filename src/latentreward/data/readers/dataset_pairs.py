@@ -56,10 +56,9 @@ class DatasetPairReader(RowReader):
 
     Images are paths, relative to ``root``; in parquet and ``datasets`` also bytes, or structs with ``bytes`` or
     ``path`` as ``datasets`` writes them for its feature ``Image``. An image in bytes without a name is named by a hash.
-
     A row is also bad if its label or weight is out of range, an image has more than a billion votes, its ``pair_id``
     occurred before, or it has more than 16 pictures to edit or one in another field. Unreadable ``votes`` and
-    ``confidence`` are ignored. The constructor reads all these columns but the images. No code of a data set is run.
+    ``confidence`` are ignored. No code of a data set is run.
 
     Args:
         source: File ``.jsonl``, ``.json`` (a list), ``.csv``, ``.tsv`` or ``.parquet``, or a pattern of parquet files;
@@ -69,8 +68,7 @@ class DatasetPairReader(RowReader):
         split: Name of the split.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         config: Name of the configuration, where the hub data set has several.
-        columns: Names of the columns where they differ, by the names above, e.g. ``{prompt: caption, image_a: jpg_0,
-            image_b: jpg_1, label: label_0}``.
+        columns: Names of the columns where they differ, e.g. ``{prompt: caption, image_a: jpg_0, image_b: jpg_1}``.
         labels: Meaning of each label of the table, ``a``, ``b``, ``tie`` or a probability: ``{left: a, right: b}``.
             Needed for whole numbers, which many programs count the winner by: ``{0: a, 1: b}``, or ``{1: a, 0: b}``.
         root: Folder that paths are relative to and that the files must lie in; by default the folder of ``source``.
