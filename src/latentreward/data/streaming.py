@@ -102,8 +102,8 @@ class PairStream(RowReader):
             held = value.get("bytes", value) if isinstance(value, dict) else value
             elsewhere = isinstance(value, dict) and held is None and "://" in str(value.get("path"))
             if not isinstance(held, bytes | None) or elsewhere:
-                told = f"column {column} holds {short(value)}, not an image's bytes"
-                raise InputError(f"{self._place}: {told}; give it the feature Image, or name another one in columns")
+                problem = f"column {column} holds {short(value)}, not an image's bytes"
+                raise InputError(f"{self._place}: {problem}; give it the feature Image, or name another one in columns")
         self._rows = rows.select_columns(sorted({*own.of.values()}))
         label = own.of.get("label", "") if own.images == BY_LABEL and labels is None else ""
         if label and pa.types.is_integer(schema.field(label).type):
@@ -334,9 +334,7 @@ class StreamedPreferenceDataModule(PreferenceDataModule):
         check_at_least_one("data.", batches_per_epoch=batches_per_epoch)
         for setting, plain in (("targets", None), ("frames", 1)):
             if options.get(setting, plain) != plain:
-                raise InputError(
-                    f"data.{setting} needs rows with numbers, and a stream has none; use a reader in train"
-                )
+                raise InputError(f"data.{setting} needs rows with numbers, not a stream; use a reader in train")
         shared_prompts = options.get("shared_prompts", "drop")
         if shared_prompts == "raise":
             raise InputError("data.shared_prompts: raise needs all prompts of train before training; set drop or keep")
