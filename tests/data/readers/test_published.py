@@ -248,6 +248,17 @@ def test_hpdv3_plus_is_read_by_the_subfolder_of_its_file(hpdv3_rows, write_hpdv3
     assert (readers["stage1_labeled"][0].votes, readers["stage1_labeled"][0].confidence) == ((8, 1), 0.98)
 
 
+@pytest.mark.parametrize("label", ["hard", "votes"])
+def test_labels_and_facts_need_no_rows(write_hpdv3, hpdv3_rows, monkeypatch, label) -> None:
+    votes = [[9, 3], [0, 0], None, [1, 4]]
+    root = write_hpdv3([hpdv3_rows(n, choice_dist=value) for n, value in enumerate(votes)], images=False)
+    reader = HPDv3Reader(root, "train", label=label)
+    pairs = [reader[n] for n in range(4)]
+    monkeypatch.setattr(HPDv3Reader, "read_row", None)
+    assert reader.labels().tolist() == [pair.label_a for pair in pairs]
+    assert reader.facts()["votes_a"] == [pair.votes and pair.votes[0] for pair in pairs]
+
+
 PAIR = {"human_preference": [0, 1], "prompt": "two\n\nparagraphs", "file_path": ["a.jpg", "b.jpg"]}
 GROUP = {
     "prompt": "a prompt",
