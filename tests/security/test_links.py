@@ -11,10 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
 from PIL import Image
 
-from latentreward.apps.taste.steps import LOG, TOLD, TaskRunner
+from latentreward.apps.taste.steps import LOG, Step
 from latentreward.core.errors import InputError
 from latentreward.core.storage.run_folder import PartFiles
 from latentreward.data import (
@@ -25,26 +24,17 @@ from latentreward.data import (
     HPDv3Reader,
     ImageRewardDBReader,
     ImageRewardReader,
-    Img2DatasetReader,
     PickAPicTarReader,
     decode_image,
 )
 from latentreward.data.readers.rows import RowReader
-from tests.apps.taste.test_steps import toy
-
-
-def run_step(folder: Path) -> None:
-    TaskRunner(folder).run(toy("1")["pairs"])
-
-
-def beside_step(name: str) -> str:
-    return str(toy("1")["pairs"].output(Path()).parent / name)
-
 
 WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "parts of a table": ("out.csv.parts", lambda folder: PartFiles(folder / "out.csv", {}, 1).__enter__()),
-    "log of a step": (beside_step(LOG), run_step),
-    "record of a step": (beside_step(TOLD), run_step),
+    "log of a step": (
+        str(Step.of(Path(), "list", ["configs"]).output.parent / LOG),
+        lambda folder: Step.of(folder, "list", ["configs"]).run(),
+    ),
 }
 
 
@@ -83,8 +73,8 @@ def within(folder: str, files: dict[str, Any]) -> dict[str, Any]:
     return {f"{folder}/{name}": content for name, content in files.items()}
 
 
-COLUMNS = {"prompt": ["x"], "chosen": [{"bytes": png(), "path": None}], "rejected": [{"bytes": png(), "path": None}]}
-TABLE = parquet(COLUMNS)
+PICTURE = [{"bytes": png(), "path": None}]
+TABLE = parquet({"prompt": ["x"], "chosen": PICTURE, "rejected": PICTURE})
 SIDES = {"chosen/1.png": png(), "rejected/1.png": png()}
 CAPTIONS = {"captions.jsonl": {"name": "1", "prompt": "x"}}
 HPDV2 = {"prompt": "x", "image_path": ["1.png", "2.png"], "rank": [1, 2]}
@@ -93,7 +83,6 @@ RANKED = {"id": "1", "prompt": "x", "generations": ["1.png", "2.png"], "ranking"
 DB = [{"image_path": f"images/train/train_1/{n}.png", "prompt_id": "1", "prompt": "x", "rank": n} for n in (1, 2)]
 PICTURES = {"1.png": png(), "2.png": png()}
 SAMPLE = {"1.jpg_0.jpg": png(), "1.jpg_1.jpg": png(), "1.label_0.txt": b"1", "1.label_1.txt": b"0"}
-CAPTIONED = {f"{n}.{end}": content for n in "12" for end, content in (("png", png()), ("txt", b"x"))}
 EDIT = {"key": "k", "instruction": "x", "input_image": "1.png", "output_images": ["1.png", "2.png"]}
 TRAIN = {"split": "train"}
 READERS: list[tuple[str, dict[str, Any], Callable[..., RowReader]]] = [
@@ -101,11 +90,7 @@ READERS: list[tuple[str, dict[str, Any], Callable[..., RowReader]]] = [
     ("train", within("train", SIDES | CAPTIONS), partial(FolderPairReader, split="train")),
     ("data/train-00000-of-00001.parquet", {"data/train-00000-of-00001.parquet": TABLE}, DatasetPairReader),
     ("train.parquet", {"train.parquet": TABLE}, lambda root, **own: DatasetPairReader(f"{root}/*.parquet", **own)),
-    ("data-00000-of-00001.arrow", {}, DatasetPairReader),
-    ("state.json", {}, DatasetPairReader),
     ("1.tar", {"1.tar": tar_of(SAMPLE)}, PickAPicTarReader),
-    ("1.tar", {"1.tar": tar_of(CAPTIONED)}, Img2DatasetReader),
-    ("1", within("1", CAPTIONED), Img2DatasetReader),
     ("train.json", {"train.json": [HPDV2], **within("train", PICTURES)}, partial(HPDv2Reader, **TRAIN)),
     ("train", {"train.json": [HPDV2], **within("train", PICTURES)}, partial(HPDv2Reader, **TRAIN)),
     ("train.json", {"train.json": [HPDV3], **PICTURES}, partial(HPDv3Reader, **TRAIN)),
@@ -126,8 +111,6 @@ def test_no_link_in_a_folder_of_data_opens_a_file_elsewhere(
     """But for a blob of a hub's snapshot; a folder of a user may itself be behind a link."""
     repository = tmp_path / "hub/datasets--me--set"
     root = repository / "snapshots/0a1b"
-    if not files:
-        Dataset.from_dict(COLUMNS).save_to_disk(root)
     for place, content in files.items():
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())

@@ -1,13 +1,11 @@
 """Mutated bodies of every route, and a server's answers to them."""
 
 import asyncio
-import io
 import json
 import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
 import torch
@@ -20,8 +18,6 @@ from tests.apps.serving.latent_requests import BYTES, HEADERS, TENSORS, mutated,
 from tests.apps.serving.processes import Answers, in_one_session
 from tests.apps.serving.prompted_requests import TIMES, body_of, latents_of
 
-BOUNDARY = "b0und4ry"
-FORM = f"multipart/form-data; boundary={BOUNDARY}"
 Mutation = Callable[[random.Random, bytes], bytes]
 Kind = tuple[str, bytes, bool | None]
 
@@ -58,18 +54,7 @@ def routes(accepted: Accepted, reward: str = "reward") -> Iterator[FuzzedRoute]:
     bytewise = (truncated, nonsense, flipped, cut_out, doubled)
     for path, content in (("/v1/score_images", texts), ("/score", unirl), ("/compute", flow_factory)):
         kind, body = {"content-type": "application/json"}, json.dumps(content).encode()
-        yield FuzzedRoute(path, kind, body, one_of((*bytewise, other_value, deep_value), (doubled_key,)))
-    yield FuzzedRoute("/v1/score_images", {"content-type": FORM}, form(image), one_of((*bytewise, swapped_lines)))
-
-
-def form(image: Image.Image) -> bytes:
-    """A form with a prompt and an image."""
-    stream = io.BytesIO()
-    image.save(stream, "png")
-    head = b'\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na cat\r\n'
-    file = b'\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + stream.getvalue()
-    mark = f"--{BOUNDARY}".encode()
-    return mark + head + mark + file + b"\r\n" + mark + b"--\r\n"
+        yield FuzzedRoute(path, kind, body, one_of(bytewise, (doubled_key,)))
 
 
 def flipped(rng: random.Random, body: bytes) -> bytes:
@@ -89,48 +74,10 @@ def doubled(rng: random.Random, body: bytes) -> bytes:
     return body[:start] + body[start : start + rng.randint(1, 400)] * rng.randint(2, 50) + body[start:]
 
 
-def swapped_lines(rng: random.Random, body: bytes) -> bytes:
-    lines = body.split(b"\r\n")
-    first, second = rng.randrange(len(lines)), rng.randrange(len(lines))
-    lines[first], lines[second] = lines[second], lines[first]
-    return b"\r\n".join(lines)
-
-
 def doubled_key(rng: random.Random, body: bytes) -> bytes:
     """A key is given twice; the last value might win."""
     name = rng.choice(sorted(json.loads(body)))
     return f"{body.decode()[:-1]}, {json.dumps(name)}: null}}".encode()
-
-
-JUNK: tuple[Any, ...] = (
-    *(None, True, -1, 1e308, 10**400, float("nan"), "", "%", "aaaa", "\ud800", "\x00", [], {}, [[]]),
-    *("x" * 200_000, "\u00e4" * 130_000, ["a"] * 3_000, [None] * 5_000, {"a": {"b": [1]}}),
-)
-
-
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """All objects and lists in JSON with each of their keys."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield value, key
-        yield from _places(item)
-
-
-def other_value(rng: random.Random, body: bytes) -> bytes:
-    """A value is left out, or exchanged for junk or for another one."""
-    content = json.loads(body)
-    places = [*_places(content)]
-    (parent, key), (other, name) = rng.choice(places), rng.choice(places)
-    if rng.random() < 0.3:
-        del parent[key]
-    else:
-        parent[key] = rng.choice((rng.choice(JUNK), json.loads(json.dumps(other[name]))))
-    return json.dumps(content).encode()
-
-
-def deep_value(rng: random.Random, body: bytes) -> bytes:
-    depth = rng.randint(100, 50_000)
-    return body.replace(b"null", b"[" * depth + b"]" * depth, 1) if b"null" in body else b"[" * depth
 
 
 def fuzz_route(address: str, route: FuzzedRoute, count: int, rss: Callable[[], int] = lambda: 0) -> Answers:

@@ -88,7 +88,7 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
             logger.warning("%s: %d rows without a prompt are left out, the first is row %d", path, len(blank), blank[0])
         if long := next((row.prompt for row in rows if len(row.prompt) > max_prompt_chars), None):
             problem = f"a prompt of {len(long)} characters, more than {max_prompt_chars=}: {short(long)}"
-            raise InputError(f"{path} holds {problem}; shorten it, or set a higher limit")
+            raise InputError(f"{path} holds {problem}; shorten it")
         return rows
 
 
@@ -155,16 +155,12 @@ def _parse(number: int, row: Any, path: str) -> PromptRow:
     if not isinstance(named, Mapping):
         raise ValueError(f"row {number} holds {short(row)}, neither a text nor an object with a text 'prompt'")
     if (source := find_edit_source(named, SOURCES)) is not None:
-        raise InputError(
-            f"{path}: row {number} is an edit of a picture, in {short(source)}; name it {SOURCES[0]}, or leave the "
-            "column out to draw from the texts alone"
-        )
+        told = f"{path}: row {number} is an edit of a picture, in {short(source)}"
+        raise InputError(f"{told}; name it {SOURCES[0]}, or leave the column out to draw from the texts alone")
     column = next((name for name in COLUMNS if name in named), None)
     if column is None:
-        there = ", ".join(map(short, [*named][:12]))
-        raise InputError(
-            f"{path}: row {number} has no column 'prompt' or 'caption' (it has: {there}); rename that of the texts"
-        )
+        told = f"{path}: row {number} has no column 'prompt' or 'caption'"
+        raise InputError(f"{told} (it has: {', '.join(map(short, [*named][:12]))}); rename that of the texts")
     text = named[column]
     if not isinstance(text, str):
         raise ValueError(f"row {number} holds {short(text)} as {column}, not text")

@@ -23,7 +23,6 @@ from latentreward.core.checkpoints.base_weights import BaseSample, is_quantized,
 from latentreward.core.checkpoints.shards import check_weights, frozen_names
 from latentreward.core.errors import InputError, check_choices, check_range
 from latentreward.core.storage.digests import digest
-from latentreward.core.storage.weight_files import release_shared
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 
 
@@ -145,7 +144,6 @@ def share_frozen(module: LightningModule, trainer: Trainer) -> None:
     sharded yet.
     """
     if trainer.world_size == 1:
-        release_shared(remove=True)
         return
     names = frozen_names(module)
     found = digest(frozen_values(module, names))
@@ -153,7 +151,6 @@ def share_frozen(module: LightningModule, trainer: Trainer) -> None:
     if not strategy.reduce_boolean_decision(found == strategy.broadcast(found), all=True):
         problem = "the ranks have loaded different frozen weights"
         raise InputError(f"{problem}; give all machines the same files of the base models")
-    release_shared(remove=trainer.local_rank == 0)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 

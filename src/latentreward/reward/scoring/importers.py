@@ -22,7 +22,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from latentreward.core.checkpoints.base_weights import BaseSample, problem_of_record, sample, without_adapters
-from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, read_checkpoint
+from latentreward.core.checkpoints.shards import check_weights, damaged, read_checkpoint
 from latentreward.core.contracts import LatentSpace
 from latentreward.core.errors import InputError, errors_at, first_line
 from latentreward.core.registry import backbone_names
@@ -33,9 +33,9 @@ from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.diffusion import DDPM, DiffusionBackbone, SD3DiTBackbone, SDUNetBackbone
 from latentreward.diffusion.backbones.loading import PipelineSource
-from latentreward.diffusion.backbones.sd_unet import unet_family
 from latentreward.diffusion.backbones.tuning import check_settings
 from latentreward.diffusion.backbones.weights import assign, load_weights, map_model, settle, settling_later
+from latentreward.diffusion.families.sd import unet_family
 from latentreward.reward.heads.base import RewardHead
 from latentreward.reward.heads.clip_projection import CLIPProjectionHead
 from latentreward.reward.heads.gated_qformer import GatedQFormerHead
@@ -190,12 +190,12 @@ class TrainedReward(StoredReward):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Compute checksums in threads meanwhile; LoRA settings of a stranger must fit the stored adapters first."""
+        """See :meth:`StoredReward.reading`; LoRA settings of a stranger must fit the stored adapters first."""
         part, state = self.recipe.backbone, self._recorded["state_dict"]
         if is_ours(part) and isinstance(lora := part.init_args.get("lora"), Mapping) and "rank" in lora:
             stored = [len(tensor) for name, tensor in state.items() if ".lora_A." in str(name)]
             check_settings({"r": lora["rank"]}, stored, f"cannot load {self.config}")
-        with settling_later(), checking_values(self.checkpoint):
+        with settling_later():
             yield
 
     def fill(self, model: RewardModel) -> None:

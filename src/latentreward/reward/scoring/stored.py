@@ -22,7 +22,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -37,7 +37,7 @@ from latentreward import __version__
 from latentreward.core.checkpoints.base_weights import VALUES, same_values, sample, sample_in, without_adapters
 from latentreward.core.contracts import LatentSpace, taken_of_edits
 from latentreward.core.errors import InputError, did_you_mean, errors_at
-from latentreward.core.storage.digests import check_hash, checking_meanwhile
+from latentreward.core.storage.digests import check_hash
 from latentreward.core.storage.json_files import STRICT, checked, read_config
 from latentreward.core.storage.weight_files import map_weights
 from latentreward.data.clips import check_clips
@@ -45,7 +45,7 @@ from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.loading import PipelineSource
-from latentreward.diffusion.backbones.weights import fill, settling_later
+from latentreward.diffusion.backbones.weights import assign, settling_later
 from latentreward.reward.heads.base import AXES, RewardHead
 from latentreward.reward.scoring.files import WEIGHTS as ADAPTER_WEIGHTS
 from latentreward.reward.scoring.files import (
@@ -361,20 +361,15 @@ class PretrainedReward(StoredReward):
         load_exactly(head, stored, self.folder / HEAD)
         return head
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Compute checksums in threads meanwhile: of no other file that a stranger's config names."""
-        named = {HEAD, BASE, BACKBONE, *(f"{place}/{ADAPTER_WEIGHTS}" for place in self.places.values())}
-        checksums = checking_meanwhile(self.folder / name for name in named & {*self.config.sha256})
-        with checksums, settling_later(undrawn=self._stores_networks):
-            yield
+    def reading(self) -> AbstractContextManager[Any]:
+        return settling_later(undrawn=self._stores_networks)
 
     def fill(self, model: RewardModel) -> None:
         backbone, own, calibration = model.backbone, self.recipe.own, self.config.calibration
         if own:
             weights = map_weights([path := self._intact(BACKBONE)])
-            compare_tensors(dict(own_weights(backbone, own)), weights.tensors, path)
-            fill(backbone, weights)
+            compare_tensors(dict(own_weights(backbone, own)), weights, path)
+            assign(backbone, weights)
         self._check_base(backbone)
         for name in self.places:
             network = backbone.get_submodule(name)
