@@ -22,8 +22,11 @@ from latentreward.apps.estimate.pipelines import CLIP_MODELS, HUB_IDS, PIPELINES
 from latentreward.core.errors import InputError
 from latentreward.core.settings.rewriting import shipped_configs
 from latentreward.core.storage.hub import cached_files, is_hub_id
-from latentreward.diffusion import DiffusionBackbone
+from latentreward.diffusion import DiffusionBackbone, Family
 from latentreward.diffusion.backbones import loading
+from latentreward.diffusion.families.instruct_pix2pix import InstructPix2Pix
+from latentreward.diffusion.families.sd import StableDiffusion
+from latentreward.diffusion.families.sd3 import StableDiffusion3
 from latentreward.reward import RewardHead
 from latentreward.reward.scorers import clip
 from latentreward.reward.scoring.find import checkpoint_of
@@ -172,8 +175,9 @@ def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSo
         settings.class_path = f"{UnaskedReward.__module__}.{UnaskedReward.__qualname__}"
     if kind == "LatentReward":
         family = policy.resolve_family()
-        settings.init_args.usual = family.usual_reward
-        settings.init_args.usual_base = policy.source if family.usual_reward_is_own else None
+        settings.init_args.usual = usual_reward(family)
+        # LPO steers SD2.1 with the reward of SD1.5, which has the same VAE.
+        settings.init_args.usual_base = policy.source if getattr(family, "model", "") != "SD2.1" else None
         find_settings(settings.init_args, sources)
         settings.init_args.kept = str(sources.folder)
         settings.class_path = f"{UnreadReward.__module__}.{UnreadReward.__qualname__}"
@@ -182,6 +186,22 @@ def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSo
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, Namespace):
                 replace_rewards(item, policy, sources)
+
+
+def usual_reward(family: Family) -> str:
+    """Return NAME of ``configs/model/NAME.yaml``, the reward that is usually trained for a model."""
+    tiny = family.pipeline.named in loading.SHIPPED
+    if isinstance(family, InstructPix2Pix):
+        return f"lrm_ip2p_{'sdxl' if family.is_xl else 'sd15'}"
+    if isinstance(family, StableDiffusion):
+        return "lrm_tiny" if tiny else "lrm_sdxl" if family.is_xl else "lrm_sd15"
+    if not isinstance(family, StableDiffusion3):
+        return f"dina_lrm_{family.name}"
+    if tiny:
+        return "dina_lrm_tiny"
+    if family.is_large:
+        return "dina_lrm_sd35_large"
+    return "dina_lrm_sd35" if family.config.get("qk_norm") else "lrm_sd3"
 
 
 def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
