@@ -14,7 +14,6 @@ from latentreward.callbacks.policy_lora import PolicyLoRA
 from latentreward.callbacks.prompt_monitor import ReferenceDrift, SampleGrid, SourceChange
 from latentreward.callbacks.resumed_settings import ResumedSettings
 from latentreward.callbacks.run_progress import RunProgress
-from latentreward.callbacks.tensorboard_charts import TensorBoardCharts
 from latentreward.callbacks.trainable import TrainableCheckpoint, TrainableEMA
 
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
     "SampleGrid",
     "ScoredPairGrid",
     "SourceChange",
-    "TensorBoardCharts",
     "TimestepBands",
     "TrainableCheckpoint",
     "TrainableEMA",

@@ -1,22 +1,23 @@
 """Callbacks of speed and size: faster steps, with seconds of their phases in the log, and a line of parameters."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from typing import Any
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import torch
-from latentreward.callbacks.step_times import StepTimes, listen, unlisten
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.model_summary import get_human_readable_count
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from latentreward.alignment import Policy
 from latentreward.core.checkpoints.base_weights import is_quantized
-from latentreward.core.contracts import layout_of
-from latentreward.core.errors import InputError, check_range
-from latentreward.core.peak_rates import Limits, find_limits
+from latentreward.core.errors import InputError
+from latentreward.core.running import LISTENER, PHASES, Phases
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.compilation import compile_blocks, uncompile_blocks
 from latentreward.diffusion.encoders.vae import LatentEncoder
@@ -26,17 +27,12 @@ WORTH_COMPILING, WORTH_COMPILING_LAYERS = 200, 2500
 0.5 to 1.6 and 2 to 5 minutes, for steps 0.08 to 1.2 and 0.05 s shorter (docs/performance.md)."""
 LAYERS = ("BasicTransformerBlock", "ResnetBlock2D")
 """Classes of diffusers that do most of the work in U-Nets and VAEs. Their blocks of several layers compile slowly."""
-
-PROCESS_FLAGS = (
-    ("cudnn_benchmark", torch.backends.cudnn, "benchmark"),
-    ("tf32", torch.backends.cuda.matmul, "allow_tf32"),
-    ("tf32", torch.backends.cudnn, "allow_tf32"),
-)
-"""Switches that are flags of the process: name, backend of PyTorch, and name of its flag."""
+ASIDE = "aside"
+"""Phase of what belongs to no step: validations and checkpoints."""
 
 
 class Performance(Callback):
-    """Callback of every ``fit`` that switches on what makes steps faster at equal results, within rounding.
+    """Callback of every ``fit`` that makes steps faster at equal results, within rounding, and logs where time goes.
 
     A switch that is null is chosen: on a CUDA device blocks are compiled if the run is long enough, and otherwise the
     kernels of LoRA are fused; on other devices nothing changes. The choice is one line at the start, and stands in the
@@ -45,57 +41,26 @@ class Performance(Callback):
 
     Logged steps have ``time/step``, the mean seconds of an optimiser step since the last logged one, without validation
     and checkpoints, and its parts: ``time/data_wait``, ``encode``, ``rollout``, ``reward``, ``forward``, ``backward``,
-    ``optimizer`` (with clipping), ``ema`` and ``log`` (all else). ``train/tflops_per_second`` is of one process, and
-    ``train/mfu`` its share of the card's peak. See :class:`~latentreward.callbacks.step_times.StepTimes`.
+    ``optimizer`` (with clipping), ``ema`` and ``log`` (all else).
 
     Args:
         auto: False leaves switches off that are null.
         compile_blocks: Compile the blocks of networks that train, sample or score with ``torch.compile``. What PyTorch
             cannot compile is computed as before, and a warning says so.
-        channels_last: Store the weights of convolutions with channels last. Null is false: measured slower.
-        cudnn_benchmark: Let cuDNN time its convolutions for each new shape, for a few fixed image sizes. Null is
-            false: measured no faster.
-        tf32: Multiply what stays float32 in TF32, of 10 bits. Null is false: measured no faster with bf16-mixed.
-        fused_optimizer: Update all weights in a few kernels, with optimisers of PyTorch that can. Null is false:
-            measured no faster than PyTorch's own choice, ``foreach``.
         fused_lora: Add the products of LoRA to the outputs of their layers in one kernel. Null is true on a CUDA device
             if blocks are not compiled; compiled ones fuse more.
-        peak_tflops: Peak of the device in 10¹² operations per second, for ``train/mfu``. Null takes that of the card's
-            name and the trainer's precision; other devices have no ``train/mfu``.
 
     Attributes:
         chosen: Switches in force, by name, once a run has started.
-        limits: Peak rates of the CUDA device once training has started; None if they are not known.
 
     Example:
         ``--performance.compile_blocks=true``, or ``--performance.auto=false`` for eager code.
     """
 
-    def __init__(
-        self,
-        auto: bool = True,
-        compile_blocks: bool | None = None,
-        channels_last: bool | None = None,
-        cudnn_benchmark: bool | None = None,
-        tf32: bool | None = None,
-        fused_optimizer: bool | None = None,
-        fused_lora: bool | None = None,
-        peak_tflops: float | None = None,
-    ) -> None:
-        check_range("(0, inf)", peak_tflops=peak_tflops)
-        self.auto, self.peak_tflops = auto, peak_tflops
+    def __init__(self, auto: bool = True, compile_blocks: bool | None = None, fused_lora: bool | None = None) -> None:
+        self.auto, self.chosen = auto, {"compile_blocks": compile_blocks, "fused_lora": fused_lora}
         self.times: StepTimes | None = None
-        self.limits: Limits | None = None
         self._step = 0
-        self._flags_before: list[tuple[Any, str, bool]] = []
-        self.chosen = {
-            "compile_blocks": compile_blocks,
-            "channels_last": channels_last,
-            "cudnn_benchmark": cudnn_benchmark,
-            "tf32": tf32,
-            "fused_optimizer": fused_optimizer,
-            "fused_lora": fused_lora,
-        }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -113,13 +78,13 @@ class Performance(Callback):
         if self.chosen["fused_lora"] is None:
             adapted = not quantized and any("lora_A." in name for name, _ in pl_module.named_parameters())
             self.chosen["fused_lora"] = self.auto and cuda and adapted and not self.chosen["compile_blocks"]
-        self.chosen = {name: bool(value) for name, value in self.chosen.items()}
         if cuda or any(self.chosen.values()):
             on = ", ".join(name for name, value in self.chosen.items() if value)
             rank_zero_info(f"performance: {on or 'no switch'} on (docs/performance.md)")
         self.apply(pl_module)
 
     def apply(self, module: nn.Module) -> None:
+        """Switch on what is chosen."""
         if self.chosen["fused_lora"]:
             from latentreward.diffusion.backbones.fused_lora import fuse_lora  # peft takes seconds of a command's start
 
@@ -127,46 +92,13 @@ class Performance(Callback):
                 rank_zero_warn("performance.fused_lora: true, but no plain linear layer has LoRA; nothing is fused")
         if self.chosen["compile_blocks"]:
             compile_blocks(blocks_of(module))
-        if self.chosen["channels_last"]:
-            for part in module.modules():
-                if isinstance(part, nn.Conv2d):  # in Conv3d and Linear the format has another or no meaning
-                    part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
-        for switch, backend, flag in PROCESS_FLAGS:
-            if self.chosen[switch]:
-                with suppress(RuntimeError):  # read where the process uses torch's fp32_precision too
-                    self._flags_before.append((backend, flag, getattr(backend, flag)))
-                setattr(backend, flag, True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to measure, and let optimisers of PyTorch that know ``fused`` use it, if set; others stay.
-
-        A resumed run has by now the optimiser's state of its checkpoint, whose groups may say otherwise.
-        """
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            card, tf32 = torch.cuda.get_device_name(device), torch.backends.cuda.matmul.allow_tf32
-            self.limits = find_limits(card, trainer.precision, tf32)
-        peak = self.peak_tflops or (self.limits and self.limits.tflops)
-        self.times, self._step = StepTimes(device.type == "cuda", peak), trainer.global_step
+        self.times, self._step = StepTimes(trainer.strategy.root_device.type == "cuda"), trainer.global_step
         listen(trainer.profiler, self.times)  # type: ignore[attr-defined]
-        for optimizer in trainer.optimizers if self.chosen["fused_optimizer"] else ():
-            for group in optimizer.param_groups:
-                if "fused" in group:
-                    group["foreach"], group["fused"] = False, True
-                    for weight in group["params"]:  # the others count their steps on the CPU
-                        if "step" in (state := optimizer.state.get(weight, {})):
-                            state["step"] = state["step"].to(weight.device)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.times is not None:
-            with suppress(RuntimeError):  # tensors of a user's batch may have no shape, such as nested ones
-                self.times.start_counting(layout_of(batch))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if self.times is None:
-            return
-        self.times.stop_counting()
-        if trainer.global_step > self._step:
+        if self.times is not None and trainer.global_step > self._step:
             self._step = trainer.global_step
             self.times.end_step()
             self.times.read()
@@ -176,7 +108,6 @@ class Performance(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.times is not None:
-            self.times.stop_counting()
             self.times.pause(True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,14 +116,11 @@ class Performance(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.times is not None:
-            self.times.stop_counting()
             unlisten(trainer.profiler)  # type: ignore[attr-defined]
             self.times = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Undo compiled blocks, fused LoRA and flags: what follows a ``fit`` promises equal scores for any batch."""
-        while self._flags_before:
-            setattr(*self._flags_before.pop())
+        """Undo compiled blocks and fused LoRA: what follows a ``fit`` promises equal scores for any batch."""
         if self.chosen["compile_blocks"]:
             uncompile_blocks(blocks_of(pl_module))
         if self.chosen["fused_lora"]:
@@ -218,6 +146,122 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
         for block in [part] if isinstance(part, LatentEncoder) else blocks:
             layers = [layer for layer in block.modules() if type(layer).__name__ in LAYERS]
             yield from layers or ([] if block is part else [block])
+
+
+class Mark(NamedTuple):
+    """Beginning of a phase: seconds of the host's clock, or an event of the card."""
+
+    phase: str
+    time: Any
+    ends_step: bool
+
+
+class StepTimes(Phases):
+    """Seconds by phase of training steps, from the beginning of a run.
+
+    On a CUDA device each change of phase records an event, which costs some microseconds. Events are read when the
+    card has passed them, so that nothing waits for the card. Elsewhere the host's clock is read. The phases follow each
+    other without a gap: together they take the time of the steps, validations and checkpoints left out.
+
+    Attributes:
+        seconds: Seconds by phase of the optimiser steps that have ended since :meth:`restart`.
+        steps: Number of these steps.
+    """
+
+    def __init__(self, cuda: bool) -> None:
+        super().__init__("log")
+        self.cuda, self.paused = cuda, False
+        self._marks: deque[Mark] = deque()
+        self._present: defaultdict[str, float] = defaultdict(float)  # seconds of the step that has not ended
+        self._mark()
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the steps that have ended."""
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.steps = 0
+
+    def begin(self, name: str) -> None:
+        super().begin(name)
+        self._mark()
+
+    def end(self) -> None:
+        if len(self.open) > 1:  # else of an action that began before the measurement
+            super().end()
+            self._mark()
+
+    def pause(self, paused: bool) -> None:
+        """Begin or end a part of the run that belongs to no step."""
+        self.paused = paused
+        self._mark()
+
+    def end_step(self) -> None:
+        """End an optimiser step."""
+        self._mark(ends_step=True)
+
+    def _mark(self, ends_step: bool = False) -> None:
+        name = ASIDE if self.paused else self.open[-1]
+        if ends_step or not self._marks or self._marks[-1].phase != name:
+            now: Any = torch.cuda.Event(enable_timing=True) if self.cuda else perf_counter()
+            if self.cuda:
+                now.record()
+            self._marks.append(Mark(name, now, ends_step))
+
+    def read(self) -> None:
+        """Add up the time between the marks that the device has passed."""
+        while len(self._marks) > 1 and (not self.cuda or self._marks[1].time.query()):
+            begun, ended = self._marks.popleft(), self._marks[0]
+            self._present[begun.phase] += (
+                begun.time.elapsed_time(ended.time) / 1000 if self.cuda else ended.time - begun.time
+            )
+            if ended.ends_step:
+                self._present.pop(ASIDE, None)
+                for name in [*self._present]:
+                    self.seconds[name] += self._present.pop(name)
+                self.steps += 1
+
+    def values(self) -> dict[str, float]:
+        """Return the mean seconds of a step and of its phases since :meth:`restart`, by the names of the log."""
+        means = {name: self.seconds[name] / self.steps for name in PHASES if name in self.seconds}
+        return {f"time/{name}": mean for name, mean in {**means, "step": sum(means.values())}.items()}
+
+
+@cache
+def phase_of(action: str) -> str | None:
+    """Return the phase that begins with an action of Lightning's profiler; None if the phase goes on."""
+    place, _, hook = action.rpartition(".")
+    if hook in ("train_dataloader_next", "batch_to_device"):
+        return "data_wait"
+    if place.startswith("[Callback]"):
+        return "ema" if place.startswith("[Callback]TrainableEMA") else "log"
+    if place.startswith("[Strategy]"):
+        return {"training_step": "forward", "backward": "backward"}.get(hook)
+    return {"optimizer_step": "optimizer", "save_checkpoint": ASIDE}.get(hook)
+
+
+def listen(profiler: Profiler, times: StepTimes) -> None:
+    """Let ``times`` follow the actions that Lightning tells its profiler, and the phases that a step names."""
+
+    def start(own: Callable[[str], None], action: str) -> None:
+        own(action)
+        if (name := phase_of(action)) is not None:
+            times.begin(name)
+
+    def stop(own: Callable[[str], None], action: str) -> None:
+        own(action)
+        if phase_of(action) is not None:
+            times.end()
+
+    profiler.start = partial(start, profiler.start)  # type: ignore[method-assign]
+    profiler.stop = partial(stop, profiler.stop)  # type: ignore[method-assign]
+    LISTENER.set(times)
+
+
+def unlisten(profiler: Profiler) -> None:
+    """Undo :func:`listen`."""
+    LISTENER.set(None)
+    for name in ("start", "stop"):
+        vars(profiler).pop(name, None)
 
 
 class ParameterSummary(ModelSummary):

@@ -3,36 +3,35 @@
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from inspect import signature
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from latentreward.callbacks.run_progress import total_steps
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from latentreward.alignment.modules.alignment import prompts_of
-from latentreward.core.contracts import PathText, sources_of
+from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError
-from latentreward.core.storage.digests import digest
 
 logger = logging.getLogger(__name__)
 
 Override = Literal["lr", "schedule", "batch_size", "callbacks"]
 """What a resumed run can take from its settings."""
-TUNER_FILES = (".lr_find_", ".scale_batch_size_")
-"""Prefixes of the files from which Lightning's tuner restores the state before its search, which is not a resume."""
-SEARCHES = (LearningRateFinder.on_fit_start, BatchSizeFinder.on_fit_start)
-"""Hooks that search when a run starts, and then restore its state before a resume was complete."""
+TAKEN_BY: dict[str, Override] = {
+    "data.batch_size": "batch_size",
+    "model.optimizer.lr": "lr",
+    "model.lr_scheduler": "schedule",
+}
+"""Setting, or where it stands -> what takes the given value; without an entry the checkpoint's stays."""
 SAME_SCHEDULE = "give the model.lr_scheduler that it was trained with, or --resume_override=[schedule]"
 OWN_RATES = (OneCycleLR, CyclicLR)  # schedules whose own settings give the learning rates, whatever the optimiser's is
 SCHEDULE_VALUES = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
@@ -44,10 +43,7 @@ class ResumedSettings(Callback):
 
     Optimiser settings, learning rate schedule and batch size are those of the checkpoint, whatever the settings say,
     unless ``override`` names them. Only checkpoints written with this callback hold the batch size of the data module;
-    with other checkpoints the batch size of the settings is used. Other prompts of an alignment are used, with a
-    warning. The command line adds this callback to every fit.
-
-    A ``LearningRateFinder`` or ``BatchSizeFinder`` is left out of a resumed run: it searched before the first step.
+    with other checkpoints the batch size of the settings is used. The command line adds this callback to every fit.
 
     Args:
         override: What to take from the settings instead: ``lr``, the learning rate; ``schedule``, the learning rate
@@ -88,68 +84,46 @@ class ResumedSettings(Callback):
         checkpoint["kind"], checkpoint["start"] = run_kind(trainer), self._start or 0
         if (size := batch_size(trainer)) is not None:
             checkpoint["batch_size"] = size
-        if prompts := prompts_digest(trainer):
-            checkpoint["prompts"] = prompts
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Set the batch size before loaders are made, and remove the schedules' state from ``checkpoint``.
 
         Lightning would load that state into a schedule of any class. :meth:`on_train_start` loads the state instead,
-        once the schedules are compared. A later checkpoint, which another callback restores, is no resume.
+        once the schedules are compared. What a tuner restores after its search is no resume.
         """
-        tuned = Path(trainer.ckpt_path or "").name.startswith(TUNER_FILES)
-        if trainer.state.fn != TrainerFn.FITTING or tuned or self._saved is not None:
+        tuned = Path(trainer.ckpt_path or "").name.startswith((".lr_find_", ".scale_batch_size_"))
+        if trainer.state.fn != TrainerFn.FITTING or tuned:
             return
-        self._saved = {"lr_schedulers": [], "optimizer_states": [], "optimizers": [], **checkpoint}
+        self._saved = {"lr_schedulers": [], **checkpoint}
         self._start, checkpoint["lr_schedulers"] = checkpoint.get("start", 0), []
-        self._check_owners(trainer)
+        self._check_callbacks(trainer)
         given = batch_size(trainer)
         saved = checkpoint.get("batch_size", given)
         if given != saved:
-            self._settle(trainer, "data.batch_size", given, saved, "batch_size")
+            self._settle(trainer, "data.batch_size", given, saved)
             if "batch_size" not in self.override:
                 trainer.datamodule.batch_size = saved  # type: ignore[attr-defined]
-        prompts = prompts_digest(trainer)
-        if checkpoint.get("prompts", prompts) != prompts and trainer.is_global_zero:
-            logger.warning(
-                "resume: data.prompts are others than the checkpoint's: the run goes on at its place in their order, "
-                "and its steps differ from the uninterrupted run's; give the earlier prompts, or start anew"
-            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare classes, and remember what the settings made, before Lightning restores optimisers and schedules."""
         self._groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         self._schedules = [deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
-        if self._saved is None:
-            return
-        classes, saved = [type(optimizer).__name__ for optimizer in trainer.optimizers], self._saved["optimizers"]
-        if saved not in ([], classes):
+        classes = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+        saved = (self._saved or {}).get("optimizers", classes)
+        if saved != classes:
             raise InputError(
                 f"model.optimizer is {', '.join(classes)}, but the checkpoint holds the state of {', '.join(saved)}; "
                 "give the model.optimizer that it was trained with, or start anew"
             )
-        groups = [state["param_groups"] for state in self._saved["optimizer_states"]]
-        theirs, ours = [
-            [[len(group["params"]) for group in groups] for groups in every] for every in (groups, self._groups)
-        ]
-        if theirs and theirs != ours:
-            raise InputError("the checkpoint's optimiser has other parameters; tuning and head must be as in training")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the settings with the restored state, report differences, and apply the overrides."""
         self.start(trainer)  # before a checkpoint records it
         if self._saved is not None:
-            self._check_restored(trainer)
-            self._compare_optimizers(trainer)
-            if "schedule" not in self.override:
-                self._restore_schedules(trainer, self._saved["lr_schedulers"])
-            if self.override & {"lr", "schedule"}:
-                self._replay(trainer, self._saved["lr_schedulers"])
+            self._restore(trainer, self._saved["lr_schedulers"])
+            mark_in_tensorboard(trainer)
         end = total_steps(trainer) or 0
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs if config.interval == "step"):
-            if 0 < end < (steps := warm_up_steps(scheduler)) and trainer.is_global_zero:
-                line = "model.lr_scheduler warms up for %d optimiser steps, and the run ends at step %d; shorten one"
-                logger.warning(f"{line}, or lengthen the other", steps, end)
             if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < end:
                 override = "" if self._saved is None else " and --resume_override=[schedule]"
                 raise InputError(
@@ -158,26 +132,13 @@ class ResumedSettings(Callback):
                 )
         self._saved = None
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if the checkpoint's run had already reached its limit, and name the limit to raise."""
-        if self._saved is None or not trainer.is_global_zero:  # on_train_start ran, and set it to None
-            return
-        limits = {
-            "max_steps": trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps,
-            "max_epochs": trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs,
-            "max_time": trainer.should_stop,
-        }
-        if name := next((name for name, reached in limits.items() if reached), None):
-            reached = f"the checkpoint, of optimiser step {trainer.global_step}, has reached trainer.{name}"
-            logger.warning("resume: nothing to train: %s; raise it to go on", reached)
-
-    def _check_owners(self, trainer: Trainer) -> None:
-        """Leave out searches for settings, and refuse states that no callback of the run takes."""
+    def _check_callbacks(self, trainer: Trainer) -> None:
+        """Refuse states that no callback of the run takes, and searches, which would undo what is restored."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        line = "left out: it searched before the first step, and the checkpoint has its result"
-        searches = [one for one in callbacks if type(one).on_fit_start in SEARCHES]
-        trainer.callbacks = [one for one in callbacks if one not in searches]  # type: ignore[attr-defined]
-        owned, lines = {one.state_key for one in callbacks}, [f"{type(one).__name__} is {line}" for one in searches]
+        for one in callbacks:
+            if isinstance(one, LearningRateFinder | BatchSizeFinder):
+                raise InputError(f"trainer.callbacks: {type(one).__name__} has searched; leave it out of a resumed run")
+        owned = {one.state_key for one in callbacks}
         for key, state in self._saved["callbacks"].items():  # type: ignore[index]
             # A Timer is that of trainer.max_time. A ModelCheckpoint that monitors nothing only knows its next file.
             if key in owned or not state or key == "Timer" or state.get("monitor", "") is None:
@@ -188,29 +149,47 @@ class ResumedSettings(Callback):
                     f"the checkpoint holds the state of {key}, which no callback of this run takes; give "
                     "trainer.callbacks as in training, or --resume_override=[callbacks] to drop the state"
                 )
-            lines.append(f"the state of {key} is dropped, as no callback of this run takes it")
-        for line in lines if trainer.is_global_zero else ():
-            logger.warning("resume: %s", line)
+            tell(trainer, f"the state of {key} is dropped, as no callback of this run takes it")
 
-    def _check_restored(self, trainer: Trainer) -> None:
-        """Raise InputError if step, weights or optimiser are no longer the checkpoint's."""
-        saved: dict[str, Any] = self._saved or {}
-        stepped, undone = any(one["state"] for one in saved["optimizer_states"]), ""
-        weights, before = trainer.lightning_module.named_parameters(), saved.get("state_dict", {})
-        if trainer.global_step != saved["global_step"]:
-            undone = f"stands at optimiser step {trainer.global_step}, not at the checkpoint's {saved['global_step']}"
-        elif stepped and not any(one.state for one in trainer.optimizers):
-            undone = "has a new optimiser without the checkpoint's state"
-        elif changed := [name for name, one in weights if differs(one, before.get(name))]:
-            undone = f"has other weights than the checkpoint ({changed[0]})"
-        if undone:
-            raise InputError(
-                f"the resumed run {undone}: a callback changed it before the first step; leave those of "
-                "trainer.callbacks that restore a state or load weights out of a resumed run"
-            )
+    def _restore(self, trainer: Trainer, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Restore the schedules, or replay the given ones, and say which settings differ."""
+        replaced, configs = "schedule" in self.override, trainer.lr_scheduler_configs
+        theirs, ours = ([schedule_settings(one) for one in states] for states in (saved, self._schedules))
+        if not replaced and [one.keys() for one in theirs] != [one.keys() for one in ours]:
+            raise InputError(f"the checkpoint holds the state of another learning rate schedule; {SAME_SCHEDULE}")
+        # OneCycleLR and CyclicLR also change momentum or betas at each step: these values are not settings.
+        cycled = any(getattr(config.scheduler, "cycle_momentum", False) for config in configs)
+        told = {f"model.optimizer.{name}" for name in (("betas", "momentum") if cycled else ())}
+        for name, given, before in self._compared(trainer, [] if replaced else theirs, ours):
+            if given == before or name in told:
+                continue
+            if name.startswith("model.lr_scheduler") and "lr" in self.override:
+                problem = f"resume_override=[lr]: {name} is {given}, but {before} in the checkpoint"
+                raise InputError(f"{problem}; {SAME_SCHEDULE}")
+            told.add(name)
+            self._settle(trainer, name, given, before)
+        for config, state in zip(configs, [] if replaced else saved, strict=not replaced):
+            config.scheduler.load_state_dict(state)
+        if self.override & {"lr", "schedule"}:
+            self._replay(trainer, saved)
 
-    def _settle(self, trainer: Trainer, name: str, given: Any, saved: Any, override: str | None = None) -> None:
-        """Log which of two values of a setting is used, the given or the saved one."""
+    def _compared(
+        self, trainer: Trainer, theirs: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[str, Any, Any]]:
+        """Yield name, given and saved value of the settings of optimisers, group by group, and schedules."""
+        for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
+            for restored, given in zip(optimizer.param_groups, groups, strict=True):
+                pairs = {name: (given[name], restored[name]) for name in given.keys() & restored.keys()}
+                pairs["lr"] = base_rate(given), base_rate(restored)
+                for name in sorted(pairs.keys() & optimizer.defaults.keys()):
+                    yield f"model.optimizer.{name}", *map(plain, pairs[name])
+        for config, before, now in zip(trainer.lr_scheduler_configs, theirs, ours, strict=bool(theirs)):
+            for name in sorted(before.keys() & setting_names(config.scheduler)):
+                yield f"model.lr_scheduler.{name}", now[name], before[name]
+
+    def _settle(self, trainer: Trainer, name: str, given: Any, saved: Any) -> None:
+        """Say which of two values of a setting is used, the given or the saved one."""
+        override = TAKEN_BY.get(name) or TAKEN_BY.get(".".join(name.split(".")[:2]))
         if override in self.override:
             line = (
                 f"{name} is {given} from here on, {saved} in the checkpoint: steps differ from the uninterrupted run's"
@@ -219,39 +198,7 @@ class ResumedSettings(Callback):
             self.in_force.setdefault(name, saved)
             remedy = f"; --resume_override=[{override}] takes it" if override else ""
             line = f"{name} stays {saved} as in the checkpoint, not {given} as given{remedy}"
-        if trainer.is_global_zero:
-            logger.warning("resume: %s", line)
-
-    def _compare_optimizers(self, trainer: Trainer) -> None:
-        """Log each optimiser setting that differs between given and restored parameter groups, once."""
-        # OneCycleLR and CyclicLR also change momentum or betas at each step: these values are not settings.
-        cycled = any(getattr(config.scheduler, "cycle_momentum", False) for config in trainer.lr_scheduler_configs)
-        seen = {"betas", "momentum"} if cycled else set()
-        for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
-            for restored, given in zip(optimizer.param_groups, groups, strict=True):
-                pairs = {name: (given[name], restored[name]) for name in given.keys() & restored.keys()}
-                pairs["lr"] = base_rate(given), base_rate(restored)
-                for name in sorted((pairs.keys() & optimizer.defaults.keys()) - seen):
-                    ours, theirs = map(plain, pairs[name])
-                    if ours != theirs:
-                        seen.add(name)
-                        self._settle(trainer, f"model.optimizer.{name}", ours, theirs, "lr" if name == "lr" else None)
-
-    def _restore_schedules(self, trainer: Trainer, saved: Sequence[Mapping[str, Any]]) -> None:
-        # With ``lr`` alone in ``override``, the settings of the schedules must be the checkpoint's.
-        theirs, ours = [list(map(schedule_settings, states)) for states in (saved, self._schedules)]
-        if [settings.keys() for settings in theirs] != [settings.keys() for settings in ours]:
-            raise InputError(f"the checkpoint holds the state of another learning rate schedule; {SAME_SCHEDULE}")
-        for config, state, before, given in zip(trainer.lr_scheduler_configs, saved, theirs, ours, strict=True):
-            for name in sorted(before.keys() & setting_names(config.scheduler)):
-                if before[name] != given[name]:
-                    if "lr" in self.override:
-                        raise InputError(
-                            f"resume_override=[lr]: model.lr_scheduler.{name} is {given[name]}, but {before[name]} in "
-                            f"the checkpoint; {SAME_SCHEDULE}"
-                        )
-                    self._settle(trainer, f"model.lr_scheduler.{name}", given[name], before[name], "schedule")
-            config.scheduler.load_state_dict(state)
+        tell(trainer, line)
 
     def _replay(self, trainer: Trainer, saved: Sequence[Mapping[str, Any]]) -> None:
         """Step the given schedules from their first step to the restored one, from the learning rates to be used.
@@ -281,8 +228,27 @@ class ResumedSettings(Callback):
                 warnings.simplefilter("ignore")  # torch expects steps of the optimiser in between
                 for _ in range(steps):
                     config.scheduler.step()
-        if trainer.is_global_zero and "schedule" in self.override:
-            logger.warning("resume: model.lr_scheduler is the given one, placed at step %d", trainer.global_step)
+        if "schedule" in self.override:
+            tell(trainer, f"model.lr_scheduler is the given one, placed at step {trainer.global_step}")
+
+
+def tell(trainer: Trainer, line: str) -> None:
+    """Log a line about a resumed run, on global rank 0."""
+    if trainer.is_global_zero:
+        logger.warning("resume: %s", line)
+
+
+def mark_in_tensorboard(trainer: Trainer) -> None:
+    """Let TensorBoard drop the points after the present step, which the interrupted run has logged and this one will.
+
+    Points of this very step stay: a validation or a monitor may have logged them before the checkpoint.
+    """
+    for log in trainer.loggers if trainer.is_global_zero else ():
+        if isinstance(log, TensorBoardLogger):
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            mark = Event(step=trainer.global_step + 1, session_log=SessionLog(status=SessionLog.START))
+            log.experiment.file_writer.add_event(mark)
 
 
 def log_folder(trainer: Trainer) -> Path:
@@ -313,31 +279,9 @@ def run_kind(trainer: Trainer) -> str:
     return next(kind.__qualname__ for kind in classes if not issubclass(kind, FSDPModule))
 
 
-def differs(weight: Tensor, before: Tensor | None) -> bool:
-    """Tell whether a trained weight is not as saved; sharded ones are not compared."""
-    known = before is not None and weight.requires_grad and not isinstance(weight, DTensor)
-    return known and before.shape == weight.shape and not torch.equal(weight.cpu(), before.to("cpu", weight.dtype))
-
-
-def warm_up_steps(scheduler: LRScheduler) -> float:
-    """Return the optimiser steps of the warm-up with which a schedule begins; 0 for none that is known."""
-    first: Any = next(iter(getattr(scheduler, "_schedulers", ())), scheduler)
-    if isinstance(first, OneCycleLR):
-        return first._schedule_phases[0]["end_step"]  # type: ignore[index, no-any-return]
-    rises = getattr(first, "start_factor", 1) < getattr(first, "end_factor", 1)
-    return first.total_iters if rises else getattr(first, "warmup_steps", 0)
-
-
 def batch_size(trainer: Trainer) -> int | None:
     """Return the batch size of the run's data module; None if there is none."""
     return getattr(getattr(trainer, "datamodule", None), "batch_size", None)
-
-
-def prompts_digest(trainer: Trainer) -> str:
-    """Return a digest of the prompts of an alignment, with the names of the pictures that they edit; empty for none."""
-    prompts = prompts_of(trainer)
-    parts = (f"{text}\n{[source.image_key for source in sources_of(text)]}\n" for text in prompts)
-    return digest(parts) if prompts else ""
 
 
 def base_rate(group: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from latentreward.callbacks.step_times import StepTimes
+from latentreward.callbacks.performance import StepTimes
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -37,7 +36,6 @@ PLUGIN = """
 
     import torch
     from lightning.pytorch import Callback, LightningDataModule, LightningModule
-    from lightning.pytorch.loggers import CSVLogger
     from lightning.pytorch.strategies import DDPStrategy
     from torch import nn
     from torchmetrics import MeanMetric
@@ -142,35 +140,12 @@ PLUGIN = """
                 os.kill(os.getpid(), signal.Signals[self.name])
 
 
-    class Fail(Callback):
-        def __init__(self, step: int) -> None:
-            self.step = step
-
-        def on_train_batch_start(self, trainer, *args) -> None:
-            if trainer.global_step == self.step:
-                raise InputError("an image is damaged")
-
-
     class LoseServer(Callback):
         def __init__(self, hook: str) -> None:
             setattr(self, hook, self.ask)
 
         def ask(self, *args) -> None:
             Connection(RemoteServer("http://127.0.0.1:9", retry_s=0.0)).ask("GET", "/v1/model")
-
-
-    class FillDisk(Callback):
-        def __init__(self, step: int) -> None:
-            self.step = step
-
-        def on_train_batch_start(self, trainer, *args) -> None:
-            if trainer.global_step == self.step:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-    class FullBoard(CSVLogger):
-        def save(self) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
 
 
     class Freeze(Callback):
@@ -577,26 +552,6 @@ def test_settings_stay_beside_the_checkpoint_of_a_run_whose_reward_server_failed
     assert ("saved optimiser step 0; go on with --ckpt_path" in line) == kept
     assert [path.name for path in (folder / hook).glob("config*.yaml")] == ["config.yaml"] * kept
     assert len([*(folder / hook).rglob("last.ckpt")]) == kept
-
-
-@pytest.mark.parametrize("keeper", ["LastCheckpoint", "ModelCheckpoint"])
-@pytest.mark.parametrize(("step", "kept"), [(0, []), (1, ["config.yaml"])])
-def test_settings_stay_only_if_a_checkpoint_was_saved_before_the_disk_was_full(
-    step: int, kept: list[str], keeper: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = f"full_{keeper}_{step}"
-    options = ["--trainer.enable_checkpointing=true", f"--trainer.default_root_dir={run}", "--model=plugin.Large"]
-    saving = [f"--trainer.callbacks+={keeper}", "--trainer.callbacks.every_n_train_steps=1"]
-    full = ["--trainer.callbacks+=plugin.FillDisk", f"--trainer.callbacks.step={step}"]
-    with largest_file(resource.getrlimit(resource.RLIMIT_FSIZE)[0]):  # as before, when the block ends
-        assert "no space left" in error_line(capsys, *FIT, *options, *saving, *full)
-    assert [path.name for path in (folder / run).glob("config*.yaml")] == kept
-    assert len(list((folder / run).rglob("*.ckpt"))) == len(kept)
-
-
-def test_a_logger_on_a_full_disk_names_the_runs_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = error_line(capsys, *FIT, "--trainer.logger=plugin.FullBoard", "--trainer.logger.save_dir=full_board")
-    assert re.search(r"no space left for \S*run \(No space left on device\); free some space", line)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])

@@ -13,8 +13,8 @@ from latentreward.callbacks import (
     NoiseBandAccuracy,
     PairScoreWriter,
     ParameterSummary,
+    ResumedSettings,
     ScoredPairGrid,
-    TensorBoardCharts,
     TrainableCheckpoint,
     TrainableEMA,
 )
@@ -31,7 +31,6 @@ from latentreward.core.contracts import PreferenceBatch, PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.core.reports.drawing import PLAIN, WRONG, draw_pair
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead
-from tests.callbacks.charts import charts_of
 from tests.callbacks.small_run import SmallModule, train_loader
 from tests.callbacks.small_run import make_trainer as small_trainer
 from tests.marks import slow_after
@@ -278,16 +277,6 @@ def test_the_worst_pairs_come_first_and_say_by_how_much(module, batches, loader,
     assert (tmp_path / "worst_pairs.png").exists() and not (tmp_path / "scored_pairs.png").exists()
 
 
-@pytest.mark.slow
-def test_every_chart_in_tensorboard_has_curves(module, batches, loader, make_trainer, tmp_path):
-    logger = TensorBoardLogger(tmp_path, name="run", version="")
-    trainer = make_trainer(callbacks=[NoiseBandAccuracy(), TensorBoardCharts()], logger=logger, log_every_n_steps=1)
-    trainer.fit(module, loader(batches), loader(batches))
-    charts = charts_of(tmp_path / "run")
-    assert [*charts] == ["Accuracy by noise level"]
-    assert all(charts["Accuracy by noise level"].values()), charts
-
-
 def test_points_after_the_checkpoint_of_a_resumed_run_are_in_the_log_once(tmp_path):
     class Logged(SmallModule):
         def training_step(self, rows, batch_idx):
@@ -299,7 +288,7 @@ def test_points_after_the_checkpoint_of_a_resumed_run_are_in_the_log_once(tmp_pa
         saver = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=4, save_top_k=-1)
         logger = TensorBoardLogger(tmp_path, name="run", version="")
         options = {"logger": logger, "log_every_n_steps": 2}
-        small_trainer(tmp_path, [saver, TensorBoardCharts()], **options).fit(
+        small_trainer(tmp_path, [saver, ResumedSettings()], **options).fit(
             Logged(), train_loader(), ckpt_path=checkpoint
         )
         logger.experiment.close()

@@ -14,7 +14,6 @@ from latentreward.callbacks import (
     NaNGuard,
     ReferenceDrift,
     SampleGrid,
-    TensorBoardCharts,
     TimestepBands,
     TrainableEMA,
 )
@@ -46,7 +45,6 @@ from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.diffusion import LoRA, sd_tiny
 from latentreward.reward import CallableScorer, CLIPProjectionHead, ImageScorer, PickScorer, RewardModel
 from tests.alignment.modules.simple_reward import FirstChannelReward
-from tests.callbacks.charts import charts_of
 
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]
 SETTINGS = {"sampling": Sampling(3), "candidates": Branching(2), "guidance_scale": 1.0, "seed": 1}
@@ -364,26 +362,6 @@ def test_bands_of_the_timestep_agree_with_the_rollout(make_trainer):
     assert metrics["rollout/gap_50_t_700_1000"].item() == pytest.approx(median)
     assert metrics["train/implicit_accuracy_t_700_1000"].item() == 0.0  # nothing is learned yet
     assert metrics["train/margin_t_700_1000"].item() == pytest.approx(0.0, abs=1e-5)
-
-
-@pytest.mark.slow
-def test_every_chart_of_an_alignment_has_curves(make_trainer, tmp_path):
-    source, logger = PolicySource("sd35_tiny", lora=LoRA(rank=4, alpha=4)), TensorBoardLogger(tmp_path, "run", "")
-    module = LPOModule(
-        source, FirstChannelReward(), FixedThreshold(0.01), optimizer=partial(AdamW, lr=1e-3), **SETTINGS
-    )
-    watching = [
-        HackingMonitor(PROMPTS, held_out(), every_n_steps=1, action="warn"),
-        ReferenceDrift(PROMPTS, every_n_steps=1),
-    ]
-    trainer = make_trainer(
-        callbacks=[TimestepBands(), *watching, TensorBoardCharts()],
-        max_epochs=-1, max_steps=2, logger=logger, log_every_n_steps=1,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=prompts())
-    charts = charts_of(tmp_path / "run")
-    assert [*charts] == ["Kept for training", "Reward hacking"]
-    assert all(curves for group in charts.values() for curves in group.values()), charts
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """``performance``: what is chosen where, few graphs in a step of every module, and eager code on request."""
 
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,6 @@ def test_few_graphs_in_a_run_of_every_module(name: str, tmp_path: Path, monkeypa
     assert not torch._dynamo.utils.counters["recompile_limit"]
     chosen = yaml.safe_load(next(tmp_path.rglob("config.yaml")).read_text())["performance"]
     assert chosen["compile_blocks"] is True
-    assert chosen["channels_last"] is False
 
 
 class Device:
@@ -122,36 +120,6 @@ def test_without_lora_nothing_is_fused_on_a_gpu() -> None:
     assert not any(callback.chosen.values())
 
 
-@pytest.fixture
-def _backends() -> Iterator[None]:
-    """Restore PyTorch's settings of the process, of which some cannot be deleted as ``monkeypatch`` does."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-    yield
-    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
-
-
-@pytest.mark.usefixtures("_backends")
-def test_other_switches_are_set_alone(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv3d(2, 2, 3), nn.Linear(2, 2))
-    optimizer, run = torch.optim.AdamW(module.parameters()), Run("cpu", 3)
-    run.optimizers = [optimizer]
-    backends = torch.backends
-    monkeypatch.setattr(backends.cudnn, "allow_tf32", False)
-    callback = Performance(channels_last=True, cudnn_benchmark=True, tf32=True, fused_optimizer=True)
-    with caplog.at_level(logging.INFO):
-        callback.setup(run, module, "fit")  # type: ignore[arg-type]
-    callback.on_train_start(run, module)  # type: ignore[arg-type]
-    callback.on_train_end(run, module)  # type: ignore[arg-type]
-    assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
-    assert module[1].weight.is_contiguous()
-    assert backends.cudnn.benchmark and backends.cudnn.allow_tf32 and backends.cuda.matmul.allow_tf32
-    assert all(group["fused"] for group in optimizer.param_groups)
-    assert "performance: channels_last, cudnn_benchmark, tf32, fused_optimizer on" in caplog.text
-    callback.teardown(run, module, "fit")  # type: ignore[arg-type]
-    assert not (backends.cudnn.benchmark or backends.cudnn.allow_tf32 or backends.cuda.matmul.allow_tf32)
-
-
 def test_quantised_layers_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(performance, "is_quantized", lambda weight: True)
     with pytest.raises(InputError, match=r"performance\.compile_blocks: true, but quantised .*remove it"):
@@ -164,7 +132,7 @@ def test_quantised_layers_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> N
 def test_tests_and_scores_compute_without() -> None:
     callback = Performance(compile_blocks=True)
     callback.setup(Run("cpu", 3), nn.Linear(2, 2), "test")  # type: ignore[arg-type]
-    assert callback.chosen["channels_last"] is None
+    assert callback.chosen["fused_lora"] is None
 
 
 @pytest.mark.slow

@@ -16,10 +16,7 @@ from torch.utils.data import DataLoader
 
 from latentreward.alignment import PolicySource, TrainedLoRA, write_kohya
 from latentreward.alignment.export.lora import FILE
-from latentreward.apps.commands.fit_folder import result_lines
-from latentreward.diffusion import LoRA
 from tests.alignment.policies.alignment import Matching, tiny_source
-from tests.diffusion.families import own_families
 
 SCALE = 2.0
 """alpha / rank of the runs here, by which B is multiplied in the LoRA file."""
@@ -86,19 +83,6 @@ def test_lora_is_the_one_of_the_end_of_training(tmp_path: Path) -> None:
     own = {name: value.detach() for name, value in module.policy.named_parameters()}
     torch.testing.assert_close(written, SCALE * lora_b(own, "network."), rtol=0, atol=0)
     assert written.any()
-
-
-@pytest.mark.slow
-def test_the_lines_of_a_run_name_the_call_that_loads_its_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_families.PixArt, "native_size", (32, 32))
-    own_families.pixart_pipeline().save_pretrained(tmp_path / "pixart")
-    pixart = PolicySource(str(tmp_path / "pixart"), family=f"{own_families.__name__}.PixArt", lora=LoRA(2, 4.0))
-    calls = ["PeftModel.from_pretrained(pipeline.transformer, folder) of peft"]
-    calls += ["pipeline.load_lora_weights(folder) of diffusers"]
-    for source, call in zip((pixart, None), calls, strict=True):
-        folder = tmp_path / call.partition(".")[0]
-        lines = [*result_lines(fit(folder, PolicyLoRA(), source=source).trainer)]
-        assert f"  LoRA: {folder / 'lora'} ({call})" in lines
 
 
 def test_lora_of_the_last_checkpoint_outlives_a_fault(tmp_path: Path) -> None:

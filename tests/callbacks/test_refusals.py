@@ -13,7 +13,6 @@ from latentreward.callbacks import (
     LastCheckpoint,
     NaNGuard,
     NoiseBandAccuracy,
-    Performance,
     PolicyLoRA,
     ReferenceDrift,
     SampleGrid,
@@ -35,7 +34,6 @@ ROWS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ScoredPairGrid(num_pairs=0), "num_pairs is 0"),
     (lambda: ScoredPairGrid(shown="wrst"), "shown='wrst'"),  # type: ignore[arg-type]
     (lambda: LastCheckpoint(0), "every_n_train_steps is 0"),
-    (lambda: Performance(peak_tflops=-1.0), "peak_tflops=-1"),
     (lambda: SampleGrid([]), "prompts of SampleGrid"),
     (lambda: SampleGrid("no/such.txt"), "SampleGrid.prompts: no/such.txt"),
     (lambda: SampleGrid(PROMPTS, every_n_steps=0), "SampleGrid.every_n_steps is 0"),

@@ -5,14 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from latentreward.callbacks import ExactResume, ResumedSettings
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder
-from torch import Tensor
+from lightning.pytorch import Callback
 
 from latentreward.apps.cli import main
-from latentreward.core.contracts import PromptBatch
-from latentreward.data.alignment.prompts import PromptLoaders
 from tests.marks import slow_after
 from tests.small_user import ROWS, SEEN, SmallUserData, SmallUserModule, refusal, run
 
@@ -87,51 +82,6 @@ def test_the_checkpoints_settings_win_and_the_saved_config_states_them(
     caplog.clear()
     main(["fit", f"--config={tmp_path}/run/config_1.yaml", f"--ckpt_path={checkpoint}"])
     assert lines(caplog) == []
-
-
-@pytest.mark.parametrize(
-    ("limit", "named"),
-    [("max_steps=5", "max_steps"), ("max_epochs=1", "max_epochs"), ("max_time=00:00:00:00", "max_time")],
-)
-def test_a_run_that_is_over_says_what_to_raise(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, limit: str, named: str
-) -> None:
-    run("fit", tmp_path, "--trainer.max_epochs=1", "--trainer.enable_checkpointing=true")
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
-    run("fit", tmp_path, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=9", f"--trainer.{limit}")
-    (line,) = lines(caplog)
-    place = f"the checkpoint, of optimiser step 12, has reached trainer.{named}"
-    assert line == f"nothing to train: {place}; raise it to go on"
-
-
-class PromptModule(LightningModule):
-    """A module that takes batches of prompts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def training_step(self, batch: PromptBatch, index: int) -> Tensor:
-        return self.weight.sum()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def test_other_prompts_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-
-    def fit(steps: int, prompts: list[str], path: Path | None = None) -> Trainer:
-        trainer = Trainer(accelerator="cpu", max_steps=steps, callbacks=[ExactResume(), ResumedSettings()], **quiet)
-        trainer.fit(PromptModule(), datamodule=PromptLoaders(prompts, batch_size=2), ckpt_path=path, weights_only=True)
-        return trainer
-
-    fit(2, ["one", "two", "three"]).save_checkpoint(tmp_path / "two.ckpt", weights_only=False)
-    fit(3, ["one", "two", "three"], tmp_path / "two.ckpt")
-    assert lines(caplog) == []
-    fit(3, ["one", "two", "four"], tmp_path / "two.ckpt")
-    (line,) = lines(caplog)
-    assert line.startswith("data.prompts are others than the checkpoint's: the run goes on at its place in their order")
 
 
 @pytest.mark.slow
@@ -255,8 +205,7 @@ def test_an_optimiser_of_other_parameters_is_one_line(tmp_path: Path, capsys: py
     content = torch.load(checkpoint, weights_only=True)
     content["optimizer_states"][0]["param_groups"].pop()
     torch.save(content, checkpoint)
-    said = refusal(capsys, "fit", tmp_path, f"--ckpt_path={checkpoint}")
-    assert said.startswith("the checkpoint's optimiser has other parameters")
+    assert "parameter group" in refusal(capsys, "fit", tmp_path, f"--ckpt_path={checkpoint}")
 
 
 @pytest.mark.parametrize(
@@ -292,63 +241,21 @@ def test_milestones_are_stated_as_given(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 LAST = "--trainer.callbacks+=LastCheckpoint"
-SEARCH = "{num_training_steps: 3, min_lr: 1.0e-3, max_lr: 0.1, early_stop_threshold: null}"
 FINDERS = [
-    f"{{class_path: lightning.pytorch.callbacks.LearningRateFinder, init_args: {SEARCH}}}",
-    "{class_path: BatchSizeFinder, init_args: {max_trials: 1, steps_per_trial: 1, init_val: 2}}",
-    f"{{class_path: {__name__}.OwnFinder, init_args: {{max_trials: 1, steps_per_trial: 1}}}}",
+    "LearningRateFinder, init_args: {num_training_steps: 3, min_lr: 1.0e-3, max_lr: 0.1, early_stop_threshold: null}",
+    "BatchSizeFinder, init_args: {max_trials: 1, steps_per_trial: 1, init_val: 2}",
 ]
 
 
-class OwnFinder(BatchSizeFinder):
-    """A user's own."""
-
-
 @pytest.mark.parametrize("finder", slow_after(1, FINDERS))
-@pytest.mark.parametrize("by", slow_after(1, ["--ckpt_path=last", "hpc"]))
-def test_a_search_is_left_out_of_a_resumed_run(
-    finder: str, by: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = ("--model=tests.small_user.SteppedUserModule", f"--trainer.callbacks+={finder}", LAST)
-    whole = run("fit", tmp_path / "whole", *settings, "--trainer.max_steps=6")
-    run("fit", tmp_path, *settings, "--trainer.max_steps=4")
-    if by == "hpc":  # what Lightning finds in a job of SLURM
-        (tmp_path / "run/checkpoints/last.ckpt").rename(tmp_path / "run/hpc_ckpt_1.ckpt")
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    caplog.clear()
-    resumed = run("fit", tmp_path, *settings, "--trainer.max_steps=6", *([by] if by.startswith("--") else []))
-    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other)
-    assert len(SEEN) == 2 and "is left out" in lines(caplog)[0]
-
-
-class Undoing(Callback):
-    """Undoes what a resumed run has restored."""
-
-    def __init__(self, part: str) -> None:
-        self.part = part
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.part == "step":  # as Lightning's finders do
-            trainer.save_checkpoint(path := Path(trainer.default_root_dir) / "own.ckpt", weights_only=False)
-            trainer._checkpoint_connector.restore(path)
-        elif self.part == "weights":
-            torch.nn.init.zeros_(pl_module.net[0].weight)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.part == "optimiser":
-            trainer.strategy.setup_optimizers(trainer)
-
-
-@pytest.mark.parametrize("part", ["step", "weights", "optimiser"])
-def test_what_a_callback_undoes_ends_the_run_before_a_step(
-    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    undoing = f"--trainer.callbacks+={{class_path: {__name__}.Undoing, init_args: {{part: {part}}}}}"
-    run("fit", tmp_path, undoing, LAST, "--trainer.max_steps=4")
-    before = (tmp_path / "run/checkpoints/last.ckpt").read_bytes()
-    assert part.removesuffix("s") in refusal(capsys, "fit", tmp_path, undoing, LAST, "--ckpt_path=last")
-    assert not SEEN and (tmp_path / "run/checkpoints/last.ckpt").read_bytes() == before
+def test_a_search_is_no_part_of_a_resumed_run(finder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    searching = f"--trainer.callbacks+={{class_path: lightning.pytorch.callbacks.{finder}}}"
+    settings = ("--model=tests.small_user.SteppedUserModule", LAST)
+    run("fit", tmp_path, *settings, searching, "--trainer.max_steps=4")
+    said = refusal(capsys, "fit", tmp_path, *settings, searching, "--ckpt_path=last")
+    assert said.startswith(f"trainer.callbacks: {finder.partition(',')[0]} has searched")
+    run("fit", tmp_path, *settings, "--ckpt_path=last", "--trainer.max_steps=6")
+    assert len(SEEN) == 2
 
 
 class Counting(Callback):
@@ -411,22 +318,3 @@ def test_a_metric_that_nobody_logs_is_one_line(
     watching = f"--trainer.callbacks+={{class_path: {callback}, init_args: {{monitor: {monitor}}}}}"
     said = refusal(capsys, "fit", tmp_path, "--trainer.max_epochs=2", watching)
     assert monitor in said and "val/loss" in said
-    assert bool(SEEN) == (monitor == "reward")  # which training, or a later validation, might log
-
-
-@pytest.mark.parametrize(
-    ("schedule", "steps"),
-    [
-        ("latentreward.reward.WarmupSchedule, init_args: {warmup_steps: 5}", 5),
-        ("LinearLR, init_args: {total_iters: 5, start_factor: 0.1}", 5),
-        ("OneCycleLR, init_args: {max_lr: 0.1, total_steps: 20}", 5),
-        ("LinearLR, init_args: {total_iters: 5, start_factor: 1.0, end_factor: 0.1}", None),
-        ("latentreward.reward.WarmupSchedule, init_args: {warmup_steps: 2}", None),
-    ],
-)
-def test_a_warm_up_longer_than_the_run_is_told(
-    schedule: str, steps: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run("fit", tmp_path, f"--model.lr_scheduler={{class_path: {schedule}}}", "--trainer.max_steps=2")
-    told = [line for line in caplog.messages if "warms up" in line]
-    assert [f"for {steps} optimiser steps" in line for line in told] == [True] * (steps is not None)

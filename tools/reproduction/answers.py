@@ -6,10 +6,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from latentreward.apps.taste.steps import CLONE
 from latentreward.core.errors import InputError
 from latentreward.core.reports.tables import NOTHING, with_interval
 from latentreward.core.storage.json_files import STRICT, checked
+from tools.measured import CLONE
 from tools.reproduction.rows import FOLDER, Claim, Row, load_yaml
 from tools.reproduction.verdicts import Verdict
 

@@ -4,12 +4,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from math import nan
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -24,26 +22,26 @@ IDLE = {
 # Not Lightning's table (lightning.fabric.utilities.throughput): it has no bandwidth, neither B200 nor MI300X, and of
 # H200 and H100 NVL the rates with sparsity, twice as high. Where a data sheet has only these, half of them stands here.
 PEAKS = {
-    "A100[- ]SXM4-40GB|A100-PCIE-40GB": (312, 156, 19.5, 1.555),  # NVIDIA A100 data sheet, 2021
-    "A100 80GB PCIe": (312, 156, 19.5, 1.935),  # the same
-    "A100": (312, 156, 19.5, 2.039),  # the same
-    "H100 PCIe": (756, 378, 51.2, 2.0),  # NVIDIA H100 data sheet, 2023
-    "H100 NVL": (835.5, 417.5, 60, 3.9),  # the same
-    "H100": (989.4, 494.7, 66.9, 3.35),  # the same
-    "H200 NVL": (835.5, 417.5, 60, 4.8),  # NVIDIA H200 data sheet, 2024
-    "H200": (989.4, 494.7, 66.9, 4.8),  # the same
-    "B200": (2250, 1125, 75, 8.0),  # NVIDIA DGX B200 data sheet, 2024: an eighth of eight cards
-    "L40S": (362, 183, 91.6, 0.864),  # NVIDIA L40S data sheet, 2023
-    "L4": (121, 60, 30.3, 0.3),  # NVIDIA L4 data sheet, 2023
-    "A10": (125, 62.5, 31.2, 0.6),  # NVIDIA A10 data sheet, 2021
-    "3090": (71, 35.6, 35.6, 0.936),  # NVIDIA Ampere GA102 white paper, 2020
-    "4090": (165.2, 82.6, 82.6, 1.008),  # NVIDIA Ada white paper, 2022
-    "5090": (209.5, 104.8, 104.8, 1.792),  # NVIDIA RTX Blackwell white paper, 2025
-    "MI300X": (1307.4, 653.7, 163.4, 5.3),  # AMD Instinct MI300X data sheet, 2023
-    "MI325X": (1307.4, 653.7, 163.4, 6.0),  # AMD Instinct MI325X data sheet, 2024
+    "A100[- ]SXM4-40GB|A100-PCIE-40GB": (312, 19.5, 1.555),  # NVIDIA A100 data sheet, 2021
+    "A100 80GB PCIe": (312, 19.5, 1.935),  # the same
+    "A100": (312, 19.5, 2.039),  # the same
+    "H100 PCIe": (756, 51.2, 2.0),  # NVIDIA H100 data sheet, 2023
+    "H100 NVL": (835.5, 60, 3.9),  # the same
+    "H100": (989.4, 66.9, 3.35),  # the same
+    "H200 NVL": (835.5, 60, 4.8),  # NVIDIA H200 data sheet, 2024
+    "H200": (989.4, 66.9, 4.8),  # the same
+    "B200": (2250, 75, 8.0),  # NVIDIA DGX B200 data sheet, 2024: an eighth of eight cards
+    "L40S": (362, 91.6, 0.864),  # NVIDIA L40S data sheet, 2023
+    "L4": (121, 30.3, 0.3),  # NVIDIA L4 data sheet, 2023
+    "A10": (125, 31.2, 0.6),  # NVIDIA A10 data sheet, 2021
+    "3090": (71, 35.6, 0.936),  # NVIDIA Ampere GA102 white paper, 2020
+    "4090": (165.2, 82.6, 1.008),  # NVIDIA Ada white paper, 2022
+    "5090": (209.5, 104.8, 1.792),  # NVIDIA RTX Blackwell white paper, 2025
+    "MI300X": (1307.4, 163.4, 5.3),  # AMD Instinct MI300X data sheet, 2023
+    "MI325X": (1307.4, 163.4, 6.0),  # AMD Instinct MI325X data sheet, 2024
 }
 """Words in the name of a card (regular expression) → 10¹² operations per second of matrix products in bfloat16 and
-float16 (summed in float32), in TF32 and in float32, and 10¹² bytes per second of memory traffic, without sparsity."""
+float16 (summed in float32) and in float32, and 10¹² bytes per second of memory traffic, without sparsity."""
 
 
 class Limits(NamedTuple):
@@ -59,15 +57,15 @@ class Limits(NamedTuple):
         return {"arithmetic": work.flops / self.tflops / 1e12, "traffic": traffic, "launches": work.kernels * LAUNCH}
 
 
-def find_limits(card: str, precision: str | int | None, tf32: bool = False) -> Limits | None:
+def find_limits(card: str, precision: str | int | None) -> Limits | None:
     """Return the limits of a card by its name, such as ``NVIDIA H100 80GB HBM3``; None for cards not in :data:`PEAKS`.
 
-    ``precision`` is a trainer's; ``tf32`` says whether float32 is multiplied in TF32.
+    ``precision`` is a trainer's.
     """
-    for words, (half, narrow, single, bandwidth) in PEAKS.items():
+    for words, (half, single, bandwidth) in PEAKS.items():
         # A laptop's card, a 3090 Ti and a 4090 D are other chips; a MIG slice is a part of one.
         if re.search(rf"\b(?:{words})\b(?! (?:D|Ti|Laptop)\b)(?!.*\bMIG\b)", card, re.IGNORECASE):
-            tflops = half if "16" in str(precision) else narrow if tf32 else single
+            tflops = half if "16" in str(precision) else single
             return Limits(f"{card}, {precision or '32-true'}", tflops, bandwidth)
     return None
 
@@ -121,39 +119,3 @@ def work_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result:
 def recomputes() -> bool:
     """Tell whether an operator belongs to a block that gradient checkpointing computes again in a backward pass."""
     return torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
-
-
-class CountedFlops(TorchDispatchMode):
-    """Dispatch mode that counts the FLOPs of real operators, in eager and in compiled code.
-
-    What gradient checkpointing computes again does not count, as MFU wants it (arXiv:2204.02311, appendix B).
-    ``FlopCounterMode`` would keep the tensors of checkpointed blocks alive, and compiled blocks would compute without
-    their graphs under it.
-
-    Attributes:
-        flops: Operations so far; NaN once PyTorch's formula for an operator has failed.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        complete_flop_formulas()
-        self.flops: float = 0
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Let compiled code run, and be compiled, under the mode; its matrix products remain PyTorch's operators."""
-        return True
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run one operator and count it; see :class:`TorchDispatchMode`."""
-        result = func(*args, **(kwargs or {}))
-        if not recomputes():
-            try:
-                self.flops += flops_of(func, args, kwargs or {}, result)
-            except Exception:  # of PyTorch's formula for an operator: a figure of the log must not end a run
-                self.flops = nan
-        return result

@@ -1,6 +1,5 @@
-"""The folder of a run: its name, what ``last`` and ``hpc`` find there, and what fit says at its end."""
+"""The folder of a run: its name, what ``last`` finds there, and what fit says at its end."""
 
-import shutil
 from pathlib import Path
 from uuid import uuid4
 
@@ -31,24 +30,22 @@ def fit(*settings: str) -> int:
 
 @pytest.fixture
 def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder where a run without a logger has left ``checkpoints/last.ckpt`` and ``hpc_ckpt_1.ckpt``."""
+    """A folder where a run without a logger has left ``checkpoints/last.ckpt``."""
     monkeypatch.chdir(tmp_path)
     fit("--trainer.max_steps=2", "--trainer.logger=false")
-    shutil.copy(tmp_path / "checkpoints/last.ckpt", tmp_path / "hpc_ckpt_1.ckpt")
     return tmp_path
 
 
 @pytest.mark.slow
-def test_last_and_hpc_are_those_of_this_run(
+def test_last_is_that_of_this_run(
     left: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     named = "--trainer.logger.name=new"
     assert fit(named, "--trainer.max_steps=1", "--ckpt_path=last") == 1
     main(["validate", *SHIPPED, named, "--ckpt_path=last"])
-    for word in ("last", "hpc"):
-        with pytest.raises(SystemExit):
-            main(["validate", *SHIPPED, "--trainer.logger.name=other", f"--ckpt_path={word}"])
-        assert f"ckpt_path: {word}: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["validate", *SHIPPED, "--trainer.logger.name=other", "--ckpt_path=last"])
+    assert "ckpt_path: last: " in capsys.readouterr().err
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     without = "--trainer.enable_checkpointing=false"
     assert fit("--trainer.logger.name=third", "--trainer.callbacks=null", without, "--trainer.max_steps=3") == 3
@@ -163,7 +160,6 @@ def test_one_setting_names_the_folder(
     assert (tmp_path / folder / "config.yaml").is_file()
     assert (tmp_path / folder / "checkpoints/last.ckpt").is_file()
     told = capsys.readouterr().err
-    assert (f": the run's folder is {folder}" in told) == any(".logger." in setting for setting in settings)
     assert f"  checkpoint: {folder}/checkpoints/last.ckpt\n" in told
     assert f"  log: {folder} (tensorboard --logdir {folder})" in told
     main(["fit", f"--config={folder}/config.yaml", "--trainer.default_root_dir=again"])

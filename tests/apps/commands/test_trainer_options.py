@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.small_user import RUNS, SEEN, SmallUserModule, SteppedUserModule, refusal, run
+from tests.small_user import RUNS, SEEN, SteppedUserModule, refusal, run
 
 ONE_CYCLE = ("--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr=0.01")
 LAST = "--trainer.callbacks+=LastCheckpoint"
@@ -37,21 +37,11 @@ def test_one_cycle_replaces_a_schedule(before: tuple[str, ...], tmp_path: Path) 
         assert resumed[name] == pytest.approx(straight[name]), name
 
 
-class WithoutWinner(SmallUserModule):
-    """A module whose metric is nan, as accuracy is without a pair that has a winner."""
-
-    def validation_step(self, rows: Tensor, index: int) -> None:
-        self.log("val/loss", float("nan"))
-
-
 class Based(SteppedUserModule):
     """A module with schedules of this package, whose metric rises at each validation."""
 
     def validation_step(self, rows: Tensor, index: int) -> None:
         self.log("val/loss", float(self.global_step))
-
-
-SCORES = ("--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor=val/loss")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +53,6 @@ SCORES = ("--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--t
             "trainer.callbacks: Sto",
         ),
         (("--trainer.callbacks+=EMAWeightAveraging",), "trainer.callbacks: EMAWeightAveraging"),
-        ((*SCORES, f"--model={__name__}.WithoutWinner"), "trainer.callbacks: EarlyStopping"),
     ],
 )
 def test_refusals(settings: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

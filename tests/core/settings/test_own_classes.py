@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from latentreward.apps.commands.fit import constructor_errors
 from latentreward.core.contracts import PreferencePair
 from latentreward.core.errors import InputError, where
-from latentreward.core.settings.functions import MODE, ConfigFile, SettingsParser, prepare_parsing
+from latentreward.core.settings.functions import MODE, ConfigFile, SettingsParser, constructor_errors, prepare_parsing
 from latentreward.data import PairReader, PreferenceDataModule
 from latentreward.reward import PreferenceLoss
 

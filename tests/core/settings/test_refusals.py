@@ -160,10 +160,3 @@ def test_null_on_the_command_line_is_none(option: str, equals: bool, capsys) -> 
 @pytest.mark.parametrize("flag", [["--check"], ["--check", "true"], ["--check=true"]])
 def test_flags_take_a_value_or_none(flag: list[str], capsys) -> None:
     assert "out is not a cache" in refusal(capsys, "cache", "out", *flag)
-
-
-@pytest.mark.slow
-def test_callbacks_that_lightning_cannot_tell_apart(capsys) -> None:
-    text = "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_last: false}}, ModelCheckpoint]}"
-    Path("more.yaml").write_text(f"data: {{init_args: {{train_pairs: 8, val_pairs: 4}}}}\n{text}")
-    assert "every_n_train_steps" in refusal(capsys, *FIT, "--config=more.yaml")

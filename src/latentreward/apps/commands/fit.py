@@ -4,31 +4,27 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
-from itertools import chain, count, zip_longest
+from itertools import chain, count
 from pathlib import Path
 from pydoc import locate
 from tempfile import TemporaryDirectory
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jsonargparse import ActionYesNo, Namespace
 from jsonargparse.typing import PositiveFloat
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch import callbacks as theirs
-from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger, csv_logs
+from lightning.pytorch.loggers import csv_logs
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 import latentreward.callbacks as ours
@@ -38,16 +34,15 @@ from latentreward.apps.commands.fit_folder import FOLDER
 from latentreward.apps.estimate.estimate import Card
 from latentreward.callbacks.resumed_settings import Override, log_folder, run_kind
 from latentreward.core.checkpoints import files as checkpoint_files
-from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, newest_first, read_sharded
-from latentreward.core.errors import InputError, check_at_least_one, errors_at, where
+from latentreward.core.checkpoints.shards import check_weights, damaged, newest_first, read_sharded
+from latentreward.core.errors import InputError, errors_at, where
 from latentreward.core.interrupts import TERMINATED
-from latentreward.core.peak_rates import PEAKS, Limits, find_limits
 from latentreward.core.registry import backbone_names
 from latentreward.core.settings import functions
 from latentreward.core.settings.errors import check_ranges, summarise
+from latentreward.core.settings.functions import constructor_errors
 from latentreward.core.settings.rewriting import rewrite_arguments
-from latentreward.core.storage.durable import disk_full, lock_run, write_file
-from latentreward.core.storage.weight_files import sharing_between
+from latentreward.core.storage.durable import lock_run, write_file
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
@@ -55,7 +50,6 @@ from latentreward.data.splits import tell_unopened
 
 if TYPE_CHECKING:
     from latentreward.apps.estimate.estimate import Estimate
-    from latentreward.diffusion import Family
 
 CONFIG, SAVED = "config.yaml", "config*.yaml"
 LEFT_OUT = ("#", "ckpt_path:")
@@ -65,11 +59,7 @@ USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predi
 
 
 class Parser(functions.SettingsParser, LightningArgumentParser):
-    """Lightning's parser with this package's error messages.
-
-    Callbacks of several config files are joined, and repeated callbacks are dropped. Only readers of the splits that
-    the subcommand needs are opened.
-    """
+    """Lightning's parser with this package's error messages, which opens the splits that the subcommand needs."""
 
     @override
     def instantiate(self, namespace: Namespace, *args: Any, **options: Any) -> Any:
@@ -77,14 +67,9 @@ class Parser(functions.SettingsParser, LightningArgumentParser):
         if command in USED and namespace[command].get("data") is not None:
             namespace = namespace.clone()
             namespace[command]["data"] = open_readers(command, namespace[command]["data"])
-            # Checked here, before the model is loaded.
-            check = partial(with_rows, USED[command], namespace[command].get("model"))
-            options["instantiators"] = [(check, PairLoaders, True)]
+            # Rows are counted here, before the model is loaded.
+            options["instantiators"] = [(partial(with_rows, USED[command]), PairLoaders, True)]
         return super().instantiate(namespace, *args, **options)
-
-    @override
-    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
-        return super().dump(without_repeated_callbacks(namespace), *args, **kwargs)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -92,10 +77,9 @@ class SaveConfig(SaveConfigCallback):
 
     If an earlier run left other settings there, the new file is called ``config_1.yaml``, and so on. If the newest file
     there has the same settings, apart from ``ckpt_path``, nothing is written. Commands that load a checkpoint look for
-    its settings in the checkpoint's folder and one folder up; checkpoint folders elsewhere get a copy. If a run fails
-    before its first optimiser step or its first checkpoint, its files are removed, unless :class:`GracefulStop` saves
-    one then. ``validate``, ``test`` and ``predict`` write their settings only to a folder without any, because those of
-    ``fit`` belong to the checkpoints.
+    its settings in the checkpoint's folder and one folder up; checkpoint folders elsewhere get a copy. ``validate``,
+    ``test`` and ``predict`` write their settings only to a folder without any, because those of ``fit`` belong to the
+    checkpoints.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -110,35 +94,18 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero and trainer.state.fn != TrainerFn.FITTING and not any(folder.glob(SAVED)):
             self._write(folder)
 
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise InputError if a callback monitors a metric under ``val/``, say, that a validation does not log there.
-
-        Callbacks of a user's own may log more in a whole validation, so nothing is checked with one.
-        """
-        known, callbacks = trainer.callback_metrics, trainer.callbacks  # type: ignore[attr-defined]
-        own = [one for one in callbacks if not type(one).__module__.startswith(("latentreward.", "lightning."))]
-        for one in () if own else callbacks:
-            monitor, strict = getattr(one, "monitor", None), getattr(one, "strict", True)
-            place = f"{monitor}".partition("/")[0] + "/"
-            if strict and monitor not in known and any(name.startswith(place) for name in known):
-                raise InputError(
-                    f"trainer.callbacks: {type(one).__name__}.monitor: {monitor} is not one of the validation's "
-                    f"metrics: {', '.join(sorted(known))}"
-                )
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the settings of ``fit``, with the values that a resumed checkpoint replaced."""
         self._first_step = trainer.global_step
         folder = log_folder(trainer)
         if not trainer.is_global_zero:
             return
-        (resumed,) = [callback for callback in trainer.callbacks if isinstance(callback, ours.ResumedSettings)]  # type: ignore[attr-defined]
-        for name, value in resumed.in_force.items():
-            self.config[name.replace(".", ".init_args.")] = value
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ours.ResumedSettings):
+                for name, value in callback.in_force.items():
+                    self.config[name.replace(".", ".init_args.")] = value
             if isinstance(callback, ours.Performance):
-                for name, chosen in callback.chosen.items():
-                    self.config[f"performance.{name}"] = chosen
+                self.config["performance"].update(Namespace(callback.chosen))
         self._write(folder)
         if self._written and self._written[0].name != CONFIG:
             print(f"settings are in {self._written[0]}: {CONFIG} is an earlier run's", file=sys.stderr)
@@ -149,39 +116,23 @@ class SaveConfig(SaveConfigCallback):
                 self._write(Path(kept))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the settings files of a run that failed before its first optimiser step or its first checkpoint.
+        """Remove the settings of a run that failed before its first optimiser step and saved nothing.
 
-        The checkpoint that ``GracefulStop``, a later callback, saves after a reward server failed needs the files.
+        The checkpoint that ``GracefulStop``, a later callback, saves after a reward server failed needs them.
         """
-        stops: list[theirs.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(stop, ours.GracefulStop) and stop.saves_after(exception) for stop in stops):
-            return
-        if trainer.global_step == self._first_step or saved_nothing(trainer.checkpoint_callbacks):
+        stops = [one for one in trainer.callbacks if isinstance(one, ours.GracefulStop)]  # type: ignore[attr-defined]
+        if trainer.global_step == self._first_step and not any(stop.saves_after(exception) for stop in stops):
             for path in self._written:
                 path.unlink(missing_ok=True)
 
     def _write(self, folder: Path) -> None:
-        """Write the settings, unless the newest file in the folder has the same apart from ``ckpt_path``."""
         text = self.parser.dump(self.config, skip_none=False)
-        files = newest_first(folder.glob(SAVED))
-        texts = (text, *(path.read_text(encoding="utf-8") for path in files[:1]))
+        texts = [text, *(path.read_text(encoding="utf-8") for path in newest_first(folder.glob(SAVED))[:1])]
         new, *newest = ([line for line in one.splitlines() if not line.startswith(LEFT_OUT)] for one in texts)
-        if new in newest:
-            return
-        names = chain([CONFIG], (f"config_{number}.yaml" for number in count(1)))
-        self._written.append(next(folder / name for name in names if not (folder / name).exists()))
-        write_file(self._written[-1], text)
-
-
-def saved_nothing(keepers: Sequence[theirs.Checkpoint]) -> bool:
-    """Tell whether a run whose callbacks save checkpoints has none yet and will save none because of an error."""
-    for keeper in keepers:
-        if not isinstance(keeper, theirs.ModelCheckpoint) or keeper.save_on_exception:
-            return False
-        paths = [keeper.best_model_path, keeper.last_model_path, keeper._last_checkpoint_saved]
-        if any(path and ("://" in path or Path(path).exists()) for path in paths):  # Lightning also sets failed paths
-            return False
-    return bool(keepers)
+        if new not in newest:
+            names = chain([CONFIG], (f"config_{number}.yaml" for number in count(1)))
+            self._written.append(next(folder / name for name in names if not (folder / name).exists()))
+            write_file(self._written[-1], text)
 
 
 class TrainingCLI(LightningCLI):
@@ -200,8 +151,6 @@ class TrainingCLI(LightningCLI):
         self.command, self.folder, self.held, self.estimates = command, folder, held, False
         self.estimated: Estimate | None = None  # memory and computation of the run, under --estimate
         self.card = Card(gpu=False)  # device that the estimate is compared with
-        self.limits: Limits | None = None  # its peak rates, if they are known
-        self.profiled: int | None = None  # steps to measure, under --profile
         super().__init__(
             save_config_callback=SaveConfig,
             seed_everything_default=0,
@@ -228,10 +177,10 @@ class TrainingCLI(LightningCLI):
     @override
     def setup_parser(self, *args: Any) -> None:
         super().setup_parser(*args)
-        if self.command == "predict":  # the writer holds the scores, so the trainer need not keep them in memory
-            self._subcommand_parsers["predict"].set_defaults(return_predictions=False)
-        if self.command in ("validate", "test"):  # Lightning's table has 16 decimals
-            self._subcommand_parsers[self.command].set_defaults(verbose=False)
+        # The writer of predictions holds the scores, and Lightning's table of metrics has 16 decimals.
+        name = "return_predictions" if self.command == "predict" else "verbose"
+        if self.command != "fit":
+            self._subcommand_parsers[self.command].set_defaults({name: False})
 
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -271,48 +220,27 @@ class TrainingCLI(LightningCLI):
                 default=False,
                 help="Compute the memory and computation that the run needs, print them, and end; from configs alone.",
             )
-            parser.add_argument(
-                "--profile",
-                type=int | None,
-                default=None,
-                help="Measure so many steps after a warm-up, print seconds by phase beside their bounds, and end.",
-            )
             parser.add_class_arguments(Card, skip={"gpu"}, instantiate=False)
-            parser.add_argument(
-                "--card",
-                type=str | None,
-                default=None,
-                help="Card whose limits --estimate compares with, such as H100.",
-            )
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        try:
+        with functions.settings_errors():
             self.config = parser.parse_args(args)
-        except OmegaConfBaseException as error:
-            raise InputError(summarise(str(error))) from error
+        settings = self.config[self.command]
         if self.command == "fit":
-            settings = self.config[self.command]
-            self.estimates, self.profiled = settings.pop("estimate"), settings.pop("profile")  # no settings of the run
-            check_at_least_one(profile=self.profiled)
-            if self.profiled and self.estimates:
-                raise InputError(f"profile: {self.profiled} measures and --estimate computes; leave one out")
-            trainer, gpu = settings["trainer"], settings["trainer"]["accelerator"] != "cpu"
-            given = {name: settings.pop(name) for name in ("card_gb", "tflops", "card")}
-            card, self.card = given["card"], Card(gpu, given["card_gb"], given["tflops"])
-            for name, value in given.items():
-                if value != getattr(Card, name, None) and not self.estimates:
-                    raise InputError(f"{name}: {value} is for --estimate; add it, or leave {name} out")
-            if self.estimates and (gpu or card is not None):
-                here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-                tf32 = bool(settings["performance"]["tf32"])
-                self.limits = find_limits(here if card is None else card, trainer["precision"], tf32)
-                if card is not None and self.limits is None:
-                    known = ", ".join(words for words in PEAKS if "|" not in words)
-                    raise InputError(f"card: {card!r} is not known; give one of {known}, or leave card out")
-        check_ranges(self.config[self.command])
-        fit_folder.settle_folder(self.config[self.command]["trainer"], args)
-        self.config[self.command] = without_repeated_callbacks(self.config[self.command])
+            self._take_estimate(settings)
+        check_ranges(settings)
+        fit_folder.settle_folder(settings["trainer"])
+        settings["trainer.callbacks"] = without_repeated(settings["trainer.callbacks"])
+
+    def _take_estimate(self, settings: Namespace) -> None:
+        """Take what only an estimate reads out of the settings, so that no run records it."""
+        self.estimates = settings.pop("estimate")
+        given = {name: settings.pop(name) for name in ("card_gb", "tflops")}
+        self.card = Card(settings["trainer"]["accelerator"] != "cpu", **given)
+        for name, value in given.items():
+            if value != getattr(Card, name) and not self.estimates:
+                raise InputError(f"{name}: {value} is for --estimate; add it, or leave {name} out")
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -339,12 +267,9 @@ class TrainingCLI(LightningCLI):
         if self.command == "fit" and not settings["trainer"]["fast_dev_run"]:
             fit_folder.check_folder(settings["trainer"])
         if local not in (None, "last", "hpc"):
-            check_checkpoint(local, given, values=False)
-            if self.command == "fit":
-                check_resumable(local, given)
-            self.held.enter_context(checking_values(Path(local)))  # while the networks are built
+            check_checkpoint(local, given, values=False, resumes=self.command == "fit")
         check_callbacks(settings["trainer"])
-        with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
+        with constructor_errors():
             super().instantiate_classes()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = checkpoint_files.DurableCheckpointIO()
@@ -353,16 +278,15 @@ class TrainingCLI(LightningCLI):
         # A strategy with the default timeout gets rank_timeout_s; one given by class with its own timeout keeps it.
         strategy: Any = self.trainer.strategy
         if getattr(strategy, "_timeout", None) == default_pg_timeout:
-            strategy._timeout = timedelta(seconds=self.config[self.command]["rank_timeout_s"])
+            strategy._timeout = timedelta(seconds=settings["rank_timeout_s"])
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with :class:`RunProgress` and :class:`ParameterSummary` in place of Lightning's own.
 
-        ``test`` gets an :class:`AccuracyInterval`, and ``fit`` with a logger of TensorBoard :class:`TensorBoardCharts`,
-        unless the settings name one. Without a logger, ``LearningRateMonitor`` is left out. ``default_root_dir``
-        becomes the run's folder, where Lightning looks for ``hpc`` and :class:`GracefulStop` saves without a
-        ``ModelCheckpoint``: another folder may be another run's.
+        ``test`` gets an :class:`AccuracyInterval`. Without a logger, ``LearningRateMonitor`` is left out.
+        ``default_root_dir`` becomes the run's folder, where Lightning looks for ``hpc`` and :class:`GracefulStop` saves
+        without a ``ModelCheckpoint``: another folder may be another run's.
         """
         settings = self.config_init[self.command]["trainer"]
         if (folder := fit_folder.run_folder(self.config[self.command]["trainer"])) is not None:
@@ -380,49 +304,28 @@ class TrainingCLI(LightningCLI):
                 added.append(replacement())
         if self.command == "test" and not any(isinstance(callback, ours.AccuracyInterval) for callback in given):
             added.append(ours.AccuracyInterval())
-        if self.profiled:
-            from latentreward.apps.estimate.profile import WARM_UP, StepProfile
-
-            if 0 <= self.config[self.command]["trainer"]["max_steps"] < WARM_UP + self.profiled:
-                kwargs["max_steps"] = WARM_UP + self.profiled  # a config of few steps, such as a trial's
-            # No logged step, whose means would begin anew, and nothing that belongs to no step.
-            kwargs |= {"log_every_n_steps": 0, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-            added.append(StepProfile(self.profiled))
         csv_logs.ExperimentWriter = fit_folder.MetricsWriter  # type: ignore[misc]  # CSVLogger has no setting for it
         trainer = super().instantiate_trainer(**kwargs)
         for keeper in trainer.checkpoint_callbacks:
             if isinstance(keeper, theirs.ModelCheckpoint):
                 fit_folder.without_slashes(keeper)
-        charted = any(isinstance(log, TensorBoardLogger) for log in trainer.loggers)
-        if self.command == "fit" and charted and not any(isinstance(one, ours.TensorBoardCharts) for one in given):
-            added.append(ours.TensorBoardCharts())
-        callbacks: list[theirs.Callback] = [*trainer.callbacks, *added]  # type: ignore[attr-defined]
-        if self.profiled:  # its steps are no run to keep
-            callbacks = [callback for callback in callbacks if not isinstance(callback, theirs.Checkpoint)]
-        if not trainer.loggers:  # LearningRateMonitor would raise, and shipped files have one
-            callbacks = [callback for callback in callbacks if not isinstance(callback, theirs.LearningRateMonitor)]
-        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        left_out = () if trainer.loggers else theirs.LearningRateMonitor  # it would raise, and shipped files have one
+        kept = [one for one in trainer.callbacks if not isinstance(one, left_out)]  # type: ignore[attr-defined]
+        trainer.callbacks = [*kept, *added]  # type: ignore[attr-defined]
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.estimates:
-            try:
-                super()._run_subcommand(subcommand)
-            except OSError as error:  # a logger's, which names no file
-                if error.filename or not (reason := disk_full(error)):
-                    raise
-                folder = self.trainer.default_root_dir
-                raise InputError(f"no space left for {folder} ({reason}); free some space and run it again") from error
+            super()._run_subcommand(subcommand)
             return
-        from latentreward.apps.estimate.estimate import estimate, limits_text
+        from latentreward.apps.estimate.estimate import estimate
 
         def build_module(settings: Namespace) -> LightningModule:
             alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))  # without trainer and data
             with constructor_errors():
                 return self.parser.instantiate(alone)["fit"].model
 
-        found = estimate(self.config[subcommand], build_module)
-        self.estimated = replace(found, limits=limits_text(found, self.limits)) if self.limits else found
+        self.estimated = estimate(self.config[subcommand], build_module)
 
     def before_fit(self) -> None:
         """Prepare ``fit``: lock the run folder when all ranks have started, and find the checkpoint to resume from.
@@ -432,45 +335,33 @@ class TrainingCLI(LightningCLI):
         """
         self.trainer.strategy.setup_environment = partial(lock_run, self.trainer, self.held)  # type: ignore[method-assign]
         settings = self.config_init[self.command]
-        if settings["ckpt_path"] is None and restarted():
+        if settings["ckpt_path"] is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             settings["ckpt_path"] = "last"
         self._find_checkpoint()
-        if path := settings["ckpt_path"]:
-            check_resumable(path, path)
-        else:
+        if not settings["ckpt_path"]:
             fit_folder.tell_earlier_run(self.trainer)
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
     def after_fit(self) -> None:
-        """Say what the run has written, and where; raise InputError if a metric that is not finite has ended it."""
+        """Say what the run has written, and where."""
         lines = list(fit_folder.result_lines(self.trainer))  # a collective call
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             print("\n".join(lines), file=sys.stderr)
-        for stop in self.trainer.early_stopping_callbacks:
-            if stop.stopping_reason == EarlyStoppingReason.NON_FINITE_METRIC:
-                raise InputError(
-                    f"trainer.callbacks: EarlyStopping ended the run, because {stop.monitor} is not finite; a "
-                    "validation split of ties alone has no accuracy; monitor another metric"
-                )
 
     def _find_checkpoint(self) -> None:
-        """Replace ``ckpt_path: last`` by the path of the run's newest checkpoint, if there is one, and ``hpc``."""
-        settings = self.config_init[self.command]
-        given = settings["ckpt_path"]
-        if given == "hpc":
-            settings["ckpt_path"] = self.trainer._checkpoint_connector._hpc_resume_path
-            if settings["ckpt_path"] is None:
-                raise InputError(
-                    f"ckpt_path: hpc: there is no hpc_ckpt_*.ckpt in {self.trainer.default_root_dir} "
-                    f"({FOLDER}); give last, or the checkpoint's path"
-                )
-        if given not in (None, "last"):
-            # Before the trainer starts, whose callbacks may save on an error.
-            shown = settings["ckpt_path"] if given == "hpc" else self.config[self.command]["ckpt_path"]
-            check_checkpoint(settings["ckpt_path"], shown)
-        if given == "last":
-            earlier = partial(fit_folder.last_of_earlier_start, self.trainer, self.config[self.command]["trainer"])
-            settings["ckpt_path"] = str(fit_folder.last_checkpoint(self.trainer) or earlier() or "last")
+        """Replace ``ckpt_path: last`` by the path of the run's newest checkpoint, if there is one; check a given one.
+
+        That is done before the trainer starts, whose callbacks may save on an error.
+        """
+        settings, trainer = self.config_init[self.command], self.trainer
+        if (given := settings["ckpt_path"]) == "last":
+            found = fit_folder.last_checkpoint(trainer)
+            found = found or fit_folder.last_of_earlier_start(trainer, self.config[self.command]["trainer"])
+            if found and self.command == "fit":
+                check_resumable(found, found)
+            settings["ckpt_path"] = str(found or "last")
+        elif given not in (None, "hpc"):
+            check_checkpoint(given, self.config[self.command]["ckpt_path"])
 
     def before_validate(self) -> None:
         """Find ``ckpt_path: last``; without it Lightning would evaluate the model as it was made, untrained."""
@@ -491,41 +382,6 @@ class TrainingCLI(LightningCLI):
                 print(f"{name:<40}{value.item():>10.4f}")
 
     after_test = after_validate
-
-
-def restarted() -> bool:
-    """Tell whether SLURM has restarted this job."""
-    return bool(int(os.environ.get("SLURM_RESTART_COUNT") or 0))
-
-
-def ranks_per_machine(trainer: Namespace) -> int:
-    """Return the number of processes that a trainer's settings start on each machine."""
-    devices = trainer.get("devices")
-    if isinstance(devices, str) and devices.lstrip("-").isdigit():
-        devices = int(devices)
-    if isinstance(devices, int) and devices >= 0:
-        return devices
-    if isinstance(devices, list | str) and devices != "auto":
-        return len([one for one in devices.split(",") if one.strip()] if isinstance(devices, str) else devices)
-    return 1 if trainer.get("accelerator") == "cpu" else torch.cuda.device_count()  # "auto" and -1
-
-
-@contextmanager
-def constructor_errors() -> Iterator[None]:
-    """Convert errors that constructors raise about their settings to InputError with a one-line message."""
-    try:
-        yield
-    except (ValueError, ImportError, OSError, MisconfigurationException) as error:
-        raise InputError(functions.reworded(error)) from error
-    except (RuntimeError, TypeError) as error:
-        if str(error).startswith("`devices`"):
-            raise InputError(f"trainer.devices: {summarise(str(error))}") from error
-        if "stateful callback" not in str(error):
-            raise
-        raise InputError(
-            "trainer.callbacks: of two alike the states cannot be told apart; for two ModelCheckpoint, let "
-            "monitor, mode, every_n_train_steps or every_n_epochs differ"
-        ) from error
 
 
 def check_callbacks(trainer: Namespace) -> None:
@@ -553,15 +409,15 @@ def open_readers(command: str, data: Namespace) -> Namespace:
     kind, given = locate(data["class_path"]), data.get("init_args") or Namespace()
     if not (isinstance(kind, type) and issubclass(kind, PairLoaders)):
         return data
-    shared_prompts = given.get("shared_prompts", "drop")
+    shared_prompts, val_share = given.get("shared_prompts", "drop"), given.get("val_share")
     names = [name for name in ("train", "val", "test", "predict") if given.get(name) is not None]
     plain = all(getattr(kind, name) is getattr(PairLoaders, name) for name in ("val_dataloader", "test_dataloader"))
     used = USED[command] if plain else (*names,)
-    if names and used[0] in given and given[used[0]] is None and given.get("val_share") is None:
+    if names and used[0] in given and given[used[0]] is None and val_share is None:
         raise kind.unset(used[0])
     apart = () if shared_prompts == "keep" or "val" not in used else ("test",)
-    if given.get("val_share") is not None:  # val is a part of train
-        used = tuple({**dict.fromkeys(used), **({"train": None} if "val" in used else {})})
+    if val_share is not None and "val" in used:  # which is a part of train
+        used = (*used, "train")
     on_error = given.get("on_error", "raise")
     parser = functions.SettingsParser(parser_mode=functions.MODE)
     parser.add_argument("--reader", type=PairReader)
@@ -584,35 +440,11 @@ def open_readers(command: str, data: Namespace) -> Namespace:
     return data
 
 
-def with_rows(
-    names: Sequence[str], model: Namespace | None, kind: type[PairLoaders], *args: Any, **options: Any
-) -> PairLoaders:
-    """Construct a data module, and check it before the model is loaded."""
+def with_rows(names: Sequence[str], kind: type[PairLoaders], *args: Any, **options: Any) -> PairLoaders:
+    """Construct a data module, and raise InputError if one of the named splits has no rows left."""
     data = kind(*args, **options)
     data.require_rows(names)
-    # Only data of a cache have the check, whose module takes time to import.
-    if (check := getattr(data, "check_sources", None)) is not None and (family := named_family(model)) is not None:
-        check(family.sources)
     return data
-
-
-def named_family(model: Namespace | None) -> "Family | None":
-    """Return the family of the pipeline that the settings of a module name; None if they name none that is known."""
-    from latentreward.diffusion import find_family
-    from latentreward.diffusion.backbones.loading import PipelineSource
-
-    given = (model or Namespace()).get("init_args") or Namespace()
-    part = given.get("policy") or given.get("backbone") or Namespace()
-    if not str(part.get("class_path", "latentreward.diffusion.families.")).startswith(
-        "latentreward.diffusion.families."
-    ):
-        return None  # a backbone of the user's own may take sources otherwise
-    values = part.get("init_args") or part
-    with suppress(InputError):  # which is raised when the network is loaded
-        if values.get("source"):
-            source = PipelineSource(values.source, values.get("revision"), values.get("variant"))
-            return find_family(source, values.get("family"))
-    return None
 
 
 def with_on_error(reader: Namespace, on_error: str) -> None:
@@ -661,13 +493,14 @@ def compare_weights(model: LightningModule, state_dict: Mapping[str, Any], *_: A
         check_weights(model, shapes, model.strict_loading)
 
 
-def check_checkpoint(path: str | Path, given: str | Path, values: bool = True) -> None:
+def check_checkpoint(path: str | Path, given: str | Path, values: bool = True, resumes: bool = False) -> None:
     """Refuse a checkpoint that is missing, damaged, or could run code, before anything is loaded from it.
 
     Args:
         path: File, or folder of shards.
         given: Its name in messages, such as the address from which it was fetched.
         values: Whether to compare the values with their checksums too, which reads all of them.
+        resumes: Whether the checkpoint needs the optimiser's state.
     """
     if Path(path).is_dir():
         read_sharded(Path(path), with_tensors=False)  # its InputError names what is missing
@@ -675,6 +508,8 @@ def check_checkpoint(path: str | Path, given: str | Path, values: bool = True) -
         raise InputError(f"ckpt_path: {path} does not exist")
     if problem := checkpoint_files.checkpoint_problem(Path(path), values):
         raise InputError(f"ckpt_path: {damaged(given, problem)}")
+    if resumes:
+        check_resumable(path, given)
 
 
 def check_resumable(path: str | Path, given: str | Path) -> None:
@@ -686,19 +521,17 @@ def check_resumable(path: str | Path, given: str | Path) -> None:
         )
 
 
-def without_repeated_callbacks(settings: Namespace) -> Namespace:
-    """Return a copy of the settings in which callbacks of equal class and settings occur once.
+def without_repeated(callbacks: Any) -> Any:
+    """Return the settings of callbacks in which those of equal class and settings occur once.
 
     Callbacks repeat if a saved ``config.yaml`` is given together with the files that it was made from. Of several
     ``LastCheckpoint``, for example of a recipe and of a file of configs/trainer after it, the last one is kept.
     """
-    settings = settings.clone()
-    callbacks = settings.get("trainer.callbacks")
-    if isinstance(callbacks, list):
-        callbacks = [one for index, one in enumerate(callbacks) if one not in callbacks[:index]]
-        keepers = [one for one in callbacks if one.class_path.endswith(f".{ours.LastCheckpoint.__name__}")]
-        settings["trainer.callbacks"] = [one for one in callbacks if one not in keepers[:-1]]
-    return settings
+    if not isinstance(callbacks, list):
+        return callbacks
+    callbacks = [one for index, one in enumerate(callbacks) if one not in callbacks[:index]]
+    keepers = [one for one in callbacks if one.class_path.endswith(f".{ours.LastCheckpoint.__name__}")]
+    return [one for one in callbacks if one not in keepers[:-1]]
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -725,28 +558,22 @@ def estimate_fit(arguments: Sequence[str]) -> "Estimate":
     return found
 
 
-def wants_estimate(settings: Sequence[str]) -> bool:
-    """Tell whether arguments have ``--estimate``, and not as ``--estimate=false`` or ``--estimate false``."""
-    found = [f"{one} {after}" for one, after in zip_longest(settings, settings[1:], fillvalue="")]
-    return any(re.match(r"--estimate(=(true|yes)| (?!(false|no) ?$))", one.lower()) for one in found)
-
-
 def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card]":
     functions.prepare_parsing(arguments, classes=True)
     try:
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
             rewritten = rewrite_arguments(arguments, backbone_names(), root=f"{command}.")
-            if wants_estimate(arguments):
-                from latentreward.apps.estimate.shapes import unset_variables
+            if any(re.fullmatch(r"--estimate(=true|=yes)?", one.lower()) for one in arguments):
+                from latentreward.apps.estimate.unread import unset_variables
 
                 held.enter_context(unset_variables())
             done = TrainingCLI(command, rewritten, Path(folder), held)
             return done.estimated, done.card
     except MisconfigurationException as error:
         raise InputError(f"{error}{where(error)}") from error
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError) as error:
         *_, (frame, _) = walk_tb(error.__traceback__)
-        if not str(frame.f_globals.get("__name__")).startswith(("lightning.pytorch.", "torch.optim.")):
+        if not str(frame.f_globals.get("__name__")).startswith(("lightning.", "torch.optim.")):
             raise
         raise InputError(summarise(str(error)) + where(error)) from error  # such as a val_check_interval above an epoch
     except SIGTERMException as stop:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count, filterfalse
 from pathlib import Path
 from pydoc import locate
@@ -22,7 +22,6 @@ from latentreward.callbacks.resumed_settings import log_folder, output_path
 from latentreward.core.checkpoints.files import checkpoint_problem, holds_weights_alone, newest_intact
 from latentreward.core.errors import InputError, tell
 from latentreward.core.storage.durable import check_writable
-from latentreward.diffusion.backbones.tuning import CONFIG
 
 FOLDER = "trainer.default_root_dir"
 """Setting that names the folder of a run."""
@@ -49,25 +48,12 @@ class MetricsWriter(ExperimentWriter):
         super().save()
 
 
-def settle_folder(trainer: Namespace, arguments: Sequence[str]) -> None:
-    """Let ``--trainer.default_root_dir`` name the run's folder, whatever folder the logger's settings give.
-
-    A logger's folder inside ``default_root_dir`` stays. So does every other folder of a logger, if only files set
-    ``default_root_dir``; a line then names the folder.
-    """
+def settle_folder(trainer: Namespace) -> None:
+    """Let ``default_root_dir`` name the run's folder, if it is set: a logger's folder outside becomes this one."""
     root, folder, logger = trainer.get("default_root_dir"), run_folder(trainer), first_logger(trainer)
-    if folder is None or logger is None:
-        return
-    by_logger = any(re.match(r"--trainer\.logger\.(init_args\.)?(name|save_dir)\b", one) for one in arguments)
-    if root is None or folder.resolve().is_relative_to(Path(root).resolve()):
-        if by_logger:
-            tell(f"trainer.logger: the run's folder is {folder}; --{FOLDER} {folder} names it for every kind of run")
-    elif any(one.startswith(f"--{FOLDER}") for one in arguments):
+    inside = root is None or folder is None or folder.resolve().is_relative_to(Path(root).resolve())
+    if logger is not None and not inside:
         logger.init_args.update(Namespace(save_dir=str(root), name=None, version=""))
-        if by_logger:
-            tell(f"{FOLDER}: the run's folder is {root}, not {folder} of trainer.logger")
-    else:
-        tell(f"trainer.logger: the run's folder is {folder}; to have {FOLDER}={root}, say so on the command line")
 
 
 def first_logger(trainer: Namespace) -> Namespace | None:
@@ -133,7 +119,7 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
     """
     found = [path for folder in checkpoint_places(trainer) for path in last_files(folder)]
     found += [Path(one.ckpt_path) for one in trainer.checkpoint_callbacks if isinstance(one, OnExceptionCheckpoint)]
-    return newest_intact([*found, *Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")])  # of a SLURM job
+    return newest_intact(found)
 
 
 def last_of_earlier_start(trainer: Trainer, settings: Namespace) -> Path | None:
@@ -145,9 +131,8 @@ def last_of_earlier_start(trainer: Trainer, settings: Namespace) -> Path | None:
     given, root = settings.get("logger"), settings.get("default_root_dir")
     given = given[0] if isinstance(given, list) and given else given
     named = given.init_args if isinstance(given, Namespace) else Namespace()
-    if run_folder(settings) is not None or any(named.get(name) for name in ("version", "id", "run_id")):
-        return None
-    if any(one.dirpath is not None for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)):
+    keepers = [one.dirpath for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    if run_folder(settings) is not None or any([*keepers, *map(named.get, ("version", "id", "run_id"))]):
         return None
     starts = [folder for one in checkpoint_places(trainer) for folder in one.parent.parent.glob("*/checkpoints")]
     if path := newest_intact([path for folder in starts for path in last_files(folder)]):
@@ -167,14 +152,6 @@ def without_slashes(keeper: ModelCheckpoint) -> None:
         keeper.filename, keeper.auto_insert_metric_name = named, False
 
 
-def loaded_by(folder: Path, trainer: Trainer) -> str:
-    """Return the call that loads the LoRA in a folder, which PolicyLoRA wrote in diffusers' format or in peft's."""
-    if not (folder / CONFIG).is_file():
-        return " (pipeline.load_lora_weights(folder) of diffusers)"
-    policy: Any = trainer.lightning_module.policy
-    return f" (PeftModel.from_pretrained(pipeline.{policy.family.part}, folder) of peft)"
-
-
 def result_lines(trainer: Trainer) -> Iterator[str]:
     """Yield lines that name what a run of ``fit`` has written: checkpoints, LoRA, pictures, log; on every rank."""
     folder = log_folder(trainer)  # a collective call
@@ -188,7 +165,7 @@ def result_lines(trainer: Trainer) -> Iterator[str]:
     words = {PolicyLoRA: "LoRA", SampleGrid: "samples", ScoredPairGrid: "pairs"}
     for one in trainer.callbacks:  # type: ignore[attr-defined]
         if type(one) in words and (path := output_path(trainer, one.output_name)).exists():
-            yield f"  {words[type(one)]}: {path}" + (loaded_by(path, trainer) if isinstance(one, PolicyLoRA) else "")
+            yield f"  {words[type(one)]}: {path}"
     for stop in trainer.early_stopping_callbacks:
         if stop.stopping_reason_message:
             yield f"  ended by EarlyStopping: {stop.stopping_reason_message.partition(' Signaling')[0]}"

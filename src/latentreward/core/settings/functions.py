@@ -6,8 +6,8 @@ Lightning is imported only by commands whose settings may name classes, because 
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
 from importlib.util import find_spec
@@ -219,6 +219,27 @@ def reworded(error: BaseException) -> str:
     return str(cause or summarise(str(error)) + where(error))
 
 
+@contextmanager
+def settings_errors() -> Iterator[None]:
+    """Convert errors of interpolations to InputError with a one-line message."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise InputError(summarise(str(error))) from error
+
+
+@contextmanager
+def constructor_errors() -> Iterator[None]:
+    """Convert errors that constructors raise about their settings to InputError with a one-line message."""
+    try:
+        yield
+    except Exception as error:  # Lightning's MisconfigurationException by its name: its import takes seconds
+        known = isinstance(error, ValueError | ImportError | OSError)
+        if not known and type(error).__name__ != "MisconfigurationException":
+            raise
+        raise InputError(reworded(error)) from error
+
+
 NULLS: list[str] = []
 """Nulls among the settings, and interpolations that may resolve to null; validated a second time if there are any."""
 
@@ -298,19 +319,12 @@ def parse_function(
     parser = SettingsParser(usage=usage, parser_mode=MODE, allow_abbrev=False, prog="latentreward", description=None)
     parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file; may be given several times.")
     parser.add_function_arguments(function, as_positional=False, fail_untyped=True)
-    try:
+    with settings_errors():
         settings = name_bare_values(settings, names, parser)
         config = parser.parse_args(rewrite_arguments(settings, backbone_names()))
-    except OmegaConfBaseException as error:
-        raise InputError(summarise(str(error))) from error
     check_ranges(config)
-    try:
+    with constructor_errors():
         values = parser.instantiate(config)
-    except Exception as error:  # Lightning's MisconfigurationException by its name: its import takes seconds
-        known = isinstance(error, ValueError | ImportError | OSError)
-        if not known and type(error).__name__ != "MisconfigurationException":
-            raise
-        raise InputError(reworded(error)) from error
     return {name: value for name, value in vars(values).items() if name != "config"}
 
 
