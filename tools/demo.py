@@ -30,8 +30,8 @@ BLIND = "blind     0.715   (the most that a judge of the results alone could rea
 EDITOR = "ip2p_tiny"
 GUIDANCE = 1.0
 """Guidance scale in alignment and for the pictures before and after."""
-SHOWN, ENLARGED = 12, 256
-"""Number of captions whose pictures are saved one by one, and the side of these pictures in pixels."""
+PAIRS, ENLARGED = 60, 256
+"""Number of captions whose pictures are saved one by one at most, and the side of these pictures in pixels."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +180,18 @@ def report_policy(output: Path, before: Judged) -> Judged:
 
 
 def save_pictures(folder: Path, before: Judged, after: Judged) -> None:
-    """Save the first pictures before and after, enlarged, each with its caption beside it, as a folder to score."""
-    folder.mkdir(exist_ok=True)
-    for name, judged in (("before", before), ("after", after)):
-        for place in range(SHOWN):
-            picture = Image.fromarray(judged.pictures[place])
-            picture.resize((ENLARGED, ENLARGED), Resampling.NEAREST).save(folder / f"{place:02}_{name}.png")
-            (folder / f"{place:02}_{name}.txt").write_text(judged.captions[place], encoding="utf-8")
+    """Save enlarged pictures with their captions as ``chosen`` and ``rejected``: of one caption the judge's choice.
+
+    The folder has the form of pairs of one's own, so that README can show what is done with such.
+    """
+    changed = [place for place, gain in enumerate(after.utility - before.utility) if gain][:PAIRS]
+    for number, place in enumerate(changed):
+        better = after if after.utility[place] > before.utility[place] else before
+        for side, judged in (("chosen", better), ("rejected", before if better is after else after)):
+            (folder / side).mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(judged.pictures[place]).resize((ENLARGED, ENLARGED), Resampling.NEAREST)
+            picture.save(folder / side / f"{number:02}.png")
+            (folder / side / f"{number:02}.txt").write_text(judged.captions[place], encoding="utf-8")
 
 
 def accuracy(training: Training, output: Path) -> str:
