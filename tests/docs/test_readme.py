@@ -30,11 +30,7 @@ def test_blocks_run_as_printed(tmp_path: Path) -> None:
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, clone / name)
     (clone / ".venv").symlink_to(sys.prefix)
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(clone),
-    }
+    places = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(clone)}
     printed, shown = "", 0
     for language, text in BLOCK.findall((clone / "README.md").read_text()):
         if language == "text":
