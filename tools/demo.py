@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+from PIL.Image import Resampling
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latentreward.core.bootstrap import bootstrap_interval
@@ -28,6 +30,8 @@ BLIND = "blind     0.715   (the most that a judge of the results alone could rea
 EDITOR = "ip2p_tiny"
 GUIDANCE = 1.0
 """Guidance scale in alignment and for the pictures before and after."""
+PAIRS, ENLARGED = 60, 256
+"""Number of captions whose pictures are saved one by one at most, and the side of these pictures in pixels."""
 
 
 @dataclass(frozen=True)
@@ -150,33 +154,57 @@ def progress(training: Training, output: Path, ended: bool) -> str:
 
 
 def report_rewards(trainings: Sequence[Training], output: Path) -> None:
-    """Print the held-out accuracy at each noise level, and the paths of the results."""
+    """Print the held-out accuracy at each noise level."""
     for training in trainings:
-        folder = output / training.name
-        values = scalars(folder)
+        values = scalars(output / training.name)
         print(f"\n{training.title}\n  held-out pair accuracy against the drawn labels")
         for level, label in LEVELS[training]:
             print(f"    {label:<9} {values[f'val/accuracy_{level}'][1]:.3f}")
         print(f"    {BLIND if training is EDIT_REWARD else CEILING}")
         print("    chance    0.500")
-        print(f"  picture of scored pairs  {folder / 'scored_pairs.png'}")
-        print(f"  checkpoint               {folder / 'reward.ckpt'}")
     print(flush=True)
 
 
-def report_policy(output: Path, before: Judged) -> None:
+def report_policy(output: Path, before: Judged) -> Judged:
     """Sample from the aligned generator, print the judge's verdicts, and save pictures of before and after."""
     after = judge_policy("sd_tiny", output / LPO.name / "lora", GUIDANCE)
     change, low, high, _ = bootstrap_interval([after.utility - before.utility])
-    picture = output / LPO.name / "before_after.png"
-    before_and_after(before, after).save(picture)
     print(f"\n{LPO.title}\n  utility of {len(before.captions)} pictures by the judge, not by the reward (0 to 6)")
     print(f"    before    {before.utility.mean():.3f}   after {after.utility.mean():.3f}")
     print(f"    change    {change:+.3f}  [{low:+.3f}, {high:+.3f}]  (95 % interval over captions)")
     for name in ("alignment", "quality"):
         print(f"    {name:<9} {before.verdict[name]:.3f} -> {after.verdict[name]:.3f}")
-    print(f"  before and after           {picture}")
-    print(f"  LoRA for diffusers         {output / LPO.name / 'lora'}")
+    before_and_after(before, after).save(output / LPO.name / "before_after.png")
+    save_pictures(output / "pictures", before, after)
+    return after
+
+
+def save_pictures(folder: Path, before: Judged, after: Judged) -> None:
+    """Save enlarged pictures with their captions as ``chosen`` and ``rejected``: of one caption the judge's choice.
+
+    The folder has the form of pairs of one's own, so that README can show what is done with such.
+    """
+    changed = [place for place, gain in enumerate(after.utility - before.utility) if gain][:PAIRS]
+    for number, place in enumerate(changed):
+        better = after if after.utility[place] > before.utility[place] else before
+        for side, judged in (("chosen", better), ("rejected", before if better is after else after)):
+            (folder / side).mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(judged.pictures[place]).resize((ENLARGED, ENLARGED), Resampling.NEAREST)
+            picture.save(folder / side / f"{number:02}.png")
+            (folder / side / f"{number:02}.txt").write_text(judged.captions[place], encoding="utf-8")
+
+
+def accuracy(training: Training, output: Path) -> str:
+    """Return the accuracy of a reward at its first noise level, in words."""
+    value = scalars(output / training.name)[f"val/accuracy_{LEVELS[training][0][0]}"][1]
+    return f"ranks {value:.1%} of held-out pairs as labelled"
+
+
+def print_end(output: Path, lines: Sequence[str]) -> None:
+    """Say what was trained, how good it is, where the pictures are, and what comes next."""
+    print("\n".join(("", *lines)))
+    print(f"learning curves   .venv/bin/tensorboard --logdir {output}")
+    print("Next, your own pictures (20 pairs or more): .venv/bin/latentreward taste FOLDER --rate", flush=True)
 
 
 def main() -> None:
@@ -192,15 +220,27 @@ def main() -> None:
         pretrain_editor([EDITOR, f"--output={output / 'editors'}"])
         train((EDIT_REWARD,), output, options)
         report_rewards((EDIT_REWARD,), output)
+        folder = output / EDIT_REWARD.name
+        lines = [f"reward of edits   {folder}/reward.ckpt {accuracy(EDIT_REWARD, output)}"]
+        lines += [f"pictures          {folder}/scored_pairs.png"]
     else:
         train((LRM, DINA_LRM), output, options)
         report_rewards((LRM, DINA_LRM), output)
         with ThreadPoolExecutor(1) as pool:
-            before = pool.submit(judge_policy, "sd_tiny", None, GUIDANCE)
+            early = pool.submit(judge_policy, "sd_tiny", None, GUIDANCE)
             train((LPO,), output, options)
-            report_policy(output, before.result())
-    print(f"\nlearning curves and pictures: .venv/bin/tensorboard --logdir {output}")
-    print(f"{time.monotonic() - started:.0f} s in all")
+            after = report_policy(output, before := early.result())
+        rise = f"raises the judge's utility from {before.utility.mean():.2f} to {after.utility.mean():.2f} of 6"
+        lines = [
+            f"LRM               {output}/lrm_tiny/reward.ckpt {accuracy(LRM, output)}",
+            f"DiNa-LRM          {output}/dina_lrm_tiny/reward.ckpt {accuracy(DINA_LRM, output)}",
+            f"LoRA by LPO       {output}/lpo_tiny/lora {rise}",
+            f"before and after  {output}/lpo_tiny/before_after.png",
+            f"single pictures   {output}/pictures",
+            f"scored pairs      {output}/lrm_tiny/scored_pairs.png, {output}/dina_lrm_tiny/scored_pairs.png",
+        ]
+    print(f"\n{time.monotonic() - started:.0f} s in all")
+    print_end(output, lines)
 
 
 if __name__ == "__main__":

@@ -85,13 +85,6 @@ def test_a_row_on_the_page(means: list[tuple[float, float]], word: str, tmp_path
     assert "one beats the other" not in all_rows_listed([row], found, judged, {}, Asked((), Unlisted(("toy",), ())))
 
 
-def test_the_readme_counts_the_claims_of_the_page() -> None:
-    places = {"docs/reproduction.md": r"\d+ claims: .+?\*\*", "README.md": r"\d+ claims\].+?measured"}
-    found = [re.findall(text, (ROOT / path).read_text(), re.DOTALL)[0] for path, text in places.items()]
-    of_page, of_readme = (re.findall(r"\d+", text) for text in found)
-    assert of_readme == of_page
-
-
 def test_committed_claims_have_a_commit() -> None:
     commits = json.loads((ROOT / "reproduction" / FILE).read_text())
     assert {name for row in commits for name in commits[row]}
