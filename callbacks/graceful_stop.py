@@ -17,12 +17,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from latentreward.core.errors import check_at_least_one, first_line
-from latentreward.core.interrupts import INTERRUPTED, TERMINATED, kill_started_ranks, stop_asked
+from latentreward.core.interrupts import INTERRUPTED, TERMINATED, stop_asked
 from latentreward.data.loading import WORKER_REMEDY, WorkerLoader
 from latentreward.reward import RemoteError
 
@@ -184,7 +185,7 @@ class GracefulStop(Callback):
             trainer.save_checkpoint(path, weights_only=False)  # with None Lightning prints a line
             exception.resume = f"saved optimiser step {trainer.global_step}; go on with --ckpt_path {path}"
         if isinstance(exception, RuntimeError) and trainer.world_size > 1 and SILENT_RANK.search(str(exception)):
-            kill_started_ranks(trainer)
+            kill_started_ranks(trainer.strategy.launcher)
             limit = getattr(trainer.strategy, "_timeout", None)
             raise TimeoutError(
                 f"another rank is gone, or has not answered rank {trainer.global_rank} for {limit} (--rank_timeout_s): "
@@ -251,6 +252,15 @@ def checkpoint_path(trainer: Trainer) -> Path:
 def fallback_folder(trainer: Trainer) -> Path:
     """Return the checkpoint's folder in a run without any ``ModelCheckpoint``."""
     return Path(trainer.default_root_dir) / "checkpoints"
+
+
+def kill_started_ranks(launcher: Any) -> None:
+    """Kill the ranks that this process started through Lightning, whose observer would kill this process too."""
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        ranks, launcher.procs[:] = [*launcher.procs], []  # the observer shares the list
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 def requeue() -> None:

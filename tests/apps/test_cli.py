@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichModelSummary, TQDMProgressBar
 
 import latentreward
-from latentreward.apps.cli import REMOVED, main
+from latentreward.apps.cli import main
 from latentreward.core.errors import NO_GPU, InputError, one_line
 from latentreward.core.storage.durable import locked
 from latentreward.reward.scoring.files import settings_beside
@@ -649,20 +649,3 @@ def test_bugs_and_debug_keep_the_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("latentreward.apps.commands.configs.shipped_configs", None)
     with pytest.raises(TypeError):
         main(["configs"])
-
-
-@pytest.mark.parametrize("name", REMOVED)
-def test_what_was_removed_names_what_to_use_instead(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["fit", f"{name}=x"] if name.startswith("--") else [*name.split(), "--help"]
-    assert error_line(capsys, *arguments) == f"there is no {name} any more; {REMOVED[name]}"
-
-
-@pytest.mark.slow
-def test_callbacks_of_a_clone_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Path.cwd() / "model.yaml"
-    monkeypatch.chdir(SOURCE.parent)
-    arguments = ["fit", f"--config={model}", "--trainer.callbacks=callbacks.TrainableEMA"]
-    monkeypatch.syspath_prepend(model.parent)
-    result = finish(arguments)
-    line = "trainer.callbacks: no module 'callbacks'; say latentreward.callbacks"
-    assert result.stderr == f"latentreward: error: {line}\n"
