@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from latentreward.callbacks.trainable import TrainableCheckpoint
+from latentreward.callbacks.checkpoints import TrainableCheckpoint
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info

@@ -4,7 +4,6 @@ import atexit
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -77,15 +76,11 @@ class GracefulStop(Callback):
     ``--ckpt_path last`` finds either. The command line adds this callback to every fit.
 
     A wait for a reward server ends at once, in the middle of a rollout. Ranks that Lightning has started get the signal
-    of the process that started them, but for SIGINT, which a terminal sends to all of them.
+    of the process that started them, but for SIGINT, which a terminal sends to all of them. If another rank has exited
+    or does not answer, ``fit`` raises TimeoutError, and ranks that this process started are killed.
 
     Args:
         every_n_batches: Check for signals after every n-th batch; each check is a small exchange between processes.
-
-    Raises:
-        InputError: If ``every_n_batches`` is below 1.
-        TimeoutError: In ``fit``, if another rank has exited or does not answer; ranks that this process started are
-            killed.
 
     Note:
         This callback replaces Lightning's signal handlers. Those broadcast from inside the handler, which hangs unless
@@ -268,13 +263,13 @@ def requeue() -> None:
     job = os.environ.get("SLURM_JOB_ID", "")
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    program = shutil.which("scontrol")
-    if program is None:
-        logger.warning("scontrol is not in PATH: job %s was not requeued", job)
-        return
-    done = subprocess.run([program, "requeue", job], capture_output=True, text=True, check=False)
-    if done.returncode:
-        logger.warning("scontrol requeue %s failed with status %d: %s", job, done.returncode, done.stderr.strip())
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        problem = f"status {done.returncode}: {done.stderr.strip()}" if done.returncode else ""
+    except OSError as error:  # no scontrol in PATH
+        problem = str(error)
+    if problem:
+        logger.warning("scontrol requeue %s failed (%s)", job, problem)
 
 
 def silence_lost_terminal() -> None:

@@ -205,7 +205,6 @@ def test_tiny_ones_train_under_guard(name: str, tmp_path: Path) -> None:
     own = f"--config={tmp_path / 'guards.yaml'}"
     (tmp_path / "guards.yaml").write_text(
         "trainer:\n  callbacks+:\n"
-        "    - {class_path: ReferenceDrift, init_args: {prompts: [a red circle], every_n_steps: 1}}\n"
         "    - {class_path: CollapseGuard, init_args: {prompts: [a red circle], every_n_steps: 1, least: 0.01}}\n"
         "    - {class_path: SampleGrid, init_args: {prompts: '${oc.env:PROMPTS}', every_n_steps: 2}}\n"
         + MONITOR

@@ -104,6 +104,13 @@ def names_for(setting: str) -> list[str]:
     return [name for name in names if name[0].isupper()]
 
 
+def _unknown_name(match: re.Match[str], setting: str) -> str:
+    names = names_for(setting)
+    if match[1] in names:  # ours, but of another kind than this setting takes
+        return f"{match[1]} is no class that this setting takes; its documentation names those that fit"
+    return f"unknown name {match[1]!r}{did_you_mean(match[1], names)}"
+
+
 def _not_a_subclass(match: re.Match[str], setting: str) -> str:
     path, kind = match.groups()
     module, _, name = path.rpartition(".")
@@ -124,9 +131,7 @@ def _missing(match: re.Match[str], setting: str) -> str:
 
 REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
     r"Expected an? (?P<types>.+)\. Got value: (?P<value>.*)": _wrong_type,
-    r"(?:Expected a dot import path string|Unexpected import path format): (\S+)": lambda match, setting: (
-        f"unknown name {match[1]!r}{did_you_mean(match[1], names_for(setting))}"
-    ),
+    r"(?:Expected a dot import path string|Unexpected import path format): (\S+)": _unknown_name,
     r"Expected an import path or a subclass spec, but got (.*)": lambda match, setting: (
         f"expected the name of a class, got {'null' if match[1] == 'None' else match[1]}"
         f"{did_you_mean('', names_for(setting))}"
