@@ -3,8 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from latentreward.callbacks.checkpoints import LastCheckpoint
@@ -128,8 +127,7 @@ class HackingMonitor(PromptMonitor):
         return self.gather(trainer, torch.cat(rows)).double().mean(dim=1)
 
 
-@dataclass(frozen=True)
-class PairedChange:
+class PairedChange(NamedTuple):
     """Change of a mean over prompts."""
 
     before: float  # Mean at the start
@@ -145,7 +143,6 @@ class PairedChange:
 
     @property
     def rises(self) -> bool:
-        """Tell whether the mean is above that of the start."""
         return self.after > self.before
 
     @property

@@ -162,10 +162,6 @@ class StepTimes(Phases):
     On a CUDA device each change of phase records an event, which costs some microseconds. Events are read when the
     card has passed them, so that nothing waits for the card. Elsewhere the host's clock is read. The phases follow each
     other without a gap: together they take the time of the steps, validations and checkpoints left out.
-
-    Attributes:
-        seconds: Seconds by phase of the optimiser steps that have ended since :meth:`restart`.
-        steps: Number of these steps.
     """
 
     def __init__(self, cuda: bool) -> None:
@@ -178,7 +174,7 @@ class StepTimes(Phases):
 
     def restart(self) -> None:
         """Forget the steps that have ended."""
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by phase, of the steps that have ended since then
         self.steps = 0
 
     def begin(self, name: str) -> None:

@@ -123,7 +123,7 @@ def failures_told(debug: bool = False, alone: bool = True) -> Iterator[None]:
 
 
 def module_of(command: str) -> str:
-    """Return the name of the module whose function ``run`` takes a subcommand's name and the arguments after it."""
+    """Return the name of the module with a subcommand's function ``run(command, arguments)``."""
     return f"latentreward.apps.commands.{'fit' if command in TRAINER else command.replace('-', '_')}"
 
 

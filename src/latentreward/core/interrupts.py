@@ -46,10 +46,7 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
-    """Return the Ctrl-C or SIGTERM behind ``error``, or None if there is none.
-
-    ``error`` may be that interrupt itself, or the SystemExit into which Lightning turned it.
-    """
+    """Return the Ctrl-C or SIGTERM that ``error`` is, or that Lightning turned into this SystemExit; else None."""
     found = error.__context__ if isinstance(error, SystemExit) else error
     return found if isinstance(found, KeyboardInterrupt) else None
 

@@ -46,11 +46,7 @@ LISTENER: "ContextVar[Phases | None]" = ContextVar("LISTENER", default=None)
 
 
 class Phases:
-    """Phases that are open, of which the innermost counts.
-
-    Args:
-        outermost: Phase of what is in no other.
-    """
+    """Phases that are open, of which the innermost counts; ``outermost`` is that of what is in no other."""
 
     def __init__(self, outermost: str) -> None:
         self.open, self.pid = [outermost], os.getpid()
@@ -103,16 +99,10 @@ def pair_generator(seed: int, purpose: str, epoch: int, pair_id: str, image_key:
 def scoring_generator(
     prompt: str, seed: int, sigma: float, shape: Sequence[int], image_key: str | None = None
 ) -> torch.Generator:
-    """Return a new CPU generator for the noise that is added to latents before they are scored.
+    """Return a new CPU generator for the noise that is added to latents ``(C, ...)`` before they are scored.
 
-    Equal arguments give equal noise, whatever other latents are in the batch.
-
-    Args:
-        prompt: Prompt of the latents; without ``image_key`` all images of a prompt get the same noise.
-        seed: Seed of the noise.
-        sigma: Noise level in [0, 1], rounded to six decimals.
-        shape: Shape ``(C, ...)`` of the latents of one image.
-        image_key: Hash of the image's content, to give each image noise of its own.
+    Equal arguments give equal noise, whatever other latents are in the batch. Without ``image_key``, a hash of the
+    image's content, all images of a prompt get the same noise.
     """
     return _generator(["score", prompt, seed, f"{sigma:.6f}", list(shape), image_key])
 
