@@ -14,7 +14,6 @@ from latentreward.callbacks.nan_guard import NaNGuard as NaNGuard
 from latentreward.callbacks.pairs import AccuracyInterval as AccuracyInterval
 from latentreward.callbacks.pairs import PairScoreWriter as PairScoreWriter
 from latentreward.callbacks.pairs import ScoredPairGrid as ScoredPairGrid
-from latentreward.callbacks.performance import ParameterSummary as ParameterSummary
 from latentreward.callbacks.performance import Performance as Performance
 from latentreward.callbacks.prompt_monitor import CollapseGuard as CollapseGuard
 from latentreward.callbacks.prompt_monitor import SampleGrid as SampleGrid

@@ -83,9 +83,8 @@ class TrainableCheckpoint(Callback):
 
     Frozen weights are loaded from the backbone's ``source`` again, so a DiNa-LRM on SD3.5-Medium takes some hundred MB
     instead of 20 GB. A reward module records which base its weights belong to, and refuses a checkpoint of another
-    base. The callback works with any ``ModelCheckpoint``, on one or several devices, with single-file and sharded
-    checkpoints. During a run the module's ``state_dict()`` holds only the trainable weights, so that frozen weights
-    are not even gathered.
+    base. During a run the module's ``state_dict()`` holds only the trainable weights, so that frozen weights are not
+    even gathered.
 
     Example:
         ``--trainer.callbacks+=TrainableCheckpoint``
@@ -117,17 +116,15 @@ def drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, loca
 
 
 class TrainableEMA(Callback):
-    """Callback that keeps an exponential moving average of the trainable parameters, in float32.
-
-    Validation, test and prediction use the average.
+    """Callback that keeps an exponential moving average of the trainable parameters, in float32, for validation.
 
     ``average ← decay · average + (1 − decay) · weights`` after each optimiser step. Training uses the raw weights,
     which are restored before a checkpoint is written. The average is saved in the checkpoint, in this callback's state,
     so a resumed run equals an uninterrupted one. ``latentreward consolidate --average=true`` writes a checkpoint whose
     weights are the average.
 
-    Where weights are sharded (FSDP2), the average is sharded too. Rank 0 saves the whole average, in single-file and
-    sharded checkpoints alike, so that it can be loaded on any number of devices.
+    Where weights are sharded (FSDP2), the average is sharded too. Rank 0 saves the whole average, so that it can be
+    loaded on any number of devices.
 
     Args:
         decay: In [0, 1); DiNa-LRM's config has 0.995 (arXiv:2602.11146; its released code never applied it).

@@ -1,4 +1,4 @@
-"""Callbacks of speed and size: faster steps, with seconds of their phases in the log, and a line of parameters."""
+"""Callback of speed: faster steps, with seconds of their phases in the log."""
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.utilities.model_summary import get_human_readable_count
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
@@ -258,37 +256,3 @@ def unlisten(profiler: Profiler) -> None:
     LISTENER.set(None)
     for name in ("start", "stop"):
         vars(profiler).pop(name, None)
-
-
-class ParameterSummary(ModelSummary):
-    """Callback that prints one line: the number of parameters of each part of the model, and how many are trainable.
-
-    The line replaces Lightning's table, whose FLOPs are 0 without an ``example_input_array``. The command line adds
-    this callback to every fit, unless ``trainer.callbacks`` has a ``ModelSummary`` or ``trainer.enable_model_summary``
-    is false.
-
-    Args:
-        max_depth: Levels of nested modules to list; 0 switches the line off.
-
-    Example:
-        ``--trainer.callbacks+=ParameterSummary --trainer.callbacks.max_depth=2``
-    """
-
-    def __init__(self, max_depth: int = 1) -> None:
-        super().__init__(max_depth)
-
-    @staticmethod
-    def summarize(
-        summary_data: list[tuple[str, list[str]]],
-        total_parameters: int,
-        trainable_parameters: int,
-        model_size: float,
-        *_: Any,
-        **__: Any,
-    ) -> None:
-        """Print the line on rank 0; Lightning's ``ModelSummary`` calls this method with the columns of its table."""
-        columns = dict(summary_data)
-        rows = zip(columns["Name"], columns["Type"], columns["Params"], strict=True)
-        parts = [f"{name} ({kind}) {number.strip()}" for name, kind, number in rows if number.strip() != "0"]
-        trained, total = (get_human_readable_count(n).strip() for n in (trainable_parameters, total_parameters))
-        rank_zero_info(f"parameters: {', '.join(parts)}; {trained} of {total} train; {model_size:,.0f} MB")
