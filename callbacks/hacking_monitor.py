@@ -3,7 +3,8 @@
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from latentreward.callbacks.checkpoints import LastCheckpoint
@@ -127,7 +128,8 @@ class HackingMonitor(PromptMonitor):
         return self.gather(trainer, torch.cat(rows)).double().mean(dim=1)
 
 
-class PairedChange(NamedTuple):
+@dataclass(frozen=True)
+class PairedChange:
     """Change of a mean over prompts."""
 
     before: float  # Mean at the start
