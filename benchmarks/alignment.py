@@ -83,10 +83,13 @@ def random_pairs(module: LPOModule, count: int) -> StepPairs:
 
 def two_passes(module: LPOModule, batch: StepPairs) -> StepDPOResult:
     """Compute LPO's loss like the released loop: one policy and one reference pass for each side of the pair."""
-    policy, reference = module.transitions(batch)
-    chosen, ref_chosen = policy.log_prob(batch.chosen), reference.log_prob(batch.chosen)
-    policy, reference = module.transitions(batch)
-    rejected, ref_rejected = policy.log_prob(batch.rejected), reference.log_prob(batch.rejected)
+
+    def both(states: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), module.policy.reference():
+            reference = module.transition(batch)
+        return module.transition(batch).log_prob(states), reference.log_prob(states)
+
+    (chosen, ref_chosen), (rejected, ref_rejected) = both(batch.chosen), both(batch.rejected)
     return module.loss(chosen, rejected, ref_chosen, ref_rejected)
 
 

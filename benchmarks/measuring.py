@@ -5,17 +5,20 @@ texts, numbers, :class:`Spread` or :class:`Goal`; each is printed by ``str``.
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from counting import WorkCounter
 
-from latentreward.apps.taste import steps
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.measured import commit, computed_with, machine
 
 TERA = 1e12
 MIB = 2**20
@@ -104,9 +107,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 def circumstances() -> dict[str, Any]:
     """Return machine, load, versions, commit and date."""
     cuda = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
-    now = {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1), "commit": steps.commit()}
+    now = {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1), "commit": commit()}
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
-    return {**cuda, **steps.machine(), **steps.computed_with(), **now, "date": date}
+    return {**cuda, **machine(), **computed_with(), **now, "date": date}
 
 
 # --- time ----------------------------------------------------------------------------------------------------------

@@ -27,14 +27,13 @@ from scoring import random_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from latentreward.reward.remote.latents import LatentRow, RemoteLatents, describe
-
 from latentreward.apps.serving.app import serve
 from latentreward.apps.serving.service import ScoringService
 from latentreward.apps.serving.settings import ServiceSettings, bind
 from latentreward.core.contracts import Conditioning
 from latentreward.reward import RemoteServer, ServedImages, ServedLatents
-from latentreward.reward.remote.client import Connection, RemoteImages
+from latentreward.reward.remote.client import Connection, RemoteImages, RemoteLatents
+from latentreward.reward.remote.schemas import ServedReward
 from tests.apps.serving.processes import server_process
 
 BUSY = "busy_seconds"
@@ -47,9 +46,9 @@ Step = Callable[[int], Any]
 def run_server(size: str, batch_size: int) -> None:
     """Serve a random model that counts the seconds in which it scores; runs in the server's process."""
     settings = ServiceSettings(batch_size=batch_size, timeout=600.0)
-    service = ScoringService({"reward": (random_model(size), settings)}, settings)
+    service = ScoringService({"reward": random_model(size)}, settings)
     batcher = service.default.batcher
-    busy = Counter(BUSY, "Seconds in which the model scores.", registry=service.metrics.registry)
+    busy = Counter(BUSY, "Seconds in which the model scores.", registry=service.registry)
     score = batcher._score
 
     def timed(rows: Sequence[Any]) -> Sequence[Any]:
@@ -73,9 +72,9 @@ def latents_step(server: RemoteServer, size: str, rows: int, batch_size: int) ->
     """Return a step of latents with embeddings of prompts, like those of a policy."""
     backbone = random_model(size).backbone
     side = backbone.native_size[0] // backbone.latent_space.downscale
-    model = describe(Connection(server), ServedLatents())
-    remote = RemoteLatents(server, ServedLatents(), batch_size, model)
-    widths = model.prompt_embeds_width, model.pooled_prompt_embeds_width
+    told = Connection(server).ask("GET", "/v1/model")
+    remote = RemoteLatents(server, ServedLatents(), batch_size, ServedReward(**told))
+    widths = told["prompt_embeds_width"], told["pooled_prompt_embeds_width"]
 
     def step(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -83,7 +82,7 @@ def latents_step(server: RemoteServer, size: str, rows: int, batch_size: int) ->
         prompt = Conditioning(
             torch.randn(1, TOKENS, widths[0], generator=generator), torch.randn(1, widths[1], generator=generator)
         )
-        remote.begin([LatentRow(one, prompt, 0.4, 0) for one in latents], ["a cat"] * rows)()
+        remote.begin([(one, prompt, 0.4, 0) for one in latents], ["a cat"] * rows)()
 
     return step
 

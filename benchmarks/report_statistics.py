@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def benchmark_scores(groups: int, scorers: int) -> BenchmarkScores:
         for side, scores in (("a", first + reader.labels() - 0.5), ("b", second)):
             columns |= {f"image_{side}": [name + side for name in names], f"{scorer.name}_{side}": scores}
             columns |= {f"problem_{side}": pa.nulls(len(reader), pa.string())}
-        tables["all", scorer.name] = pa.table(columns)
+        tables["all", scorer.name] = SimpleNamespace(table=pa.table(columns))
     benchmark = PairsBenchmark(reader)
     benchmark.pairs("all")
     return BenchmarkScores(benchmark, named, tables)
@@ -92,7 +93,7 @@ def policies(groups: int, scores: int) -> list[ScoredPictures]:
 def policy_report(two: list[ScoredPictures]) -> list[Any]:
     """Compute all numbers of a comparison of two policies."""
     headlines = dict.fromkeys(two[0].scores, "mean")
-    return [*(policy_scores(one, headlines) for one in two), compare(two[0], two[1])]
+    return [*(policy_scores(one, headlines) for one in two), compare(two[0], two[1], headlines)]
 
 
 def intervals(found: Any) -> Iterator[Interval]:
@@ -101,6 +102,8 @@ def intervals(found: Any) -> Iterator[Interval]:
         yield found
     elif dataclasses.is_dataclass(found):
         yield from (interval for value in vars(found).values() for interval in intervals(value))
+    elif isinstance(found, dict):
+        yield from intervals([*found.values()])
     elif isinstance(found, list | tuple):
         yield from (interval for value in found for interval in intervals(value))
 
@@ -116,7 +119,7 @@ def main() -> None:
     for groups in options.groups:
         scores, two = benchmark_scores(groups, options.scorers), policies(groups, options.scorers)
         for name, report in (
-            ("benchmark", partial(evaluate, scores, 10)),
+            ("benchmark", partial(evaluate, [scores])),
             ("evaluate-policy", partial(policy_report, two)),
         ):
             began = time.process_time()

@@ -48,7 +48,7 @@ def run_server(size: str, batch_size: int) -> None:
     """Serve a random model; runs in the server's process."""
     with bind("127.0.0.1", 0) as bound:
         settings = ServiceSettings(batch_size=batch_size, timeout=600.0)
-        serve(ScoringService({"reward": (random_model(size), settings)}, settings), bound)
+        serve(ScoringService({"reward": random_model(size)}, settings), bound)
 
 
 def command(size: str, threads: int, batch_size: int = 8) -> list[str]:

@@ -38,11 +38,9 @@ from latentreward.core.bootstrap import Interval, bootstrap_interval
 from latentreward.core.reports.tables import with_interval
 from latentreward.reward import RewardModel
 from latentreward.tinyworld.captions import draw_caption
-from latentreward.tinyworld.comparison import judge_policy
-from latentreward.tinyworld.drawing import draw_scene
 from latentreward.tinyworld.pairs import Pair, draw_pairs, encode_jpeg
-from latentreward.tinyworld.rendering import render
-from latentreward.tinyworld.scenes import draw_label, scene_utility
+from latentreward.tinyworld.sampling import judge_policy
+from latentreward.tinyworld.scenes import draw_label, draw_scene, render, scene_utility
 
 BASE = "sd_tiny"
 GAP = 0.3

@@ -31,7 +31,7 @@ LONGEST = [
     "docs/test_site",
     "apps/estimate/test_estimate",
     "statistical/test_learning",
-    "test_grpo_configs",
+    "test_align_configs",
     "apps/taste/test_taste",
     "test_end_to_end",
     "test_recipes",

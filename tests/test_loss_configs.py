@@ -1,4 +1,4 @@
-"""Files of `loss/` and `dpo/` parse after the configs that they change, and the tiny runs train with them."""
+"""Files of `loss/` parse after the configs that they change, and the tiny runs train with them."""
 
 from pathlib import Path
 
@@ -62,22 +62,3 @@ def test_a_tiny_reward_trains_with_every_loss(
     main(["fit", *(f"--config={CONFIGS / file}.yaml" for file in files), *quick, *columns,
           f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
     assert (tmp_path / "reward.ckpt").is_file()
-
-
-@pytest.mark.parametrize("base", rotated_after(1, ["diffusion_dpo_sd15", "diffusion_dpo_sd35", "diffusion_dpo_tiny"]))
-def test_linear_dpo_is_given_after_diffusion_dpo(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("PICKAPIC_ROOT", "CACHE_ROOT", "PROMPTS"):
-        monkeypatch.setenv(variable, "somewhere")
-    changed = parse(f"configs/align/{base}.yaml", "configs/dpo/linear.yaml").config["fit"]
-    settings = changed["model"]["init_args"]
-    assert settings.linear is not None and settings.beta == 100
-    assert changed["trainer"].default_root_dir == "runs/linear_dpo"
-
-
-@pytest.mark.slow
-def test_a_tiny_policy_trains_by_linear_dpo(world: Path, tmp_path: Path) -> None:
-    files = [f"--config={CONFIGS / file}.yaml" for file in ("align/diffusion_dpo_tiny", "dpo/linear")]
-    quick = [f"--data.root={world}", "--data.train_pairs=32", "--data.val_pairs=8", "--data.batch_size=4",
-             "--trainer.max_steps=2", "--trainer.limit_val_batches=0"]  # fmt: skip
-    main(["fit", *files, *quick, f"--trainer.default_root_dir={tmp_path}"])
-    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from latentreward.apps.serving.dialects import Dialect
 from latentreward.core.errors import InputError
 from latentreward.data import PairDataset, PixelLoader
 from tests.processes import finish
@@ -70,11 +69,6 @@ def test_a_reader_of_ones_own(tmp_path: Path) -> None:
         reader(str(tmp_path / "votes.txt"))
     pairs = PairDataset(reader(str(tmp_path / "votes.txt"), on_error="skip"), PixelLoader(32, 32))
     assert len(pairs) == 1 and pairs[0].pair.label_a == 0.0 and pairs[0].pair.prompt == "A cat on a mat"
-
-
-def test_a_dialect_of_ones_own() -> None:
-    dialect = block("my_dialect.py")["Lines"]
-    assert issubclass(dialect, Dialect) and [route.path for route in dialect(None).router().routes] == ["/lines"]
 
 
 def fit(tmp_path: Path, config: str, files: tuple[str, str], *options: str) -> None:

@@ -70,7 +70,7 @@ def test_a_format_is_at_most_two_classes_below_the_public_reader(nodes_of_files:
     below = {"PairReader"}
     for _ in range(2):
         below |= {name for name, above in bases.items() if below.intersection(above)}
-    assert {"RowReader", "HPDv3Reader", "CutReader"} <= below
+    assert {"RowReader", "HPDv3Reader", "FilteredReader"} <= below
     assert not [name for name, above in bases.items() if name not in below and below.intersection(above)]
 
 

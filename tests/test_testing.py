@@ -136,7 +136,7 @@ def test_shipped_networks() -> None:
         (lambda: check_head(lambda spec: Head(spec, "batch")), r"Head\.forward returned values of a row alone"),
         (lambda: check_loss(Loss("column")), r"Loss\.per_pair returned \(4, 1\)"),
         (lambda: check_loss(Loss("uneven")), "not 1 minus that of the pair"),
-        (lambda: check_reader(Rows(("a", "a"))), "pair_id='a' for rows 0 and 1"),
+        (lambda: check_reader(Rows(("a", "a"))), "several rows have one pair_id"),
         (lambda: check_reader(Rows(label=2.0)), r"label_a=2\.0"),
         (lambda: check_reader(Rows(column=0.0)), "labels are not those of the rows"),
         (lambda: check_scorer(CallableScorer(among_others, "among")), "values of a row alone"),

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from latentreward.core.bootstrap import bootstrap_interval
 from latentreward.core.errors import silence_libraries
-from latentreward.tinyworld.comparison import Judged, before_and_after, judge_policy
+from latentreward.tinyworld.sampling import Judged, before_and_after, judge_policy
 from tools.pretraining.editors import main as pretrain_editor
 
 CEILING = "ceiling   0.870   (the labels are noisy: the true utility itself agrees with this share)"

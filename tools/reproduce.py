@@ -10,16 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from latentreward.apps.cli import failures_told
-from latentreward.apps.taste.steps import CLONE, Task, commit, computed_with, machine
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.interrupts import interrupts_told, sigterm_interrupts
 from latentreward.core.storage.durable import locked
+from tools.measured import CLONE, commit, computed_with, machine
 from tools.reproduction.measuring import measure
 from tools.reproduction.page import status_table, write_page
 from tools.reproduction.planning import Planner, further_seeds
 from tools.reproduction.results import Result, read_results, result_path, write_result
 from tools.reproduction.rows import FOLDER, WHOLE, Row, all_rows, choose_rows
 from tools.reproduction.running import StepRunner, run_tasks
+from tools.reproduction.tasks import Task
 from tools.source_digests import grouped_modules, source_digest
 
 MEASURING = "tools.reproduction.measuring"

@@ -8,12 +8,12 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import latentreward
-from latentreward.apps.taste.steps import CLONE, PACKAGE
 from latentreward.core.storage.digests import digest
+from tools.measured import CLONE, PACKAGE
 
 WEIGHTS = PACKAGE / "tinyworld"
 """Folder of the shipped tiny networks, on which all results depend beside source files."""
-RUNNER = tuple(f"latentreward.apps.taste.{name}" for name in ("process", "steps"))
+RUNNER = ("latentreward.apps.taste.steps", *(f"tools.reproduction.{name}" for name in ("process", "tasks")))
 """Modules that every process imports and that no result depends on."""
 
 

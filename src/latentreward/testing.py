@@ -1,7 +1,7 @@
 """Checks of parts of your own, to be called in their tests: what a base class promises, and rows that stay apart.
 
 Each function raises :class:`~latentreward.core.errors.InputError` with the first promise that is broken. In a run only
-shapes and types of your own parts are compared, and values once.
+the first call of each method of your own parts is compared.
 """
 
 import math
@@ -27,7 +27,7 @@ from latentreward.core.contracts import (
     map_tensors,
 )
 from latentreward.core.errors import InputError
-from latentreward.core.promises import place_of, unchanged
+from latentreward.core.promises import keep_promise, unchanged
 from latentreward.core.running import evaluating
 from latentreward.data import PairReader
 from latentreward.diffusion import DiffusionBackbone
@@ -53,9 +53,6 @@ def check_head(make: Callable[[FeatureSpec], RewardHead], spec: FeatureSpec = SP
     Args:
         make: Class of the head, or a function that builds one from the features' widths.
         spec: Widths of the features.
-
-    Raises:
-        InputError: If a promise of :class:`~latentreward.reward.RewardHead` is broken.
     """
     head, generator = make(spec), torch.Generator().manual_seed(0)
     features = _features(spec, generator)
@@ -81,9 +78,6 @@ def check_loss(loss: PreferenceLoss, targets: PairTargets | None = None) -> None
     Args:
         loss: The loss.
         targets: Given values of four pairs, for a loss that compares scores with them.
-
-    Raises:
-        InputError: If a promise of :class:`~latentreward.reward.PreferenceLoss` is broken.
     """
     generator = torch.Generator().manual_seed(0)
     chosen, rejected = (torch.randn(ROWS, generator=generator).requires_grad_() for _ in range(2))
@@ -103,11 +97,7 @@ def check_loss(loss: PreferenceLoss, targets: PairTargets | None = None) -> None
 
 
 def check_reader(reader: PairReader, rows: int = 20) -> None:
-    """Check a reader: its first rows, the columns that it gives at once, and a copy in another process.
-
-    Raises:
-        InputError: If a promise of :class:`~latentreward.data.PairReader` is broken.
-    """
+    """Check a reader: its first rows, the columns that it gives at once, and a copy in another process."""
     found = [_kept(reader, "__getitem__", row) for row in range(min(rows, _kept(reader, "__len__")))]
     labels = [None if math.isnan(label) else label for label in reader.labels().tolist()]
     for name, column, wanted in (
@@ -118,14 +108,12 @@ def check_reader(reader: PairReader, rows: int = 20) -> None:
     ):
         if len(column) != len(reader) or list(column[: len(found)]) != wanted:
             raise InputError(f"{type(reader).__name__}: {name} are not those of the rows")
+    if len({*reader.pair_ids()}) < len(reader):
+        raise InputError(f"{type(reader).__name__}: several rows have one pair_id, which seeds their random numbers")
 
 
 def check_scorer(scorer: ImageScorer) -> None:
-    """Check a score of pictures: its values, and each picture alone against its score in a batch.
-
-    Raises:
-        InputError: If a promise of :class:`~latentreward.reward.ImageScorer` is broken.
-    """
+    """Check a score of pictures: its values, and each picture alone against its score in a batch."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (len(PROMPTS), 24, 32, 3), generator=generator, dtype=torch.uint8)
     images = [Image.fromarray(one.numpy()) for one in pixels]
@@ -142,9 +130,6 @@ def check_reward(source: RewardSource, policy: Policy | None = None) -> None:
     Args:
         source: The reward.
         policy: Loaded policy whose latents are scored; None for the shipped tiny Stable Diffusion.
-
-    Raises:
-        InputError: If a promise of :class:`~latentreward.alignment.RewardSource` or its ``Reward`` is broken.
     """
     policy = policy or PolicySource("sd_tiny").load()
     _kept(source, "latent_space")
@@ -169,9 +154,6 @@ def check_backbone(backbone: DiffusionBackbone, latents: Tensor, head: RewardHea
         backbone: The backbone, with its text encoder.
         latents: ``(3, C, ...)`` latents that it takes.
         head: Head that reads its features.
-
-    Raises:
-        InputError: If a promise of :class:`~latentreward.diffusion.DiffusionBackbone` is broken.
     """
     timesteps = backbone.noise_process.timesteps[[0, -1, 0]].float()
     text = backbone.encode_prompts(PROMPTS)
@@ -181,30 +163,38 @@ def check_backbone(backbone: DiffusionBackbone, latents: Tensor, head: RewardHea
 
 
 def check_family(policy: Policy, latents: Tensor) -> None:
-    """Check a family of generators: predictions for rows of a batch against those for each row alone.
+    """Check a family of generators: rows of a batch against each row alone, and gradients in all layers.
 
     Args:
         policy: Loaded policy of the family.
         latents: ``(3, C, ...)`` latents of the family.
-
-    Raises:
-        InputError: If a promise of :class:`~latentreward.diffusion.Family` is broken.
     """
     timesteps = policy.noise_process.timesteps[[0, -1, 0]].float()
     text = policy.encode_prompts(PROMPTS)
     with torch.no_grad(), evaluating(policy.network):
         _kept(policy.family, "predict", policy.network, latents, timesteps, text, None)
     check_predictions(policy.family, policy.network, latents, timesteps, text, None)
+    # diffusers' mixtures of experts run without gradient in evaluation mode: outputs are right, gradients are not.
+    stopped: list[str] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, name=name: None if torch.is_grad_enabled() else stopped.append(name))
+        for name, layer in policy.network.named_modules()
+        if layer._parameters
+    ]
+    policy.train().family.predict(policy.network, latents, timesteps, text, None)
+    for hook in hooks:
+        hook.remove()
+    if stopped:
+        name, more = type(policy.family).__name__, f"{stopped[0]} and {len(stopped) - 1} more layers"
+        raise InputError(f"{name}: {more} run without gradient while the policy trains; set train_mode = True in it")
 
 
 def _kept(part: Any, method: str, *given: Any) -> Any:
     """Call a method, and compare what it returns with what its base class promises."""
     result = getattr(part, method)(*given)
     for base in type(part).__mro__:
-        check, *_ = getattr(vars(base).get(method), "promise", (None,))
-        if check and (problem := check(result, part, *given)):
-            place = place_of(getattr(type(part), method))
-            raise InputError(f"{type(part).__name__}.{method} returned {problem}{place}")
+        if promise := getattr(vars(base).get(method), "promise", None):
+            keep_promise(part, method, promise[0], result, part, *given)
     return result
 
 

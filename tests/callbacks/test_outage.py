@@ -114,7 +114,7 @@ def test_a_server_killed_and_started_again_costs_a_waiting_run_nothing(
     undisturbed: TrainableState, tmp_path: Path
 ) -> None:
     with judge_that_is_killed(requests=2, away_s=1.0) as url:
-        assert_equal(fit(tmp_path, RemoteServer(url, on_outage="wait", wait_s=300.0)), undisturbed)
+        assert_equal(fit(tmp_path, RemoteServer(url, retry_s=300.0)), undisturbed)
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

@@ -20,7 +20,7 @@ from latentreward.data import (
 from tests.data.rotated import photograph, upright
 
 LOADER = PixelLoader(24, 24)
-OWN = {"JSONLPairReader", "FolderPairReader", "DatasetPairReader", "Img2DatasetReader"}
+OWN = {"JSONLPairReader", "FolderPairReader", "DatasetPairReader"}
 
 
 @pytest.fixture

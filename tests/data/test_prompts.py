@@ -54,16 +54,6 @@ def test_comments_of_a_text_are_told_and_dashes_are_text(tmp_path: Path, caplog:
     found = PromptDataModule(str(tmp_path / "a.txt")).prompts
     assert found == ("a fox -- soft light", "#2 mug, 7 --> 8, half-timbered # 3")
     assert "2 comments (#) are left out, the first is line 1" in caplog.text
-    assert "options" not in caplog.text
-
-
-@pytest.mark.parametrize(
-    "line", ["a dog --n blurry --w 512", "a cat --ar 16:9", "a cat --tile", "a cat --negative_prompt blur"]
-)
-def test_options_in_a_line_are_told(line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "a.txt").write_text(f"# --w 512\na fox\n{line}\n")
-    assert PromptDataModule(str(tmp_path / "a.txt")).prompts == ("a fox", line)
-    assert f"1 lines have options, the first is line 3 with {line.split()[2]}" in caplog.text
 
 
 def test_a_text_has_a_prompt_a_line_whatever_ends_it(tmp_path: Path) -> None:

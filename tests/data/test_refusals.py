@@ -22,7 +22,6 @@ from latentreward.data import (
     GenAIBenchReader,
     HPDv2Reader,
     HPDv3Reader,
-    Img2DatasetReader,
     JSONLPairReader,
     PairGaps,
     PairReader,
@@ -132,7 +131,6 @@ FILES: dict[Callable[[str], Any], list[tuple[str, bytes, str]]] = {
         ("rows.json", b"[1, 2]", "is none of Pick-a-Pic"),
     ],
     lambda file: recognise(str(Path(file).parent)): [("plan.json", b"{}", "is a cache of latents; verify it with")],
-    lambda file: Img2DatasetReader(str(Path(file).parent)): [("a.txt", b"", "root: no *.tar, no folder of images and")],
 }
 
 
@@ -165,13 +163,8 @@ SETTINGS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (ClipLoader, {"height": 16, "width": 16, "frames": 5, "fps": float("nan")}, "fps=nan must lie in"),
     (PromptDataModule, {"prompts": "none.txt"}, "does not exist"),
     (PromptLoaders, {"prompts": ["a"], "prompts_per_rollout": 0}, "prompts_per_rollout is 0"),
-    (MPCF, {"strategy": 4}, "strategy is 4; choose from 1, 2, 3"),
-    (MPCF, {"comparison": ">"}, "comparison is '>'; choose from code, paper"),
-    (MPCF, {"ties": "maybe"}, "ties is 'maybe'; choose from limits, drop, keep"),
     (MPCF, {"floors": {}}, "floors is empty"),
     (MPCF, {"floors": {"pickscore": 0.0}}, "tie_limits lacks 'pickscore'"),
-    (MPCF, {"floors": {"clip": "10"}, "ties": "drop"}, "floors.clip is '10'; give a finite number"),
-    (MPCF, {"floors": {"clip": 0.0}, "tie_limits": {"clip": float("nan")}}, "tie_limits.clip is "),
     (ScoreTargets, {"tables": {"train": "x.csv"}, "columns": []}, "columns is empty"),
     (ScoreTargets, {"tables": {}, "columns": ["a"]}, "tables is empty"),
     (ScoreTargets, {"tables": {"train": "x"}, "columns": ["a"], "uncertainties": ["a", "b"]}, "2 names for 1 columns"),
@@ -190,7 +183,6 @@ SETTINGS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (HPDv2Reader, {"root": ".", "split": "absent"}, "no file absent.json"),
     (PickAPicReader, {"source": "/nowhere/at/all", "split": "train"}, "source: no folder '/nowhere/at/all'"),
     (FolderPairReader, {"root": "."}, "root: no folder chosen"),
-    (Img2DatasetReader, {"root": "nowhere"}, "root: no folder"),
     (DiffusionRMReader, {"root": "."}, "index: no bucket_index.csv; correct root"),
     (DiffusionRMReader, {"root": ".", "index": None}, "root: no *.parquet"),
     (DatasetPairReader, {"source": "nowhere"}, "source: no folder"),

@@ -13,8 +13,8 @@ import pytest
 
 from latentreward.apps.cli import main
 from latentreward.apps.generation.trained_policy import files_named
-from latentreward.core import workers
 from latentreward.core.errors import InputError
+from latentreward.core.reports import page
 from latentreward.core.workers import SharedWork
 from tests.alignment.modules.test_edits import KLEIN, edits
 from tests.alignment.rewards.stored import write_run
@@ -33,7 +33,7 @@ COMMANDS = {
         "--images.size=32", "--images_per_shard=4", "--num_workers=1",
     ),
     "score": ("score", "pics", "out/scores.csv", "--model=model", "--flush_every=2", "--batch_size=2"),
-    "generate": ("generate", "prompts.txt", "out", "--policy.source=sd_tiny", *SAMPLING, "--table=jsonl"),
+    "generate": ("generate", "prompts.txt", "out", "--policy.source=sd_tiny", *SAMPLING),
     "edits": ("generate", "edits.jsonl", "out", f"--policy.source={KLEIN.folder}", *SAMPLING, "--sampling.width=32",
               "--sampling.height=32"),
     "evaluate-policy": (
@@ -139,8 +139,8 @@ def test_what_ends_a_run_is_said_in_one_line(trouble: str, said: str, cluster: A
 
 @pytest.mark.slow
 def test_a_worker_with_other_packages_is_refused(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = workers._versions()
-    monkeypatch.setattr(workers, "_versions", lambda: {**own, "diffusers": "0.1"})
+    own = page.versions()
+    monkeypatch.setattr(page, "versions", lambda: {**own, "diffusers": "0.1"})
     with pytest.raises(
         InputError, match=rf"^versions\.diffusers \"0\.1\" in the first.*\"{own['diffusers']}\" in this"
     ):
@@ -179,7 +179,7 @@ def test_without_ray_workers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [((0, "cpu"), "workers is 0"), ((2, "cuda:1"), "device is 'cuda:1'"), ((2, "cpu", -1.0), "gpus_per_worker is -1")],
+    [((0, "cpu"), "workers is 0"), ((2, "cuda:1"), "device is 'cuda:1'"), ((2, "cpu", -1.0), "gpus_per_worker=-1")],
 )
 def test_settings_that_do_not_fit(settings: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -98,4 +98,4 @@ def test_commands_take_the_limit_and_count(tmp_path: Path, capsys: pytest.Captur
     assert re.search(r"^too many votes +1$", printed, re.MULTILINE)
     assert re.search(r"^prompt too long +1$", printed, re.MULTILINE)
     with pytest.raises(SystemExit):
-        main(["generate", file, str(tmp_path / "out"), "--policy.source=sd_tiny", "--max_prompt_chars=9999"])
+        main(["generate", file, str(tmp_path / "out"), "--policy.source=sd_tiny"])

@@ -54,7 +54,6 @@ COVERED = (
     "algos/drm_head",
     "algos/euphonium",
     "algos/grpo_losses",
-    "algos/latsearch",
     "algos/linear_dpo",
     "algos/nft_loss",
     "algos/nft_schedule",

@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from latentreward.apps.taste.steps import LOG, TOLD, TaskRunner
+from latentreward.apps.taste.steps import LOG, Step
 from latentreward.core.errors import InputError
 from latentreward.core.storage.run_folder import PartFiles
 from latentreward.data import (
@@ -25,26 +25,17 @@ from latentreward.data import (
     HPDv3Reader,
     ImageRewardDBReader,
     ImageRewardReader,
-    Img2DatasetReader,
     PickAPicTarReader,
     decode_image,
 )
 from latentreward.data.readers.rows import RowReader
-from tests.apps.taste.test_steps import toy
-
-
-def run_step(folder: Path) -> None:
-    TaskRunner(folder).run(toy("1")["pairs"])
-
-
-def beside_step(name: str) -> str:
-    return str(toy("1")["pairs"].output(Path()).parent / name)
-
 
 WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "parts of a table": ("out.csv.parts", lambda folder: PartFiles(folder / "out.csv", {}, 1).__enter__()),
-    "log of a step": (beside_step(LOG), run_step),
-    "record of a step": (beside_step(TOLD), run_step),
+    "log of a step": (
+        str(Step.of(Path(), "list", ["configs"]).output.parent / LOG),
+        lambda folder: Step.of(folder, "list", ["configs"]).run(),
+    ),
 }
 
 
@@ -93,7 +84,6 @@ RANKED = {"id": "1", "prompt": "x", "generations": ["1.png", "2.png"], "ranking"
 DB = [{"image_path": f"images/train/train_1/{n}.png", "prompt_id": "1", "prompt": "x", "rank": n} for n in (1, 2)]
 PICTURES = {"1.png": png(), "2.png": png()}
 SAMPLE = {"1.jpg_0.jpg": png(), "1.jpg_1.jpg": png(), "1.label_0.txt": b"1", "1.label_1.txt": b"0"}
-CAPTIONED = {f"{n}.{end}": content for n in "12" for end, content in (("png", png()), ("txt", b"x"))}
 EDIT = {"key": "k", "instruction": "x", "input_image": "1.png", "output_images": ["1.png", "2.png"]}
 TRAIN = {"split": "train"}
 READERS: list[tuple[str, dict[str, Any], Callable[..., RowReader]]] = [
@@ -104,8 +94,6 @@ READERS: list[tuple[str, dict[str, Any], Callable[..., RowReader]]] = [
     ("data-00000-of-00001.arrow", {}, DatasetPairReader),
     ("state.json", {}, DatasetPairReader),
     ("1.tar", {"1.tar": tar_of(SAMPLE)}, PickAPicTarReader),
-    ("1.tar", {"1.tar": tar_of(CAPTIONED)}, Img2DatasetReader),
-    ("1", within("1", CAPTIONED), Img2DatasetReader),
     ("train.json", {"train.json": [HPDV2], **within("train", PICTURES)}, partial(HPDv2Reader, **TRAIN)),
     ("train", {"train.json": [HPDV2], **within("train", PICTURES)}, partial(HPDv2Reader, **TRAIN)),
     ("train.json", {"train.json": [HPDV3], **PICTURES}, partial(HPDv3Reader, **TRAIN)),

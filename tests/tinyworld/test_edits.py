@@ -15,11 +15,14 @@ from latentreward.core.errors import InputError
 from latentreward.data import JSONLPairReader, decode_image
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.tinyworld import TinyWorldDataModule, TinyWorldEditPromptDataModule
-from latentreward.tinyworld.edit_pairs import RESULTS, draw_edit, draw_edit_pairs, draw_results
 from latentreward.tinyworld.edits import (
+    RESULTS,
     STEP,
     EditVerdict,
     all_edits,
+    draw_edit,
+    draw_edit_pairs,
+    draw_results,
     edit_splits,
     edited,
     judge_edit,
@@ -27,8 +30,7 @@ from latentreward.tinyworld.edits import (
     scene_verdict,
 )
 from latentreward.tinyworld.judge import TinyWorldEditJudge
-from latentreward.tinyworld.rendering import render
-from latentreward.tinyworld.scenes import Item, Scene
+from latentreward.tinyworld.scenes import Item, Scene, render
 from latentreward.tinyworld.writers import write_edits
 from tools.pretraining.tokenizer import tokenize
 

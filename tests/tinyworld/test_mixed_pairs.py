@@ -8,12 +8,11 @@ from pyarrow import parquet
 
 from latentreward.data import FilteredReader
 from latentreward.tinyworld.captions import held_out_captions, parse_caption
-from latentreward.tinyworld.drawing import draw_scene
 from latentreward.tinyworld.judge import TinyWorldJudge
 from latentreward.tinyworld.oracle import judge
 from latentreward.tinyworld.pairs import Mixed, draw_pairs
 from latentreward.tinyworld.reader import TinyWorldReader
-from latentreward.tinyworld.rendering import render
+from latentreward.tinyworld.scenes import draw_scene, render
 
 PAIRS = 200
 

@@ -7,10 +7,8 @@ from PIL import Image
 
 from latentreward.core.errors import InputError
 from latentreward.tinyworld.captions import draw_caption
-from latentreward.tinyworld.drawing import draw_scene
 from latentreward.tinyworld.oracle import detect_scene, judge, mean_verdict, utility_scores
-from latentreward.tinyworld.rendering import render
-from latentreward.tinyworld.scenes import Item, Nuisances, Scene, alignment_checks, scene_utility
+from latentreward.tinyworld.scenes import Item, Nuisances, Scene, alignment_checks, draw_scene, render, scene_utility
 
 
 @pytest.mark.slow

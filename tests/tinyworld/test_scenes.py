@@ -17,16 +17,18 @@ from latentreward.tinyworld.captions import (
     parse_caption,
     tuning_captions,
 )
-from latentreward.tinyworld.drawing import draw_scene
-from latentreward.tinyworld.rendering import IMAGE_SIZE, render, shape_coverage
 from latentreward.tinyworld.scenes import (
+    IMAGE_SIZE,
     Item,
     Nuisances,
     Scene,
     alignment_checks,
     draw_label,
+    draw_scene,
+    render,
     scene_alignment,
     scene_utility,
+    shape_coverage,
 )
 
 RELATION = Caption("relation", "red", "circle", "white", "left of", "blue", "square")

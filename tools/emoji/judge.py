@@ -19,8 +19,8 @@ from latentreward.core.storage.durable import replacing, write_file
 from latentreward.core.storage.json_files import read_config
 from latentreward.reward import ImageScorer
 from latentreward.tinyworld.judge import COLUMNS
+from latentreward.tinyworld.pairs import Sketch
 from latentreward.tinyworld.scenes import picture_utility
-from latentreward.tinyworld.world import Sketch
 from tools.emoji.world import ALIGNMENTS, Emoji, EmojiWorld
 from tools.pretraining.training import train_averaged
 from tools.pretraining.vae import normalize_pictures

@@ -23,8 +23,8 @@ from PIL import Image, ImageFilter
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.storage.digests import digest
 from latentreward.tinyworld.captions import split_texts
-from latentreward.tinyworld.rendering import IMAGE_SIZE
-from latentreward.tinyworld.world import Sketch, World
+from latentreward.tinyworld.pairs import Sketch, World
+from latentreward.tinyworld.scenes import IMAGE_SIZE
 
 VARIABLE = "EMOJI_PATH"
 """Variable of the environment that names the unpacked package."""

@@ -34,10 +34,9 @@ from latentreward.diffusion.encoders.prompts import CLIPPromptEncoder, PromptEnc
 from latentreward.diffusion.families.flux1 import Flux1PromptEncoder
 from latentreward.diffusion.families.instruct_pix2pix import widened
 from latentreward.tinyworld.datamodule import edit_prompts
-from latentreward.tinyworld.edit_pairs import draw_edit
-from latentreward.tinyworld.edits import edit_splits, edited, judge_edit
-from latentreward.tinyworld.rendering import render
+from latentreward.tinyworld.edits import draw_edit, edit_splits, edited, judge_edit
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, quiet_libraries
+from latentreward.tinyworld.scenes import render
 from tools.pretraining.networks import denoiser, save_pipeline
 from tools.pretraining.pipelines import CAPTION_DROPOUT, stratified_uniform
 from tools.pretraining.tokenizer import MAX_TOKENS, build_tokenizer

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentreward.tinyworld.pairs import World
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS
-from latentreward.tinyworld.world import World
 from tools.pretraining.training import updates
 
 if TYPE_CHECKING:

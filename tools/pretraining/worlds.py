@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 
 from latentreward.tinyworld.captions import held_out_captions
 from latentreward.tinyworld.oracle import mean_verdict
-from latentreward.tinyworld.world import World
+from latentreward.tinyworld.pairs import World
 
 CLEAR_GAP = 0.3
 """Utility gap above which pairs count in the agreement with the oracle."""

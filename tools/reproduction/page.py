@@ -1,4 +1,4 @@
-"""Page of all rows with their verdicts, written from the committed results, and its plots."""
+"""List of all rows with their verdicts, and the page of answers, written from the committed results."""
 
 from collections.abc import Mapping, Sequence
 from math import fsum  # the same digits in every Python; from 3.12 on `sum` rounds otherwise
@@ -7,10 +7,10 @@ from typing import get_args
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from latentreward.core.reports.tables import NOTHING, Table, as_text, interval, markdown_table, plain, with_interval
 from latentreward.core.storage.durable import write_file
+from tools.reproduction.answers import PLOT, Asked, answers_figure, answers_page, read_questions
 from tools.reproduction.results import Result, judge_claim, read_results
 from tools.reproduction.rows import LEAST_SEEDS, MARGINS, MOST_SEEDS, WHOLE, Claim, Paper, Row
 from tools.reproduction.verdicts import FARTHEST, FIRST_LEVEL, LEVELS, RATE, Verdict, Word, with_discoveries
@@ -18,12 +18,6 @@ from tools.reproduction.written import LATE, Commits, compared, in_full, update_
 
 INTRODUCTION = Path(__file__).with_name("introduction.md").read_text(encoding="utf-8")
 SIGNED = "{:+.3f}".format
-COLOURS: Mapping[Word, str] = {
-    "holds": "#009E73",
-    "does not hold": "#D55E00",
-    "no difference": "#0072B2",
-    "open": "#767676",
-}
 SINGLE = " (single)"
 """Mark of a verdict that does not survive the false discovery rate."""
 Found = Mapping[str, Mapping[int, Result]]
@@ -43,20 +37,19 @@ def status_table(rows: Sequence[Row], output: Path) -> str:
 
 
 def write_page(path: Path, rows: Sequence[Row], output: Path) -> None:
-    """Write the page, and its plots into the folder ``images`` beside it."""
+    """Write the page of answers with its plot in the folder ``images`` beside it, and the list of all rows.
+
+    The list is ``README.md`` in the folder of the results.
+    """
     found = {row.name: read_results(output, row) for row in rows}
-    judged = judge_rows(rows, found)
-    write_file(path, page(rows, found, judged, update_commits(output, rows, found)))
-    for paper in get_args(Paper):
-        if figure := claims_figure([row for row in rows if row.paper == paper], judged):
-            with rc_context({"svg.hashsalt": "latentreward"}):
-                (path.parent / "images").mkdir(exist_ok=True)
-                figure.savefig(path.parent / "images" / plot_name(paper), metadata={"Date": None}, bbox_inches="tight")
-
-
-def plot_name(paper: str) -> str:
-    """Return the file name of a paper's plot."""
-    return f"reproduction_{paper.lower().replace('-', '_').replace(' ', '_')}.svg"
+    judged, asked = judge_rows(rows, found), read_questions()
+    commits = update_commits(output, rows, found)
+    write_file(output / "README.md", all_rows_listed(rows, found, judged, commits, asked))
+    write_file(path, answers_page(asked.questions, rows, judged, counted(judged, found)))
+    if figure := answers_figure(asked.questions, rows, judged):
+        with rc_context({"svg.hashsalt": "latentreward"}):
+            (path.parent / "images").mkdir(exist_ok=True)
+            figure.savefig(path.parent / "images" / PLOT, metadata={"Date": None}, bbox_inches="tight")
 
 
 def judge_rows(rows: Sequence[Row], found: Found) -> dict[str, list[Verdict]]:
@@ -69,34 +62,36 @@ def judge_rows(rows: Sequence[Row], found: Found) -> dict[str, list[Verdict]]:
     return judged
 
 
-def page(rows: Sequence[Row], found: Found, judged: Mapping[str, Sequence[Verdict]], commits: Commits) -> str:
-    """Return the page as Markdown; equal rows and results give equal text.
+def all_rows_listed(
+    rows: Sequence[Row], found: Found, judged: Mapping[str, Sequence[Verdict]], commits: Commits, asked: Asked
+) -> str:
+    """Return the list of rows as Markdown; equal rows and results give equal text.
 
     ``judged`` are the verdicts of :func:`judge_rows`, and ``commits`` those in which the claims were written.
     """
-    verdicts = [verdict for row in rows for verdict in judged[row.name]]
+    parts = ["# All rows", introduction(), counted(judged, found)]
+    for paper in get_args(Paper):
+        of_paper = [row for row in rows if row.paper == paper and row.name not in asked.unlisted.rows]
+        parts += [f"## {paper}"] * bool(of_paper)
+        for row in of_paper:
+            written = commits.get(row.name, {})
+            shown = [pair for pair in zip(row.claims, judged[row.name], strict=True) if asked.lists(row, pair[0])]
+            parts += _row(row, found[row.name], shown, written)
+    return "\n\n".join(parts) + "\n"
+
+
+def counted(judged: Mapping[str, Sequence[Verdict]], found: Found) -> str:
+    """Count all verdicts by word, and the processor time of all results."""
+    verdicts = [verdict for one in judged.values() for verdict in one]
     words = [verdict.word for verdict in verdicts]
     counts = ", ".join(f"{words.count(word)} {word}" for word in get_args(Word))
     single = sum(not one.survives and one.word not in ("open", "not measured") for one in verdicts)
     seconds = {key: spent for results in found.values() for one in results.values() for key, spent in one.tasks.items()}
-    spent = f"Processor time of all results: {fsum(seconds.values()) / 3600:.1f} hours."
-    total = f"**{len(words)} claims: {counts}.** {single} of the verdicts are single ones. {spent}"
-    if decided := sum(word not in ("open", "not measured") for word in words):
-        total += f" That is {fsum(seconds.values()) / decided:.0f} s for each verdict that is not open."
-    parts = ["# Claims in miniature", introduction(), total]
-    if any(claim.headline for row in rows for claim in row.claims):
-        parts += ["## Headline claims", _headlines(rows, judged, commits)]
-    for paper in get_args(Paper):
-        of_paper = [row for row in rows if row.paper == paper]
-        if not of_paper:
-            continue
-        parts.append(f"## {paper}")
-        if any(verdict.word != "not measured" for row in of_paper for verdict in judged[row.name]):
-            text = "difference of each claim with its interval over seeds"
-            parts.append(f"![{paper}: {text}; the tables below have all numbers](images/{plot_name(paper)})")
-        for row in of_paper:
-            parts += _row(row, found[row.name], judged[row.name], commits.get(row.name, {}))
-    return "\n\n".join(parts) + "\n"
+    hours = fsum(seconds.values()) / 3600
+    return (
+        f"**{len(words)} claims: {counts}.** {single} of the verdicts are single ones. Processor time of all results: "
+        f"{hours:.1f} hours."
+    )
 
 
 def introduction() -> str:
@@ -117,45 +112,25 @@ def introduction() -> str:
     return text
 
 
-def _headlines(rows: Sequence[Row], judged: Mapping[str, Sequence[Verdict]], commits: Commits) -> str:
-    """Tabulate the headline claims of the first world, with the verdicts of the same claims in the second."""
-    there = {
-        (row.like, in_full(claim)): (_word(claim, row, verdict), verdict.word)
-        for row in rows
-        for claim, verdict in zip(row.claims, judged[row.name], strict=True)
-        if row.world
-    }
-    lines = []
-    for row in rows:
-        for claim, verdict in zip(row.claims, judged[row.name], strict=True):
-            if claim.headline and not row.world:
-                text, word = there.get((row.name, in_full(claim)), (NOTHING, "not measured"))
-                if word != verdict.word and "not measured" not in (word, verdict.word):
-                    text += "; holds in one world alone" if "holds" in (word, verdict.word) else "; differs"
-                difference = _numbers(verdict)[0]
-                here = _word(claim, row, verdict) + _late(commits.get(row.name, {}).get(in_full(claim), ""))
-                lines.append((claim.headline, claim.says, difference, here, text, row.name))
-    header = ("question", "claim", "difference [seeds and items]", "verdict", "second world", "row")
-    return markdown_table(Table(header, tuple(lines)))
-
-
-def _row(row: Row, results: Mapping[int, Result], verdicts: Sequence[Verdict], commits: Mapping[str, str]) -> list[str]:
+def _row(
+    row: Row, results: Mapping[int, Result], shown: Sequence[tuple[Claim, Verdict]], commits: Mapping[str, str]
+) -> list[str]:
     fields = {"Claim": row.claim, "Run": row.run, "Result": row.result}
     described = "\n".join(f"- **{name}**: {text}" for name, text in fields.items() if text)
     parts = [f"### {plain(row.title)}", f"Row `{row.name}`:", described]
     if row.miniature_of:
         parts.append("At full size: " + ", ".join(f"`{name}`" for name in row.miniature_of) + ".")
-    texts = [commits.get(in_full(claim), "") for claim in row.claims]
+    texts = [commits.get(in_full(claim), "") for claim, _ in shown]
     names = dict.fromkeys(f"`{text.removesuffix(LATE)}`" for text in texts if text)
     written = f"Claims written at commit {', '.join(names)}. " if names else ""
     if not results:
         expected = f"Not measured yet; expected processor time {row.cpu_seconds:.0f} s without shared steps."
         return [*parts, written + expected]
-    if row.claims:
+    if shown:
         header = ("claim", "compared", "difference [seeds and items]", "[seeds]", "verdict")
         lines = [
             (claim.says, compared(claim), *_numbers(verdict), _word(claim, row, verdict) + _late(text))
-            for claim, verdict, text in zip(row.claims, verdicts, texts, strict=True)
+            for (claim, verdict), text in zip(shown, texts, strict=True)
         ]
         parts.append(markdown_table(Table(header, tuple(lines))))
     seconds = {key: spent for one in results.values() for key, spent in one.tasks.items()}
@@ -164,8 +139,9 @@ def _row(row: Row, results: Mapping[int, Result], verdicts: Sequence[Verdict], c
     measured = ", ".join(dict.fromkeys(f"`{one.commit or 'unknown'}`" for one in results.values()))
     counts = dict.fromkeys(packed["number"] for packed in next(iter(first.measured.values())).values())
     parts.append(
-        f"{_seeds(results, verdicts)}, {', '.join(map(str, counts))} held-out items. {written}Measured at commit "
-        f"{measured}, {fsum(seconds.values()):.0f} s of processor time, steps shared with other rows included."
+        f"{_seeds(results, [verdict for _, verdict in shown])}, {', '.join(map(str, counts))} held-out items. {written}"
+        f"Measured at commit {measured}, {fsum(seconds.values()):.0f} s of processor time, steps shared with other "
+        "rows included."
     )
     return parts
 
@@ -225,31 +201,3 @@ def _word(claim: Claim, row: Row, verdict: Verdict) -> str:
     if verdict.word == "no difference":
         text = f"no difference larger than {size}"
     return text + SINGLE * (not verdict.survives)
-
-
-def claims_figure(rows: Sequence[Row], judged: Mapping[str, Sequence[Verdict]]) -> Figure | None:
-    """Draw the difference of each claim minus what it should exceed, with both intervals; None without any."""
-    pairs = [pair for row in rows for pair in zip(row.claims, judged[row.name], strict=True)]
-    drawn = [(claim, verdict) for claim, verdict in pairs if verdict.word != "not measured"]
-    if not drawn:
-        return None
-    figure = Figure(figsize=(7.5, 0.9 + 0.3 * len(drawn)), layout="constrained")
-    axes = figure.add_subplot()
-    for place, (claim, verdict) in enumerate(drawn):
-        colour = COLOURS[verdict.word]
-        for one, width in ((verdict.over_seeds, 1), (verdict.difference, 3)):
-            axes.plot(
-                [one.low - claim.more_than, one.high - claim.more_than], [place] * 2, color=colour, linewidth=width
-            )
-        axes.plot(verdict.difference.value - claim.more_than, place, "o", color=colour, markersize=5)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(drawn)), [claim.says for claim, _ in drawn], fontsize=8)
-    axes.set_ylim(len(drawn) - 0.5, -0.5)
-    axes.set_xlabel(
-        "difference (right: the claim's side); thick: seeds and items resampled, thin: Student's t over seeds"
-    )
-    axes.xaxis.label.set_fontsize(8)
-    axes.set_xscale("symlog", linthresh=0.05)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    return figure

@@ -6,9 +6,9 @@ from itertools import count, islice
 from pathlib import Path
 from statistics import NormalDist
 
-from latentreward.apps.taste.steps import Task
 from tools.reproduction.results import Result, read_results, sample_of
 from tools.reproduction.rows import LEAST_SEEDS, MOST_SEEDS, WHOLE, Row
+from tools.reproduction.tasks import Task
 from tools.reproduction.verdicts import Sample, judge
 
 

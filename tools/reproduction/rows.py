@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator
 
-from latentreward.apps.taste.steps import CLONE, PLACEHOLDER, Step, Task, resolve
 from latentreward.core.errors import InputError, did_you_mean, one_line
 from latentreward.core.settings.rewriting import check_yaml, find_config
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.json_files import STRICT, checked
 from tools.emoji.world import REMEDY, VARIABLE
+from tools.measured import CLONE
+from tools.reproduction.tasks import PLACEHOLDER, Step, Task, resolve
 
 FOLDER = "reproduction/rows"
 """Folder of the rows in a clone; its folder ``shared`` has what several rows use."""
@@ -123,7 +124,6 @@ class Claim:
     higher: Side  # side that should be higher
     lower: Side | None = None  # side that should be lower; None compares ``higher`` with ``more_than`` alone
     more_than: float = 0.0  # difference that should be exceeded
-    headline: str = ""  # question of the papers that the claim answers; the page's first table has all of these
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,93 @@
 """Running of steps several at a time, of which some may fail; outputs of other source files are made again."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Lock
+from uuid import uuid4
 
-from latentreward.apps.taste.steps import TOLD_EVERY_S, Task, TaskRunner, progress
+from latentreward.apps.taste.steps import TOLD_EVERY_S, progress
 from latentreward.core.errors import InputError
+from latentreward.core.storage.durable import discard, write_file
+from latentreward.core.storage.json_files import read_config
+from tools.reproduction import process
+from tools.reproduction.tasks import Task
 from tools.source_digests import source_digest
+
+RECORD, LOG, TOLD = "record.json", "log.txt", "process.json"
+
+
+@dataclass(frozen=True)
+class Done:
+    """Record of a finished task."""
+
+    cpu_seconds: float  # processor time of its process
+    modules: tuple[str, ...]  # modules of this package that its process imported
+    source: str  # digest of their source files at that time
+    inputs: dict[str, str | None]  # key of an input → its ``identity``
+    identity: str  # random name of this output, by which other tasks' records tell it from one that was made again
 
 
 @dataclass
-class StepRunner(TaskRunner):
-    """Runner whose outputs are those of today's source files; a command that was stopped starts again."""
+class StepRunner:
+    """Runner of tasks in processes; each output in its folder is computed once, and again where source files differ.
 
+    A command that was stopped starts again.
+    """
+
+    folder: Path  # folder of all outputs
     environment: Mapping[str, str] = field(default_factory=dict)  # variables of the processes beyond those here
     _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
     _lock: Lock = field(default_factory=Lock)
     _closed: bool = False
-    goes_on = False
 
     def source(self, modules: Iterable[str]) -> str:
         """Return the digest of the source files of modules."""
         return source_digest(modules)
+
+    def done(self, task: Task) -> Done | None:
+        """Return a task's record; None if it is unfinished, ran with other source files, or an input was made again."""
+        folder = task.output(self.folder).parent
+        if not (folder / RECORD).is_file():
+            return None
+        found = Done(**read_config(folder / RECORD, remedy=f"remove {folder} to run {task.name} again"))
+        if self.source(found.modules) != found.source:
+            return None
+        current = self._inputs(task)
+        return found if current == found.inputs and None not in current.values() else None
+
+    def log(self, task: Task) -> Path:
+        """Return the file beside a task's output to which its processes print."""
+        return task.output(self.folder).parent / LOG
+
+    def _inputs(self, task: Task) -> dict[str, str | None]:
+        """Return key of an input → its identity; None if it has not finished."""
+        return {one.key: found.identity if (found := self.done(one)) else None for one in task.inputs.values()}
+
+    def run(self, task: Task) -> None:
+        """Run a task's process, which prints to :meth:`log`."""
+        folder, log, inputs = task.output(self.folder).parent, self.log(task), self._inputs(task)
+        print(f"{task.name}: starts; its log is {log}", flush=True)
+        discard(task.output(self.folder))  # before the files by which a later start sees what a stop here left
+        discard(folder)
+        task.output(self.folder).mkdir(parents=True)
+        arguments = task.command(self.folder)
+        with log.open("a") as stream:
+            stream.write(f"$ {task.module or 'latentreward'} {' '.join(arguments)}\n")
+            stream.flush()
+            command = [sys.executable, "-m", process.__name__, str(folder / TOLD), task.module, *arguments]
+            code = self._call(task, command, stream.fileno())
+        if code:
+            last = log.read_text(errors="replace").strip().splitlines()[-1]
+            raise InputError(f"{task.name} failed: {last} (all of it is in {log})")
+        told = json.loads((folder / TOLD).read_text())
+        found = Done(**told, source=self.source(told["modules"]), inputs=inputs, identity=uuid4().hex)
+        write_file(folder / RECORD, json.dumps(vars(found)))
 
     def _call(self, task: Task, command: Sequence[str], log: int) -> int:
         environment = {**os.environ, **self.environment}

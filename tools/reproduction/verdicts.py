@@ -137,6 +137,8 @@ class Verdict:
     counts: int = 0  # whole repetitions that were judged, as of :class:`Sample`
     slight: bool = False  # whether the difference is shown to be within the margin
     survives: bool = True  # whether a decision is among the discoveries of the section
+    # 1 or -1 if the first interval at a plain 95 %, and the means of all repetitions, lie on one side; else 0.
+    leans: int = 0
 
 
 UNKNOWN = Interval(np.nan, np.nan, np.nan)
@@ -156,6 +158,8 @@ def judge(sample: Sample, margin: float, more_than: float = 0.0) -> Verdict:
         word = "does not hold"
     if sample.alike:
         word, within = "open", False
+    plain, _ = sample.intervals(0.05)
+    sides = {*np.sign([plain.low, plain.high, *sample.means]).tolist()}
     difference, over_seeds = (
         one._replace(value=one.value + more_than, low=one.low + more_than, high=one.high + more_than)
         for one in (crossed, student)
@@ -170,6 +174,7 @@ def judge(sample: Sample, margin: float, more_than: float = 0.0) -> Verdict:
         sample.needed(margin) if word == "open" else None,
         sample.counts,
         within,
+        leans=int(sides.pop()) if len(sides) == 1 and not sample.alike else 0,
     )
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 
-from latentreward.apps.taste.steps import CLONE
 from latentreward.core.storage.durable import write_file
 from latentreward.core.storage.json_files import checked, read_config
+from tools.measured import CLONE
 from tools.reproduction.results import Result
 from tools.reproduction.rows import FOLDER, Claim, Row
 

@@ -23,10 +23,7 @@ PathText = Annotated[str, "path"]
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return a copy of ``value`` with ``function`` applied to every tensor, also inside nested records and tuples.
-
-    Values of other types are returned unchanged.
-    """
+    """Return a copy of ``value`` with ``function`` applied to every tensor, also inside nested records and tuples."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, TensorRecord):
@@ -70,28 +67,23 @@ class ImageRef:
 
     With ``holds="latents"`` the bytes are those of an ``np.save`` file with scaled latents ``(C, h, w)``, or
     ``(C, 1, h, w)`` in a space with a time axis.
-
-    Attributes:
-        image_key: Stable name of the *image* (uid, relative path or content hash). An image may be in several pairs
-            and has one key in all of them.
-        data: Encoded bytes; None if ``path`` is given.
-        path: File with the encoded bytes; None if ``data`` is given.
-        root: Folder that must contain ``path`` after symbolic links are resolved; set where the path comes from a data
-            file.
-        holds: Content of the bytes: an image, or latents.
-        noise: Name of the noise from which the image was generated, the text of a
-            :class:`~latentreward.alignment.PriorNoise`; None if it is not known.
-        exif: Whether a text encoder that sees the picture gets it turned upright, as the network does.
-        max_pixels: Largest width × height that the picture may have for such an encoder; None for the default.
     """
 
+    # Stable name of the *image* (uid, relative path or content hash). An image may be in several pairs and has
+    # one key in all of them.
     image_key: str
-    data: bytes | None = None
-    path: Path | None = None
+    data: bytes | None = None  # Encoded bytes; None if ``path`` is given
+    path: Path | None = None  # File with the encoded bytes; None if ``data`` is given
+    # Folder that must contain ``path`` after symbolic links are resolved; set where the path comes from a data
+    # file
     root: Path | None = None
-    holds: Literal["image", "latents"] = "image"
+    holds: Literal["image", "latents"] = "image"  # Content of the bytes: an image, or latents
+    # Name of the noise from which the image was generated, the text of a
+    # :class:`~latentreward.alignment.PriorNoise`; None if it is not known
     noise: str | None = None
+    # Whether a text encoder that sees the picture gets it turned upright, as the network does
     exif: Literal["apply", "ignore"] = "apply"
+    # Largest width × height that the picture may have for such an encoder; None for the default
     max_pixels: int | None = None
 
     @property
@@ -151,10 +143,7 @@ def sources_of(prompt: str) -> tuple[ImageRef, ...]:
 
 
 def sources_wanted(number: int, taken: tuple[int, int | None]) -> str | None:
-    """Return how many pictures to edit are ``taken``, in words, if ``number`` is not among them; None if it is.
-
-    ``taken`` is the least and the largest number; None for any.
-    """
+    """Return in words how many pictures to edit are ``taken``, least to most, if ``number`` is not among them."""
     least, most = taken
     if number >= least and (most is None or number <= most):
         return None
@@ -162,10 +151,7 @@ def sources_wanted(number: int, taken: tuple[int, int | None]) -> str | None:
 
 
 def check_sources(name: str, prompts: Sequence[str], taken: tuple[int, int | None]) -> None:
-    """Raise InputError if a reward does not take the number of pictures that a prompt edits.
-
-    ``name`` is that of the reward in messages, ``taken`` as for :func:`sources_wanted`.
-    """
+    """Raise InputError if the reward ``name`` does not take the number of pictures that a prompt edits."""
     for number in {len(sources_of(prompt)): None for prompt in prompts}:
         if wanted := sources_wanted(number, taken):
             plural = "s" * (wanted != "1")
@@ -199,37 +185,23 @@ def seen_as(prompt: str, **how: Any) -> str:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One comparison of two images for a prompt; a and b follow the order in the source.
+    """One comparison of two images for a prompt; a and b follow the order in the source."""
 
-    Attributes:
-        pair_id: Stable name of the comparison, unique in its source; seeds all random numbers of the pair.
-        prompt: Raw text, not truncated: the tokenizer truncates. An :class:`EditPrompt` if the images are edits.
-        image_a: First image in the source.
-        image_b: Second image in the source.
-        label_a: Probability that ``image_a`` is preferred, in [0, 1] (½ is a tie); None if the pair has no label.
-        weight: Weight in the loss before normalisation over the batch, e.g. 1 / number of pairs of the prompt.
-        group_id: Name of the prompt group in the source; None if the source has no groups.
-        votes: Numbers of votes for (a, b); None if the source does not publish them.
-        confidence: Annotators' confidence in [0, 1]; None if the source does not publish it.
-        model_a: Name of the generator of ``image_a``.
-        model_b: Name of the generator of ``image_b``.
-        source: Name of the data set.
-        split: Name of the split.
-    """
-
-    pair_id: str
-    prompt: str
-    image_a: ImageRef
-    image_b: ImageRef
+    pair_id: str  # Stable name of the comparison, unique in its source; seeds all random numbers of the pair
+    prompt: str  # Raw text, not truncated: the tokenizer truncates. An :class:`EditPrompt` if the images are edits.
+    image_a: ImageRef  # First image in the source
+    image_b: ImageRef  # Second image in the source
+    # Probability that ``image_a`` is preferred, in [0, 1] (½ is a tie); None if the pair has no label
     label_a: float | None
+    # Weight in the loss before normalisation over the batch, e.g. 1 / number of pairs of the prompt.
     weight: float = 1.0
-    group_id: str | None = None
-    votes: tuple[int, int] | None = None
-    confidence: float | None = None
-    model_a: str | None = None
-    model_b: str | None = None
-    source: str = ""
-    split: str = ""
+    group_id: str | None = None  # Name of the prompt group in the source; None if the source has no groups
+    votes: tuple[int, int] | None = None  # Numbers of votes for (a, b); None if the source does not publish them
+    confidence: float | None = None  # Annotators' confidence in [0, 1]; None if the source does not publish it
+    model_a: str | None = None  # Name of the generator of ``image_a``
+    model_b: str | None = None  # Name of the generator of ``image_b``
+    source: str = ""  # Name of the data set
+    split: str = ""  # Name of the split
 
     def swapped(self) -> "PreferencePair":
         """Return the pair with a and b exchanged: images, label, votes and generators."""
@@ -252,26 +224,17 @@ class LatentSpace:
     the posterior sample z after one of three codecs: ``scalar``, ``s · (z − shift)``; ``channel``, ``(z − mean) / std``
     with constants per channel (Wan, Qwen-Image); ``batch_norm``, the same after 2×2 patches were moved into the
     channels, with means and variances from the VAE's weights (FLUX.2).
-
-    Attributes:
-        channels: Number of latent channels.
-        downscale: Pixels per latent along each spatial axis.
-        scaling_factor: Factor s of the codec ``scalar``.
-        shift_factor: Value subtracted before scaling; 0 if the config has none.
-        frame_downscale: Frames per latent along the time axis, the first frame apart; None without a time axis.
-        means: Mean of each channel of the codec ``channel``.
-        stds: Standard deviation of each channel of the codec ``channel``.
-        statistics: Digest of the two tensors of the codec ``batch_norm``.
     """
 
-    channels: int
-    downscale: int
-    scaling_factor: float = 1.0
-    shift_factor: float = 0.0
+    channels: int  # Number of latent channels
+    downscale: int  # Pixels per latent along each spatial axis
+    scaling_factor: float = 1.0  # Factor s of the codec ``scalar``
+    shift_factor: float = 0.0  # Value subtracted before scaling; 0 if the config has none
+    # Frames per latent along the time axis, the first frame apart; None without a time axis
     frame_downscale: int | None = None
-    means: tuple[float, ...] = ()
-    stds: tuple[float, ...] = ()
-    statistics: str | None = None
+    means: tuple[float, ...] = ()  # Mean of each channel of the codec ``channel``
+    stds: tuple[float, ...] = ()  # Standard deviation of each channel of the codec ``channel``
+    statistics: str | None = None  # Digest of the two tensors of the codec ``batch_norm``
 
     @property
     def codec(self) -> Literal["scalar", "channel", "batch_norm"]:
@@ -279,14 +242,7 @@ class LatentSpace:
         return "channel" if self.means else "scalar" if self.statistics is None else "batch_norm"
 
     def shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
-        """Return the shape ``(C, h, w)``, or ``(C, T, h, w)`` in a space with a time axis, of one image or clip.
-
-        Args:
-            height: Height in pixels.
-            width: Width in pixels.
-            frames: Number of frames, 1 for an image; in a space with a time axis a multiple of ``frame_downscale``
-                plus 1.
-        """
+        """Return the shape ``(C, h, w)``, or ``(C, T, h, w)`` in a space with a time axis, of one image or clip."""
         time = () if self.frame_downscale is None else ((frames - 1) // self.frame_downscale + 1,)
         return self.channels, *time, height // self.downscale, width // self.downscale
 
@@ -324,41 +280,28 @@ class PreferenceBatch(TensorRecord):
     """Batch of pairs, each with a chosen and a rejected image, as pixels or as latents.
 
     In a tie (label ½) the image with the smaller key counts as chosen, so that the order in the source does not matter.
-
-    Attributes:
-        pair_ids: B names of pairs.
-        prompts: B raw prompts.
-        chosen: ``(B, 3, H, W)`` pixels in [-1, 1], or scaled latents ``(B, C, ...)``.
-        rejected: As ``chosen``.
-        chosen_keys: B image keys.
-        rejected_keys: B image keys.
-        label: ``(B,)`` probability that the chosen image wins: in [½, 1] from a reader, else in [0, 1].
-        weight: ``(B,)`` weights, not yet normalised.
-        latent_space: Space of the latents; None for pixels.
-        conditioning: Encoded prompts from a cache, B rows; with None the training module encodes ``prompts``.
-        uncond: Encoded empty prompt from a cache, one row; None if there is none.
-        targets: Given values of the images, such as a teacher's scores; None if there are none.
-        sources: The pictures that the images are edits of, one tensor of B rows for each place in their order: pixels,
-            or latents where the images are latents. Empty for text to image.
-        chosen_noise: B names of the noises from which the chosen images were generated, None where it is not known.
-        rejected_noise: As ``chosen_noise``.
     """
 
-    pair_ids: tuple[str, ...]
-    prompts: tuple[str, ...]
-    chosen: Tensor
-    rejected: Tensor
-    chosen_keys: tuple[str, ...]
-    rejected_keys: tuple[str, ...]
-    label: Tensor
-    weight: Tensor
-    latent_space: LatentSpace | None = None
+    pair_ids: tuple[str, ...]  # B names of pairs
+    prompts: tuple[str, ...]  # B raw prompts
+    chosen: Tensor  # ``(B, 3, H, W)`` pixels in [-1, 1], or scaled latents ``(B, C, ...)``
+    rejected: Tensor  # As ``chosen``
+    chosen_keys: tuple[str, ...]  # B image keys
+    rejected_keys: tuple[str, ...]  # B image keys
+    label: Tensor  # ``(B,)`` probability that the chosen image wins: in [½, 1] from a reader, else in [0, 1]
+    weight: Tensor  # ``(B,)`` weights, not yet normalised
+    latent_space: LatentSpace | None = None  # Space of the latents; None for pixels
+    # Encoded prompts from a cache, B rows; with None the training module encodes ``prompts``
     conditioning: "Conditioning | None" = None
-    uncond: "Conditioning | None" = None
+    uncond: "Conditioning | None" = None  # Encoded empty prompt from a cache, one row; None if there is none
+    # Given values of the images, such as a teacher's scores; None if there are none
     targets: "PairTargets | None" = None
+    # The pictures that the images are edits of, one tensor of B rows for each place in their order: pixels, or
+    # latents where the images are latents. Empty for text to image.
     sources: tuple[Tensor, ...] = ()
+    # B names of the noises from which the chosen images were generated, None where it is not known
     chosen_noise: tuple[str | None, ...] = ()
-    rejected_noise: tuple[str | None, ...] = ()
+    rejected_noise: tuple[str | None, ...] = ()  # As ``chosen_noise``
 
     def __post_init__(self) -> None:
         if self.label.device.type != "cpu":  # an accelerator would be waited for; batches are made on the CPU
@@ -373,31 +316,24 @@ class PreferenceBatch(TensorRecord):
 
 @dataclass(frozen=True)
 class Conditioning(TensorRecord):
-    """Encoded prompts in the form that a diffusion network takes.
+    """Encoded prompts in the form that a diffusion network takes."""
 
-    Attributes:
-        prompt_embeds: ``(B, L, D)`` token embeddings.
-        pooled_prompt_embeds: ``(B, P)``, one vector per prompt: the network's pooled input (SDXL, SD3, FLUX.1), or the
-            text encoder's EOS feature where the network takes none (SD1.5, SD2.1). None for families without one.
-        prompt_mask: ``(B, L)`` bool, true for tokens that belong to the prompt, which come first; at least one per row.
-            None for families whose padding tokens take part.
-        source_latents: Latents ``(B, C, ...)`` of the pictures that editors edit, clean and canonical, in the order of
-            the pictures; those of a row's pictures may have sizes of their own. Empty for text to image.
-    """
-
-    prompt_embeds: Tensor
+    prompt_embeds: Tensor  # ``(B, L, D)`` token embeddings
+    # ``(B, P)``, one vector per prompt: the network's pooled input (SDXL, SD3, FLUX.1), or the text encoder's EOS
+    # feature where the network takes none (SD1.5, SD2.1). None for families without one.
     pooled_prompt_embeds: Tensor | None = None
+    # ``(B, L)`` bool, true for tokens that belong to the prompt, which come first; at least one per row. None for
+    # families whose padding tokens take part.
     prompt_mask: Tensor | None = None
+    # Latents ``(B, C, ...)`` of the pictures that editors edit, clean and canonical, in the order of the
+    # pictures; those of a row's pictures may have sizes of their own. Empty for text to image.
     source_latents: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
     def select(self, index: Tensor | Sequence[int]) -> "Conditioning":
-        """Return the rows ``index``; an index may repeat, so that one encoded prompt serves several images.
-
-        For all rows in their order the result may be this record itself.
-        """
+        """Return the rows ``index``, which may repeat; for all rows in their order, it may be this record itself."""
         rows = torch.as_tensor(index)
         # No copy of all rows in their order. An index on an accelerator is not read, which would be a wait; a copy of
         # what inference mode made can be part of a graph.
@@ -482,118 +418,80 @@ class Conditioning(TensorRecord):
 
 @dataclass(frozen=True)
 class TapSpec:
-    """Width and token grid of one tap: an intermediate output of the network that is read as a feature.
+    """Width and token grid of one tap: an intermediate output of the network that is read as a feature."""
 
-    Attributes:
-        width: Features per token.
-        grid: Number of tokens along each axis at the network's native size: (H, W) for images, (T, H, W) for video,
-            (L,) for text.
-    """
-
-    width: int
+    width: int  # Features per token
+    # Number of tokens along each axis at the network's native size: (H, W) for images, (T, H, W) for video, (L,)
+    # for text
     grid: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Widths and grids of the features that a backbone returns, from which a head derives its layer sizes.
+    """Widths and grids of the features that a backbone returns, from which a head derives its layer sizes."""
 
-    Attributes:
-        visual: One entry per visual tap.
-        text: One entry per text tap; may be empty.
-        temb_dim: Width of the timestep embedding.
-        pooled_text_dim: Width of the pooled text vector.
-        output: Channels and native grid of the network's output map; None if the backbone does not return it.
-    """
-
-    visual: tuple[TapSpec, ...]
-    text: tuple[TapSpec, ...]
-    temb_dim: int
-    pooled_text_dim: int
+    visual: tuple[TapSpec, ...]  # One entry per visual tap
+    text: tuple[TapSpec, ...]  # One entry per text tap; may be empty
+    temb_dim: int  # Width of the timestep embedding
+    pooled_text_dim: int  # Width of the pooled text vector
+    # Channels and native grid of the network's output map; None if the backbone does not return it
     output: TapSpec | None = None
 
 
 @dataclass(frozen=True)
 class Features(TensorRecord):
-    """Features that a backbone computed from noisy latents.
+    """Features that a backbone computed from noisy latents."""
 
-    Attributes:
-        visual: One tensor ``(B, N_i, D_i)`` per visual tap; N_i is the product of ``visual_grids[i]``, tokens in
-            row-major order.
-        visual_grids: Token grid of each visual tap for these latents.
-        text: One tensor ``(B, L, D_i)`` per text tap.
-        pooled_text: ``(B, P)`` pooled text vector.
-        temb: ``(B, E)`` timestep embedding as the network computed it.
-        uncond: Features of the same latents for the empty prompt; None if only the prompt was read.
-        text_mask: ``(B, L)`` bool, true for text tokens that belong to the prompt; None if all take part.
-        output: ``(B, C, ...)`` the network's output map; None unless the backbone's ``output_map`` is true.
-    """
-
+    # One tensor ``(B, N_i, D_i)`` per visual tap; N_i is the product of ``visual_grids[i]``, tokens in row-major
+    # order
     visual: tuple[Tensor, ...]
-    visual_grids: tuple[tuple[int, ...], ...]
-    text: tuple[Tensor, ...]
-    pooled_text: Tensor
-    temb: Tensor
+    visual_grids: tuple[tuple[int, ...], ...]  # Token grid of each visual tap for these latents
+    text: tuple[Tensor, ...]  # One tensor ``(B, L, D_i)`` per text tap
+    pooled_text: Tensor  # ``(B, P)`` pooled text vector
+    temb: Tensor  # ``(B, E)`` timestep embedding as the network computed it
+    # Features of the same latents for the empty prompt; None if only the prompt was read
     uncond: "Features | None" = None
+    # ``(B, L)`` bool, true for text tokens that belong to the prompt; None if all take part
     text_mask: Tensor | None = None
+    # ``(B, C, ...)`` the network's output map; None unless the backbone's ``output_map`` is true
     output: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class CrossScores(TensorRecord):
-    """Scores of every image for every prompt of the batch, for losses with in-batch negatives.
+    """Scores of every image for every prompt of the batch, for losses with in-batch negatives."""
 
-    Attributes:
-        chosen: ``(N, N)``; entry (i, j) is the score of the chosen image of pair j for prompt i.
-        rejected: ``(N, N)``; entry (i, j) is the score of the rejected image of pair j for prompt i.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
+    chosen: Tensor  # ``(N, N)``; entry (i, j) is the score of the chosen image of pair j for prompt i
+    rejected: Tensor  # ``(N, N)``; entry (i, j) is the score of the rejected image of pair j for prompt i
 
 
 @dataclass(frozen=True)
 class PairTargets(TensorRecord):
-    """Given values of the images of B pairs, which losses compare scores with: a teacher's scores, or labels.
+    """Given values of the images of B pairs, which losses compare scores with: a teacher's scores, or labels."""
 
-    Attributes:
-        chosen: ``(B,)``, or ``(B, out_dim)`` with a column for each score of the head: values of the chosen images;
-            NaN where an image has none.
-        rejected: Values of the rejected images, in the shape of ``chosen``.
-        chosen_std: The teacher's uncertainty of ``chosen``, in its units; None if it states none.
-        rejected_std: The teacher's uncertainty of ``rejected``.
-    """
-
+    # ``(B,)``, or ``(B, out_dim)`` with a column for each score of the head: values of the chosen images; NaN
+    # where an image has none
     chosen: Tensor
-    rejected: Tensor
-    chosen_std: Tensor | None = None
-    rejected_std: Tensor | None = None
+    rejected: Tensor  # Values of the rejected images, in the shape of ``chosen``
+    chosen_std: Tensor | None = None  # The teacher's uncertainty of ``chosen``, in its units; None if it states none
+    rejected_std: Tensor | None = None  # The teacher's uncertainty of ``rejected``
 
 
 @dataclass(frozen=True)
 class PairScores(TensorRecord):
-    """Input of a preference loss: the scores, labels and noise levels of B pairs.
+    """Input of a preference loss: the scores, labels and noise levels of B pairs."""
 
-    Attributes:
-        chosen: ``(B,)``, or ``(B, out_dim)``: rewards of the chosen images.
-        rejected: Rewards of the rejected images, in the shape of ``chosen``.
-        label: ``(B,)`` probability that chosen wins, as in :class:`PreferenceBatch`.
-        weight: ``(B,)`` weights, not yet normalised.
-        chosen_sigmas: ``(B,)`` noise level in [0, 1] at which the chosen image was scored.
-        rejected_sigmas: ``(B,)`` noise level of the rejected image; equals ``chosen_sigmas`` unless the two images of a
-            pair have timesteps of their own.
-        cross: Scores of every image for every prompt; None unless the loss's ``needs_cross_scores`` is true.
-        targets: Given values of the images; None if the data have none.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    label: Tensor
-    weight: Tensor
-    chosen_sigmas: Tensor
+    chosen: Tensor  # ``(B,)``, or ``(B, out_dim)``: rewards of the chosen images
+    rejected: Tensor  # Rewards of the rejected images, in the shape of ``chosen``
+    label: Tensor  # ``(B,)`` probability that chosen wins, as in :class:`PreferenceBatch`
+    weight: Tensor  # ``(B,)`` weights, not yet normalised
+    chosen_sigmas: Tensor  # ``(B,)`` noise level in [0, 1] at which the chosen image was scored
+    # ``(B,)`` noise level of the rejected image; equals ``chosen_sigmas`` unless the two images of a pair have
+    # timesteps of their own
     rejected_sigmas: Tensor
+    # Scores of every image for every prompt; None unless the loss's ``needs_cross_scores`` is true
     cross: CrossScores | None = None
-    targets: PairTargets | None = None
+    targets: PairTargets | None = None  # Given values of the images; None if the data have none
 
     @property
     def margin(self) -> Tensor:
@@ -603,15 +501,11 @@ class PairScores(TensorRecord):
 
 @dataclass(frozen=True)
 class PromptBatch(TensorRecord):
-    """Batch of prompts for which a policy samples latents.
+    """Batch of prompts for which a policy samples latents."""
 
-    Attributes:
-        prompts: B raw prompts.
-        keys: B names; each occurrence of a prompt in a run (pass over the list, index in the list) has a key of its
-            own, which seeds all random numbers for that occurrence.
-    """
-
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...]  # B raw prompts
+    # B names; each occurrence of a prompt in a run (pass over the list, index in the list) has a key of its own,
+    # which seeds all random numbers for that occurrence
     keys: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -639,39 +533,27 @@ class PromptBatch(TensorRecord):
 
 @dataclass(frozen=True)
 class NoisyStates(TensorRecord):
-    """States of a sampler (noisy latents with their timesteps) for a reward to score.
+    """States of a sampler (noisy latents with their timesteps) for a reward to score."""
 
-    Attributes:
-        latents: ``(N, C, ...)`` in the policy's latent space and noise process.
-        timesteps: ``(N,)`` timesteps of the policy's noise process at which the states are scored; 0 for finished
-            latents.
-        rows: ``(N,)`` int64, the prompt of each state as a row index into the result of the reward's
-            ``encode_prompts``.
-        clean: ``(N, C, ...)`` the policy's prediction of the clean latents; None for rewards that do not need it.
-    """
-
-    latents: Tensor
+    latents: Tensor  # ``(N, C, ...)`` in the policy's latent space and noise process
+    # ``(N,)`` timesteps of the policy's noise process at which the states are scored; 0 for finished latents
     timesteps: Tensor
+    # ``(N,)`` int64, the prompt of each state as a row index into the result of the reward's ``encode_prompts``
     rows: Tensor
+    # ``(N, C, ...)`` the policy's prediction of the clean latents; None for rewards that do not need it
     clean: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class SampledStates(TensorRecord):
-    """States that a policy's sampler visited during a rollout.
+    """States that a policy's sampler visited during a rollout."""
 
-    Attributes:
-        keys: N names, unique in a run, made of the prompt's key and the number of the sampling step. Sorting by key
-            puts the states of several ranks into one order.
-        prompts: N raw prompts.
-        latents: ``(N, C, ...)`` the states x_t.
-        timesteps: ``(N,)`` timesteps of the states, float32.
-    """
-
+    # N names, unique in a run, made of the prompt's key and the number of the sampling step. Sorting by key puts
+    # the states of several ranks into one order.
     keys: tuple[str, ...]
-    prompts: tuple[str, ...]
-    latents: Tensor
-    timesteps: Tensor
+    prompts: tuple[str, ...]  # N raw prompts
+    latents: Tensor  # ``(N, C, ...)`` the states x_t
+    timesteps: Tensor  # ``(N,)`` timesteps of the states, float32
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -679,17 +561,11 @@ class SampledStates(TensorRecord):
 
 @dataclass(frozen=True)
 class StepPairs(SampledStates):
-    """States x_t, each with two candidates for the next state: the preferred and the rejected one (LPO, SPO).
+    """States x_t, each with two candidates for the next state: the preferred and the rejected one (LPO, SPO)."""
 
-    Attributes:
-        chosen: ``(N, C, ...)`` the next state with the higher score.
-        rejected: ``(N, C, ...)`` the next state with the lower score.
-        gap: ``(N,)`` tanh(Δ/2), where Δ is the difference of the two scores.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    gap: Tensor
+    chosen: Tensor  # ``(N, C, ...)`` the next state with the higher score
+    rejected: Tensor  # ``(N, C, ...)`` the next state with the lower score
+    gap: Tensor  # ``(N,)`` tanh(Δ/2), where Δ is the difference of the two scores
 
 
 @dataclass(frozen=True)
@@ -697,22 +573,16 @@ class StepSamples(SampledStates):
     """States x_t, each with K sampled next states and their advantages (GRPO).
 
     The policy evaluates each state once for all of its K steps.
-
-    Attributes:
-        next_latents: ``(N, K, C, ...)`` the K next states of each state.
-        log_prob: ``(N, K)`` log-probabilities of the steps under the policy that sampled them.
-        advantage: ``(N, K)`` advantages of the steps.
-        process: ``(N, K)`` advantages of the steps' own rewards, for losses of two advantages; else None.
-        old_mean: ``(N, C, ...)`` mean of the steps under the policy that sampled them, for trust regions; else None.
-        held: ``(N, K)`` bool: whether the KL term acts on the step, for gates; else None.
     """
 
-    next_latents: Tensor
-    log_prob: Tensor
-    advantage: Tensor
+    next_latents: Tensor  # ``(N, K, C, ...)`` the K next states of each state
+    log_prob: Tensor  # ``(N, K)`` log-probabilities of the steps under the policy that sampled them
+    advantage: Tensor  # ``(N, K)`` advantages of the steps
+    # ``(N, K)`` advantages of the steps' own rewards, for losses of two advantages; else None
     process: Tensor | None = None
+    # ``(N, C, ...)`` mean of the steps under the policy that sampled them, for trust regions; else None
     old_mean: Tensor | None = None
-    held: Tensor | None = None
+    held: Tensor | None = None  # ``(N, K)`` bool: whether the KL term acts on the step, for gates; else None
 
 
 @dataclass(frozen=True)
@@ -720,12 +590,9 @@ class RenoisedSamples(SampledStates):
     """Finished latents, each with a timestep that it is noised to again (DiffusionNFT, AWM, RAM).
 
     ``latents`` are the finished ones, ``timesteps`` those to train at. A sample has a row for each of its timesteps.
-
-    Attributes:
-        advantage: ``(N,)`` advantages of the samples.
     """
 
-    advantage: Tensor
+    advantage: Tensor  # ``(N,)`` advantages of the samples
 
 
 @dataclass(frozen=True)
@@ -733,12 +600,9 @@ class RenoisedGroups(SampledStates):
     """All K finished latents of a prompt, with one timestep that they are noised to again (DGPO, CRD).
 
     ``latents`` are ``(N, K, C, ...)``. A prompt has a row for each of its timesteps.
-
-    Attributes:
-        advantage: ``(N, K)`` advantages of the samples.
     """
 
-    advantage: Tensor
+    advantage: Tensor  # ``(N, K)`` advantages of the samples
 
     def samples(self, shared_noise: bool) -> RenoisedSamples:
         """Return N·K rows, those of a group in turn, with the group's key for one noise, or keys of their own."""
@@ -783,19 +647,12 @@ def join_rows(records: Sequence[StepRecord]) -> StepRecord:
 
 @dataclass(frozen=True)
 class RolloutStatistics(TensorRecord):
-    """Scores of one rollout over all ranks, for logs, callbacks and messages.
+    """Scores of one rollout over all ranks, for logs, callbacks and messages."""
 
-    Attributes:
-        timesteps: ``(S,)`` timesteps of the states before the steps, float32; 0 for finished latents.
-        scores: ``(S, K, P)`` scores of the K candidates of each of P prompts.
-        gap: ``(S, P)`` tanh(Δ/2), where Δ is the best minus the worst score of the candidates.
-        kept: ``(S, P)`` bool: whether these candidates become training samples.
-    """
-
-    timesteps: Tensor
-    scores: Tensor
-    gap: Tensor
-    kept: Tensor
+    timesteps: Tensor  # ``(S,)`` timesteps of the states before the steps, float32; 0 for finished latents
+    scores: Tensor  # ``(S, K, P)`` scores of the K candidates of each of P prompts
+    gap: Tensor  # ``(S, P)`` tanh(Δ/2), where Δ is the best minus the worst score of the candidates
+    kept: Tensor  # ``(S, P)`` bool: whether these candidates become training samples
 
 
 def widest_float(device: torch.device) -> torch.dtype:

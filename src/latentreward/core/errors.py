@@ -14,19 +14,14 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any, get_args, get_type_hints
 
-LONGEST_LIST = 30
-"""Number of valid names up to which an error message lists all of them."""
-
+LONGEST_LIST = 30  # number of valid names up to which an error message lists all of them
 LIGHTNING_NO_GPU = "No supported gpu backend found"
 NO_GPU = "torch finds no GPU on this machine; set --trainer.accelerator cpu or auto, or install torch for the GPU"
 """What a user is told in place of :data:`LIGHTNING_NO_GPU`, the whole of Lightning's message."""
 
-LONGEST_QUOTE = 200
-"""Number of characters up to which an error message quotes a file's name or what a file holds."""
-SEARCHED = "in the current folder, beside the --config file, or installed"
-"""Where a module that settings name may lie."""
-UNSEEN = ("Cc", "Cf", "Cs")
-"""Unicode categories of characters that a terminal does not draw but may obey."""
+LONGEST_QUOTE = 200  # characters up to which an error message quotes a file's name or what a file holds
+SEARCHED = "in the current folder, beside the --config file, or installed"  # Where a module that settings name may lie
+UNSEEN = ("Cc", "Cf", "Cs")  # Unicode categories of characters that a terminal does not draw but may obey
 
 
 class InputError(ValueError):
@@ -98,11 +93,7 @@ def check_choices(kind: type, /, **settings: Any) -> None:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return the end of an error message about an unknown name: a suggestion, or the list of valid names.
-
-    It is ``"; did you mean 'x'?"`` with the closest of ``choices``; ``"; choose from ..."`` if none is close; empty
-    without choices, or with more than :data:`LONGEST_LIST`.
-    """
+    """Return the end of a message about an unknown name: the closest of ``choices``, or the list of a few."""
     known = sorted(set(choices))
     by_lower_case = {choice.lower(): choice for choice in known}
     close = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
@@ -112,10 +103,7 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message without line breaks.
-
-    Of an error that a DataLoader worker process raised, the original message is returned.
-    """
+    """Return an error's message without line breaks; of one raised in a DataLoader's worker the original message."""
     text = str(error)
     if re.match(r"Caught \w+ in DataLoader worker", text):  # torch puts the worker's traceback before the message
         text = text.rstrip().splitlines()[-1].partition(": ")[2]
@@ -141,10 +129,7 @@ def where(error: BaseException | None) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape characters by which a file's name or a prompt could steer a terminal; line breaks stay.
-
-    These are control characters, and those that change the direction of writing.
-    """
+    """Escape characters by which a text could steer a terminal, or change the direction of writing; not line breaks."""
     shown = (c if c == "\n" or unicodedata.category(c) not in UNSEEN else ascii(c)[1:-1] for c in text)
     return text if text.isascii() and text.replace("\n", "").isprintable() else "".join(shown)
 
@@ -181,13 +166,13 @@ def fault_of(error: Exception) -> str:
 def lacks(cls: type) -> str:
     """Return the message about a class without some methods of its base class."""
     names = sorted(getattr(cls, "__abstractmethods__", ()))
-    bases = dict.fromkeys(
-        base.__name__
-        for base in cls.__mro__
-        for name in names
-        if getattr(vars(base).get(name), "__isabstractmethod__", False)
-    )
+    bases = [base.__name__ for base in cls.__mro__ if any(is_missing(vars(base).get(name)) for name in names)]
     return f"{cls.__name__} lacks {', '.join(names)} of {' and '.join(bases)}; define what is missing"
+
+
+def is_missing(method: Any) -> bool:
+    """Tell whether a method of a base class is one that derived classes have to define."""
+    return bool(getattr(method, "__isabstractmethod__", False))
 
 
 ON_IMPORT = {

@@ -1,4 +1,4 @@
-"""What the methods of a part must return: stated at its base class, compared wherever a derived class is called."""
+"""What the methods of a part must return: stated at its base class, compared in the first call of a user's class."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import math
 from abc import ABC
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import is_dataclass
 from functools import wraps
-from inspect import BoundArguments, isfunction, signature
+from inspect import isfunction, signature
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, SupportsIndex, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from latentreward.core.errors import InputError, lacks, where
+from latentreward.core.errors import InputError, lacks
 from latentreward.core.registry import of_this_package
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -30,43 +29,32 @@ KINDS = {
     "indices": "whole numbers (int64)",
     "bool": "bool",
 }
-COUNT = "must be a whole number of at least 1"
-KEPT = "_promises_kept"
-"""Attribute of a part with the names of the methods that were compared."""
-VALUES: ContextVar[bool] = ContextVar("VALUES", default=True)
-"""Whether checks look at values, for which they wait for an accelerator; else at shapes and types alone."""
+KEPT = "_promises_kept"  # Attribute of a part with the methods that were compared, and whether a graph was built
 
 
 class Part(ABC):  # noqa: B024 - derived classes have the methods
     """Base of the classes from which users derive their own, and which YAML files name.
 
-    A base class marks its methods by :func:`returns`. What such a method of a user's class returns is compared: in its
-    first call whole, later by shape and type alone, which never waits for an accelerator. Classes of this package run
-    as they are; its tests compare them.
+    A base class marks its methods by :func:`returns`. What such a method of a user's class returns is compared in its
+    first call with a graph and in its first one without. Classes of this package run as they are, compared by
+    :mod:`latentreward.testing`.
 
     Attributes:
         needs: Names of attributes that a derived class must set.
-        counts: Names of attributes that are a whole number of at least 1, or None.
     """
 
     needs: ClassVar[Sequence[str]] = ()
-    counts: ClassVar[Sequence[str]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        promises = [
-            (name, *method.promise)
-            for base in cls.__mro__
-            for name, method in vars(base).items()
-            if isfunction(method) and hasattr(method, "promise")
-        ]
         if of_this_package(cls.__module__):
             return
-        for name, *promise in promises:
-            method = getattr(cls, name)
-            missing = getattr(method, "__isabstractmethod__", False)
-            if isfunction(method) and not missing and not hasattr(method, "compares"):
-                setattr(cls, name, compared(method, name, *promise))
+        for base in cls.__mro__:
+            for name, promised in [*vars(base).items()]:
+                method = getattr(cls, name, None)
+                missing = getattr(method, "__isabstractmethod__", False)
+                if hasattr(promised, "promise") and isfunction(method) and not (missing or hasattr(method, "compares")):
+                    setattr(cls, name, compared(method, name, *promised.promise))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Create the part; raise InputError if methods of its base class are missing."""
@@ -76,49 +64,46 @@ class Part(ABC):  # noqa: B024 - derived classes have the methods
         return part
 
 
-def returns(check: Check, each: bool = False, keeps: bool = False) -> Callable[[Method], Method]:
+def returns(check: Check, each: bool = False) -> Callable[[Method], Method]:
     """Mark a method of a base class with what it, and methods that override it, must return; results stay as they are.
-
-    Results of ``super().method()`` are not compared: they are not the part's.
 
     Args:
         check: Compares a result.
-        each: Whether values of each call are compared; for results on the CPU, and for rules that are called once in a
-            rollout.
-        keeps: Whether what the method is given is used after it, and must stay as it is; see :func:`unchanged`.
+        each: Whether the results of all calls are compared: those on the CPU, and of rules that a rollout calls once.
     """
 
     def mark(method: Method) -> Method:
-        method.promise = check, each, keeps  # type: ignore[attr-defined]
+        method.promise = check, each  # type: ignore[attr-defined]
         return method
 
     return mark
 
 
-def compared(method: Method, name: str, check: Check, each: bool, keeps: bool) -> Method:
+def compared(method: Method, name: str, check: Check, each: bool) -> Method:
     """Return a method whose result is compared by ``check``; see :func:`returns`. ``name`` is that in the class."""
     bind = signature(method).bind
 
-    def problem_of(result: Any, given: BoundArguments) -> str | None:  # in the order of the parameters, not of the call
-        return check(result, *given.args, *given.kwargs.values())
-
     @wraps(method)
     def comparing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            with unchanged(f"{type(self).__name__}.{name}", *((*args, *kwargs.values()) if keeps else ())):
-                result = method(self, *args, **kwargs)
-        except IndexError as error:  # for a row past the end, by which an iteration ends, or for one before it
-            index = args[0] if name == "__getitem__" and args and isinstance(args[0], SupportsIndex) else -1
-            if not 0 <= index < (length := len(self)):
-                raise
-            place = f"{type(self).__name__}.__getitem__({index}), although __len__ returned {length}"
-            raise InputError(f"{place}: {error}{where(error)}") from error
-        if getattr(type(self), name) is comparing:
-            keep_promise(self, name, lambda: problem_of(result, bind(self, *args, **kwargs)), each)
+        result = method(self, *args, **kwargs)
+        kept, call = vars(self).setdefault(KEPT, set()), (name, torch.is_grad_enabled())  # a validation comes first
+        # Results of super().method() are not compared: they are not the part's.
+        if getattr(type(self), name) is comparing and (each or call not in kept):
+            given = bind(self, *args, **kwargs)  # in the order of the parameters, not of the call
+            keep_promise(self, name, check, result, *given.args, *given.kwargs.values())
+            kept.add(call)
         return result
 
-    comparing.promise, comparing.compares = (check, each, keeps), True  # type: ignore[attr-defined]
+    comparing.promise, comparing.compares = (check, each), True  # type: ignore[attr-defined]
     return comparing  # type: ignore[return-value]
+
+
+def keep_promise(part: Any, method: str, check: Check, result: Any, *given: Any) -> None:
+    """Raise InputError if ``check`` tells what is wrong with the result of a part's method."""
+    check_needs(part)
+    if problem := check(result, *given):
+        place = place_of(getattr(type(part), method))
+        raise InputError(f"{type(part).__name__}.{method} returned {problem}{place}")
 
 
 @contextmanager
@@ -136,21 +121,6 @@ def unchanged(name: str, *given: Any) -> Iterator[None]:
             raise InputError(f"{problem}; let it change a copy, such as x.clone(), and no x.mul_(), x += or x[...] =")
 
 
-def keep_promise(part: Any, method: str, problem: Callable[[], str | None], each: bool = False) -> None:
-    """Raise InputError if ``problem()`` tells one of what a part's method returned; see :func:`returns`."""
-    kept = vars(part).setdefault(KEPT, set())
-    first = each or method not in kept
-    check_needs(part)
-    token = VALUES.set(first)
-    try:
-        found = problem()
-    finally:
-        VALUES.reset(token)
-    if found:
-        raise InputError(f"{type(part).__name__}.{method} returned {found}{place_of(getattr(type(part), method))}")
-    kept.add(method)
-
-
 def check_takes(name: str, function: Callable[..., Any], wanted: Callable[..., Any]) -> None:
     """Raise InputError if a user's function, ``name`` in messages, does not take the arguments of ``wanted``."""
     try:
@@ -165,23 +135,11 @@ def check_takes(name: str, function: Callable[..., Any], wanted: Callable[..., A
 
 
 def check_needs(part: Part) -> None:
-    """Raise InputError if an attribute that the part :attr:`~Part.needs` is missing, or one of its counts is none."""
-    if isinstance(part, nn.Module) and "_modules" not in vars(part):
-        place = place_of(type(part).__init__)
-        raise InputError(f"{type(part).__name__} is not initialised; call super().__init__() in its __init__{place}")
-    for name in part.needs:
-        if not hasattr(part, name):
-            base = next(base.__name__ for base in type(part).__mro__ if "needs" in vars(base))
-            raise InputError(
-                f"{type(part).__name__} lacks {name}, an attribute of {base}; set it, or call super().__init__()"
-            )
-    for name in [name for name in part.counts if not is_count(getattr(part, name))]:
-        raise InputError(f"{type(part).__name__}.{name} is {getattr(part, name)!r:.200}, which {COUNT}, or None")
-
-
-def is_count(value: Any) -> bool:
-    """Tell whether a value is a whole number of at least 1, or None."""
-    return value is None or (type(value) is int and value >= 1)
+    """Raise InputError if an attribute that the part :attr:`~Part.needs` is missing."""
+    if missing := [name for name in part.needs if not hasattr(part, name)]:
+        base = next(base.__name__ for base in type(part).__mro__ if "needs" in vars(base))
+        remedy = "set it, or call super().__init__()"
+        raise InputError(f"{type(part).__name__} lacks {missing[0]}, an attribute of {base}; {remedy}")
 
 
 def place_of(function: Any) -> str:
@@ -216,7 +174,7 @@ def wrong_tensor(
         wanted = KINDS["floats" if kind == "numbers" else kind]
         return f"a tensor of {str(found.dtype).removeprefix('torch.')}; it must be {wanted}"
     values = found.detach().flatten()
-    if kind in ("bool", "floats") or values.is_meta or not len(values) or not VALUES.get():
+    if kind in ("bool", "floats") or values.is_meta or not len(values):
         return None
     sound = values.isfinite()
     if (low, high) != (-math.inf, math.inf):
@@ -235,9 +193,9 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def finite(*given: Tensor) -> bool:
-    """Tell whether numbers are finite, so that results must be, too; true where checks do not look at values."""
+    """Tell whether numbers are finite, so that results must be, too."""
     # Without detach a check within a checkpointed block would save tensors, which its recomputation does not.
-    return not VALUES.get() or all(values.is_meta or bool(values.detach().isfinite().all()) for values in given)
+    return all(values.is_meta or bool(values.detach().isfinite().all()) for values in given)
 
 
 def detached(found: Tensor, given: Tensor) -> str | None:

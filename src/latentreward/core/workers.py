@@ -19,22 +19,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from latentreward.core.errors import InputError, one_line
+from latentreward.core.errors import InputError, check_at_least_one, check_range, one_line
 from latentreward.core.running import find_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType, TracebackType
 
-ATTEMPTS = 3
-"""Times that a part, or the start of a worker, may fail before it ends the run."""
-WAIT_S = 60.0
-"""Seconds without a working worker after which the first process says what it waits for."""
+ATTEMPTS = 3  # Times that a part, or the start of a worker, may fail before it ends the run
+WAIT_S = 60.0  # Seconds without a working worker after which the first process says what it waits for
 
-Part = Any
-"""What one call of the work does, such as a list of pictures to sample; it can be pickled."""
-Result = Any
-"""What a part gives, such as the bytes of a picture; it can be pickled."""
+Part = Any  # What one call of the work does, such as a list of pictures to sample; it can be pickled
+Result = Any  # What a part gives, such as the bytes of a picture; it can be pickled
 Task = Callable[[Any], Callable[[Part], Iterable[Result]]]
 """Function that takes what all parts need, loads models, and returns the function that yields the results of a part."""
 
@@ -60,9 +56,6 @@ class SharedWork:
         workers: Number of workers. 1 is this process, without Ray.
         device: Name of the device: with several workers ``auto`` or ``cpu``.
         gpus_per_worker: GPUs of a worker, or the share of one; by default 1 if the workers' machines have any.
-
-    Raises:
-        InputError: If a setting is wrong, or Ray is not installed.
     """
 
     in_worker = False
@@ -77,16 +70,14 @@ class SharedWork:
         self._ray: ModuleType | None = None
         self._pool: list[Any] = []  # workers that have joined, or are about to
         self._started = False  # whether this process started Ray
-        if workers < 1:
-            raise InputError(f"workers is {workers}; give a number from 1")
-        if gpus_per_worker is not None and gpus_per_worker < 0:
-            raise InputError(f"gpus_per_worker is {gpus_per_worker}; give a number from 0")
+        check_at_least_one(workers=workers)
+        check_range("[0, inf)", gpus_per_worker=gpus_per_worker)
         if workers > 1 and device not in ("auto", "cpu"):
             raise InputError(f"device is {device!r}, and workers is {workers}; leave device out: each gets its own")
 
     @cached_property
     def device(self) -> torch.device:
-        """Device of this process; raises InputError if this machine does not have it."""
+        """Device of this process."""
         return find_device(self._device)
 
     def __enter__(self) -> Self:
@@ -101,11 +92,7 @@ class SharedWork:
                     self._ray.shutdown()
 
     def join(self, tasks: Mapping[str, Task], settings: Mapping[str, Any]) -> None:
-        """Set the tasks by name, and the settings and fingerprints of files on which results depend.
-
-        Raises:
-            Joined: In a worker.
-        """
+        """Set the tasks by name, and settings and fingerprints on which results depend; in a worker raise Joined."""
         self._tasks, self._settings = tasks, settings
         if SharedWork.in_worker:
             raise Joined(self)
@@ -120,7 +107,7 @@ class SharedWork:
     ) -> None:
         """Do all parts by the task of a name, and return when they are done; for the first process.
 
-        A part whose worker dies is done again by another one.
+        A part whose worker dies is done again by another one; one that fails for the third time ends the run.
 
         Args:
             task: Name of the task.
@@ -128,29 +115,20 @@ class SharedWork:
             parts: Parts to do.
             keep: Function that takes each part with each of its results, in the order in which they come.
             send: Function that turns a part, when its turn comes, into what the task's function takes.
-
-        Raises:
-            InputError: If a worker's settings, files or packages are others; or a part fails for the third time.
         """
         if self.workers > 1 and parts:
-            self._share(task, given, parts, keep, send)
+            for part, result in self._shared(task, given, parts, send):
+                keep(part, result)
         elif parts:
             work = self._tasks[task](given)
             for part in parts:
                 for result in work(send(part)):
                     keep(part, result)
 
-    def _share(
-        self,
-        task: str,
-        given: Any,
-        parts: Sequence[Any],
-        keep: Callable[[Any, Result], None],
-        send: Callable[[Any], Part],
-    ) -> None:
-        """Give each worker that has joined one part after another until all are done."""
+    def _shared(self, task: str, given: Any, parts: Sequence[Any], send: Callable[[Any], Part]) -> Iterator[Any]:
+        """Give each worker that has joined one part after another, and yield parts with their results."""
         ray = self._ray or self._start()
-        shared, left, failed, told = ray.put(given), deque(range(len(parts))), Counter[int | None](), False
+        shared, left, failed = ray.put(given), deque(range(len(parts))), Counter[int | None]()
         calls: dict[Any, tuple[Any, int | None]] = {}  # running calls → worker, and part, which is None while it joins
         idle = [*self._pool]
         while left or any(number is not None for _, number in calls.values()):
@@ -163,14 +141,16 @@ class SharedWork:
             ready, _ = ray.wait([*calls], num_returns=1, timeout=WAIT_S)
             if not ready:
                 if all(number is None for _, number in calls.values()):
-                    print(f"waiting for workers; the cluster has {_resources(ray)}", file=sys.stderr, flush=True)
+                    found = ray.cluster_resources()
+                    has = f"{found.get('CPU', 0):g} CPUs and {found.get('GPU', 0):g} GPUs"
+                    print(f"waiting for workers; the cluster has {has}", file=sys.stderr, flush=True)
                 continue
             worker, number = calls.pop(ready[0])
             try:
-                problem, fatal, results, text = ray.get(ready[0])
+                problem, fatal, results = ray.get(ready[0])
             except ray.exceptions.RayError as error:  # the worker, or its node, is gone
                 self._pool.remove(worker)
-                problem, fatal, results, text = one_line(error)[:300], False, None, ""
+                problem, fatal, results = one_line(error)[:300], False, ()
                 print("a worker has ended: another one does its part", file=sys.stderr, flush=True)
             else:
                 idle.append(worker)
@@ -183,11 +163,8 @@ class SharedWork:
                 left.extendleft([] if number is None else [number])
                 continue
             failed[None] = 0  # starts of workers count until one has joined
-            if text and not told:
-                print(text, end="", flush=True)
-                told = True
-            for result in results if number is not None else ():
-                keep(parts[number or 0], result)
+            for result in results:
+                yield parts[number or 0], result
         self._pool = idle  # a worker that has not joined by now is not needed
         for worker in [worker for worker, _ in calls.values()]:
             ray.kill(worker)
@@ -224,9 +201,12 @@ class SharedWork:
                 "fewer, or a share such as gpus_per_worker=0.5"
             )
         self._ray = ray
-        settings = {**self._settings, "versions": _versions()}
+        from latentreward.core.reports.page import versions
+
+        settings = pickle.dumps({**self._settings, "versions": versions()})
         command = cloudpickle.dumps(self._command)
-        self._joining = str(Path.cwd()), sys.path, torch.get_num_threads(), pickle.dumps(settings), command
+        # Another number of threads would change the last bits of results.
+        self._joining = str(Path.cwd()), sys.path, torch.get_num_threads(), settings, command
         return ray
 
     def _new_worker(self) -> Any:
@@ -236,34 +216,28 @@ class SharedWork:
         return kind.remote()
 
 
-Answer = tuple[str, bool, list[Result], str]
-"""Problem or an empty text, whether it ends the run, results, and what the work printed."""
+Answer = tuple[str, bool, list[Result]]  # Problem or an empty text, whether it ends the run, and results
 
 
 class Worker:
     """Process of Ray that does parts of a command's work."""
 
     def join(self, folder: str, path: Sequence[str], threads: int, settings: bytes, command: bytes) -> Answer:
-        """Run the command until it joins, and compare its settings with those of the first process.
+        """Run the pickled command until it joins, and compare its settings with those of the first process."""
+        from latentreward.core.reports.page import versions
 
-        Args:
-            folder: Working folder of the first process.
-            path: Folders of the first process's modules.
-            threads: Number of threads of the first process: another one would change the last bits of results.
-            settings: Pickled settings of the first process.
-            command: Pickled command.
-        """
         SharedWork.in_worker = True
         torch.set_num_threads(threads)
         try:
             os.chdir(folder)
             sys.path += [one for one in path if one not in sys.path]
             first = pickle.loads(settings)  # of the process that may run any code here
-            self._compare({"versions": first["versions"]}, {"versions": _versions()})
+            own = {"versions": versions()}
+            self._compare({"versions": first["versions"]}, own)
             pickle.loads(command)()
         except Joined as joined:
             self._work, self._task = joined.work, ""
-            return self._guarded(lambda: self._compare(first, {**self._work._settings, "versions": _versions()}))
+            return self._guarded(lambda: self._compare(first, {**self._work._settings, **own}))
         except Exception as error:
             return _told(error)
         raise AssertionError("a command that shares work joins")
@@ -287,9 +261,9 @@ class Worker:
             raise InputError(f"{before} in the first process{now and f', {now} in this worker'}; make both the same")
 
     def _guarded(self, work: Callable[[], list[Result] | None]) -> Answer:
-        with redirect_stdout(io.StringIO()) as text:
+        with redirect_stdout(io.StringIO()):  # the first process prints what there is to say
             try:
-                return "", False, work() or [], text.getvalue()
+                return "", False, work() or []
             except Exception as error:
                 return _told(error)
 
@@ -299,18 +273,7 @@ def _told(error: Exception) -> Answer:
     known = isinstance(error, InputError | OSError)
     last = traceback.extract_tb(error.__traceback__)[-1]
     line = one_line(error) if known else f"{type(error).__name__}: {one_line(error)} ({last.filename}:{last.lineno})"
-    return f"{line} (worker {os.getpid()} on {socket.gethostname()})", isinstance(error, InputError), [], ""
-
-
-def _versions() -> dict[str, str]:
-    from latentreward.core.reports.page import versions
-
-    return versions()
-
-
-def _resources(ray: ModuleType) -> str:
-    found = ray.cluster_resources()
-    return f"{found.get('CPU', 0):g} CPUs and {found.get('GPU', 0):g} GPUs"
+    return f"{line} (worker {os.getpid()} on {socket.gethostname()})", isinstance(error, InputError), []
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from .readers.dataset_pairs import DatasetPairReader, JSONLPairReader
 from .readers.diffusion_rm import DiffusionRMReader
 from .readers.edits import EditPairReader
 from .readers.folders import FolderPairReader
-from .readers.img2dataset import Img2DatasetReader
 from .readers.published import (
     GenAIBenchCMUReader,
     GenAIBenchReader,
@@ -20,12 +19,11 @@ from .readers.published import (
 from .readers.tars import PickAPicTarReader
 from .sampling import PairBatchSampler
 from .score_table import MPCF, FilteredReader, PairGaps, ScoreTable, ScoreTargets, select_consistent
-from .splits import CutReader, normalise_prompt, select_rows
+from .splits import normalise_prompt, select_rows
 from .streaming import PairStream, StreamedPreferenceDataModule
 
 __all__ = [
     "MPCF",
-    "CutReader",
     "DatasetPairReader",
     "DiffusionRMReader",
     "EditPairReader",
@@ -38,7 +36,6 @@ __all__ = [
     "ImageError",
     "ImageRewardDBReader",
     "ImageRewardReader",
-    "Img2DatasetReader",
     "JSONLPairReader",
     "LoadedPair",
     "OnError",

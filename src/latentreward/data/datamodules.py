@@ -36,27 +36,20 @@ logger = logging.getLogger(__name__)
 class PairLoaders(LightningDataModule):
     """Base class of data modules with up to four splits of pairs, for pixels or for cached latents.
 
-    A subclass fills :attr:`datasets`, implements ``train_dataloader``, and implements ``evaluation_loading``, which
-    chooses the evaluation batches of each rank.
+    A subclass fills :attr:`datasets` and implements ``train_dataloader`` and ``evaluation_loading``.
 
     Args:
-        batch_size: Pairs per batch and rank. A batch has fewer pairs if some are unreadable. Evaluation may use a
-            nearby size if the pairs do not divide evenly among the ranks.
+        batch_size: Pairs per batch and rank; fewer if some are unreadable, or where evaluation divides the rest.
         num_workers: Loader processes per rank; 0 loads in the training process.
         prefetch_factor: Batches that each worker loads in advance.
         pin_memory: Put batches in page-locked memory if there is an accelerator.
         shuffle: Use a new order of ``train`` in each epoch. The order does not depend on the world size.
         seed: Seed of the order of ``train``; None takes the run's ``seed_everything``.
-
-    Attributes:
-        datasets: Data set of each split that is set: ``train``, ``val``, ``test``, ``predict``.
-        emptied: Error message of each split that has no rows left.
-        remedy: End of the message about a split that is not set; says what to set ``{split}`` to.
     """
 
-    datasets: dict[str, Any]
-    emptied: Mapping[str, str] = MappingProxyType({})
-    remedy: str
+    datasets: dict[str, Any]  # data set of each split that is set: train, val, test, predict
+    emptied: Mapping[str, str] = MappingProxyType({})  # error message of each split that has no rows left
+    remedy: str  # end of the message about a split that is not set; says what to set ``{split}`` to
 
     def __init__(
         self,
@@ -113,11 +106,9 @@ class PairLoaders(LightningDataModule):
 
     def _worker_settings(self) -> dict[str, Any]:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return {
-            "num_workers": self.num_workers,
-            "prefetch_factor": self.prefetch_factor if self.num_workers else None,
-            "pin_memory": self.pin_memory and accelerator is not None and accelerator.type != "mps",  # a Mac has none
-        }
+        pinned = self.pin_memory and accelerator is not None and accelerator.type != "mps"  # a Mac has no such memory
+        ahead = self.prefetch_factor if self.num_workers else None
+        return {"num_workers": self.num_workers, "prefetch_factor": ahead, "pin_memory": pinned}
 
     def evaluation_loading(self, dataset: Any) -> dict[str, Any]:
         """Return the ``DataLoader`` arguments for evaluation on this rank: sampler, batch size and ``collate_fn``."""

@@ -67,16 +67,10 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         on_error: Default for a reader whose own ``on_error`` is None.
         name: Name of the split in a data module, for messages; empty outside a data module.
         targets: ``(len(reader), 2, T, K)`` given values of the images of every row of the reader; None for none.
-
-    Attributes:
-        exif: Treatment of EXIF orientation, as the reader has it.
-        image_sizes: Rule by which images are resized.
-        taken: Least and largest number of pictures to edit that the network takes; None for any number.
-        check_prompt: Function that raises InputError for a prompt that the network's text encoder does not take.
-        unused: ``(rows, 2)`` number of frames of both clips that are read and not used; ``(0, 2)`` for images.
     """
 
-    taken: tuple[int, int | None] = (0, None)
+    taken: tuple[int, int | None] = (0, None)  # least and largest number of pictures to edit; None for any number
+    # Raises InputError for a prompt that the network's text encoder does not take.
     check_prompt: Callable[[str], None] = staticmethod(any_prompt)
 
     def __init__(
@@ -99,6 +93,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         self.rows = np.arange(len(reader)) if rows is None else np.asarray(rows)
         # Per row: 0, or 1 + index of the problem in IMAGE_PROBLEMS. Shared memory, because worker processes write it.
         self._problems = torch.zeros(len(self.rows), dtype=torch.uint8).share_memory_()
+        # Of both clips of each row, the frames that are read and not used; nothing for images.
         self.unused = torch.zeros(len(self.rows) if clips else 0, 2, dtype=torch.int32).share_memory_()
         self._warned, self._in_a_row = False, 0
         self.targets = targets
@@ -110,10 +105,10 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         """Raise InputError, under ``on_error: raise``, if files of pictures are not there; nothing is opened."""
         if self.on_error == "raise" and (missing := self.reader.missing_files(self.rows)):
             row, path = missing[0]
-            raise InputError(
-                f"{place}: {len(missing)} files of pictures are missing, first {quoted(path)} of "
-                f"{self.reader.pair_ids()[row]}; see that they are there, or set {DATA_ON_ERROR} to skip or placeholder"
-            )
+            first = f"first {quoted(path)} of {self.reader.pair_ids()[row]}"
+            told = f"{len(missing)} files of pictures are missing, {first}"
+            remedy = f"see that they are there, or set {DATA_ON_ERROR} to skip or placeholder"
+            raise InputError(f"{place}: {told}; {remedy}")
 
     def edits(self) -> bool:
         """Tell whether any pair edits pictures."""
@@ -138,14 +133,9 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
     def load(self, pair: PreferencePair, place: int, targets: Tensor | None = None) -> LoadedPair | SkippedPair:
         """Decode and resize the images of a pair, and the pictures that they are edits of.
 
-        Returns:
-            A :class:`SkippedPair` if ``on_error`` is ``"skip"`` and an image or a picture to edit cannot be read, or
-            the network takes fewer or more of these or not such a prompt. Under ``"placeholder"`` the pair has no
-            label, and all are mid-grey.
-
-        Raises:
-            ImageError: If one of these problems occurs and ``on_error`` is ``"raise"``, or :data:`MOST_IN_A_ROW` pairs
-                one after the other are skipped.
+        If one cannot be read, or the network takes fewer or more of these or not such a prompt, the result is a
+        :class:`SkippedPair` under ``on_error: skip``, and a pair of mid-grey images without label under
+        ``placeholder``. Under ``raise``, and after ``MOST_IN_A_ROW`` skipped pairs in succession, it is an ImageError.
         """
         try:
             check_taken(pair.prompt, self.taken)
@@ -236,13 +226,8 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair], blanks: bool = True
     the same if images a and b of the source are exchanged. An unlabelled pair gets label ½ and weight 0: it is scored,
     but losses and metrics ignore it. Unlabelled pairs occur only in prediction and as placeholders.
 
-    Args:
-        items: Pairs of one image size; each :class:`SkippedPair` makes the batch one pair smaller.
-        blanks: Whether a batch of such pairs alone becomes one grey pair without a label, which counts nowhere. For
-            prediction, which would write its score, it is an error.
-
-    Raises:
-        ImageError: If every item is a :class:`SkippedPair` and ``blanks`` is false.
+    Each :class:`SkippedPair` makes the batch one pair smaller. A batch of such pairs alone becomes one grey pair
+    without a label, which counts nowhere; without ``blanks``, for prediction, which would write its score, an error.
     """
     skipped = [item for item in items if isinstance(item, SkippedPair)]
     if len(skipped) == len(items) and not blanks:
@@ -279,10 +264,8 @@ def stack_sources(rows: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Stack the pictures that B pairs are edits of, place by place."""
     counts = sorted({len(row) for row in rows})
     if len(counts) > 1:
-        raise InputError(
-            f"pairs of one batch are edits of {counts[0]} and of {counts[-1]} pictures; split the data by that number, "
-            "or set batch_size: 1"
-        )
+        told = f"pairs of one batch are edits of {counts[0]} and of {counts[-1]} pictures"
+        raise InputError(f"{told}; split the data by that number, or set batch_size: 1")
     return tuple(torch.stack(place) for place in zip(*rows, strict=True))
 
 
@@ -296,10 +279,7 @@ def stack_targets(targets: Sequence[Tensor]) -> PairTargets | None:
 
 
 def is_turned(label_a: float | None, key_a: str, key_b: str) -> bool:
-    """Tell whether image b becomes the chosen image.
-
-    Image b is chosen if the label prefers it. For a tie or an unlabelled pair, it is chosen if its key is the smaller.
-    """
+    """Tell whether image b becomes the chosen one: the label prefers it, or without preference its key is smaller."""
     if label_a is None or label_a == 0.5:
         return key_b < key_a
     return label_a < 0.5

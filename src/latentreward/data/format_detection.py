@@ -5,8 +5,6 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from inspect import signature
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,8 @@ from latentreward.data.readers.dataset_pairs import DatasetPairReader, JSONLPair
 from latentreward.data.readers.diffusion_rm import DiffusionRMReader
 from latentreward.data.readers.edits import EditPairReader, find_layout
 from latentreward.data.readers.folders import CAPTIONS_FILE, SIDES, FolderPairReader
-from latentreward.data.readers.img2dataset import STATS, Img2DatasetReader
 from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST
 from latentreward.data.readers.published import (
-    OLDER_FILE,
     GenAIBenchCMUReader,
     GenAIBenchReader,
     HPDv2Reader,
@@ -50,7 +46,7 @@ HEAD = 1 << 16
 NAMED_COLUMNS = 12
 EXPECTED = (
     "Pick-a-Pic parquet or tars, HPDv2, HPDv3, ImageReward, ImageRewardDB, GenAI-Bench, a diffusion-rm cache, "
-    "a set of edits, chosen/ and rejected/, img2dataset's folders, or a table (JSON, CSV, parquet) with prompt and "
+    "a set of edits, chosen/ and rejected/, or a table (JSON, CSV, parquet) with prompt and "
     "chosen, rejected or image_a, image_b"
 )
 
@@ -60,8 +56,10 @@ def recognise(data: str) -> Splits:
     path = Path(data)
     if not path.exists():
         raise InputError(f"data: no folder or file {data!r}; name a data set of the hub as --reader CLASS with its id")
-    for splits in _found(path):
-        return splits
+    for find in FORMATS:
+        if splits := find(path):
+            starts = ("train", "val", "test", "")
+            return {name: splits[name] for start in starts for name in sorted(splits) if name.startswith(start)}
     if any((path / name).is_file() for name in ("spec.json", "plan.json")):
         raise InputError(
             f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "
@@ -80,30 +78,6 @@ def recognise(data: str) -> Splits:
     raise InputError(f"data: {data} is none of {EXPECTED}; {remedy}")
 
 
-def other_formats(data: str) -> dict[str, str]:
-    """Return the formats that also fit a folder but that :func:`recognise` does not take.
-
-    Returns:
-        Reader and splits -> flags of ``latentreward inspect`` that read the first of the splits.
-    """
-    others = {}
-    for splits in islice(_found(Path(data)), 1, None):
-        build: Any = next(iter(splits.values()))
-        given = signature(build.func).bind_partial(*build.args, **build.keywords).arguments
-        given |= given.pop("options", {})
-        settings = [f"--reader.{key} {shlex.quote(str(value))}" for key, value in given.items() if value is not None]
-        reader = build.func.__name__
-        others[f"{reader} ({', '.join(splits)})"] = " ".join([f"--reader {reader}", *settings])
-    return others
-
-
-def _found(path: Path) -> Iterator[Splits]:
-    for find in FORMATS:
-        if splits := find(path):
-            starts = ("train", "val", "test", "")
-            yield {name: splits[name] for start in starts for name in sorted(splits) if name.startswith(start)}
-
-
 def choose_splits(splits: Splits, names: Iterable[str]) -> Splits:
     """Return the named splits in the order of ``names``."""
     for name in names:
@@ -119,10 +93,6 @@ def _diffusion_rm(path: Path) -> Splits:
     if not indices and not find_files(path, "part_rank*.parquet"):
         return {}
     return {"train": partial(DiffusionRMReader, str(path), indices[0].name if indices else None)}
-
-
-def _img2dataset(path: Path) -> Splits:
-    return {"train": partial(Img2DatasetReader, str(path))} if find_files(path, STATS) else {}
 
 
 def _tables(path: Path) -> Iterator[dict[str, set[str]]]:
@@ -143,8 +113,7 @@ def _table(path: Path) -> Splits:
         splits = {split: build for split, names in found.items() if (build := _by_columns(names, str(path), split))}
         if splits:
             return splits
-    older = path / OLDER_FILE
-    return {"train": partial(GenAIBenchCMUReader, str(path))} if older.is_file() else {}
+    return {}
 
 
 def _by_columns(names: set[str], source: str, split: str) -> Callable[..., PairReader] | None:
@@ -156,7 +125,7 @@ def _by_columns(names: set[str], source: str, split: str) -> Callable[..., PairR
         return partial(EditPairReader, source, split)
     if {"left_image", "right_image"} <= names:
         return partial(GenAIBenchReader, source, split)
-    if any(name == "HumanRatings" or name.endswith("_HumanRating") for name in names):
+    if "HumanRatings" in names:
         return partial(GenAIBenchCMUReader, source, split)
     own = "prompt" in names and any(names.issuperset(pair) for pair in (WINNER_FIRST, BY_LABEL))
     return partial(DatasetPairReader, source, split) if own else None
@@ -235,5 +204,5 @@ def _columns(file: Path) -> set[str]:
         return set(opened.schema_arrow.names)
 
 
-FORMATS = (_diffusion_rm, _img2dataset, _table, _imagereward_db, _tars, _folders, _lists)
+FORMATS = (_diffusion_rm, _table, _imagereward_db, _tars, _folders, _lists)
 """Functions that find the splits of a format; the first that finds any decides."""

@@ -44,16 +44,13 @@ IMAGE_COLUMNS = ("file_name", "file", "path", "image", "name")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 
 Line = tuple[int, dict[str, Any] | str]
-"""Number of a line (of a JSON list's item, from 1), with its row as a dict or, for an unreadable line, a description of
-the problem."""
+"""Number of a line (of a JSON list's item, from 1), with its row as a dict or what is wrong with the line."""
 
 
 def read_rows(file: Path, remedy: str, as_list: Callable[[Any], Any] | None = None) -> Iterator[tuple[int, Any, str]]:
     """Yield the rows of a ``.json``, ``.csv`` or ``.tsv`` file, or JSON lines; of JSON, a list that ``as_list`` makes.
 
-    Yields:
-        Number of the line, or of the list's item from 1; its value, a dict in tables; and what is wrong with it, empty
-        if nothing is.
+    A row is the number of its line, or of the list's item from 1; its value; and what is wrong with it, if anything is.
     """
     suffix, number = file.suffix.lower(), 0
     if suffix == ".json":
@@ -89,10 +86,7 @@ def read_objects(file: Path) -> list[Line]:
 def find_columns(
     file: Path, lines: Iterable[Line], asked: Sequence[str | None], with_prompts: bool = True
 ) -> tuple[str, str]:
-    """Choose the columns with paths and with prompts: those ``asked`` for, else the first of the usual names.
-
-    The second name is empty if no column ``with_prompts`` is needed.
-    """
+    """Choose the columns with paths and, if wanted, with prompts: those ``asked`` for, else the first usual name."""
     rows = (row for _, row in lines if not isinstance(row, str))
     names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
     image = _column(file, names, asked[0], IMAGE_COLUMNS, "image_column")
@@ -108,10 +102,8 @@ def _column(file: Path, names: Sequence[str], asked: str | None, usual: Sequence
     if found is None:
         there = ", ".join(names[:12])
         prompt = ", or give one prompt for all images with --prompt" if setting == "prompt_column" else ""
-        raise InputError(
-            f"images: {file} has no column {', '.join(usual[:-1])} or {usual[-1]} (it has: {short(there)}); name it "
-            f"with --{setting}{prompt}"
-        )
+        told = f"images: {file} has no column {', '.join(usual[:-1])} or {usual[-1]} (it has: {short(there)})"
+        raise InputError(f"{told}; name it with --{setting}{prompt}")
     return found
 
 
@@ -170,15 +162,9 @@ def read_images(
       list's folder. A column ``source_images`` or ``source_image`` has the pictures that the image is an edit of: one
       path, or a list of paths (in a table as JSON), which the row's prompt carries.
 
-    Args:
-        source: Folder, pattern, image file or list, see above.
-        prompt: Prompt of all images; replaces the prompts of the source.
-        image_column: Name of the column with paths; by default the first name in ``list_rows.IMAGE_COLUMNS`` that is a
-            column.
-        prompt_column: Name of the column with prompts; by default the first name in ``list_rows.PROMPT_COLUMNS`` that
-            is a column.
-        allow_outside: Whether a list may name files outside its folder.
-        max_prompt_chars: Largest number of characters in a prompt; a row with a longer one gets a ``problem``.
+    ``prompt`` replaces the prompts of the source. The columns with paths and prompts are by default the first of
+    ``IMAGE_COLUMNS`` and ``PROMPT_COLUMNS``. With ``allow_outside``, a list may name files outside its folder. A row
+    with a prompt longer than ``max_prompt_chars`` gets a ``problem``.
     """
     found, rows = _read(source, prompt, (image_column, prompt_column), allow_outside), []
     for row in found.rows:
@@ -214,10 +200,9 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
         rows.append(ListedImage(_name(file, root), caption or "", str(file), "", problem, detail))
     if all(row.problem for row in rows):
         odd = next((f" ({row.name}: {row.detail})" for row in rows if row.problem == BAD_CAPTION), "")
-        raise InputError(
-            f"images: none of {len(rows)} pictures in {root} has a prompt{odd}; put NAME.txt beside NAME.png, or "
-            f"{' or '.join(FOLDER_TABLES)} with file_name and prompt in the folder, or give one for all with --prompt"
-        )
+        told = f"images: none of {len(rows)} pictures in {root} has a prompt{odd}; put NAME.txt beside NAME.png"
+        tables = f"{' or '.join(FOLDER_TABLES)} with file_name and prompt in the folder"
+        raise InputError(f"{told}, or {tables}, or give one for all with --prompt")
     return ImageList(source, tuple(rows), (*remarks, *told))
 
 
@@ -253,10 +238,7 @@ def _listed(
 
 
 def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
-    """Find the pictures of a folder, pattern or file name: the folder that names are relative to, and sorted files.
-
-    The third result are messages about folders and files that are not read.
-    """
+    """Find the pictures of a folder, pattern or file: the folder of their names, sorted files, and what is not read."""
     place, remarks = find_file(Path(source)), list[str]()
     if not place.is_dir() and os.path.lexists(place):
         return place.parent, [place], []
@@ -267,10 +249,8 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
         problem = "; ".join([f"images: no picture in {source} ({', '.join(SUFFIXES)})", *tell_unread(files)])
         raise InputError(f"{problem}; give a folder that holds some")
     if not files:
-        raise InputError(
-            f"images: {source!r} is neither a folder, a file, nor a pattern that matches a picture; give a folder, a "
-            f"pattern such as 'pics/**/*.png', or a list that ends in {', '.join(LISTS)}"
-        )
+        told = f"images: {source!r} is neither a folder, a file, nor a pattern that matches a picture; give a folder"
+        raise InputError(f"{told}, a pattern such as 'pics/**/*.png', or a list that ends in {', '.join(LISTS)}")
     return root, files, remarks
 
 
@@ -291,9 +271,7 @@ def _read_tables(
 ) -> tuple[dict[str, Caption], Iterable[str]]:
     """Read the tables in the folders, up to ``root``, of pictures that have no text beside them.
 
-    Returns:
-        Path, perhaps without suffix, of a picture → its prompt in the nearest table, which must not name unlike ones;
-        and messages about lines that cannot be used, and about those whose picture does not exist.
+    Returns path, perhaps without suffix, of a picture → its prompt in the nearest table; and messages about lines.
     """
     captions, remarks = dict[str, Caption](), dict[str, None]()
     known = {one_form(str(name)) for file in pictures for name in (file, file.with_suffix(""))}

@@ -49,23 +49,9 @@ def sort_buckets(sizes: Sequence[tuple[int, int]]) -> tuple[Bucket, ...]:
     return tuple(sorted((Bucket(height, width) for height, width in sizes), key=lambda bucket: bucket.area))
 
 
-PUBLISHED_BUCKETS = sort_buckets(
-    [
-        (256, 256),
-        (512, 512),
-        (1024, 1024),
-        (1248, 832),
-        (1344, 896),
-        (832, 1248),
-        (896, 1344),
-        (1024, 768),
-        (768, 1024),
-        (1472, 832),
-        (832, 1472),
-        (1152, 832),
-        (832, 1152),
-    ]
-)
+SQUARE = [(256, 256), (512, 512), (1024, 1024)]
+TALL = [(1248, 832), (1344, 896), (1024, 768), (1472, 832), (1152, 832)]
+PUBLISHED_BUCKETS = sort_buckets([*SQUARE, *(size for tall in TALL for size in (tall, tall[::-1]))])
 """Buckets of the released diffusion-rm cache (DiNa-LRM, arXiv:2602.11146), by ascending area."""
 
 
@@ -86,22 +72,14 @@ def assign_bucket(
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[Bucket] = PUBLISHED_BUCKETS) -> Bucket:
-    """Find one of ``buckets``, by ascending area, for any image, also where :func:`assign_bucket` finds none.
-
-    If :func:`assign_bucket` (without a least size) finds none, the bucket nearest in log aspect ratio is taken; of
-    equally near buckets, the one nearest in log area.
-    """
-    assigned = assign_bucket(height, width, buckets, min_pixels=0)
-    if assigned is not None:
-        return assigned
+    """Find a bucket for any image: that of :func:`assign_bucket`, else the nearest in log aspect ratio, then area."""
     image = Bucket(height, width)
-    return min(
-        buckets,
-        key=lambda bucket: (
-            round(abs(bucket.log_aspect - image.log_aspect), 6),  # else rounding errors tell 3:2 and 6:4 apart
-            abs(math.log(bucket.area / image.area)),
-        ),
-    )
+
+    def distance(bucket: Bucket) -> tuple[float, float]:
+        aspect = round(abs(bucket.log_aspect - image.log_aspect), 6)  # else rounding errors tell 3:2 and 6:4 apart
+        return aspect, abs(math.log(bucket.area / image.area))
+
+    return assign_bucket(height, width, buckets, min_pixels=0) or min(buckets, key=distance)
 
 
 class ImageSizes(ABC):
@@ -141,11 +119,10 @@ class OneSize(ImageSizes):
 
 @dataclass(frozen=True)
 class NearestBucket(ImageSizes):
-    """Rule that resizes an image to the size of its aspect ratio bucket (DiNa-LRM).
+    """Rule that resizes an image to the size of its aspect ratio bucket (DiNa-LRM), see :func:`assign_bucket`.
 
-    The bucket is the one that training uses, see :func:`assign_bucket`. Training leaves out
-    an image whose aspect ratio is too far from all buckets; scoring takes the bucket with the nearest aspect ratio.
-    Unlike training, scoring accepts images of any area.
+    Training leaves out an image whose aspect ratio is too far from all buckets, or that is too small; scoring takes
+    the nearest one.
     """
 
     buckets: Sequence[tuple[int, int]] = tuple((*bucket,) for bucket in PUBLISHED_BUCKETS)  # (height, width) in pixels

@@ -34,10 +34,7 @@ HEAD, CRC = 8, 4
 
 
 def count_scans(jpeg: bytes) -> int:
-    """Count the scans of the first image of a JPEG file.
-
-    What other segments hold does not count, nor what follows the image, such as the video of a motion photo.
-    """
+    """Count the scans of the first image of a JPEG file, not those in its segments or behind it (motion photos)."""
     scans = place = 0
     while (found := SEGMENT.search(jpeg, place)) is not None and jpeg[found.end() - 1] != END:
         scans += jpeg[found.end() - 1] == SCAN
@@ -158,20 +155,14 @@ class ImageError(InputError):
 class PixelLoader:
     """Decoder that also resizes an image to the size that a network takes.
 
-    Attributes:
-        height: Height of the result in pixels.
-        width: Width of the result in pixels.
-        resize: ``"stretch"`` resizes to ``height`` × ``width`` with a bilinear filter and ignores the aspect ratio (as
-            LRM was trained). ``"center_crop"`` crops the longer axis around the centre to the wanted aspect ratio and
-            resizes with a Lanczos filter.
-        max_pixels: Largest width × height of an image. Larger images raise :class:`ImageError` before decoding.
-        exif: ``"apply"`` turns images upright by their EXIF orientation; ``"ignore"`` does not.
+    ``"stretch"`` resizes with a bilinear filter and ignores the aspect ratio (as LRM was trained). ``"center_crop"``
+    crops the longer axis around the centre to the wanted aspect ratio and resizes with a Lanczos filter.
     """
 
-    height: int
+    height: int  # of the result in pixels
     width: int
     resize: ResizePolicy = "stretch"
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = MAX_PIXELS  # largest width × height of an image; larger ones raise ImageError before decoding
     exif: ExifOrientation = "ignore"
 
     def __call__(self, image: ImageRef) -> Tensor:
@@ -198,21 +189,11 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def decode_image(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore") -> Image.Image:
-    """Decode an image to 8-bit RGB.
+    """Decode an image to 8-bit RGB; ImageError if it cannot be read, or exceeds ``max_pixels``, width × height.
 
     Alpha is dropped, not composited. Of an animation the first frame is taken. 16-bit grey levels are divided by 257.
-    The published reward models were trained on images decoded by these rules, with EXIF orientation ignored. The
-    result carries no EXIF orientation.
-
-    Args:
-        image: Reference to the image's bytes or file.
-        max_pixels: Limit on width × height, checked before decoding.
-        exif: ``"apply"`` turns the image upright by its EXIF orientation; ``"ignore"`` does not.
-
-    Raises:
-        ImageError: If there are no bytes, the file does not exist or lies outside its root, the image has too many
-            pixels or scans, or the bytes are not a whole image in one of ``FORMATS``.
-        InputError: If ``image`` refers to latents.
+    The published reward models were trained on images decoded by these rules, with EXIF orientation ignored;
+    ``exif="apply"`` turns the image upright by it. The result carries no EXIF orientation.
     """
     with _opened(image, max_pixels) as opened:
         _check_scans(image, opened)
@@ -250,9 +231,6 @@ def read_header(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrienta
     """Read the header of an image without decoding it; the rest of the file may still be damaged.
 
     ``exif="apply"`` exchanges height and width if the EXIF orientation asks for it.
-
-    Raises:
-        ImageError: As :func:`decode_image`, except for damage behind the header.
     """
     with _opened(image, max_pixels) as opened:
         width, height = opened.size
@@ -337,10 +315,7 @@ def _check_scans(image: ImageRef, opened: Image.Image) -> None:
 
 
 def file_image(folder: Path, path: str | bytes | None, prefix: str = "", allow_outside: bool = False) -> ImageRef:
-    """Return a reference to an image file that a row names, whose ``image_key`` begins with ``prefix``.
-
-    The file is opened only if it lies inside ``folder``, or if any file is allowed.
-    """
+    """Return a reference to a file of ``folder`` that a row names; its ``image_key`` begins with ``prefix``."""
     if not path:
         return ImageRef("")
     path = relative_path(os.fsdecode(path), folder)
@@ -358,9 +333,8 @@ def outside(root: Path) -> str:
 def open_source(image: ImageRef) -> BytesIO | Path:
     """Return an image's bytes or the path of its file, which exists and is not empty; raise ImageError otherwise."""
     if image.holds == "latents":
-        raise InputError(
-            f"image {image.image_key!r} holds latents, not an image; import them with `latentreward cache`"
-        )
+        told = f"image {image.image_key!r} holds latents, not an image"
+        raise InputError(f"{told}; import them with `latentreward cache`")
     if image.data is not None:
         if not image.data:
             raise image_error(image, EMPTY, "0 bytes")
@@ -429,10 +403,7 @@ def image_error(image: ImageRef, problem: str, detail: str) -> ImageError:
 def decode_latents(image: ImageRef, clip: bool | None = False) -> np.ndarray:
     """Decode the latents of one image, float16 or float32, with the scale and shift that the cache's writer applied.
 
-    They are ``(C, h, w)``, or ``(C, T, h, w)`` of a ``clip``; None takes both.
-
-    Raises:
-        ImageError: If the bytes are missing or not such an array, or if a value is not finite.
+    They are ``(C, h, w)``, or ``(C, T, h, w)`` of a ``clip``; None takes both. All values are finite, or ImageError.
     """
     if image.data is None:
         raise image_error(image, NO_IMAGE, "the row has none")

@@ -72,12 +72,7 @@ class SplitCounts:
 
 
 class ImageCensus:
-    """Counter of a split's images, to which rows are added one by one.
-
-    Args:
-        decode: Decode every image. Without it only headers are read, so that truncated images are not found.
-        exif: Whether the EXIF orientation of images is applied, see :class:`PixelLoader`.
-    """
+    """Counter of a split's images, to which rows are added; without ``decode``, truncated images are not found."""
 
     def __init__(self, decode: bool = False, exif: ExifOrientation = "ignore") -> None:
         self.decode, self.exif = decode, exif
@@ -178,7 +173,6 @@ class Report:
     splits: list[SplitCounts] = field(default_factory=list)  # counts of each split
     unread: dict[str, str] = field(default_factory=dict)  # split → why its reader could not be constructed
     shared: dict[str, list[int]] = field(default_factory=dict)  # two splits → as of :func:`shared_prompts`
-    others: dict[str, str] = field(default_factory=dict)  # other formats found: reader and splits → flags that read it
 
     def to_json(self) -> str:
         """Return the report as JSON."""
@@ -197,28 +191,26 @@ class Report:
         def counts(title: str, counts_of: Callable[[SplitCounts], Mapping[str, int]], none: bool = True) -> str:
             """Format counts by reason of every split, frequent reasons first; with ``none``, say if there are none."""
             found = [counts_of(split) for split in self.splits]
-            reasons = dict.fromkeys(reason for counts in found for reason in counts)
-            rows = {reason: [counts.get(reason, 0) for counts in found] for reason in reasons}
+            rows = {reason: [counts.get(reason, 0) for counts in found] for counts in found for reason in counts}
             rows = dict(sorted(rows.items(), key=lambda row: (row[0] == OTHER_SIZES, -sum(row[1]))))
             return table(title, [split.name for split in self.splits], rows) or (f"{title}: none" if none else "")
 
         named = [f"{one.name}, {why}: {', '.join(ids)}" for one in self.splits for why, ids in one.named.items()]
         sections = [
             f"{self.data} ({', '.join(dict.fromkeys(split.reader for split in self.splits))})",
-            *(f"also found, not read: {reader}; read it with {flags}" for reader, flags in self.others.items()),
             *(f"split {name} was not read: {problem}" for name, problem in self.unread.items()),
             table("", [split.name for split in self.splits], overview(self.splits)),
             SIDES,
             counts("Sizes (height x width, most frequent)", lambda split: frequent_sizes(split.images), none=False),
             counts("Rows left out", lambda split: split.skipped),
             counts("Rows kept with a remark", lambda split: split.remarks, none=False),
-            _lines("The first of these rows", named),
+            "\n".join(["The first of these rows", *named] if named else []),
             counts(
                 f"Rows with unreadable images ({how})",
                 lambda split: split.images.unreadable_rows if split.images else {},
                 none=bool(images),
             ),
-            _lines("Unreadable images (rows count from 0)", unreadable),
+            "\n".join(["Unreadable images (rows count from 0)", *unreadable] if unreadable else []),
             table(SHARED, ["prompts", "rows of the first", "rows of the second"], self.shared),
         ]
         return "\n\n".join(section for section in sections if section)
@@ -228,10 +220,6 @@ def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[object
     """Format a table of named rows below its title; empty text if there are no rows."""
     text = as_text(Table(("", *columns), tuple((name, *map(str, cells)) for name, cells in rows.items())))
     return "\n".join(filter(None, [title, text])) if rows else ""
-
-
-def _lines(title: str, lines: Sequence[str]) -> str:
-    return "\n".join([title, *lines]) if lines else ""
 
 
 def overview(splits: Sequence[SplitCounts]) -> dict[str, list[object]]:
@@ -244,10 +232,8 @@ def overview(splits: Sequence[SplitCounts]) -> dict[str, list[object]]:
     rows["distinct prompts"] = [split.distinct_prompts for split in splits]
     rows["rows whose images were looked at"] = [split.images.rows if split.images else NOTHING for split in splits]
     rows["distinct images, by name"] = [split.images.distinct if split.images else NOTHING for split in splits]
-    for title, name in (
-        ("same image on both sides", "same_image"),
-        ("label contradicts an earlier row", "contradicted"),
-    ):
+    odd = {"same image on both sides": "same_image", "label contradicts an earlier row": "contradicted"}
+    for title, name in odd.items():
         if any(found := [getattr(split.images, name, 0) for split in splits]):
             rows[title] = found
     return rows

@@ -29,12 +29,10 @@ class ResumableBatchSampler(Protocol):
 
     The state does not depend on the rank: a checkpoint holds the state of rank 0, and every rank of the resumed run
     loads it. Batch size and world size of the resumed run may differ. The state therefore says which *pairs* of the
-    epoch are used. Either it counts them, in an order that does not depend on batch size or world size
-    (``{"epoch": 3, "used": 512}``). Or it lists the batches taken under each combination of settings
-    (``{"epoch": 3, "spans": [{"batch_size": 4, "world_size": 2, "batches": 64}, ...]}``), from which the sampler
-    computes the used pairs again. It consists of plain numbers, strings, lists and dicts. The remaining pairs of the
-    epoch are batched under the new settings; none is repeated or lost. A count means nothing in another order, so a
-    state with one also holds what determines the order, see :func:`check_same_order`.
+    epoch are used: it counts them, in an order that does not depend on batch size or world size, or lists the batches
+    taken under each combination of settings, from which the sampler computes the used pairs again. It consists of plain
+    numbers, strings, lists and dicts. The remaining pairs of the epoch are batched under the new settings; none is
+    repeated or lost. A count means nothing in another order, so a state with one also holds what determines the order.
     """
 
     epoch: int  # number of the epoch of the next iteration
@@ -59,23 +57,10 @@ class ResumableBatchSampler(Protocol):
 
 
 class CountedBatches(ResumableBatchSampler):
-    """Base of batch samplers whose epochs have a fixed number of batches; counts the batches.
+    """Base of batch samplers whose epochs have a fixed number of batches per rank; counts the batches.
 
-    Args:
-        batch_size: Rows per batch and rank.
-        batches_per_epoch: Batches per rank in an epoch.
-        max_prompts: Prompts to use in the whole run, over all ranks; None for no limit.
-        finish: Called before the last batch that ``max_prompts`` prompts allow is yielded; should make the run stop
-            after this batch.
-        seed: Seed of the order in which the batches are taken.
-        num_replicas: World size.
-        rank: Number of this rank.
-
-    Attributes:
-        global_batch: Rows of a batch over all ranks.
-        epoch: Number of the current epoch.
-        batches: Batches per rank of this epoch that were taken before the current iteration.
-        taken: Batches that the current iteration has yielded.
+    ``finish`` is called before the last batch that ``max_prompts`` prompts of the whole run, over all ranks, allow is
+    yielded; it should make the run stop after this batch.
     """
 
     def __init__(
@@ -92,6 +77,7 @@ class CountedBatches(ResumableBatchSampler):
         self.batches_per_epoch, self.global_batch = batches_per_epoch, batch_size * num_replicas
         self.max_prompts, self.finish, self.seed = max_prompts, finish, seed
         self.num_replicas, self.rank = num_replicas, rank
+        # Batches of this epoch before the current iteration, and those that it has yielded.
         self.epoch = self.batches = self.taken = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -117,9 +103,6 @@ class EpochOfBatches(DistributedSampler[int]):
 
     Lightning calls ``set_epoch`` only on a loader's ``sampler``. Lightning also replaces any sampler but a
     ``DistributedSampler``, because it cannot know that the batch sampler already divides the rows among ranks.
-
-    Args:
-        batch_sampler: Batch sampler that receives the epoch.
     """
 
     def __init__(self, batch_sampler: ResumableBatchSampler) -> None:
@@ -132,11 +115,7 @@ class EpochOfBatches(DistributedSampler[int]):
 
 
 class WorkerLoader(DataLoader[Any]):
-    """A ``DataLoader`` that raises a one-line error if a worker process is killed, or continues without workers.
-
-    Raises:
-        ChildProcessError: While iterating, if a worker was killed and ``goes_on`` is false.
-    """
+    """A ``DataLoader`` that raises ChildProcessError of one line if a worker is killed, or goes on without workers."""
 
     goes_on: bool = False  # after a worker was killed, load on in this process, for a run that should save and stop
     worker_died: bool = False  # whether a worker was killed
@@ -168,14 +147,8 @@ class ResumableLoader(WorkerLoader):
 
     Lightning saves :meth:`state_dict` with its loops and loads it before the first batch. A batch counts as used when
     the trainer receives it, not when a worker prefetches it. Nothing is sampled or loaded before the first batch is
-    requested, because Lightning may create iterators before it sets the epoch.
-
-    Args:
-        dataset: Map-style data set; one with ``__getitems__`` gets a batch's indices in one call.
-        batch_sampler: Chooses this rank's batches and holds the state.
-        collate_fn: Makes a batch of the items that the data set returned.
-        num_workers: Loader processes; 0 loads in the training process.
-        settings: Further arguments of ``DataLoader``.
+    requested, because Lightning may create iterators before it sets the epoch. ``batch_sampler`` chooses this rank's
+    batches and holds the state; ``settings`` are further arguments of ``DataLoader``.
     """
 
     def __init__(
@@ -218,20 +191,16 @@ class ResumableLoader(WorkerLoader):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a position in the epoch; to be called before iterating."""
         if lacking := sorted(self.places.state_dict(0).keys() - state_dict.keys()):
-            raise InputError(
-                "data.train: the checkpoint stopped in an epoch of batches that were put together in another way (its "
-                f"state has no {lacking[0]!r}), as where pairs edit unlike numbers of pictures, or none; go on with "
-                "the data, or the cache, and with sources as in its training, or start anew"
-            )
+            told = "data.train: the checkpoint stopped in an epoch of batches that were put together in another way"
+            why = f"(its state has no {lacking[0]!r}), as where pairs edit unlike numbers of pictures, or none"
+            remedy = "go on with the data, or the cache, and with sources as in its training, or start anew"
+            raise InputError(f"{told} {why}; {remedy}")
         self.places.load_state_dict(state_dict)
         self._delivered, self._delivered_epoch = 0, self.places.epoch
 
 
 def check_same_order(state_dict: Mapping[str, Any], **settings: Any) -> None:
-    """Raise InputError if a batch sampler's state was saved under another ``seed`` or ``shuffle`` than the given ones.
-
-    In another order, the rest of the epoch would repeat some pairs and skip others.
-    """
+    """Raise InputError if a state was saved under other settings of the order: the rest would repeat and skip pairs."""
     fields = {"seed": "seed_everything (or data.seed)", "shuffle_buffer": "data.train.shuffle_buffer"}
     for name, value in settings.items():
         if (saved := state_dict[name]) != value:
@@ -252,10 +221,10 @@ def as_is(batch: Any) -> Any:
 
 
 def ignore_signals(worker_id: int) -> None:
-    """Make a loader's worker process ignore SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2; a ``worker_init_fn``.
+    """Make a worker ignore the signals that batch systems and terminals send to every process of a job.
 
-    Batch systems and terminals send these signals to every process of a job. A worker that obeyed would lose batches
-    that the training process still needs. Workers end when the loader tells them to, or when their parent has ended.
+    A worker that obeyed would lose batches that the training process still needs. Workers end when the loader tells
+    them to, or when their parent has ended.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

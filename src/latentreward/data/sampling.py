@@ -22,15 +22,8 @@ class PairBatchSampler(ResumableBatchSampler):
     global batch size is equal. The last batch of an epoch may be smaller, with equally many pairs on all ranks. Fewer
     than ``num_replicas`` pairs may remain after the last batch; they are not used in this epoch.
 
-    The state is the epoch, the number of pairs used, and what determines their order.
-
-    Args:
-        rows: Number of pairs.
-        batch_size: Pairs per batch and rank.
-        num_replicas: World size.
-        rank: Number of this rank.
-        shuffle: Whether each epoch has a new random order; without it the order is that of the rows.
-        seed: Seed of the order.
+    The state is the epoch, the number of pairs used, and what determines their order. Without ``shuffle``, the order of
+    each epoch is that of the rows.
     """
 
     def __init__(
@@ -70,15 +63,18 @@ class PairBatchSampler(ResumableBatchSampler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["rows"] != self.rows:
-            raise InputError(
-                f"data.train has {self.rows} pairs, but the checkpoint stopped in an epoch of {state_dict['rows']}; "
-                "go on with the data it was trained on, or start anew"
-            )
+            raise other_rows(self.rows, state_dict["rows"])
         check_same_order(state_dict, seed=self.seed, shuffle=self.shuffle)
         self.epoch, self.used = state_dict["epoch"], state_dict["used"]
 
     def _batches(self, rows: int) -> int:
         return -(-(rows // self.num_replicas) // self.batch_size)
+
+
+def other_rows(now: int, before: int) -> InputError:
+    """Return the error about training data of another number of pairs than that of a checkpoint."""
+    told = f"data.train has {now} pairs, but the checkpoint stopped in an epoch of {before}"
+    return InputError(f"{told}; go on with the data it was trained on, or start anew")
 
 
 SmallBuckets = Literal["fill", "short", "drop"]
@@ -118,10 +114,7 @@ class BucketBatchSampler(ResumableBatchSampler):
     :class:`~latentreward.data.PairBatchSampler`. A resumed epoch continues with the pairs that it has not used
     yet, also with another world size or batch size.
 
-    Args:
-        sizes: ``(N, 2)`` latent height and width of each pair, or ``(N, 3)`` with its number of sources too.
-        sizing: Settings of the batches.
-        rank: Global rank of this process.
+    ``sizes`` are latent height and width of each pair, ``(N, 2)``, or ``(N, 3)`` with its number of sources too.
     """
 
     def __init__(self, sizes: np.ndarray, sizing: Sizing, rank: int = 0) -> None:
@@ -161,10 +154,7 @@ class BucketBatchSampler(ResumableBatchSampler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         spans = [dict(span) for span in state_dict["spans"]]
         if spans and state_dict["pairs"] != len(self.bucket):
-            raise InputError(
-                f"data.train has {len(self.bucket)} pairs, but the checkpoint stopped in an epoch of "
-                f"{state_dict['pairs']}; go on with the data it was trained on, or start anew"
-            )
+            raise other_rows(len(self.bucket), state_dict["pairs"])
         self.epoch, self.skip, self.spans = state_dict["epoch"], 0, spans
         if spans and {name: value for name, value in spans[-1].items() if name != "batches"} == asdict(self.sizing):
             self.skip = self.spans.pop()["batches"]
@@ -233,12 +223,8 @@ class EvaluationBatches(DistributedSampler[list[int]]):
     every rank gets the same number of batches: one with more would wait forever in its last one's first collective
     call. If the number of batches is not a multiple of the world size, the largest are cut in two. If there are too few
     pairs to cut, small batches of one size are joined instead. Lightning's own distributed sampler repeats pairs, which
-    metrics would count twice; it does not replace a ``DistributedSampler``, hence the base class.
-
-    Args:
-        sizes: ``(N, 2)`` latent height and width of each pair, or ``(N, 3)`` with its number of sources too.
-        sizing: Batch size and world size.
-        rank: Global rank of this process.
+    metrics would count twice; it does not replace a ``DistributedSampler``, hence the base class. ``sizes`` are as for
+    :class:`BucketBatchSampler`.
     """
 
     def __init__(self, sizes: np.ndarray, sizing: Sizing, rank: int = 0) -> None:

@@ -71,18 +71,11 @@ class ScoreTable:
         sides = [name for name in scorers if held.issuperset(self._columns(name))]
         self.scorers = tuple(dict.fromkeys([*gaps, *sides]))
         if not self.scorers:
-            raise InputError(
-                f"{self.path}: no column NAME_gap, nor NAME_a and NAME_b, nor NAME_chosen and NAME_rejected; it has "
-                f"{', '.join(names)}"
-            )
-        if PAIR_ID in names:
-            counts = pc.value_counts(self._table.column(PAIR_ID))
-            repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-            if len(repeated):
-                raise InputError(
-                    f"{self.path}: {PAIR_ID} {repeated[0]['values'].as_py()!r} is in {repeated[0]['counts'].as_py()} "
-                    f"rows ({len(repeated)} such pairs); leave one row per pair"
-                )
+            told = "no column NAME_gap, nor NAME_a and NAME_b, nor NAME_chosen and NAME_rejected"
+            raise InputError(f"{self.path}: {told}; it has {', '.join(names)}")
+        counts = Counter(self._table.column(PAIR_ID).to_pylist() if PAIR_ID in names else ())
+        if twice := next(((name, rows) for name, rows in counts.items() if rows > 1), None):
+            raise InputError(f"{self.path}: {PAIR_ID} {twice[0]!r} is in {twice[1]} rows; leave one row per pair")
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -161,31 +154,26 @@ class ScoreTable:
             return scores
         undecided = (np.isnan(labels) | (labels == 0.5)) & (rows >= 0)
         if undecided.any():
-            raise InputError(
-                f"{self.path}: {columns[0]} and {columns[1]}, but {undecided.sum()} pairs have no winner; give "
-                f"{name}_a and {name}_b for images a and b"
-            )
+            told = f"{columns[0]} and {columns[1]}, but {undecided.sum()} pairs have no winner"
+            raise InputError(f"{self.path}: {told}; give {name}_a and {name}_b for images a and b")
         return np.where((labels > 0.5)[:, None], scores, scores[:, ::-1])
 
     def _rows_of(self, reader: PairReader) -> np.ndarray:
         """Return the table's row number of each of the reader's pairs, ``(len(reader),)``; -1 if not in the table."""
         if PAIR_ID not in self._table.column_names:
             if len(reader) != len(self):
-                raise InputError(
-                    f"{self.path}: {len(self)} rows for {len(reader)} of the reader, which left out "
-                    f"{count_text(reader.skipped)}; a table without {PAIR_ID} must have the same rows: let the reader "
-                    "keep all of them (drop_identical: false, on_error: placeholder) or give the table of this split"
-                )
+                told = f"{len(self)} rows for {len(reader)} of the reader, which left out {count_text(reader.skipped)}"
+                remedy = "let the reader keep all (drop_identical: false, on_error: placeholder)"
+                raise InputError(f"{self.path}: {told}; a table without {PAIR_ID} must have the same rows: {remedy}")
             return np.arange(len(self))
         wanted = reader.pair_ids()
         rows = pc.index_in(pa.array(wanted, pa.string()), self._table.column(PAIR_ID).combine_chunks())
         rows = rows.fill_null(-1).to_numpy().astype(np.int64)
         if not (rows >= 0).any():
             known = self._table.column(PAIR_ID)[0].as_py() if len(self) else None
-            raise InputError(
-                f"{self.path}: none of the reader's {len(wanted)} pairs is in it (the reader's first is {wanted[0]!r}, "
-                f"the table's {known!r}); give the table that was made from this data set and split"
-            )
+            told = f"(the reader's first is {wanted[0]!r}, the table's {known!r})"
+            remedy = "give the table that was made from this data set and split"
+            raise InputError(f"{self.path}: none of the reader's {len(wanted)} pairs is in it {told}; {remedy}")
         return rows
 
 
@@ -205,9 +193,8 @@ def read_table(path: Path) -> pa.Table:
     try:
         table = load_table(path, [PAIR_ID])
     except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path}: not a whole {path.suffix[1:]} file ({first_line(error)}); get or make it anew"
-        ) from error
+        told = f"{path}: not a whole {path.suffix[1:]} file ({first_line(error)})"
+        raise InputError(f"{told}; get or make it anew") from error
     names = table.column_names
     if repeated := [name for name in names if names.count(name) > 1]:
         raise InputError(f"{path}: column {repeated[0]!r} is there twice; leave one")
@@ -239,11 +226,7 @@ SPLITS = ("train", "val", "test", "predict")
 
 @dataclass(frozen=True)
 class ScoreTargets:
-    """Columns of tables of scores, as ``latentreward score-pairs`` writes them, that a loss compares scores with.
-
-    For each name NAME a table has two columns, with the values of images a and b as the reader gives them, NAME_a and
-    NAME_b, or NAME_chosen and NAME_rejected; see :class:`~latentreward.data.ScoreTable`. Images may lack a
-    value.
+    """Columns of tables of scores, see :class:`ScoreTable`, that a loss compares scores with; images may lack a value.
 
     Attributes:
         tables: Split, such as ``train`` or ``val`` → CSV or parquet file of its pairs.
@@ -265,14 +248,11 @@ class ScoreTargets:
         if unknown := [name for name in self.tables if name not in SPLITS]:
             raise InputError(f"data.targets.tables: there is no split {unknown[0]!r}{did_you_mean(unknown[0], SPLITS)}")
         if self.uncertainties and len(self.uncertainties) != len(self.columns):
-            raise InputError(
-                f"data.targets.uncertainties has {len(self.uncertainties)} names for {len(self.columns)} columns; name "
-                "one for each, or none"
-            )
+            told = f"{len(self.uncertainties)} names for {len(self.columns)} columns"
+            raise InputError(f"data.targets.uncertainties has {told}; name one for each, or none")
         if self.standardise and "train" not in self.tables:
-            raise InputError(
-                "data.targets.tables has no train, over which columns are z-scored; add it or set standardise: false"
-            )
+            told = "data.targets.tables has no train, over which columns are z-scored"
+            raise InputError(f"{told}; add it or set standardise: false")
 
     def values(self, split: str, reader: PairReader) -> Tensor | None:
         """Return the values of every row of the reader of a split.
@@ -290,10 +270,8 @@ class ScoreTargets:
         if missing.all():
             raise InputError(f"{table.path}: no image of data.{split} has a value of {', '.join(self.columns)}")
         if missing.any():
-            logger.warning(
-                "%s: %d of %d images of data.%s have no value, and are left out of the loss",
-                table.path, missing.sum(), missing.size, split,
-            )  # fmt: skip
+            told = "%s: %d of %d images of data.%s have no value, and are left out of the loss"
+            logger.warning(told, table.path, missing.sum(), missing.size, split)
         mean, scale = self._scales()
         parts = [(values - mean) / scale]
         if self.uncertainties:
@@ -301,10 +279,8 @@ class ScoreTargets:
             self._check_finite(table, spread, self.uncertainties, reader)
             if (wrong := ~(spread > 0) & ~np.isnan(values)).any():
                 name = self.uncertainties[int(np.argwhere(wrong)[0][-1])]
-                raise InputError(
-                    f"{table.path}: {name} is {spread[wrong][0]:g} for an image with a value; an uncertainty is a "
-                    "positive number"
-                )
+                told = f"{table.path}: {name} is {spread[wrong][0]:g} for an image with a value"
+                raise InputError(f"{told}; an uncertainty is a positive number")
             parts.append(spread / scale)
         return torch.from_numpy(np.stack(parts, axis=2)).float()
 
@@ -312,10 +288,8 @@ class ScoreTargets:
     def _check_finite(table: ScoreTable, values: np.ndarray, names: Sequence[str], reader: PairReader) -> None:
         if (wrong := np.isinf(values)).any():
             row, side, column = np.argwhere(wrong)[0]
-            raise InputError(
-                f"{table.path}: {names[column]}_{'ab'[side]} of pair {reader[int(row)].pair_id} is "
-                f"{values[row, side, column]:g}; give a finite number, or an empty cell for none"
-            )
+            told = f"{names[column]}_{'ab'[side]} of pair {reader[int(row)].pair_id} is {values[row, side, column]:g}"
+            raise InputError(f"{table.path}: {told}; give a finite number, or an empty cell for none")
 
     def _scales(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation of each column over the images of ``train``, 0 and 1 for no z-scores."""
@@ -325,10 +299,8 @@ class ScoreTargets:
         values = np.stack([table.sides(name).ravel() for name in self.columns], axis=-1)
         mean, scale = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
         if not (scale > 0).all():
-            name = self.columns[int(np.argmin(scale > 0))]
-            raise InputError(
-                f"{table.path}: all values of {name} are equal or missing; give a column that tells images"
-            )
+            told = f"all values of {self.columns[int(np.argmin(scale > 0))]} are equal or missing"
+            raise InputError(f"{table.path}: {told}; give a column that tells images")
         return mean, scale
 
 
@@ -387,14 +359,6 @@ class MPCF:
     tie_limits: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        choices = {"strategy": (1, 2, 3), "comparison": ("code", "paper"), "ties": ("limits", "drop", "keep")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(map(str, allowed))}")
-        for name in ("floors", "tie_limits"):
-            for scorer, value in (getattr(self, name) or {}).items():
-                if not isinstance(value, float | int | np.number) or not np.isfinite(value):
-                    raise InputError(f"{name}.{scorer} is {value!r}; give a finite number, in the scorer's unit")
         if self.floors is not None and not self.floors:
             raise InputError("floors is empty, so nothing would be filtered; name a scorer, or leave it out")
         if self.ties == "limits" and (lacking := set(self.floors_in_use()) - set(self.limits_in_use())):
@@ -414,22 +378,11 @@ class MPCF:
 
 
 def select_consistent(gaps: PairGaps, rule: MPCF) -> tuple[np.ndarray, Counter[str]]:
-    """Select the pairs that a rule keeps.
-
-    Returns:
-        ``(N,)`` bool, true for kept pairs; and the number of dropped pairs by reason, each pair counted under the
-        first reason that applies.
-
-    Raises:
-        InputError: If ``gaps`` lacks a scorer of the rule.
-    """
+    """Select the pairs that a rule keeps, ``(N,)`` bool; also count the dropped ones by the first reason."""
     floors, limits = rule.floors_in_use(), rule.limits_in_use() if rule.ties == "limits" else {}
-    for name in (*floors, *limits):
-        if name not in gaps.values:
-            raise InputError(
-                f"the score table has no {name!r}{did_you_mean(name, gaps.values)}; "
-                "set FilteredReader's floors to the scorers that should count"
-            )
+    if lacking := [name for name in (*floors, *limits) if name not in gaps.values]:
+        told = f"the score table has no {lacking[0]!r}{did_you_mean(lacking[0], gaps.values)}"
+        raise InputError(f"{told}; set FilteredReader's floors to the scorers that should count")
     keep, dropped = np.ones(len(gaps), dtype=bool), Counter[str]()
 
     def drop(rows: np.ndarray, reason: str) -> None:
@@ -454,14 +407,12 @@ def select_consistent(gaps: PairGaps, rule: MPCF) -> tuple[np.ndarray, Counter[s
 class FilteredReader(ChosenRows):
     """Reader of the rows of another reader that multi-preference consistent filtering keeps, in their order.
 
-    The constructor selects the rows from labels and scores, without decoding images. ``skipped`` counts the dropped
-    rows by reason.
+    No image is decoded for it. ``skipped`` counts the dropped rows by reason.
 
     Args:
-        reader: Source of the pairs. If the table has no column ``pair_id``, the reader must keep every row of its
-            files.
+        reader: Source of the pairs. If the table has no column ``pair_id``, it must keep every row of its files.
         scores: Path of the table of scores, see :class:`ScoreTable`.
-        on_error: What happens to images that cannot be read, see :class:`PairReader`; by default as ``reader`` has it.
+        on_error: What happens to images that cannot be read; by default as ``reader`` has it.
         rule: Settings of :class:`MPCF`.
     """
 
@@ -471,6 +422,6 @@ class FilteredReader(ChosenRows):
         super().__init__(reader, np.flatnonzero(keep), on_error)
         self.skipped = skipped
         if not len(self.rows):
-            reasons = count_text(self.skipped)
-            raise InputError(f"{scores}: none of {len(reader)} rows left ({reasons}); check the table and the floors")
+            told = f"{scores}: none of {len(reader)} rows left ({count_text(self.skipped)})"
+            raise InputError(f"{told}; check the table and the floors")
         self.report(f"filtered by {scores}")

@@ -2,28 +2,20 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from latentreward.core.contracts import PreferencePair
-from latentreward.core.errors import InputError, check_at_least_one
-from latentreward.core.running import pair_generator
+from latentreward.core.errors import InputError
 from latentreward.core.storage.digests import digest
 from latentreward.data.readers.base import OnError, PairReader, normalise_prompt
 
 
 class ChosenRows(PairReader):
-    """Base class of readers of some rows of another reader.
-
-    Args:
-        reader: Source of the pairs.
-        rows: Row numbers in ``reader``, ``(len,)``.
-        on_error: What happens to images that cannot be read, see :class:`PairReader`; by default as ``reader`` has it.
-    """
+    """Reader of some ``rows``, ``(len,)``, of another reader."""
 
     def __init__(self, reader: PairReader, rows: np.ndarray, on_error: OnError | None = None) -> None:
         super().__init__(on_error or reader.own_on_error, exif=reader.exif)
@@ -43,59 +35,20 @@ class ChosenRows(PairReader):
     def labels(self) -> np.ndarray:
         return self.reader.labels()[self.rows]
 
+    def _of(self, values: Sequence[Any]) -> list[Any]:
+        return [values[row] for row in self.rows]
+
     def prompts(self) -> list[str]:
-        prompts = self.reader.prompts()
-        return [prompts[row] for row in self.rows]
+        return self._of(self.reader.prompts())
 
     def pair_ids(self) -> list[str]:
-        pair_ids = self.reader.pair_ids()
-        return [pair_ids[row] for row in self.rows]
+        return self._of(self.reader.pair_ids())
 
     def groups(self) -> list[str]:
-        groups = self.reader.groups()
-        return [groups[row] for row in self.rows]
+        return self._of(self.reader.groups())
 
     def facts(self) -> dict[str, list[Any]]:
-        return {name: [values[row] for row in self.rows] for name, values in self.reader.facts().items()}
-
-
-class CutReader(ChosenRows):
-    """Reader of a fixed random choice of another reader's labelled rows, in their order.
-
-    Each row draws a random number from ``seed`` and its ``pair_id``, and the rows with the smallest numbers are chosen.
-    Two cuts of one data set with one seed therefore share their rows as far as possible: the smaller cut is part of the
-    larger one, and rows that are missing from a copy change nothing for the others but to make room.
-
-    Args:
-        reader: Source of the pairs.
-        pairs: Number of pairs to choose.
-        seed: Seed of the choice.
-        apart_from: Reader of pairs that the model will be tested on; rows with one of its prompts are left out.
-        on_error: What happens to images that cannot be read, see :class:`PairReader`; by default as ``reader`` has it.
-    """
-
-    def __init__(
-        self,
-        reader: PairReader,
-        pairs: int,
-        seed: int = 0,
-        apart_from: PairReader | None = None,
-        on_error: OnError | None = None,
-    ) -> None:
-        check_at_least_one(pairs=pairs)
-        keep = reader.labelled()
-        if apart_from is not None:
-            taken = set(map(normalise_prompt, apart_from.prompts()))
-            keep = keep & np.array([normalise_prompt(prompt) not in taken for prompt in reader.prompts()], dtype=bool)
-        rows = np.flatnonzero(keep)
-        if len(rows) < pairs:
-            raise InputError(
-                f"pairs={pairs}, but {len(rows)} of {len(reader)} rows have a label and no prompt of apart_from; set "
-                f"pairs to {len(rows)} or less, or add files to the data set"
-            )
-        names = reader.pair_ids()
-        drawn = [float(torch.rand((), generator=pair_generator(seed, "cut", 0, names[row]))) for row in rows]
-        super().__init__(reader, np.sort(rows[np.argsort(drawn, kind="stable")[:pairs]]), on_error)
+        return {name: self._of(values) for name, values in self.reader.facts().items()}
 
 
 logger = logging.getLogger(__name__)
@@ -111,19 +64,12 @@ def select_rows(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Select the labelled rows of each split, by default only those whose prompt is not in a later split.
 
-    Prompts are compared after :func:`normalise_prompt`.
-
-    Args:
-        splits: Readers by name of split, in the order train, val, test. The last split keeps all its labelled rows.
-        shared_prompts: What happens to rows whose prompt is in a later split. ``"drop"`` leaves them out and logs their
-            number; ``"keep"`` keeps them; ``"raise"`` raises InputError.
-        remedy: What to do about unlabelled rows, for the message.
+    Prompts are compared after :func:`normalise_prompt`. ``splits`` are readers in the order train, val, test, of which
+    the last keeps all its labelled rows. Of rows whose prompt is in a later split, ``"drop"`` logs the number, and
+    ``"raise"`` raises InputError. ``remedy`` says what to do about unlabelled rows.
 
     Returns:
         Ascending row numbers, ``(rows,)``, by split; and the error message of each split that has no rows left.
-
-    Raises:
-        InputError: If a prompt is shared and ``shared_prompts`` is ``"raise"``.
     """
     taken: set[str] = set()
     selected: dict[str, np.ndarray] = {}
@@ -138,10 +84,10 @@ def select_rows(
         shared[: len(prompts)] = [prompt in taken for prompt in prompts]
         have = f"have a prompt that {' or '.join(reversed(later))} has too"
         if shared.any() and shared_prompts == "raise":
-            example = reader[int(np.flatnonzero(shared)[0])]
+            first = int(np.flatnonzero(shared)[0])
+            told = f"{int(shared.sum())} of {len(reader)} rows {have}, first {reader.pair_ids()[first]}"
             raise InputError(
-                f"data.{name}: {int(shared.sum())} of {len(reader)} rows {have}, first {example.pair_id} "
-                f"{example.prompt[:60]!r}; set data.shared_prompts: drop, or keep"
+                f"data.{name}: {told} {reader.prompts()[first][:60]!r}; set data.shared_prompts: drop, or keep"
             )
         selected[name] = np.flatnonzero(labelled & ~shared)
         if not len(selected[name]):
@@ -171,10 +117,8 @@ def split_by_prompt(reader: PairReader, share: float) -> tuple[PairReader, PairR
     drawn = sorted(set(prompts), key=lambda prompt: digest(["val", prompt]))
     number = max(1, round(share * len(drawn)))
     if not 0 < share < 1 or number >= len(drawn):
-        raise InputError(
-            f"data.val_share={share} of {len(drawn)} prompts leaves a split without any; give a share between 0 and 1 "
-            "and pairs of more prompts, or set data.val"
-        )
+        told = f"data.val_share={share} of {len(drawn)} prompts leaves a split without any"
+        raise InputError(f"{told}; give a share between 0 and 1 and pairs of more prompts, or set data.val")
     taken = set(drawn[:number])
     held_out = np.array([prompt in taken for prompt in prompts], dtype=bool)
     return ChosenRows(reader, np.flatnonzero(~held_out)), ChosenRows(reader, np.flatnonzero(held_out))

@@ -21,17 +21,16 @@ from latentreward.data.dataset import LoadedPair, PairDataset, SkippedPair, coll
 from latentreward.data.images import COUNT, PixelLoader
 from latentreward.data.loading import CountedBatches, ResumableLoader, check_same_order, shares_of
 from latentreward.data.readers.base import OnError, count_text, normalise_prompt
-from latentreward.data.readers.dataset_pairs import KEYS, SOURCE_KEYS, choose_columns
+from latentreward.data.readers.dataset_pairs import KEYS, SOURCE_KEYS, OwnColumns
 from latentreward.data.readers.json_rows import SOURCES, edit_problem, edit_remark, find_edit_source, short
-from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST, PairRowParser, WholeNumbersError
+from latentreward.data.readers.pair_rows import BY_LABEL, PairRowParser, WholeNumbersError
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     DAMAGE,
     ParquetPart,
     Source,
     class_names,
-    find_all_parts,
-    name_class,
+    find_parts,
     plain_features,
     set_folder,
     source_name,
@@ -41,26 +40,27 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 logger = logging.getLogger(__name__)
-COUNTED = ("left out by on_error", "unlabelled", "prompt in another split", "images not read", COUNT)
+BAD, UNLABELLED, SHARED, UNREAD = "left out by on_error", "unlabelled", "prompt in another split", "images not read"
+COUNTED = (BAD, UNLABELLED, SHARED, UNREAD, COUNT)
 """What is counted of the rows that a stream has read."""
 
 
 class PairStream(RowReader):
     """Source of pairs for :class:`StreamedPreferenceDataModule`, read in their order and never by number.
 
-    The columns are those of :class:`~latentreward.data.DatasetPairReader`, but images must be bytes. A pair without
-    ``pair_id`` is named by a hash of its prompt and images. Only the first row is read by the constructor; later rows
-    are checked when they are read. Unlabelled rows are left out, and ``on_error: placeholder`` is as ``skip``, since no
-    row has a number to keep. No code of a data set is run. What needs the number of rows takes readers only.
+    Columns and settings are those of :class:`~latentreward.data.DatasetPairReader`, but images must be bytes. A pair
+    without ``pair_id`` is named by a hash of its prompt and images. Only the first row is read by the constructor.
+    Unlabelled rows are left out, and ``on_error: placeholder`` is as ``skip``, since no row has a number to keep. What
+    needs the number of rows takes readers only.
 
     Args:
-        source: Id of a hub data set, in any format that ``datasets`` streams; folder or file of parquet files, as for
-            ``DatasetPairReader``. From Python also an ``IterableDataset``.
+        source: Id of a hub data set, in any format that ``datasets`` streams; folder or file of parquet files. From
+            Python also an ``IterableDataset``.
         split: Name of the split.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         config: Name of the configuration, where the hub data set has several.
-        columns: Names of the columns where they differ, see ``DatasetPairReader``.
-        labels: Meaning of each label, see ``DatasetPairReader``; needed for a column of whole numbers.
+        columns: Names of the columns where they differ.
+        labels: Meaning of each label; needed for a column of whole numbers.
         shuffle_buffer: Rows, with their images' bytes, that each loader process keeps in memory to draw the next row
             from at random; files are drawn in a random order too. 1 keeps the order of the source.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
@@ -80,56 +80,72 @@ class PairStream(RowReader):
     ) -> None:
         check_at_least_one(shuffle_buffer=shuffle_buffer)
         super().__init__(Path(source_name(source)).name, split, **options)
-        source = os.fspath(source) if isinstance(source, os.PathLike) else source
-        self.shuffle_buffer = shuffle_buffer
+        self.shuffle_buffer, self._place = shuffle_buffer, source_name(source)
         set_folder(self, source)
-        self._place = source_name(source)
-        rows = self._open(source, split, revision, config)
+        rows = self._open(os.fspath(source) if isinstance(source, os.PathLike) else source, split, revision, config)
         first = next(self._guarded(rows), None)
         if first is None:
             raise InputError(f"split: {split!r} of {self._place} has no rows; check the files")
         told = self.skipped + self.remarks
         # Without types, the names alone choose the columns.
         schema = rows.features.arrow_schema if rows.features else pa.schema(dict.fromkeys(first, pa.string()))
-        self._columns = choose_columns(schema, columns or {}, self._place, self.sources)
-        if (edited := find_edit_source(first, self._columns.values())) is not None:
+        self._own = own = OwnColumns(schema, columns or {}, self._place, self.sources)
+        if (edited := find_edit_source(first, own.of.values())) is not None:
             if self.sources == "read":
                 raise InputError(f"{self._place}: {edit_problem(edited)}, or name it in columns")
             told[edit_remark(edited)] += 1
         if told:  # `report` would need the number of rows
             logger.warning("%s %s: %s", self._place, split, count_text(told))
-        self.edits = SOURCES[0] in self._columns
-        self._fields = WINNER_FIRST if WINNER_FIRST[0] in self._columns else BY_LABEL
-        listed = [*self._fields, SOURCES[0]]
-        for column in (self._columns[field] for field in listed if field in self._columns):
-            value = first[column]
-            if isinstance(value, list) and column == self._columns.get(SOURCES[0]):
+        own.embedded = {field for field in (*own.images, SOURCES[0]) if field in own.of}
+        for field in filter(own.of.get, (*own.images, SOURCES[0])):
+            value = first[column := own.of[field]]
+            if field == SOURCES[0] and isinstance(value, list):
                 value = value[0] if value else None
             held = value.get("bytes", value) if isinstance(value, dict) else value
             elsewhere = isinstance(value, dict) and held is None and "://" in str(value.get("path"))
             if not isinstance(held, bytes | None) or elsewhere:
-                raise InputError(
-                    f"{self._place}: column {column} holds {short(value)}, not an image's bytes; give the column "
-                    "the feature Image, or name another one in columns"
-                )
-        self._rows = rows.select_columns(sorted({*self._columns.values()}))
-        label = self._columns.get("label", "")
-        self._classes = class_names(schema, label)
-        read = self._fields == BY_LABEL and self._classes is None and labels is None
-        if read and label and pa.types.is_integer(schema.field(label).type):
+                told = f"column {column} holds {short(value)}, not an image's bytes"
+                raise InputError(f"{self._place}: {told}; give it the feature Image, or name another one in columns")
+        self._rows = rows.select_columns(sorted({*own.of.values()}))
+        label = own.of.get("label", "") if own.images == BY_LABEL and labels is None else ""
+        if label and class_names(schema, label) is None and pa.types.is_integer(schema.field(label).type):
             raise WholeNumbersError(label)
-        self._parser = PairRowParser(self, labels=labels)
+        # A stream may repeat a pair, and the names of all pairs would be kept for ever.
+        self._parser = PairRowParser(self, labels=labels, unique=False)
+
+    def _open(self, source: Any, split: str, revision: str | None, config: str | None) -> "IterableDataset":
+        from datasets import IterableDataset, load_dataset  # slow to import
+
+        if isinstance(source, IterableDataset):
+            return source.decode(False) if source.features else source
+        if not isinstance(source, str):
+            told = "give a hub id, a folder, or an IterableDataset of the library datasets"
+            raise InputError(f"source is {self._place}; {told}")
+        settings: dict[str, Any] = {"path": source, "name": config, "revision": revision}
+        if Path(source).exists() or not is_hub_id(source):
+            parts = find_parts(self, source, split, config=config)
+            files = [*map(ParquetPart.pattern, parts)]
+            settings = {"path": "parquet", "data_files": {split: files}, "features": plain_features(parts[0])}
+        try:
+            rows = load_dataset(**settings, split=split, streaming=True)
+        except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+            told = f"source: {source!r} cannot be streamed ({first_line(error)})"
+            raise InputError(f"{told}; check id and split") from error
+        return rows.decode(False) if rows.features else rows
 
     def __len__(self) -> NoReturn:
-        raise InputError(
-            f"{type(self).__name__}: a stream has no number of rows; read {self._place} by DatasetPairReader, or train "
-            "on it in StreamedPreferenceDataModule"
-        )
+        told = f"{type(self).__name__}: a stream has no number of rows; read {self._place} by DatasetPairReader"
+        raise InputError(f"{told}, or train on it in StreamedPreferenceDataModule")
 
     @property
     def table(self) -> NoReturn:  # type: ignore[override]
         """Raise InputError: all methods of the base class that need all rows at once read this table."""
         self.__len__()
+
+    @property
+    def edits(self) -> bool:
+        """Whether pairs edit pictures."""
+        return SOURCES[0] in self._own.of
 
     def pairs(self, part: int, parts: int, seed: int, counted: Callable[[str], None]) -> Iterator[PreferencePair]:
         """Yield the labelled pairs of one of several parts of the stream, once, in a random order.
@@ -138,31 +154,23 @@ class PairStream(RowReader):
         over, which all parts read. With fewer files than parts these are all files. ``counted`` is called with one of
         ``COUNTED`` for every row that is not yielded.
         """
-        for row in self._rows_of(part, parts, seed):
-            pair = self._read(row)
-            if pair is None:
-                counted(COUNTED[0])
-            elif pair.label_a is None:
-                counted(COUNTED[1])
-            else:
-                yield pair
-
-    def _rows_of(self, part: int, parts: int, seed: int) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a part's own files, then its rows of the files left over; see :meth:`pairs`."""
         from datasets import concatenate_datasets  # slow to import
 
         files = self._rows.num_shards  # that can be read independently of each other
         own = files // parts
-        mine = [self._rows.shard(parts, part, contiguous=False)] if own else []
-        if own and mine[0].num_shards > own:  # its last file is one of those left over
-            mine = [mine[0].shard(own + 1, number) for number in range(own)]
-        left = [self._rows.shard(files, number) for number in range(own * parts, files)]
-        for found, first, step in ((mine, 0, 1), (left, part, parts)):
-            if found:
-                rows = concatenate_datasets(found)
-                if self.shuffle_buffer > 1:
-                    rows = rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-                yield from islice(self._guarded(rows), first, None, step)
+        shards = [self._rows.shard(files, number) for number in range(files)]
+        for found, first, step in ((shards[part : own * parts : parts], 0, 1), (shards[own * parts :], part, parts)):
+            if not found:
+                continue
+            rows = concatenate_datasets(found)
+            if self.shuffle_buffer > 1:
+                rows = rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
+            for row in islice(self._guarded(rows), first, None, step):
+                pair = self._read(row)
+                if pair is not None and pair.label_a is not None:
+                    yield pair
+                else:
+                    counted(BAD if pair is None else UNLABELLED)
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         return row["images"]
@@ -172,16 +180,11 @@ class PairStream(RowReader):
 
     def _read(self, content: Mapping[str, Any]) -> PreferencePair | None:
         """Check a row, applying ``on_error``, and return its pair; None leaves it out."""
-        row = {field: content[column] for field, column in self._columns.items()}
-        if self._classes is not None:
-            row["label"] = name_class(self._classes, row["label"])
-        keys = [row.pop(key, None) for key in KEYS]
-        values = [row.pop(field) for field in self._fields]
-        sources = self.embedded_images(row.pop(SOURCES[0], None), row.pop(SOURCE_KEYS, None))
-        images = self.embedded_images(values, keys)
-        name = digest([str(row["prompt"]), *(image.data or image.image_key for image in images)])
-        # A stream may repeat a pair, and the names of all pairs would be kept for ever.
-        parsed = self._parser.parse(name, 0, {**row, **dict.fromkeys(self._fields)}, stream=True)
+        given = {field: content[column] for field, column in self._own.of.items()}
+        images = self.embedded_images([given[field] for field in self._own.images], [given.get(key) for key in KEYS])
+        sources = self.embedded_images(given.get(SOURCES[0]), given.get(SOURCE_KEYS))
+        name = digest([str(given["prompt"]), *(image.data or image.image_key for image in images)])
+        parsed = self._parser.parse(name, 0, self._own.read(content))
         return self.make_pair({**parsed[0], "images": images, "sources": sources}) if parsed else None
 
     def _guarded(self, rows: "IterableDataset") -> Iterator[dict[str, Any]]:
@@ -193,54 +196,18 @@ class PairStream(RowReader):
             for batch in rows.iter(batch_size=1):
                 yield {name: values[0] for name, values in batch.items()}
         except DAMAGE as error:
-            raise InputError(
-                f"source: {self._place} cannot be read on ({first_line(error)}); check its files"
-            ) from error
-
-    def _open(self, source: Source, split: str, revision: str | None, config: str | None) -> "IterableDataset":
-        from datasets import IterableDataset, load_dataset  # slow to import
-
-        if isinstance(source, IterableDataset):
-            rows = source
-        elif not isinstance(source, str):
-            raise InputError(
-                f"source is {source_name(source)}; give a hub id, a folder, or an IterableDataset of the library "
-                "datasets"
-            )
-        else:
-            settings: dict[str, Any] = {"path": source, "name": config, "revision": revision}
-            if Path(source).exists() or not is_hub_id(source):
-                parts = find_all_parts(self, source, split, config=config)
-                files = [*map(ParquetPart.pattern, parts)]
-                settings = {"path": "parquet", "data_files": {split: files}, "features": plain_features(parts[0])}
-            try:
-                rows = load_dataset(**settings, split=split, streaming=True)
-            except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
-                raise InputError(
-                    f"source: {source!r} cannot be streamed ({first_line(error)}); check id and split"
-                ) from error
-        return rows.decode(False) if rows.features else rows
+            told = f"source: {self._place} cannot be read on ({first_line(error)})"
+            raise InputError(f"{told}; check its files") from error
 
 
 class StreamedPairs(PairDataset):
     """Batches of a stream by their number, for one rank; consecutive numbers are read without going back.
 
-    The stream is divided into lanes, one for each rank and loader process. Batch ``n`` of a rank comes from its lane
-    ``n`` modulo the number of lanes. A lane goes over its part of the stream again and again, each time in a new order.
-    Pairs of a batch edit equally many pictures: a pair waits in its lane until there are enough with as many.
-
-    Args:
-        stream: Source of the pairs.
-        loader: Decodes and resizes one image. Its ``exif`` is replaced by the stream's ``exif``.
-        lanes: Lanes per rank.
-        batch_size: Pairs per batch.
-        batches_per_epoch: Batches in an epoch, for ``len``.
-        apart: Normalised prompts of other splits; pairs with them are left out.
-        on_error: Default for a stream whose own ``on_error`` is None.
-        seed: Seed of the order; pass ``n`` of a lane uses ``seed + n``.
-
-    Attributes:
-        share: Rank and world size, as ``{"rank": 0, "num_replicas": 1}``.
+    The stream is divided into ``lanes``, one for each rank and loader process. Batch ``n`` of a rank comes from its
+    lane ``n`` modulo the number of lanes. A lane goes over its part of the stream again and again, each time in a new
+    order: pass ``n`` by ``seed + n``. Pairs of a batch edit equally many pictures: a pair waits in its lane until there
+    are enough with as many. Pairs whose normalised prompt is in ``apart`` are left out. ``share`` is rank and world
+    size.
     """
 
     def __init__(
@@ -284,12 +251,11 @@ class StreamedPairs(PairDataset):
         return {**self.__dict__, "_open": {}}
 
     def count(self, place: int, problem: str) -> None:
-        self._counts[place, COUNTED.index(problem if problem in COUNTED else "images not read")] += 1
+        self._counts[place, COUNTED.index(problem if problem in COUNTED else UNREAD)] += 1
 
     def skipped(self) -> Counter[str]:
         """Count, by reason, the rows that this rank has left out; rows that are read again are counted again."""
-        totals = dict(zip(COUNTED, self._counts.sum(dim=0).tolist(), strict=True))
-        return Counter({reason: rows for reason, rows in totals.items() if rows})
+        return +Counter(dict(zip(COUNTED, self._counts.sum(dim=0).tolist(), strict=True)))
 
     def _batches(self, lane: int) -> Iterator[list[PreferencePair]]:
         """Yield batches without end, each of pairs with equally many pictures to edit."""
@@ -299,23 +265,19 @@ class StreamedPairs(PairDataset):
             yielded = False
             for pair in self.stream.pairs(part, parts, self.seed + number, partial(self.count, lane)):
                 pictures = len(sources_of(pair.prompt))
-                if self.apart and normalise_prompt(pair.prompt) in self.apart:
-                    self.count(lane, COUNTED[2])
-                    continue
-                # Here, because a batch of such pairs alone would be empty.
-                if self.on_error != "raise" and sources_wanted(pictures, self.taken):
-                    self.count(lane, COUNT)
+                shared = bool(self.apart) and normalise_prompt(pair.prompt) in self.apart
+                # Here, because a batch of pairs with a wrong number of pictures alone would be empty.
+                if shared or (self.on_error != "raise" and sources_wanted(pictures, self.taken)):
+                    self.count(lane, SHARED if shared else COUNT)
                     continue
                 yielded = True
-                batch = waiting.setdefault(pictures, [])
-                batch.append(pair)
-                if len(batch) == self.batch_size:
+                waiting.setdefault(pictures, []).append(pair)
+                if len(waiting[pictures]) == self.batch_size:
                     yield waiting.pop(pictures)
             if not yielded:
-                raise InputError(
-                    f"data.train: no row left in part {part + 1} of {parts} of the stream; use fewer num_workers or "
-                    "devices, label rows, or set data.shared_prompts: keep"
-                )
+                told = f"data.train: no row left in part {part + 1} of {parts} of the stream"
+                remedy = "use fewer num_workers or devices, label rows, or set data.shared_prompts: keep"
+                raise InputError(f"{told}; {remedy}")
 
 
 class StreamSampler(CountedBatches):
@@ -327,22 +289,13 @@ class StreamSampler(CountedBatches):
 
     A stream cannot be read from another place than its start, and its order depends on how it is divided. The state
     therefore fits only a run with as many ranks and loader processes, and with the same settings of the order.
-
-    Args:
-        dataset: Batches of the stream.
-        num_workers: Loader processes per rank, as set.
-        shares: Rank and world size.
     """
 
     def __init__(self, dataset: StreamedPairs, num_workers: int, **shares: int) -> None:
         super().__init__(dataset.batch_size, dataset.batches_per_epoch, seed=dataset.seed, **shares)
         self._rounds = -(-dataset.batches_per_epoch // dataset.lanes) * dataset.lanes
-        self._order = {
-            "num_workers": num_workers,
-            "batch_size": dataset.batch_size,
-            "batches_per_epoch": dataset.batches_per_epoch,
-            "shuffle_buffer": dataset.stream.shuffle_buffer,
-        }
+        order = {name: getattr(dataset, name) for name in ("batch_size", "batches_per_epoch")}
+        self._order = {"num_workers": num_workers, **order, "shuffle_buffer": dataset.stream.shuffle_buffer}
 
     def __iter__(self) -> Iterator[list[int]]:
         start = self.epoch * self._rounds + self.batches
@@ -355,10 +308,8 @@ class StreamSampler(CountedBatches):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if (saved := state_dict["world_size"]) != self.num_replicas:
-            raise InputError(
-                f"trainer.devices: the run has {self.num_replicas} ranks, but had {saved}; a stream goes on with as "
-                "many only: use as many devices, or start anew"
-            )
+            told = f"trainer.devices: the run has {self.num_replicas} ranks, but had {saved}"
+            raise InputError(f"{told}; a stream goes on with as many only: use as many devices, or start anew")
         check_same_order(state_dict, **self._order)
         super().load_state_dict(state_dict)
 
@@ -391,9 +342,8 @@ class StreamedPreferenceDataModule(PreferenceDataModule):
         check_at_least_one("data.", batches_per_epoch=batches_per_epoch)
         for setting, plain in (("targets", None), ("frames", 1)):
             if options.get(setting, plain) != plain:
-                raise InputError(
-                    f"data.{setting} needs rows with numbers, and a stream has none; use a reader in train"
-                )
+                told = f"data.{setting} needs rows with numbers, and a stream has none"
+                raise InputError(f"{told}; use a reader in train")
         shared_prompts = options.get("shared_prompts", "drop")
         if shared_prompts == "raise":
             raise InputError("data.shared_prompts: raise needs all prompts of train before training; set drop or keep")

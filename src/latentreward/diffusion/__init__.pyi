@@ -1,11 +1,11 @@
 from .backbones.base import DiffusionBackbone, TransformerBackbone, check_taps
-from .backbones.sd3_dit import SD3DiTBackbone
-from .backbones.sd_unet import SDUNetBackbone
 from .backbones.tuning import LoRA
 from .cache.datamodule import CachedPreferenceDataModule, CachedSplit
 from .families.backbone import FamilyBackbone, load_family_backbone
 from .families.base import Family, PipelineConfigs, find_family, import_family, is_foreign
 from .families.flow import FlowFamily
+from .families.sd import SDUNetBackbone
+from .families.sd3 import SD3DiTBackbone
 from .noise.processes import (
     DDPM,
     BetaSigma,

@@ -36,9 +36,8 @@ from .modules.reward import RewardModule, ScoredPairs
 from .modules.training import WarmupSchedule
 from .remote.client import RemoteError, RemoteServer
 from .remote.schemas import ImageSchema, PlainJSON, Schema, ServedImages, ServedLatents, UniRL
-from .scorers.aesthetic import AestheticScorer
 from .scorers.base import ImageScorer, Scorer, TableScorer
-from .scorers.clip import CLIPScorer, PickScorer
+from .scorers.clip import AestheticScorer, CLIPScorer, PickScorer
 from .scorers.hpsv2 import HPSv2Scorer
 from .scorers.http import HTTPScorer
 from .scorers.plugins import CallableScorer, TableColumn

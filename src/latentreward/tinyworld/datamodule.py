@@ -13,9 +13,9 @@ from latentreward.data import HPDv3Reader, JSONLPairReader, PairReader, PickAPic
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.readers.base import Sources
 from latentreward.tinyworld.captions import caption_splits, draw_caption
-from latentreward.tinyworld.edit_pairs import draw_edit
+from latentreward.tinyworld.edits import draw_edit
 from latentreward.tinyworld.pairs import encode_jpeg
-from latentreward.tinyworld.rendering import render
+from latentreward.tinyworld.scenes import render
 from latentreward.tinyworld.writers import write_edits, write_hpdv3, write_pickapic
 
 

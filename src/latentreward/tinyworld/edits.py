@@ -1,4 +1,4 @@
-"""Edits of the tiny world: instructions, what they make of a scene, and a judge of results.
+"""Edits of the tiny world: instructions, what they make of a scene, a judge of results, and pairs of results.
 
 An instruction names a shape by its colour, which no other shape of the scene has. The judge tells apart whether a
 result follows the instruction and how much of the rest of the picture it keeps.
@@ -16,23 +16,17 @@ import numpy as np
 from PIL import Image
 
 from latentreward.core.errors import InputError
-from latentreward.tinyworld.captions import BACKGROUNDS, COLORS, POSITIONS, SHAPES, split_texts
+from latentreward.tinyworld.captions import BACKGROUNDS, COLORS, POSITIONS, SHAPES, draw_caption, split_texts
 from latentreward.tinyworld.oracle import detect_scene
-from latentreward.tinyworld.rendering import IMAGE_SIZE
-from latentreward.tinyworld.scenes import Item, Scene, direction
+from latentreward.tinyworld.scenes import IMAGE_SIZE, Item, Scene, direction, draw_label, draw_scene
 
-KINDS = ("color", "shape", "move", "add", "remove", "background")
-"""Kinds of instructions."""
+KINDS = ("color", "shape", "move", "add", "remove", "background")  # Kinds of instructions
 WORDS = {"left": "left", "right": "right", "top": "up", "bottom": "down"}
 """Side that a shape is moved to → word in the instruction."""
-STEP = 7.0
-"""Pixels by which a shape is moved."""
-REACH = 1.3
-"""Largest distance of a shape's point from its centre, in radii."""
-MAX_SHIFT = 1.5
-"""Largest distance in pixels by which the centre of a shape that stays may differ."""
-MAX_GROWTH = 0.2
-"""Largest share by which the radius of a shape that stays may differ."""
+STEP = 7.0  # Pixels by which a shape is moved
+REACH = 1.3  # Largest distance of a shape's point from its centre, in radii
+MAX_SHIFT = 1.5  # Largest distance in pixels by which the centre of a shape that stays may differ
+MAX_GROWTH = 0.2  # Largest share by which the radius of a shape that stays may differ
 
 
 @dataclass(frozen=True)
@@ -147,9 +141,8 @@ def possible_edits(scene: Scene) -> list[Edit]:
 def scene_verdict(source: Scene, result: Scene, edit: Edit) -> EditVerdict:
     """Judge a scene as the result of an edit of another scene.
 
-    Attributes of a shape are its colour, shape, place and radius. The shapes of the source are matched to those of the
-    result in the order with the most right attributes. Further attributes are the background, and that there are no
-    shapes but those asked for.
+    Attributes of a shape are its colour, shape, place and radius, matched in the order with the most right ones.
+    Further attributes are the background, and that there are no shapes but those asked for.
     """
     stay = [item for item in source.items if edit.kind != "remove" or item.color != edit.color]
     found = [*result.items, *[None] * len(stay)]
@@ -193,3 +186,89 @@ def judge_edit(source: np.ndarray | Image.Image, result: np.ndarray | Image.Imag
     """Judge a picture as the result of an edit of another one; both ``(32, 32, 3)``, uint8 or PIL."""
     edit = parse_edit(instruction)
     return scene_verdict(detect_scene(source), detect_scene(result), edit)
+
+
+RESULTS = {"right": 0.3, "unchanged": 0.15, "another edit": 0.1, "overdone": 0.25, "drawn anew": 0.2}
+"""Kinds of results → probability that a pair's first picture is of this kind; the second is of another kind."""
+PAIRS_PER_SOURCE = 2  # Number of pairs of each scene and instruction
+
+
+@dataclass(frozen=True)
+class EditPair:
+    """Two results of one edit; ``label`` is 1.0 if the first is preferred, 0.0 if the second, 0.5 for a tie."""
+
+    source: Scene
+    edit: Edit
+    results: tuple[Scene, Scene]
+    kinds: tuple[str, str]  # those of ``RESULTS``
+    label: float
+
+
+def draw_edit(split: str, rng: np.random.Generator) -> tuple[Scene, Edit]:
+    """Draw an edit of a split, all kinds equally likely, and a scene without defects on which it can be made."""
+    kinds = edit_splits()[split]
+    edits = kinds[KINDS[int(rng.integers(len(KINDS)))]]
+    edit = edits[int(rng.integers(len(edits)))]
+    return _draw_source(edit, rng), edit
+
+
+def _draw_source(edit: Edit, rng: np.random.Generator) -> Scene:
+    """Draw scenes of captions, one of whose shapes becomes the one that the edit names, until it can be made."""
+    while True:
+        caption = draw_caption(rng, "train")
+        if caption.kind == "two":  # both shapes have one colour, so that no edit could name one
+            continue
+        scene = draw_scene(caption, rng, mutation_shares=(1.0,), clean_share=1.0)
+        if edit.color:
+            items = list(scene.items)
+            place = int(rng.integers(len(items)))
+            items[place] = replace(items[place], color=edit.color, shape=edit.shape)
+            scene = replace(scene, items=tuple(items))
+        if edited(scene, edit) is not None:
+            return scene
+
+
+def draw_results(source: Scene, edit: Edit, rng: np.random.Generator) -> dict[str, Scene]:
+    """Draw a result of each kind of an edit of a scene.
+
+    ``another edit`` is the result of another instruction. ``overdone`` is the right result after one or two further
+    edits that the instruction does not ask for. ``drawn anew`` is the right result of the edit of another scene.
+    """
+    right, fresh = _made(source, edit), _made(_draw_source(edit, rng), edit)
+    others = [other for other in possible_edits(source) if other != edit]
+    another = _made(source, others[int(rng.integers(len(others)))])
+    overdone = right
+    for _ in range(1 + int(rng.integers(2))):
+        further = possible_edits(overdone)
+        for place in rng.permutation(len(further)):
+            spoilt = _made(overdone, further[place])
+            verdict = scene_verdict(source, spoilt, edit)
+            if verdict.followed and verdict.kept < 1:
+                overdone = spoilt
+                break
+    return dict(zip(RESULTS, (right, source, another, overdone, fresh), strict=True))
+
+
+def _made(scene: Scene, edit: Edit) -> Scene:
+    result = edited(scene, edit)
+    assert result is not None
+    return result
+
+
+def draw_edit_pairs(split: str, number: int, rng: np.random.Generator, noisy: bool = True) -> list[EditPair]:
+    """Make random pairs of results, :data:`PAIRS_PER_SOURCE` for each scene and instruction.
+
+    ``noisy`` draws labels as :func:`~latentreward.tinyworld.scenes.draw_label` does; otherwise the result of greater
+    utility is preferred.
+    """
+    pairs: list[EditPair] = []
+    while len(pairs) < number:
+        source, edit = draw_edit(split, rng)
+        results = draw_results(source, edit, rng)
+        for _ in range(PAIRS_PER_SOURCE):
+            first, second = rng.choice(list(RESULTS), 2, replace=False, p=list(RESULTS.values())).tolist()
+            shown = results[first], results[second]
+            one, other = (scene_verdict(source, scene, edit).utility for scene in shown)
+            label = draw_label(one, other, rng) if noisy else 0.5 * (1.0 + np.sign(one - other))
+            pairs.append(EditPair(source, edit, shown, (first, second), float(label)))
+    return pairs[:number]

@@ -17,23 +17,25 @@ from PIL import Image
 
 from latentreward.core.errors import InputError
 from latentreward.tinyworld.captions import SHAPES, parse_caption
-from latentreward.tinyworld.rendering import (
+from latentreward.tinyworld.scenes import (
     BACKGROUND_LEVELS,
     COLOR_VALUES,
     IMAGE_SIZE,
     MAX_FADE,
     MAX_GRADIENT,
     MIDDLES,
+    Blob,
+    Item,
+    Nuisances,
+    Scene,
+    alignment_checks,
+    picture_utility,
     shape_coverage,
 )
-from latentreward.tinyworld.scenes import Blob, Item, Nuisances, Scene, alignment_checks, picture_utility
 
-MIN_SHAPE_AREA = 23
-"""Smallest area of a shape in pixels; blobs cover at most 17."""
-MIN_BLOB_AREA = 4
-"""Smallest area of a blob in pixels; smaller components count as noise."""
-FOREGROUND_DISTANCE = 0.09
-"""Smallest RGB distance of a foreground pixel from the background, with channels in [0, 1]."""
+MIN_SHAPE_AREA = 23  # Smallest area of a shape in pixels; blobs cover at most 17
+MIN_BLOB_AREA = 4  # Smallest area of a blob in pixels; smaller components count as noise
+FOREGROUND_DISTANCE = 0.09  # Smallest RGB distance of a foreground pixel from the background, with channels in [0, 1]
 MIN_STRENGTH = 0.17
 """Measured nuisance strength below which a nuisance counts as absent; drawn nuisances have at least 0.35."""
 AREA_FACTORS = {shape: float(shape_coverage(shape, 16, 16, 10).sum()) / 100 for shape in SHAPES}
@@ -113,10 +115,9 @@ def _denoise(strength: float) -> float:
 
 
 def _fit_background(pixels: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Fit a plane of gray levels to the colourless pixels, then again without outliers.
+    """Fit a plane ``(32, 32)`` of gray levels to the colourless pixels, then again without outliers.
 
-    Returns:
-        The plane ``(32, 32)``, its gray level in the middle, and its slope per pixel.
+    It is returned with its gray level in the middle, and its slope per pixel.
     """
     grid_y, grid_x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + 0.5 - IMAGE_SIZE / 2
     design = np.stack([np.ones_like(grid_x), grid_x, grid_y], axis=-1).reshape(-1, 3)
@@ -155,11 +156,7 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _read_item(mask: np.ndarray, difference: np.ndarray, plane: np.ndarray) -> tuple[Item, float]:
-    """Read one shape from its mask ``(32, 32)``.
-
-    Returns:
-        The shape, and the strength of its contrast nuisance, not clipped to [0, 1].
-    """
+    """Read one shape from its mask ``(32, 32)``, and the strength of its contrast nuisance, not clipped to [0, 1]."""
     padded = np.pad(mask, 1)
     core = mask & padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
     core = core if core.any() else mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from operator import ne
@@ -16,12 +17,41 @@ from latentreward.core.errors import InputError
 from latentreward.tinyworld.captions import all_captions, caption_splits, draw_caption, parse_caption
 from latentreward.tinyworld.oracle import judge
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
-from latentreward.tinyworld.scenes import draw_label, picture_utility
-from latentreward.tinyworld.world import Sketch, World
+from latentreward.tinyworld.scenes import draw_label, draw_scene, picture_utility, render, scene_alignment
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Picture that may be drawn for a caption, and the parts of its utility."""
+
+    alignment: float  # share of the caption that the picture gets right, in [0, 1]
+    quality: float  # in [0, 1]
+    draw: Callable[[], np.ndarray]  # returns the picture, ``(32, 32, 3)`` uint8
+
+
+class World:
+    """The drawn shapes; a subclass has captions and pictures of its own.
+
+    Attributes:
+        settings: What the pictures of a subclass depend on, kept beside pairs; empty for the shapes.
+        noiseless: Splits whose labels have no noise.
+    """
+
+    settings: str = ""
+    noiseless: Sequence[str] = ()
+
+    def draw_caption(self, rng: np.random.Generator, split: str) -> Any:
+        """Draw a caption of a split, an object with a ``text``."""
+        return draw_caption(rng, split)
+
+    def sketch(self, caption: Any, rng: np.random.Generator, **shares: Any) -> Sketch:
+        """Draw what a picture for a caption shows; ``shares`` are those of :func:`draw_scene`."""
+        scene = draw_scene(caption, rng, **shares)
+        return Sketch(scene_alignment(caption, scene), scene.nuisances.quality, lambda: render(scene))
+
 
 JPEG_QUALITY = 95
-GENERATED_GAP = 0.3
-"""Smallest utility gap of a pair of generated pictures; a smaller gap could be the judge's error."""
+GENERATED_GAP = 0.3  # Smallest utility gap of a pair of generated pictures; a smaller gap could be the judge's error
 
 
 @dataclass(frozen=True)
@@ -42,10 +72,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Shares of pairs whose winner is worse than the loser in one part of the utility, independent of each other.
+    """Shares of pairs whose winner is worse in one part of the utility, independent of each other.
 
-    The defaults are those of Pick-a-Pic according to arXiv:2502.01051: half of the winners have a lower aesthetic
-    score, 40 % a lower CLIP or VQA score.
+    The defaults are those of Pick-a-Pic by arXiv:2502.01051 (of a lower aesthetic, and of a lower CLIP or VQA score).
     """
 
     quality: float = 0.5
@@ -77,11 +106,11 @@ def draw_pairs(
         split: Captions to draw from: ``train``, ``validation`` or ``test``.
         number: Number of pairs.
         rng: Random number generator.
-        unique: Whether every pair has a caption of its own.
-        ties: Whether to keep pairs with a tie as label; if False, other pairs are drawn instead.
-        mixed: Shares of winners that are worse in one part of the utility; there are no ties then. By default pairs are
-            kept as they are drawn: about 20 % of the winners have less quality, 15 % less alignment.
-        world: World of captions and pictures; the shapes if None, which alone can be ``unique``.
+        unique: Whether every pair has a caption of its own; of the shapes alone.
+        ties: Whether to keep pairs with a tie as label, in place of other ones.
+        mixed: Shares of winners that are worse in one part of the utility, without ties. By default pairs are kept as
+            they are drawn: about 20 % of the winners have less quality, 15 % less alignment.
+        world: World of captions and pictures; the shapes if None.
     """
     world = world or World()
     available = sum(map(len, caption_splits()[split].values()))

@@ -20,54 +20,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.core.errors import InputError
+from latentreward.core.errors import check_at_least_one
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.durable import replacing
 from latentreward.core.storage.run_folder import RunFolder
-from latentreward.tinyworld.edit_pairs import draw_edit, draw_edit_pairs
-from latentreward.tinyworld.edits import scene_verdict
-from latentreward.tinyworld.pairs import Mixed, Pair, Picture, draw_pairs, encode_jpeg, generate_pairs
-from latentreward.tinyworld.rendering import render
-from latentreward.tinyworld.scenes import Scene
-from latentreward.tinyworld.world import World
+from latentreward.tinyworld.edits import draw_edit, draw_edit_pairs, scene_verdict
+from latentreward.tinyworld.pairs import Mixed, Pair, Picture, World, draw_pairs, encode_jpeg, generate_pairs
+from latentreward.tinyworld.scenes import Scene, render
 
 PICKAPIC_SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")
-PICKAPIC_SCHEMA = pa.schema(
-    [
-        ("are_different", pa.bool_()),
-        ("best_image_uid", pa.string()),
-        ("caption", pa.string()),
-        ("created_at", pa.timestamp("ns")),
-        ("has_label", pa.bool_()),
-        ("image_0_uid", pa.string()),
-        ("image_0_url", pa.string()),
-        ("image_1_uid", pa.string()),
-        ("image_1_url", pa.string()),
-        ("jpg_0", pa.binary()),
-        ("jpg_1", pa.binary()),
-        ("label_0", pa.float64()),
-        ("label_1", pa.float64()),
-        ("model_0", pa.string()),
-        ("model_1", pa.string()),
-        ("ranking_id", pa.int64()),
-        ("user_id", pa.int64()),
-        ("num_example_per_prompt", pa.int64()),
-        ("__index_level_0__", pa.int64()),
-    ]
-)
-ROWS_PER_FILE = 2048
-"""Rows of each parquet file, except the last file of a split."""
+TEXT, BYTES, WHOLE, NUMBER, TRUTH = pa.string(), pa.binary(), pa.int64(), pa.float64(), pa.bool_()
+PICKAPIC_SCHEMA = pa.schema([
+    ("are_different", TRUTH), ("best_image_uid", TEXT), ("caption", TEXT), ("created_at", pa.timestamp("ns")),
+    ("has_label", TRUTH), ("image_0_uid", TEXT), ("image_0_url", TEXT), ("image_1_uid", TEXT), ("image_1_url", TEXT),
+    ("jpg_0", BYTES), ("jpg_1", BYTES), ("label_0", NUMBER), ("label_1", NUMBER), ("model_0", TEXT), ("model_1", TEXT),
+    ("ranking_id", WHOLE), ("user_id", WHOLE), ("num_example_per_prompt", WHOLE), ("__index_level_0__", WHOLE),
+])  # fmt: skip
+ROWS_PER_FILE = 2048  # Rows of each parquet file, except the last file of a split
 FIRST_SECOND = 1_672_531_200
 """Unix time of the first pair's ``created_at``, 2023-01-01 00:00 UTC; each later pair is one minute later."""
 
-MARKER = "tinyworld.json"
-"""File with the settings of the pairs."""
+MARKER = "tinyworld.json"  # File with the settings of the pairs
 PARTS = ("utility", "alignment", "quality")
-EDIT_PARTS = ("utility", "followed", "kept")
-"""As :data:`PARTS`, of pairs of edits."""
+EDIT_PARTS = ("utility", "followed", "kept")  # As :data:`PARTS`, of pairs of edits
 EDIT_SPLITS = ("train", "validation", "test")
-Seed = int | Mapping[str, int]
-"""Seed of all splits, or split → its seed."""
+Seed = int | Mapping[str, int]  # Seed of all splits, or split → its seed
 OracleRows = list[tuple[Any, ...]]
 """Rows of ``oracle.parquet``: pair ID, image keys of the two pictures, and each of the parts of the two pictures."""
 
@@ -81,18 +58,16 @@ def write_pickapic(
 ) -> Path:
     """Write drawn pairs with noisy labels, ties included, in the layout of Pick-a-Pic v1 (with images).
 
+    If the folder ``root``, which is returned, already holds pairs of equal settings, nothing is written.
+
     Args:
-        root: Folder to write. If the folder already holds pairs of equal settings, nothing is written.
+        root: Folder to write.
         pairs_per_split: Number of pairs for ``train``, ``validation``, ``test``, ``validation_unique`` and
             ``test_unique``; the last two have one pair per caption.
         seed: Seed of all random numbers, or one for each split.
         mixed: See :func:`~latentreward.tinyworld.pairs.draw_pairs`.
         world: World of captions and pictures; the shapes if None.
-
-    Returns:
-        ``root``.
     """
-    _check_splits(pairs_per_split, PICKAPIC_SPLITS)
 
     def fill(folder: Path) -> OracleRows:
         oracle: OracleRows = []
@@ -111,10 +86,7 @@ def write_pickapic(
 def write_generated(root: Path | str, pairs: int = 1000, seed: int = 0, num_inference_steps: int = 20) -> Path:
     """Write pairs of *generated* pictures as the split ``test`` of Pick-a-Pic v1, for evaluation, never for training.
 
-    The two tiny pipelines sample the pictures for held-out captions. The judge labels the pairs without noise, and the
-    utilities of a pair's pictures differ by more than 0.3. A picture is in up to three pairs.
-
-    ``pairs`` is their number. For ``root``, the seed, and what is returned or raised, see :func:`write_pickapic`.
+    See :func:`~latentreward.tinyworld.pairs.generate_pairs`, and :func:`write_pickapic` for ``root``.
     """
     spec = {"layout": "pickapic_v1", "pairs_per_split": {"test": pairs}, "seed": seed, "steps": num_inference_steps}
     spec["generated_by"] = "shipped pipelines"
@@ -131,13 +103,10 @@ def write_hpdv3(
 ) -> Path:
     """Write drawn pairs with noisy labels in the layout of HPDv3, where the first picture is the preferred picture.
 
-    The layout has no ties: pairs with a tie are replaced by other pairs. A tenth of the training rows has neither votes
-    nor confidence, like the Midjourney rows of the real data set. Test rows never have these keys.
-
-    The splits are ``train`` and ``test``. For the arguments, and what is returned or raised, see
+    There are no ties, and the splits ``train`` and ``test``. A tenth of the training rows has neither votes nor
+    confidence, like the Midjourney rows of the real data set. Test rows never have these keys. For the arguments see
     :func:`write_pickapic`.
     """
-    _check_splits(pairs_per_split, ("train", "test"))
 
     def fill(folder: Path) -> OracleRows:
         (folder / "images").mkdir()
@@ -168,11 +137,9 @@ def write_edits(root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed
 
     ``SPLIT.jsonl`` holds the pairs, with ``source_images``, of ``train``, ``validation`` and ``test``. Labels of
     ``train`` are noisy, those of the others are the judge's. ``SPLIT_prompts.jsonl`` holds ``prompts`` other edits of
-    the split. In ``oracle.parquet``, ``followed`` and ``kept`` take the places of ``alignment`` and ``quality``.
-
-    For the other arguments, and what is returned or raised, see :func:`write_pickapic`.
+    the split. In ``oracle.parquet``, ``followed`` and ``kept`` take the places of ``alignment`` and ``quality``. For
+    the other arguments see :func:`write_pickapic`.
     """
-    _check_splits(pairs_per_split, EDIT_SPLITS)
 
     def fill(folder: Path) -> OracleRows:
         (folder / "images").mkdir()
@@ -200,7 +167,7 @@ def write_edits(root: Path | str, pairs_per_split: Mapping[str, int], seed: Seed
 
 
 def _write_scene(folder: Path, scene: Scene) -> str:
-    """Write a scene's picture under a name by its content; return its path in the folder."""
+    """Write a scene's picture under a name by its content, and return its path in the folder."""
     jpeg = encode_jpeg(render(scene))
     path = f"images/{digest([jpeg], 16)}.jpg"
     (folder / path).write_bytes(jpeg)
@@ -216,18 +183,12 @@ def _further(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value}
 
 
-def _check_splits(pairs_per_split: Mapping[str, int], known: Sequence[str]) -> None:
-    if unknown := set(pairs_per_split) - set(known):
-        raise InputError(f"unknown splits {sorted(unknown)}; this layout has {', '.join(known)}")
-    if not pairs_per_split or min(pairs_per_split.values()) < 1:
-        raise InputError(f"expected at least one pair in each split, got {dict(pairs_per_split)}")
-
-
 def _make_folder(
     root: Path | str, spec: dict[str, Any], fill: Callable[[Path], OracleRows], parts: Sequence[str] = PARTS
 ) -> Path:
     """Let ``fill`` write to a temporary folder, add the oracle's table and the settings, and rename it to ``root``."""
     root = Path(root)
+    check_at_least_one("pairs of ", **spec["pairs_per_split"])
     recorded = RunFolder(root, root / MARKER, spec, "root", "delete it or choose another folder")
     if not recorded.exists():
         with replacing(root, over=False) as fresh:

@@ -1,6 +1,5 @@
 """Policies against diffusers' own pipelines, and what their settings promise."""
 
-import warnings
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -14,6 +13,7 @@ from latentreward.alignment import POLICY, Policy, PolicySource
 from latentreward.core.contracts import Conditioning
 from latentreward.core.errors import InputError
 from latentreward.diffusion import LoRA
+from latentreward.testing import check_family
 from tests.alignment.policies.alignment import perturbed, prediction, tiny_source
 from tests.marks import rotated_after
 from tests.tiny_pipelines import pipeline_folder
@@ -138,19 +138,19 @@ def test_an_own_family_whose_evaluation_mode_has_no_gradient_is_named_and_may_tr
     prompts = policy.encode_prompts(["a cat"])
 
     def gradient(family: type) -> Tensor:
-        policy.family.__class__, policy._gradient_seen = family, False
+        policy.family.__class__ = family
         policy.train()
         latents = torch.ones(1, 4, 8, 8, requires_grad=True)
         policy.predict(latents, torch.tensor([400.0]), prompts).square().mean().backward()
         assert latents.grad is not None
         return latents.grad
 
-    kind = type(policy.family)
-    with pytest.warns(UserWarning, match=r"^Mine: mid_block.\S+.ff.net\S+ and 1 more layers run without grad"):
-        cut = gradient(type("Mine", (kind,), {}))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        whole = gradient(type("Mine", (kind,), {"train_mode": True}))
+    kind, latents = type(policy.family), torch.randn(3, 4, 8, 8)
+    cut = gradient(type("Mine", (kind,), {}))
+    with pytest.raises(InputError, match=r"^Mine: mid_block.\S+.ff.net\S+ and 1 more layers run without grad"):
+        check_family(policy, latents)
+    whole = gradient(type("Mine", (kind,), {"train_mode": True}))
+    check_family(policy, latents)
     policy.eval()
     assert not policy.network.training
     assert (whole - cut).norm() > 1e-3 * whole.norm()

@@ -23,7 +23,7 @@ from latentreward.alignment import (
 from latentreward.alignment.rewards.http import seed_of
 from latentreward.core.contracts import NoisyStates, PromptBatch
 from latentreward.core.errors import InputError
-from latentreward.reward import CallableScorer, RemoteError, RemoteServer, ScoringNoise, ServedImages, ServedLatents
+from latentreward.reward import CallableScorer, RemoteError, RemoteServer, ScoringNoise, ServedLatents
 from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
 from tests.alignment.modules.simple_reward import FirstChannelReward
 from tests.alignment.modules.test_grpo import attached, source
@@ -99,11 +99,6 @@ def test_latents_get_the_scores_of_the_served_model(policy: Policy) -> None:
         wide, high = (torch.zeros(1, latents.shape[1], *sides) for sides in ((8, 16), (16, 8)))
         alike = [reward.score_clean(zeros, torch.zeros(1, dtype=torch.int64), known) for zeros in (wide, high)]
         assert not torch.equal(*alike)  # equal bytes in another shape
-        for schema in (ServedLatents(), ServedImages()):
-            with pytest.raises(
-                InputError, match=r"reward\.batch_size=65 is over 64, the most rows that the reward ser"
-            ):
-                HTTPReward(RemoteServer(url), schema, batch_size=65).load(policy)
     noise, process = ScoringNoise(sigmas=(0.4,)), model.backbone.noise_process
     sigma = process.sigma(timesteps_of(noise, process)).item()
     for row in range(3):
@@ -138,8 +133,6 @@ def test_a_server_of_other_latents_is_refused_before_weights_are_loaded(policy: 
         remote = HTTPReward(RemoteServer(url), ServedLatents())
         with pytest.raises(InputError, match=r"the policy .* makes latents of the space .*, but the reward takes"):
             remote.require_latents_of(tiny_source("sd35"))
-        with pytest.raises(InputError, match=r"takes prompts embedded in widths .*take schema: ServedImages"):
-            remote.load(policy)
     with judging() as judge, pytest.raises(RemoteError, match="HTTP 501"):  # it knows no GET
         HTTPReward(RemoteServer(judge.url), ServedLatents()).latent_space()
 

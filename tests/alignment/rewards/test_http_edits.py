@@ -69,17 +69,6 @@ def test_pictures_travel_with_their_sources(policy: Policy, served: tuple[str, R
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
 
 
-@pytest.mark.slow
-def test_a_server_tells_that_its_reward_judges_edits_before_weights_are_read() -> None:
-    model = edit_reward()
-    model.backbone.sources = (1, None)  # as that of a reward which was trained on edits
-    with serving(model, max_wait_ms=1) as (url, _):
-        reward = HTTPReward(RemoteServer(url), ServedImages())
-        reward.require_latents_of(TWINS["klein_base"].source())
-        with pytest.raises(InputError, match=f"^reward server {url}: it judges edits of pictures, and the policy"):
-            reward.require_latents_of(TWINS["flux1_dev"].source())
-
-
 def test_a_reward_of_edits_and_a_policy_without_are_refused_before_the_run() -> None:
     edits, plain, both = (1, 16), (0, 0), (0, 16)
     with pytest.raises(InputError, match=r"^judge: it judges edits of pictures, and the policy makes pictures"):

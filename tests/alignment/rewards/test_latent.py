@@ -203,60 +203,41 @@ def test_a_pipeline_in_place_of_a_reward_is_told_as_such(name: str, tmp_path: Pa
         assert LatentReward(str(folder)).latent_space().scaling_factor == 0.18215
 
 
-def test_bad_input_is_named_before_any_weight_is_loaded(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "lrm", "sd15")
-    checkpoint, config = tmp_path / "run" / "reward.ckpt", tmp_path / "run" / "config.yaml"
-    with pytest.raises(InputError, match="batch_size is 0; it must be at least 1"):
-        LatentReward(str(checkpoint), batch_size=0)
-    with pytest.raises(InputError, match=r"reward model '.*none\.ckpt' does not exist"):
-        LatentReward(str(tmp_path / "none.ckpt")).latent_space()
-    with pytest.raises(InputError, match=r"reward model 'nothing' does not exist"):
-        LatentReward("nothing").latent_space()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no checkpoint"):
-        LatentReward(str(tmp_path / "empty")).latent_space()
-    with pytest.raises(InputError, match=r"config='.*' does not exist"):
-        LatentReward(str(checkpoint), config=str(tmp_path / "no.yaml")).latent_space()
-    with pytest.raises(InputError, match=r"model\.backbone: source='/none' does not exist"):
-        LatentReward(str(checkpoint), base="/none").latent_space()
-    shutil.copy(checkpoint, tmp_path / "empty" / "alone.ckpt")
-    (tmp_path / "config").mkdir()
-    moved = tmp_path / "config" / "deep" / "alone.ckpt"
-    moved.parent.mkdir()
-    shutil.copy(checkpoint, moved)
-    with pytest.raises(InputError, match=r"no config\.yaml lies beside .*alone\.ckpt"):
-        LatentReward(str(moved)).latent_space()
-    write_lrm(tmp_path / "published", "sd15")
-    with pytest.raises(InputError, match=r"config is set, but .* needs none"):
-        LatentReward(str(tmp_path / "published"), config=str(config)).latent_space()
+RUN = "model: {class_path: %s, init_args: {%s}}"
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("path", "options", "settings", "message"),
     [
-        ("model: [", "cannot be read"),
-        ("model: {}", r"names no model\.init_args\.backbone"),
+        ("run", {"batch_size": 0}, None, "batch_size is 0; it must be at least 1"),
+        ("none.ckpt", {}, None, r"reward model '.*none\.ckpt' does not exist"),
+        ("empty", {}, None, "holds no checkpoint"),
+        ("deep/in/alone.ckpt", {}, None, r"no config\.yaml lies beside .*alone\.ckpt"),
+        ("run", {"config": "no.yaml"}, None, r"config='.*' does not exist"),
+        ("run", {"base": "/none"}, None, r"model\.backbone: source='/none' does not exist"),
+        ("run", {}, "model: [", "cannot be read"),
+        ("run", {}, "model: {}", r"names no model\.init_args\.backbone"),
+        ("run", {}, RUN % ("LPOModule", "policy: {}, reward: {}"), "is of LPOModule, which aligns a policy"),
+        ("run", {}, RUN % ("LRMModule", "backbone: sd_tiny"), r"names no model\.init_args\.head"),
         (
-            "model: {class_path: LPOModule, init_args: {policy: {}, reward: {}}}",
-            "is of LPOModule, which aligns a policy",
-        ),
-        ("model: {class_path: LRMModule, init_args: {backbone: sd_tiny}}", r"names no model\.init_args\.head"),
-        (
-            "model: {class_path: LRMModule, init_args: {backbone: {class_path: sd_tinny}, head: CLIPProjectionHead}}",
+            "run",
+            {},
+            RUN % ("LRMModule", "backbone: {class_path: sd_tinny}, head: CLIPProjectionHead"),
             r"model\.backbone: .*sd_tinny",
-        ),
-        (
-            "model: {class_path: LRMModule, init_args: {head: CLIPProjectionHead, "
-            "backbone: {class_path: sd15, init_args: {source: /none}}}}",
-            r"model\.backbone: source='/none' does not exist",
         ),
     ],
 )
-def test_bad_settings_are_named(settings: str, message: str, tmp_path: Path) -> None:
-    write_run(tmp_path, "lrm", "sd15")
-    (tmp_path / "config.yaml").write_text(settings)
+def test_bad_input_is_named_before_any_weight_is_loaded(
+    path: str, options: dict, settings: str | None, message: str, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "run", "lrm", "sd15")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "deep" / "in").mkdir(parents=True)
+    shutil.copy(tmp_path / "run" / "reward.ckpt", tmp_path / "deep" / "in" / "alone.ckpt")
+    if settings is not None:
+        (tmp_path / "run" / "config.yaml").write_text(settings)
     with pytest.raises(InputError, match=message) as caught:
-        LatentReward(str(tmp_path)).latent_space()
+        LatentReward(str(tmp_path / path), **options).latent_space()
     assert "\n" not in str(caught.value)
 
 

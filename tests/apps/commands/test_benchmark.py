@@ -128,10 +128,8 @@ def test_every_protocol_on_the_samples(here: Path, capsys: pytest.CaptureFixture
     assert len(report["data"]) == 8
     assert report["published"]
     printed = capsys.readouterr().out
-    assert "imagereward test: imagereward/micro" in printed
-    assert "90.0 %" in printed
-    assert "time: " in printed.splitlines()[-2]
-    assert "luminance " in printed.splitlines()[-2]
+    assert "imagereward test  " in printed
+    assert "90.0 [" in printed
 
 
 @pytest.mark.slow
@@ -140,10 +138,6 @@ def test_a_latent_reward_beside_another_model(here: Path, reward: str) -> None:
     report = run(f"--model={reward}", benchmarks=sets(*names), scorers=[function("luminance")], levels=[0.2, 0.7])
     assert set(report) == set(BenchmarkReport.__dataclass_fields__)
     assert set(numbers(report, "reward")) == set(numbers(report, "luminance"))
-    for one in report["protocols"]:
-        draws = one["details"].get("draws")
-        assert (draws is None) == (one["scorer"] == "luminance")
-        assert draws is None or (draws["number"] == 3 and draws["values"][0] == one["estimate"]["value"])
     splits = {"hpdv3 test", "genai_bench_tiger test", "genai_bench_tiger test_v1"}
     levels = {(one["benchmark"], one["scorer"], one["sigma"]) for one in report["levels"]}
     assert levels == {(split, "reward", sigma) for split in splits for sigma in (0.2, 0.7)}
@@ -191,7 +185,7 @@ def test_a_limit_is_said_loudly_and_goes_on(here: Path, capsys: pytest.CaptureFi
 def test_a_reward_that_was_trained_again_is_not_taken_for_the_old_one(
     here: Path, reward: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"benchmarks": sets("hpdv3"), "draws": 1, "levels": []}
+    options = {"benchmarks": sets("hpdv3"), "levels": []}
     shutil.copytree(Path(reward).parent, "mine")
     run(model="mine/reward.ckpt", **options)
     os.utime("mine/reward.ckpt", (5, 5))
@@ -212,7 +206,6 @@ def test_a_reward_that_was_trained_again_is_not_taken_for_the_old_one(
         ({"data": "nowhere"}, "'nowhere'"),
         ({"data": str(COMMITTED / "diffusion_rm")}, "holds latents"),
         ({"benchmarks": sets("hpdv3", "hpdv3"), "scorers": [function("redness")]}, "two are named 'hpdv3'"),
-        ({"data": str(COMMITTED / "hpdv3"), "model": "x", "draws": 0}, "draws is 0"),
         ({"data": str(COMMITTED / "hpdv3"), "model": "x", "levels": [0.5, 0.5]}, "holds a level twice"),
     ],
 )
@@ -276,7 +269,7 @@ def test_shipped_tiny_config(here: Path, reward: str, monkeypatch: pytest.Monkey
     report = run("--config=configs/benchmark/tiny.yaml", limit=60)
     assert list(report["scorers"]) == ["clipscore", "step_aware"]
     monkeypatch.setenv("REWARD", reward)
-    report = run("--config=configs/benchmark/tiny.yaml", limit=10, draws=1, levels=[])
+    report = run("--config=configs/benchmark/tiny.yaml", limit=10, levels=[])
     assert list(report["scorers"]) == ["clipscore", "step_aware", "reward"]
     assert report["agreement"][0]["benchmark"] == "tinyworld test"
 

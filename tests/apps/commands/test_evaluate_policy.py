@@ -105,7 +105,6 @@ def test_two_policies_from_prompts_to_reports(evaluate: Run, lora: Path, tmp_pat
     assert compared["win_rate"]["value"] == pytest.approx((tuned > base).mean())
     assert compared["difference"]["low"] <= compared["difference"]["value"] <= compared["difference"]["high"]
     assert [score["mean"]["value"] for score in report["scores"]] == pytest.approx([tuned.mean(), base.mean()])
-    assert report["published"] == []
     assert compared["difference"]["groups"] == 3
     for name in ("report.md", "report.html"):
         assert (tmp_path / "out" / name).read_text().count("] (3 groups)") >= 4, name
@@ -126,37 +125,6 @@ def test_a_checkpoint_tells_the_shape_of_its_adapter_and_a_start_that_failed_lea
     assert "give an adapter of this network" in refused(SD_TINY, f"--policy.checkpoint={tmp_path / 'other.ckpt'}")
     report = evaluate(SD_TINY, f"--policy.checkpoint={tmp_path / 'run.ckpt'}")
     assert len(report["scores"]) == 1
-
-
-@pytest.mark.slow
-def test_the_first_picture_alone_or_all(evaluate: Run, tmp_path: Path) -> None:
-    every = evaluate(SD_TINY, "--images_per_prompt=3", folder="all")
-    first = evaluate(SD_TINY, "--images_per_prompt=3", "--images_scored=first", folder="first")
-    rows = table(tmp_path / "all")
-    assert first["scores"][0]["pictures"] == 3
-    assert every["scores"][0]["pictures"] == 9
-    assert first["scores"][0]["mean"]["value"] == pytest.approx(
-        np.mean([float(row["red"]) for row in rows if row["image"] == "0"])
-    )
-    assert len(pictures(tmp_path / "first" / "pictures" / "policy")) == 3
-    assert "only the first is sampled and scored" in first["notes"][0]
-
-
-@pytest.mark.slow
-def test_scores_of_noisy_states_are_correlated_with_those_of_the_end(
-    evaluate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """For both policies, step by step; the last states are nearly finished."""
-    reward = "--state_scores.reward=tests.alignment.modules.simple_reward.FirstChannelReward"
-    steps = "--sampling.num_inference_steps=4"
-    report = evaluate(SD_TINY, "--against.pipeline=sd_tiny", reward, "--state_scores.samples=4", steps)
-    found = {(row["policy"], row["after_steps"]): row["correlation"]["value"] for row in report["states"]}
-    assert sorted(found) == [(name, step) for name in ("baseline", "policy") for step in (1, 2, 3)]
-    assert found["policy", 3] > 0.9 and found["policy", 3] > found["policy", 1]
-    sigmas = [row["sigma"] for row in report["states"][:3]]
-    assert sigmas == sorted(sigmas, reverse=True)
-    assert "## Scores of noisy states" in (tmp_path / "out" / "report.md").read_text()
-    assert "after steps  σ" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -229,31 +197,6 @@ def test_a_folder_from_elsewhere_is_judged_by_its_table(evaluate: Run, prompts: 
     alone = evaluate(f"--policy.images={tmp_path / 'made'}", "--images_per_prompt=1", folder="alone")
     assert alone["scores"][0]["pictures"] == 3
     assert alone["notes"] == ["policy has 3 more pictures, of other prompts or numbers; they are ignored."]
-
-
-@pytest.mark.slow
-def test_missing_pictures_are_refused_or_left_out(
-    evaluate: Run, refused: Callable[..., str], prompts: Path, tmp_path: Path
-) -> None:
-    for name, count in (("four", 4), ("two", 2)):
-        options = ["--policy.source=sd_tiny", f"--images_per_prompt={count}", *FAST]
-        main(["generate", str(prompts), str(tmp_path / name), *options])
-    both = [f"--policy.images={tmp_path / 'four'}", f"--against.images={tmp_path / 'two'}"]
-    assert "two lacks 6 of 12 pictures, first number 2 of prompt 0; add them" in refused(*both)
-    gone, broken, *_ = sorted((tmp_path / "four").glob("00001_*.png"))
-    gone.unlink()
-    broken.write_bytes(broken.read_bytes()[:200])
-    message = refused(*both, "--images_per_prompt=2")
-    assert "four lacks 2 of 6 pictures, first number 0 of prompt 1 (" in message
-    assert "1 missing file" in message
-    assert "1 truncated or damaged image" in message
-    report = evaluate(*both, "--missing=leave_out", "--images_per_prompt=2")
-    assert report["comparisons"][0]["prompts"] == 2
-    assert "policy lacks 2 of 6 pictures" in report["notes"][0]
-    assert "left out for all policies" in report["notes"][0]
-    for path in (tmp_path / "two").glob("0*.png"):
-        path.unlink()
-    assert "no picture is left" in refused(*both, "--missing=leave_out", folder="none")
 
 
 @pytest.mark.parametrize(

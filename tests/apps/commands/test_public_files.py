@@ -61,7 +61,7 @@ def test_a_gallery(home: Path) -> None:
 @pytest.mark.slow
 def test_a_benchmark(home: Path) -> None:
     data = shutil.copytree(COMMITTED / "imagereward", home / "imagereward")
-    options = [f"--data={data}", f"--model={home}/run", "--levels=[]", "--draws=1", "--limit=2", "--telling_pairs=1"]
+    options = [f"--data={data}", f"--model={home}/run", "--levels=[]", "--limit=2"]
     main(["benchmark", str(home / "bench"), *options])
     assert not told_places(*(home / "bench").glob("report.*"))
     assert "RewardModelScorer run noise of the model" in (home / "bench/report.json").read_text()

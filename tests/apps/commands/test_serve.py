@@ -81,7 +81,7 @@ def test_an_open_address_without_a_token_is_warned_of(
         ("{model: a, rewards: {b: {model: c}}}", "give either model, or rewards"),
         ("{device: cpu, rewards: {b: {model: c}}}", "device"),
         ("{rewards: {'b/c': {model: c}}}", "'b/c'"),
-        ("{rewards: {b: {model: c, queue: 0}}}", "queue=0"),
+        ("{rewards: {b: {model: c, queue: 1}}}", "queue"),
         ("{rewards: {b: {modle: c}}}", "modle"),
         ("{rewards: {b: {model: no-such-model, device: cpu}}}", "no-such-model"),
     ],

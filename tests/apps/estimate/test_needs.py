@@ -9,7 +9,7 @@ from latentreward.core.errors import InputError
 
 
 def test_too_little_memory_is_refused_and_hours_are_told() -> None:
-    small, large = TrainingNeeds(1, 1, 36e15), TrainingNeeds(10**16, 1, 360e15)
+    small, large = TrainingNeeds(1, 36e15), TrainingNeeds(10**16, 360e15)
     told = check_memory({"train": small}, Card(False), "take less")
     assert told.startswith("memory: train 2.0 of ") and told.endswith("; to lower it: take less")
     with pytest.raises(InputError, match=r"memory: train needs 10000002.0 GB of memory, .* GB are here .*; take less"):

@@ -81,7 +81,8 @@ def acceptable(body: bytes, accepted: Accepted) -> bool:
         and height % accepted.patch == width % accepted.patch == 0
         and max(height, width) <= (accepted.max_side or math.inf)
         and math.prod((*time, height, width)) <= accepted.max_pixels
-        and tensors["prompt_embeds"].shape[1] <= accepted.max_tokens
+        and (accepted.masked or tensors["prompt_embeds"].shape[1] <= accepted.max_prompt)
+        and (not accepted.masked or tensors["prompt_mask"].sum(dim=1).max() <= accepted.max_prompt)
         and len(tensors["latents"]) <= accepted.max_rows
         and bool(((tensors["u"] >= 0) & (tensors["u"] <= 1)).all())
     )

@@ -1,7 +1,6 @@
 """Mutated bodies of every route, and a server's answers to them."""
 
 import asyncio
-import io
 import json
 import random
 import time
@@ -20,8 +19,6 @@ from tests.apps.serving.latent_requests import BYTES, HEADERS, TENSORS, mutated,
 from tests.apps.serving.processes import Answers, in_one_session
 from tests.apps.serving.prompted_requests import TIMES, body_of, latents_of
 
-BOUNDARY = "b0und4ry"
-FORM = f"multipart/form-data; boundary={BOUNDARY}"
 Mutation = Callable[[random.Random, bytes], bytes]
 Kind = tuple[str, bytes, bool | None]
 
@@ -59,17 +56,6 @@ def routes(accepted: Accepted, reward: str = "reward") -> Iterator[FuzzedRoute]:
     for path, content in (("/v1/score_images", texts), ("/score", unirl), ("/compute", flow_factory)):
         kind, body = {"content-type": "application/json"}, json.dumps(content).encode()
         yield FuzzedRoute(path, kind, body, one_of((*bytewise, other_value, deep_value), (doubled_key,)))
-    yield FuzzedRoute("/v1/score_images", {"content-type": FORM}, form(image), one_of((*bytewise, swapped_lines)))
-
-
-def form(image: Image.Image) -> bytes:
-    """A form with a prompt and an image."""
-    stream = io.BytesIO()
-    image.save(stream, "png")
-    head = b'\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na cat\r\n'
-    file = b'\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + stream.getvalue()
-    mark = f"--{BOUNDARY}".encode()
-    return mark + head + mark + file + b"\r\n" + mark + b"--\r\n"
 
 
 def flipped(rng: random.Random, body: bytes) -> bytes:
@@ -87,13 +73,6 @@ def cut_out(rng: random.Random, body: bytes) -> bytes:
 def doubled(rng: random.Random, body: bytes) -> bytes:
     start = rng.randrange(len(body))
     return body[:start] + body[start : start + rng.randint(1, 400)] * rng.randint(2, 50) + body[start:]
-
-
-def swapped_lines(rng: random.Random, body: bytes) -> bytes:
-    lines = body.split(b"\r\n")
-    first, second = rng.randrange(len(lines)), rng.randrange(len(lines))
-    lines[first], lines[second] = lines[second], lines[first]
-    return b"\r\n".join(lines)
 
 
 def doubled_key(rng: random.Random, body: bytes) -> bytes:

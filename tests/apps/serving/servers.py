@@ -12,7 +12,7 @@ import uvicorn
 
 from latentreward.apps.serving.app import configuration
 from latentreward.apps.serving.service import ScoringService, ServedModel
-from latentreward.apps.serving.settings import RewardToServe, ServiceSettings, bind
+from latentreward.apps.serving.settings import ServiceSettings, bind
 from latentreward.reward import RewardModel
 from tests.alignment.modules.batches import MODULES
 
@@ -23,11 +23,9 @@ def tiny_reward(name: str = "sd35", method: str = "dina") -> RewardModel:
     return MODULES[method](name).model.eval().requires_grad_(False)
 
 
-def service_of(*rewards: RewardModel, names: str = "reward", own: Any = None, **settings: Any) -> ScoringService:
-    """Rewards on a server that has not been started; ``own`` are limits of the last one."""
-    limits = ServiceSettings(**settings)
-    each = [limits] * (len(rewards) - 1) + [RewardToServe("", **(own or {})).limits(limits)]
-    return ScoringService(dict(zip(names.split(), zip(rewards, each, strict=True), strict=True)), limits)
+def service_of(*rewards: RewardModel, names: str = "reward", **settings: Any) -> ScoringService:
+    """Rewards on a server that has not been started."""
+    return ScoringService(dict(zip(names.split(), rewards, strict=True)), ServiceSettings(**settings))
 
 
 def served_model(reward: RewardModel, **settings: Any) -> ServedModel:

@@ -24,7 +24,7 @@ from latentreward.apps.serving import app, bodies
 from latentreward.apps.serving.bodies import Accepted, parse_request
 from latentreward.apps.serving.service import ServedModel
 from latentreward.apps.serving.settings import bind
-from latentreward.reward import Calibration, RewardModel, ScoringNoise
+from latentreward.reward import RewardModel, ScoringNoise
 from latentreward.reward.scoring.ensemble import pixel_batches
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.servers import raw, service_of, serving, started, tiny_reward
@@ -136,7 +136,7 @@ def test_a_score_does_not_depend_on_what_it_shares_a_batch_with(kind: tuple[str,
         for found, tensors in zip(replies, every, strict=True):
             assert found == pytest.approx(scores_of(reward, save(tensors), accepted), abs=2e-5)
         if accepted.tokens:
-            assert "prompt_embeds: L of (B, L, D) is 5" in ask(address, save(tensors_of(accepted))).json()["error"]
+            assert "of shape (B, L, D), with L = " in ask(address, save(tensors_of(accepted))).json()["error"]
 
 
 def picture(color: str, size: tuple[int, int] = (20, 16), kind: str = "PNG") -> bytes:
@@ -148,47 +148,25 @@ def picture(color: str, size: tuple[int, int] = (20, 16), kind: str = "PNG") -> 
 GOOD_IMAGE = base64.b64encode(picture("red")).decode()
 
 
-def test_images_as_a_form_and_as_json(address: str) -> None:
+def test_images(address: str) -> None:
     reward, images = tiny_reward(), [picture("red"), picture("blue", (16, 30), "JPEG")]
-    prompts, files = ["a cat", "a dog"], [("image", (str(number), data)) for number, data in enumerate(images)]
-    reply = post_images(address, data={"prompt": "a cat"}, files=files).json()
+    sent = {"images": [base64.b64encode(image).decode() for image in images]}
+    reply = post_images(address, json={"prompt": "a cat", **sent}).json()
     assert reply["scores"] == pytest.approx(reward.score("a cat", images).tolist(), abs=2e-5)
-    assert (reply["z_scores"], reply["noise"], reply["model"]) == (None, str(reward.noise), reward.identity)
-    wanted = pytest.approx(reward.score(prompts, images).tolist(), abs=2e-5)
-    assert post_images(address, data={"prompt": prompts}, files=files).json()["scores"] == wanted
-    content = {"prompts": prompts, "images": [base64.b64encode(image).decode() for image in images]}
-    assert post_images(address, json=content).json()["scores"] == wanted
+    assert (reply["noise"], reply["model"]) == (str(reward.noise), reward.identity)
+    wanted = pytest.approx(reward.score(["a cat", "a dog"], images).tolist(), abs=2e-5)
+    assert post_images(address, json={"prompts": ["a cat", "a dog"], **sent}).json()["scores"] == wanted
     assert reward.exif == "apply"  # a photograph on its side is turned
     turned = post_images(address, json={"prompt": "a", "image": base64.b64encode(photograph()).decode()}).json()
     assert turned["scores"] == pytest.approx(reward.score("a", upright(photograph())).tolist(), abs=2e-5)
 
 
-@pytest.mark.parametrize("same_noise", [True, False])
-def test_calibrated_scores_say_where_they_stand(
-    address: str, monkeypatch: pytest.MonkeyPatch, same_noise: bool
-) -> None:
-    reward = tiny_reward()
-    noise = reward.noise if same_noise else ScoringNoise(sigmas=(0.9,))
-    monkeypatch.setattr(reward, "calibration", Calibration.fit(torch.linspace(-3, 3, 101), "a set", noise))
-    reply = post_images(address, data={"prompt": "a"}, files={"image": picture("red")}).json()
-    raw = torch.tensor(reply["scores"])
-    assert reply["z_scores"] == (reward.calibration.z_score(raw).tolist() if same_noise else None)
-    assert reply["quantiles"] == (reward.calibration.quantile(raw).tolist() if same_noise else None)
-
-
-JSON, FORM = {"content-type": "application/json"}, {"content-type": "multipart/form-data; boundary=x"}
-FIELD = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n'
+JSON = {"content-type": "application/json"}
 BOMB = base64.b64encode(png_header(9_000, 9_000)).decode()
 
 
 def said(**content: Any) -> bytes:
     return json.dumps({"prompt": "a", "images": [GOOD_IMAGE]} | content).encode()
-
-
-def of_u(**field: Any) -> bytes:
-    """A safetensors header that describes ``u`` wrongly."""
-    text = json.dumps({"u": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | field}).encode()
-    return len(text).to_bytes(8, "little") + text
 
 
 @pytest.mark.parametrize(
@@ -200,19 +178,13 @@ def of_u(**field: Any) -> bytes:
         (b"junk", HEADERS, 400, "safetensors header"),
         (b"junk", HEADERS | {"x-prompt": "YWJ"}, 400, "x-prompt"),
         (b"junk", HEADERS | {"x-prompt": "7aCA"}, 400, "x-prompt"),  # half a surrogate pair
-        *((of_u(**{name: "\ud800"}), HEADERS, 400, "safetensors") for name in ("shape", "data_offsets", "dtype")),
-        (b"[]", JSON, 400, "the body"),
         (b"{", JSON, 400, "the body"),
         (b"[" * 100_000, JSON, 413, "the body"),
-        (b"[" * 2**21, JSON, 413, "the request needs"),
-        (b'{"prompt":[' + b"1," * 2**21 + b"1]}", JSON, 413, "the request needs"),
+        (b"[" * 2**21, JSON, 413, "memory"),
         (b"\xff\xfe\x00", JSON, 400, "the body"),
         (said(prompt=None), JSON, 400, "prompt"),
-        (said(prompts=["a"]), JSON, 400, "prompt"),
         (said(more=1), JSON, 400, "more"),
         (b'{"prompt": "a", "prompt": "b", "images": []}', JSON, 400, "'prompt' is given twice"),
-        (said(images=None), JSON, 400, "image"),
-        (said(prompt=1), JSON, 400, "prompt"),
         (said(prompt="\ud800"), JSON, 400, "the body"),
         (said(images=GOOD_IMAGE), JSON, 400, "images"),
         (said(images=[]), JSON, 422, "image"),
@@ -223,12 +195,6 @@ def of_u(**field: Any) -> bytes:
         (said(images=["AAAA"]), JSON, 422, "'0'"),
         (said(images=[GOOD_IMAGE, GOOD_IMAGE[:60]]), JSON, 422, "'1'"),
         (said(images=[BOMB]), JSON, 422, "--max_pixels"),
-        (b"--x\r\nbroken", FORM, 400, "form"),
-        (b"", {"content-type": "multipart/form-data"}, 400, "form"),
-        (FIELD + b"--x--", FORM, 400, "image"),
-        (FIELD * 65 + b"--x--", FORM, 413, "fields"),
-        (FIELD + FIELD.replace(b"prompt", b"promt") + b"--x--", FORM, 400, "promt"),
-        (FIELD, FORM | {"content-type": "multipart/form-data; boundary=x; charset=punycode"}, 415, "charset"),
     ],
 )
 def test_what_is_no_request_is_refused_in_one_line(
@@ -257,7 +223,7 @@ def test_health_and_metrics(address: str) -> None:
     assert reply.headers["content-type"].startswith("text/plain; version=")
     assert 'latentreward_requests_total{path="/healthz",status="200"}' in text
     assert 'latentreward_request_seconds_count{path="/v1/model"}' in text
-    assert "latentreward_queue_rows 0" in text and "latentreward_batch_rows_sum" in text
+    assert 'latentreward_queue_rows{reward="reward"} 0' in text and "latentreward_batch_rows_sum" in text
 
 
 def test_a_token_is_asked_for_everywhere_but_at_healthz() -> None:
@@ -281,19 +247,13 @@ def test_a_token_is_asked_for_everywhere_but_at_healthz() -> None:
     ("headers", "status"),
     [
         ({}, 200),
-        ({"host": "localhost:1"}, 200),
         ({"host": "[::1]:8000", "origin": "http://[::1]:3000"}, 200),
         ({"host": socket.gethostname()}, 200),
         ({"origin": "http://localhost:7860"}, 200),
         ({"host": "rebound.example:8000"}, 403),
         ({"host": "127.0.0.1.rebound.example"}, 403),
-        ({"host": "192.168.0.1"}, 403),
         ({"host": "[::1"}, 403),
-        ({"host": "[x]"}, 403),
         ({"host": "evil@localhost"}, 403),
-        ({"host": "localhost/evil"}, 403),
-        ({"host": "localhost:8000?evil"}, 403),
-        ({"host": "localhost:x"}, 403),
         ({"origin": "https://page.example"}, 403),
         ({"origin": "null"}, 403),
     ],
@@ -323,8 +283,8 @@ def test_all_requests_together_are_limited_in_memory() -> None:
         assert reply.status_code == 503 and reply.headers["retry-after"]
         memory.held -= memory.total - 2 * len(body) + 1
         assert ask(address, body).status_code == 200 and memory.held == 0
-        files = [("image", (str(number), picture("red", (500, 500)))) for number in range(4)]
-        reply = post_images(address, data={"prompt": "a"}, files=files)  # which never fits
+        large = base64.b64encode(picture("red", (500, 500))).decode()
+        reply = post_images(address, json={"prompt": "a", "images": [large] * 4})  # which never fits
         assert reply.status_code == 413 and "retry-after" not in reply.headers and memory.held == 0
 
 
@@ -384,11 +344,10 @@ def test_decoding_ends_at_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
             return decode(*given)
 
         monkeypatch.setattr(bodies, "decode_image", decode_slowly)
-        files = [("image", (str(number), picture("red"))) for number in range(8)]
-        reply = post_images(address, data={"prompt": "a"}, files=files)
+        reply = post_images(address, json={"prompt": "a", "images": [GOOD_IMAGE] * 8})
         assert reply.status_code == 504 and "decoded within 1 seconds" in reply.json()["error"]
         monkeypatch.undo()
-        assert post_images(address, data={"prompt": "a"}, files=files[:1]).status_code == 200 and len(decoded) < 8
+        assert post_images(address, json={"prompt": "a", "image": GOOD_IMAGE}).status_code == 200 and len(decoded) < 8
 
 
 def test_a_full_queue_a_timeout_and_a_client_that_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

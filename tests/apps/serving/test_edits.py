@@ -66,9 +66,6 @@ def test_images_are_scored_with_their_sources(served: tuple[str, ServedModel]) -
         reply = ask(address, {"prompt": TEXT, "images": images, "source_images": given})
         assert reply.status_code == 200, reply.text
         assert reply.json()["scores"] == wanted(model, *rows)
-    files = [("image", png(image)) for image in EDITED] + [("source", png(source)) for source in (RED, BLUE)]
-    reply = httpx.post(f"{address}/v1/score_images", data={"prompt": TEXT}, files=files, timeout=300)
-    assert reply.json()["scores"] == wanted(model, *[[RED, BLUE]] * 3)  # a form has sources of all images
 
 
 def test_equal_sources_are_encoded_once_and_prompts_kept_without_their_bytes(
@@ -92,15 +89,15 @@ DAMAGED = base64.b64encode(png(BLUE)[:-40]).decode()
 @pytest.mark.parametrize(
     ("taken", "given", "key"),
     [
-        ((0, 16), [["aaaa"]] * 2, "2 lists of sources for 1 prompts"),
+        ((0, 16), [["aaaa"]] * 2, "2 lists of sources"),
         ((0, 16), [encoded(RED)] * 17, "17 sources are given for an image, but this reward takes 0 to 16"),
         ((0, 16), ["aaaa"], "source 0 of image 0"),
         ((0, 16), [[encoded(RED), DAMAGED]], "source 1 of image 0"),
         ((0, 16), ["%"], "a source image is no base64"),
         ((0, 16), "aaaa", "source_images.list"),
-        ((0, 16), [encoded(Image.new("1", (8200, 8200)))], "resize it before sending"),
+        ((0, 16), [encoded(Image.new("1", (8200, 8200)))], "--max_pixels"),
         ((1, 1), [], "0 sources are given for an image, but this reward takes 1"),
-        ((0, 0), ["aaaa"], "judges images made from text alone"),  # before they are decoded
+        ((0, 0), ["aaaa"], "this reward takes 0"),  # before they are decoded
     ],
 )
 def test_bad_sources_are_refused_in_one_line(
@@ -118,9 +115,6 @@ def test_the_description_tells_how_many_sources_a_reward_takes(served: tuple[str
     reward.backbone.sources = (1, 1)
     assert served_model(reward).describe()["sources"] == [1, 1]  # which can be tried without a picture at hand
     assert httpx.get(f"{served[0]}/v1/model").json()["sources"] == [0, 16]
-    files = [("image", png(RED)), ("source_images", png(BLUE))]
-    reply = httpx.post(f"{served[0]}/v1/score_images", data={"prompt": TEXT}, files=files, timeout=300)
-    assert reply.status_code == 400 and "files source" in reply.json()["error"]
 
 
 def test_sources_count_once_in_the_memory_that_a_request_takes() -> None:
@@ -140,7 +134,7 @@ def test_flow_factorys_client_sends_condition_images(served: tuple[str, ServedMo
     assert found == wanted(model, [RED], [BLUE, RED])
     sent = FlowFactoryClient(address).payload([TEXT] * 2, EDITED[:2]) | {"condition_images": conditions[:1]}
     reply = ask(address, sent, "compute")
-    assert reply.status_code == 422 and "1 lists of sources for 2 prompts" in reply.json()["error"]
+    assert reply.status_code == 422 and "1 lists of sources" in reply.json()["error"]
 
 
 def test_unirls_earlier_turns_are_the_sources(served: tuple[str, ServedModel]) -> None:
@@ -239,16 +233,20 @@ def test_verl_omnis_protocol_takes_latents_of_sources(served: tuple[str, ServedM
 @pytest.mark.parametrize(
     ("sources", "key", "changes"),
     [
-        ({"source_0": latents(1)[:, :7]}, "source_0: C of (B, C, h0, w0) is 7, but 16", {}),
-        ({"source_0": latents(2)}, "source_0: B of (B, C, h0, w0) is 2, but 1", {}),
+        ({"source_0": latents(1)[:, :7]}, "source_0: give F32 or F16 or BF16 of shape (B, C, h0, w0), with C = 16", {}),
+        ({"source_0": latents(2)}, "source_0: give F32 or F16 or BF16 of shape (B, C, h0, w0), with B = 1", {}),
         ({"source_1": latents(1)}, "source_1 is given without one before it", {}),
-        ({"source_0": latents(1, height=24, width=24)}, "latents and source_0: h · w 582", {}),
-        ({f"source_{n}": latents(1, height=8, width=8) for n in range(3)}, "latents and source_0: h · w 198", {}),
-        ({"source_0": latents(1)[0]}, "source_0: shape must be (B, C, h0, w0)", {}),
-        ({"source_16": latents(1)}, "the body holds 'source_16'", {}),
-        ({"source_0": latents(1) / 0}, "source_0 holds NaN or infinity", {}),
-        ({"source_0": latents(1)}, "'source_0', which this model does not take", {"sources": (0, 0)}),
-        ({"source_0": latents(1)}, "send images to /v1/score_images", {"sees_sources": True}),
+        ({"source_0": latents(1, height=24, width=24)}, "latents, source_0: latent pixels 582", {}),
+        (
+            {f"source_{n}": latents(1, height=8, width=8) for n in range(3)},
+            "latents, source_0, source_1, source_2: latent pixels 198",
+            {},
+        ),
+        ({"source_0": latents(1)[0]}, "source_0", {}),
+        ({"source_16": latents(1)}, "'source_16'", {}),
+        ({"source_0": latents(1) / 0}, "source_0 holds NaN", {}),
+        ({"source_0": latents(1)}, "this model takes no 'source_0'", {"sources": (0, 0)}),
+        ({"source_0": latents(1)}, "send images and source_images to /v1/score_images", {"sees_sources": True}),
         ({}, "0 sources are given for an image, but this reward takes 1 to 16", {"sources": (1, 16)}),
     ],
 )
@@ -284,4 +282,4 @@ def test_a_server_scores_with_a_text_encoder_that_sees_the_pictures() -> None:
             assert fine.json()["scores"] == pytest.approx(scores[:1], abs=2e-5)
             assert bad.status_code == 422 and told in bad.json()["error"]
         reply = send(address, "score_latents", body_of({"latents": latents(1), "source_0": latents(1)}, TEXT))
-        assert reply.status_code == 422 and "send images to /v1/score_images" in reply.json()["error"]
+        assert reply.status_code == 422 and "send images and source_images to /v1/score_images" in reply.json()["error"]

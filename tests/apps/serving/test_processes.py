@@ -44,7 +44,7 @@ def test_1_000_requests_32_at_a_time_and_10_000_malformed_ones(server: ServerPro
     bodies = [save(_tensors(seed)) for seed in range(16)]
     answers = load(server.address, bodies, 1000, 32)
     assert answers.statuses == {200: 1000}, answers.unexpected[:3]
-    assert "latentreward_queue_rows 0" in httpx.get(f"{server.address}/metrics").text
+    assert 'latentreward_queue_rows{reward="reward"} 0' in httpx.get(f"{server.address}/metrics").text
     answers = fuzz_route(server.address, next(routes(_accepted())), 10_000, server.rss)
     assert not answers.unexpected, answers.unexpected[:3]
     assert set(answers.statuses) <= {200, 400, 413, 422} and answers.statuses[400] > 5_000
@@ -80,11 +80,11 @@ def test_a_signal_lets_what_is_under_way_finish(server: ServerProcess, sent: sig
 def test_several_rewards_by_a_config(run: Path, tmp_path: Path) -> None:
     one = {"model": str(run), "device": "cpu"}
     config = tmp_path / "rewards.yaml"
-    config.write_text(yaml.safe_dump({"rewards": {"taste": one, "again": {**one, "queue": 3}}}, sort_keys=False))
+    config.write_text(yaml.safe_dump({"rewards": {"taste": one, "again": one}}, sort_keys=False))
     with forked_server("serve", f"--config={config}", "--port=0") as server:
         assert "taste: " in server.process.stdout and "serving taste, again at http" in server.process.stdout
         rewards = httpx.get(f"{server.address}/v1/rewards").json()["rewards"]
-        assert [(reward["name"], reward["queue"]) for reward in rewards] == [("taste", 256), ("again", 3)]
+        assert [reward["name"] for reward in rewards] == ["taste", "again"]
         body = save(_tensors(0))
         scores = [
             httpx.post(f"{server.address}{start}/v1/score", content=body, headers=HEADERS, timeout=300).json()
@@ -100,20 +100,17 @@ def running() -> Iterator[tuple[str, ServedModel]]:
         yield started
 
 
-@pytest.mark.parametrize("number", range(7))
-def test_no_body_brings_a_server_down(
-    running: tuple[str, ServedModel], number: int, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("number", range(6))
+def test_no_body_brings_a_server_down(running: tuple[str, ServedModel], number: int) -> None:
     address, model = running
     every = list(routes(model.accepted))
-    assert len(every) == 7
+    assert len(every) == 6
     route = every[number]
     before = httpx.post(f"{address}{route.path}", content=route.good, headers=route.headers, timeout=300)
     assert before.status_code == 200, before.text
     answers = fuzz_route(address, route, 500)
     assert not answers.unexpected, answers.unexpected[:5]
     assert answers.statuses[200] < 400 and set(answers.statuses) <= {200, 400, 413, 415, 422}
-    assert not [one for one in caplog.records if one.name.startswith("python_multipart")]
     after = httpx.post(f"{address}{route.path}", content=route.good, headers=route.headers, timeout=300)
     assert after.status_code == 200 and after.json().keys() == before.json().keys()
 
@@ -128,4 +125,4 @@ def _tensors(seed: int, rows: int = 1) -> dict[str, Tensor]:
 
 def _in_queue(client: httpx.Client) -> int:
     text = client.get("/metrics").text
-    return int(float(re.search(r"^latentreward_queue_rows (\S+)", text, re.MULTILINE)[1]))
+    return int(float(re.search(r"^latentreward_queue_rows\S* (\S+)", text, re.MULTILINE)[1]))

@@ -35,7 +35,7 @@ from tests.apps.serving.prompted_requests import TIMES
 from tests.apps.serving.prompted_requests import body_of as prompted
 
 ACCEPTED = Accepted(
-    4, text_width=6, pooled_width=3, patch=2, max_side=16, max_pixels=128, max_tokens=7, max_rows=3, queue=8
+    4, text_width=6, pooled_width=3, patch=2, max_side=16, max_pixels=128, max_prompt=7, max_rows=3, queue=8
 )
 PROCESS = FlowMatching()
 UNEQUAL = replace(ACCEPTED, pooled_width=None, max_prompt=6, masked=True, frames=1)
@@ -149,42 +149,30 @@ HEADERS = (b"[1]", b"{", b'{"u": NaN}', b'{"u": ' + b"9" * 5000 + b"}", b'{"u": 
         (changed(v=torch.zeros(1)), "'v'", 400),
         (body_of(b'{"u": {}' + b" " * 20000 + b"}", DATA), "at most 16384", 400),
         (changed(latents=None), "'latents'", 400),
-        (changed(pooled_prompt_embeds=None), "'pooled_prompt_embeds'", 400),
         (changed(prompt_mask=masks([1] * 5)), "'prompt_mask'", 400),
-        (changed(u=torch.tensor([0.4], dtype=torch.float64)), "u: dtype", 400),
-        (changed(seeds=torch.tensor([1], dtype=torch.int32)), "seeds: dtype", 400),
-        (changed(latents=torch.zeros(1, 4, 8, 8, dtype=torch.float64)), "latents: dtype", 400),
-        (changed(latents=torch.zeros(4, 8, 8)), "latents: shape must be (B, C, h, w)", 400),
-        (changed(latents=torch.zeros(1, 4, 1, 8, 8)), "latents: shape must be (B, C, h, w)", 400),
-        (changed(prompt_embeds=torch.zeros(1, 0, 6)), "prompt_embeds: shape", 400),
-        (changed(latents=torch.zeros(1, 16, 8, 8)), "latents: C of (B, C, h, w) is 16, but 4", 422),
-        (changed(prompt_embeds=torch.zeros(1, 5, 7)), "prompt_embeds: D of (B, L, D) is 7, but 6", 422),
-        (changed(pooled_prompt_embeds=torch.zeros(1, 2)), "give P = 3", 422),
-        (changed(u=torch.tensor([0.1, 0.2])), "u: B of (B) is 2, but 1", 422),
-        (changed(seeds=torch.tensor([1, 2])), "seeds: B of (B) is 2", 422),
-        (changed(latents=torch.zeros(1, 4, 7, 8)), "latents: 7 is no multiple of the 2", 422),
-        (changed(latents=torch.zeros(1, 4, 2, 18)), "a side over 16", 422),
-        (changed(latents=torch.zeros(1, 4, 16, 16)), "latents: h · w 256", 413),
-        (changed(prompt_embeds=torch.zeros(1, 8, 6)), "tokens 8", 413),
+        (changed(u=torch.tensor([0.4], dtype=torch.float64)), "u: give F32", 422),
+        (changed(latents=torch.zeros(1, 4, 1, 8, 8)), "of shape (B, C, h, w)", 422),
+        (changed(prompt_embeds=torch.zeros(1, 0, 6)), "prompt_embeds: give", 422),
+        (changed(latents=torch.zeros(1, 16, 8, 8)), "with C = 4", 422),
+        (changed(prompt_embeds=torch.zeros(1, 5, 7)), "with D = 6", 422),
+        (changed(u=torch.tensor([0.1, 0.2])), "u: give F32 of shape (B), with B = 1", 422),
+        (changed(latents=torch.zeros(1, 4, 7, 8)), "multiples of 2", 422),
+        (changed(latents=torch.zeros(1, 4, 2, 18)), "at most 16", 422),
+        (changed(latents=torch.zeros(1, 4, 16, 16)), "latents: latent pixels 256", 413),
+        (changed(prompt_embeds=torch.zeros(1, 8, 6)), "8 tokens", 422),
         (save(tensors_of(ACCEPTED, rows=4)), "rows 4", 413),
-        (changed(u=torch.tensor([1.01])), "u holds 1.01", 422),
-        (changed(u=torch.tensor([-0.1])), "u holds -0.1", 422),
-        (changed(u=torch.tensor([float("nan")])), "u holds NaN", 422),
+        (changed(u=torch.tensor([1.01])), "u holds", 422),
         (changed(latents=torch.full((1, 4, 8, 8), float("inf"))), "latents holds NaN", 422),
-        (changed(prompt_embeds=torch.full((1, 5, 6), float("nan"))), "prompt_embeds holds NaN", 422),
         (unequal(prompt_mask=None), "'prompt_mask'", 400),
-        (unequal(prompt_mask=torch.ones(2, 5)), "prompt_mask: dtype", 400),
-        (unequal(prompt_mask=torch.ones(2, 5, 1, dtype=torch.bool)), "prompt_mask: shape", 400),
-        (unequal(prompt_mask=masks([1] * 4, [1] * 4)), "prompt_mask: L of (B, L) is 4, but 5", 422),
-        (unequal(prompt_mask=masks([1] * 5)), "prompt_mask: B of (B, L) is 1, but 2", 422),
+        (unequal(prompt_mask=torch.ones(2, 5)), "prompt_mask: give", 422),
+        (unequal(prompt_mask=masks([1] * 4, [1] * 4)), "with L = 5", 422),
         (unequal(prompt_mask=masks([1] * 5, [0] * 5)), "prompt_mask", 422),
         (unequal(prompt_mask=masks([0, 1, 1, 1, 1], [1] * 5)), "prompt_mask", 422),
         (unequal(prompt_mask=masks([1] * 5, [1, 0, 1, 0, 0])), "prompt_mask", 422),
         (unequal(prompt_mask=masks([1] * 5, [2, 0, 0, 0, 0])), "prompt_mask", 422),
         (unequal(pooled_prompt_embeds=torch.ones(2, 3)), "'pooled_prompt_embeds'", 400),
-        (unequal(latents=torch.zeros(2, 4, 8, 8)), "latents: shape must be (B, C, T, h, w)", 400),
-        (unequal(latents=torch.zeros(2, 3, 1, 8, 8)), "latents: C of (B, C, T, h, w) is 3, but 4", 422),
-        (unequal(latents=torch.zeros(2, 4, 3, 8, 8)), "latents: T of (B, C, T, h, w) is 3, but 1", 422),
+        (unequal(latents=torch.zeros(2, 4, 8, 8)), "of shape (B, C, T, h, w)", 422),
+        (unequal(latents=torch.zeros(2, 4, 3, 8, 8)), "with T = 1", 422),
         (unequal(prompt_embeds=torch.ones(2, 7, 6), prompt_mask=masks([1] * 7, [1] * 7)), "7 tokens", 422),
     ],
 )
@@ -214,33 +202,23 @@ LONG = json.dumps({"__metadata__": {"prompt": "a" * 2**20}}).encode()
     [
         (b"", "no safetensors file", 400),
         (struct.pack("<Q", len(LONG)) + LONG, "at most 1048576 are read", 400),
-        (of_latents(latents=torch.zeros(2, 4, 8, 8).double()), "latents: dtype", 400),
-        (of_latents(latents=torch.full((2, 4, 8, 8), torch.nan)), "latents holds NaN", 422),
-        (of_latents(latents=torch.zeros(2, 5, 8, 8)), "latents: C of (B, C, h, w) is 5, but 4", 422),
-        (of_latents(latents=torch.zeros(4, 8, 8)), "latents: shape must be (B, C, h, w)", 400),
+        (of_latents(latents=torch.zeros(2, 5, 8, 8)), "with C = 4", 422),
         (of_latents(latents=torch.zeros(4, 4, 8, 8)), "latents: rows 4 is over", 413),
-        (of_latents(u=HALF[:1]), "give B = 2", 422),
-        (of_latents(u=HALF + 1), "u holds 1.5", 422),
-        (of_latents(u=HALF * torch.nan), "u holds NaN", 422),
+        (of_latents(u=HALF[:1]), "with B = 2", 422),
         (of_latents(seeds=torch.tensor([1, 2])), "seeds are given without u", 422),
-        (of_latents(x=HALF), "holds 'x'", 400),
+        (of_latents(x=HALF), "no 'x'", 400),
         (of_latents(["a"]), "1 prompts for 2 rows of latents", 422),
-        (of_latents(["a", "b" * 10_001]), "prompt 1 has 10001 characters", 422),
+        (of_latents(["a", "b" * 10_001]), "prompt 1 has over", 422),
         (of_latents(["a", "\ud800"]), "__metadata__.prompts", 400),
         (with_texts(), "give __metadata__ one of prompt", 400),
         (with_texts(prompt="a", prompts="[]"), "give __metadata__ one of prompt", 400),
         (with_texts(prompts="a cat"), "__metadata__.prompts", 400),
-        (with_texts(prompts="[" * 20_000), "__metadata__.prompts", 400),
         (with_texts(prompts='["a", 1]'), "__metadata__.prompts.1", 400),
-        (with_texts(prompts='{"a": "b"}'), "__metadata__.prompts", 400),
         (with_texts(prompt="a", promt="b"), "__metadata__.promt", 400),
-        (of_latents(timesteps=TIMES[:2]), "timesteps: S of (S) is 2, but 3", 422),
-        (of_latents(timesteps=TIMES.expand(3, 3)), "timesteps: N of (N, S) is 3, but 2", 422),
+        (of_latents(timesteps=TIMES[:2]), "with S = 3", 422),
+        (of_latents(timesteps=TIMES.expand(3, 3)), "with N = 2", 422),
         (of_latents(timesteps=TIMES * 2), "timestep 1800 is out of range", 422),
-        (of_latents(timesteps=-TIMES), "timestep -900 is out of range", 422),
-        (of_latents(timesteps=TIMES * torch.nan), "timesteps holds NaN", 422),
-        (of_latents(timesteps=TIMES.double()), "timesteps: dtype", 400),
-        (of_latents(timesteps=TIMES, latents=torch.zeros(3, 4, 8, 8)), "latents: shape must be (N, S, C, h, w)", 400),
+        (of_latents(timesteps=TIMES, latents=torch.zeros(3, 4, 8, 8)), "of shape (N, S, C, h, w)", 422),
         (of_latents(timesteps=TIMES, latents=torch.zeros(3, 3, 4, 8, 8)), "latents: N · S 9 is over", 413),
     ],
 )
@@ -291,6 +269,17 @@ def test_hostile_headers_are_refused_in_one_short_line_and_little_memory(body: b
         ACCEPTED.read(body, 2**20, "latents=B C h w, u=B")
     assert caught.value.status == 400 and "\n" not in str(caught.value) and len(str(caught.value)) < 300
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 48 * 1024  # KiB
+
+
+def test_texts_that_are_no_prompts_take_little_memory() -> None:
+    body = with_texts(**{f"{number:x}": "" for number in range(60_000)})
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError, match="safetensors header"):
+            parse_latents(body, ACCEPTED)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("good", "accepted"), [(GOOD, ACCEPTED), (unequal(), UNEQUAL)])

@@ -1,27 +1,30 @@
-"""Steps of rows in forked processes, which need not import everything again."""
+"""Steps of the command in forked processes, which need not import everything again."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
-from latentreward.apps.taste import process
-from latentreward.apps.taste.steps import Task, TaskRunner
+import pytest
+
+from latentreward.apps.cli import main
+from latentreward.apps.taste.steps import Step
 from tests.processes import Forked
 
 
-class ForkedSteps(TaskRunner):
-    """A runner whose processes are forked from one that has imported torch and Lightning."""
-
-    def _call(self, task: Task, command: Sequence[str], log: int) -> int:
-        printed = Path(f"/proc/self/fd/{log}").readlink()
-        running = Forked(run_step, [tuple(command[3:])], output=printed)
-        try:
-            return running.wait(600)
-        finally:
-            running.kill()
+def fork_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let steps run in forks of this process, instead of in processes of their own."""
+    monkeypatch.setattr("latentreward.apps.taste.steps.call", call)
 
 
-def run_step(arguments: Sequence[str]) -> None:
-    """What ``python -m latentreward.apps.taste.process`` does with these arguments."""
-    sys.argv = ["process", *arguments]
-    process.main()
+def call(step: Step, log: IO[str]) -> int:
+    running = Forked(run, [step.arguments], output=Path(log.name))
+    try:
+        return running.wait(600)
+    finally:
+        running.kill()
+
+
+def run(arguments: Sequence[str]) -> None:
+    sys.argv = ["latentreward", *arguments]
+    main()

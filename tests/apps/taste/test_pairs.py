@@ -2,12 +2,12 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from latentreward.apps.taste.pairs import RATINGS, Picture, Pool, collect, from_ratings, lines
+from latentreward.apps.taste.pairs import RATINGS, collect, from_ratings, lines
 from latentreward.core.errors import InputError
 from latentreward.data import JSONLPairReader
 from tests.apps.taste.folders import draw, sorted_folder, unsorted_folder
@@ -65,7 +65,7 @@ def test_names_that_do_not_match_compare_all_with_all(tmp_path: Path) -> None:
         draw(tmp_path / "rejected" / f"bad{number}.png", 10 + number)
     shutil.copy(tmp_path / "chosen" / "good0.png", tmp_path / "rejected" / "bad0.png")
     found = collect(tmp_path)
-    assert found.possible == 25 and len(found.pools) == 1 and "do not match" in found.how
+    assert len(found.pairs) == 25 and "do not match" in found.how
     assert any("both chosen and rejected: 1: chosen/good0.png" in remark for remark in found.remarks)
     with pytest.raises(InputError, match=r"gives no pairs; .*only on one side: 12: .*; give at least 20"):
         collect(tmp_path, "names")
@@ -76,24 +76,14 @@ def test_all_against_all_keeps_to_one_caption_where_both_sides_have_it(tmp_path:
         draw(tmp_path / "chosen" / f"good{number}.png", number, f"prompt {number % 2}")
         draw(tmp_path / "rejected" / f"bad{number}.png", 20 + number, f"Prompt  {number % 2}")
     found = collect(tmp_path)
-    assert [(pool.prompt, len(pool.chosen), len(pool.rejected)) for pool in found.pools] == [
-        ("prompt 0", 6, 6),
-        ("prompt 1", 6, 6),
-    ]
+    assert Counter(pair.prompt for pair in found.pairs) == {"prompt 0": 36, "prompt 1": 36}
+    for side in "ab":
+        assert {*Counter(getattr(pair, side).path for pair in found.pairs).values()} == {6}
+    assert len({pair.names for pair in found.pairs}) == 72
     for number in range(12):
         (tmp_path / "rejected" / f"bad{number}.txt").write_text(f"another {number}")
     found = collect(tmp_path)
-    assert [pool.prompt for pool in found.pools] == [""] and "captions are not used" in found.how
-
-
-def test_drawn_pairs_are_different_and_use_pictures_equally() -> None:
-    pictures = [Picture(str(number), str(number), "") for number in range(10)]
-    pool = Pool("", pictures[:4], pictures[4:])
-    pairs = pool.draw(24, np.random.default_rng(0))
-    assert len({(pair.a.path, pair.b.path) for pair in pairs}) == 24 == len(pool.draw(99, np.random.default_rng(0)))
-    some = pool.draw(12, np.random.default_rng(0))
-    assert {sum(pair.a == one for pair in some) for one in pool.chosen} == {3}
-    assert {sum(pair.b == one for pair in some) for one in pool.rejected} == {2}
+    assert {pair.prompt for pair in found.pairs} == {""} and "captions are not used" in found.how
 
 
 def test_ratings_count_and_odd_lines_are_named(tmp_path: Path) -> None:

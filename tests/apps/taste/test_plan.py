@@ -30,7 +30,6 @@ from latentreward.core.contracts import EditPrompt, ImageRef, sources_of
 from latentreward.core.errors import InputError
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.data.images import image_bytes
-from latentreward.diffusion.families.sd3 import StableDiffusion3
 from tests.apps.taste.folders import edited_folder, sorted_folder
 from tests.tiny_pipelines import pipeline_folder
 
@@ -39,35 +38,22 @@ PLAN = Plan(
 )
 
 
-class OwnFamily(StableDiffusion3):
-    """A family of one's own."""
-
-    default_guidance = 2.5  # type: ignore[assignment]
-
-
-def keys(plan: Plan, seed: int = 0) -> dict[str, str]:
-    return {name: task.key for name, task in plan.tasks(seed).items()}
-
-
 def changed(plan: Plan, seed: int = 0) -> set[str]:
-    with_prompts = replace(PLAN, prompts=Path("/q"))
-    return {name for name, key in keys(plan, seed).items() if keys(with_prompts)[name] != key}
+    """Names of the steps that are others than those of :data:`PLAN` with prompts."""
+    with_prompts = replace(PLAN, prompts=Path("/q")).steps(Path("/w"), 0)
+    return {name for name, step in plan.steps(Path("/w"), seed).items() if step != with_prompts[name]}
 
 
 def test_a_change_starts_what_depends_on_it() -> None:
     plan = replace(PLAN, prompts=Path("/q"))
-    assert [*keys(PLAN)] == [CACHE, REWARD, SCORES] and [*keys(plan)] == [CACHE, REWARD, SCORES, ALIGN, PICTURES]
-    assert keys(plan) | keys(PLAN) == keys(plan)  # an alignment that comes later finds the reward
+    assert [*plan.steps(Path("/w"), 0)] == [CACHE, REWARD, SCORES, ALIGN, PICTURES]
+    assert changed(PLAN) == set()  # an alignment that comes later finds the reward
     assert changed(replace(plan, prompts=Path("/other"))) == {ALIGN, PICTURES}
     assert changed(replace(plan, align=["--trainer.max_steps=1"])) == {ALIGN, PICTURES}
     assert changed(replace(plan, pictures=5)) == {PICTURES}
     assert changed(replace(plan, tuning="lora")) == {REWARD, SCORES, ALIGN, PICTURES}
-    assert (
-        changed(replace(plan, folder=Path("/b")))
-        == set(keys(plan))
-        == changed(replace(plan, size=64))
-        == changed(plan, 1)
-    )
+    for other in (changed(replace(plan, folder=Path("/b"))), changed(replace(plan, size=64)), changed(plan, 1)):
+        assert other == {CACHE, REWARD, SCORES, ALIGN, PICTURES}
 
 
 def test_a_pipeline_is_told_by_its_class(tmp_path: Path) -> None:
@@ -78,7 +64,7 @@ def test_a_pipeline_is_told_by_its_class(tmp_path: Path) -> None:
         find_base(str(tmp_path))
     plan = replace(PLAN, base=str(tmp_path), gpu=True)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
-    command = plan.tasks(0)[REWARD].command(Path("/w"))
+    command = plan.steps(Path("/w"), 0)[REWARD].arguments
     for argument in ("sd35_medium", "--model.backbone.source=" + str(tmp_path), "--trainer.precision=bf16-mixed"):
         assert any(argument in one for one in command)
 
@@ -106,7 +92,7 @@ def test_pairs_that_the_base_does_not_take_are_left_out(tmp_path: Path) -> None:
     (tmp_path / RATINGS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = collect(tmp_path)
     assert any("sources/5.png" in remark for remark in found.remarks)
-    editor = family_of(pipeline_folder("ip2p_sd15"), None)
+    editor = family_of(pipeline_folder("ip2p_sd15"))
     kept = fitting(found, editor)
     assert kept.remarks[-1] == "left out, InstructPix2Pix takes 1 pictures to edit; 1 pair with 0"
     assert len(kept.pairs) == len(found.pairs) - 1 and all(len(sources_of(pair.prompt)) == 1 for pair in kept.pairs)
@@ -115,39 +101,18 @@ def test_pairs_that_the_base_does_not_take_are_left_out(tmp_path: Path) -> None:
     assert others == "left out, InstructPix2Pix takes 1 pictures to edit; 2 pairs with 0 or 2"
     told = "base: .* takes 0 pictures to edit; .* pairs with 1; give an editor for rated edits"
     with pytest.raises(InputError, match=told):
-        fitting(found, family_of("sd_tiny", None))
+        fitting(found, family_of("sd_tiny"))
     plain = tmp_path / "plain.txt"
     plain.write_text("a cat")
     with pytest.raises(InputError, match="prompts: 'a cat': InstructPix2Pix takes 1 picture to edit, and 0 were given"):
         prompts_of(split(kept, 500, 0), plain, editor)
 
 
-def test_a_family_of_ones_own_reaches_every_step() -> None:
-    source, family = pipeline_folder("sd35"), f"{__name__}.OwnFamily"
-    found = find_base(source, family)
-    assert (found.size, found.guidance) == (16, 2.5)
-    plan = replace(PLAN, base=source, prompts=Path("/q"), family=family)
-    commands = {name: task.command(Path("/w")) for name, task in plan.tasks(0).items()}
-    named = {
-        CACHE: {"encoder.family"},
-        REWARD: {"model.backbone.family"},
-        ALIGN: {"model.policy.family"},
-        PICTURES: {"policy.pipeline.family", "against.pipeline.family"},
-    }
-    for name, settings in named.items():
-        assert {f"--{setting}={family}" for setting in settings} <= {*commands[name]}
-    assert "--model.backbone=latentreward.diffusion.load_family_backbone" in commands[REWARD]
-    assert (
-        "--model.reward.trust_remote_code=true" in commands[ALIGN] and "--model.guidance_scale=2.5" in commands[ALIGN]
-    )
-    assert "--scorers.trust_remote_code=true" in commands[PICTURES]
-
-
 def test_equal_pairs_are_written_once_and_prompts_are_kept_apart(tmp_path: Path) -> None:
     parts = split(collect(sorted_folder(tmp_path / "mine", 30, prompts=20)), 500, 0)
     first = write_pairs(tmp_path, parts)
     assert first == write_pairs(tmp_path, parts) != write_pairs(tmp_path, split(collect(tmp_path / "mine"), 500, 1))
-    folder, line = write_prompts(tmp_path, prompts_of(parts, None, family_of("sd_tiny", None)), 0)
+    folder, line = write_prompts(tmp_path, prompts_of(parts, None, family_of("sd_tiny")), 0)
     trained, judged = (
         {json.loads(row)["prompt"] for row in (folder / name).read_text().splitlines()} for name in (PROMPTS, JUDGED)
     )
@@ -164,9 +129,9 @@ def test_an_alignment_without_prompts_is_refused(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "work").exists()
     one = RatedPair("", Picture("a", "a", ""), Picture("b", "b", ""), 1.0)
     with pytest.raises(InputError, match=r"prompts: .*missing.txt does not exist"):
-        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing.txt", family_of("sd_tiny", None))
+        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing.txt", family_of("sd_tiny"))
     with pytest.raises(InputError, match=r"prompts: .*/missing does not exist"):
-        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing", family_of("sd_tiny", None))
+        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing", family_of("sd_tiny"))
 
 
 @pytest.mark.parametrize(

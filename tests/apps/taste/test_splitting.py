@@ -1,11 +1,12 @@
 """No picture is both trained on and measured with, nor a prompt where there are enough."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 
-from latentreward.apps.taste.pairs import Collection, Picture, Pool, RatedPair
+from latentreward.apps.taste.pairs import Collection, Picture, RatedPair
 from latentreward.apps.taste.splitting import PARTS, Split, split
 from latentreward.core.errors import InputError
 
@@ -55,27 +56,19 @@ def test_pairs_that_all_hang_together_lose_those_across_parts() -> None:
     assert f"left out, pairs across parts: {len(ends) - sum(counts.values())}" in found.how
 
 
-def test_pictures_are_split_before_pairs_are_drawn() -> None:
-    found = split(Collection("", pools=[Pool("", PICTURES[:40], PICTURES[40:100])]), 200, 0)
-    counts = apart(found)
-    assert counts["train"] == 120 and counts["stop"] == 30 and counts["held_out"] == 50
-    assert "200 of 2400 possible pairs, drawn within the parts" in found.how
-    pools = [Pool(f"p{n}", PICTURES[4 * n : 4 * n + 2], PICTURES[4 * n + 2 : 4 * n + 4]) for n in range(25)]
-    found = split(Collection("", pools=pools), 500, 0)
-    apart(found)
-    prompts = [{pair.prompt for pair in part} for part in found.parts.values()]
-    assert sum(map(len, prompts)) == 25 == len(set.union(*prompts))
-
-
 @pytest.mark.parametrize(("captions", "sides", "most"), [(1000, 1, 500), (300, 2, 500), (300, 2, 20), (7, 9, 101)])
-def test_so_many_pairs_are_drawn_from_pools_and_no_more(captions: int, sides: int, most: int) -> None:
-    pictures = [Picture(f"{n}.png", f"c{n}", "") for n in range(2 * captions * sides)]
-    both = [pictures[n * sides : (n + 1) * sides] for n in range(2 * captions)]
-    pools = [Pool(f"p{n}", both[2 * n], both[2 * n + 1]) for n in range(captions)]
-    found = split(Collection("", pools=pools), most, 0)
-    assert sum(apart(found).values()) == most
-    assert found == split(Collection("", pools=pools), most, 0)
-    assert found.parts != split(Collection("", pools=pools), most, 1).parts
+def test_so_many_pairs_are_drawn_and_no_more(captions: int, sides: int, most: int) -> None:
+    both = np.arange(2 * captions * sides).reshape(captions, 2, sides)
+    pictures = [Picture(f"{n}.png", f"c{n}", "") for n in range(both.size)]
+    pairs = [
+        RatedPair(f"p{n}", pictures[a], pictures[b], 1.0)
+        for n, (chosen, rejected) in enumerate(both)
+        for a, b in product(chosen, rejected)
+    ]
+    found = split(Collection("", pairs), most, 0)
+    assert sum(apart(found).values()) == most and f"{most} of {len(pairs)} drawn" in found.how
+    assert found == split(Collection("", pairs), most, 0)
+    assert found.parts != split(Collection("", pairs), most, 1).parts
 
 
 def test_a_part_with_hardly_more_than_ties_is_refused_before_any_work() -> None:

@@ -15,13 +15,13 @@ from latentreward.apps.taste.pairs import RATINGS
 from latentreward.apps.taste.plan import JUDGED, PROMPTS
 from latentreward.apps.taste.ratings import Ratings
 from latentreward.apps.taste.results import HTML, JSON
-from latentreward.apps.taste.steps import RECORD
+from latentreward.apps.taste.steps import DONE
 from latentreward.core.contracts import sources_of
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.tinyworld.pairs import draw_pairs
 from tests.apps.serving.processes import forked_server
 from tests.apps.taste.folders import edited_folder, unsorted_folder
-from tests.apps.taste.forked_steps import ForkedSteps
+from tests.apps.taste.forked_steps import fork_steps
 from tests.diffusion.families.twins import TWINS
 from tests.processes import start
 from tests.tiny_pipelines import pipeline_folder
@@ -47,7 +47,7 @@ def tiny_folder(folder: Path, pairs: int) -> Path:
 @pytest.fixture
 def taste(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """The command, whose steps are forked from a process that has imported everything; what it prints."""
-    monkeypatch.setattr("latentreward.apps.taste.steps.TaskRunner", ForkedSteps)
+    fork_steps(monkeypatch)
 
     def run(*arguments: str) -> str:
         main(["taste", *arguments])
@@ -64,7 +64,7 @@ def test_from_pairs_to_pictures_before_and_after_and_a_kill(tmp_path: Path, tast
     assert "cache: done before" in told and "train: goes on" in told
     assert "accuracy on 10 held-out pairs in %" in told and f"page: {work / HTML}" in told
     assert "Before and after" not in (work / HTML).read_text()
-    records = {path: path.stat().st_mtime_ns for path in work.glob(f"*/{RECORD}")}
+    records = {path: path.stat().st_mtime_ns for path in work.glob(f"*/{DONE}")}
     assert len(records) == 3
     told = taste(str(folder), *SHORT, *ALIGN, "--align", f"--work={work}")
     assert told.count("done before") == 3
@@ -113,7 +113,7 @@ def test_memory_is_estimated_without_any_step(tmp_path: Path, taste: Callable[..
     assert "peak in the passes of a batch" in told and "memory: train " in told and ", align " in told
     assert " (counted: the peak and 2.0 GB for the program itself); to lower it: take --tuning frozen" in told
     assert re.search(r"^hours: train \S+, align \S+ \(computed, at --tflops 30", told, re.MULTILINE)
-    assert not [*(tmp_path / "work").glob(f"*/{RECORD}")]
+    assert not [*(tmp_path / "work").glob(f"*/{DONE}")]
 
 
 def test_the_command_serves_the_page_until_it_is_stopped(tmp_path: Path) -> None:

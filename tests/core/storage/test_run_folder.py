@@ -63,29 +63,29 @@ def test_damage_is_one_line_and_what_is_computed_stays(tmp_path: Path, content: 
         run(tmp_path / "run").claim()
 
     def pictures() -> ImageFolder:
-        return ImageFolder(tmp_path / "pictures", {}, "jsonl")
+        return ImageFolder(tmp_path / "pictures", {})
 
     def scores() -> ScoreStore:
         return ScoreStore(tmp_path / "scorer.jsonl", "one")
 
     record()
-    row = {"file": "0.png", "prompt": "a cat", "place": 0, "image": 0, "seed": 0}
+    row = {"file": "0.png", "prompt": "a cat", "place": 0, "image": 0, "seed": 0, "score": "", "mean_score": ""}
     pictures().add([(row, {})])
     scores().add({"key": (1.0,)})
     for name, open_again in (
         ("run/run.json", record),
         ("pictures/generate.json", pictures),
-        ("pictures/images.jsonl", pictures),
+        ("pictures/images.csv", pictures),
         ("scorer.jsonl", scores),
     ):
         path = tmp_path / name
         sound = path.read_bytes()
         path.write_text(content)
-        if (name, content) != ("pictures/images.jsonl", ""):
+        if (name, content) != ("pictures/images.csv", ""):
             with pytest.raises(InputError, match=rf"{path.name} is damaged \(.*\); (choose|restore|delete) ") as error:
                 open_again()
             assert "\n" not in str(error.value)
         assert path.read_text() == content
         path.write_bytes(sound)
-    assert pictures().rows == {(0, 0): row}
+    assert pictures().rows == {(0, 0): {name: str(value) for name, value in row.items()}}
     assert scores().scores == {"key": (1.0,)}

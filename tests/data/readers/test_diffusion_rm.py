@@ -92,7 +92,7 @@ def test_reading_in_order_decodes_each_row_group_once(write_cache) -> None:
     reader = DiffusionRMReader(write_cache([rows], index))
     assert reader.prompts() == [f"prompt {n}" for n in range(8)]
     assert all(reader[n].label_a is not None for n in range(8))
-    assert reader._columns.row_groups_read == 4
+    assert reader._latents._groups.row_groups_read == 4
 
 
 ODD = {

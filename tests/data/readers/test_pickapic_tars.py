@@ -140,21 +140,3 @@ def test_a_split_may_have_its_own_folder(write_tar, sample) -> None:
     path = write_tar("validation/00000.tar", sample(0))
     reader = PickAPicTarReader(str(path.parent.parent), "validation")
     assert (len(reader), reader[0].split) == (1, "validation")
-
-
-def test_hub_id_reads_the_tars_that_the_builder_lists(write_tar, sample, monkeypatch, tmp_path) -> None:
-    import datasets
-
-    root = write_tar("00000.tar", sample(0)).parent
-    write_tar("00001.tar", sample(1))
-    real = datasets.load_dataset_builder
-
-    def from_folder(path: str, name: str | None, revision: str | None) -> object:
-        assert (path, name, revision) == ("some/hub-id", None, "abc")
-        return real(str(root), cache_dir=str(tmp_path / "cache"))
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", from_folder)
-    reader = PickAPicTarReader("some/hub-id", revision="abc")
-    assert reader.pair_ids() == ["00000.tar:00000000", "00001.tar:00000000"]
-    with pytest.raises(InputError, match="no tar files of 'test' in 'some/hub-id'; it has train"):
-        PickAPicTarReader("some/hub-id", "test", revision="abc")

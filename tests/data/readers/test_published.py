@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import tarfile
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -363,28 +362,6 @@ def test_a_split_of_ones_own_names_its_images(write) -> None:
     assert pair.image_a.path == Path(root, "train/a.jpg")
 
 
-def test_hub_id_downloads_and_unpacks(write, tmp_path, monkeypatch) -> None:
-    root = Path(write([PAIR]))
-    with tarfile.open(root / "train.tar.gz", "w:gz") as archive:
-        archive.add(root / "train", "train")
-    monkeypatch.setattr("latentreward.data.readers.tables.LOCATION", f"{root}/{{}}/{{}}")
-    repository = root / "some" / "hub-id" / "abc"
-    repository.mkdir(parents=True)
-    for name in ("train.json", "train.tar.gz"):
-        (root / name).rename(repository / name)
-    monkeypatch.setattr("datasets.config.DOWNLOADED_DATASETS_PATH", tmp_path / "cache")
-    monkeypatch.setattr("datasets.config.EXTRACTED_DATASETS_PATH", tmp_path / "cache" / "extracted")
-    reader = HPDv2Reader("some/hub-id", "train", revision="abc")
-    assert reader[0].image_a.image_key == "train/a.jpg"
-    assert reader[0].image_a.path.is_relative_to(tmp_path / "cache")
-    PairDataset(reader, PixelLoader(8, 8))[0]
-    with pytest.raises(
-        InputError, match=r"no folder 'some/hub-id', and the hub does not give test\.json of it"
-    ) as error:
-        HPDv2Reader("some/hub-id", "test", revision="abc")
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.slow
 def test_large_files_keep_a_compact_index(tmp_path) -> None:
     rows = [{**PAIR, "prompt": f"a prompt of usual length, number {n}, with some words more"} for n in range(20_000)]
@@ -565,19 +542,6 @@ def test_workers_open_the_zip_files_themselves(write_db) -> None:
     assert [copy[n] for n in range(len(copy))] == expected
 
 
-def test_hub_id_downloads_the_parts(write_db, tmp_path, monkeypatch) -> None:
-    root = Path(write_db([db_row(n, rank, part=n) for n in (1, 2) for rank in (1, 2)]))
-    monkeypatch.setattr("latentreward.data.readers.tables.LOCATION", f"{root}/{{}}/{{}}")
-    (root / "some" / "hub-id").mkdir(parents=True)
-    (root / "some" / "hub-id" / "abc").symlink_to(root)
-    reader = ImageRewardDBReader("some/hub-id", "train", parts=[2], revision="abc")
-    assert reader.pair_ids() == ["000002:0-1"]
-    with pytest.raises(InputError, match=r"the hub does not give images/train/train_1\.zip of it"):
-        ImageRewardDBReader("some/hub-id", "train")
-    with pytest.raises(InputError, match="split: no 'val' in some/hub-id; choose from train, validation, test"):
-        ImageRewardDBReader("some/hub-id", "val")
-
-
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 VOTES = ("leftvote", "rightvote", "tievote", "bothbad_vote", "elsewhere", None)
 MODELS = ("A", "B", "C")
@@ -617,22 +581,14 @@ def write_votes(tmp_path, jpeg):
 def write_ratings(tmp_path, jpeg):
     """Write rows of ratings by model; returns the root."""
 
-    def write(ratings: list[dict[str, Any] | None], older: bool = False) -> str:
+    def write(ratings: list[dict[str, Any] | None]) -> str:
         images = {model: {"bytes": jpeg((60 * n, 3, 3)), "path": None} for n, model in enumerate(MODELS)}
-        kinds = dict.fromkeys(MODELS, IMAGE)
-        if older:
-            names = {model: f"{model}_HumanRating" for model in MODELS}
-            rows = [{**images, "id": f"{n:05d}", "prompt": "p"} for n in range(len(ratings))]
-            rows = [{**r, **{names[m]: str(given[m]) for m in MODELS}} for r, given in zip(rows, ratings, strict=True)]
-            schema = pa.schema({"id": pa.string(), "prompt": pa.string(), **kinds})
-            schema = pa.schema([*schema, *(pa.field(name, pa.string()) for name in names.values())])
-            file = tmp_path / "GenAI-Bench.parquet"
-        else:
-            rows = [{**images, "Index": n, "Prompt": "p", "HumanRatings": given} for n, given in enumerate(ratings)]
-            rated = pa.struct(dict.fromkeys(MODELS, pa.list_(pa.int64())))
-            schema = pa.schema({"Index": pa.int64(), "Prompt": pa.string(), "HumanRatings": rated, **kinds})
-            file = tmp_path / "data" / "train-00000-of-00001.parquet"
-            file.parent.mkdir()
+        rows = [{**images, "Index": n, "Prompt": "p", "HumanRatings": given} for n, given in enumerate(ratings)]
+        rated = pa.struct(dict.fromkeys(MODELS, pa.list_(pa.int64())))
+        named = {"Index": pa.int64(), "Prompt": pa.string(), "HumanRatings": rated}
+        file = tmp_path / "data" / "train-00000-of-00001.parquet"
+        file.parent.mkdir()
+        schema = pa.schema({**named, **dict.fromkeys(MODELS, IMAGE)})
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, row_group_size=2)
         return str(tmp_path)
 
@@ -646,8 +602,6 @@ def test_votes_become_labels(write_votes) -> None:
     assert dict(reader.remarks) == {
         "unlabelled (vote_type is none of leftvote, rightvote, tievote, bothbad_vote)": 2,
     }
-    reader = GenAIBenchReader(write_votes(), both_bad="unlabelled")
-    assert [pair.label_a for pair in reader] == [1, 0, 0.5, None, None, None]
 
 
 def test_row_becomes_a_record_of_genai_bench(write_votes, jpeg) -> None:
@@ -683,11 +637,3 @@ def test_ratings_become_labels(write_ratings) -> None:
     assert (pair.model_a, pair.model_b, pair.source) == ("A", "C", "genai_bench_cmu")
     assert [reader[n].image_b.image_key for n in (1, 2)] == [pair.image_b.image_key] * 2  # content, not row
     assert dict(reader.remarks) == {"image without ratings": 1}
-
-
-def test_older_revision_is_read_as_well(write_ratings) -> None:
-    ratings = [{"A": [5, 5, 5], "B": [1, 2, 3], "C": [2, 2, 2]}, {"A": [1, 1, 1], "B": None, "C": [2]}]
-    ratings[1]["B"] = []
-    reader = GenAIBenchCMUReader(write_ratings(ratings, older=True), randomise_sides=False)
-    np.testing.assert_array_equal(reader.labels(), [1, 1, 0.5, np.nan, 0, np.nan])
-    assert (reader[0].pair_id, reader[0].group_id) == ("GenAI-Bench.parquet:0:0-1", "00000")

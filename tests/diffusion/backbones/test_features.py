@@ -186,13 +186,6 @@ def test_bad_taps_are_refused(name: str, taps: dict[str, Any], message: str) -> 
         tiny_backbone(name, **taps)
 
 
-def test_the_largest_side_is_that_of_the_position_table() -> None:
-    backbone = tiny_backbone("sd35")
-    table = backbone.transformer.pos_embed
-    assert backbone.max_side == table.pos_embed_max_size * table.patch_size
-    assert tiny_backbone("sd15").max_side is None
-
-
 def test_a_backbone_with_weights_of_its_own_is_not_shared() -> None:
     """It may have been built without values: only the network and the text encoder are replaced."""
     backbone, other = (tiny_backbone("sd35") for _ in range(2))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -61,11 +60,6 @@ def test_parts_come_from_the_pipeline(name: str) -> None:
     assert all(parameter.dtype == torch.float32 for parameter in backbone.parameters())
 
 
-@pytest.mark.parametrize(("factory", "folder"), [("sd15", "sdxl"), ("sd15", "sd21"), ("sd35", "sd15"), ("sd3", "sd35")])
-def test_pipeline_of_another_family(factory: str, folder: str) -> None:
-    refused(factory, pipeline_folder(folder), "but this backbone is of")
-
-
 def test_path_that_is_no_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(
         "sd15", tmp_path / "nowhere", "source='.*nowhere' does not exist; give a diffusers pipeline folder or a hub id"
@@ -92,19 +86,6 @@ def test_hub_id_without_network_fails_fast() -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert "InputError: source='nobody/nothing' is not here and cannot be fetched from the hub" in last
     assert "Retrying" not in done.stderr
-
-
-MISSING = (
-    *("unet/diffusion_pytorch_model.safetensors", "unet/config.json", "vae/config.json", "text_encoder/config.json"),
-    *("scheduler/scheduler_config.json", "text_encoder/model.safetensors", "tokenizer"),
-)
-
-
-@pytest.mark.parametrize("missing", MISSING)
-def test_half_downloaded_folder(copied: Callable[[str], Path], missing: str) -> None:
-    folder = copied("sd15")
-    shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
-    assert str(folder) in refused("sd15", folder, missing.split("/", maxsplit=1)[0])
 
 
 CUT = (
@@ -175,22 +156,6 @@ def test_pickles_are_not_read(copied: Callable[[str], Path]) -> None:
     refused("sd15", folder, "unet")
 
 
-def test_text_encoder_of_another_width(copied: Callable[[str], Path]) -> None:
-    folder = copied("sd15")
-    for part in ("text_encoder", "tokenizer"):
-        shutil.rmtree(folder / part)
-        shutil.copytree(Path(pipeline_folder("sd21")) / part, folder / part)
-    refused("sd15", folder, "the text encoder is 1024 wide, but the U-Net takes 16; .* from one pipeline")
-
-
-@pytest.mark.usefixtures("package_backbones")
-def test_unknown_backbone() -> None:
-    with pytest.raises(InputError, match=re.escape("unknown backbone 'sd35_medum'; did you mean 'sd35_medium'?")):
-        create_backbone("sd35_medum", source="x")
-    with pytest.raises(InputError, match=r"unknown backbone 'zzz'; choose from .*sd15, "):
-        create_backbone("zzz")
-
-
 def test_old_clip_files_load(copied: Callable[[str], Path]) -> None:
     """SD1.5's own text encoder was saved with a prefix and with position ids."""
     folder = copied("sd15")
@@ -219,7 +184,7 @@ def test_variant_selects_its_files(copied: Callable[[str], Path]) -> None:
     folder = copied("sd15")
     for path in folder.rglob("*.safetensors"):
         path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
-    refused("sd15", folder, "weights are of the variant fp16; set variant: fp16, or rename them without it")
+    refused("sd15", folder, "weights are of the variant fp16; set it as variant")
     backbone = create_backbone("sd15", source=str(folder), variant="fp16")
     torch.testing.assert_close(backbone.unet.conv_in.weight, tiny_backbone("sd15").unet.conv_in.weight)
 
@@ -232,7 +197,7 @@ def test_parts_of_other_models_are_named_as_such(copied: Callable[[str], Path]) 
     edit_json(folder / "text_encoder" / "config.json", architectures=["ChatGLMModel"])
     refused("sd15", folder, "its config is of a ChatGLMModel, not a CLIPTextModel; give a pipeline of the family")
     edit_json(folder / "model_index.json", _class_name="KolorsPipeline")
-    with pytest.raises(InputError, match="is a KolorsPipeline: its text encoder is a ChatGLM; give a pipeline of"):
+    with pytest.raises(InputError, match=r"is a KolorsPipeline, which takes .* a text encoder that no family here has"):
         PolicySource(str(folder)).resolve_family()
     edit_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     edit_json(folder / "unet" / "config.json", time_cond_proj_dim=8)

@@ -8,7 +8,6 @@ import torch
 
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.core.errors import InputError
-from latentreward.core.registry import Construction
 from latentreward.diffusion import (
     ContinuousFlow,
     FlowMatching,
@@ -98,14 +97,3 @@ def test_a_flows_noise_on_a_network_of_another_process_is_refused(process: Noise
         f"its UNet2DConditionModel is of source={folder!r} with a DDIMScheduler; give it PipelineSource(source).noise"
     )
     assert place in str(told.value) and "\n" not in str(told.value)
-
-
-def test_a_registered_factory_is_compared_and_the_schedulers_own_noise_taken() -> None:
-    folder = pipeline_folder("sd15")
-    LRMModule(own_unet(folder), CLIPProjectionHead)
-    backbone = own_unet(folder, FlowMatching())
-    backbone.built_by = Construction("own_unets.own_unet", {})  # as register_backbone notes
-    with pytest.raises(InputError, match="adds noise as FlowMatching"):
-        LRMModule(backbone, CLIPProjectionHead)
-    backbone.unet.register_to_config(_name_or_path="no/pipeline/here")  # a network of one's own has none
-    LRMModule(backbone, CLIPProjectionHead)

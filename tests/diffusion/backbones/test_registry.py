@@ -9,7 +9,7 @@ import pytest
 
 from latentreward.core import registry
 from latentreward.core.errors import InputError
-from latentreward.core.registry import backbone_names, create_backbone, register_backbone
+from latentreward.core.registry import backbone_names, register_backbone
 from latentreward.diffusion import DiffusionBackbone, LoRA, sd_tiny
 
 
@@ -23,19 +23,6 @@ def test_every_name_is_a_typed_factory() -> None:
         assert factory.__name__ == name
         assert issubclass(signature.return_annotation, DiffusionBackbone)
         assert all(parameter.annotation is not inspect.Parameter.empty for parameter in signature.parameters.values())
-
-
-def test_plugin_registers_and_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_PATHS", dict(registry._PATHS))
-
-    def my_backbone() -> str:
-        return "built"
-
-    my_backbone.__qualname__ = "my_backbone"
-    monkeypatch.setattr(sys.modules[__name__], "my_backbone", my_backbone, raising=False)
-    register_backbone(my_backbone)
-    register_backbone(my_backbone)  # a module may be imported twice
-    assert create_backbone("my_backbone") == "built"
 
 
 def test_a_factory_notes_how_it_was_called() -> None:

@@ -139,13 +139,6 @@ def test_text_encoders_are_freed_where_prompts_are_cached(method: str, world: Pa
         RewardModel.of(modules[1].model).save_pretrained(tmp_path / "folder")
 
 
-def test_a_cache_of_another_latent_space_is_refused_before_training(tmp_path: Path) -> None:
-    folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
-    with pytest.raises(InputError, match="the cache holds latents of the space") as error:
-        fit(dina(), cached(folder))
-    assert "\n" not in str(error.value)
-
-
 def dpo() -> DiffusionDPOModule:
     return DiffusionDPOModule(PolicySource("sd35_tiny"), posterior="mode", seed=0)
 
@@ -166,11 +159,6 @@ def test_a_cache_of_another_space_or_vae_is_refused_for_a_policy(world: Path, tm
         next(module.policy.vae.vae.encoder.parameters()).mul_(1.5)
     with pytest.raises(InputError, match="the cache was written with VAE"):
         fit(module, cached(world / "train"))
-
-
-def test_cached_prompts_are_refused_if_the_text_encoder_trains(world: Path) -> None:
-    with pytest.raises(InputError, match="prompt embeddings are cached, but the model trains its text encoder"):
-        fit(lrm(), cached(world / "sd"))
 
 
 def test_another_vae_and_another_text_encoder_of_the_same_shape_are_refused(world: Path) -> None:
@@ -271,21 +259,6 @@ def test_training_goes_on_without_the_cache_that_it_is_only_kept_apart_from(
 ) -> None:
     data = CachedPreferenceDataModule(train=split_of(caches, "one"), test=split_of(caches, "absent"), num_workers=0)
     assert list(data.datasets) == ["train"] and "data.test is not opened" in caplog.text
-
-
-def test_caches_that_treat_exif_differently_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pairs, sizes = [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2
-    caches = {
-        exif: CachedSplit(str(write_cache(tmp_path / str(exif), pairs, sizes, spec=spec(exif=exif))))
-        for exif in ("apply", "ignore")
-    }
-    data = CachedPreferenceDataModule(train=caches["ignore"], predict=caches["ignore"])
-    assert (data.datasets["train"].exif, data.datasets["predict"].exif) == ("ignore", "ignore")
-    assert not caplog.records
-    data = CachedPreferenceDataModule(train=caches["apply"], predict=caches["ignore"])
-    assert data.datasets["train"].exif == "apply"
-    [record] = caplog.records
-    assert record.message.endswith("treat EXIF orientation differently (exif: apply and ignore)")
 
 
 @pytest.mark.slow

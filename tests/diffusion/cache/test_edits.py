@@ -19,7 +19,6 @@ from latentreward.diffusion import find_family
 from latentreward.diffusion.cache.datamodule import CachedPairDataset, CachedPairs, CacheIndex
 from latentreward.diffusion.cache.store import IMAGES, PAIRS, PROMPTS, read_plan
 from latentreward.diffusion.encoders.vae import LatentEncoder
-from latentreward.diffusion.families.flux2_klein import Flux2Klein
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead, ThurstoneLoss
 from latentreward.reward.modules.reward import PairDraws
 from tests.data.edit_names import named
@@ -270,19 +269,3 @@ def test_a_network_must_take_the_cache_s_numbers_of_sources(
     data = cached(write_cache(tmp_path / "cache", pairs, [(16, 16)] * 3))
     with nullcontext() if message is None else pytest.raises(InputError, match=message):
         data.check_sources(takes)
-
-
-class Seeing(Flux2Klein):
-    """A family whose text encoder sees the pictures too."""
-
-    sees_sources = True
-
-
-def test_a_text_encoder_that_sees_the_pictures_needs_its_states_cached(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(arguments(tmp_path / "cache", pictures, f"--encoder.family={__name__}.Seeing"))
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "reader: the text encoder of FLUX.2-klein reads the 1 sources of a pair too" in error
-    assert error.endswith("set encoder.text: states")

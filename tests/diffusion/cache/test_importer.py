@@ -13,7 +13,7 @@ from latentreward.data import DiffusionRMReader
 from latentreward.data.images import decode_latents
 from latentreward.diffusion.cache.sources import RELEASED_SPACE
 from latentreward.diffusion.cache.store import IMAGES, PAIRS, read_plan
-from tests.diffusion.cache.writing import contents, stored, table
+from tests.diffusion.cache.writing import stored, table
 
 SAMPLE = Path(__file__).parents[2] / "formats" / "data" / "diffusion_rm"
 
@@ -60,11 +60,3 @@ def test_another_latent_space_is_noticed(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         run_import(tmp_path / "cache", SAMPLE, "--encoder.latent_space.channels=4")
     assert "correct encoder.latent_space" in capsys.readouterr().err
-
-
-def test_a_run_that_lost_a_shard_is_completed(tmp_path: Path) -> None:
-    run_import(tmp_path / "cache", SAMPLE)
-    whole = contents(tmp_path / "cache")
-    min((tmp_path / "cache").glob("*.safetensors")).unlink()
-    run_import(tmp_path / "cache", SAMPLE)
-    assert contents(tmp_path / "cache") == whole

@@ -1,7 +1,6 @@
 """Caches for a text encoder that sees the pictures to edit: the embeddings belong to a text with its pictures."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 
 from latentreward.alignment import DiffusionDPOModule, PolicySource, StepAwarePixelModule
 from latentreward.apps.cli import main
-from latentreward.core.contracts import EditPrompt, PreferencePair, like_prompt
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.data import PreferenceDataModule
@@ -22,7 +20,7 @@ from latentreward.reward import CLIPProjectionHead, DiNaLRMModule, GatedQFormerH
 from latentreward.reward.modules.reward import PairDraws
 from tests.diffusion.cache.test_datamodule import cached, fit
 from tests.diffusion.cache.test_edits import SOURCES_OF, TEXTS, Edits, arguments, pictures
-from tests.diffusion.cache.writing import contents, stored, table, write_image
+from tests.diffusion.cache.writing import contents, stored, table
 from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.marks import rotated_after
 from tests.reward.scorers.tiny_clip import write_clip
@@ -150,39 +148,6 @@ def test_unreadable_pictures_follow_on_error(
     for row, found in zip(rows[1:], states(tmp_path / "skipped")[1:], strict=True):
         if f"pair {row['reader_row']}" not in lost:
             torch.testing.assert_close(found, wanted[row["reader_row"]], rtol=1e-5, atol=1e-5)
-
-
-class Odd(Edits):
-    """Pairs of which two have what the text encoder does not take: a narrow picture, and a picture's token as text."""
-
-    def __getitem__(self, index: int) -> PreferencePair:
-        pair = super().__getitem__(index)
-        if index == 1:
-            return replace(pair, prompt=EditPrompt(pair.prompt, [self.ref("narrow")] * 2))
-        return replace(pair, prompt=like_prompt("draw <|image_pad|>", pair.prompt)) if index == 4 else pair
-
-
-@pytest.mark.slow
-def test_what_the_text_encoder_does_not_take_follows_on_error(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = Path(shutil.copytree(pictures, tmp_path / "pictures"))
-    write_image(root / "narrow.jpg", 9, (500, 2))
-    told = "pair 1: image 'narrow': a picture to edit has 2×500 pixels, and a side must be at most 200 times the other"
-    with pytest.raises(SystemExit):
-        write(tmp_path / "raised", root, f"--reader={__name__}.Odd")
-    assert told in capsys.readouterr().err.strip().splitlines()[-1]
-    left = {f"pair {row}" for row in range(len(SOURCES_OF))} - {"pair 1", "pair 4"}
-    write(tmp_path / "skipped", root, f"--reader={__name__}.Odd", "--reader.on_error=skip", "--num_workers=1")
-    assert "2 edit that the text encoder does not take" in capsys.readouterr().out
-    assert {*CachedPairs(CacheIndex(tmp_path / "skipped")).pair_ids()} == left
-    settings = {"resize": "center_crop", "batch_size": 4, "num_workers": 1, "seed": 0}
-    with pytest.raises(InputError, match=rf"^data\.train: {told}"):
-        fit(reward(), PreferenceDataModule(32, train=Odd(str(root), 2), **settings), max_epochs=1)
-    for on_error in ("skip", "placeholder"):
-        data = PreferenceDataModule(32, train=Odd(str(root), 2, on_error), **settings)
-        assert {name for names in fit(reward(), data, max_epochs=1).pairs for name in names} >= left
-        assert data.datasets["train"].skipped() == {"edit that the text encoder does not take": 2}
 
 
 @pytest.mark.slow

@@ -61,8 +61,3 @@ def test_latents_keep_their_size() -> None:
 def test_sizes_that_no_latents_fit_are_refused(settings, field) -> None:
     with pytest.raises(InputError, match=field):
         ImageSettings(**settings).check(8)
-
-
-def test_size_and_buckets_exclude_each_other() -> None:
-    with pytest.raises(InputError, match=r"images.size and images.buckets"):
-        ImageSettings(size=64, buckets=((64, 64),))

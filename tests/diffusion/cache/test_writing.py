@@ -26,7 +26,6 @@ from tests.diffusion.cache.writing import (
     SQUARE,
     TALL,
     WIDE,
-    cache_arguments,
     contents,
     row,
     run_cache,
@@ -345,15 +344,3 @@ def test_noises_of_generated_pictures_follow_their_images(tmp_path: Path) -> Non
     assert batch.chosen_noise == ("0 2/0 4x8x8", "0 1/1 4x8x8", "0 0/0 4x8x8")
     assert batch.rejected_noise == (None, "0 1/0 4x8x8", None)
     assert batch.chosen_keys == ("2a.jpg", "1b.jpg", "0a.jpg")
-
-
-@pytest.mark.parametrize(("text", "tokens"), [("none", None), ("false", None), ("states", 16), ("true", 16)])
-def test_text_is_a_word_or_a_truth_value(text: str, tokens: int | None, tmp_path: Path) -> None:
-    data, config = write_data(tmp_path / "data", pairs=1), tmp_path / "config.yaml"
-    run_cache(tmp_path / "cache", data, "--encoder.source=sd35_tiny", f"--encoder.text={text}")
-    config.write_text(f"encoder: {{class_path: PipelineEncoders, init_args: {{source: sd35_tiny, text: {text}}}}}")
-    own = [one for one in cache_arguments(tmp_path / "yaml", data) if "--encoder" not in one]
-    main([*own, f"--config={config}"])
-    for name in ("cache", "yaml"):
-        spec = read_plan(tmp_path / name).spec.text
-        assert (None if spec is None else (spec.num_tokens, spec.masked)) == (tokens and (tokens, False))

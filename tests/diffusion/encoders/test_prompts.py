@@ -5,9 +5,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from latentreward.core.contracts import Conditioning
-from latentreward.core.errors import InputError
 from latentreward.diffusion.backbones.loading import PipelineSource
-from latentreward.diffusion.encoders.prompts import CLIPPromptEncoder, SDXLPromptEncoder, equal_lengths
+from latentreward.diffusion.encoders.prompts import equal_lengths
 from tests.tiny_pipelines import TOKENS, WIDTH, pipeline_folder
 
 PROMPTS = ["a cat", "", "two cats on a mat, and so many words that they are cut"]
@@ -66,20 +65,6 @@ def test_graph_only_where_something_trains() -> None:
     with torch.no_grad():
         encoder.requires_grad_(True)
         assert not encoder(["a cat"]).prompt_embeds.requires_grad
-
-
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_without_a_tokenizer_text_is_refused_and_ids_are_not(name: str) -> None:
-    source = PipelineSource(pipeline_folder(name))
-    full = source.sdxl_prompts() if name == "sdxl" else source.clip_prompts()
-    bare = (
-        SDXLPromptEncoder(full.text_encoder, full.text_encoder_2)
-        if name == "sdxl"
-        else CLIPPromptEncoder(full.text_encoder)
-    )
-    torch.testing.assert_close(bare.encode_ids(*full.tokenize(PROMPTS)).prompt_embeds, full(PROMPTS).prompt_embeds)
-    with pytest.raises(InputError, match="no tokenizer"):
-        bare(PROMPTS)
 
 
 def test_batches_of_equal_lengths_hold_every_prompt_once_and_pad_none(monkeypatch: pytest.MonkeyPatch) -> None:

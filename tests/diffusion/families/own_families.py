@@ -152,18 +152,6 @@ def pixart_pipeline() -> DiffusionPipeline:
 
 
 @register_backbone
-def own_chroma(source: str, **options) -> FamilyBackbone:
-    """Chroma as a reward's backbone."""
-    return load_family_backbone(source, family=f"{__name__}.Chroma", **options)
-
-
-@register_backbone
-def own_sana(source: str, **options) -> FamilyBackbone:
-    """SANA as a reward's backbone."""
-    return load_family_backbone(source, family=f"{__name__}.Sana", **options)
-
-
-@register_backbone
 def own_pixart(source: str, **options) -> FamilyBackbone:
     """PixArt-Sigma as a reward's backbone."""
     return load_family_backbone(source, family=f"{__name__}.PixArt", **options)

@@ -97,7 +97,7 @@ def test_methods_take_two_steps_on_clips(method: str, tmp_path: Path, monkeypatc
 
 
 def test_clips_are_written_as_animated_webp(tmp_path: Path) -> None:
-    folder = ImageFolder(tmp_path / "made", {"seed": 0}, "csv")
+    folder = ImageFolder(tmp_path / "made", {"seed": 0})
     pixels = torch.rand(2, 3, FRAMES, 24, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     folder.add(draw_images([(0, 0), (1, 0)], ["a cat", "a dog"], pixels, None, 0))
     with Image.open(tmp_path / "made" / "00000_0_a-cat.webp") as clip:
@@ -106,7 +106,7 @@ def test_clips_are_written_as_animated_webp(tmp_path: Path) -> None:
     assert [frame.tobytes() for frame in frames] == [frame.tobytes() for frame in to_images(pixels[0])]
     folder.write_grid([(0, 0), (1, 0)])
     assert Image.open(tmp_path / "made" / "grid.png").width > 2 * 4 * 32
-    again = ImageFolder(tmp_path / "made", {"seed": 0}, "csv")
+    again = ImageFolder(tmp_path / "made", {"seed": 0})
     assert again.missing([(0, 0), (1, 0)], ["a cat", "a dog"]) == []
 
 

@@ -9,7 +9,6 @@ from latentreward.core.errors import InputError
 from latentreward.diffusion import find_family
 from latentreward.diffusion.noise.schedules import EULER
 from tests.diffusion.families.made_configs import MadeConfigs
-from tests.diffusion.families.twins import TWINS
 
 VAE = {"latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "scaling_factor": 0.3611,
        "shift_factor": 0.1159}  # fmt: skip
@@ -37,15 +36,3 @@ def test_guidance_is_an_input_of_dev() -> None:
     assert (schnell.guidance(None), schnell.guidance(schnell.no_guidance)) == (None, 1.0)
     with pytest.raises(InputError, match=r"FLUX.1-schnell was distilled to sample without guidance"):
         schnell.guidance(3.5)
-
-
-@pytest.mark.parametrize("length", [0, 513])
-def test_numbers_of_t5_tokens_out_of_range_are_refused(length: int) -> None:
-    with pytest.raises(InputError, match=f"t5_length={length} must be a whole number from 1 to 512"):
-        TWINS["flux1_dev"].source().resolve_family().load_prompt_encoder(t5_length=length)
-
-
-@pytest.mark.parametrize("channels", [384, 128])  # Fill, Canny
-def test_networks_with_channels_of_images_are_refused(channels: int) -> None:
-    with pytest.raises(InputError, match=f"takes {channels} channels.* 4 positions have 64; give a text-to-image"):
-        family(in_channels=channels)

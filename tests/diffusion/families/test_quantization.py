@@ -80,20 +80,6 @@ def test_adapters_train_on_a_quantised_base(twin: Twin) -> None:
     assert all(weight.grad.isfinite().all() for weight in trained)
 
 
-@some
-def test_rewards_score_near_those_of_bfloat16(twin: Twin) -> None:
-    features = []
-    for kind in (None, "int8"):
-        settings = {"visual_taps": [1, 2], "text_taps": [], "tuning": "frozen", "frozen_dtype": "bfloat16"}
-        backbone = create_backbone(twin.backbone, source=twin.folder, quantization=kind, **settings).eval()
-        latents = noise_for(backbone.family.latent_shape(*twin.size))
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            read = backbone(latents, torch.tensor([300.0, 800.0]), backbone.encode_prompts(PROMPTS))
-        features.append(read.visual[-1].float())
-    want, found = features
-    assert 0 < (found - want).norm() / want.norm() < TOLERANCE
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kind", "tolerance"), [("bnb_int8", 0.1), ("nf4", 0.3)])
 @some
@@ -130,10 +116,7 @@ def test_a_base_record_and_a_digest_leave_no_quantised_values_unseen() -> None:
 
 def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     twin = FAMILIES[0]
-    for options, message in (
-        ({"tuning": "full", "quantization": "int8"}, "quantised weights cannot train"),
-        ({"tuning": "frozen", "quantization": "int4"}, "quantization='int4' is unknown"),
-    ):
+    for options, message in (({"tuning": "full", "quantization": "int8"}, "quantised weights cannot train"),):
         with pytest.raises(InputError, match=message):
             create_backbone(twin.backbone, source=twin.folder, **options)
     with pytest.raises(InputError, match="is quantised, which FSDP2 cannot shard"):

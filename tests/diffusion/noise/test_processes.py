@@ -113,35 +113,6 @@ def test_latents_of_any_rank_keep_shape_and_dtype(
     torch.testing.assert_close(noisy[1:], alone, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=IDS)
-@pytest.mark.parametrize("timestep", [-1.0, 1000.5, float("nan")])
-def test_timestep_out_of_range_is_refused(process: NoiseProcess, timestep: float) -> None:
-    with pytest.raises(InputError, match=r"timestep .* is out of range; use a value from 0 to (999|1000)"):
-        process.add_noise(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.tensor([timestep]))
-
-
-def test_unknown_prediction_type_is_refused() -> None:
-    with pytest.raises(InputError, match="prediction_type 'sample' is not known; use 'epsilon' or 'v_prediction'"):
-        process_from_scheduler(saved(DDPMScheduler(**BETAS, prediction_type="sample")))
-
-
-@pytest.mark.parametrize("kind", ["FlowMatchEulerDiscreteScheduler", "DDIMScheduler"])
-def test_more_noise_levels_than_memory_holds_are_refused(kind: str) -> None:
-    with pytest.raises(InputError, match="the scheduler config has num_train_timesteps=10000000000, over 100000"):
-        process_from_scheduler({"_class_name": kind, "num_train_timesteps": 10**10})
-
-
-@pytest.mark.parametrize("shift", [0, -2.0])
-def test_a_shift_that_makes_no_levels_is_refused(shift: float) -> None:
-    with pytest.raises(InputError, match=r"the scheduler config: shift=.* must be positive and finite"):
-        process_from_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift})
-
-
-def test_config_of_no_known_class_is_refused_rather_than_taken_for_ddpm() -> None:
-    with pytest.raises(InputError, match="_class_name"):
-        process_from_scheduler({"shift": 3.0})
-
-
 DDIM, EULER = {"_class_name": "DDIMScheduler"}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 BOTH = (*FLOW_SCHEDULERS, *DDPM_SCHEDULERS)
 
@@ -150,15 +121,12 @@ BOTH = (*FLOW_SCHEDULERS, *DDPM_SCHEDULERS)
     ("config", "taken", "message"),
     [
         *(
-            ({"_class_name": name}, BOTH, f"class {name}, which tells no noise process .* DDIMScheduler, .* published")
-            for name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "IPNDMScheduler", "MyScheduler", ["a"])
+            ({"_class_name": name}, BOTH, f"class {name}, whose predictions tell no noise process")
+            for name in ("EDMEulerScheduler", "IPNDMScheduler", "MyScheduler", ["a"])
         ),
-        *(
-            ({"_class_name": name}, BOTH, f"class {name}, for networks that were distilled .* give the pipeline that")
-            for name in ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
-        ),
-        (EULER, DDPM_SCHEDULERS, "class FlowMatchEulerDiscreteScheduler, which tells no .* it takes DDIMScheduler, "),
-        (DDIM, FLOW_SCHEDULERS, "class DDIMScheduler, which .* it takes FlowMatchEulerDiscreteScheduler, "),
+        ({"_class_name": "LCMScheduler"}, BOTH, "class LCMScheduler, whose predictions are of networks distilled"),
+        (EULER, DDPM_SCHEDULERS, "class FlowMatchEulerDiscreteScheduler, .* published with one of DDIMScheduler, "),
+        (DDIM, FLOW_SCHEDULERS, "class DDIMScheduler, .* with one of FlowMatchEulerDiscreteScheduler, "),
         ({**DDIM, "use_flow_sigmas": True}, DDPM_SCHEDULERS, "use_flow_sigmas=True, for another noise process"),
         ({**DDIM, "timestep_type": "continuous"}, DDPM_SCHEDULERS, "timestep_type=continuous, for another noise"),
         ({**DDIM, "prediction_type": "flow_prediction"}, DDPM_SCHEDULERS, "prediction_type 'flow_prediction'"),

@@ -93,22 +93,18 @@ def test_scores_are_asked_for_before_they_are_waited_for() -> None:
         (PlainJSON(), {"scores": [0.5, "0.5"]}, r"score \[1\]: it must be a valid number, not '0.5'"),
         (PlainJSON(), {"scores": [0.5, None]}, r"score \[1\]: it must be a valid number, not None"),
         (PlainJSON(), {"scores": [0.5, True]}, r"score \[1\]: it must be a valid number, not True"),
-        (PlainJSON(), {"scores": {"a": 1}}, "scores: it must be a valid array, not {'a': 1}; look at the schema"),
-        (PlainJSON(), {"rewards": [0.5, 0.5]}, r"scores: it is missing in {'rewards': \[0.5, 0.5\]}"),
-        (PlainJSON(), [0.5, 0.5], "the answer is no JSON object"),
+        (PlainJSON(), {"scores": 3}, "PlainJSON cannot read the answer"),
+        (PlainJSON(), {"rewards": [0.5, 0.5]}, "KeyError: 'scores'"),
+        (PlainJSON(), [0.5, 0.5], "PlainJSON cannot read the answer"),
         (UniRL("r"), {"results": [{"r": {"s": 1.0}}]}, "1 scores came for 2 rows"),
-        (UniRL("r"), {"results": [{"r": {"s": 1.0}}, {"q": {"s": 1.0}}]}, "a result has no 'r', but {'q'"),
-        (UniRL("r"), {"results": [{"r": {"s": 1.0, "t": 2.0}}] * 2}, "r has the metrics s, t; set schema.metric"),
-        (UniRL("r", "u"), {"results": [{"r": {"s": 1.0}}] * 2}, "r has no metric 'u', but s"),
-        (UniRL("r"), {"results": [{}, {}], "errors": [{}, {"r": "out of memory"}]}, "could not be scored: .*memory"),
-        (UniRL("r"), {"results": [], "protocol_version": "2"}, "protocol_version: it must be '1', not '2'"),
+        (UniRL("r"), {"results": [{"r": {"s": 1.0}}, {"q": {"s": 1.0}}]}, "reward=r, .* and the answer {'q'"),
+        (UniRL("r"), {"results": [{"r": {"s": 1.0, "t": 2.0}}] * 2}, "metric=None, and the answer .*'t'"),
+        (UniRL("r", "u"), {"results": [{"r": {"s": 1.0}}] * 2}, "metric=u, and the answer"),
+        (UniRL("r"), {"results": [{}, {}], "errors": [{}, {"r": "out of memory"}]}, "could not be scored"),
+        (UniRL("r"), {"results": [], "protocol_version": "2"}, "another version"),
         (UniRL("r"), {"results": [{"r": {"s": 1}}] * 2, "identities": [{"request_id": "x"}] * 2}, "identities are not"),
-        (
-            UniRL("r"),
-            {"results": [{"r": {"s": 1}}] * 2, "identities": 3},
-            "identities: it must be a valid array, not 3",
-        ),
-        (UniRL("r"), {"results": [3, 4]}, r"results\[0\]: it must be an object, not 3"),
+        (UniRL("r"), {"results": [{"r": {"s": 1}}] * 2, "identities": 3}, "UniRL cannot read the answer"),
+        (UniRL("r"), {"results": [3, 4]}, "UniRL cannot read the answer"),
     ],
 )
 def test_a_wrong_reply_is_told_in_one_line(schema: ImageSchema, reply: Any, told: str) -> None:
@@ -166,9 +162,9 @@ def test_a_schema_of_ones_own() -> None:
 @pytest.mark.parametrize(
     ("reply", "told"),
     [
-        ({"answer": []}, r"Best cannot read the answer {'answer': \[\]} \(KeyError: 'best'\)"),
-        ({"best": 3}, r"Best.scores returned 3; it must be a Sequence \(test_images.py"),
-        ({"best": [1, 2], "judge": 3}, r"Best cannot read .* \(AttributeError: 'int' object has no attribute 'name'\)"),
+        ({"answer": []}, r"Best cannot read the answer \(KeyError: 'best'\)"),
+        ({"best": 3}, r"Best cannot read .* \(TypeError"),
+        ({"best": [1, 2], "judge": 3}, r"Best cannot read .* \(AttributeError"),
     ],
 )
 def test_an_error_of_a_schema_of_ones_own_is_a_refusal(reply: dict[str, Any], told: str) -> None:
@@ -251,16 +247,3 @@ def test_latentreward_serve_gets_sources_that_a_request_shares_once() -> None:
     for prompts, sent in (([red] * 3, of_red), ([red], of_red), ([red, blue], [of_red, of_blue]), (["a cat"], None)):
         assert ServedImages().request(prompts, ["x"] * len(prompts)).get("source_images") == sent
     assert PlainJSON().request([red] * 2, ["x"] * 2)["source_images"] == [of_red] * 2
-
-
-def test_a_request_that_is_too_large_is_halved_and_later_ones_are_as_small() -> None:
-    pictures = [Image.new("RGB", (9, 8), (number, 0, 0)) for number in range(12)]
-    scores = pytest.approx([judged("", picture) for picture in pictures])
-    with judging(lambda request: {"scores": [judged("", opened(text)) for text in request["images"]]}) as judge:
-        judge.faults += [says(413)]
-        source = images(judge.url, batch_size=8)
-        assert source.begin([""] * 6, pictures[:6])() + source.begin([""] * 6, pictures[6:])() == scores
-        assert judge.sizes == [3] * 4
-        judge.faults += [says(413)]
-        with pytest.raises(RemoteError, match="HTTP 413"):
-            source.begin([""], [RED])()

@@ -3,13 +3,8 @@
 import gzip
 import json
 import logging
-import os
-import socket
-import sys
 import threading
 import time
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +15,7 @@ from latentreward.core.errors import InputError
 from latentreward.core.interrupts import stop_asked
 from latentreward.reward import PlainJSON, RemoteError, RemoteServer
 from latentreward.reward.remote import client as remote_server
-from latentreward.reward.remote.client import Connection, RemoteImages, seconds_of
+from latentreward.reward.remote.client import Connection, RemoteImages
 from tests.reward.remote.judges import Judge, breaks_off, drips_headers, hangs_up, judging, says, trickles
 
 REQUEST = json.dumps({"prompts": [], "images": []}).encode()
@@ -42,71 +37,16 @@ def ask(judge: Judge, **settings: Any) -> Any:
 
 @pytest.mark.parametrize(
     "fault",
-    [says(503), says(429, {"error": "busy"}), says(500), says(504), hangs_up, breaks_off, trickles, drips_headers],
+    [says(503), says(429, {"error": "busy"}), hangs_up, breaks_off, trickles, drips_headers],
 )
 def test_a_failed_try_is_followed_by_another(fault, caplog: pytest.LogCaptureFixture) -> None:
+    """Also one that would go on without end."""
     with judging(faults=[fault, fault]) as judge, caplog.at_level(logging.WARNING):
         assert ask(judge, timeout_s=0.5) == {"scores": []}
         assert len(judge.headers) == 3
     assert caplog.records[0].message.startswith(f"reward server {judge.url}: ")
-    assert "answers again after" in caplog.records[1].message
+    assert "answers again" in caplog.records[1].message
     assert len(caplog.records) == 2
-
-
-@pytest.mark.parametrize("fault", [trickles, drips_headers])
-def test_a_server_that_answers_without_end_is_an_outage(fault) -> None:
-    """Also on a connection that gave good answers before, as then no other is opened."""
-    with judging(faults=[None, None] + [fault] * 50) as judge:
-        connection = Connection(RemoteServer(judge.url, timeout_s=0.2, retry_s=0.3))
-        for _ in range(2):
-            assert connection.ask("POST", "/score", REQUEST) == {"scores": []}
-        began = time.monotonic()
-        with pytest.raises(RemoteError, match=r"no scores after \d tries .* no answer within timeout_s=0.2 seconds"):
-            connection.ask("POST", "/score", REQUEST)
-    assert time.monotonic() - began < 5
-
-
-def test_a_server_that_reads_slowly_is_an_outage() -> None:
-    """Each part that it reads would start httpx's own limit of time anew."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def read() -> None:
-            with server.accept()[0] as connection:
-                while connection.recv(2**17):
-                    time.sleep(0.1)
-
-        threading.Thread(target=read, daemon=True).start()
-        connection = Connection(RemoteServer(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.3, retry_s=0))
-        began = time.monotonic()
-        with pytest.raises(RemoteError, match=r"no answer within timeout_s=0\.3 seconds"):
-            connection.ask("POST", "/score", b" " * 2**25)  # takes it 25 seconds
-    assert time.monotonic() - began < 15
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no 127.0.0.2, or a full queue refuses")
-@pytest.mark.parametrize("last", ["127.0.0.1", "127.0.0.2"])
-def test_the_addresses_of_a_host_share_the_time_of_a_try(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    look_up, named = socket.getaddrinfo, {"judge": ["127.0.0.2", "127.0.0.2", last]}
-
-    def found(host: str | bytes, *given: Any, **options: Any) -> list[Any]:
-        return [one for address in named.get(os.fsdecode(host), [host]) for one in look_up(address, *given, **options)]
-
-    monkeypatch.setattr(socket, "getaddrinfo", found)
-    with (
-        judging() as judge,
-        socket.create_server(("127.0.0.2", port := int(judge.url.rpartition(":")[2])), backlog=0) as full,
-        socket.create_connection(full.getsockname()),  # the queue is full: others wait for an answer
-    ):
-        connection, began = (
-            Connection(RemoteServer(f"http://judge:{port}", timeout_s=0.6, retry_s=0.0)),
-            time.monotonic(),
-        )
-        if last == "127.0.0.1":
-            assert connection.ask("POST", "/score", REQUEST) == {"scores": []}
-        else:
-            with pytest.raises(RemoteError, match=r"no answer within timeout_s=0\.6 seconds"):
-                connection.ask("POST", "/score", REQUEST)
-    assert time.monotonic() - began < 1.2
 
 
 def test_the_servers_own_pause_is_kept() -> None:
@@ -114,15 +54,6 @@ def test_the_servers_own_pause_is_kept() -> None:
         began = time.monotonic()
         ask(judge)
         assert time.monotonic() - began >= 1
-
-
-def test_forms_of_retry_after() -> None:
-    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
-    assert 55 < seconds_of(soon) <= 60
-    assert seconds_of("7") == 7
-    assert seconds_of("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    far = f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"
-    assert [seconds_of(text) for text in (None, "", "soon", "-1", "²", far)] == [None] * 6
 
 
 def test_a_server_that_asks_for_no_pause_is_not_asked_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,41 +64,31 @@ def test_a_server_that_asks_for_no_pause_is_not_asked_without_end(monkeypatch: p
 
 
 def test_a_pause_beyond_the_limit_is_not_waited_for() -> None:
-    told = r"no scores after 1 try .* HTTP 503: maintenance; it asks for a pause of 3600 seconds; go on after"
+    told = r"no scores after 1 try .* HTTP 503: maintenance; it asks for a pause of 3600 seconds; start the server"
     fault = says(503, {"error": "maintenance"}, retry_after="3600")
     with judging(faults=[fault]) as judge, pytest.raises(RemoteError, match=told):
         ask(judge)
 
 
-@pytest.mark.parametrize(("mode", "limit"), [("stop", "retry_s"), ("wait", "wait_s")])
-def test_an_outage_ends_after_its_limit(mode: str, limit: str) -> None:
-    server = RemoteServer(DEAD, on_outage=mode, **{limit: 0.3})
+def test_an_outage_ends_after_its_limit() -> None:
     began = time.monotonic()
-    with pytest.raises(
-        RemoteError, match=rf"reward server {DEAD}: no scores after \d+ tr(y|ies) .*server\.{limit}=0\.3\)"
-    ):
-        Connection(server).ask("POST", "/score", REQUEST)
+    with pytest.raises(RemoteError, match=rf"reward server {DEAD}: no scores after \d+ tries .*retry_s=0\.3\)"):
+        Connection(RemoteServer(DEAD, retry_s=0.3)).ask("POST", "/score", REQUEST)
     assert 0.3 <= time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        (says(401, {"error": "no token"}), "HTTP 401: no token; set token_file or token_env"),
-        (says(404), r"HTTP 404: \(no text\); look at server.url and the schema"),
+        (says(401, {"error": "no token"}), "HTTP 401: no token; look at server.url, its token"),
+        (says(404), r"HTTP 404: \(no text\); look at server.url"),
+        (says(413, {"error": "too long"}), "HTTP 413: too long"),
         (says(422, {"detail": [{"msg": "image 0 is none\n\x1b[2J"}]}), r"HTTP 422: .*image 0 is none"),
-        (
-            says(302, location="http://127.0.0.1:9/"),
-            "HTTP 302: .* redirects are not followed: set server.url to the final address; it leads to http://127.0.0.1:9/$",
-        ),
+        (says(302, location="http://127.0.0.1:9/"), "HTTP 302: "),
         (says(200, b"<html>hello</html>"), r"the answer is no JSON \(JSONDecodeError\): <html>hello</html>"),
         (says(200, b"[" * 100_000), r"the answer is no JSON \(RecursionError\)"),
         (says(200, b" " * (16 * 2**20 + 1)), "the answer is longer than 16 MiB"),
-        (
-            says(200, PACKED, content_encoding="gzip, gzip"),
-            "the answer is compressed, which was not asked for; look at",
-        ),
-        (says(403, PACKED, content_encoding="gzip, gzip"), r"HTTP 403: \(compressed\)"),
+        (says(200, PACKED, content_encoding="gzip, gzip"), "the answer is no JSON"),
     ],
 )
 def test_a_refusal_is_told_at_once_in_one_line(fault, told: str) -> None:
@@ -182,7 +103,7 @@ def test_a_signal_ends_the_wait() -> None:
     timer.start()
     try:
         with pytest.raises(RemoteError, match="a signal ended the wait"):
-            Connection(RemoteServer(DEAD, on_outage="wait")).ask("POST", "/score", REQUEST)
+            Connection(RemoteServer(DEAD, retry_s=86400.0)).ask("POST", "/score", REQUEST)
     finally:
         stop_asked.clear()
 
@@ -207,11 +128,8 @@ TOKEN = "ab/cd+eF9secret"
     [
         (401, b'{"error": "unknown token ab\\/cd+eF9secret"}'),
         (401, b'{"error": "unknown token \\u0061b/cd+eF9secret"}'),
-        (401, b'{"other": ["ab\\/cd+eF9secret"]}'),
         (503, b"ab/cd+eF9secret"),
-        (200, b'{"scores": ["ab/cd+eF9secret"]}'),
         (200, b'{"Bearer ab/cd+eF9secret": 1}'),
-        (200, json.dumps({"x" * 90 + TOKEN: 1}).encode()),
         (200, json.dumps({"scores": [], "model": TOKEN}).encode()),
     ],
 )
@@ -254,8 +172,8 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch
         ({"url": "http://judge#secret"}, "token_file or token_env"),
         ({"timeout_s": 0}, "server.timeout_s=0 must be"),
         ({"retry_s": -1}, "server.retry_s=-1 must be"),
-        ({"wait_s": float("inf")}, "server.wait_s=inf must be"),
-        ({"parallel": 0}, "server.parallel is 0"),
+        ({"retry_s": float("inf")}, "server.retry_s=inf must be"),
+        ({"parallel": 0}, "server.parallel=0 must be"),
         ({"token_env": "NOT_SET_AT_ALL"}, "server.token_env=NOT_SET_AT_ALL must hold a token"),
         ({"token_file": "/nowhere/token"}, "server.token_file=/nowhere/token cannot be read"),
         ({"token_file": "a", "token_env": "b"}, "either token_file or token_env"),

@@ -51,7 +51,7 @@ def test_scores_of_another_orientation_or_size_limit_are_other_scores() -> None:
 
 def test_each_column_has_its_scores_and_gaps() -> None:
     scoring = PairScoring(reader(), [Channels("channels", batch_size=3)])
-    pairs = scoring.read(range(len(reader())))
+    pairs = [reader()[row] for row in range(len(reader()))]
     ((_, table),) = scoring.tables([range(len(reader()))])
     for place, name in enumerate(("red", "green", "blue")):
         pixels = np.asarray(Image.open(pairs[0].image_a.path).convert("RGB"))

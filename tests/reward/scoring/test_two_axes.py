@@ -1,6 +1,7 @@
 """A model with two axes from its folder to tables, replies and reports: both are shown, and the score is their sum."""
 
 import json
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -134,8 +135,8 @@ def test_the_server_answers_with_both(model: RewardModel) -> None:
         picture = pictures(1)[0]
         stream = BytesIO()
         picture.save(stream, "png")
-        files = {"image": ("a.png", stream.getvalue(), "image/png")}
-        reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a cat"}, files=files, timeout=300).json()
+        sent = {"prompt": "a cat", "image": b64encode(stream.getvalue()).decode()}
+        reply = httpx.post(f"{address}/v1/score_images", json=sent, timeout=300).json()
         expected = model.score("a cat", [picture], axes=True)[0]
         assert [*reply["fidelity"], *reply["aesthetics"]] == pytest.approx(expected.tolist(), abs=2e-5)
         assert reply["scores"] == pytest.approx([float(expected @ WEIGHTS)], abs=2e-5)

@@ -1,7 +1,8 @@
-"""The committed page is what the committed results give."""
+"""The committed pages are what the committed results give."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import get_args
 from xml.etree import ElementTree
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 
 from tests.tools.reproduction.test_rows import TOY
+from tools.reproduction.answers import PLOT, Asked, Question, Unlisted, answers_page
 from tools.reproduction.measuring import Values
-from tools.reproduction.page import judge_rows, page, plot_name, write_page
+from tools.reproduction.page import all_rows_listed, judge_rows, write_page
 from tools.reproduction.results import SEEDS, Result, read_results, result_path, write_result
 from tools.reproduction.rows import Row, all_rows, read_row
 from tools.reproduction.verdicts import Word
-from tools.reproduction.written import FILE, read_commits
+from tools.reproduction.written import FILE
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = list(all_rows().values())
@@ -32,16 +34,19 @@ def result(row: Row, seed: int, means: dict[str, float]) -> Result:
 
 
 @pytest.mark.slow
-def test_the_committed_page_is_what_the_results_give() -> None:
-    found = {row.name: read_results(ROOT / "reproduction", row) for row in ROWS}
-    expected = page(ROWS, found, judge_rows(ROWS, found), read_commits(ROOT / "reproduction"))
-    again = "run `python -m tools.reproduce --status --page docs/reproduction.md`"
-    committed = (ROOT / "docs" / "reproduction.md").read_text()
-    assert DECIMALS.sub("", committed) == DECIMALS.sub("", expected), again
-    if np.lib.NumpyVersion(np.__version__) < "2.5.0":
-        assert committed == expected, again
-    ends = [np.array(DECIMALS.findall(text), float) for text in (committed, expected)]
-    np.testing.assert_allclose(*ends, rtol=0, atol=0.003, err_msg=again)
+def test_the_committed_pages_are_what_the_results_give(tmp_path: Path) -> None:
+    results = Path(shutil.copytree(ROOT / "reproduction", tmp_path / "reproduction"))
+    write_page(tmp_path / "docs" / "reproduction.md", ROWS, results)
+    for name in ("docs/reproduction.md", "reproduction/README.md"):
+        committed, expected = ((folder / name).read_text() for folder in (ROOT, tmp_path))
+        again = "run `python -m tools.reproduce --status --page docs/reproduction.md`"
+        assert DECIMALS.sub("", committed) == DECIMALS.sub("", expected), again
+        if np.lib.NumpyVersion(np.__version__) < "2.5.0":
+            assert committed == expected, again
+        ends = [np.array(DECIMALS.findall(text), float) for text in (committed, expected)]
+        np.testing.assert_allclose(*ends, rtol=0, atol=0.003, err_msg=again)
+    assert len((ROOT / "docs" / "reproduction.md").read_text().splitlines()) <= 120
+    ElementTree.parse(tmp_path / "docs" / "images" / PLOT)
 
 
 def test_committed_results_are_small_and_belong_to_rows() -> None:
@@ -65,22 +70,19 @@ def test_a_row_on_the_page(means: list[tuple[float, float]], word: str, tmp_path
     row = read_row("toy", TOY)
     for seed, (one, other) in enumerate(means):
         write_result(result_path(tmp_path / "results", row, seed), result(row, seed, {"one": one, "other": other}))
-    write_page(tmp_path / "docs" / "page.md", [row], tmp_path / "results")
-    text = (tmp_path / "docs" / "page.md").read_text()
+    found = {"toy": read_results(tmp_path / "results", row)}
+    judged, asked = judge_rows([row], found), Asked((), Unlisted((), ()))
+    text = all_rows_listed([row], found, judged, {}, asked)
     counts = ", ".join(f"{int(word.startswith(one))} {one}" for one in get_args(Word))
     assert f"**1 claims: {counts}.** 0 of the verdicts are single ones." in text
     (line,) = [line for line in text.splitlines() if line.startswith("| one beats the other")]
     assert line.endswith(f"| {word} |")
     assert f"{len(means)} seeds with the same training pairs" in text
     assert f", 100 held-out items. Measured at commit `0123456789`, {10 * len(means)} s of processor time" in text
-    plot = tmp_path / "docs" / "images" / plot_name("LRM")
-    assert plot.is_file() == (word != "not measured")
-    if plot.is_file():
-        assert f"images/{plot.name}" in text
-        first = plot.read_bytes()
-        ElementTree.fromstring(first)
-        write_page(tmp_path / "docs" / "page.md", [row], tmp_path / "results")
-        assert plot.read_bytes() == first
+    question = Question("Is it?", "toy", "one beats the other", "+1", "Take it.")
+    answers = {"holds": "yes", "does not hold": "no", "open; 6 more repetitions": "leans yes"}
+    assert f"| Is it? (`toy`) | **{answers.get(word, 'unknown')}** |" in answers_page([question], [row], judged, "")
+    assert "one beats the other" not in all_rows_listed([row], found, judged, {}, Asked((), Unlisted(("toy",), ())))
 
 
 def test_the_readme_counts_the_claims_of_the_page() -> None:

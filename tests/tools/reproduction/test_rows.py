@@ -7,8 +7,8 @@ import pytest
 
 from latentreward.apps.cli import main
 from latentreward.core.errors import InputError
-from tests.apps.taste.forked_steps import ForkedSteps
 from tests.marks import rotated_after
+from tests.tools.reproduction.forked_steps import ForkedSteps
 from tools.reproduce import main as program
 from tools.reproduce import reproduce
 from tools.reproduction.rows import WHOLE, all_rows, read_row, shared_steps

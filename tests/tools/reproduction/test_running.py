@@ -20,7 +20,7 @@ from tools.reproduction.rows import Row, read_row
 from tools.reproduction.running import StepRunner
 
 ROOT = Path(__file__).resolve().parents[3]
-MODULE = "tests.apps.taste.toy_step"
+MODULE = "tests.tools.reproduction.toy_step"
 TOY: dict[str, Any] = {
     "title": "A better reward ranks better",
     "paper": "LRM",
@@ -157,7 +157,7 @@ def test_an_interrupt_ends_the_processes_and_keeps_what_is_done(tmp_path: Path) 
 
 
 def test_a_step_ends_with_the_command_that_was_killed(tmp_path: Path) -> None:
-    step = [sys.executable, "-m", "latentreward.apps.taste.process", str(tmp_path / "record"), MODULE, "wait", "."]
+    step = [sys.executable, "-m", "tools.reproduction.process", str(tmp_path / "record"), MODULE, "wait", "."]
     killed = "import subprocess, sys; subprocess.run(sys.argv[1:])"
     command = subprocess.Popen([sys.executable, "-c", killed, *step], stdout=subprocess.PIPE, text=True)
     assert command.stdout is not None

@@ -24,17 +24,16 @@ from latentreward.diffusion.families.base import Pair
 
 FILE = "pytorch_lora_weights.safetensors"  # file name that diffusers looks for in a folder
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # endings of the names of A and B in peft
+KOHYA_FILE, KOHYA_PREFIX = "kohya_lora.safetensors", "lora_unet_"  # name of the file, and beginning of its keys
 
 
 @dataclass(frozen=True)
 class TrainedLoRA:
     """The weights of a trained adapter without its network, not sharded, on the CPU."""
 
-    # Tensors by the names ``LAYER.lora_A.weight`` and ``LAYER.lora_B.weight``, with LAYER the name of the layer in
-    # the network
-    weights: dict[str, Tensor]
-    settings: LoRA  # Rank, alpha, dropout and target modules of the adapter
-    family: Family  # Family of the network
+    weights: dict[str, Tensor]  # by the names ``LAYER.lora_A.weight`` and ``LAYER.lora_B.weight`` in the network
+    settings: LoRA  # rank, alpha, dropout and target modules
+    family: Family
 
     def __post_init__(self) -> None:
         require_finite(self.weights, "the adapter")
@@ -70,10 +69,7 @@ class TrainedLoRA:
 
     @property
     def scaled(self) -> dict[str, Tensor]:
-        """The weights with B times :attr:`scale`, so that alpha = rank: right also for programs that read no alpha.
-
-        The product is exact if the scale is a power of two, and otherwise rounded to the weights' type.
-        """
+        """The weights with B times :attr:`scale`, so that alpha = rank: right also for programs that read no alpha."""
         return {name: tensor * self.scale if name.endswith(UP) else tensor for name, tensor in self.weights.items()}
 
     def write(self, folder: Path) -> Path:
@@ -81,10 +77,9 @@ class TrainedLoRA:
         return self.write_diffusers(folder) if self.family.lora_loader else self.write_peft(folder)
 
     def write_diffusers(self, folder: Path) -> Path:
-        """Write :data:`FILE` into ``folder`` atomically, and return its path.
+        """Write :attr:`scaled` weights as :data:`FILE` into ``folder`` atomically, and return its path.
 
-        B is multiplied by alpha / rank, see :attr:`scaled`. The metadata hold only a few of peft's settings, so that
-        other versions of peft can read the file. Families without a LoRA loader in diffusers are refused.
+        The metadata hold only a few of peft's settings, so that other versions of peft can read the file.
         """
         from diffusers import loaders  # importing the pipeline classes takes seconds and prints warnings
 
@@ -106,10 +101,7 @@ class TrainedLoRA:
         return folder / FILE
 
     def write_peft(self, folder: Path) -> Path:
-        """Write the adapter as ``PeftModel.from_pretrained(network, folder)`` reads it, and return ``folder``.
-
-        B is multiplied by alpha / rank, see :attr:`scaled`.
-        """
+        """Write :attr:`scaled` weights as ``PeftModel.from_pretrained(network, folder)`` reads them."""
         rank = self.settings.rank
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": self.settings.dropout}
         config |= {"target_modules": [*self.pairs], "bias": "none", "inference_mode": True}
@@ -129,13 +121,6 @@ def sort_metadata(path: Path) -> None:
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
-# Not diffusers' own ``convert_state_dict_to_kohya``: it has no names for SD3 and Wan.
-
-
-KOHYA_FILE = "kohya_lora.safetensors"  # name of the exported file
-KOHYA_PREFIX = "lora_unet_"  # beginning of every key in the exported file
-
-
 def join(parts: Sequence[Pair | None]) -> Pair:
     """Join the adapters of a layer's parts, whose outputs are concatenated, to one A and one B."""
     given = [part for part in parts if part is not None]
@@ -147,7 +132,10 @@ def join(parts: Sequence[Pair | None]) -> Pair:
 
 
 def write_kohya(lora: TrainedLoRA, folder: Path) -> Path:
-    """Write :data:`KOHYA_FILE` into ``folder`` atomically, and return its path."""
+    """Write :data:`KOHYA_FILE` into ``folder`` atomically, and return its path.
+
+    diffusers' own ``convert_state_dict_to_kohya`` has no names for SD3 and Wan.
+    """
     weights: dict[str, Tensor] = {}
     for name, parts in lora.family.kohya_layers(lora.pairs).items():  # before the folder is made: it may have no names
         key, (down, up) = KOHYA_PREFIX + name.replace(".", "_"), join(parts)

@@ -35,11 +35,7 @@ def quiet() -> Iterator[None]:
 
 
 def check_classes(base: PipelineSource) -> None:
-    """Check that loading the pipeline ``base`` runs no code but that of diffusers and transformers.
-
-    The base is named by a checkpoint, which may come from a stranger, and diffusers would run Python files in the
-    pipeline's folder.
-    """
+    """Check that loading the pipeline ``base``, which a stranger's checkpoint may name, runs only libraries' code."""
     import diffusers
     import transformers
 
@@ -57,10 +53,7 @@ def check_classes(base: PipelineSource) -> None:
 
 
 def loading_call(folder: Path) -> str:
-    """Return the Python call, as text, that loads the pipeline in ``folder``.
-
-    An absent part that diffusers does not regard as optional, such as the T5 of SD3, must be passed as ``None``.
-    """
+    """Return the Python call, as text, that loads a pipeline; absent parts such as the T5 of SD3 must be passed."""
     import diffusers
 
     index = json.loads((folder / "model_index.json").read_text())
@@ -71,16 +64,10 @@ def loading_call(folder: Path) -> str:
 
 @quiet()
 def write_merged(lora: TrainedLoRA, base: PipelineSource, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the pipeline ``base`` with its network's weights W replaced by W + alpha / rank · B A.
+    """Write the pipeline ``base`` with its network's weights W replaced by W + alpha / rank · B A, in ``dtype``.
 
-    The sum is computed in float32, which needs host memory for the whole pipeline in float32. The folder is written
-    atomically.
-
-    Args:
-        lora: Adapter in float32.
-        base: Pipeline that the adapter was trained on.
-        folder: Folder to write; an existing one is replaced.
-        dtype: Dtype of all weights that are written.
+    The sum is computed in float32, which needs host memory for the whole pipeline in float32, and ``lora`` in it. The
+    folder is written atomically; an existing one is replaced.
     """
     from diffusers import DiffusionPipeline
 

@@ -7,13 +7,8 @@ r"""Clipped policy-gradient loss on sampled steps, with a KL penalty towards the
 This is PPO's objective (arXiv:1707.06347, eq. 7) with group-relative advantages (arXiv:2402.03300), applied to the
 steps of a sampler as in Flow-GRPO (arXiv:2505.05470, eq. 5) and DanceGRPO (arXiv:2505.07818).
 
-Clipped policy loss with two advantages: of the finished sample, and of the step (Euphonium, arXiv:2602.04928).
-
-.. math:: l = \frac1B \sum_i w_o\, l_{\mathrm{PPO}}(\rho_i, A_i) + w_p\, l_{\mathrm{PPO}}(\rho_i, A_{i,t})
-    + \beta\,\frac1B \sum_i \mathrm{KL}_i, \qquad
-    l_{\mathrm{PPO}}(\rho, A) = \max\bigl(-A \rho,\; -A\,\mathrm{clamp}(\rho, 1 \pm \epsilon)\bigr)
-
-Each term is clipped separately. If the two advantages differ in sign, this is not PPO's loss of their sum.
+With the advantages of the finished sample and of the step (Euphonium, arXiv:2602.04928) there are two such terms, with
+weights and each clipped by itself. Where the two advantages differ in sign, this is not PPO's loss of their sum.
 """
 
 from collections.abc import Callable
@@ -28,29 +23,18 @@ from latentreward.reward.losses.base import SetLoss
 
 
 def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:
-    r"""Compute the KL divergence of two Gaussian steps of equal spread, averaged over elements: ``(B,)`` float32.
+    """Compute the KL divergence (μ − μ_ref)² / 2s² of two Gaussian steps, averaged over elements: ``(B,)`` float32.
 
-    .. math:: (\mu - \mu_{\mathrm{ref}})^2 / 2 s^2
-
-    Args:
-        mean: ``(B, C, ...)`` mean μ of the policy's step.
-        ref_mean: ``(B, C, ...)`` mean of the reference's step.
-        spread: ``(B,)`` standard deviation s, positive; :attr:`latentreward.alignment.Transition.spread`.
+    Means are ``(B, C, ...)``; ``spread`` ``(B,)`` is the positive s, :attr:`latentreward.alignment.Transition.spread`.
     """
     squares = (mean.float() - ref_mean.float()).square().flatten(1).mean(dim=1)
     return squares / (2 * spread.to(squares).square())
 
 
 def clipped_objective(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Compute PPO's objective :math:`\max(-A \rho, -A\,\mathrm{clamp}(\rho, 1 \pm \epsilon))` of each step.
+    """Compute PPO's objective max(−Aρ, −A clamp(ρ, 1 ± ε)) of each step from log ρ ``(B,)`` and A ``(B,)``.
 
-    Args:
-        log_ratio: ``(B,)`` log ρ.
-        advantage: ``(B,)`` advantages A.
-        clip_range: ε.
-
-    Returns:
-        The objective ``(B,)``, the ratios ρ ``(B,)``, and whether each lies outside 1 ± ε ``(B,)``.
+    Also returns the ratios ρ ``(B,)``, and whether each lies outside 1 ± ε ``(B,)``.
     """
     # The pessimistic one of the two: a ratio that moved the wrong way keeps its gradient beyond the range.
     ratio = log_ratio.exp()
@@ -75,8 +59,7 @@ class ClippedPolicyResult(NamedTuple):
 class ClippedPolicyLoss(SetLoss):
     """GRPO's clipped objective.
 
-    The loss is computed in float64, because the two densities in a ratio differ by some 1e-4 only. The results are
-    float32, also under autocast.
+    It is computed in float64, because the two densities in a ratio differ by some 1e-4 only.
 
     Args:
         clip_range: ε, in (0, 1). Ratios stay close to 1 because log-probabilities are means over elements; Flow-GRPO
@@ -128,20 +111,16 @@ class ClippedPolicyLoss(SetLoss):
         objective: Objective = clipped_objective,
         kl_weights: Tensor | None = None,
     ) -> ClippedPolicyResult:
-        """Compute the loss of B sampled steps.
+        """Compute the loss of B sampled steps; all tensors are ``(B,)``.
 
         Args:
-            log_prob: ``(B,)`` log-probabilities of the steps under the present policy.
-            old_log_prob: ``(B,)`` log-probabilities of the steps under the policy that sampled them.
-            advantage: ``(B,)`` advantages of the steps.
-            kl: ``(B,)`` KL divergence from the reference, e.g. of :func:`gaussian_step_kl`; must be given if
-                :attr:`needs_reference`.
-            weights: ``(B,)`` :meth:`step_weights`.
+            log_prob: Log-probabilities of the steps under the present policy.
+            old_log_prob: Log-probabilities of the steps under the policy that sampled them.
+            advantage: Advantages of the steps.
+            kl: KL divergence from the reference, e.g. of :func:`gaussian_step_kl`, if :attr:`needs_reference`.
+            weights: :meth:`step_weights`.
             objective: Objective in place of the clipped one; see :class:`~latentreward.alignment.RatioRule`.
-            kl_weights: ``(B,)`` factors of the steps' KL divergences, such as :func:`held_weights`; None for 1.
-
-        Raises:
-            ValueError: If ``kl`` is missing.
+            kl_weights: Factors of the steps' KL divergences, such as :func:`held_weights`; None for 1.
         """
         if self.needs_reference and kl is None:
             raise ValueError(f"kl_weight={self.kl_weight:g} needs kl")
@@ -161,10 +140,8 @@ class ClippedPolicyLoss(SetLoss):
 def held_weights(held: Tensor, every: Tensor | None = None) -> Tensor:
     """Return factors ``(B,)`` with which the mean over all rows is the mean over the held rows; 0 if no row is held.
 
-    Args:
-        held: ``(B,)`` bool: whether each row of this rank's batch is held, that is, gets the KL term.
-        every: ``(ranks, B)`` ``held`` of all ranks; None for a single rank. With it, the mean of the ranks' losses is
-            the mean over the held rows of all ranks.
+    ``held`` ``(B,)`` bool tells which rows get the KL term. With ``every`` ``(ranks, B)``, those of all ranks, the mean
+    of the ranks' losses is the mean over the held rows of all ranks.
     """
     share = (held if every is None else every).float().mean()
     return held / share.where(share > 0, 1.0)
@@ -200,10 +177,7 @@ class OutcomeProcessLoss(ClippedPolicyLoss):
     def forward(  # type: ignore[override]  # called where `process` is known
         self, log_prob: Tensor, old_log_prob: Tensor, outcome: Tensor, process: Tensor, kl: Tensor | None = None
     ) -> ClippedPolicyResult:
-        """Compute the loss of B sampled steps from advantages of the finished samples and of the steps' own scores.
-
-        ``policy`` of the result is the weighted sum of the two clipped terms; log-probabilities are without guidance.
-        """
+        """Compute the loss from advantages of the finished samples and of the steps' own scores, all ``(B,)``."""
 
         def both(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
             """Add the process' clipped term to the outcome's."""

@@ -6,10 +6,9 @@ Diffusion-DPO (arXiv:2311.12908) takes implicit rewards of images from a policy'
     \hat r = -\frac{\beta}{2}\bigl(\lVert y - f_\theta(x_t, t, c)\rVert^2
     - \lVert y - f_{\mathrm{ref}}(x_t, t, c)\rVert^2\bigr)
 
-The squared norm is a mean over elements, not a sum, and β is meant for that mean. The target y is what the network
-predicts: noise, v, or the velocity of a flow. The loss is eq. 14 of the paper with βTω(λ_t) as one constant β, as in
-its released code. :func:`implicit_rewards` computes r̂; the rest is :class:`~latentreward.reward.BradleyTerryLoss`,
-which also takes soft labels.
+The squared norm is a mean over elements, and β is meant for that mean. The target y is what the network predicts. The
+loss is eq. 14 of the paper with βTω(λ_t) as one constant β, as in its released code. :func:`implicit_rewards` computes
+r̂; the rest is :class:`~latentreward.reward.BradleyTerryLoss`, which also takes soft labels.
 
 In Linear-DPO (arXiv:2605.21123) the gradient does not vanish for correctly ranked pairs. With the denoising errors e of
 the two images, Δ = e_w − e_l under the policy, and the margin m of implicit rewards,
@@ -50,18 +49,9 @@ def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
 def implicit_rewards(prediction: Tensor, reference: Tensor, target: Tensor, beta: float = 5000.0) -> Tensor:
     r"""Compute implicit rewards: β/2 times how much lower the policy's denoising error is than the reference's.
 
-    The difference of the two errors is computed element by element, as
-    :math:`(f - f_{\mathrm{ref}})(f + f_{\mathrm{ref}} - 2y)`. Subtracting two errors near 1 in float32 would leave a
-    rounding error that β magnifies. At the start, where both networks agree, the reward is exactly 0.
-
-    Args:
-        prediction: ``(N, C, ...)`` the policy's output f.
-        reference: ``(N, C, ...)`` the reference's output, without gradient.
-        target: ``(N, C, ...)`` target y of both networks.
-        beta: β; the paper's 2000 (SD1.5) and 5000 (SDXL) are for means over elements.
-
-    Returns:
-        ``(N,)`` float32.
+    Outputs f of both networks and the target y are ``(N, C, ...)``, the rewards ``(N,)`` float32. At the start, where
+    both networks agree, the reward is exactly 0. The paper's β, 2000 (SD1.5) and 5000 (SDXL), are for means over
+    elements.
     """
     prediction, reference, target = prediction.float(), reference.float(), target.float()
     # (f − r)(f + r − 2y) = (f − y)² − (r − y)², without the cancellation of two errors near 1.
@@ -93,15 +83,10 @@ class LinearDPO(SetLoss):
     def forward(
         self, prediction: Tensor, reference: Tensor, target: Tensor, beta: float, label: Tensor | None = None
     ) -> LinearDPOResult:
-        """Compute the loss of B pairs.
+        """Compute the loss of B pairs from outputs and target ``(2B, C, ...)``, chosen images first.
 
-        Args:
-            prediction: ``(2B, C, ...)`` the policy's output, chosen images first.
-            reference: ``(2B, C, ...)`` the reference's output.
-            target: ``(2B, C, ...)`` what the network is to predict.
-            beta: β of the implicit rewards.
-            label: ``(B,)`` probabilities y that the chosen image wins, None for 1. The loss is y times that of the pair
-                and 1 − y times that of the pair in the other order.
+        ``label`` ``(B,)`` are probabilities y that the chosen image wins, None for 1. The loss is y times that of the
+        pair and 1 − y times that of the pair in the other order.
         """
         chosen, rejected = denoising_error(prediction, target).chunk(2)
         # Without gradient: the weight is a constant of the step, as released; only the errors are learned from.
@@ -118,16 +103,8 @@ class LinearDPO(SetLoss):
 
 
 def clamped_log_ratio(log_prob: Tensor, reference: Tensor, clip_range: float) -> Tensor:
-    r"""Compute :math:`\log\mathrm{clamp}(\exp(\log p - \log p_{\mathrm{ref}}), 1 \pm \epsilon)`, ``(B,)`` float64.
-
-    The logarithm is clamped instead of the ratio: the result is the same, and exp cannot overflow. A clamped entry has
-    no gradient.
-
-    Args:
-        log_prob: ``(B,)`` log-probabilities under the policy.
-        reference: ``(B,)`` log-probabilities under the reference.
-        clip_range: ε, in (0, 1).
-    """
+    """Compute log clamp(p / p_ref, 1 ± ε) from log-probabilities ``(B,)``: ``(B,)`` float64."""
+    # The logarithm is clamped instead of the ratio: the result is the same, and exp cannot overflow.
     difference = to_float64(log_prob) - to_float64(reference)
     return difference.clamp(math.log1p(-clip_range), math.log1p(clip_range))
 
@@ -151,29 +128,21 @@ class StepPairLoss(SetLoss):
         )
     )
     def forward(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> StepDPOResult:
-        """Compute the loss of B pairs.
+        """Compute the loss of B pairs from log-probabilities ``(B,)`` of the better and the worse next state.
 
-        Args:
-            chosen: ``(B,)`` log-probability of the better next state under the policy.
-            rejected: ``(B,)`` log-probability of the worse next state under the policy.
-            ref_chosen: ``(B,)`` log-probability of the better next state under the reference, without gradient.
-            ref_rejected: ``(B,)`` log-probability of the worse next state under the reference, without gradient.
+        The last two are those under the reference, without gradient.
         """
 
 
 class StepDPO(StepPairLoss):
     """Step-level DPO with clamped ratios.
 
-    The loss is computed in float64: a log-ratio of some 1e-4 is the difference of two numbers near 1, and β magnifies
-    the rounding error of that difference. The results are float32, also under autocast.
+    The released code computes log(sigmoid(x)) in float32, which is infinite for x below −88.7; β = 500 and ε = 0.1
+    reach −100.3. Here, in float64, such a pair has a finite loss, and no gradient because both ratios are clamped.
 
     Args:
         beta: β; 500 in LPO, 10 in SPO.
         clip_range: ε, in (0, 1); the papers use 0.1.
-
-    Note:
-        The released code computes log(sigmoid(x)) in float32, which is infinite for x below −88.7; β = 500 and ε = 0.1
-        reach −100.3. Here such a pair has a finite loss, and no gradient because both ratios are clamped.
     """
 
     def __init__(self, beta: float = 500.0, clip_range: float = 0.1) -> None:

@@ -73,12 +73,8 @@ class DGPOLoss(SetLoss):
     ) -> DGPOResult:
         """Compute the loss of G groups of K noised samples, the samples of a group in turn.
 
-        Args:
-            velocity: ``(G·K, C, ...)`` the policy's velocity v.
-            old: ``(G·K, C, ...)`` velocity of the older policy; None without ``clip_range``.
-            target: ``(G·K, C, ...)`` ε − x₀, with one ε for a group.
-            advantage: ``(G, K)`` advantages A.
-            reference: ``(G·K, C, ...)`` velocity of the reference.
+        Velocities, of which the older policy's may be None without ``clip_range``, and the target ε − x₀, with one ε
+        for a group, are ``(G·K, C, ...)``, advantages ``(G, K)``.
         """
         error = squared_error(velocity, target).view(advantage.shape)
         gain = error.detach() - squared_error(reference.detach(), target).view_as(error)

@@ -35,15 +35,10 @@ def squared_error(velocity: Tensor, target: Tensor) -> Tensor:
 def matching_log_prob(
     velocity: Tensor, target: Tensor, sigmas: Tensor, weighting: Weighting = "ghuber", power: float = 0.25
 ) -> Tensor:
-    """Compute ℓ of each sample: ``(B,)`` float64.
+    """Compute ℓ ``(B,)``, float64, of v and u = ε − x₀, ``(B, C, ...)``, at noise levels ``(B,)``.
 
-    Args:
-        velocity: ``(B, C, ...)`` velocity v.
-        target: ``(B, C, ...)`` u = ε − x₀.
-        sigmas: ``(B,)`` noise levels σ.
-        weighting: g(σ): ``uniform`` 1, ``t`` σ, ``t2`` σ²; ``ghuber`` the power form, ``huber`` a square root less its
-            value at m = 0.
-        power: p of ``ghuber``.
+    ``weighting`` gives g(σ): ``uniform`` 1, ``t`` σ, ``t2`` σ²; ``ghuber`` the form with the ``power`` p, ``huber`` a
+    square root less its value at m = 0.
     """
     error = squared_error(velocity, target)
     level = sigmas.to(error)
@@ -60,13 +55,9 @@ def matching_log_prob(
 
 
 def velocity_divergence(velocity: Tensor, other: Tensor, sigmas: Tensor, weight: Divergence = "uniform") -> Tensor:
-    r"""Compute the divergence of two velocities: ``(B,)`` float64.
+    """Compute the divergence ``(B,)``, float64, of v and another velocity u ``(B, C, ...)``, which gets no gradient.
 
-    Args:
-        velocity: ``(B, C, ...)`` the policy's velocity v.
-        other: ``(B, C, ...)`` velocity u to compare with; no gradient flows to it.
-        sigmas: ``(B,)`` noise levels σ.
-        weight: ``uniform`` gives ⟨(v − u)²⟩; ``elbo`` divides by 2 s², s = 0.7 √(σ / (1 − min(σ, 0.99))).
+    ``uniform`` gives ⟨(v − u)²⟩; ``elbo`` divides by 2 s², s = 0.7 √(σ / (1 − min(σ, 0.99))).
     """
     error = squared_error(velocity, other.detach())
     if weight == "uniform":
@@ -135,17 +126,9 @@ class MatchingLoss(SetLoss):
         kl: Tensor | None = None,
         average_kl: Tensor | None = None,
     ) -> MatchingResult:
-        """Compute the loss.
+        """Compute the loss from ℓ under the policy and under the one that sampled, for the same noise; all ``(B,)``.
 
-        Args:
-            log_prob: ``(B,)`` ℓ under the policy.
-            old_log_prob: ``(B,)`` ℓ under the policy that sampled, for the same noise.
-            advantage: ``(B,)`` advantages of the samples.
-            kl: Divergences from the reference; must be given if ``kl_weight`` is above 0.
-            average_kl: Divergences from the moving average; must be given if ``average_weight`` is above 0.
-
-        Raises:
-            ValueError: If a divergence is missing.
+        Divergences with a weight above 0 must be given.
         """
         if (self.kl_weight and kl is None) or (self.average_weight and average_kl is None):
             raise ValueError("a divergence with a weight above 0 is missing")

@@ -33,11 +33,9 @@ Signs = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 def optimality(advantage: Tensor, max_advantage: float = 5.0, signs: Signs = "all") -> Tensor:
     """Compute the probability r in [0, 1] that a sample counts as good: ``(B,)`` float64, ½ for advantage 0.
 
-    Args:
-        advantage: ``(B,)`` advantages A.
-        max_advantage: c: an advantage of c or more gives 1, of −c or less 0.
-        signs: ``all`` uses A; ``positive_only`` and ``negative_only`` set A of the other sign to 0; ``one_only`` uses 1
-            for positive A and 0 for others; ``binary`` uses the sign of A.
+    An advantage of c (``max_advantage``) or more gives 1, of −c or less 0. ``signs``: ``all`` uses A; ``positive_only``
+    and ``negative_only`` set A of the other sign to 0; ``one_only`` uses 1 for positive A and 0 for others; ``binary``
+    uses the sign of A.
     """
     values = to_float64(advantage)
     match signs:
@@ -103,18 +101,15 @@ class NFTLoss(SetLoss):
         advantage: Tensor,
         reference: Tensor | None = None,
     ) -> NFTResult:
-        """Compute the loss of B noised samples.
+        """Compute the loss of B noised samples; velocities and targets are ``(B, C, ...)``, the others ``(B,)``.
 
         Args:
-            velocity: ``(B, C, ...)`` the policy's velocity v.
-            old: ``(B, C, ...)`` velocity of the older policy, without gradient.
-            target: ``(B, C, ...)`` ε − x₀; or two targets, that of v⁺ and that of v⁻, as in DiffusionOPSD.
-            sigmas: ``(B,)`` noise levels σ: by how much predicted clean latents fall for a rise of the velocity.
-            advantage: ``(B,)`` advantages of the samples.
-            reference: ``(B, C, ...)`` velocity of the reference; must be given if :attr:`needs_reference`.
-
-        Raises:
-            ValueError: If ``reference`` is missing.
+            velocity: The policy's velocity v.
+            old: Velocity of the older policy, without gradient.
+            target: ε − x₀; or two targets, that of v⁺ and that of v⁻, as in DiffusionOPSD.
+            sigmas: Noise levels σ: by how much predicted clean latents fall for a rise of the velocity.
+            advantage: Advantages of the samples.
+            reference: Velocity of the reference, if :attr:`needs_reference`.
         """
         if self.needs_reference and reference is None:
             raise ValueError(f"kl_weight={self.kl_weight:g} needs the reference's velocity")

@@ -38,14 +38,10 @@ class TrustRegion(Part):
         """What the rule changes."""
 
     def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
-        """Raise InputError if the rule does not go with what it is used with; called before anything is loaded.
+        """Raise InputError, before anything is loaded, if the rule does not go with loss and reward.
 
-        Args:
-            loss: Loss of the steps.
-            reward: Source of the reward.
-            samples: Samples K per prompt.
-            levels: Number of noise levels at which finished latents are scored.
-            gaussian: Whether log-probabilities of steps are those of Gaussians.
+        ``samples`` are those of a prompt, ``levels`` the noise levels at which finished latents are scored;
+        ``gaussian`` tells whether log-probabilities of steps are those of Gaussians.
         """
         if loss.takes_process:
             name = type(self).__name__
@@ -66,14 +62,9 @@ class StepDrift:
     def between(
         cls, mean: Tensor, old_mean: Tensor, std: Tensor, spread: Tensor, every: Tensor | None = None
     ) -> StepDrift:
-        """Compute the drift of steps ``(N, C, ...)``.
+        """Compute the drift from the means ``(N, C, ...)`` of the policy's steps, now and when they were sampled.
 
-        Args:
-            mean: ``(N, C, ...)`` mean μ of the policy's steps.
-            old_mean: ``(N, C, ...)`` mean of the steps when they were sampled.
-            std: ``(N,)`` s√Δ, positive.
-            spread: ``(N,)`` s, positive.
-            every: ``(..., 2, N)`` spread and √Δ of the batches of all ranks; None for this rank's batch alone.
+        ``every`` ``(..., 2, N)`` are spread and √Δ of the batches of all ranks; None for this rank's batch alone.
         """
         if every is None:
             every = torch.stack([spread, std / spread])
@@ -103,12 +94,6 @@ class RatioRule(TrustRegion):
         self, log_ratio: Tensor, advantage: Tensor, clip_range: float, drift: StepDrift
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the objective of N steps, as :func:`~latentreward.alignment.losses.clipped_policy.clipped_objective`.
-
-        Args:
-            log_ratio: ``(N,)`` log p_θ − log p_old, means over elements.
-            advantage: ``(N,)`` advantages A.
-            clip_range: ε of the loss.
-            drift: Drift of the steps.
 
         Returns:
             The objective ``(N,)``, the ratios ``(N,)``, and whether the rule clipped or left out each step ``(N,)``.
@@ -194,12 +179,7 @@ class Penalty(TrustRegion):
     @abstractmethod
     @returns(lambda found, rule, prediction, reference: wrong_tensor(found, ()) or detached(found, prediction))
     def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
-        """Compute the penalty of predictions ``(N, C, ...)``, a scalar.
-
-        Args:
-            prediction: ``(N, C, ...)`` output of the policy.
-            reference: ``(N, C, ...)`` output of the reference; no gradient flows to it.
-        """
+        """Compute the penalty, a scalar, of outputs ``(N, C, ...)``; no gradient flows to the ``reference``."""
 
 
 class NormGuard(Penalty):
@@ -258,11 +238,7 @@ class KLGate(TrustRegion):
     @abstractmethod
     @returns(tensor(lambda gate, values: values.shape[:2], "bool"), each=True)
     def opens(self, values: Tensor) -> Tensor:
-        """Return which samples of the rollout of all ranks get the KL term: bool ``(P, K)``.
-
-        Args:
-            values: See :attr:`takes`.
-        """
+        """Return which samples of the rollout of all ranks get the KL term: bool ``(P, K)``; see :attr:`takes`."""
 
     def state(self) -> dict[str, Any]:
         """Return the gate's state for a checkpoint; empty for a gate that does not adapt."""
@@ -302,11 +278,7 @@ class UncertaintyGate(KLGate):
         return found > found.flatten().quantile(1 - self.share)
 
     def uncertainty(self, rewards: Tensor) -> Tensor:
-        """Compute the uncertainty ``(P, K)``, float64.
-
-        Args:
-            rewards: ``(L, P, K)`` rewards of K samples of P prompts at L ≥ 2 noise levels.
-        """
+        """Compute the uncertainty ``(P, K)``, float64, of rewards ``(L, P, K)`` at L ≥ 2 noise levels."""
         values = to_float64(rewards)
         std, mean = torch.std_mean(values, dim=2, correction=0, keepdim=True)
         scores = torch.where(std > 0, (values - mean) / std.where(std > 0, 1.0), 0.0)
@@ -365,11 +337,7 @@ class RankGate(KLGate):
 
 
 def check_rules(rules: Sequence[TrustRegion], *used_with: Any) -> dict[str, TrustRegion]:
-    """Check, before anything is loaded, that rules go with each other and with the arguments of their ``check``.
-
-    Returns:
-        The rules by their kind.
-    """
+    """Return rules by their kind, after a check that they go with each other and with what they are used with."""
     kinds: dict[str, TrustRegion] = {}
     for rule in rules:
         name = type(rule).__name__

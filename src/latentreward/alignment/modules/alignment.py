@@ -53,10 +53,7 @@ class AlignmentModule(LightningModule):
     """Base of the modules that train a policy's adapter: by given pairs, by a reward, or by a reward of own rollouts.
 
     A method that learns from its own rollouts sets :attr:`experience` and implements :meth:`make_experience`.
-    ``PromptDataModule`` calls :meth:`roll_out` when fewer rows are left than the next optimiser step needs. The rows of
-    all ranks are then split into batches of equal size on every rank.
-
-    The latent spaces of policy and reward are compared from their configs, before any weight is loaded.
+    ``PromptDataModule`` calls :meth:`roll_out` when fewer rows are left than the next optimiser step needs.
 
     Args:
         policy: The generator.
@@ -71,27 +68,19 @@ class AlignmentModule(LightningModule):
     Attributes:
         policy: The loaded :class:`~latentreward.alignment.Policy`.
         reward: The loaded :class:`~latentreward.alignment.Reward`; None without one.
-        sampling: Settings of the sampler; a derived class sets its own.
-        lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
-            finder sets this attribute.
-        guided: Whether encoded prompts come with the empty prompt; also where another network alone needs it.
         experience: Class of a rollout's rows: a frozen dataclass with
-            :class:`~latentreward.core.contracts.SampledStates` as
-            its base, whose fields are tensors ``(N, ...)``, tuples of N values, or None. Rows of a checkpoint are made
-            of it. None for a method without rollouts.
+            :class:`~latentreward.core.contracts.SampledStates` as its base, whose fields are tensors ``(N, ...)``,
+            tuples of N values, or None. Rows of a checkpoint are made of it. None for a method without rollouts.
         rollout_statistics: Statistics of the last rollout, for callbacks: of this rank until the first batch of the
             rollout's rows, of all ranks from then on.
-        prompts_at_once: Prompts of a rollout that are sampled at once; None samples all of them.
-        rollout_values: Further values of the last rollout to log, by name.
-        rollout_progress: Function that makes the display of a rollout of so many steps in so many batches; None shows
-            nothing.
     """
 
     reward: Reward
-    sampling = Sampling()
+    sampling = Sampling()  # settings of the sampler; a derived class sets its own
     experience: type[SampledStates] | None = None
     rollout_statistics: RolloutStatistics | None = None
-    prompts_at_once: int | None = None
+    prompts_at_once: int | None = None  # prompts of a rollout that are sampled at once; None samples all of them
+    # Makes the display of a rollout of so many steps in so many batches; None shows nothing.
     rollout_progress: Callable[[int, int], Progress] | None = None
 
     def __init__(
@@ -108,11 +97,11 @@ class AlignmentModule(LightningModule):
             reward.require_latents_of(policy)
         super().__init__()
         self.optimizer, self.lr_scheduler, self.seed = optimizer, lr_scheduler, run_seed(seed)
-        self.lr: float | None = None
+        self.lr: float | None = None  # replaces the optimiser's own; Lightning's finder sets it
         self.configured_lr: float | None = None
         family = policy.resolve_family()
         self.guidance_scale = family.guidance(guidance_scale)
-        self.guided = family.needs_uncond(self.guidance_scale)
+        self.guided = family.needs_uncond(self.guidance_scale)  # whether encoded prompts come with the empty one
         self.policy_source, self.policy = policy, policy.load(self.seed)
         unseen = unseen_settings("policy", vars(policy), self.policy.text_encoder)
         self.frozen_base = FrozenBase(self.policy, self.policy.source, unseen, "policy.frozen_dtype")
@@ -120,7 +109,7 @@ class AlignmentModule(LightningModule):
         if self.reward is not None:
             self.reward.train(False)
             self.reward.requires_grad_(False)
-        self.rollout_values: dict[str, float] = {}
+        self.rollout_values: dict[str, float] = {}  # further values of the last rollout to log
         self.rollout_log = RolloutLog()
 
     @classmethod
@@ -129,10 +118,7 @@ class AlignmentModule(LightningModule):
         return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
 
     def setup(self, stage: str) -> None:
-        """Read the reward's weights, under bf16-mixed in bfloat16, and check the trainer's precision.
-
-        See :meth:`Reward.set_precision` and :meth:`FrozenBase.prepare`.
-        """
+        """Read the reward's weights, under bf16-mixed in bfloat16, and check prompts and the trainer's precision."""
         if self.trainer.precision == "bf16-mixed" and self.reward is not None:
             self.reward.set_precision(torch.bfloat16)
         self.policy.edit_at(self.sampling.height, self.sampling.width)
@@ -173,11 +159,7 @@ class AlignmentModule(LightningModule):
         self.frozen_base.check(self, checkpoint)
 
     def on_fit_start(self) -> None:
-        """Let the reward score random latents at three noise levels, so that a faulty reward fails before training.
-
-        Buffers that these scores change, such as running statistics, are restored, because a resumed run must find them
-        unchanged. Their modules are marked by ``changes_buffers``, so that checkpoints hold them.
-        """
+        """Let the reward score random latents at three noise levels, so that a faulty reward fails before training."""
         if self.reward is None:
             return
         shape = self.sampling.latent_shape(self.policy.family)
@@ -185,7 +167,7 @@ class AlignmentModule(LightningModule):
         noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(self.seed)).to(self.device)
         levels = self.policy.noise_process.timesteps
         timesteps = levels[[0, len(levels) // 2, -1]].to(self.device)
-        # A mixture that normalises scores counts these random latents in its running statistics.
+        # Running statistics would count these random latents; a resumed run must find them as they were.
         buffers = self._reward_buffers()
         with torch.no_grad(), self.compute_precision(), self.failing_together():
             # FSDP2 needs one call of the whole network before a reward that shares the network calls its blocks.
@@ -202,7 +184,7 @@ class AlignmentModule(LightningModule):
                     f"reward: buffer {name} of {type(part).__name__} is None before the first score, so that no "
                     "checkpoint could be resumed; register it with a tensor"
                 )
-            if not same(part._buffers[name], value):
+            if not same(part._buffers[name], value):  # marked, so that checkpoints hold it
                 with suppress(AttributeError):  # of a head, which tells itself whether it trains
                     part.changes_buffers = True  # type: ignore[assignment]
         restore(buffers)
@@ -213,17 +195,15 @@ class AlignmentModule(LightningModule):
         for scorer in self._reward_parts(LatentScorer):
             if (sizes := scorer.model.image_sizes) is None:
                 continue
-            loader = sizes.loader(height, width)
-            if sizes.frames != self.sampling.frames:
-                rank_zero_warn(
-                    f"model.reward: trained with frames={sizes.frames}, but the policy samples "
-                    f"frames={self.sampling.frames}; set model.sampling.frames, or train a reward on as many"
+            told, loader = "model.reward: trained", sizes.loader(height, width)
+            if sizes.frames != (frames := self.sampling.frames):
+                told += (
+                    f" with frames={sizes.frames}, but the policy samples frames={frames}; set model.sampling.frames"
                 )
-            if (loader.height, loader.width) != (height, width):
-                rank_zero_warn(
-                    f"model.reward: trained on images of {sizes}, but the policy samples {height}x{width}; set "
-                    "model.sampling.height and width, or train a reward at this size"
-                )
+                rank_zero_warn(f"{told}, or train a reward on as many")
+            elif (loader.height, loader.width) != (height, width):
+                told += f" on images of {sizes}, but the policy samples {height}x{width}; set model.sampling.height"
+                rank_zero_warn(f"{told} and width, or train a reward at this size")
 
     def _reward_parts(self, kind: type[Kind]) -> list[Kind]:
         """Return the modules of a class in the reward, itself included."""
@@ -241,10 +221,7 @@ class AlignmentModule(LightningModule):
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Let a failing reward server end the block on all ranks, with the reward's buffers as before the block.
-
-        All ranks must ask for scores equally often. A checkpoint saved afterwards is that of before the block.
-        """
+        """Let a failing reward server end the block on all ranks, with the reward's buffers as before the block."""
         # A rank whose server fails would leave the others waiting in a collective call until the timeout.
         remote = self._reward_parts(RemoteReward)
         before = self._reward_buffers(changing=True) if remote else []
@@ -260,15 +237,14 @@ class AlignmentModule(LightningModule):
                 part.agree = bool  # type: ignore[assignment]
 
     def compute_precision(self) -> AbstractContextManager[Any]:
-        """Return the context of the trainer's precision (autocast), for work outside training steps."""
+        """Return the context of the trainer's precision, for work outside training steps."""
         return self.trainer.precision_plugin.forward_context()
 
     def make_experience(self, prompts: PromptBatch) -> SampledStates | None:
         """Roll out this rank's ``prompts`` and return the rows to train on, on the CPU; None if no row is kept.
 
-        Implementations also set :attr:`rollout_statistics`, on the CPU. :meth:`roll_out` calls this method on all ranks
-        at once with equally many prompts, without gradients, in evaluation mode and in the trainer's precision. Under
-        FSDP2 all ranks must call the networks equally often.
+        Implementations also set :attr:`rollout_statistics`. :meth:`roll_out` calls this method on all ranks at once
+        with equally many prompts. Under FSDP2 all ranks must call the networks equally often.
         """
         raise NotImplementedError(f"{type(self).__name__} does not learn from rollouts")
 
@@ -288,13 +264,10 @@ class AlignmentModule(LightningModule):
         return self.policy.predict_guided(batch.latents, batch.timesteps, conditioning, uncond, self.guidance_scale)
 
     def advantages(self, rewards: Tensor, rule: Advantage, features: Tensor | None = None) -> Tensor:
-        """Compute advantages of this rank's rewards for K samples of P prompts, among those of all ranks.
+        """Compute advantages ``(P, K)``, or ``(P, K, S)``, of this rank's rewards, among those of all ranks.
 
-        Rewards are ``(P, K)``, ``(P, K, S)`` of S steps, or ``(P, K, R)`` for a rule that takes R rewards; features
-        ``(P, K, F)``.
-
-        Returns:
-            ``(P, K)``, or ``(P, K, S)``.
+        Rewards are ``(P, K)`` of K samples of P prompts, ``(P, K, S)`` of S steps, or ``(P, K, R)`` for a rule that
+        takes R rewards; features ``(P, K, F)``.
         """
         every = self.of_all_ranks(rewards)
         flat = every.flatten(0, 1)
@@ -340,9 +313,7 @@ class AlignmentModule(LightningModule):
     def roll_out(self, prompts: PromptBatch) -> SampledStates | None:
         """Call :meth:`make_experience` in evaluation mode without gradients, with autocast, and measure its time.
 
-        Raises:
-            InputError: If the rows are not of the class :attr:`experience`.
-            RemoteError: If a reward server fails; a rollout can then be made again from the same state.
+        If a reward server fails (RemoteError), a rollout can be made again from the same state.
         """
         wall, process = time.perf_counter(), time.process_time()
         with evaluating(self), torch.no_grad(), self.compute_precision(), self.failing_together(), ExitStack() as shown:
@@ -350,9 +321,8 @@ class AlignmentModule(LightningModule):
                 batches = math.ceil(len(prompts) / (self.prompts_at_once or len(prompts)))
                 progress = self.rollout_progress(self.sampling.num_inference_steps, batches)
                 shown.enter_context(reporting_steps(shown.enter_context(progress).add))
-            # Means of what was scored outside rollouts, such as by callbacks, are not this rollout's.
             if self.reward is not None:
-                self.reward.take_means()
+                self.reward.take_means()  # those of what was scored outside rollouts, such as by callbacks
             statistics = self.rollout_statistics
             try:
                 found = self.make_experience(prompts)
@@ -362,26 +332,18 @@ class AlignmentModule(LightningModule):
             if self.reward is not None and (means := self.reward.take_means()) is not None:
                 every = self.of_all_ranks(means[None].to(self.device, torch.float32))
                 self.rollout_log.part_means = every.mean(dim=0).tolist()
-        if found is not None and type(found) is not self.experience:
-            raise InputError(
-                f"{type(self).__name__}: make_experience returned a {type(found).__name__}, but experience is "
-                f"{getattr(self.experience, '__name__', None)}; set experience to the class of the rows"
-            )
-        if found is not None and (problem := wrong_rows(found)):
-            kind = type(self)
-            raise InputError(
-                f"{kind.__name__}.make_experience returned {type(found).__name__} with {problem}"
-                f"{place_of(kind.make_experience)}"
-            )
+        if found is not None:
+            told = f"{type(self).__name__}.make_experience returned {type(found).__name__}"
+            if type(found) is not self.experience:
+                raise InputError(f"{told}; set experience to the class of the rows")
+            if problem := wrong_rows(found):
+                raise InputError(f"{told} with {problem}{place_of(type(self).make_experience)}")
         self.rollout_log.add_times(time.perf_counter() - wall, time.process_time() - process)
         return found
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode the prompts of the next batches, and keep the result in CPU memory in place of the previous one.
-
-        All ranks pass the same list, without repeats, and each encodes the whole list: encoders that FSDP2 shards must
-        be called equally often on every rank.
-        """
+        """Encode the prompts of the next batches, and keep the result in CPU memory in place of the previous one."""
+        # All ranks encode the whole list: encoders that FSDP2 shards must be called equally often.
         with torch.no_grad(), self.compute_precision():
             self.policy.remember(prompts, self.guided)
 

@@ -38,10 +38,8 @@ class ImplicitPairs(NamedTuple):
 class DiffusionDPOModule(AlignmentModule):
     """Diffusion-DPO for any policy: noise, v and velocity prediction, U-Net and DiT.
 
-    Trains on :class:`~latentreward.core.contracts.PreferenceBatch` from ``PreferenceDataModule`` (pixels) or
-    ``CachedPreferenceDataModule`` (latents, perhaps with encoded prompts). The two images of a pair get the same
-    timestep and the same noise, unless ``prior_noise`` gives each its own, and pass the policy in one batch. The
-    reference is the same network without its adapter.
+    Trains on pixels or cached latents. The two images of a pair get the same timestep and the same noise, unless
+    ``prior_noise`` gives each its own. The reference is the same network without its adapter.
 
     As in the paper, ties (label ½) have no part in loss and metrics, nor have pairs of weight 0 (unlabelled pairs, and
     rows kept in place of unusable ones). A soft label y with margin m gives −y log σ(m) − (1 − y) log σ(−m).
@@ -174,10 +172,7 @@ class DiffusionDPOModule(AlignmentModule):
 
 
 def prior_noises(batch: PreferenceBatch, shape: tuple[int, ...]) -> Tensor:
-    """Draw again the noises ``(2B, *shape)`` from which the images were generated, chosen first, on the CPU.
-
-    Pairs of weight 0 that have none get zeros.
-    """
+    """Draw again the noises ``(2B, *shape)`` of the images, chosen first, on the CPU; zeros for pairs of weight 0."""
     names = batch.chosen_noise + batch.rejected_noise or (None,) * 2 * len(batch)
     weights = 2 * batch.weight.tolist() if None in names else []  # of a device, which is waited for only then
     drawn = []

@@ -18,7 +18,7 @@ from latentreward.alignment.losses.nft import NFTLoss
 from latentreward.alignment.losses.trust_region import Penalty, TrustRegion
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.modules.grpo import LEAST_ADVANTAGE, group_statistics
-from latentreward.alignment.modules.pruned import PrunedRollouts
+from latentreward.alignment.modules.pruned import FinishedSamples
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.policies.moving_average import AVERAGE, OLD, DecayRamp, MovingCopy
 from latentreward.alignment.rewards.base import RewardSource, begin_finished, check_sigmas, rows_of
@@ -26,7 +26,6 @@ from latentreward.alignment.rollout.advantages import Advantage, GroupAdvantage
 from latentreward.alignment.rollout.pruning import Pruning
 from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.alignment.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
-from latentreward.alignment.rollout.trajectories import sample_latents
 from latentreward.core.contracts import PromptBatch, RenoisedGroups, RenoisedSamples, SampledStates, join_rows
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.running import pair_generator
@@ -52,8 +51,7 @@ class ForwardProcessModule(AlignmentModule):
         copies: How each copy of the adapter follows the policy, by name.
         sampling: Sampler settings of rollouts, without noise; None takes the method's number of steps: AWM 14, the
             others 10.
-        steps: Choice of the sampler's noise levels to train at; each one is a row of a batch. None takes the method's:
-            DiffusionNFT and CRD a random 99 % of the steps, AWM 6, stratified, DGPO 4 of the noisiest 70 %.
+        steps: Choice of the sampler's noise levels to train at; each one is a row of a batch. None takes the method's.
         num_samples: Samples K per prompt.
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         advantage: Rule that turns rewards into advantages; None divides by the spread of all rewards of a rollout.
@@ -66,20 +64,18 @@ class ForwardProcessModule(AlignmentModule):
             classifier-free guidance.
 
     Attributes:
-        flows_only: Whether the method needs a flow.
-        usual_sampling: Sampler settings that None stands for.
-        usual_steps: Choice of steps that None stands for; None for a class with a :meth:`trained_timesteps` of its own.
-        compares: Whether samples of a prompt are compared, so that there must be two.
-        prunes: Whether ``pruning`` is allowed: the gradient must be linear in the advantages of compared samples.
-            DGPO's is but for a weight of each group, a function of products of advantages with errors.
         experience: :class:`~latentreward.core.contracts.RenoisedGroups` for a method whose rows hold all samples of a
             prompt, so that no batch, rank or optimiser step has a part of them.
     """
 
     experience: type[SampledStates] = RenoisedSamples
-    flows_only = compares = prunes = True
-    usual_sampling: ClassVar = Sampling(10)
-    usual_steps: ClassVar[StepChoice | None] = None
+    flows_only = True  # whether the method needs a flow
+    compares = True  # whether samples of a prompt are compared, so that there must be two
+    # Whether the gradient is linear in the advantages of compared samples, as pruning needs. DGPO's is but for a weight
+    # of each group, a function of products of advantages with errors.
+    prunes = True
+    usual_sampling: ClassVar = Sampling(10)  # what None stands for
+    usual_steps: ClassVar[StepChoice | None] = None  # the same; None for a class with :meth:`trained_timesteps`
 
     def __init__(
         self,
@@ -103,8 +99,7 @@ class ForwardProcessModule(AlignmentModule):
                 f"policy.source={policy.source!r} is {family.title}, no rectified flow; {type(self).__name__} needs a "
                 "flow (SD3, FLUX.1, …); use RAM, LPO or GRPO"
             )
-        if guidance_scale is None:
-            guidance_scale = family.unguided
+        guidance_scale = family.unguided if guidance_scale is None else guidance_scale
         if family.needs_uncond(family.guidance(guidance_scale)):
             raise InputError(
                 f"guidance_scale={guidance_scale:g}: {type(self).__name__} samples and trains without guidance; leave "
@@ -119,12 +114,12 @@ class ForwardProcessModule(AlignmentModule):
             check_range("[2, inf)", "one leaves nothing to compare", num_samples=num_samples)
         check_at_least_one(prompts_at_once=prompts_at_once)
         check_sigmas(reward_sigmas)
-        if pruning is not None and not self.prunes:
-            raise InputError(
-                f"pruning: the gradient of {type(self).__name__} is not in proportion to advantages of samples of a "
-                "prompt, which pruning rescales; leave it out"
-            )
         if pruning is not None:
+            if not self.prunes:
+                raise InputError(
+                    f"pruning: the gradient of {type(self).__name__} is not in proportion to advantages of samples of "
+                    "a prompt, which pruning rescales; leave it out"
+                )
             pruning.check("num_samples", num_samples, sampling.num_inference_steps, reward)
         if advantage is not None and (advantage.takes_parts or advantage.takes_features):
             raise InputError(
@@ -145,7 +140,7 @@ class ForwardProcessModule(AlignmentModule):
         self.reward_sigmas, self.advantage = tuple(reward_sigmas), advantage or GroupAdvantage("all")
         self.guard, self.prompts_at_once = trust_region, prompts_at_once
         levels = len(reward_sigmas) if reward.uses_sigmas else 1
-        self.pruned = None if pruning is None else PrunedRollouts(pruning, num_samples, levels)
+        self.finished = FinishedSamples(num_samples, levels, pruning)
         self.copies = [MovingCopy(self.policy, name, ramp) for name, ramp in copies.items()]
         self.followed = 0
         self._warned = False
@@ -162,31 +157,21 @@ class ForwardProcessModule(AlignmentModule):
 
     def make_experience(self, prompts: PromptBatch) -> SampledStates | None:
         self.move_copies()
-        repeated = prompts.times(self.num_samples)
-        if self.pruned is not None:
-            self.pruned.begin()
+        self.finished.begin()
         sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
-            finished = part
             with self.policy.adapters.use(OLD):
-                if self.pruned is None:
-                    settings = (part.times(self.num_samples), self.sampling, self.guidance_scale, self.seed)
-                    sampled.append(sample_latents(self.policy, *settings))
-                else:
-                    trajectories, finished = self.pruned.sample(self, part, self.sampler)
-                    sampled.append(trajectories.finished.clone())
+                trajectories, finished = self.finished.sample(self, part, self.sampler)
+            sampled.append(trajectories.finished.clone())  # a view would keep the states of all steps in memory
+            del trajectories
             # A reward on a server scores these samples while the next are drawn.
             pending.append(begin_finished(self.reward, sampled[-1], finished, self.seed, self.reward_sigmas))
         latents = torch.cat(sampled)
-        if self.pruned is not None:
-            prompts, repeated = self.pruned.prompts, self.pruned.samples
+        prompts = self.finished.prompts
         rewards = self.reward.mix(torch.cat([wait() for wait in pending]), rows_of(prompts, latents))
         rewards = rewards.view(len(prompts), self.num_samples)
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
-        if self.pruned is None:
-            advantage = self.advantages(rewards, self.advantage)
-        else:
-            advantage = self.pruned.advantages(self, rewards, self.advantage)
+        advantage = self.finished.advantages(self, rewards, self.advantage)
         learned = (advantage.abs() > LEAST_ADVANTAGE).any()
         if not self.of_all_ranks(learned[None]).any():  # equal samples count beside others
             return None
@@ -194,7 +179,7 @@ class ForwardProcessModule(AlignmentModule):
         if self.experience is RenoisedGroups:
             samples = join_rows(self._rows_of(prompts, latents.unflatten(0, advantage.shape), advantage))
         else:
-            samples = join_rows(self._rows_of(repeated, latents, advantage.flatten()))
+            samples = join_rows(self._rows_of(self.finished.samples, latents, advantage.flatten()))
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         rows, step = len(samples), size and size * self.trainer.accumulate_grad_batches
         if step and rows % step and step % rows and not self._warned:
@@ -277,12 +262,8 @@ class ForwardProcessModule(AlignmentModule):
 class DiffusionNFTModule(ForwardProcessModule):
     """DiffusionNFT (arXiv:2509.16117): learn from good and bad finished samples by their forward process.
 
-    An older copy of the adapter samples. It follows the policy before each rollout. See
-    :class:`~latentreward.alignment.NFTLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``.
-
-    Args:
-        old: How slowly the copy that samples follows the policy.
-        loss: See :class:`~latentreward.alignment.NFTLoss`.
+    An older copy of the adapter samples. It follows the policy before each rollout, as slowly as ``old`` says. Logs
+    ``train/loss``, ``train/policy``, ``train/kl``.
     """
 
     usual_steps = RandomSteps()
@@ -314,13 +295,9 @@ class DiffusionNFTModule(ForwardProcessModule):
 class AWMModule(ForwardProcessModule):
     """Advantage weighted matching (AWM, arXiv:2509.25050): a policy gradient on the denoising error of samples.
 
-    The policy itself samples. A moving average of it is the second point that the policy is held to, beside the
-    reference. See :class:`~latentreward.alignment.MatchingLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``,
+    The policy itself samples. A moving average of it, which follows as slowly as ``average`` says, is the second point
+    that the policy is held to, beside the reference. Logs ``train/loss``, ``train/policy``, ``train/kl``,
     ``train/average_kl``, ``train/clipped``, ``train/ratio``.
-
-    Args:
-        average: How slowly the moving average follows the policy.
-        loss: See :class:`~latentreward.alignment.MatchingLoss`.
     """
 
     usual_sampling = Sampling(14)

@@ -20,13 +20,11 @@ class DGPOModule(ForwardProcessModule):
 
     A row of a batch is a prompt at one noise level, with all its K samples and one noise for them; ``data.batch_size``
     counts prompts. Levels are drawn for each prompt; the released code draws them once a rollout, for all prompts.
-    An older copy of the adapter samples, and bounds how far the policy may go from it. See
-    :class:`~latentreward.alignment.DGPOLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``, ``train/weight`` and
-    ``train/clipped``.
+    An older copy of the adapter samples, and bounds how far the policy may go from it. Logs ``train/loss``,
+    ``train/policy``, ``train/kl``, ``train/weight`` and ``train/clipped``.
 
     Args:
         old: How slowly the copy that samples follows the policy; None takes the published 0.001 · step, at most 0.3.
-        loss: See :class:`~latentreward.alignment.DGPOLoss`.
     """
 
     experience = RenoisedGroups
@@ -63,8 +61,7 @@ class CRDModule(ForwardProcessModule):
 
     A row of a batch is a prompt at one noise level, with all its K samples, each with its own noise;
     ``data.batch_size`` counts prompts. One older copy of the adapter samples; another one, of other age, is what
-    implicit rewards compare the policy with. See :class:`~latentreward.alignment.CRDLoss`; logs ``train/loss``,
-    ``train/policy`` and ``train/kl``.
+    implicit rewards compare the policy with. Logs ``train/loss``, ``train/policy`` and ``train/kl``.
 
     Args:
         old: How slowly the copy that samples follows the policy; None takes the published one, which follows at once
@@ -73,7 +70,6 @@ class CRDModule(ForwardProcessModule):
             step, at most 0.999.
         reference_guidance_scale: Guidance scale of the reference, as the pipeline takes it; None takes the policy's,
             which is none. Published: 4.5.
-        loss: See :class:`~latentreward.alignment.CRDLoss`.
     """
 
     experience = RenoisedGroups

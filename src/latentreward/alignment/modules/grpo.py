@@ -5,7 +5,7 @@ The reward scores each step by itself (:class:`StepwiseGRPOModule`) or the finis
 (:class:`TrajectoryGRPOModule`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from latentreward.alignment.losses.clipped_policy import (
 )
 from latentreward.alignment.losses.trust_region import StepDrift, TrustRegion, check_rules
 from latentreward.alignment.modules.alignment import AlignmentModule
-from latentreward.alignment.modules.pruned import PrunedRollouts
+from latentreward.alignment.modules.pruned import FinishedSamples
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.rewards.base import (
     RewardSource,
@@ -38,9 +38,9 @@ from latentreward.alignment.rollout.candidates import Branching
 from latentreward.alignment.rollout.credit import Credit, StateCredit
 from latentreward.alignment.rollout.pruning import Pruning, check_scored_once, check_states_reward
 from latentreward.alignment.rollout.reward_guidance import GuidedSampler, RewardGuidance, require_gradient
-from latentreward.alignment.rollout.samplers import Sampling, StepSampler
+from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.alignment.rollout.step_choice import Window, WindowedSampler
-from latentreward.alignment.rollout.trajectories import Trajectories, sample_trajectories
+from latentreward.alignment.rollout.trajectories import Trajectories
 from latentreward.core.contracts import PromptBatch, RolloutStatistics, StepSamples, join_rows, take_rows
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.running import pair_generator
@@ -55,8 +55,7 @@ LEAST_ADVANTAGE = 1e-6
 class GRPOModule(AlignmentModule):
     """Base of both GRPO modules: the training step on sampled steps.
 
-    Log-probabilities are means over latent elements, as in Flow-GRPO. All K steps from one state need one evaluation of
-    the policy, and one of the reference if the loss has a KL term.
+    Log-probabilities are means over latent elements, as in Flow-GRPO.
 
     Args:
         policy: The generator.
@@ -108,18 +107,16 @@ class GRPOModule(AlignmentModule):
         return loss
 
     def policy_loss(self, batch: StepSamples, prediction: Tensor, reference: Tensor | None) -> ClippedPolicyResult:
-        """Compute the loss of a batch from the outputs ``(N, C, ...)`` of the policy and, for a KL term, reference."""
+        """Compute the loss from the outputs ``(N, C, ...)`` of the policy and, for a KL term, of the reference."""
         transition = self.sampler.transition(batch.latents, prediction, batch.timesteps)
         # All K candidates follow one state: one pass of the network gives the density of each.
         log_prob = transition.log_prob(batch.next_latents.transpose(0, 1)).T
         weights = self.loss.step_weights(transition.std, transition.spread)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {} if weights is None else {"weights": weights[:, None]}
         kl = None
         if self.loss.needs_reference and reference is not None:
             mean = self.sampler.transition(batch.latents, reference, batch.timesteps).mean
             kl = gaussian_step_kl(transition.mean, mean, transition.spread if weights is None else weights)
-        if weights is not None:
-            options["weights"] = weights[:, None]
         if batch.held is not None:
             held = batch.held[:, 0]
             options["kl_weights"] = held_weights(held, self.all_gather(held))
@@ -202,19 +199,16 @@ class TrajectoryGRPOModule(GRPOModule):
         high: Highest timestep of the steps that are trained on. Steps outside are sampled, but not trained on.
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         global_std: Divide advantages by the standard deviation of all rewards of a rollout, over all ranks, instead of
-            the prompt's own (Flow-GRPO's setting). Prompts whose rewards hardly differ then have small advantages.
+            the prompt's own (Flow-GRPO's setting).
         loss: See :class:`GRPOModule`. :class:`~latentreward.alignment.OutcomeProcessLoss` takes the advantages of the
             finished sample and of ``credit`` as two terms.
-        reward_guidance: Guidance of the rollouts by the reward's gradient (Euphonium, arXiv:2602.04928); the steps'
-            log-probabilities are those of the unguided policy. None samples without it.
+        reward_guidance: Guidance of the rollouts by the reward's gradient (Euphonium, arXiv:2602.04928).
         advantage: Rule that turns rewards into advantages; None is a :class:`~latentreward.alignment.GroupAdvantage` as
             ``global_std`` says.
         credit: Rule that gives each step a reward of its own, from the reward of each state at the state's own noise
-            level. The finished latents are scored at the least of ``reward_sigmas``, which should be the least noise
-            level that the reward was trained at. Advantages are then among the samples of a prompt at the same step.
-            None gives every step the reward of its finished image.
-        window: Rule that chooses the steps with noise of each rollout; the others are deterministic and not trained
-            on. None adds noise to all steps.
+            level, and of the finished latents at the least of ``reward_sigmas``. None gives every step the reward of
+            its finished image.
+        window: Rule that chooses the steps with noise of each rollout; the others are not trained on.
         trust_region: Rule, or a list of rules, that keeps the policy near the one that sampled, or near the reference.
         prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; a reward on a server scores
             them while the next are sampled. None takes all.
@@ -284,10 +278,11 @@ class TrajectoryGRPOModule(GRPOModule):
         if gate is not None and gate.takes == "levels":
             check_scored_once("trust_region scores each sample at each level too", reward)
         super().__init__(policy, reward, sampling, loss, **options)
+        self.gate = gate
         self.num_trajectories, self.reward_sigmas = num_trajectories, tuple(reward_sigmas)
         self.prompts_at_once, self.rules = prompts_at_once, rules
         levels = len(reward_sigmas) if reward.uses_sigmas else 1
-        self.pruned = None if pruning is None else PrunedRollouts(pruning, num_trajectories, levels)
+        self.finished = FinishedSamples(num_trajectories, levels, pruning)
         self.reward_guidance, self.credit, self.window = reward_guidance, credit, window
         self.advantage = (advantage or GroupAdvantage("all" if global_std else "group")).weighing(reward.part_weights)
         self.part_signs = [-1.0 if weight < 0 else 1.0 for weight in reward.part_weights]
@@ -296,11 +291,6 @@ class TrajectoryGRPOModule(GRPOModule):
             self.plain_sampler = replace(self.sampling, eta=0.0, noise_level=0.0).sampler(self.policy.family)
         if reward_guidance is not None:
             require_gradient(self.reward)
-
-    @property
-    def gate(self) -> Any:
-        """The :class:`~latentreward.alignment.KLGate` among the rules; None without one."""
-        return self.rules.get("gate")
 
     def optional_fields(self) -> set[str]:
         given = {"process": self.loss.takes_process, "old_mean": "ratio" in self.rules, "held": self.gate is not None}
@@ -339,7 +329,18 @@ class TrajectoryGRPOModule(GRPOModule):
             start = self.window.start(len(steps), iteration, pair_generator(self.seed, "window", iteration, ""))
             steps = steps[start : start + self.window.size]
             sampler = WindowedSampler(self.sampler, self.plain_sampler, steps)
-        trajectories, pending, prompts, repeated = self._sample_batches(prompts, sampler)
+        self.finished.begin()
+        sampled, pending = [], []
+        for part in prompts.split(self.prompts_at_once):
+            guided = sampler
+            if self.reward_guidance is not None:
+                encoded = self.reward.encode_prompts(part.times(self.num_trajectories).prompts)
+                guided = GuidedSampler(sampler, self.reward_guidance, self.reward, encoded)
+            taken, finished = self.finished.sample(self, part, guided, keep_means="ratio" in self.rules)
+            sampled.append(taken)
+            # A reward on a server scores these samples while the next are drawn.
+            pending.append(begin_finished(self.reward, taken.finished, finished, self.seed, self.reward_sigmas))
+        trajectories, prompts, repeated = Trajectories.join(sampled), self.finished.prompts, self.finished.samples
         latents = trajectories.finished
         scores = {}
         if self.gate is not None and self.gate.takes == "levels":
@@ -351,15 +352,12 @@ class TrajectoryGRPOModule(GRPOModule):
         parts = parts.unflatten(0, rewards.shape)  # (P, K, R), scores of the R rewards of a mixture
         scores |= {"rewards": rewards, "parts": parts}
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
-        given = parts if self.advantage.takes_parts else rewards
         features = None
         if self.advantage.takes_features:  # averages over 4 x 4 areas of each frame
             areas = F.adaptive_avg_pool2d(latents.float().flatten(1, -3), 4)
             features = areas.flatten(1).unflatten(0, rewards.shape)
-        if self.pruned is None:
-            outcome = self.advantages(given, self.advantage, features)
-        else:
-            outcome = self.pruned.advantages(self, rewards, self.advantage)
+        given = parts if self.advantage.takes_parts else rewards
+        outcome = self.finished.advantages(self, given, self.advantage, features)
         outcome = outcome[..., None].expand(*rewards.shape, len(steps))
         process = None
         if self.credit is not None:
@@ -389,38 +387,6 @@ class TrajectoryGRPOModule(GRPOModule):
             )
             samples.append(sample.to("cpu"))
         return worth_learning(samples)
-
-    def _sample_batches(
-        self, prompts: PromptBatch, sampler: StepSampler
-    ) -> tuple[Trajectories, list[Callable[[], Tensor]], PromptBatch, PromptBatch]:
-        """Sample the trajectories of prompts, and begin to score them.
-
-        Returns:
-            The trajectories, functions that wait for the scores of batches, the prompts without those that pruning left
-            out, and the samples, a row for each trajectory.
-        """
-        if self.pruned is not None:
-            self.pruned.begin()
-        sampled, pending = [], []
-        for part in prompts.split(self.prompts_at_once):
-            if self.pruned is None:
-                taken, finished = self._sample(part, sampler), part
-            else:
-                taken, finished = self.pruned.sample(self, part, sampler, keep_means="ratio" in self.rules)
-            sampled.append(taken)
-            pending.append(begin_finished(self.reward, taken.finished, finished, self.seed, self.reward_sigmas))
-        if self.pruned is None:
-            return Trajectories.join(sampled), pending, prompts, prompts.times(self.num_trajectories)
-        return Trajectories.join(sampled), pending, self.pruned.prompts, self.pruned.samples
-
-    def _sample(self, prompts: PromptBatch, sampler: StepSampler) -> Trajectories:
-        """Sample the trajectories of prompts, guided by the reward if so set."""
-        repeated = prompts.times(self.num_trajectories)
-        if self.reward_guidance is not None:
-            encoded = self.reward.encode_prompts(repeated.prompts)
-            sampler = GuidedSampler(sampler, self.reward_guidance, self.reward, encoded)
-        settings = (self.sampling, self.guidance_scale, self.seed)
-        return sample_trajectories(self.policy, sampler, repeated, *settings, keep_means="ratio" in self.rules)
 
     def _score(self, latents: Tensor, prompts: PromptBatch, sigmas: Sequence[float]) -> Tensor:
         """Score finished latents at noise levels: ``(P, K)``."""

@@ -10,7 +10,7 @@ from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.rewards.base import RewardSource
 from latentreward.alignment.rollout.candidates import Branching
 from latentreward.alignment.rollout.pair_selection import FixedThreshold, PairSelection, SigmaThreshold, step_pairs
-from latentreward.alignment.rollout.samplers import Sampling, Transition
+from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.core.contracts import PromptBatch, RolloutStatistics, StepPairs, join_rows
 
 
@@ -18,13 +18,9 @@ class LPOModule(AlignmentModule):
     """Latent Preference Optimisation (arXiv:2502.01051), for any policy and any reward.
 
     A rollout samples K candidates for the next state at each step inside a window of timesteps. The best and the worst
-    candidate become a training pair if their scores differ enough. ``PromptDataModule`` calls
-    :meth:`AlignmentModule.roll_out`, and so :meth:`make_experience`, when fewer pairs are left than the next optimiser
-    step needs; its batches of pairs go to :meth:`training_step`. The two states of a pair follow the same state,
-    timestep and prompt, so one evaluation of the policy and one of the reference give all four log-probabilities (the
-    released code evaluates each network twice).
-
-    Logs ``train/loss``, ``train/implicit_accuracy``, ``train/margin``, ``train/clamped``.
+    candidate become a training pair if their scores differ enough. Both follow the same state, timestep and prompt, so
+    one evaluation of the policy and one of the reference give all four log-probabilities. Logs ``train/loss``,
+    ``train/implicit_accuracy``, ``train/margin``, ``train/clamped``.
 
     Args:
         policy: The generator.
@@ -75,19 +71,12 @@ class LPOModule(AlignmentModule):
         """Summarise the score gaps of the last rollout, and say which setting to change."""
         return f"{super().describe_rollouts()}; set model.selection to thresholds below them, or to QuantileThreshold"
 
-    def transitions(self, batch: StepPairs) -> tuple[Transition, Transition]:
-        """Return the distributions of the next states under policy (with gradient) and reference (without)."""
-        encoded = *self.policy.conditioning(batch.prompts, self.guided), self.guidance_scale
-        with torch.no_grad(), self.policy.reference():
-            reference = self.policy.predict_guided(batch.latents, batch.timesteps, *encoded)
-        output = self.policy.predict_guided(batch.latents, batch.timesteps, *encoded)
-        ours, theirs = (self.sampler.transition(batch.latents, one, batch.timesteps) for one in (output, reference))
-        return ours, theirs
-
     def compare(self, batch: StepPairs) -> tuple[StepDPOResult, StepRatios]:
         """Compute the loss of a batch of pairs, and each pair's log-probability ratios of policy to reference."""
+        with torch.no_grad(), self.policy.reference():
+            reference = self.transition(batch)
         # The released code evaluates each network twice per pair; both states follow one Gaussian.
-        policy, reference = self.transitions(batch)
+        policy = self.transition(batch)
         chosen, rejected = policy.log_prob(batch.chosen), policy.log_prob(batch.rejected)
         ref_chosen, ref_rejected = reference.log_prob(batch.chosen), reference.log_prob(batch.rejected)
         ratios = StepRatios(batch.timesteps, (chosen - ref_chosen).detach(), (rejected - ref_rejected).detach())
@@ -104,17 +93,8 @@ class SPOModule(LPOModule):
     """Step-aware Preference Optimisation (arXiv:2406.04314).
 
     :class:`LPOModule` with SPO's settings: one threshold of 0.3 for all steps; candidates only at timesteps up to 751,
-    so that the first four of 20 DDIM steps sample a single state; rewards at the candidates' own timestep; and β = 10.
-    SPO's reward, the step-aware preference model, scores the decoded x̂_0 of each candidate
-    (:class:`~latentreward.alignment.PixelReward`).
-
-    Args:
-        selection: Rule that keeps pairs; None takes SPO's threshold.
-        candidates: See :class:`LPOModule`; None takes SPO's window and timestep of scoring.
-        beta: β of the loss.
-
-    Note:
-        The paper says t ≤ 750; the first step with candidates in the released code starts from 751, as here.
+    where the released code starts (the paper says 750); rewards at the candidates' own timestep; and β = 10. SPO's
+    reward scores the decoded x̂_0 of each candidate (:class:`~latentreward.alignment.PixelReward`).
     """
 
     def __init__(

@@ -55,13 +55,9 @@ class OnPolicyLoss(SetLoss):
         self.factor = factor
 
     def forward(self, output: Tensor, teachers: Tensor, slope: Tensor, std: Tensor) -> Tensor:
-        """Compute the loss of each of B noisy states: ``(B,)`` float64, float32 on mps.
+        """Compute the loss ``(B,)``, float64, of outputs ``(B, C, ...)`` against the teachers' ``(J, B, C, ...)``.
 
-        Args:
-            output: ``(B, C, ...)`` the policy's output.
-            teachers: ``(J, B, C, ...)`` outputs of the teachers, without gradient.
-            slope: ``(B,)`` c: change of the step's mean for a change of the output.
-            std: ``(B,)`` s√Δ: standard deviation of the step; positive for ``kl_exact``.
+        ``slope`` c and ``std`` s√Δ, positive for ``kl_exact``, are ``(B,)``.
         """
         error = torch.stack([squared_error(output, one.detach()) for one in teachers]).mean(dim=0)
         square = slope.to(error).square()
@@ -143,11 +139,7 @@ class Teacher:
 
 
 def add_teacher(policy: Policy, saved: SavedAdapter, number: int, checkpoint: PathText | None) -> str:
-    """Add the adapter of an alignment run to a policy's network, frozen and left out of its state dict.
-
-    Returns:
-        Name of the adapter in the network.
-    """
+    """Add the adapter of an alignment run to a policy's network, frozen and left out of its state dict."""
     from peft import LoraConfig
 
     name = f"teacher{number}"

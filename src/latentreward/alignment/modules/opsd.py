@@ -35,17 +35,14 @@ from latentreward.reward.losses.base import per_row
 def reward_ascent(
     anchor: Tensor, slope_of: Callable[[Tensor], Tensor], radius: Tensor, steps: int = 2, rate: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Move predicted clean latents up and down a reward, by at most a radius, without gradient.
+    """Move predicted clean latents y₀ ``(B, C, ...)`` up and down a reward, by at most a radius, without gradient.
 
     Args:
-        anchor: ``(B, C, ...)`` y₀.
-        slope_of: Function of latents ``(B, C, ...)``, called 2n − 1 times: the gradient of each row's reward.
+        anchor: y₀.
+        slope_of: Function of latents, called 2n − 1 times: the gradient of each row's reward.
         radius: ``(B,)`` δ, positive.
         steps: n, at least 1.
         rate: η, positive; 1 reaches the radius along a straight line.
-
-    Returns:
-        y⁺ and y⁻, each ``(B, C, ...)``.
     """
     first, ends = slope_of(anchor), []
     for sign in (1.0, -1.0):
@@ -67,8 +64,7 @@ class DiffusionOPSDModule(ForwardProcessModule):
     """DiffusionOPSD (released code: worldbench/DiffusionOPSD) with one sample a prompt and r = ½, for any network.
 
     The older copy of the adapter samples to the step nearest to ``query_sigma``, no further. There the clean latents
-    that the copy predicts are moved up and down the reward's gradient, and the policy learns to predict them; see
-    :func:`~latentreward.alignment.reward_ascent`. Finished samples are neither made nor scored. Logs
+    that the copy predicts are moved up and down the reward's gradient, and the policy learns to predict them. Logs
     ``train/loss``, ``train/kl`` and ``train/reward``, that of the prediction.
 
     Args:

@@ -1,21 +1,4 @@
-r"""RAM (arXiv:2605.10759): regression of noised finished samples on a target that the reward has corrected.
-
-Regression on a target: a base prediction, moved along a direction (RAM, arXiv:2605.10759).
-
-.. math:: y = \mathrm{sg}[b + w\,d], \qquad L = \langle (f - y)^2 \rangle
-
-f is the policy's output for a noisy state, sg stops the gradient, and base b, direction d and weight w of each sample
-are the method's:
-
-=====================  ===================================  ===================================  =============
-method                 base b                               direction d                          weight w
-=====================  ===================================  ===================================  =============
-RAM                    the reference's output               true target − older policy's output  m·A
-DiffusionOPSD, a step  older policy's clean latents         unit gradient of the reward there    ± a radius
-=====================  ===================================  ===================================  =============
-
-A direction may as well belong to a prompt, such as the covariance of reward and finished latents.
-"""
+"""RAM (arXiv:2605.10759): regression of noised finished samples on a target that the reward has corrected."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -73,16 +56,9 @@ class RAMLoss(SetLoss):
         return directed_target(reference, true - old, self.multiplier * advantage)
 
     def forward(self, output: Tensor, old: Tensor, reference: Tensor, true: Tensor, advantage: Tensor) -> Tensor:
-        """Compute the loss of each of B noisy states: ``(B,)`` float64, float32 on mps.
+        """Compute the loss ``(B,)``, float64, of outputs and true targets u ``(B, C, ...)`` and advantages A ``(B,)``.
 
-        Its size, of order m², tells nothing.
-
-        Args:
-            output: ``(B, C, ...)`` the policy's output f.
-            old: ``(B, C, ...)`` output of the older policy, or the policy's own.
-            reference: ``(B, C, ...)`` output of the reference.
-            true: ``(B, C, ...)`` true target u.
-            advantage: ``(B,)`` advantages A, centred within their prompts.
+        The older policy's output may be the policy's own. The size of the loss, of order m², tells nothing.
         """
         return squared_error(output, self.target(reference, old, true, advantage))
 
@@ -90,19 +66,15 @@ class RAMLoss(SetLoss):
 class RAMModule(ForwardProcessModule):
     """RAM (arXiv:2605.10759): learn from finished samples, noised again, for flows and for networks that predict noise.
 
-    An older copy of the adapter samples. It follows the policy before each rollout. See
-    :class:`~latentreward.alignment.RAMLoss`; logs ``train/loss`` and ``train/kl``, the mean squared difference from the
-    reference.
+    An older copy of the adapter samples. It follows the policy before each rollout. Logs ``train/loss`` and
+    ``train/kl``, the mean squared difference from the reference.
 
     Args:
-        policy: See :class:`ForwardProcessModule`; any family.
-        reward: See :class:`ForwardProcessModule`; any reward.
         levels: Distribution of the noise levels to train at, whatever the sampler's steps are; None takes the density
             2σ (``PowerSigma`` with power 0.5).
         draws: Noise levels J of each sample, each with its own noise.
         old: How slowly the copy that samples follows the policy; None takes 0.01 · step, at most 0.9, as ports of
             the authors' code do.
-        loss: See :class:`~latentreward.alignment.RAMLoss`.
     """
 
     flows_only = False

@@ -3,10 +3,8 @@ r"""Reward feedback learning (ReFL, arXiv:2304.05977): train a policy by the rew
 .. math:: L = \lambda\,\mathbb E\,\varphi(r) + w_{\mathrm{pre}} L_{\mathrm{pre}} + w_{\mathrm{KL}}
     \lVert f_\theta - f_{\mathrm{ref}}\rVert^2
 
-The loss is that of ReFL (ImageReward, arXiv:2304.05977, algorithm 1); DRaFT (arXiv:2309.17400) maximises the reward
-itself, PRFL (arXiv:2511.21541) its logistic function. The first term is :class:`RewardLoss`, the second
-:func:`~latentreward.alignment.denoising_error`, the third the same of policy and reference: up to a factor that depends
-only on the noise level, the KL divergence between their steps, two Gaussians of equal spread.
+The terms are :class:`RewardLoss`, the denoising error of images, and the same of policy and reference: up to a factor
+of the noise level, the KL divergence between their steps, two Gaussians of equal spread.
 """
 
 import math
@@ -37,16 +35,14 @@ from latentreward.reward.modules.reward import PairDraws, latents_of
 class RewardLoss(SetLoss):
     r"""Loss of a reward r, λ·φ(r).
 
+    ReFL's released code has c = 2 and λ = 1e-3, for ImageReward's scores, which have unit variance. PRFL's has
+    ``sigmoid``, c = 2 and λ = 0.1: the ceiling is never reached, and the gradient fades for high and for low rewards.
+
     Args:
         scale: λ, positive.
         ceiling: None gives φ(r) = −r, as in DRaFT. A number c, in reward units, gives φ(r) = max(0, c − r), as in
             ReFL's released code: samples that score above c then have no gradient.
         sigmoid: Whether to replace r by its logistic function σ(r) in (0, 1); ``ceiling`` is then compared with σ(r).
-
-    Note:
-        ReFL's released code has c = 2 and λ = 1e-3, for ImageReward's scores, which have unit variance. PRFL's released
-        code has ``sigmoid``, c = 2 and λ = 0.1. There the ceiling is never reached, because σ(r) is below 1: the loss
-        always is λ·(2 − σ(r)), and its gradient, −λ·σ(r)·(1 − σ(r)), fades for high and for low rewards.
     """
 
     def __init__(self, scale: float = 1.0, ceiling: float | None = None, sigmoid: bool = False) -> None:
@@ -78,22 +74,15 @@ class LateSample(NamedTuple):
 
 
 class ReFLModule(AlignmentModule):
-    r"""ReFL for latents: the graph covers the last sampling steps only, and a latent reward needs no VAE.
+    """ReFL for latents: the graph covers the last sampling steps only, and a latent reward needs no VAE.
 
     For each batch of prompts the sampler stops at a random late step. The reward scores the finished latents that are
     predicted at that step, and the gradient flows back through ``gradient_steps`` steps. A latent reward noises the
-    latents to ``reward_sigmas`` first: one level, or several for DiNa-LRM's ensemble (arXiv:2602.11146). A reward of
-    pixels decodes the latents, with gradient.
+    latents to ``reward_sigmas`` first; a reward of pixels decodes them, with gradient.
 
-    With ``scored: state`` the reward scores the state after the step instead, at the state's own noise level, as PRFL
-    (arXiv:2511.21541, algorithm 1) does. Then any step can be learned from, not only late ones.
-
-    The backward pass has two parts: first through the reward, then through the policy. The reward's activations are
-    freed in between. A reward may therefore be a second adapter on the policy's network, even with gradient
-    checkpointing: no block has to be recomputed while the wrong adapter is active.
-
-    A reward that is maximised this directly is soon exploited: use ``kl_weight`` or ``pretraining_weight``, and the
-    callback ``HackingMonitor``.
+    The backward pass goes first through the reward, then through the policy. A reward may therefore be a second adapter
+    on the policy's network: no checkpointed block is recomputed while the wrong adapter is active. A reward that is
+    maximised this directly is soon exploited: use ``kl_weight`` or ``pretraining_weight``, and ``HackingMonitor``.
 
     Args:
         policy: The generator.
@@ -108,23 +97,20 @@ class ReFLModule(AlignmentModule):
             ``scored: state``.
         loss: Loss as a function of the reward.
         kl_weight: Weight of the mean squared difference between the predictions of policy and reference, in the
-            last ``gradient_steps`` steps; 0 as in the papers. With 4 the mean utility does not fall in four times the
-            time on the tiny world, where scores of a prompt have a standard deviation of 0.1 to 0.35; scale it with
-            that. Each of these steps costs a forward pass of the reference. From the second on, each also costs a
-            backward pass through the reference, because its input depends on the policy.
+            last ``gradient_steps`` steps; 0 as in the papers. 4 suits rewards whose scores of a prompt have a standard
+            deviation of 0.1 to 0.35; scale it with that. Each of these steps costs a forward pass of the reference,
+            from the second on a backward pass too, because its input depends on the policy.
         pretraining_weight: Weight of the denoising error on images. Above 0, batches must hold images (see
             :class:`~latentreward.data.PromptsAndImages`); the chosen images of the pairs are used.
-        scored: ``clean``: predicted finished latents (ReFL). ``state``: the state after the last step with a graph
-            (PRFL); ``guidance_scale`` None then means none.
+        scored: ``clean``: predicted finished latents (ReFL). ``state``: the state after the last step with a graph, at
+            its own noise level (PRFL), so that any step can be learned from; ``guidance_scale`` None then means none.
         alternate_pretraining: Whether the denoising error has optimiser steps of its own, the second, fourth and so on
             (PRFL), instead of being added to the reward's loss.
-        options: See :class:`AlignmentModule`. ReFL's released code samples without guidance. The pre-training term
-            uses no classifier-free guidance; networks that take ``guidance_scale`` as an input (FLUX.1-dev) get it.
+        options: See :class:`AlignmentModule`. ReFL's released code samples without guidance.
 
     Note:
         ReFL's released code gives the network the step's index (30 to 39) as its timestep; here the network gets the
-        step's timestep. The paper's pre-training term is not in the released code. PRFL's released code takes steps of
-        UniPC, here they are those of ``sampling``.
+        step's timestep. PRFL's released code takes steps of UniPC, here they are those of ``sampling``.
     """
 
     def __init__(
@@ -221,16 +207,13 @@ class ReFLModule(AlignmentModule):
         return LateSample(latents, scored_at, torch.stack(drifts).mean(dim=0) if drifts else None, stop)
 
     def _drift(self, network: PromptedPolicy, latents: Tensor, timestep: float, output: Tensor) -> Tensor:
-        """Return the mean squared difference ``(B,)`` of the policy's ``output`` from the reference's, with gradient.
-
-        From the second step with a graph on, ``latents`` depend on the policy, and so does the reference's output for
-        ``latents``. The reference is differentiated here, with respect to its input: its activations are freed before
-        the next step, and gradient checkpointing recomputes its blocks while the adapter is still off.
-        """
+        """Return the mean squared difference ``(B,)`` of the policy's output from the reference's, with gradient."""
         if not latents.requires_grad:
             with torch.no_grad(), self.policy.reference():
                 reference = network(latents, timestep)
             return denoising_error(output, reference)
+        # From the second step on the reference's input depends on the policy. It is differentiated here, so that its
+        # activations are freed, and gradient checkpointing recomputes its blocks while the adapter is still off.
         leaf = latents.detach().requires_grad_()
         with self.policy.reference():
             reference = network(leaf, timestep)
@@ -248,10 +231,9 @@ class ReFLModule(AlignmentModule):
     def reward_term(
         self, prompts: PromptBatch, latents: Tensor, timestep: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the reward's loss, with a gradient to ``latents``, and the rewards ``(B,)``, detached.
+        """Return the reward's loss, with a gradient to ``latents`` ``(B, C, ...)``, and the rewards ``(B,)``, detached.
 
-        Latents are ``(B, C, ...)``, states at ``timestep``; None stands for finished latents, which a latent reward
-        noises itself.
+        ``timestep`` None stands for finished latents, which a latent reward noises itself.
         """
         rewards = []
 

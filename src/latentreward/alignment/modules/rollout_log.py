@@ -9,14 +9,10 @@ from latentreward.core.contracts import RolloutStatistics
 
 
 class RolloutLog(Callback):
-    """Callback of every alignment module: logs each rollout with the first batch that follows it.
-
-    Attributes:
-        part_means: Mean score of each reward of a mixture in the last rollout, before normalisation.
-    """
+    """Callback of every alignment module: logs each rollout with the first batch that follows it."""
 
     def __init__(self) -> None:
-        self.part_means: list[float] = []
+        self.part_means: list[float] = []  # mean score of each reward of a mixture, before normalisation
         self.began = self._seconds = 0.0
         self._times: dict[str, float] = {}
         self._seen: RolloutStatistics | tuple[()] | None = ()  # statistics that were logged; at first not even None
@@ -30,11 +26,8 @@ class RolloutLog(Callback):
         self.began, self._seconds = time.perf_counter(), 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Log the last rollout: time, speed, share of the run's time in rollouts, scores, mean gap, share of rows kept.
-
-        The progress line shows the mean score. At the first batch after a rollout, and in steps that are logged: each
-        value costs some kernels.
-        """
+        """Log the last rollout: time, speed, share of the run's time, scores, mean gap, share of rows kept."""
+        # At the first batch after a rollout, and in steps that are logged: each value costs some kernels.
         seen, self._seen = self._seen, pl_module.rollout_statistics
         if seen is self._seen and not trainer._logger_connector.should_update_logs:
             return

@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 class StepAwarePixelModule(RewardModule):
     """Module that trains SPO's scorer on a generator's predictions of noised images.
 
-    The latents of both images of a pair get the same timestep and the same noise. The generator predicts the clean
-    latents, the VAE decodes them, and the scorer compares the two decoded images. All weights of the scorer train, none
-    of the generator. The checkpoint serves as ``weights`` of a :class:`~latentreward.reward.StepAwareScorer` with the
-    same ``source``.
+    The generator predicts the clean latents, the VAE decodes them, and the scorer compares the two decoded images. All
+    weights of the scorer train, none of the generator. The checkpoint serves as ``weights`` of a
+    :class:`~latentreward.reward.StepAwareScorer` with the same ``source``.
 
     Args:
         generator: Generator that predicts the clean latents; its adapter stays switched off.
@@ -96,11 +95,7 @@ class StepAwarePixelModule(RewardModule):
 
     @torch.no_grad()
     def predict_pixels(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:
-        """Noise the images to ``timesteps`` ``(2B,)``, predict clean latents by the generator, and decode them.
-
-        Returns:
-            Pixels ``(2B, 3, H, W)``, about [-1, 1].
-        """
+        """Noise the images to ``timesteps`` ``(2B,)``, predict their clean latents, and decode: ``(2B, 3, H, W)``."""
         noisy = self.add_noise(encoded, timesteps)
         # SPO's scorer judges what the base model predicts, before any alignment.
         with self.generator.reference():

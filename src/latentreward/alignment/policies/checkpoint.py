@@ -16,31 +16,24 @@ from latentreward.diffusion import LoRA, is_foreign
 from latentreward.diffusion.backbones.tuning import check_settings, plain_name, stored_ranks
 from latentreward.reward.scoring.layouts.recipe import ONLY_IN_TRAINING
 
-SOURCE = "policy_source"
-"""Key of a checkpoint that holds the fields of a :class:`PolicySource` as plain values."""
-ADAPTER = f".{POLICY}."
-"""Part of a parameter's name that marks a weight of the trained adapter."""
-PREFIX = "policy."
-"""Prefix of the policy's weights in a checkpoint's ``state_dict``."""
+SOURCE = "policy_source"  # key of a checkpoint that holds the fields of a :class:`PolicySource` as plain values
+ADAPTER = f".{POLICY}."  # part of a parameter's name that marks a weight of the trained adapter
+PREFIX = "policy."  # of the policy's weights in a checkpoint's ``state_dict``
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
     """The trained adapter of an alignment run."""
 
-    weights: dict[str, Tensor]  # Tensors of the adapter by their parameter names in a :class:`Policy`
-    source: PolicySource  # Source of the base network, and settings of the adapter
-    # Sample of the base's weights, by which :func:`load_policy` recognises another base; None if the checkpoint
-    # holds none
-    base: dict[str, Any] | None
+    weights: dict[str, Tensor]  # by their parameter names in a :class:`Policy`
+    source: PolicySource  # of the base network, with the settings of the adapter
+    base: dict[str, Any] | None  # sample of the base's weights, by which another base is recognised
 
 
 def read_policy_adapter(checkpoint: Path | str, trusted: bool = False) -> SavedAdapter:
-    """Read the adapter from the checkpoint of any alignment module.
+    """Read the adapter from the checkpoint, one file or a folder of shards, of any alignment module.
 
-    Args:
-        checkpoint: One file or a folder of shards.
-        trusted: Whether the checkpoint may name a family outside this package, whose module would be imported.
+    If it is ``trusted``, it may name a family outside this package, whose module is imported.
     """
     content = read_checkpoint(Path(checkpoint))
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in content["state_dict"].items() if ADAPTER in name}
@@ -55,15 +48,11 @@ def read_policy_adapter(checkpoint: Path | str, trusted: bool = False) -> SavedA
     ranks = [len(tensor) if tensor.ndim else 0 for name, tensor in weights.items() if ".lora_A." in name]
     settings = {"r": source.lora.rank, "lora_alpha": source.lora.alpha, "target_modules": names}
     check_settings(settings, ranks, f"checkpoint: {checkpoint}: {SOURCE}.lora")
-    if not isinstance(source.family, str | None):
-        raise InputError(
-            f"checkpoint: {checkpoint} has family={source.family!r:.80}, which is no import path; get it again"
-        )
     # A family is code: loading a stranger's checkpoint must not import what it names.
-    if not trusted and is_foreign(source.family):
+    if not isinstance(source.family, str | None) or (not trusted and is_foreign(source.family)):
         raise InputError(
-            f"checkpoint: {checkpoint} names the family {source.family!r}, which would be imported; if you trust it, "
-            "give it yourself with its pipeline (generate: policy.source and policy.family; evaluate-policy: "
+            f"checkpoint: {checkpoint} names the family {source.family!r:.80}, which would be imported; if you trust "
+            "it, give it yourself with its pipeline (generate: policy.source and policy.family; evaluate-policy: "
             "policy.pipeline.source and policy.pipeline.family), or export --trust_remote_code=true"
         )
     return SavedAdapter(weights, source, content.get("base"))

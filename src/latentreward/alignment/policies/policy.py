@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -62,7 +62,7 @@ class Policy(nn.Module):
         self.text_encoder, self.vae = text_encoder, vae
         self.source_encoder = None if vae is None else family.source_encoder(vae)
         self.adapters = AdapterSwitch(network, POLICY)
-        self._gradient_seen = self._compared = False
+        self._compared = False
         self._uncond: tuple[Any, Conditioning] | None = None
         self._rows: dict[str, int] = {}
         self._remembered: tuple[Conditioning, Conditioning | None] | None = None
@@ -100,16 +100,12 @@ class Policy(nn.Module):
         Of a user's own family the first batch is compared by
         :func:`~latentreward.reward.scoring.apart.check_predictions`.
         """
-        users_family = not of_this_package(type(self.family).__module__)  # shipped families need no check
-        if users_family and not self._compared:
+        if not self._compared and not of_this_package(type(self.family).__module__):
             from latentreward.reward.scoring.apart import check_predictions  # only a family of one's own needs it
 
             self._compared = True
             check_predictions(self.family, self.network, latents, timesteps, conditioning, guidance)
-        first = users_family and torch.is_grad_enabled() and not self._gradient_seen
-        self._gradient_seen |= first
-        with warn_of_lost_gradient(self.family, self.network) if first else nullcontext():
-            return self.family.predict(self.network, latents, timesteps, conditioning, guidance)
+        return self.family.predict(self.network, latents, timesteps, conditioning, guidance)
 
     def predict_guided(
         self,
@@ -121,13 +117,8 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Predict with the family's guidance, in one forward pass: of B rows, or B for each of :attr:`Family.passes`.
 
-        Args:
-            latents: ``(B, C, ...)``.
-            timesteps: ``(B,)``.
-            conditioning: Encoded prompts, B rows.
-            uncond: The encoded empty prompt, one row, or B where it depends on a row's sources; not used without
-                classifier-free guidance.
-            guidance_scale: Scale as checked by :meth:`Family.guidance`; None for networks without guidance.
+        ``uncond`` is the encoded empty prompt, one row, or B where it depends on a row's sources; without
+        classifier-free guidance it is not used. ``guidance_scale`` is as :meth:`Family.guidance` returns it.
         """
         prompts = self.with_uncond(conditioning, uncond, guidance_scale)
         return self.predict_packed(latents, timesteps, prompts, guidance_scale)
@@ -163,10 +154,6 @@ class Policy(nn.Module):
         """Encode B prompts and the pictures that they edit without gradient, each distinct prompt once.
 
         ``sources`` and ``latents`` are as those of :meth:`DiffusionBackbone.encode_prompts`.
-
-        Raises:
-            InputError: If the policy has no text encoder, or the prompts edit pictures, which its network does not.
-            ImageError: If a picture cannot be read.
         """
         with torch.no_grad(), reading_pictures():
             return encode_edits(self.require_text_encoder(), prompts, self.source_encoder, sources, latents)
@@ -270,43 +257,12 @@ class Policy(nn.Module):
         return self.family.blocks(self.network)
 
 
-@contextmanager
-def warn_of_lost_gradient(family: Family, network: nn.Module) -> Iterator[None]:
-    """Warn of a user's own family whose network runs layers with weights without gradient inside the block.
-
-    diffusers' mixtures of experts do so in evaluation mode: the prediction is right, and its gradient is not.
-    """
-    found: list[str] = []
-
-    def look(name: str) -> None:
-        if not torch.is_grad_enabled():
-            found.append(name)
-
-    layers = [(name, layer) for name, layer in network.named_modules() if layer._parameters]
-    hooks = [layer.register_forward_pre_hook(lambda *_, name=name: look(name)) for name, layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if found:
-        warnings.warn(
-            f"{type(family).__name__}: {found[0]} and {len(found) - 1} more layers run without gradient while the "
-            "policy trains, so the gradient lacks their part; if they do so in evaluation mode alone, set "
-            "train_mode = True in the family",
-            stacklevel=2,
-        )
-
-
 class AdapterSwitch:
     """A switch that activates the peft adapters of a network and leaves ``requires_grad`` alone.
 
     peft's own switches (``set_adapter``, ``disable_adapters``) change ``requires_grad`` and take milliseconds. This
-    class sets only the two private fields of peft's layers that decide the forward pass.
-
-    Args:
-        network: Network with adapters. Call :meth:`refresh` after an adapter is added later.
-        default: Name of the adapter, or names of the adapters, active outside any :meth:`use`.
+    class sets only the two private fields of peft's layers that decide the forward pass. The ``default`` adapter, or
+    several, are active outside any :meth:`use`.
     """
 
     def __init__(self, network: nn.Module, default: str | Sequence[str]) -> None:
@@ -315,7 +271,7 @@ class AdapterSwitch:
         self.refresh()
 
     def refresh(self) -> None:
-        """Find the adapter layers again, and activate the default adapters."""
+        """Find the adapter layers again, as after one is added, and activate the default adapters."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self._layers = [module for module in self._network.modules() if isinstance(module, BaseTunerLayer)]
@@ -337,11 +293,8 @@ class AdapterSwitch:
 
         With gradient checkpointing, call ``backward`` inside the context: checkpointed blocks are computed again with
         the adapter that is active at that time.
-
-        Raises:
-            ValueError: If no layer has an adapter ``name``; peft would silently run the network without adapters.
         """
-        if name is not None and name not in self._names:
+        if name is not None and name not in self._names:  # peft would silently run the network without adapters
             raise ValueError(
                 f"the network has no adapter {name!r}, only {sorted(self._names)}; call refresh() after adding"
             )
@@ -357,13 +310,10 @@ class AdapterSwitch:
 
 
 def add_frozen_adapter(network: nn.Module, config: Any, name: str) -> dict[str, nn.Parameter]:
-    """Add an adapter to a network whose other adapters stay as they are, active or not, trainable or not.
+    """Add an adapter to a network whose other adapters stay as they are, and return its parameters by their names.
 
-    Call :meth:`AdapterSwitch.refresh` afterwards.
-
-    Returns:
-        The new adapter's parameters by their names in ``network``, frozen, with peft's initial values, in the types of
-        the layers' weights.
+    They are frozen, of peft's initial values and the types of the layers' weights. Call :meth:`AdapterSwitch.refresh`
+    afterwards.
     """
     from peft import inject_adapter_in_model
 

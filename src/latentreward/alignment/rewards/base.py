@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Reward(nn.Module, Part):
     """A loaded, frozen reward that scores sampling states; a higher score is better.
 
-    A reward must not register modules of the policy as its own submodules.
+    It must not register modules of the policy as its own submodules.
 
     Attributes:
         needs_clean: Whether the reward needs :attr:`NoisyStates.clean`, the policy's prediction of the clean latents.
@@ -56,50 +56,30 @@ class Reward(nn.Module, Part):
 
     @abstractmethod
     def score(self, states: NoisyStates, encoded: Any) -> Tensor:
-        """Score N states.
-
-        Args:
-            states: N states; ``states.rows`` holds the index of each state's prompt in ``encoded``.
-            encoded: Result of :meth:`encode_prompts`.
-
-        Returns:
-            Scores ``(N,)``, float32.
-        """
+        """Score N states: ``(N,)``, float32; ``states.rows`` are the indices of their prompts in ``encoded``."""
 
     @returns(
         lambda found, reward, latents, *given: (
             wrong_tensor(found, (len(latents),)) or ((reward.differentiable or None) and detached(found, latents))
         ),
-        keeps=True,
     )
     def score_clean(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Tensor:
-        """Score finished latents.
+        """Score finished latents ``(N, C, ...)``, clean and scaled: ``(N,)``, float32.
 
-        Args:
-            latents: ``(N, C, ...)`` clean and scaled; scores of a differentiable reward carry a gradient to them.
-            rows: ``(N,)`` int64 index of each latent's prompt in ``encoded``.
-            encoded: Result of :meth:`encode_prompts`.
-            noise: ``(N, C, ...)`` standard normal noise that a latent reward adds to ``latents`` before it scores;
-                rewards on pixels ignore it.
-            sigmas: Noise levels in [0, 1] of the reward model's noise process; several give one ensemble score. Rewards
-                on pixels ignore them.
-
-        Returns:
-            Scores ``(N,)``, float32.
+        A latent reward adds standard normal ``noise`` ``(N, C, ...)`` at each of the levels ``sigmas`` in [0, 1] before
+        it scores, and several give one ensemble score; rewards on pixels ignore both.
         """
         return self(NoisyStates(latents, torch.zeros(len(latents), device=latents.device), rows, latents), encoded)
 
     def begin_parts(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Callable[[], Tensor]:
-        """Begin to score finished latents, and return a function that waits for the scores.
+        """Begin to score as :meth:`score_clean`, and return a function that waits for scores ``(N, R)``.
 
-        These are ``(N, R)``, those of each reward of a mixture, not weighted; arguments are as of :meth:`score_clean`.
-
-        Only a reward with :attr:`answers_later` works in the meantime. The functions are to be called in the order of
-        the calls of this method.
+        They are those of each reward of a mixture, not weighted. Only a reward with :attr:`answers_later` works in the
+        meantime. The functions are to be called in the order of the calls of this method.
         """
         parts = self.score_clean(latents, rows, encoded, noise, sigmas)[:, None]
         return lambda: parts
@@ -109,17 +89,13 @@ class Reward(nn.Module, Part):
         return parts[:, 0]
 
     def mix_apart(self, parts: Tensor, spread: Tensor) -> Tensor:
-        """Compute scores ``(N,)`` from parts of states of different prompts, which are compared with another time's.
-
-        ``spread`` ``(R,)`` is the standard deviation of each part; only a mixture that normalises divides by it.
-        """
+        """Compute scores ``(N,)`` of different prompts; a mixture that normalises divides by ``spread`` ``(R,)``."""
         return self.mix(parts, torch.arange(len(parts)))
 
     def set_precision(self, dtype: torch.dtype) -> None:
-        """Set the type in which frozen weights are stored and multiplied; scores stay float32.
+        """Set the type in which frozen weights are stored and multiplied, before they are moved; scores stay float32.
 
-        Alignment calls this with ``torch.bfloat16`` under ``trainer.precision: bf16-mixed``, before the reward is moved
-        to its device. By default nothing happens: the trainer's autocast decides.
+        By default nothing happens: the trainer's autocast decides.
         """
 
     def forward(self, states: NoisyStates, encoded: Any) -> Tensor:
@@ -129,11 +105,7 @@ class Reward(nn.Module, Part):
         return self.checked(scores, states.timesteps, states.latents)
 
     def checked(self, scores: Tensor, timesteps: Tensor, latents: Tensor) -> Tensor:
-        """Check ``scores`` and return them in float32.
-
-        What was scored, ``latents`` ``(N, C, ...)`` at ``timesteps`` ``(N,)``, tells the cause of a score that is not
-        finite.
-        """
+        """Check ``scores`` of ``latents`` ``(N, C, ...)`` at ``timesteps`` ``(N,)``, and return them in float32."""
         count, name = len(timesteps), self.name or type(self).__name__
         if not isinstance(scores, Tensor) or scores.shape != (count,):
             raise InputError(
@@ -213,14 +185,14 @@ class RewardSource(Part):
         self.require_gradient("reward_guidance")
 
     def require_alone(self, reason: str) -> None:
-        """Raise InputError, before any weight is loaded, if a score depends on others; ``reason`` begins the line."""
+        """Raise InputError if a score depends on others; ``reason`` begins the line."""
         if not self.judges_alone():
             raise InputError(
                 f"{reason}, and {type(self).__name__} normalises scores within a prompt; set normalise: none or running"
             )
 
     def require_gradient(self, field: str) -> None:
-        """Raise InputError, before any weight is loaded, if scores lack the gradient that ``field`` needs."""
+        """Raise InputError if scores lack the gradient that ``field`` needs."""
         if not self.has_gradient():
             raise InputError(
                 f"{field} needs the gradient of the reward, and {type(self).__name__} has none with these settings; "
@@ -228,7 +200,7 @@ class RewardSource(Part):
             )
 
     def require_step_scores(self, field: str) -> None:
-        """Raise InputError, before any weight is loaded, if ``field`` is set and the reward scores no noisy states."""
+        """Raise InputError if ``field`` is set and the reward scores no noisy states."""
         if not self.scores_states():
             raise InputError(
                 f"{field} needs the score of a noisy state, which {type(self).__name__} does not give, because it "
@@ -259,11 +231,7 @@ def check_sigmas(sigmas: Sequence[float], field: str = "reward_sigmas") -> None:
 def score_states(
     reward: Reward, encoded: Any, latents: Tensor, rows: Tensor, timestep: float, clean: Tensor | None = None
 ) -> Tensor:
-    """Score states that are all at one timestep: ``(N,)``, float32.
-
-    States are ``(N, C, ...)`` at ``timestep`` of the policy; ``rows`` ``(N,)`` are the indices of their prompts in
-    ``encoded``; rewards with ``needs_clean`` get the predicted ``clean`` latents.
-    """
+    """Score states ``(N, C, ...)`` that are all at one timestep of the policy: ``(N,)``; see :meth:`Reward.score`."""
     timesteps = torch.full((len(latents),), timestep, device=latents.device)
     scores: Tensor = reward(NoisyStates(latents, timesteps, rows.to(latents.device), clean), encoded)
     return scores
@@ -273,9 +241,9 @@ def score_states(
 def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]) -> Tensor:
     """Score finished latents: ``(N,)``, float32.
 
-    A reward that scores noisy latents adds noise at the levels ``sigmas``. All samples of a prompt share that noise,
-    so that their scores differ only because of the samples. Latents are ``(N, C, ...)``, first the N / P samples of
-    the first of P prompts. ``seed`` is that of the noise.
+    A reward that scores noisy latents adds noise of ``seed`` at the levels ``sigmas``. All samples of a prompt share
+    that noise, so that their scores differ only because of the samples. Latents are ``(N, C, ...)``, first the N / P
+    samples of the first of P prompts.
     """
     return reward.score_clean(*_scoring_inputs(reward, latents, prompts, seed), sigmas).float()
 
@@ -284,11 +252,7 @@ def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: 
 def begin_finished(
     reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]
 ) -> Callable[[], Tensor]:
-    """Begin to score finished latents by each reward of a mixture; see :func:`score_finished`.
-
-    Returns:
-        Function that waits for the scores ``(N, R)``, float32; see :meth:`Reward.begin_parts`.
-    """
+    """Begin to score finished latents by each reward of a mixture; see :meth:`Reward.begin_parts`."""
     begun = reward.begin_parts(*_scoring_inputs(reward, latents, prompts, seed), sigmas)
     return phase("reward")(lambda: begun().float())
 

@@ -9,28 +9,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentreward.alignment.rewards.base import Reward, RewardSource, check_edits
+from latentreward.alignment.rewards.base import Reward, RewardSource
 from latentreward.alignment.rewards.pixel import DecodingReward
 from latentreward.core.contracts import Conditioning, LatentSpace, NoisyStates
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.core.promises import check_needs
 from latentreward.core.reports.drawing import to_image
 from latentreward.core.storage.digests import digest
-from latentreward.diffusion.encoders.vae import edit_of_grey
-from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedImages, ServedLatents
+from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedLatents
 from latentreward.reward.remote.client import (
     Connection,
-    LatentRow,
     PendingScores,
     RemoteImages,
     RemoteLatents,
-    describe,
+    described,
     raise_together,
 )
 from latentreward.reward.remote.schemas import ServedReward
 
 if TYPE_CHECKING:
-    from latentreward.alignment.policies.loading import PolicySource
     from latentreward.alignment.policies.policy import Policy
 
 
@@ -46,7 +43,7 @@ class HTTPReward(RewardSource):
     waited for at each step.
 
     Args:
-        server: Address, limits, token, and what happens when the server fails.
+        server: Address, limits, token, and how long to try when the server fails.
         schema: Form of requests and replies; None is :class:`~latentreward.reward.PlainJSON`.
         batch_size: Pictures or latents of a request.
         decode_batch_size: Latents that the VAE decodes at once.
@@ -57,7 +54,7 @@ class HTTPReward(RewardSource):
             reward:
               class_path: HTTPReward
               init_args:
-                server: {url: "http://judge:8080", token_env: JUDGE_TOKEN, on_outage: wait, wait_s: 14400}
+                server: {url: "http://judge:8080", token_env: JUDGE_TOKEN, retry_s: 14400}
                 schema: {class_path: UniRL, init_args: {reward: hpsv3}}
     """
 
@@ -67,10 +64,8 @@ class HTTPReward(RewardSource):
         check_at_least_one("reward.", batch_size=batch_size, decode_batch_size=decode_batch_size)
         self.server, self.schema = server, schema or PlainJSON()
         if not isinstance(self.schema, ImageSchema | ServedLatents):
-            raise InputError(
-                f"reward.schema: {type(schema).__name__} is neither an ImageSchema nor ServedLatents; derive it from "
-                "ImageSchema"
-            )
+            kind = type(schema).__name__
+            raise InputError(f"reward.schema: {kind} is no form of pictures or latents; derive it from ImageSchema")
         check_needs(self.schema)
         self.batch_size, self.decode_batch_size = batch_size, decode_batch_size
 
@@ -80,63 +75,25 @@ class HTTPReward(RewardSource):
         return isinstance(self.schema, ServedLatents)
 
     def has_gradient(self) -> bool:
-        """Return False."""
         return False
 
-    def served(self, taken: tuple[int, int | None] | None = None) -> ServedReward | None:
-        """Ask ``latentreward serve`` what its reward takes, and compare the edits that a policy makes; None of others.
-
-        Raises:
-            InputError: If the reward does not judge edits of as many pictures, or ``batch_size`` is over its limit.
-        """
-        if not isinstance(self.schema, ServedImages | ServedLatents):
-            return None
-        served, name = describe(Connection(self.server), self.schema), f"reward server {self.server.url}"
-        if taken is not None:
-            check_edits(name, served.sources, taken)
-        if self.batch_size > (served.max_rows or self.batch_size):
-            most = f"{served.max_rows}, the most rows that the {name} takes in a request"
-            raise InputError(f"reward.batch_size={self.batch_size} is over {most}")
-        return served
+    def served(self) -> ServedReward | None:
+        """Ask ``latentreward serve`` what its reward of latents takes; None for pictures, of which it tells itself."""
+        connection = Connection(self.server)
+        return connection.result(connection.start(described, connection, self.schema)) if self.uses_sigmas else None
 
     def latent_space(self) -> LatentSpace | None:
         """Ask the server for the latent space of its model; None for pictures, which the policy's own VAE decodes."""
-        served = self.served() if self.uses_sigmas else None
+        served = self.served()
         return None if served is None else LatentSpace.from_record(served.latent_space)
-
-    def require_latents_of(self, policy: PolicySource) -> None:
-        """See :meth:`RewardSource.require_latents_of`; asks ``latentreward serve`` whether its reward judges edits."""
-        super().require_latents_of(policy)
-        if isinstance(self.schema, ServedImages | ServedLatents):
-            self.served(policy.resolve_family().sources)
 
     def scores_states(self) -> bool:
         """Return False: what is sent is a prediction of the clean latents, or its picture."""
         return False
 
     def load(self, policy: Policy) -> RemoteReward:
-        """See :meth:`RewardSource.load`.
-
-        Raises:
-            InputError: If the policy has no VAE to make pictures with, its text encoders do not fit the server, one of
-                the two edits pictures and the other knows none, or ``batch_size`` is over the limit of
-                ``latentreward serve``.
-        """
-        served = self.served(policy.family.sources)
-        if isinstance(self.schema, ImageSchema):
-            return RemoteImageReward(self, policy)
-        assert served is not None
-        with torch.no_grad():
-            encoded = policy.require_text_encoder()([edit_of_grey() if policy.family.sources[0] else ""])
-        pooled = encoded.pooled_prompt_embeds
-        ours = encoded.prompt_embeds.shape[-1], None if pooled is None else pooled.shape[-1]
-        theirs = served.prompt_embeds_width, served.pooled_prompt_embeds_width
-        if ours[0] != theirs[0] or (ours[1] != theirs[1] and theirs[1] is not None and not served.pools_tokens):
-            raise InputError(
-                f"reward server {self.server.url} takes prompts embedded in widths {theirs}, but the policy's text "
-                f"encoders give {ours}; take schema: ServedImages, for which the server encodes prompts"
-            )
-        return RemoteLatentReward(self, self.schema, policy, served)
+        served = self.served()
+        return RemoteImageReward(self, policy) if served is None else RemoteLatentReward(self, policy, served)
 
 
 class RemoteReward(Reward):
@@ -145,10 +102,8 @@ class RemoteReward(Reward):
     Attributes:
         agree: Function that tells whether all ranks got their scores, from whether this one did; set while all ranks
             ask equally often.
-        source: Settings.
     """
 
-    source: HTTPReward
     needs_clean = True
     answers_later = True
     agree: Callable[[bool], bool] = bool  # of a process that asks without others
@@ -160,7 +115,6 @@ class RemoteReward(Reward):
         """Ask for the scores of clean latents ``(N, C, ...)``; the score is the mean of those that come."""
 
     def score(self, states: NoisyStates, encoded: Any) -> Tensor:
-        """See :meth:`Reward.score`; scores ``states.clean``."""
         return self._finish(self.begin(states.clean, states.rows, encoded, ()), states.latents)
 
     def score_clean(
@@ -193,11 +147,9 @@ class RemoteImageReward(RemoteReward, DecodingReward):
 
     def __init__(self, source: HTTPReward, policy: Policy) -> None:
         super().__init__(policy, source.decode_batch_size)
-        self.source = source
-        self._images: RemoteImages | None = None
+        self.images = RemoteImages(source.server, source.schema, source.batch_size)
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[str, ...]:
-        """Return the prompts unchanged."""
         return tuple(prompts)
 
     @torch.no_grad()
@@ -205,11 +157,9 @@ class RemoteImageReward(RemoteReward, DecodingReward):
         self, clean: Tensor | None, rows: Tensor, encoded: tuple[str, ...], sigmas: Sequence[float]
     ) -> Sequence[PendingScores]:
         """See :meth:`RemoteReward.begin`; pictures have no noise levels."""
-        if self._images is None:  # not earlier: it has locks, which cannot be copied to another process
-            self._images = RemoteImages(self.source.server, self.source.schema, self.source.batch_size)
         states = NoisyStates(clean, torch.zeros(len(rows)), rows, clean)
         images = [image for pixels in self.decode(states) for image in map(to_image, pixels)]
-        return [self._images.begin([encoded[row] for row in rows.tolist()], images)]
+        return [self.images.begin([encoded[row] for row in rows.tolist()], images)]
 
 
 SentPrompts = tuple[tuple[str, ...], tuple[Conditioning, ...]]
@@ -222,24 +172,19 @@ def seed_of(text: str) -> int:
 
 
 class RemoteLatentReward(RemoteReward):
-    """A reward that sends clean latents to ``latentreward serve``.
+    """A reward that sends clean latents to ``latentreward serve``, with prompts that the policy's text encoders embed.
 
-    Args:
-        source: Settings.
-        schema: Form of requests and replies.
-        policy: The policy, whose text encoders embed the prompts.
-        served: The served reward, as the server described it before the run.
+    ``served`` is what the server said of its reward before the run.
     """
 
-    def __init__(self, source: HTTPReward, schema: ServedLatents, policy: Policy, served: ServedReward) -> None:
+    def __init__(self, source: HTTPReward, policy: Policy, served: ServedReward | None) -> None:
         super().__init__()
-        self.source, self.schema, self.served = source, schema, served
+        self.sigma = source.schema.sigma
+        self.latents = RemoteLatents(source.server, source.schema, source.batch_size, served)
         self.__dict__["policy"] = policy  # not as a submodule: the LightningModule registers the policy already
-        self._latents: RemoteLatents | None = None
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> SentPrompts:
-        """Embed the prompts with the policy's text encoders."""
         encoded = self.policy.encode_prompts(prompts).to("cpu", torch.float32)
         return tuple(prompts), tuple(encoded.select([row]).trimmed() for row in range(len(prompts)))
 
@@ -249,14 +194,7 @@ class RemoteLatentReward(RemoteReward):
         """See :meth:`RemoteReward.begin`; asks for each of ``sigmas``, or for the schema's."""
         if clean is None:
             raise InputError("a reward on a server needs the policy's prediction of the clean latents, and got none")
-        if self._latents is None:  # not earlier: it has locks, which cannot be copied to another process
-            self._latents = RemoteLatents(self.source.server, self.schema, self.source.batch_size, self.served)
         texts, prompts = ([column[row] for row in rows.tolist()] for column in encoded)
-        seeds = [*map(seed_of, texts)]
-        latents = clean.detach().to("cpu", torch.float32).contiguous()
-        pending = []
-        for sigma in sigmas or (self.schema.sigma,):
-            given = zip(latents, prompts, seeds, strict=True)
-            sent = [LatentRow(state, prompt, float(sigma), seed) for state, prompt, seed in given]
-            pending.append(self._latents.begin(sent, texts))
-        return pending
+        given = [*zip(clean.detach().to("cpu", torch.float32).contiguous(), prompts, map(seed_of, texts), strict=True)]
+        levels = [float(sigma) for sigma in sigmas or (self.sigma,)]
+        return [self.latents.begin([(x, prompt, level, seed) for x, prompt, seed in given], texts) for level in levels]

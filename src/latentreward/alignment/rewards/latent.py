@@ -15,7 +15,6 @@ from latentreward.alignment.rewards.base import Reward, RewardSource, check_edit
 from latentreward.alignment.rewards.shared_base import share_adapter, shares_network, shares_text
 from latentreward.core.contracts import Conditioning, LatentSpace, NoisyStates, PathText, TensorRecord, check_sources
 from latentreward.core.errors import InputError, check_at_least_one
-from latentreward.core.storage.weight_files import processes_here, sharing_between
 from latentreward.diffusion import DDPM, FlowMatching, NoiseProcess
 from latentreward.diffusion.backbones.loading import PipelineSource
 from latentreward.diffusion.backbones.weights import Reading, read_weights, reading_later
@@ -35,15 +34,8 @@ def surrogate(latents: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
 
     Gradient checkpointing computes blocks again in the backward pass, with the adapter that is active at that time.
     Therefore this function back-propagates through the reward itself; call it under ``policy.adapters.use("reward")``.
-    The scalar that it returns carries d mean / d latents into the policy's graph. Call ``backward`` on that scalar
-    later, when the policy's adapter is active again.
-
-    Args:
-        latents: ``(N, C, ...)`` with the policy's graph.
-        score: Differentiable function of latents that returns scores of any shape.
-
-    Returns:
-        Scalar float32. Its gradient flows into ``latents`` only, not into weights or other inputs of ``score``.
+    The scalar float32 that it returns carries d mean / d latents into the graph of ``latents`` ``(N, C, ...)``.
+    Call ``backward`` on it later, when the policy's adapter is active again.
     """
     leaf = latents.detach().requires_grad_()
     with torch.enable_grad():
@@ -66,15 +58,6 @@ def same_levels(first: NoiseProcess, second: NoiseProcess) -> bool:
     )
 
 
-def describe_conversion(source: NoiseProcess, target: NoiseProcess) -> str | None:
-    """Describe in one line what :func:`convert_states` does; None if the processes are the same."""
-    if same_levels(source, target):
-        return None
-    names = type(source).__name__, type(target).__name__
-    other = " of other noise levels" if names[0] == names[1] else ""
-    return f"states of the policy's {names[0]} are rescaled to its {names[1]}{other}, at equal signal-to-noise ratio"
-
-
 def signal_and_noise(process: NoiseProcess, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """Return the factors a and s of ``x_t = a·x_0 + s·ε`` at ``timesteps`` ``(N,)``, float32.
 
@@ -92,17 +75,13 @@ def signal_and_noise(process: NoiseProcess, timesteps: Tensor) -> tuple[Tensor, 
 def convert_states(
     latents: Tensor, timesteps: Tensor, source: NoiseProcess, target: NoiseProcess
 ) -> tuple[Tensor, Tensor]:
-    """Rescale states of ``source`` to states of ``target`` with the same signal-to-noise ratio.
+    """Rescale states of ``source`` to states of ``target`` with the same signal-to-noise ratio, as far as they differ.
 
     Flow matching has a + s = 1, variance-preserving diffusion a² + s² = 1. A diffusion state x becomes the
     flow-matching state ``x / (√ᾱ + √(1 − ᾱ))`` at ``σ = √(1 − ᾱ) / (√ᾱ + √(1 − ᾱ))``. A flow-matching state x becomes
     the diffusion state ``x / √((1 − σ)² + σ²)`` at ``√(1 − ᾱ) = σ / √((1 − σ)² + σ²)``. The result is the state that
     ``target`` makes of the same clean latents and noise, except that its timestep is rounded to the table of
-    ``target``. States ``(N, C, ...)`` are at ``timesteps`` ``(N,)`` of ``source``.
-
-    Returns:
-        Rescaled states, with their graph, and the nearest timesteps in the table of ``target``. Both are returned
-        unchanged if the processes are the same.
+    ``target``. States ``(N, C, ...)``, which keep their graph, are at ``timesteps`` ``(N,)`` of ``source``.
     """
     if same_levels(source, target):
         return latents, timesteps
@@ -136,14 +115,9 @@ class LatentScorer(Reward):
     reasons: the activations of only one batch are held in memory, and a network shared with the policy has the reward's
     adapter active during the reward's backward pass and the policy's adapter during the policy's.
 
-    Args:
-        model: Reward model.
-        noise_process: Forward process that the states belong to; states are converted if the model's process differs.
-        batch_size: States per forward pass; None takes all at once.
-        policy: The policy. Modules that ``model`` shares with the policy are not registered as submodules here.
-        switch: Function that returns the context in which a shared network has the reward's adapter active.
-        unread: Weights of ``model`` by id that are mapped, but not read yet. Until :meth:`set_precision`,
-            :meth:`read_weights` or the first use of :attr:`model` they have the files' types.
+    States are those of ``noise_process``, and converted if the model's differs. ``switch`` gives the context in which a
+    network that is shared with the ``policy`` has the reward's adapter active. Weights that are ``unread``, by id, are
+    mapped and of the files' types until :meth:`set_precision`, :meth:`read_weights` or the first use of :attr:`model`.
     """
 
     differentiable = True
@@ -162,7 +136,6 @@ class LatentScorer(Reward):
         super().__init__()
         kept = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._unread = [reading for key, reading in (unread or {}).items() if key in kept]
-        self._processes = processes_here()
         self._model = (model,)  # a tuple, so that a shared network is not registered twice
         foreign = set() if policy is None else {*policy.children()}
         self._owned = nn.ModuleDict({"head": model.head})
@@ -184,11 +157,10 @@ class LatentScorer(Reward):
     def read_weights(self, halved: Container[int] = ()) -> None:
         """Read the weights that are still unread, those with ids in ``halved`` as bfloat16."""
         if self._unread:
-            with sharing_between(self._processes):
-                read_weights(
-                    reading._replace(wanted=torch.bfloat16) if id(reading.tensor) in halved else reading
-                    for reading in self._unread
-                )
+            read_weights(
+                reading._replace(wanted=torch.bfloat16) if id(reading.tensor) in halved else reading
+                for reading in self._unread
+            )
             self._unread = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentScorer:
@@ -281,11 +253,10 @@ class LatentScorer(Reward):
         return process.sigma(process.timesteps_at(torch.tensor([sigma]))).item()
 
     def _by_rows(self, latents: Tensor, read: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """Score ``latents`` in batches, with a gradient to ``latents`` if they require one.
+        """Score ``latents`` in batches by ``read``, which gets some rows and their slice, with a gradient if required.
 
         The score of a row depends on that row alone. Therefore the gradient of the sum of all scores holds in each row
-        the gradient of this row's score. ``read`` scores the latents of some rows, and gets the slice of these rows
-        too.
+        the gradient of this row's score.
         """
         wanted = torch.is_grad_enabled() and latents.requires_grad
         size = self.batch_size or max(len(latents), 1)
@@ -367,10 +338,12 @@ class LatentReward(RewardSource):
         model.backbone.sources = stored.sources(model.backbone)
         check_edits(f"reward {self.path}", model.backbone.sources, policy.family.sources)
         model.backbone.source_encoder = policy.source_encoder  # both have one latent space; the policy knows the size
-        if conversion := describe_conversion(policy.noise_process, model.backbone.noise_process):
+        if not same_levels(policy.noise_process, model.backbone.noise_process):
             from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
 
-            rank_zero_info(f"reward {self.path}: {conversion}")
+            ours, its = (type(one.noise_process).__name__ for one in (policy, model.backbone))
+            told = f"states of the policy's {ours} are rescaled to its {its}, at equal signal-to-noise ratio"
+            rank_zero_info(f"reward {self.path}: {told}")
         scorer = LatentScorer(model, policy.noise_process, self.batch_size, policy, switch, unread)
         scorer.origin = f"reward {self.path}"
         return scorer

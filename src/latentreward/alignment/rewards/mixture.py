@@ -32,11 +32,7 @@ class RewardMixture(RewardSource):
             of a prompt in one call, that is, over the candidates to compare; a prompt with a single state is refused.
             ``running`` uses mean and standard deviation of all scores that a reward has given so far on this process;
             checkpoints hold the values of rank 0. ``none`` adds the raw scores. No gradient flows into means and
-            standard deviations.
-
-    Note:
-        Under ``group`` and ``running`` the unit of scores is a standard deviation. A threshold of pair selection that
-        was tuned to the raw scores of one reward must be tuned again.
+            standard deviations. Where they are 1, a threshold of pair selection must be tuned anew.
 
     Example:
         .. code-block:: yaml
@@ -63,17 +59,14 @@ class RewardMixture(RewardSource):
 
     @property
     def parts(self) -> int:  # type: ignore[override]  # no attribute: recorded settings hold those
-        """Number of rewards."""
         return len(self.rewards)
 
     @property
     def part_weights(self) -> Sequence[float]:  # type: ignore[override]
-        """Weights of the rewards."""
         return self.weights
 
     @property
     def uses_sigmas(self) -> bool:  # type: ignore[override]
-        """Whether one of the rewards scores finished latents at noise levels."""
         return any(reward.uses_sigmas for reward in self.rewards)
 
     def latent_space(self) -> LatentSpace | None:
@@ -182,12 +175,9 @@ class MixedReward(Reward):
 
 
 def standardise(scores: Tensor, groups: Tensor) -> Tensor:
-    """Shift and scale scores to mean 0 and standard deviation 1 within each group.
+    """Shift and scale scores ``(N,)`` to mean 0 and standard deviation 1 in each of ``groups`` ``(N,)``, int64.
 
-    ``groups`` ``(N,)`` int64 are the numbers of the groups of scores ``(N,)``.
-
-    Returns:
-        ``(N,)``; no gradient flows into means and standard deviations.
+    No gradient flows into means and standard deviations.
     """
     _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
     if sizes.min() < 2:

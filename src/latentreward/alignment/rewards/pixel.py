@@ -56,12 +56,7 @@ class PixelReward(RewardSource):
 
 
 class DecodingReward(Reward):
-    """Base class of loaded rewards that decode the predicted clean latents x̂_0 with the policy's VAE.
-
-    Args:
-        policy: The policy.
-        decode_batch_size: See :class:`PixelReward`.
-    """
+    """Base class of loaded rewards that decode the predicted clean latents x̂_0 with the policy's VAE."""
 
     needs_clean = True
 
@@ -90,10 +85,7 @@ class DecodingReward(Reward):
 
 
 class StepAwareReward(DecodingReward):
-    """A reward that scores x̂_0 with SPO's step-aware preference model (arXiv:2406.04314), frozen.
-
-    The model runs outside autocast, in the dtype of its weights.
-    """
+    """A reward that scores x̂_0 with SPO's step-aware model (arXiv:2406.04314), outside autocast in its own dtype."""
 
     differentiable = True
 
@@ -122,7 +114,6 @@ class ImageReward(DecodingReward):
         self.scorer, self._prepared = scorer, False
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[str, ...]:
-        """Load the scorer at the first call, and return the prompts unchanged."""
         if not self._prepared:  # not earlier: only now is each rank on its own device
             self.scorer.prepare()
             self._prepared = True

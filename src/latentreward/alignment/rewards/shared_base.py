@@ -52,10 +52,9 @@ def shares_text(stored: StoredReward, policy: Policy) -> bool:
 def same_frozen(
     stored: StoredReward, part: str, theirs: nn.Module, ours: nn.Module, source: str, adapters: bool = True
 ) -> bool:
-    """Tell whether the reward was trained on frozen weights equal to the policy's, for one part of the model.
+    """Tell whether a part of the reward, ``theirs`` on the meta device, was trained on the frozen weights of ``ours``.
 
-    The reward's part ``theirs`` is on the meta device, so without values, and may have trained ``adapters``. Samples of
-    its frozen weights are recorded in the ``stored`` reward.
+    Samples of its frozen weights are recorded in the ``stored`` reward; it may have trained ``adapters``.
     """
     if any(p.requires_grad and not (adapters and ".lora_" in name) for name, p in theirs.named_parameters()):
         return False
@@ -73,14 +72,11 @@ def public(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def share_adapter(policy: Policy, network: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
-    """Add the adapter of a reward, frozen, to the policy's network.
+    """Add the adapter of a reward, frozen, to the policy's network; return its name there, or None if there is none.
 
     The set of trainable parameters and the active adapter do not change. The new weights are left out of the policy's
-    ``state_dict()``, and loading a state dict does not report them as missing. The reward's ``network`` may be on the
-    meta device; ``weights`` are by their names in it.
-
-    Returns:
-        Name of the adapter in the policy's network; None if ``network`` has no adapter.
+    ``state_dict()``, and loading one does not miss them. The reward's ``network`` may be on the meta device, and
+    ``weights`` are by their names in it.
     """
     from peft.tuners.lora import LoraLayer
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def unchanged_region_change(latents: Tensor, sources: Tensor, share: float = 0.5) -> Tensor:
-    """Compute how much the least changed region of edits differs from the pictures that were edited.
+    """Compute how much the least changed region of edits differs from the pictures that were edited: ``(N,)`` float32.
 
     An edit of part of a picture leaves other places alone; where everything moves, the edit did more than it was asked
     to. At each place the change is the mean square of the difference over channels. The measure is the root mean of
@@ -24,13 +24,7 @@ def unchanged_region_change(latents: Tensor, sources: Tensor, share: float = 0.5
     variance of about 1, so that two unrelated pictures are about 1 apart. An instruction that changes all places, such
     as one for the style, has a large value by right: compare results of one prompt.
 
-    Args:
-        latents: ``(N, C, ...)`` clean latents of the results; the measure is differentiable in them.
-        sources: ``(N, C, ...)`` clean latents of the pictures that were edited, in the same size.
-        share: Share of the places that an edit may be expected to leave alone, in (0, 1].
-
-    Returns:
-        ``(N,)`` float32, at least 0, in units of the latents.
+    Results ``latents``, in which the measure is differentiable, and ``sources`` are clean latents ``(N, C, ...)``.
     """
     if latents.shape != sources.shape:
         raise InputError(

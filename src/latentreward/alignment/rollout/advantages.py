@@ -40,18 +40,9 @@ class Advantage(Part):
     @returns(
         tensor(lambda rule, rewards, *given: rewards.shape[:1] if rule.takes_parts else rewards.shape),
         each=True,
-        keeps=True,
     )
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """Compute advantages.
-
-        Args:
-            rewards: ``(N,)`` or ``(N, T)``, one row per sample, in any order.
-            groups: ``(N,)`` int64: index of the prompt of each sample.
-
-        Returns:
-            Advantages, float32.
-        """
+        """Compute advantages, float32, of rewards ``(N,)`` or ``(N, T)`` of samples of the prompts ``groups`` (N,)."""
 
 
 class GroupAdvantage(Advantage):
@@ -110,9 +101,8 @@ class GDPO(Advantage):
     """Advantage of several rewards (GDPO, arXiv:2601.05242): each is normalised in its group before they are added.
 
     The weighted sum of the group-relative advantages is then brought to mean 0 and standard deviation 1 over the
-    rollout. A reward with a large spread does not drown the others, as it does in a sum of rewards. A
-    :class:`~latentreward.alignment.RewardMixture` gives its rewards one by one; its ``normalise`` has no effect on
-    advantages.
+    rollout. A reward with a large spread does not drown the others, as it does in a sum of rewards. ``normalise`` of a
+    :class:`~latentreward.alignment.RewardMixture` has no effect on advantages.
 
     Args:
         weights: Weight of each reward; None takes those of the mixture.
@@ -189,15 +179,7 @@ class DiversityAdvantage(Advantage):
 
 
 def group_advantages(scores: Tensor, epsilon: float = 1e-4) -> Tensor:
-    """Compute advantages among K candidates of a state: (score − mean) / (std + ε), with the population std.
-
-    Args:
-        scores: ``(K, B)`` scores, one column per state.
-        epsilon: ε, which gives groups of equal scores the advantage 0 instead of 0 / 0.
-
-    Returns:
-        Advantages ``(K, B)``, float32.
-    """
+    """Compute advantages (score − mean) / (std + ε) among K candidates of B states: ``(K, B)``, float32."""
     values = to_float64(scores)
     std, mean = torch.std_mean(values, dim=0, correction=0)
     return ((values - mean) / (std + epsilon)).float().to(scores.device)

@@ -86,18 +86,11 @@ def candidate_steps(
     guidance_scale: float | None,
     draws: RolloutDraws,
 ) -> Generator[CandidateStep, None, Tensor]:
-    """Sample from noise to the finished latents, with K scored candidates at each step of the window.
+    """Sample from noise to the finished latents ``(B, C, ...)``, with K scored candidates at each step of the window.
 
-    Steps outside the window sample one next state and score nothing. A reward with ``needs_clean`` also gets the
-    policy's x̂_0 of each candidate; candidates of the last step are clean already. The network's output for the
-    candidate with which the rollout goes on is reused in the next step, so that the policy evaluates each state once.
-    The caller sets ``policy.eval()`` and autocast. ``guidance_scale`` is as checked by :meth:`Family.guidance`.
-
-    Yields:
-        A :class:`CandidateStep` for each step of the window, in order.
-
-    Returns:
-        The finished latents ``(B, C, ...)``, float32.
+    Yields a :class:`CandidateStep` for each of these. A reward with ``needs_clean`` also gets the policy's x̂_0 of each
+    candidate; candidates of the last step are clean already. The caller sets ``policy.eval()`` and autocast.
+    ``guidance_scale`` is as checked by :meth:`Family.guidance`.
     """
     window = branching.steps(sampler)
     policy.edit_at(sampling.height, sampling.width)

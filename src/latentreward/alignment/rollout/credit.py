@@ -16,15 +16,11 @@ class Credit(Part):
     """Rule that turns the rewards of a trajectory's states into one reward for each step."""
 
     @abstractmethod
-    @returns(tensor(lambda rule, rewards: rewards[:, 1:].shape), each=True, keeps=True)
+    @returns(tensor(lambda rule, rewards: rewards[:, 1:].shape), each=True)
     def __call__(self, rewards: Tensor) -> Tensor:
-        """Compute the steps' rewards ``(N, S)``, float64.
+        """Compute the steps' rewards ``(N, S)``, float64, from those of the states before and after ``(N, S + 1)``."""
 
-        Args:
-            rewards: ``(N, S + 1)``: reward r_k of the state before each of S steps, and of the state after the last.
-        """
-
-    @returns(tensor(lambda rule, rewards, steps: (len(rewards), len(steps))), each=True, keeps=True)
+    @returns(tensor(lambda rule, rewards, steps: (len(rewards), len(steps))), each=True)
     def of_steps(self, rewards: Tensor, steps: Sequence[int]) -> Tensor:
         """Compute the rewards ``(N, len(steps))`` of the steps that are trained on, of all S steps."""
         return self(rewards)[:, list(steps)]
@@ -136,10 +132,9 @@ class TurningPointCredit(Credit):
 
 
 def balance(turning: Tensor, bonus: Tensor) -> Tensor:
-    """Keep as many positive as negative bonuses at ``turning`` points ``(N, S)``, the largest ones.
+    """Keep as many positive as negative bonuses at ``turning`` points ``(N, S)``, the largest, of equal ones the first.
 
-    Of equal bonuses the first are kept. Bonuses of one sign alone are all kept, as in TP-GRPO's released code; bonuses
-    of 0 are kept in that case only.
+    Bonuses of one sign alone are all kept, as in TP-GRPO's released code; bonuses of 0 are kept in that case only.
     """
     signs = [turning & (bonus > 0), turning & (bonus < 0)]
     count = min(int(sign.sum()) for sign in signs)

@@ -45,7 +45,7 @@ def _wrong_pairs(found: SelectedPairs, rule: "PairSelection", step: CandidateSte
 class PairSelection(Part):
     """Base class of rules that pair the best with the worst candidate, and keep pairs with a large score gap."""
 
-    @returns(_wrong_pairs, keeps=True)
+    @returns(_wrong_pairs)
     def select(self, step: CandidateStep, sampler: StepSampler) -> SelectedPairs:
         """Select the pairs of one step; every rank must call this at the same steps, with equally many prompts."""
         best, worst = step.scores.float().max(dim=0), step.scores.float().min(dim=0)
@@ -54,7 +54,7 @@ class PairSelection(Part):
         return SelectedPairs(best.indices, worst.indices, gap, self.keep(gap, step.index, sampler))
 
     @abstractmethod
-    @returns(tensor(lambda rule, gap, *given: gap.shape, "bool"), each=True, keeps=True)
+    @returns(tensor(lambda rule, gap, *given: gap.shape, "bool"), each=True)
     def keep(self, gap: Tensor, index: int, sampler: StepSampler) -> Tensor:
         """Tell which of the gaps ``(B,)`` at step ``index`` are large enough to keep: ``(B,)`` bool."""
 
@@ -72,11 +72,7 @@ class ThresholdSelection(PairSelection):
 
 
 class FixedThreshold(ThresholdSelection):
-    """Rule that keeps gaps above one threshold at all steps (SPO, arXiv:2406.04314).
-
-    Args:
-        threshold: Threshold of the gap tanh(Δ/2), in [0, 1].
-    """
+    """Rule that keeps gaps tanh(Δ/2) above one ``threshold`` in [0, 1] at all steps (SPO, arXiv:2406.04314)."""
 
     def __init__(self, threshold: float) -> None:
         check_range(*SHARES, threshold=threshold)
@@ -89,12 +85,9 @@ class FixedThreshold(ThresholdSelection):
 class ScheduledThreshold(ThresholdSelection):
     """Base class of rules whose threshold is linear in a quantity of the step, see :meth:`quantity`.
 
-    Among the steps with noise, the one with the lowest quantity has the threshold ``low``, the one with the highest
-    quantity ``high``.
-
     Args:
-        low: Threshold of the gap tanh(Δ/2) where the quantity is lowest, in [0, 1].
-        high: Threshold of the gap where the quantity is highest, in [0, 1].
+        low: Threshold of the gap tanh(Δ/2), in [0, 1], at the step with noise that has the lowest quantity.
+        high: Threshold at the step with the highest one.
     """
 
     def __init__(self, low: float, high: float) -> None:
@@ -143,12 +136,8 @@ class LinearThreshold(ScheduledThreshold):
 class QuantileThreshold(PairSelection):
     """Rule that keeps the pairs whose gap reaches a quantile of all ranks' gaps at the same step of the rollout.
 
-    At every timestep the share 1 − ``quantile`` of pairs is kept, whatever the scale of the reward. The quantile is
-    computed anew in each rollout, so a resumed run needs no saved state. The more prompts a rollout has, the less the
-    quantile varies. Pairs of equal scores are never kept.
-
-    Args:
-        quantile: Quantile in [0, 1]; 0 keeps all pairs of different scores.
+    At every timestep the share 1 − ``quantile`` of pairs is kept, whatever the scale of the reward; 0 keeps all pairs
+    of different scores. Pairs of equal scores are never kept.
     """
 
     def __init__(self, quantile: float = 0.5) -> None:
@@ -172,10 +161,7 @@ def step_pairs(step: CandidateStep, selected: SelectedPairs, prompts: PromptBatc
 
 
 def gap_quantiles(gaps: Iterable[tuple[float, Tensor]], levels: tuple[float, ...] = (0.1, 0.5, 0.9)) -> str:
-    """Summarise quantiles of score gaps at some of the timesteps in one line, for messages.
-
-    ``gaps`` are pairs of a timestep and its gaps ``(n,)``.
-    """
+    """Summarise quantiles of score gaps in one line; ``gaps`` are pairs of a timestep and its gaps ``(n,)``."""
     by_timestep: dict[float, list[Tensor]] = {}
     for timestep, values in gaps:
         by_timestep.setdefault(timestep, []).append(values.detach().float().cpu())

@@ -24,13 +24,7 @@ class PruningRule(Part):
     @abstractmethod
     @returns(lambda found, rule, predicted, count, *given: wrong_indices(found, len(predicted), count), each=True)
     def choose(self, predicted: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Return the indices of the candidates to keep, int64 ``(count,)``, each once, in any order.
-
-        Args:
-            predicted: ``(N,)`` rewards of the candidates' noisy states, on the CPU.
-            count: Number K of candidates to keep, at most N.
-            generator: Generator of the prompt.
-        """
+        """Return the indices of ``count`` candidates to keep, int64, by the rewards ``(N,)`` of their noisy states."""
 
 
 class BestAndWorst(PruningRule):
@@ -82,11 +76,7 @@ class Pruning:
     def check(self, samples: str, count: int, steps: int, reward: RewardSource) -> None:
         """Raise InputError, before any weight is loaded, if the settings do not fit a module or its reward.
 
-        Args:
-            samples: Name of the module's number of samples of a prompt.
-            count: That number, K.
-            steps: Steps of the sampler.
-            reward: Source of the reward.
+        ``samples`` is the name of the module's number of samples of a prompt, ``count`` that number K.
         """
         if self.candidates < count:
             raise InputError(
@@ -113,12 +103,11 @@ class Agreement:
     where C is the variance of the kept rewards of a prompt over that of all candidates' rewards. Both hold, for any
     rule, where rewards follow predictions along a line, with noise that does not depend on them.
 
-    Attributes:
-        sums: ``(6,)`` float64, which add up over prompts and rollouts: squares of the kept predictions' deviations
-            from their prompt's mean, squares of the rewards' deviations, their products, squares of all candidates'
-            deviations, and degrees of freedom of the kept and of all candidates, K − 1 and N − 1 for each prompt.
     """
 
+    # ``(6,)`` float64: squares of the kept predictions' deviations from their prompt's mean, squares of the rewards'
+    # deviations, their products, squares of all candidates' deviations, and degrees of freedom of the kept and of all
+    # candidates, K − 1 and N − 1 for each prompt.
     sums: Tensor
 
     @classmethod
@@ -163,10 +152,9 @@ class Agreement:
 def scaled_advantages(rule: Advantage, rewards: Tensor, contrast: Tensor | None) -> Tensor:
     """Compute advantages ``(P, K)`` of kept samples whose gradient is as large as that of samples without selection.
 
-    Deviations from a prompt's mean are divided by √C before the rule, since the kept ``rewards`` ``(P, K)`` differ √C
-    times as much as those of all candidates, and the advantages by √C once more: the gradient is a product of
-    advantages with what differs like the rewards. Thus prompts keep their weights under any rule. C is ``contrast``,
-    see :class:`Agreement`; None is exactly 1.
+    C is ``contrast``, see :class:`Agreement`; None is exactly 1. The kept ``rewards`` ``(P, K)`` differ √C times as
+    much as those of all candidates, and so does what advantages are multiplied with: deviations are divided by √C
+    before the rule, and its advantages once more.
     """
     root: Tensor | float = 1.0
     device = rewards.device

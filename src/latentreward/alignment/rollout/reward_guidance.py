@@ -23,12 +23,9 @@ class GuidedTransition(Transition):
     """Transition of which samples are drawn around a moved mean; its log-probability is that of the mean as it was.
 
     A policy that learns from guided samples thereby learns to reach them without guidance.
-
-    Attributes:
-        shift: ``(B, C, ...)`` what is added to the mean in sampling.
     """
 
-    shift: Tensor
+    shift: Tensor  # ``(B, C, ...)`` what is added to the mean in sampling
 
     @property
     def guided(self) -> Transition:
@@ -47,9 +44,8 @@ class RewardGuidance:
 
     .. math:: \mathcal N\bigl(\mu + a\,\Delta\, g,\; s^2 \Delta\bigr), \qquad a = s^2 / 2\beta.
 
-    s is the noise per √Δ (:attr:`Transition.spread`), which is the constant η in DanceGRPO's sampler. To first
-    order, the step is thus the one with the most reward minus 2β times the KL divergence from the unguided step. DDIM's
-    transitions have Δ = 1. A step without noise is not guided.
+    s is the noise per √Δ (:attr:`Transition.spread`). To first order, the step is the one with the most reward minus 2β
+    times the KL divergence from the unguided step. DDIM's transitions have Δ = 1. A step without noise is not guided.
 
     Attributes:
         scale: a, in latents squared per unit of the reward; None takes s² / 2β.
@@ -84,10 +80,7 @@ class RewardGuidance:
             )
 
     def guide(self, transition: Transition, gradient: Tensor) -> GuidedTransition:
-        """Move the mean of ``transition`` along the reward's ``gradient`` ``(B, C, ...)``.
-
-        The gradient is taken as a constant. A gradient of zeros moves nothing.
-        """
+        """Move the mean of ``transition`` along the reward's ``gradient`` ``(B, C, ...)``."""
         # The policy's loss must not reach the reward's weights through the guidance.
         direction = gradient.detach().float()
         if self.normalise:
@@ -138,13 +131,9 @@ def reward_gradient(reward: Reward, states: NoisyStates, encoded: Any) -> Tensor
 
 
 class GuidedSampler(StepSampler):
-    """Sampler whose transitions are guided by a reward; what uses a sampler needs no other change.
+    """Sampler whose transitions are guided by a differentiable reward of noisy states.
 
-    Args:
-        sampler: Sampler of the steps.
-        guidance: Strength and window.
-        reward: Differentiable reward of noisy states.
-        encoded: Result of :meth:`Reward.encode_prompts` for the prompts of the rows of every batch, in order.
+    ``encoded`` is the result of :meth:`Reward.encode_prompts` for the prompts of the rows of every batch, in order.
     """
 
     def __init__(self, sampler: StepSampler, guidance: RewardGuidance, reward: Reward, encoded: Any) -> None:
@@ -176,10 +165,7 @@ def sample_guided(
     guidance_scale: float | None,
     seed: int,
 ) -> Tensor:
-    """Sample finished latents ``(B, C, ...)``, float32, with steps that are guided by ``reward``.
-
-    The policy is in evaluation mode; see :func:`sample_trajectories`.
-    """
+    """Sample finished latents ``(B, C, ...)``, float32, with steps that are guided by ``reward``."""
     sampler = sampling.sampler(policy.family)
     guided = GuidedSampler(sampler, guidance, reward, reward.encode_prompts(prompts.prompts))
     return sample_trajectories(policy, guided, prompts, sampling, guidance_scale, seed).finished.clone()

@@ -56,13 +56,7 @@ class Transition(TensorRecord):
     def log_prob(self, next_latents: Tensor) -> Tensor:
         """Compute the log density of next states, **averaged** over elements (as SPO, LPO and Flow-GRPO do), float32.
 
-        Of a ``normal`` step it is undefined where ``std`` is 0. ``next_latents`` gets no gradient.
-
-        Args:
-            next_latents: ``(B, C, ...)``, or ``(K, B, C, ...)`` for K candidates.
-
-        Returns:
-            ``(B,)``, or ``(K, B)``.
+        It is ``(B,)`` for states ``(B, C, ...)``, ``(K, B)`` for ``(K, B, C, ...)``; undefined where ``std`` is 0.
         """
         # Averaged over elements, where a density adds them up: sums of 16,384 elements would clip every ratio.
         density = -((next_latents.detach().to(self.mean) - self.mean) ** 2)
@@ -73,10 +67,7 @@ class Transition(TensorRecord):
 
 
 def inside_window(timesteps: Any, low: float, high: float) -> Any:
-    """Tell which of ``timesteps``, a tensor or a number, lie in [low, high], up to rounding.
-
-    Shifted levels are rounded, for example to 500.00006 for σ = 0.5.
-    """
+    """Tell which of ``timesteps``, a tensor or a number, lie in [low, high], up to rounding, as of shifted levels."""
     return (timesteps >= low - TIMESTEP_TOLERANCE) & (timesteps <= high + TIMESTEP_TOLERANCE)
 
 
@@ -109,10 +100,7 @@ class StepSampler(ABC):
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
         """Return the distribution of the next states after ``latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``.
 
-        Args:
-            latents: States x_t, any dtype.
-            model_output: Output of the (guided) network for ``latents``.
-            timesteps: Members of :attr:`timesteps`; tensors on the CPU avoid a wait for the accelerator.
+        ``model_output`` is that of the (guided) network; timesteps on the CPU avoid a wait for the accelerator.
         """
 
     @abstractmethod
@@ -145,11 +133,7 @@ class StepSampler(ABC):
         return index
 
     def _columns(self, table: Tensor, timesteps: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-        """Look up the rows of a ``(T, n)`` table, one row per step, at ``timesteps`` ``(B,)``.
-
-        Returns:
-            n columns, each shaped to broadcast over ``like`` ``(B, ...)``.
-        """
+        """Return the n columns of a ``(T, n)`` table at ``timesteps`` ``(B,)``, which broadcast over ``like``."""
         rows = table[self.step_index(timesteps)].to(like.device)
         return tuple(per_sample(column, like) for column in rows.unbind(dim=1))
 
@@ -237,11 +221,10 @@ class FlowSDESampler(StepSampler):
         x\bigl(1 + \tfrac{w^2}{2\sigma} d\bigr) + v\bigl(1 + \tfrac{w^2 (1 - \sigma)}{2\sigma}\bigr) d,\; w^2 |d|\Bigr).
 
     For ``flow``, the denominator 1 − σ uses the next level where σ = 1, as in Flow-GRPO's code; likewise where 1 − σ is
-    less than a hundredth of the step, as at first levels that stand for 1 (UniPC's 1 − 10⁻⁶, Ideogram 4's 1 − 10⁻⁴),
-    and at no later level of a schedule that is in use. The equation has the flow's marginals, but its
-    published steps have these marginals only for small d. For example, with a perfect prediction of a single image, a =
-    0.7, shift 3 and 10 to 40 steps, the noise's standard deviation is 3 to 6 % above σ' after the first two steps (σ
-    near 1), up to 4 % above in the middle, and 20 % and more above in the last steps. a = 0 gives Euler's step.
+    less than a hundredth of the step, as at first levels that stand for 1 (UniPC's 1 − 10⁻⁶, Ideogram 4's 1 − 10⁻⁴).
+    The equation has the flow's marginals, its published steps only for small d: with a perfect prediction, a = 0.7,
+    shift 3 and 10 to 40 steps, the noise's standard deviation is up to 6 % above σ', in the last steps 20 % and more.
+    a = 0 gives Euler's step.
 
     The kind ``cps`` (coefficients-preserving sampling, arXiv:2509.05952) keeps the share of noise in the state at σ':
 
@@ -310,14 +293,11 @@ ROLLOUT_NOISE: dict[FlowNoise, float] = {"flow": 0.7, "dance": 0.3, "cps": 0.8}
 class Sampling:
     """Number of steps, noise and size of samples.
 
-    ``eta`` applies to DDIM, ``noise_level`` to flow matching. None means deterministic steps when images are generated
-    (the command ``generate``), and the noise of LPO and Flow-GRPO in training's rollouts.
-
     Attributes:
         num_inference_steps: Steps from noise to image.
         eta: Noise of a DDIM step (SD1.5, SD2.1, SDXL), in [0, 1]: 0 deterministic, 1 ancestral. None gives 0, and 1 in
-            rollouts.
-        noise_level: Noise of a flow-matching step, at least 0: 0 deterministic. None gives 0, and 0.7 in
+            training's rollouts.
+        noise_level: Noise of a flow-matching step, at least 0: 0 deterministic. None gives 0, and 0.7 in training's
             rollouts (``dance`` 0.3, ``cps`` 0.8).
         height: Image height in pixels; None for the network's native height.
         width: Image width in pixels; None for the network's native width.

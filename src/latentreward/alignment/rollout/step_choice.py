@@ -109,24 +109,17 @@ def _wrong_start(found: int, window: "Window", steps: int, *given: object) -> st
 
 
 class Window(Part):
-    """Rule that chooses the steps with noise of one rollout, the same for all its trajectories.
-
-    Attributes:
-        size: Number of steps in a window.
-    """
+    """Rule that chooses the steps with noise of one rollout, the same for all its trajectories."""
 
     needs = ("size",)
-    size: int
+    size: int  # number of steps in a window
 
     @abstractmethod
     @returns(_wrong_start, each=True)
     def start(self, steps: int, iteration: int, generator: torch.Generator) -> int:
         """Return the index of the window's first step, at most ``steps`` − ``size``.
 
-        Args:
-            steps: Number of steps that may be trained on.
-            iteration: Optimiser steps done before this rollout.
-            generator: Generator of the rollout.
+        ``steps`` may be trained on; ``iteration`` is the number of optimiser steps done before this rollout.
         """
 
     def check(self, steps: int) -> None:
@@ -142,13 +135,11 @@ class Window(Part):
 class MovingWindow(Window):
     """Window that moves from the noisiest step to the last one as training goes on (after MixGRPO, arXiv:2507.21802).
 
-    Each position serves ``every`` optimiser steps. The last position is that of the last full window.
-
     Args:
         size: Number of steps in the window; MixGRPO uses 4.
         every: Optimiser steps at one position; MixGRPO uses 25.
         stride: Steps by which the window moves; MixGRPO uses 1.
-        restart: Whether training goes on at the first position after the last one; else it stays at the last.
+        restart: Whether training goes on at the first position after that of the last full window, or stays there.
     """
 
     def __init__(self, size: int = 4, every: int = 25, stride: int = 1, restart: bool = True) -> None:
@@ -163,11 +154,7 @@ class MovingWindow(Window):
 
 
 class RandomWindow(Window):
-    """Window at a random place in each rollout, as in Flow-GRPO-Fast.
-
-    Args:
-        size: Number of steps in the window; Flow-GRPO-Fast uses 2.
-    """
+    """Window of ``size`` steps at a random place in each rollout, as in Flow-GRPO-Fast."""
 
     def __init__(self, size: int = 2) -> None:
         check_range("[1, inf)", size=size)
@@ -178,13 +165,7 @@ class RandomWindow(Window):
 
 
 class WindowedSampler(StepSampler):
-    """Sampler with noise in some steps, and deterministic in the others.
-
-    Args:
-        noisy: Sampler of the steps with noise.
-        plain: Sampler without noise, with the same timesteps.
-        steps: Indices of the steps with noise.
-    """
+    """Sampler with noise in some steps, of given indices; the others are those of ``plain``, at the same timesteps."""
 
     def __init__(self, noisy: StepSampler, plain: StepSampler, steps: list[int]) -> None:
         self.noisy, self.plain = noisy, plain

@@ -20,12 +20,7 @@ from latentreward.core.running import pair_generator
 
 
 class RolloutDraws:
-    """Random numbers that depend only on seed, a prompt's key and step, not on batch, rank or device.
-
-    Args:
-        seed: Seed of the run.
-        keys: Keys of the B prompts; equal keys give equal numbers.
-    """
+    """Random numbers that depend only on seed, a prompt's key and step, not on batch, rank or device."""
 
     def __init__(self, seed: int, keys: Sequence[str]) -> None:
         self._seed, self._keys = seed, tuple(keys)
@@ -42,17 +37,6 @@ class RolloutDraws:
     def choice(self, index: int, count: int) -> Tensor:
         """Draw the index of one of ``count`` candidates per prompt after step ``index``: ``(B,)`` int64 on the CPU."""
         return torch.cat([torch.randint(count, (1,), generator=g) for g in self._generators("rollout choice", index)])
-
-    def resampled(self, index: int, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Draw with replacement, in proportion to n weights, n indices per prompt after step ``index``.
-
-        ``weights`` has ``(n,)`` on the CPU for each of the B prompts; n may differ.
-
-        Returns:
-            int64 indices ``(n,)`` for each prompt.
-        """
-        drawn = zip(weights, self._generators("rollout resampling", index), strict=True)
-        return [torch.multinomial(part, len(part), replacement=True, generator=g) for part, g in drawn]
 
     def _generators(self, purpose: str, index: int = 0) -> list[torch.Generator]:
         # By key, never by place in a batch: a rollout is equal on any number of ranks, and after a resume.
@@ -178,7 +162,7 @@ def sample_trajectories(
     """Sample from noise to the finished latents, and keep every state.
 
     The caller sets ``policy.eval()`` and autocast. ``guidance_scale`` is as checked by :meth:`Family.guidance`;
-    ``draws`` replace the random numbers from ``seed``; ``keep_means`` keeps the mean of each step.
+    ``draws`` replace the random numbers from ``seed``.
     """
     policy.edit_at(sampling.height, sampling.width)
     network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
@@ -197,13 +181,10 @@ def sample_pruned(
     prune: tuple[int, Callable[[Tensor, float], Tensor]],
     keep_means: bool = False,
 ) -> tuple[Trajectories, Tensor]:
-    """Sample as :func:`sample_trajectories` does, but go on with some of the samples alone.
+    """Sample as :func:`sample_trajectories` does, but go on with some of the samples alone; return their rows, too.
 
     ``prune`` is the number of steps, at least 1, after which samples are left out, and the function that is then called
     with their states ``(B, C, ...)`` and timestep and returns the rows to keep, int64 ``(n,)`` on the CPU.
-
-    Returns:
-        The n trajectories, with all their steps, and their rows.
     """
     policy.edit_at(sampling.height, sampling.width)
     network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), RolloutDraws(seed, prompts.keys)
@@ -261,10 +242,7 @@ def sample_latents(
     *,
     draws: RolloutDraws | None = None,
 ) -> Tensor:
-    """Sample finished latents ``(B, C, ...)``, float32; with noise 0 or None, only the initial noise is random.
-
-    See :func:`sample_trajectories`; ``reference`` takes the network as it was before alignment.
-    """
+    """Sample finished latents ``(B, C, ...)``, float32; ``reference`` takes the network as it was before alignment."""
     sampler = sampling.sampler(policy.family)
     with policy.reference() if reference else nullcontext():
         sampled = (policy, sampler, prompts, sampling, guidance_scale, seed)

@@ -7,19 +7,15 @@ from typing import Any
 
 from latentreward.apps.evaluation.benchmark.base import Benchmark
 from latentreward.apps.evaluation.benchmark.evaluate import evaluate
-from latentreward.apps.evaluation.benchmark.pair_scores import complete, open_scores
-from latentreward.apps.evaluation.benchmark.sections import (
-    INTRODUCTION,
-    TITLE,
-    NoiseColumns,
-    disagreement_pictures,
-    sections,
-)
+from latentreward.apps.evaluation.benchmark.pair_scores import NoiseColumns, complete, open_scores
+from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE, sections
 from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
+from latentreward.apps.evaluation.benchmark.telling import pictures_of
+from latentreward.apps.evaluation.results import result_table
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.core.reports.page import HTML, JSON, MARKDOWN, versions, write_report
-from latentreward.core.reports.tables import Table, as_text, cell, interval, percent
+from latentreward.core.reports.tables import as_text, cell
 from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.durable import check_writable
 from latentreward.reward import RewardModelScorer, Scorer
@@ -27,6 +23,8 @@ from latentreward.reward.scorers.reward_model import reward_names
 
 LEVELS = (0.1, 0.2, 0.4, 0.6, 0.8)
 """Default noise levels, in [0, 1], at which latent rewards are evaluated one by one."""
+PRINTED = ("benchmark", "protocol", "scorer", "estimate", "pairs")
+"""Names of the values of each result that the terminal shows."""
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -51,11 +49,8 @@ def benchmark(
     data: PathText | None = None,
     model: list[PathText] | PathText | None = None,
     levels: Sequence[float] = LEVELS,
-    draws: int = 3,
     limit: int | None = None,
-    telling_pairs: int = 12,
     flush_every: int = 256,
-    decode_threads: int = 4,
     trust_remote_code: bool = False,
 ) -> None:
     """Score pairs of images that people judged, and report how often each model prefers the image people preferred.
@@ -72,33 +67,27 @@ def benchmark(
         model: One or several more reward models, given like the path of RewardModelScorer. Each is named after its
             run or folder; ``--model A --model B`` compares two.
         levels: Noise levels in [0, 1]; latent rewards are also evaluated at each single level. ``[]`` for none.
-        draws: Number of noise draws with which latent rewards are evaluated, at least 1. Accuracies are those of the
-            first draw; mean and standard deviation over all draws are reported beside them.
         limit: Number of pairs to score at the start of each split, for a first look; all by default. The report says
             that a limit was set.
-        telling_pairs: Most pairs per split to show on which models disagree most.
         flush_every: Pairs per part of a table: a killed process loses at most one part; Ctrl-C loses no scored pair.
-        decode_threads: Threads that decode images ahead of the models.
         trust_remote_code: Whether to import classes that the settings of ``model`` name and that are not registered;
             importing runs their code. Each of ``scorers`` has its own setting of this name.
     """
-    check_at_least_one(limit=limit, draws=draws)
+    check_at_least_one(limit=limit)
     check_writable(output_dir / JSON)
     sets = _with_more("benchmarks", "data", benchmarks, [] if data is None else [recognise_benchmark(data)])
     paths = [model] if isinstance(model, str) else list(dict.fromkeys(model or []))
     named = zip(paths, reward_names(paths), strict=True)
     rewards = [RewardModelScorer(path, name, trust_remote_code=trust_remote_code) for path, name in named]
     given = _with_more("scorers", "model", scorers, rewards)
-    models = [NoiseColumns(one, levels, draws) if isinstance(one, RewardModelScorer) else one for one in given]
-    options = {"flush_every": flush_every, "decode_threads": decode_threads}
-    scored = open_scores(output_dir / "scores", sets, models, limit, **options)
-    seconds = complete(scored)
-    report = evaluate(scored, telling_pairs)
+    models = [NoiseColumns(one, levels) if isinstance(one, RewardModelScorer) else one for one in given]
+    scored = open_scores(output_dir / "scores", sets, models, limit, flush_every)
+    complete(scored)
+    report = evaluate(scored)
     report.settings = {
         "data sets": ", ".join(one.name for one in sets),
         "pairs per split": "all" if limit is None else f"the first {limit}",
         "noise levels": ", ".join(f"{level:g}" for level in levels) or "none",
-        "draws of noise": draws,
         **{f"version of {name}": number for name, number in versions().items()},
     }
     if limit is not None:
@@ -106,26 +95,16 @@ def benchmark(
             f"A first look: only the first {limit} pairs of each split were scored. Do not quote these numbers."
         )
     readers = {f"{one.name} {split}": reader for one in sets for split, reader in one.readers().items()}
-    parts = list(sections(report, disagreement_pictures(report.telling, readers)))
+    parts = list(sections(report, pictures_of(report.telling, readers)))
     write_report(output_dir, report, TITLE, INTRODUCTION, parts, "benchmark")
-    rows = [
-        (
-            f"{row['benchmark']}: {row['protocol']}",
-            row["scorer"],
-            f"{percent(row['estimate'].value)} %",
-            interval(row["estimate"]),
-            f"{row['pairs']} pairs",
-        )
-        for row in report.protocols
-    ]
     left_out = [
         f"{name}: {pairs} {'pair' if pairs == 1 else 'pairs'} left out: {cell(counts['unreadable_images'])}"
         for name, counts in report.data.items()
         if (pairs := counts["pairs_without_an_image"])
     ]
-    print(*(f"note: {note}" for note in report.notes), *left_out, as_text(Table(rows[0], tuple(rows[1:]))), sep="\n")
-    costs = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items())
-    print(f"time: {costs or 'all was scored before'}")
+    notes = (f"note: {note}" for note in report.notes)
+    rows = [{name: row[name] for name in PRINTED} for row in report.protocols]
+    print(*notes, *left_out, as_text(result_table(rows)), sep="\n")
     print(f"{output_dir / HTML}, {MARKDOWN} and {JSON} show everything")
 
 

@@ -114,11 +114,9 @@ def verify(folder: Path) -> None:
         problems = [problem for problem, _ in states if problem]
         if unread := Counter(reason for _, rows in states for reason in rows.values()):
             print(f"images that could not be read when the cache was written: {count_text(unread)}")
-    for problem in problems[:LINES]:
-        print(problem)
-    if len(problems) > LINES:
-        print(f"… and {len(problems) - LINES} more")
     if problems:
+        more = [f"… and {len(problems) - LINES} more"] if len(problems) > LINES else []
+        print(*problems[:LINES], *more, sep="\n")
         print(f"{folder}: {len(problems)} files missing or damaged; run the command that wrote it to put them right")
         sys.exit(1)
     print(f"{folder} is whole: {plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts")
@@ -126,21 +124,17 @@ def verify(folder: Path) -> None:
 
 def report(folder: Path, unused: int) -> None:
     """Print what the cache holds, what was left out, and the number of ``unused`` frames of clips."""
-    plan, files, keys = (
-        store.read_plan(folder),
-        store.files_of(folder),
-        store.read_table(folder, store.IMAGES)["image_key"],
-    )
+    plan, files = store.read_plan(folder), store.files_of(folder)
     content = f"{plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts, {len(files)} files"
     print(f"{folder}: {content}, {sum((folder / file.name).stat().st_size for file in files) / 2**20:.1f} MiB")
     print(f"dropped pairs: {count_text(Counter(plan.dropped))}")
-    unread = [store.check_file(folder, plan, file, contents=False) for file in files]
-    lost = {keys[row].as_py(): reason for rows in unread for row, reason in rows.items()}
-    if lost:
-        first = ", ".join(map(repr, list(lost)[:NAMED])) + (
-            f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
-        )
-        print(f"images not read: {count_text(Counter(lost.values()))} ({first}); pairs with them are not used")
+    if lost := {
+        row: why for file in files for row, why in store.check_file(folder, plan, file, contents=False).items()
+    }:
+        keys = store.read_table(folder, store.IMAGES)["image_key"]
+        named = ", ".join(repr(keys[row].as_py()) for row in [*lost][:NAMED])
+        more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
+        print(f"images not read: {count_text(Counter(lost.values()))} ({named}{more}); pairs with them are not used")
     if unused:
         print(f"clips longer than frames={plan.spec.images.frames}: {unused} frames were not used")
 

@@ -4,21 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from latentreward.alignment import Sampling
 from latentreward.apps.evaluation.policy import picture_scores, samples
-from latentreward.apps.evaluation.policy.sections import INTRODUCTION, score_table, sections, side_by_side, states_table
-from latentreward.apps.evaluation.policy.state_scores import StateScores, check_states, compare_states, states_tasks
-from latentreward.apps.evaluation.policy.statistics import (
-    PolicyReport,
-    Protocol,
-    compare,
-    in_common,
-    policy_scores,
-    published_scores,
-    scores_csv,
-)
+from latentreward.apps.evaluation.policy.sections import INTRODUCTION, sections, side_by_side
+from latentreward.apps.evaluation.policy.statistics import PolicyReport, compare, policy_scores, scores_csv
 from latentreward.apps.generation.image_folder import DETERMINISTIC
 from latentreward.apps.generation.trained_policy import files_named, plain
 from latentreward.core.contracts import PathText
@@ -43,6 +34,8 @@ SLOTS, NAMES = ("policy", "against"), ("policy", "baseline")
 """Names of the folders of the two policies, and default names of the policies in reports."""
 TINY_WORLD = {"tinyworld": judged_captions, "tinyworld_tuning": tuning_captions}
 """Values of ``prompts`` → function that gives captions of the tiny world."""
+PRINTED = ("Scores", "Comparison")
+"""Titles of the sections that the terminal shows too."""
 CLIP_WORDS = 75
 """Number of tokens of a prompt that CLIP reads; since a word has at least one token, longer prompts are cut."""
 
@@ -55,18 +48,13 @@ def evaluate_policy(
     prompts: PathText | None = None,
     *,
     num_prompts: int | None = None,
-    max_prompt_chars: int = 10_000,
     images_per_prompt: int | None = None,
-    images_scored: Literal["all", "first"] = "all",
     sampling: Sampling = DETERMINISTIC,
     guidance_scale: float | None = None,
     shared_noise: bool = False,
     seed: int = 0,
     batch_size: int = 8,
-    missing: Literal["refuse", "leave_out"] = "refuse",
     parts: int = 1,
-    published: Protocol | None = None,
-    state_scores: StateScores | None = None,
     cards: int = 400,
     device: str = "auto",
     workers: int = 1,
@@ -89,10 +77,7 @@ def evaluate_policy(
             for the tiny world's held-out captions, or ``tinyworld_tuning`` for 96 others on which to choose settings.
             By default the prompts listed in a policy's folder ``images``.
         num_prompts: Number of prompts to take from the start; all by default.
-        max_prompt_chars: Most characters of a prompt; longer ones are refused. Text encoders read a few hundred.
         images_per_prompt: Pictures of each prompt; by default as many as a folder of images has, or 1.
-        images_scored: Pictures of each prompt to sample and score: ``all`` or only the ``first``. LPO's released script
-            samples four for each of 500 prompts but, by a slip of ``zip``, scores only the first.
         sampling: Steps, noise and size.
         guidance_scale: Guidance scale of policies without their own, as their family's pipeline takes it; by default
             the family's own: 5 for SD and SD3, where 1 switches guidance off.
@@ -100,13 +85,8 @@ def evaluate_policy(
             by resetting its seed for each prompt; our noise is generated differently, so pictures differ from theirs.
         seed: Seed of all noise.
         batch_size: Pictures sampled at once.
-        missing: Treatment of pictures that a folder lacks or that cannot be read: ``refuse`` stops with an error,
-            ``leave_out`` leaves them out for both policies and adds a note to the report.
         parts: Number of consecutive parts into which each group of prompts is cut; the standard deviation of the parts'
             means is reported. HPSv2's benchmark uses 10.
-        published: Protocol of LPO's authors whose published numbers are shown beside ours.
-        state_scores: Reward whose scores of noisy states are correlated, step by step, with its scores of the finished
-            samples, within prompts; computed anew each time.
         cards: Largest number of pictures of each policy in ``report.html``.
         device: Device of the generators: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one. Scorers have a
             setting of their own.
@@ -115,20 +95,16 @@ def evaluate_policy(
         gpus_per_worker: GPUs of each of several workers, e.g. 0.5; by default 1 if there are any.
     """
     command = partial(evaluate_policy, **locals())
-    names, given = picture_scores.score_names(scorers), [policy] if against is None else [policy, against]
-    policies = {one.name or name: one for one, name in zip(given, NAMES, strict=False)}
-    if len(policies) < len(given):
-        raise InputError(f"both policies are called {next(iter(policies))!r}; give each a name of its own")
-    found = {
-        name: samples.find_pictures(one.images, max_prompt_chars)
-        for name, one in policies.items()
-        if one.images is not None
-    }
-    rows = _prompt_rows(prompts, max_prompt_chars, found)[:num_prompts]
-    count = images_per_prompt or 1 + max(
-        (image for pictures in found.values() for _, image in samples.match(pictures, rows)), default=0
-    )
-    wanted = [(place, image) for place in range(len(rows)) for image in range(1 if images_scored == "first" else count)]
+    picture_scores.check_names(scorers)
+    sampling.require_images("evaluate-policy")
+    policies = _named(policy, against)
+    slots = dict(zip(policies, SLOTS, strict=False))
+    found = {name: samples.find_pictures(one.images) for name, one in policies.items() if one.images is not None}
+    generated = {name: one for name, one in policies.items() if name not in found}
+    rows = _prompt_rows(prompts, found)[:num_prompts]
+    numbers = [image for pictures in found.values() for _, image in samples.match(pictures, rows)]
+    count = images_per_prompt or 1 + max(numbers, default=0)
+    wanted = [(place, image) for place in range(len(rows)) for image in range(count)]
 
     @cache
     def prepare() -> None:
@@ -136,14 +112,12 @@ def evaluate_policy(
         for scorer in (one for one in scorers if isinstance(one, ImageScorer)):
             scorer.prepare()
 
-    check_states(sampling, state_scores, policies)
     with SharedWork(command, workers, device, gpus_per_worker) as work:
         plan = samples.SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, work.device)
         settings: dict[str, Any] = {
             "prompts": None if prompts is None else name_of(prompts),
             "num_prompts": len(rows),
             "images_per_prompt": count,
-            "images_scored": images_scored,
             "sampling": plain(sampling),
             "guidance_scale": {name: plan.guidance_of(judged) for name, judged in policies.items()},
             "shared_noise": shared_noise,
@@ -155,21 +129,22 @@ def evaluate_policy(
             prepare()  # so that an unfit scorer fails before anything is sampled
             return samples.sampling_task(judged, plan, shown)
 
-        tasks: dict[str, Task] = states_tasks(state_scores, policies, SLOTS, plan)
-        slots = dict(zip(policies, SLOTS, strict=False))
-        for name, slot in slots.items():
-            if name not in found:
-                tasks[samples.PICTURES_OF.format(slot)] = partial(sample, policies[name])
+        tasks: dict[str, Task] = {
+            samples.PICTURES_OF.format(slots[name]): partial(sample, one) for name, one in generated.items()
+        }
+        for slot in slots.values():
             tasks[picture_scores.SCORES_OF.format(slot)] = partial(picture_scores.scoring_task, scorers, prepare)
-        generators = {name: judged.trained.identity() for name, judged in policies.items() if name not in found}
-        named = {scorer.name: scorer_fingerprints(scorer) for scorer in scorers} if workers > 1 else {}
+        generators = {name: judged.trained.identity() for name, judged in generated.items()}
+        files = {}
+        if workers > 1:  # the identities of policies and scorers name files, which may differ between machines
+            named = {scorer.name: scorer_fingerprints(scorer) for scorer in scorers}
+            files = {**named, **files_named([*generators.values()])}
         spec = {
             **settings,
             "policies": {name: of["policy"] for name, of in generators.items()},
             "scorers": {scorer.name: scorer.identity() for scorer in scorers},
-            "files": {**named, **files_named([*generators.values(), plain(state_scores)])} if workers > 1 else {},
+            "files": files,
             "batch_size": batch_size,
-            "state_scores": plain(state_scores),
         }
         work.join(tasks, spec)
         with locked(output_dir, "output_dir"):
@@ -177,30 +152,32 @@ def evaluate_policy(
             RunFolder(output_dir, output_dir / "evaluate.json", settings, "output_dir", remedy).claim(made=False)
             for scorer in (one for one in scorers if isinstance(one, ToolScorer)):
                 scorer.prepare()
-            folders = {
+            made = {
                 name: samples.import_pictures(one.images, found[name], rows, wanted)
                 for name, one in policies.items()
                 if one.images is not None
             }
             sampled = {
-                name: samples.open_pictures(policies[name], plan, rows, wanted, output_dir / "pictures" / slot, work)
-                for name, slot in slots.items()
-                if name not in found
+                name: samples.open_pictures(one, plan, rows, wanted, output_dir / "pictures" / slots[name], work)
+                for name, one in generated.items()
             }
-            about_all = _notes(rows, images_scored, count, policies, sampling)
-            notes = (*samples.complete_or_refuse(folders, wanted, missing), *about_all)
+            notes = [
+                f"{name} has {more} more pictures, of other prompts or numbers; they are ignored."
+                for name, pictures in made.items()
+                if (more := len(found[name]) - len(pictures))
+            ]
+            notes += _notes(rows, policies, sampling)
             for note in notes:
                 tell(note)
             with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):
-                made = {name: make() for name, make in sampled.items()}
-                made |= {name: source.pictures for name, source in folders.items()}
+                made |= {name: make() for name, make in sampled.items()}
                 scorings = [
                     picture_scores.PictureScoring(
-                        name, list(made[name].values()), scorers, output_dir / "scores" / slot, work
+                        name, [*made[name].values()], scorers, output_dir / "scores" / slot, work
                     )
                     for name, slot in slots.items()
                 ]
-                scored = in_common([one.score() for one in scorings])
+                scored = [one.score() for one in scorings]
                 picture_scores.require_one_model(scorings)
             headlines = {name: getattr(scorer, "headline", "mean") for scorer in scorers for name in scorer.columns}
             report = PolicyReport(
@@ -208,44 +185,36 @@ def evaluate_policy(
                 {scorer.name: public_identity(scorer) for scorer in scorers},
                 [score for one in scored for score in policy_scores(one, headlines, parts)],
                 compare(scored[0], scored[1], headlines) if len(scored) > 1 else [],
-                compare_states(state_scores, policies, plan, rows, SLOTS, work),
-                [one for one in (published_scores(published) if published else []) if one["score"] in names],
                 {**settings, "versions": versions()},
                 notes,
             )
             write_file(output_dir / SCORES, scores_csv(scored))
-            page = side_by_side(scored, cards)
-            write_report(
-                output_dir, report, " against ".join(policies), INTRODUCTION, sections(report), "policy", **page
-            )
-            print("\n\n".join(as_text(one) for one in (score_table(report), states_table(report)) if one.rows))
-            print(f"{output_dir / HTML}: {len(scored[0].pictures)} pictures of each policy")
+            shown, page = sections(report), side_by_side(scored, cards)
+            write_report(output_dir, report, " against ".join(policies), INTRODUCTION, shown, "policy", **page)
+            print("\n\n".join(as_text(one.tables[0]) for one in shown if one.title in PRINTED))
+            print(f"{output_dir / HTML}: {len(wanted)} pictures of each policy")
 
 
-def _prompt_rows(
-    prompts: str | None, max_prompt_chars: int, found: Mapping[str, Sequence[PromptRow]]
-) -> list[PromptRow]:
+def _named(policy: samples.JudgedPolicy, against: samples.JudgedPolicy | None) -> dict[str, samples.JudgedPolicy]:
+    given = [policy] if against is None else [policy, against]
+    policies = {one.name or name: one for one, name in zip(given, NAMES, strict=False)}
+    if len(policies) < len(given):
+        raise InputError(f"both policies are called {next(iter(policies))!r}; give each a name of its own")
+    return policies
+
+
+def _prompt_rows(prompts: str | None, found: Mapping[str, Sequence[PromptRow]]) -> list[PromptRow]:
     if prompts in TINY_WORLD:
         return [PromptRow(text) for text in TINY_WORLD[prompts]()]
     if prompts is not None:
-        return read_prompt_set(prompts, max_prompt_chars=max_prompt_chars)
+        return read_prompt_set(prompts)
     for pictures in found.values():
         return [PromptRow(prompt) for prompt in dict.fromkeys(row.prompt for row in pictures)]
     raise InputError("there are no prompts; set prompts to a file of them")
 
 
-def _notes(
-    rows: Sequence[PromptRow],
-    images_scored: str,
-    count: int,
-    policies: Mapping[str, samples.JudgedPolicy],
-    sampling: Sampling,
-) -> list[str]:
+def _notes(rows: Sequence[PromptRow], policies: Mapping[str, samples.JudgedPolicy], sampling: Sampling) -> list[str]:
     notes = []
-    if images_scored == "first" and count > 1:
-        notes.append(
-            f"Of {count} pictures for each prompt only the first is sampled and scored, as LPO's released script does."
-        )
     if repeated := sum(number - 1 for number in Counter(row.prompt for row in rows).values()):
         notes.append(f"{repeated} prompts repeat an earlier prompt; each one gets its own pictures.")
     if long := sum(len(row.prompt.split()) > CLIP_WORDS for row in rows):

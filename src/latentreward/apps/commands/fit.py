@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain, count
@@ -16,7 +15,6 @@ from tempfile import TemporaryDirectory
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jsonargparse import ActionYesNo, Namespace
 from jsonargparse.typing import PositiveFloat
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
@@ -36,17 +34,15 @@ from latentreward.apps.commands.fit_folder import FOLDER
 from latentreward.apps.estimate.estimate import Card
 from latentreward.callbacks.resumed_settings import Override, log_folder, run_kind
 from latentreward.core.checkpoints import files as checkpoint_files
-from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, newest_first, read_sharded
+from latentreward.core.checkpoints.shards import check_weights, damaged, newest_first, read_sharded
 from latentreward.core.errors import InputError, errors_at, where
 from latentreward.core.interrupts import TERMINATED
-from latentreward.core.peak_rates import PEAKS, Limits, find_limits
 from latentreward.core.registry import backbone_names
 from latentreward.core.settings import functions
 from latentreward.core.settings.errors import check_ranges, summarise
 from latentreward.core.settings.functions import constructor_errors
 from latentreward.core.settings.rewriting import rewrite_arguments
 from latentreward.core.storage.durable import lock_run, write_file
-from latentreward.core.storage.weight_files import sharing_between
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
@@ -60,8 +56,6 @@ LEFT_OUT = ("#", "ckpt_path:")
 """Starts of lines in which the settings of one run may differ between two files."""
 USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 """Subcommand -> splits that the subcommand reads; the first split must be set."""
-FOR_ESTIMATE = {"card": None, "card_gb": Card.card_gb, "tflops": Card.tflops}
-"""Settings that only ``--estimate`` reads -> their defaults."""
 
 
 class Parser(functions.SettingsParser, LightningArgumentParser):
@@ -157,7 +151,6 @@ class TrainingCLI(LightningCLI):
         self.command, self.folder, self.held, self.estimates = command, folder, held, False
         self.estimated: Estimate | None = None  # memory and computation of the run, under --estimate
         self.card = Card(gpu=False)  # device that the estimate is compared with
-        self.limits: Limits | None = None  # its peak rates, if they are known
         super().__init__(
             save_config_callback=SaveConfig,
             seed_everything_default=0,
@@ -228,12 +221,6 @@ class TrainingCLI(LightningCLI):
                 help="Compute the memory and computation that the run needs, print them, and end; from configs alone.",
             )
             parser.add_class_arguments(Card, skip={"gpu"}, instantiate=False)
-            parser.add_argument(
-                "--card",
-                type=str | None,
-                default=None,
-                help="Card whose limits --estimate compares with, such as H100.",
-            )
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -249,18 +236,11 @@ class TrainingCLI(LightningCLI):
     def _take_estimate(self, settings: Namespace) -> None:
         """Take what only an estimate reads out of the settings, so that no run records it."""
         self.estimates = settings.pop("estimate")
-        given = {name: settings.pop(name) for name in FOR_ESTIMATE}
+        given = {name: settings.pop(name) for name in ("card_gb", "tflops")}
+        self.card = Card(settings["trainer"]["accelerator"] != "cpu", **given)
         for name, value in given.items():
-            if value != FOR_ESTIMATE[name] and not self.estimates:
+            if value != getattr(Card, name) and not self.estimates:
                 raise InputError(f"{name}: {value} is for --estimate; add it, or leave {name} out")
-        card, gpu = given["card"], settings["trainer"]["accelerator"] != "cpu"
-        self.card = Card(gpu, given["card_gb"], given["tflops"])
-        if self.estimates and (gpu or card is not None):
-            here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-            self.limits = find_limits(here if card is None else card, settings["trainer"]["precision"])
-            if card is not None and self.limits is None:
-                known = ", ".join(words for words in PEAKS if "|" not in words)
-                raise InputError(f"card: {card!r} is not known; give one of {known}, or leave card out")
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -288,9 +268,8 @@ class TrainingCLI(LightningCLI):
             fit_folder.check_folder(settings["trainer"])
         if local not in (None, "last", "hpc"):
             check_checkpoint(local, given, values=False, resumes=self.command == "fit")
-            self.held.enter_context(checking_values(Path(local)))  # while the networks are built
         check_callbacks(settings["trainer"])
-        with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
+        with constructor_errors():
             super().instantiate_classes()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = checkpoint_files.DurableCheckpointIO()
@@ -335,15 +314,14 @@ class TrainingCLI(LightningCLI):
         if not self.estimates:
             super()._run_subcommand(subcommand)
             return
-        from latentreward.apps.estimate.estimate import estimate, limits_text
+        from latentreward.apps.estimate.estimate import estimate
 
         def build_module(settings: Namespace) -> LightningModule:
             alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))  # without trainer and data
             with constructor_errors():
                 return self.parser.instantiate(alone)["fit"].model
 
-        found = estimate(self.config[subcommand], build_module)
-        self.estimated = replace(found, limits=limits_text(found, self.limits)) if self.limits else found
+        self.estimated = estimate(self.config[subcommand], build_module)
 
     def before_fit(self) -> None:
         """Prepare ``fit``: lock the run folder when all ranks have started, and find the checkpoint to resume from.
@@ -400,18 +378,6 @@ class TrainingCLI(LightningCLI):
                 print(f"{name:<40}{value.item():>10.4f}")
 
     after_test = after_validate
-
-
-def ranks_per_machine(trainer: Namespace) -> int:
-    """Return the number of processes that a trainer's settings start on each machine."""
-    devices = trainer.get("devices")
-    if isinstance(devices, str) and devices.lstrip("-").isdigit():
-        devices = int(devices)
-    if isinstance(devices, int) and devices >= 0:
-        return devices
-    if isinstance(devices, list | str) and devices != "auto":
-        return len([one for one in devices.split(",") if one.strip()] if isinstance(devices, str) else devices)
-    return 1 if trainer.get("accelerator") == "cpu" else torch.cuda.device_count()  # "auto" and -1
 
 
 def check_callbacks(trainer: Namespace) -> None:
@@ -594,7 +560,7 @@ def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
             rewritten = rewrite_arguments(arguments, backbone_names(), root=f"{command}.")
             if any(re.fullmatch(r"--estimate(=true|=yes)?", one.lower()) for one in arguments):
-                from latentreward.apps.estimate.shapes import unset_variables
+                from latentreward.apps.estimate.unread import unset_variables
 
                 held.enter_context(unset_variables())
             done = TrainingCLI(command, rewritten, Path(folder), held)

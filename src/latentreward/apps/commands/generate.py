@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from latentreward.alignment import (
     sample_guided,
     sample_latents,
 )
-from latentreward.apps import generation
 from latentreward.apps.generation import image_folder
+from latentreward.apps.generation.search import Candidates, best_of_n, search_latents
 from latentreward.apps.generation.trained_policy import TrainedPolicy, files_named, offload_text_encoders, plain
 from latentreward.core.contracts import PathText, PromptBatch, like_prompt
 from latentreward.core.errors import InputError
@@ -30,12 +30,6 @@ from latentreward.data.alignment.prompt_files import read_prompt_rows
 
 PICTURES = "pictures"
 """Name of the task of the processes."""
-SEARCHES: dict[str, tuple[Callable[..., Tensor], str]] = {
-    "step_search": (generation.search_latents, "candidates"),
-    "population_search": (generation.search_population, "population"),
-    "reward_guidance": (sample_guided, "guidance"),
-}
-"""Option of a search with a reward → its function, and the function's parameter for the settings."""
 
 
 def generate(
@@ -49,14 +43,11 @@ def generate(
     guidance_scale: float | None = None,
     images_per_prompt: int = 1,
     best_of: int = 1,
-    step_search: generation.Candidates | None = None,
-    population_search: generation.Population | None = None,
+    step_search: Candidates | None = None,
     reward_guidance: RewardGuidance | None = None,
     score_sigmas: Sequence[float] = (0.2,),
     seed: int = 0,
     batch_size: int = 8,
-    max_prompt_chars: int = 10_000,
-    table: Literal["csv", "jsonl"] = "csv",
     device: str = "auto",
     workers: int = 1,
     gpus_per_worker: float | None = None,
@@ -83,15 +74,11 @@ def generate(
         best_of: Number of samples per picture; the sample with the highest score is written.
         step_search: Number of candidates at each sampling step and the steps to search at; the candidate with the
             highest score is kept.
-        population_search: Starts near one, of which a latent reward keeps the better ones after some steps, and in the
-            end one. ``batch_size`` times ``size`` states are sampled at once.
         reward_guidance: Move each step of a window along the gradient of a latent reward. Needs noise, as step search.
         score_sigmas: Noise levels in [0, 1] at which a latent reward scores finished pictures; several levels make an
             ensemble. Pixel rewards ignore this setting.
         seed: Seed of all random numbers.
         batch_size: Pictures sampled at once.
-        max_prompt_chars: Most characters of a prompt; longer ones are refused. Text encoders read a few hundred.
-        table: Format of the table.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one.
         workers: Processes that sample: on this machine, or on the Ray cluster of RAY_ADDRESS. More than 1 need the
             extra ``cluster``.
@@ -102,21 +89,12 @@ def generate(
     family = (source := trained.source()).resolve_family()
     guidance_scale = family.guidance(guidance_scale)
     sampling.require_own_noise(family)
-    searches = dict(zip(SEARCHES, (step_search, population_search, reward_guidance), strict=True))
+    searches = {"step_search": step_search, "reward_guidance": reward_guidance}
     made_by = {"reward": reward, "sampling": sampling, "guidance_scale": guidance_scale, "best_of": best_of, **searches}
     settings = trained.identity() | plain({**made_by, "score_sigmas": list(score_sigmas), "seed": seed})
-    named = [name for name, value in searches.items() if value is not None]
-    check_searches(reward, best_of, named, reward_guidance, score_sigmas)
+    check_searches(reward, best_of, step_search, reward_guidance, score_sigmas)
     if reward is not None:
-        reward.require_latents_of(source)
-        if step_search is not None:
-            step_search.branching().steps(sampling.sampler(family))
-        if population_search is not None:
-            population_search.check(sampling)
-            reward.require_step_scores("population_search")
-        if reward_guidance is not None:
-            reward_guidance.check(sampling.sampler(family))
-            reward.require_guidance()
+        check_fit(reward, source, sampling, step_search, reward_guidance)
 
     def pictures(shown: Sequence[str]) -> Callable[[list[list[Any]]], Iterator[list[image_folder.Made]]]:
         """Load generator and reward; return the function that makes a batch of pictures."""
@@ -126,44 +104,36 @@ def generate(
             shape = best_of, 1, *sampling.latent_shape(generator.family)
             drawn = iter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(work.device))
             one = PromptBatch((like_prompt("", texts[0]),), ("",))
-            generation.best_of_n(lambda _: next(drawn), scorer, one, best_of, sigmas=score_sigmas)
+            best_of_n(lambda _: next(drawn), scorer, one, best_of, sigmas=score_sigmas)
         offload_text_encoders(generator, scorer, shown, work.device)
         how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
         sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
-        for name in named:
-            function, option = SEARCHES[name]
-            sample = partial(function, generator, scorer, **{option: searches[name]}, **how)
+        if scorer is not None and step_search is not None:
+            sample = partial(search_latents, generator, scorer, candidates=step_search, **how)
+        elif scorer is not None and reward_guidance is not None:
+            sample = partial(sample_guided, generator, scorer, guidance=reward_guidance, **how)
 
         def draw(prompts: PromptBatch) -> tuple[Tensor, Tensor | None]:
             """Sample latents ``(B, C, ...)``; with a reward also return the scores ``(N, B)`` of all N samples."""
             if scorer is None:
                 return sample(prompts), None
-            return generation.best_of_n(sample, scorer, prompts, best_of, seed=seed, sigmas=score_sigmas)
+            return best_of_n(sample, scorer, prompts, best_of, seed=seed, sigmas=score_sigmas)
 
-        return partial(
-            image_folder.draw_batch,
-            draw,
-            partial(image_folder.decode_latents, generator),
-            seed,
-            with_noise=not named and sampling.follows_flow(family, guidance_scale),
-        )
+        followed = not (step_search or reward_guidance) and sampling.follows_flow(family, guidance_scale)
+        decode = partial(image_folder.decode_latents, generator)
+        return partial(image_folder.draw_batch, draw, decode, seed, with_noise=followed)
 
-    texts = [row.prompt for row in read_prompt_rows(prompts, "prompts", max_prompt_chars)]
+    texts = [row.prompt for row in read_prompt_rows(prompts, "prompts")]
     family.check_prompts(texts, "prompts")
     with SharedWork(command, workers, device, gpus_per_worker) as work:
-        work.join(
-            {PICTURES: pictures},
-            settings
-            | {"batch_size": batch_size, "checkpoint": None, "lora": None}
-            | {"files": files_named([settings, str(prompts)]) if workers > 1 else {}},
-        )
+        files = files_named([settings, str(prompts)]) if workers > 1 else {}
+        more = {"batch_size": batch_size, "checkpoint": None, "lora": None, "files": files}
+        work.join({PICTURES: pictures}, settings | more)
         with locked(output_dir, "output_dir"):
-            folder = image_folder.ImageFolder(output_dir, settings, table)
+            folder = image_folder.ImageFolder(output_dir, settings)
             wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
-            print(
-                f"{len(wanted) - len(folder.missing(wanted, texts))} of {len(wanted)} pictures are there already",
-                flush=True,
-            )
+            there = len(wanted) - len(folder.missing(wanted, texts))
+            print(f"{there} of {len(wanted)} pictures are there already", flush=True)
             with interrupts_told(
                 lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"
             ):
@@ -175,16 +145,16 @@ def generate(
 def check_searches(
     reward: RewardSource | None,
     best_of: int,
-    named: Sequence[str],
+    step_search: Candidates | None,
     guidance: RewardGuidance | None,
     sigmas: Sequence[float],
 ) -> None:
-    """Raise InputError for a search without a reward, several searches, wrong noise levels, or dependent pictures."""
+    """Raise InputError for a search without a reward, two searches, wrong noise levels, or dependent pictures."""
     check_sigmas(sigmas, "score_sigmas")
-    if reward is None and (best_of > 1 or named):
-        raise InputError(f"{', '.join(named) or 'best_of'}: needs a reward; set reward")
-    if len(named) > 1:
-        raise InputError(f"{' and '.join(named)} are both set; leave one out")
+    if reward is None and (best_of > 1 or step_search or guidance):
+        raise InputError("best_of, step_search and reward_guidance need a reward; set reward")
+    if step_search and guidance:
+        raise InputError("step_search and reward_guidance are both set; leave one out")
     if reward is not None and reward.remembers():
         raise InputError(
             "reward: a RewardMixture with normalise: running scores by all that it has seen, so a command that goes on "
@@ -195,6 +165,23 @@ def check_searches(
             "reward_guidance.normalise divides by the norm over a batch, so pictures would depend on each other; leave "
             "it out"
         )
+
+
+def check_fit(
+    reward: RewardSource,
+    source: PolicySource,
+    sampling: Sampling,
+    step_search: Candidates | None,
+    guidance: RewardGuidance | None,
+) -> None:
+    """Raise InputError, before weights are loaded, if the reward or the searched steps do not fit the generator."""
+    reward.require_latents_of(source)
+    sampler = sampling.sampler(source.resolve_family())
+    if step_search is not None:
+        step_search.branching().steps(sampler)
+    if guidance is not None:
+        guidance.check(sampler)
+        reward.require_guidance()
 
 
 run = partial(run_function, generate, bare=2)

@@ -1,7 +1,7 @@
 """``latentreward inspect``: print what a data set holds, before anything is trained on it."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -11,14 +11,14 @@ from latentreward.core.errors import InputError, printable
 from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.durable import write_file
 from latentreward.data import PairReader
-from latentreward.data.format_detection import choose_splits, other_formats, recognise
+from latentreward.data.format_detection import choose_splits, recognise
 from latentreward.data.inspection import Report, inspect_reader, shared_prompts
 from latentreward.data.readers.pair_rows import WholeNumbersError
 
 
 def inspect(
     data: PathText | None = None,
-    reader: PairReader | list[PairReader] | None = None,
+    reader: PairReader | None = None,
     *,
     splits: str | None = None,
     limit: int | None = None,
@@ -31,61 +31,49 @@ def inspect(
 
     Args:
         data: Folder of a data set, or one of its files.
-        reader: One or several readers to inspect, instead of DATA.
+        reader: Reader to inspect, instead of DATA.
         splits: Splits of DATA to read, e.g. ``train,test``; all by default.
         limit: Number of rows at the start of each split whose images are inspected; 0 inspects none. All by default.
         decode: Whether to decode every image, which also finds truncated images; otherwise only headers are read.
         output: JSON file to write the counts to.
     """
-    sources = list(_find_sources(data, reader, splits))
-    report = Report(data or ", ".join(name for name, _ in sources), decode)
-    report.others = {} if data is None else other_formats(data)
-    prompts: dict[str, list[str]] = {}
-    logger = logging.getLogger("latentreward.data.readers.base")
-    for name, build in sources:
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # the report repeats the readers' warnings about rows
-        try:
-            found = build if isinstance(build, PairReader) else _opened(build)
-        except InputError as error:
-            if len(sources) == 1:
-                raise
-            report.unread[name] = str(error)
-            continue
-        finally:
-            logger.setLevel(level)
-        report.splits.append(inspect_reader(name, found, decode, limit))
-        prompts[name] = found.prompts()
-    if not report.splits:
-        raise InputError(next(iter(report.unread.values())))
-    for first, second in combinations(prompts, 2):
-        report.shared[f"{first} beside {second}"] = shared_prompts(prompts[first], prompts[second])
+    readers, unread = _open(data, reader, splits)
+    report = Report(data or ", ".join(readers), decode)
+    report.unread |= unread
+    report.splits += [inspect_reader(name, one, decode, limit) for name, one in readers.items()]
+    for first, second in combinations(readers, 2):
+        shared = shared_prompts(readers[first].prompts(), readers[second].prompts())
+        report.shared[f"{first} beside {second}"] = shared
     print(printable(report.to_text()))
     if output is not None:
         write_file(output, report.to_json())
 
 
-def _find_sources(
-    data: str | None, reader: PairReader | list[PairReader] | None, splits: str | None
-) -> Iterator[tuple[str, PairReader | Callable[[], PairReader]]]:
-    """Yield the name of each split, and its reader or a function that builds the reader."""
-    if (data is None) == (reader is None):
-        raise InputError("data: give either a folder or file, or --reader CLASS with its settings")
-    if data is not None:
-        found = recognise(data)
-        names = [name.strip() for name in splits.split(",")] if splits else list(found)
+def _open(
+    data: str | None, reader: PairReader | None, splits: str | None
+) -> tuple[dict[str, PairReader], dict[str, str]]:
+    """Open the readers by name of their split; of splits that cannot be read, return the errors."""
+    if reader is not None and (data or splits) is None:
+        return {getattr(reader, "split", "") or "reader": reader}, {}
+    if data is None or reader is not None:
+        raise InputError("data: give a folder or file, perhaps with splits, or --reader CLASS with its settings")
+    found = recognise(data)
+    names = [name.strip() for name in splits.split(",")] if splits else list(found)
+    readers, unread = dict[str, PairReader](), dict[str, str]()
+    logger = logging.getLogger("latentreward.data.readers.base")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the report repeats the readers' warnings about rows
+    try:
         for name, build in choose_splits(found, names).items():
-            yield name, partial(build, on_error="skip")
-        return
-    if splits is not None:
-        raise InputError("splits: only for a folder that is recognised; give each reader its split")
-    assert reader is not None  # see the first check
-    taken: set[str] = set()
-    for number, one in enumerate(reader if isinstance(reader, list) else [reader]):
-        name = getattr(one, "split", "") or f"reader {number}"
-        name = f"{name} {number}" if name in taken else name
-        taken.add(name)
-        yield name, one
+            try:
+                readers[name] = _opened(partial(build, on_error="skip"))
+            except InputError as error:
+                unread[name] = str(error)
+    finally:
+        logger.setLevel(level)
+    if not readers:
+        raise InputError(next(iter(unread.values())))
+    return readers, unread
 
 
 def _opened(build: Callable[..., PairReader]) -> PairReader:

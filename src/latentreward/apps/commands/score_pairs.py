@@ -1,6 +1,5 @@
 """``latentreward score-pairs``: write a table with scores of both images of every pair, for filtering."""
 
-import time
 from collections import Counter
 from functools import partial
 from itertools import chain
@@ -36,7 +35,7 @@ def score_pairs(
         output: File to write, .parquet or .csv.
         reader: Reader of the pairs.
         scorers: Scorers of the images, e.g. latentreward.reward.CLIPScorer.
-        flush_every: Pairs per part of the table: a killed process loses at most one part; Ctrl-C loses no scored pair.
+        flush_every: Pairs per part of the table: a killed process loses at most one part.
         options: See :class:`~latentreward.reward.scorers.pair_scoring.PairScoring`.
     """
     scoring = PairScoring(reader, scorers, **options)
@@ -51,25 +50,21 @@ def score_pairs(
             scoring.prepare()
             for rows, table in files.read():
                 scoring.recall(rows, table)
-        start, pairs = time.monotonic(), sum(map(len, missing))
+        pairs = sum(map(len, missing))
         with Progress("score-pairs", files.rows, "pairs", files.rows - pairs) as progress:
             for rows, table in scoring.tables(missing):
                 files.write(rows, table)
                 progress.add(len(rows))
-        seconds, problems, without = time.monotonic() - start, Counter[str](), Counter[str]()
+        problems, without = Counter[str](), Counter[str]()
         for _, table in files.read():
             for side in ("a", "b"):
-                problems.update(reason for reason in table.column(f"problem_{side}").to_pylist() if reason is not None)
+                problems.update(filter(None, table.column(f"problem_{side}").to_pylist()))
             for name in chain.from_iterable(scorer.columns for scorer in scorers):
                 first, second = (np.isnan(table.column(f"{name}_{side}").to_numpy()) for side in ("a", "b"))
                 without[name] += int((first | second).sum())
         files.finish()
     print(f"{output}: {len(reader)} pairs, {pairs} of them scored now")
     print(f"unreadable images: {count_text(problems)}; pairs without a score: {count_text(+without)}")
-    if pairs:
-        shares = ", ".join(f"{name} {spent * 1000 / pairs:.2f} s" for name, spent in scoring.seconds.items())
-        images = ", ".join(f"{number} by {name}" for name, number in scoring.images.items()) or "none"
-        print(f"cost per 1000 pairs: {seconds * 1000 / pairs:.2f} s ({shares}); images scored: {images}")
 
 
 run = partial(run_function, score_pairs)

@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from latentreward.apps.serving.settings import RewardToServe, ServiceSettings, bind, check_name, is_loopback
 from latentreward.core.contracts import PathText
@@ -15,9 +15,6 @@ from latentreward.core.errors import InputError
 from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.json_files import checked_token, token_of_file
 from latentreward.reward import ModelSource, PublishedSettings
-
-if TYPE_CHECKING:
-    from latentreward.reward import RewardModel
 
 TOKEN_VARIABLE = "LATENTREWARD_TOKEN"
 
@@ -42,10 +39,10 @@ def serve(
 
     POST /v1/score takes latents and prompt embeddings by verl-omni's latent-reward protocol version 1; POST
     /v1/score_latents takes latents and raw prompts, /v1/score_states the states of whole trajectories, and
-    /v1/score_images images and prompts, as a form or as JSON. POST /score answers UniRL's clients, /compute
-    Flow-Factory's. GET /v1/rewards names the rewards, /v1/model describes one, /healthz tells whether the server is
-    ready, /metrics has counters for Prometheus, /docs describes all routes. Requests are batched into shared forward
-    passes; a score does not depend on the other requests of its batch.
+    /v1/score_images images and prompts. POST /score answers UniRL's clients, /compute Flow-Factory's. GET /v1/rewards
+    describes the rewards, /healthz tells whether the server is ready, /metrics has counters for Prometheus, /docs
+    describes all routes. Requests are batched into shared forward passes; a score does not depend on the other requests
+    of its batch.
 
     Args:
         model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run; exclusive with ``rewards``.
@@ -63,21 +60,22 @@ def serve(
         dtype: Precision of the model's backbone.
         device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
         name: Name of the model in addresses, replies and metrics.
-        rewards: Several rewards by name, each with its model, device and limits; the first scores requests that name
-            none. See :class:`~latentreward.apps.serving.settings.RewardToServe`.
+        rewards: Several rewards by name, each with its model and device; the first scores requests that name none. See
+            :class:`~latentreward.apps.serving.settings.RewardToServe`.
         limits: See :class:`~latentreward.apps.serving.settings.ServiceSettings`.
 
     Raises:
         InputError: If a setting is wrong, the port is taken, or a model cannot be loaded.
     """
-    modules = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
+    modules = ("fastapi", "prometheus_client", "uvicorn")
     if missing := [module for module in modules if find_spec(module) is None]:
         raise InputError(f"serve needs {missing[0]}, which is not installed; pip install 'latentreward[serve]'")
+    import torch
+
     from latentreward.apps.serving.app import serve as serve_until_stopped
-    from latentreward.apps.serving.dialects import Dialect
     from latentreward.apps.serving.service import ScoringService
-    from latentreward.core.registry import import_class
     from latentreward.core.running import find_device
+    from latentreward.reward import RewardModel
 
     token = os.environ.get(TOKEN_VARIABLE)
     if token_file is not None:
@@ -85,16 +83,14 @@ def serve(
     elif token is not None:
         token = checked_token(token, TOKEN_VARIABLE)
     settings = ServiceSettings(token=token, **limits)
-    for path in settings.dialects:  # before the models are loaded
-        import_class("dialects", path, Dialect)
     if (model is None) == (not rewards):
         raise InputError("give either model, or rewards with a name, model and device for each")
     single = RewardToServe(model or "", device, dtype, base, run_config, revision, published)
     if rewards and (single, name) != (RewardToServe(""), "reward"):
         raise InputError("name, device, base and the like are those of a single model; give them for each of rewards")
-    chosen = {check_name(label): one for label, one in (rewards or {name: single}).items()}
-    for one in chosen.values():
-        one.limits(settings)  # raises for a wrong limit
+    chosen = rewards or {name: single}
+    for label, one in chosen.items():
+        check_name(label)
         find_device(one.device)
     with bind(host, port) as bound:
         if settings.token is None and not is_loopback(bound.getsockname()[0]):
@@ -106,23 +102,12 @@ def serve(
         loaded = {}
         for label, one in chosen.items():
             source = ModelSource(one.model, one.run_config, one.base, one.revision, trust_remote_code, one.published)
-            loaded[label] = load_reward(source, one.device, one.dtype), one.limits(settings)
+            target = find_device(one.device)
+            print(f"loading {source.path} on {target}", flush=True)
+            loaded[label] = RewardModel.from_pretrained(source, device=target, dtype=getattr(torch, one.dtype))
+            loaded[label].require_images("serve")
         serve_until_stopped(ScoringService(loaded, settings), bound)
     print("stopped", flush=True)
-
-
-def load_reward(source: ModelSource, device: str, dtype: str) -> RewardModel:
-    """Load a reward to serve; raise InputError if it scores no images."""
-    import torch
-
-    from latentreward.core.running import find_device
-    from latentreward.reward import RewardModel
-
-    target = find_device(device)
-    print(f"loading {source.path} on {target}", flush=True)
-    reward = RewardModel.from_pretrained(source, device=target, dtype=getattr(torch, dtype))
-    reward.require_images("serve")
-    return reward
 
 
 run = partial(run_function, serve, classes=False)

@@ -1,12 +1,12 @@
 """``latentreward taste``: train a reward on pictures of one's own, and align a generator with it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from latentreward.apps.estimate.estimate import Card
-from latentreward.apps.taste.steps import Task
+from latentreward.apps.taste.steps import Step
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_at_least_one, check_multiples, check_range, errors_at, tell
 from latentreward.core.interrupts import interrupts_told
@@ -15,11 +15,10 @@ from latentreward.core.storage.durable import locked
 
 if TYPE_CHECKING:
     from latentreward.apps.taste.plan import Plan
-    from latentreward.diffusion import Family
     from latentreward.diffusion.backbones.tuning import Tuning
 
 LARGEST = 4096
-"""Largest ``size``: even an estimate of much larger images runs out of memory."""
+"""Largest ``size``: pictures of a much larger one, as of a typing error, run out of memory."""
 REMEDY = (
     "take --tuning frozen, a smaller --batch_size or --size, or a base that is quantised by --train_settings; for the "
     "alignment a smaller data.batch_size or data.prompts_per_rollout by --align_settings"
@@ -34,16 +33,13 @@ def taste(
     align: bool = False,
     estimate: bool = False,
     base: PathText = SD15,
-    family: str | None = None,
     tuning: Literal["auto", "frozen", "lora", "full"] = "auto",
     pairing: Literal["auto", "names", "all"] = "auto",
     pairs: int = 500,
     size: int | None = None,
     epochs: int = 40,
     batch_size: int = 8,
-    lr: float | None = None,
     patience: int = 10,
-    optimizer: str | None = None,
     prompts: Path | None = None,
     align_always: bool = False,
     align_steps: int | None = None,
@@ -73,13 +69,10 @@ def taste(
         folder: Folder of pictures; only ``ratings.jsonl`` and a hidden lock file are written there, by --rate.
         rate: Whether to serve the page to rate pictures, until Ctrl-C; answers are kept at once, and continued.
         align: Whether to align the base with the reward, if the reward has learned something.
-        estimate: Whether to only compute the memory and hours that the trainings need, from configs, and compare the
-            memory with what is here.
+        estimate: Whether to only compute the memory and hours that the trainings need, and compare them with the card.
         base: Pipeline that the reward reads and that is aligned: a folder or hub id of SD1.5, SDXL or SD3.5, or
             ``sd_tiny``, ``sd35_tiny``; for rated edits an editor: FLUX.1-Kontext, Qwen-Image-Edit, FLUX.2-klein,
-            InstructPix2Pix; with ``family`` any of that family.
-        family: Import path of the base's family, for a family of your own; its module is imported by all steps. Set the
-            blocks that the reward reads by ``train_settings``.
+            InstructPix2Pix.
         tuning: Weights that train besides the head: ``frozen`` (none), ``lora`` (adapters) or ``full`` (all); ``auto``
             takes frozen below 300 training pairs, else lora.
         pairing: Pairs of ``chosen/`` and ``rejected/``: ``names`` takes files of equal names, ``all`` compares each
@@ -88,16 +81,15 @@ def taste(
         size: Side in pixels to which pictures are cropped and resized; that of the base by default.
         epochs: Most passes over the training pairs.
         batch_size: Pairs per step of the reward's training.
-        lr: Learning rate of the reward; by default one for the tuning and the base.
         patience: Passes without a lower loss on the pairs to stop by, after which the training ends.
-        optimizer: Class of the reward's optimiser, such as bitsandbytes.optim.AdamW8bit; AdamW by default.
         prompts: File of prompts for the alignment and its pictures, for an editor with a column ``source_images``; by
             default the captions of the pictures.
         align_always: Whether to align even if the reward may be no better than a coin.
         align_steps: Optimiser steps of the alignment; by default 100, of a shipped tiny base 24.
         guidance_scale: Guidance scale of the alignment and its pictures; that of the base by default.
         num_prompts: Most prompts with pictures before and after.
-        train_settings: Further settings of the reward's training, as ``latentreward fit`` takes them.
+        train_settings: Further settings of the reward's training, as ``latentreward fit`` takes them, such as
+            ``[--model.optimizer.lr=1e-4]``.
         align_settings: Further settings of the alignment, as ``latentreward fit`` takes them.
         device: Device of all steps; ``auto`` takes a GPU if there is one.
         seed: Seed of the split, of drawn pairs, of the trainings and of the pictures.
@@ -128,8 +120,8 @@ def taste(
         find_device("cuda")
     elsewhere = estimate and card.get("card_gb") is not None  # the GPU of an estimate need not be here
     found = collect(folder, pairing)
-    plans.find_base(base, family)
-    own = plans.family_of(base, family)
+    plans.find_base(base)
+    own = plans.family_of(base)
     found = plans.fitting(found, own)
     print(found.how)
     for remark in found.remarks:
@@ -139,7 +131,9 @@ def taste(
     print(f"split {parts.how}: {', '.join(f'{number} {name}' for name, number in counts.items())}", flush=True)
     told = plans.prompts_of(parts, prompts, own) if align else None
     if size is not None:
-        check_size(size, own)
+        check_multiples("size", [size], own.side_multiple)
+        with errors_at("size: "):
+            own.latent_shape(size, size)  # some networks have positions for so many pixels only
     chosen: Tuning = ("frozen" if counts[TRAIN] < plans.FROZEN_BELOW else "lora") if tuning == "auto" else tuning
     with locked(output, "work"), interrupts_told(lambda: f"what is done is kept in {output}: the same command goes on"):
         prompt_folder = None
@@ -156,31 +150,18 @@ def taste(
             gpu=device == "gpu" or (device == "auto" and (elsewhere or torch.cuda.is_available())),
             patience=patience,
             guidance=guidance_scale,
-            train=[
-                *([] if optimizer is None else [f"--model.optimizer={optimizer}"]),
-                *([] if lr is None else [f"--model.optimizer.lr={lr}"]),
-                *(f"--trainer.max_epochs={epochs}", f"--data.batch_size={batch_size}"),
-                *train_settings,
-            ],
+            train=[f"--trainer.max_epochs={epochs}", f"--data.batch_size={batch_size}", *train_settings],
             align=[*([] if align_steps is None else [f"--trainer.max_steps={align_steps}"]), *align_settings],
             pictures=num_prompts,
-            family=family,
         )
         print(f"base {base}, tuning {chosen}, {'GPU' if plan.gpu else 'CPU'}", flush=True)
-        tasks = plan.tasks(seed)
-        if estimate:
-            if size is not None and not tasks[plans.CACHE].output(output).exists():
-                tell(f"{plans.REWARD} is computed at the base's own size, not {size}, until the pictures are cached")
-            tell_needs(tasks, output, counts[TRAIN], Card(plan.gpu, **card))
+        steps = plan.steps(output, seed)
+        if not estimate:
+            run_steps(steps, plan, output, parts.how, always=align_always)
             return
-        run_steps(tasks, plan, output, parts.how, always=align_always)
-
-
-def check_size(size: int, family: "Family") -> None:
-    """Raise InputError if a family does not take images of so many pixels a side."""
-    check_multiples("size", [size], family.side_multiple)
-    with errors_at("size: "):
-        family.latent_shape(size, size)  # some networks have positions for so many pixels only
+        if size is not None and not steps[plans.CACHE].output.exists():
+            tell(f"{plans.REWARD} is computed at the base's own size, not {size}, until the pictures are cached")
+        tell_needs(steps.values(), counts[TRAIN], Card(plan.gpu, **card))
 
 
 def rate_pictures(folder: Path, port: int, seed: int) -> None:
@@ -200,40 +181,40 @@ def rate_pictures(folder: Path, port: int, seed: int) -> None:
             serve_ratings(ratings, bound)
 
 
-def tell_needs(tasks: Mapping[str, Task], output: Path, pairs: int, card: Card) -> None:
+def tell_needs(steps: Iterable[Step], pairs: int, card: Card) -> None:
     """Print the memory and hours that the trainings need, and compare the memory with the card."""
     from latentreward.apps.commands.fit import estimate_fit
     from latentreward.apps.estimate.estimate import check_memory, told_hours, training_needs
 
     needs = {}
-    for name, task in tasks.items():
-        if task.arguments[0] == "fit":
-            found = estimate_fit(task.command(output)[1:])
-            print(f"{name}\n{found.as_text()}\n", flush=True)
-            needs[name] = training_needs(found, pairs)
+    for step in steps:
+        if step.arguments[0] == "fit":
+            found = estimate_fit(step.arguments[1:])
+            print(f"{step.name}\n{found.as_text()}\n", flush=True)
+            needs[step.name] = training_needs(found, pairs)
     print(told_hours(needs, card))
     print(check_memory(needs, card, REMEDY))
 
 
-def run_steps(tasks: Mapping[str, Task], plan: "Plan", output: Path, how: str, always: bool) -> None:
+def run_steps(steps: Mapping[str, Step], plan: "Plan", output: Path, how: str, always: bool) -> None:
     """Run the steps that have not finished, print the accuracy, and write the page."""
     from latentreward.apps.taste.plan import ALIGN, BEST, CACHE, PICTURES, REWARD, SCORES
     from latentreward.apps.taste.results import measure, write_result
-    from latentreward.apps.taste.steps import TaskRunner, run_tasks
 
-    places = {name: task.output(output) for name, task in tasks.items()}
-    run_tasks([tasks[name] for name in (CACHE, REWARD, SCORES)], TaskRunner(output))
-    measured = measure(places[SCORES], plan.pairs)
+    for name in (CACHE, REWARD, SCORES):
+        steps[name].run()
+    measured = measure(steps[SCORES].output, plan.pairs)
     print(f"{measured.line()}\n{measured.verdict()}", flush=True)
-    aligns = ALIGN in tasks and (measured.learned or always)
+    aligns = ALIGN in steps and (measured.learned or always)
     if aligns:
-        run_tasks([tasks[name] for name in (ALIGN, PICTURES)], TaskRunner(output))
-    elif ALIGN in tasks:
+        steps[ALIGN].run()
+        steps[PICTURES].run()
+    elif ALIGN in steps:
         print("align: left out, since the reward may be no better than a coin; --align_always true aligns anyway")
-    page = write_result(output, plan, measured, how, places[PICTURES] if aligns else None)
-    print(f"reward: {places[REWARD] / BEST}")
+    page = write_result(output, plan, measured, how, steps[PICTURES].output if aligns else None)
+    print(f"reward: {steps[REWARD].output / BEST}")
     if aligns:
-        print(f"adapter: {places[ALIGN] / 'lora'}")
+        print(f"adapter: {steps[ALIGN].output / 'lora'}")
     print(f"page: {page}")
 
 

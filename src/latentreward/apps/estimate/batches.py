@@ -73,12 +73,12 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
     settings, space = data.init_args, network.latent_space
     latents = issubclass(locate(data.class_path), CachedPreferenceDataModule)
     (height, width), count, with_text = network.native_size, batch_size(data), False
-    frames = 1 if settings.get("frames") is None else settings.frames
+    frames = settings.get("frames") or 1
     if latents:
         caches = written_caches(settings)
-        frames = caches["train"].images.frames if "train" in caches else 1
-        sizes = caches["train"].images.sizes() if "train" in caches else [(height, width)]
-        (height, width), count = largest_batch(data, sizes, frames, space)
+        if train := caches.get("train"):
+            frames = train.images.frames
+            (height, width), count = largest_batch(data, train.images.sizes(), frames, space)
         with_text = settings.cached_text and all(cache.text is not None for cache in caches.values())
     elif (size := settings.get("size")) is not None:
         height, width = (size, size) if isinstance(size, int) else size
@@ -93,17 +93,13 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
     if (given := settings.get("targets")) is not None:
         kinds, columns = 2 if given.uncertainties else 1, len(given.columns)
         targets = stack_targets([shapes.stand_in((2, kinds, columns)) for _ in names])
-    encoder, conditioning, uncond = network.text_encoder, None, None
-    if with_text:  # prompts of the greatest length
-        tokens, pooled = encoder.num_tokens, encoder.pooled_dim
-        conditioning, uncond = (
-            Conditioning(
-                shapes.stand_in((rows, tokens, encoder.token_dim)),
-                shapes.stand_in((rows, pooled)) if pooled else None,
-                torch.ones(rows, tokens, dtype=torch.bool) if encoder.masked else None,
-            )
-            for rows in (count, 1)
-        )
+    encoder = network.text_encoder
+
+    def encoded(rows: int) -> Conditioning:  # prompts of the greatest length
+        pooled = shapes.stand_in((rows, encoder.pooled_dim)) if encoder.pooled_dim else None
+        mask = torch.ones(rows, encoder.num_tokens, dtype=torch.bool) if encoder.masked else None
+        return Conditioning(shapes.stand_in((rows, encoder.num_tokens, encoder.token_dim)), pooled, mask)
+
     return PreferenceBatch(
         pair_ids=names,
         prompts=prompts_for(network, count),
@@ -115,8 +111,8 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
         targets=targets,
         weight=torch.ones(count),
         latent_space=space if latents else None,
-        conditioning=conditioning,
-        uncond=uncond,
+        conditioning=encoded(count) if with_text else None,
+        uncond=encoded(1) if with_text else None,
         sources=tuple(shapes.stand_in((count, *shape)) for _ in range(counted_sources(network))),
     )
 

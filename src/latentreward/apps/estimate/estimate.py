@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc import locate
 from tempfile import TemporaryDirectory
 
 import torch
@@ -19,21 +18,24 @@ from latentreward.alignment import PolicySource
 from latentreward.alignment.rewards.http import RemoteReward
 from latentreward.alignment.rewards.pixel import ImageReward
 from latentreward.apps.estimate.batches import largest_batch, written_caches
-from latentreward.apps.estimate.rewards import replace_rewards
-from latentreward.apps.estimate.shapes import RECOMPUTE, ConfigSources
 from latentreward.apps.estimate.step_costs import TEXT, StepCosts, step_costs
+from latentreward.apps.estimate.unread import ConfigSources, replace_rewards
 from latentreward.core.errors import InputError, check_range
-from latentreward.core.peak_rates import Limits, Work
-from latentreward.core.reports.tables import Table, as_text
-from latentreward.core.running import PHASES
-from latentreward.data.datamodules import PairLoaders
-from latentreward.diffusion import CachedPreferenceDataModule
 
 ASSUMED = (
     "Computed from shapes, nothing measured: GB are 10⁹ bytes, TFLOP 10¹² operations of matrix products, convolutions "
     "and attention. One process; not counted are data loading, callbacks, validation, kernels' work space and what the "
     "allocator holds beyond tensors."
 )
+
+
+GB = 10**9
+ALLOWANCE, CONTEXT = 1.1, GB
+"""Factor for what the allocator holds beyond tensors, and bytes of a CUDA context and kernels' work space."""
+IMPORTS = 2 * GB
+"""Memory of a process with all its imports and data loaders."""
+KEPT_ROWS = 0.5
+"""Share of a rollout's rows that pass the threshold of LPO; a guess, since it depends on the reward."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,6 @@ class Estimate:
     costs: StepCosts  # memory and computation of a training step
     settings: Namespace  # settings of the run
     notes: tuple[str, ...]  # lines on what the numbers assume
-    limits: str = ""  # what bounds a step on a card; empty without a card that is known
 
     @property
     def accumulated(self) -> int:
@@ -68,7 +69,7 @@ class Estimate:
         lines = [f"{'weights':<38}{'million':>10}{'trained':>10}{'GB':>10}"]
         for part in costs.parts:
             millions = f"{part.parameters / 1e6:>10.1f}{part.trained / 1e6:>10.1f}"
-            lines.append(f"  {part.name:<36}{millions}{gigabytes(part.bytes)}")
+            lines.append(f"  {part.name:<36}{millions}{gigabytes(part.bytes):>10}")
         memory = {
             "weights": costs.weights,
             "weights before the first step": costs.start if costs.freed else 0,
@@ -80,8 +81,6 @@ class Estimate:
             "peak in the optimiser's update": costs.update_peak,
             "peak": costs.peak,
         }
-        lines += ["", f"{'memory':<58}{'GB':>10}"]
-        lines += [f"  {name:<56}{gigabytes(value)}" for name, value in memory.items() if value]
         step = self.accumulated * (costs.forward + costs.backward)
         computation = {
             "rollout": costs.rollout,
@@ -89,27 +88,24 @@ class Estimate:
             "backward pass of a batch": costs.backward,
             f"optimiser step of {self.accumulated} batch{'es' if self.accumulated > 1 else ''}, rollouts aside": step,
         }
+        lines += ["", f"{'memory':<58}{'GB':>10}"]
+        lines += [f"  {name:<56}{gigabytes(value):>10}" for name, value in memory.items() if value]
         lines += ["", f"{'computation':<58}{'TFLOP':>10}"]
         lines += [f"  {name:<56}{value / 1e12:>10.3g}" for name, value in computation.items() if value]
-        return "\n".join([*lines, "", *([self.limits, ""] if self.limits else []), *self.notes, ASSUMED])
+        return "\n".join([*lines, "", *self.notes, ASSUMED])
 
 
 def gigabytes(size: int) -> str:
-    """Format a size in bytes as GB, in ten characters."""
-    return f"{size / 1e9:>10.3f}" if size < 1e9 else f"{size / 1e9:>10.2f}"
+    """Format a size in bytes as GB."""
+    return f"{size / GB:.3f}" if size < GB else f"{size / GB:.2f}"
 
 
 def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule]) -> Estimate:
-    """Compute the memory and computation that a run of ``fit`` needs.
-
-    ``settings.model`` is changed in place; ``build`` makes the module from settings.
-    """
+    """Compute what a run of ``fit`` needs; ``settings.model`` is changed in place, and ``build`` makes the module."""
     with TemporaryDirectory(prefix="latentreward-") as folder:
         sources, gpu = ConfigSources(Path(folder)), settings.trainer.accelerator != "cpu"
         module = unread_module(settings, build, sources)
-        callbacks = [str(callback.get("class_path")) for callback in settings.trainer.get("callbacks") or []]
-        averaged = any(name.endswith(".TrainableEMA") for name in callbacks)
-        costs = step_costs(module, settings.data, settings.trainer.accumulate_grad_batches, gpu, averaged)
+        costs = step_costs(module, settings.data, settings.trainer.accumulate_grad_batches, gpu)
     notes = notes_on(settings, costs, sources, gpu)
     for part in module.modules():
         if isinstance(part, RemoteReward):
@@ -117,7 +113,7 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
         if isinstance(part, ImageReward):
             left_out = f"weights and computation of {type(part.scorer).__name__}"
             notes.append(f"Not counted: {left_out}; decoding of the images that it scores is counted.")
-    if any(name.endswith(".EncodeOnce") for name in callbacks):
+    if any(str(one.get("class_path")).endswith(".EncodeOnce") for one in settings.trainer.get("callbacks") or []):
         kept = costs.without(TEXT)
         notes.append(f"EncodeOnce frees text encoders of {kept.freed / 1e9:.2f} GB before the first step.")
         costs = kept
@@ -150,7 +146,7 @@ def unread_module(
 
 
 def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu: bool) -> list[str]:
-    """Return lines on what the tables assume: module, device, batch size, rollout, strategy, origin of configs."""
+    """Return lines on what the tables assume."""
     trainer = settings.trainer
     device = "a GPU" if gpu else "the CPU"
     data, name = settings.data.init_args, settings.model.class_path.rpartition(".")[2]
@@ -176,9 +172,6 @@ def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu:
     return notes
 
 
-GB = 10**9
-
-
 @dataclass(frozen=True)
 class Card:
     """Device with which an estimate compares the needs of trainings; options of ``fit`` and ``taste``.
@@ -196,24 +189,16 @@ class Card:
     def __post_init__(self) -> None:
         check_range("(0, inf)", card_gb=self.card_gb, tflops=self.tflops)
 
-    def memory(self) -> tuple[int, str] | None:
-        """Return bytes and name of the GPU's memory; None if there is no GPU here and none is given."""
-        import torch
-
-        if self.card_gb is not None:
-            return int(self.card_gb * GB), "of GPU memory"
-        if not torch.cuda.is_available():
-            return None
-        found = torch.cuda.get_device_properties(0)
-        return found.total_memory, f"of GPU memory ({found.name})"
-
-
-ALLOWANCE, CONTEXT = 1.1, GB
-"""Factor for what the allocator holds beyond tensors, and bytes of a CUDA context and kernels' work space."""
-IMPORTS = 2 * GB
-"""Memory of a process with all its imports and data loaders."""
-KEPT_ROWS = 0.5
-"""Share of a rollout's rows that pass the threshold of LPO; a guess, since it depends on the reward."""
+    def memory(self) -> float | None:
+        """Return the memory of the GPU, or that is free for a run on the CPU, in GB; None without a GPU to ask."""
+        if not self.gpu:
+            told = Path("/proc/meminfo")
+            lines = told.read_text().splitlines() if told.is_file() else []
+            free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+            return (free[0] if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / GB
+        if self.card_gb is None and torch.cuda.is_available():
+            return float(torch.cuda.get_device_properties(0).total_memory / GB)
+        return self.card_gb
 
 
 @dataclass(frozen=True)
@@ -221,16 +206,12 @@ class TrainingNeeds:
     """Needs of one training."""
 
     memory: int  # peak memory in bytes, of the GPU or of the CPU
-    weights: int  # size of all weights in bytes
     flops: float  # operations of all steps and rollouts, or of 1,000 steps
     whole: bool = True  # whether ``flops`` are those of the whole training
 
 
 def training_needs(found: Estimate, pairs: int | None = None) -> TrainingNeeds:
-    """Compute the needs of a training.
-
-    ``pairs`` is the length of an epoch where the trainer counts epochs; None if it is not known.
-    """
+    """Compute the needs of a training; ``pairs`` is the length of an epoch, if known, where epochs are counted."""
     costs, trainer, data = found.costs, found.settings.trainer, found.settings.data.init_args
     rows, whole = (data.get("batch_size") or 1) * found.accumulated, True
     if trainer.max_steps > 0:
@@ -243,123 +224,35 @@ def training_needs(found: Estimate, pairs: int | None = None) -> TrainingNeeds:
     if costs.rollout_rows:
         kept = KEPT_ROWS if "selection" in found.settings.model.init_args else 1.0
         rollouts = math.ceil(steps * rows / (costs.rollout_rows * kept))
-    return TrainingNeeds(
-        memory=costs.peak,
-        weights=costs.weights,
-        flops=float(steps * found.accumulated * (costs.forward + costs.backward) + rollouts * costs.rollout),
-        whole=whole,
-    )
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that are available, or of all memory where the system does not tell."""
-    told = Path("/proc/meminfo")
-    lines = told.read_text().splitlines() if told.is_file() else []
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    flops = steps * found.accumulated * (costs.forward + costs.backward) + rollouts * costs.rollout
+    return TrainingNeeds(costs.peak, float(flops), whole)
 
 
 def check_memory(needs: Mapping[str, TrainingNeeds], card: Card, remedy: str) -> str:
-    """Check the memory of the GPU and of the machine; return a line that describes it.
+    """Compare needs, by the trainings' names, with the memory of the GPU or of the machine; return a line on both.
 
-    For a GPU that is not here nothing is compared, unless its memory is given. ``needs`` are by the trainings' names;
-    ``remedy`` names settings that lower the need.
+    Without a GPU to ask nothing is compared. ``remedy`` names settings that lower the need.
     """
-    told, lacking, gpu = [], [], card.memory() if card.gpu else None
-    found = "given" if card.gpu and card.card_gb else "here"
-    for name, one in needs.items():
-        wanted = [(IMPORTS + (one.weights if card.gpu else one.memory), free_memory(), "of memory")]
-        if card.gpu:
-            size = int(one.memory * ALLOWANCE) + CONTEXT
-            wanted = [(size, *gpu), *([] if card.card_gb else wanted)] if gpu else []
-            told += [] if gpu else [f"{name} {size / GB:.1f} GB of GPU memory"]
-        for size, here, what in wanted:
-            told.append(f"{name} {size / GB:.1f} of {here / GB:.1f} GB {what}")
-            if size > here:
-                lacking.append(f"{name} needs {size / GB:.1f} GB {what}, {here / GB:.1f} GB are {found}")
-    counted = f"the peak, {ALLOWANCE - 1:.0%} more and {CONTEXT / GB:.1f} GB for CUDA" if card.gpu else "the peak"
-    if lacking:
-        raise InputError(f"memory: {', '.join(lacking)} (counted: {counted}); {remedy}")
-    if card.gpu and not gpu:
+    here, kind = card.memory(), "GPU memory" if card.gpu else "memory"
+    factor, more = (ALLOWANCE, CONTEXT) if card.gpu else (1.0, IMPORTS)
+    sizes = {name: (one.memory * factor + more) / GB for name, one in needs.items()}
+    counted = f"the peak and {IMPORTS / GB:.1f} GB for the program itself"
+    if card.gpu:
+        counted = f"the peak, {ALLOWANCE - 1:.0%} more and {CONTEXT / GB:.1f} GB for CUDA"
+    if here is None:
+        told = ", ".join(f"{name} {size:.1f} GB of {kind}" for name, size in sizes.items())
         counted += "; no GPU is here to compare with, --card_gb 24 takes a card of 24 GB"
-    elif not (card.gpu and card.card_gb):
-        counted += f"{'; the weights' if card.gpu else ''} and {IMPORTS / GB:.1f} GB for the program itself"
-    return f"memory: {', '.join(told)} (counted: {counted}); to lower it: {remedy}"
+    else:
+        told = ", ".join(f"{name} {size:.1f} of {here:.1f} GB of {kind}" for name, size in sizes.items())
+        found = f"{here:.1f} GB are {'given' if card.gpu and card.card_gb else 'here'}"
+        lacking = [f"{name} needs {size:.1f} GB of {kind}, {found}" for name, size in sizes.items() if size > here]
+        if lacking:
+            raise InputError(f"memory: {', '.join(lacking)} (counted: {counted}); {remedy}")
+    return f"memory: {told} (counted: {counted}); to lower it: {remedy}"
 
 
 def told_hours(needs: Mapping[str, TrainingNeeds], card: Card) -> str:
-    """Return a line that describes the time of the trainings."""
+    """Return a line on the time of the trainings."""
     hours = {name: one.flops / (card.tflops * 1e12) / 3600 for name, one in needs.items()}
     told = [f"{name} {one:.3g}{'' if needs[name].whole else ' per 1,000 steps'}" for name, one in hours.items()]
     return f"hours: {', '.join(told)} (computed, at --tflops {card.tflops:g}; without data, validation and pictures)"
-
-
-COMPILED = 0.3
-"""Part of a step's time that compiled blocks save: 0.12 to 0.5 in docs/performance.md."""
-
-
-def bounds_table(rows: Mapping[str, Work], limits: Limits) -> Table:
-    """Return a table of work by name, with its bounds in seconds."""
-    cells = []
-    for name, work in rows.items():
-        counts = f"{work.flops / 1e12:.4g}", f"{work.bytes / 1e9:.4g}", str(work.kernels)
-        cells.append((name, *counts, *(f"{seconds:.4f}" for seconds in limits.bounds(work).values())))
-    headings = "TFLOP", "GB", "kernels", "arithmetic, s", "traffic, s", "launches, s"
-    return Table((limits.name, *headings), tuple(cells))
-
-
-def limits_text(found: Estimate, limits: Limits) -> str:
-    """Format the bounds of a step and of a rollout, and name the setting that would help the step most."""
-    costs, times = found.costs, found.accumulated
-    rollout = costs.work.get("rollout", Work())
-    phases = {name: work for name, work in costs.work.items() if name != "rollout"}
-    if costs.freed and not issubclass(locate(found.settings.data.class_path), PairLoaders):  # type: ignore[arg-type]
-        phases.pop("encode", None)  # EncodeOnce has encoded the prompts before the first step
-    for name in phases.keys() - {"optimizer", "ema"}:  # of one batch
-        phases[name] = Work(*(times * count for count in vars(phases[name]).values()))
-    step = sum(phases.values(), Work())
-    order = [*PHASES, RECOMPUTE]
-    rows = {f"  {name}": phases[name] for name in sorted(phases, key=order.index) if phases[name].kernels}
-    rows |= {"a step": step} | ({"a rollout": rollout} if rollout.kernels else {})
-    bounds = limits.bounds(step)
-    greatest = max(bounds, key=bounds.__getitem__)
-    lines = [
-        as_text(bounds_table(rows, limits)),
-        "Traffic as if no operators were fused, and 6 µs a launch: compiled blocks need less of both.",
-        f"limit: {greatest}, at least {bounds[greatest]:.3g} s a step",
-    ]
-    gain, setting = max(remedies_of(found, phases, limits), default=(0.0, ""))
-    if gain > 0.01 * bounds[greatest]:
-        lines[-1] += f"; what would help most: {setting} ({gain:.2g} s less)"
-    return "\n".join(lines)
-
-
-def remedies_of(found: Estimate, phases: Mapping[str, Work], limits: Limits) -> Iterator[tuple[float, str]]:
-    """Yield settings that would shorten a step of so much work by phase, each after the seconds that it saves."""
-    settings, step = found.settings, sum(phases.values(), Work())
-    bounds = sorted((seconds, name) for name, seconds in limits.bounds(step).items())
-    (longest, greatest), (second, _) = bounds[2], bounds[1]
-
-    def without(name: str) -> float:
-        rest = sum((work for other, work in phases.items() if other != name), Work())
-        return longest - max(limits.bounds(rest).values())
-
-    kind: type = locate(settings.data.class_path)  # type: ignore[assignment]
-    trains_text = any(part.name == TEXT and part.trained for part in found.costs.parts)
-    if "encode" in phases and issubclass(kind, PairLoaders) and not issubclass(kind, CachedPreferenceDataModule):
-        yield without("encode"), "cached latents (latentreward cache)"
-    elif "encode" in phases and not trains_text:
-        text = "--data.cached_text=true, of a cache with text" if issubclass(kind, PairLoaders) else "EncodeOnce"
-        yield without("encode"), text
-    if RECOMPUTE in phases:
-        yield without(RECOMPUTE), "gradient_checkpointing: false, if the memory suffices"
-    if greatest == "launches":
-        yield longest - second, "a larger --data.batch_size: as many kernels for more rows"
-    performance, steps = settings.performance, settings.trainer.max_steps
-    itself = (
-        performance.compile_blocks is None and performance.auto and (steps < 0 or steps >= found.costs.compiled_from)
-    )
-    if not (performance.compile_blocks or itself):
-        yield COMPILED * longest, "--performance.compile_blocks=true"

@@ -6,7 +6,7 @@ tokenizers are stand-ins with the published vocabulary size.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,47 +82,41 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content))
 
 
+def filled(words: Sequence[str], size: int) -> dict[str, int]:
+    """Return a vocabulary of ``size`` words: those given, and fillers as the rest."""
+    return {word: number for number, word in enumerate([*words, *(f"<filler {n}>" for n in range(size - len(words)))])}
+
+
 def clip_tokenizer() -> CLIPTokenizer:
-    """Make a stand-in for CLIP's tokenizer: equal vocabulary size, single characters as words, fillers as the rest."""
-    symbols = list(bytes_to_unicode().values())
-    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
-    words += [f"<filler {number}>" for number in range(SHARED["clip_l"]["vocab_size"] - len(words) - 2)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77)
+    """Make a stand-in for CLIP's tokenizer: single characters as words."""
+    symbols, size = bytes_to_unicode().values(), SHARED["clip_l"]["vocab_size"]
+    vocab = filled([*symbols, *(f"{symbol}</w>" for symbol in symbols)], size - 2)
+    vocab |= {"<|startoftext|>": size - 2, "<|endoftext|>": size - 1}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
 def t5_tokenizer(size: int = 32100) -> T5TokenizerFast:
-    """Make a stand-in for T5's tokenizer: ``size`` tokens, single characters as words, fillers as the rest."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
-    pieces += [(chr(code), -2.0) for code in range(33, 127)]
-    pieces += [(f"<filler {number}>", -9.0) for number in range(size - len(pieces))]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0)
+    """Make a stand-in for T5's tokenizer: single characters as words."""
+    known = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -1.0} | dict.fromkeys(map(chr, range(33, 127)), -2.0)
+    return T5TokenizerFast(vocab=[(word, known.get(word, -9.0)) for word in filled([*known], size)], extra_ids=0)
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Make a stand-in for Qwen's tokenizer: equal vocabulary size, bytes as words, and a chat template of its form."""
-    symbols = list(bytes_to_unicode().values())
-    words = [*symbols, *(f"<filler {number}>" for number in range(151643 - len(symbols)))]
-    tokenizer = Qwen2Tokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
-    names = (
-        "im_start",
-        "im_end",
-        *(f"{kind}_{end}" for kind in ("object_ref", "box", "quad", "vision") for end in ENDS),
-    )
-    special = [f"<|{name}|>" for name in (*names, "vision_pad", "image_pad")]
+    """Make a stand-in for Qwen's tokenizer: bytes as words, and a chat template of its form."""
+    tokenizer = Qwen2Tokenizer(vocab=filled([*bytes_to_unicode().values()], 151643), merges=[])
+    kinds = [f"{kind}_{end}" for kind in ("object_ref", "box", "quad", "vision") for end in ("start", "end")]
+    special = [f"<|{name}|>" for name in ("im_start", "im_end", *kinds, "vision_pad", "image_pad")]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.chat_template = CHAT
     return tokenizer
 
 
 def gemma_tokenizer() -> GemmaTokenizer:
-    """Make a stand-in for Gemma's tokenizer: equal vocabulary size, single characters as words, fillers as the rest."""
+    """Make a stand-in for Gemma's tokenizer: single characters as words."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *map(chr, range(33, 127))]
-    words += [f"<filler {number}>" for number in range(256000 - len(words) - 1)]
-    return GemmaTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
+    return GemmaTokenizer(vocab=filled(words, 256000 - 1), merges=[])
 
 
-ENDS = ("start", "end")
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{{ message.content if message.content is string else message.content[0].text }}<|im_end|>\n{% endfor %}"

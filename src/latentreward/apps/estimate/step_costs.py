@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +15,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from latentreward.alignment import AlignmentModule, Policy, ReFLModule, Reward
@@ -25,13 +23,17 @@ from latentreward.alignment.rewards.http import RemoteImageReward, RemoteReward
 from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.alignment.rewards.pixel import DecodingReward, ImageReward
 from latentreward.apps.estimate.batches import make_batch
-from latentreward.apps.estimate.shapes import CPU, SavedTensors, ShapesOnly, gpu_autocast, is_stand_in
-from latentreward.callbacks.performance import WORTH_COMPILING, blocks_of, worth_compiling
+from latentreward.apps.estimate.shapes import (
+    CPU,
+    SavedTensors,
+    ShapesOnly,
+    gpu_autocast,
+    is_stand_in,
+    replace_tensors,
+)
 from latentreward.core.contracts import NoisyStates, layout_of, map_tensors
 from latentreward.core.errors import InputError, first_line
-from latentreward.core.peak_rates import Work
 from latentreward.core.registry import of_this_package
-from latentreward.core.running import LISTENER, phase
 from latentreward.diffusion.backbones.weights import PLANNED, stored_bytes
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.vae import LatentEncoder
@@ -46,10 +48,7 @@ PARTS = {
     PromptEncoder: TEXT,
     LatentEncoder: "VAE",
 }
-"""Class → name under which the tables list the weights of its modules.
-
-A module inside a module of another of these classes counts to the outer one. All other weights count as ``network``.
-"""
+"""Class → name of its weights in the tables; the outer one of two counts, and all other weights are ``network``."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,6 @@ class StepCosts:
     rollout: int  # computation of a rollout; in ReFL, of the sampling steps before the first step with a graph
     freed: int = 0  # size of weights that are in memory before the first step, and freed then
     rollout_rows: int = 0  # rows to learn from of a rollout if all are kept; 0 without rollouts
-    compiled_from: int = WORTH_COMPILING  # optimiser steps from which ``fit`` compiles blocks on a GPU
-    # Of a rollout, of one batch's passes and of an update, by phase
-    work: Mapping[str, Work] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -114,19 +110,18 @@ class StepCosts:
 class RepeatedCalls:
     """Shortcut for methods that are called many times without gradients, such as the policy's in sampling.
 
-    A call with arguments of the same shapes and dtypes as an earlier call is not run. Its FLOPs and memory are counted
-    as those of the earlier call, and stand-ins of the earlier result's shapes are returned.
+    A call with arguments of the shapes and dtypes of an earlier one is not run, but counted as that one.
     """
 
     def __init__(self, shapes: ShapesOnly) -> None:
         self.shapes = shapes  # mode that runs the operations and counts
         self.sampled = 0  # FLOPs of the policy in calls without gradients and with its adapter on
-        self._seen: dict[Any, tuple[dict[str, Work], int, Any]] = {}
+        self._seen: dict[Any, tuple[int, int, Any]] = {}
 
     def watch(self, owner: Any, method: str, state: Callable[[], Any] = tuple) -> None:
-        """Replace ``owner.method`` by a version that skips repeated calls without gradients.
+        """Replace ``owner.method`` by a version that skips repeated calls, of equal ``state()`` too, without gradients.
 
-        A call is skipped only if ``state()`` is equal too, such as whether the adapter is on.
+        The state is, for example, whether the adapter is on.
         """
         original, shapes, live = getattr(owner, method), self.shapes, self.shapes.live
 
@@ -140,39 +135,35 @@ class RepeatedCalls:
                 return original(*arguments)
             key = id(owner), (working := state()), layout_of(arguments)
             if key in self._seen:
-                work, extra, layout = self._seen[key]
+                flops, extra, layout = self._seen[key]
                 live.peak = max(live.peak, live.now + extra)
+                shapes.flops += flops
                 result = map_tensors(layout, like)
             else:
-                earlier, before, peak = shapes.work, live.now, live.peak
-                live.peak, shapes.work = before, defaultdict(Work)
+                flops, before, peak = shapes.flops, live.now, live.peak
+                live.peak = before
                 result = original(*arguments)
-                work, shapes.work = dict(shapes.work), earlier
+                flops = shapes.flops - flops
                 layout = map_tensors(result, lambda one: torch.empty(one.shape, dtype=one.dtype, device="meta"))
-                self._seen[key] = work, live.peak - before, layout
+                self._seen[key] = flops, live.peak - before, layout
                 live.peak = max(live.peak, peak)
-            for name, done in work.items():
-                shapes.work[name] += done
             if isinstance(owner, Policy) and working:
-                self.sampled += sum(done.flops for done in work.values())
+                self.sampled += flops
             return result
 
         setattr(owner, method, call)
 
 
-def step_costs(
-    module: LightningModule, data: Namespace, accumulated: int = 1, gpu: bool = True, averaged: bool = False
-) -> StepCosts:
+def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, gpu: bool = True) -> StepCosts:
     """Run one training step of ``module`` on stand-in tensors, and return its memory and computation.
 
     The module is on the meta device, has a CPU trainer attached, and cannot be used afterwards. ``gpu`` says whether
-    autocast and optimiser count with the memory that they need on a GPU; ``averaged``, whether a moving average of the
-    trained weights is updated, which counts as work alone.
+    autocast and optimiser count with the memory that they need on a GPU.
     """
     shapes = ShapesOnly()
     calls, live = RepeatedCalls(shapes), shapes.live
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
-    shapes.replace_weights(module.train())
+    replace_tensors(module.train(), lambda name, old: shapes.stand_in(old.shape, old.dtype))
     module._device = CPU  # a LightningModule remembers where it was made, and its `to` would copy the weights
     for layer, kind in planned_layers(module):
         if kind == "int8":  # torchao unpacks a copy of the weight, which autograd keeps
@@ -182,40 +173,26 @@ def step_costs(
     with ExitStack() as stack:
         for context in (shapes, *([gpu_autocast()] if gpu else [])):
             stack.enter_context(context)
-        stack.callback(LISTENER.reset, LISTENER.set(shapes.phases))
         optimizer = optimizer_of(module, foreach=gpu)
         for weight in trained:
             weight.grad = torch.zeros_like(weight)
         live.peak = live.now
         optimizer.step()
         update_peak = live.peak
-        average = [torch.zeros_like(weight) for weight in trained] if averaged else []
-        shapes.work.clear()
-        with phase("optimizer"):  # the first step has made the optimiser's state
-            optimizer.step()
-            if module.trainer.gradient_clip_val:
-                clip_grad_norm_(trained, 1.0, foreach=gpu)
-        if averaged:
-            with phase("ema"), torch.no_grad():
-                torch._foreach_lerp_(average, trained, 0.5)
         if accumulated == 1:
             optimizer.zero_grad()
-        update, shapes.work, average = shapes.work, defaultdict(Work), []
-        live.peak = live.now
-        with phase("rollout"):
-            batch = make_batch(module, data, shapes)
+        live.peak, shapes.flops = live.now, 0
+        batch = make_batch(module, data, shapes)
         rollout_peak, rollout = live.peak, shapes.flops
-        sampling, shapes.work = shapes.work, defaultdict(Work)
         live.peak, sampled = live.now, calls.sampled
         with (saved := SavedTensors([*module.parameters(), *module.buffers()])):
             with module.trainer.precision_plugin.train_step_context():
                 result = module.training_step(batch, 0)
             loss = (result["loss"] if isinstance(result, Mapping) else result) / accumulated
             del result, batch
-        forward = shapes.flops
-        with phase("backward"):
-            loss.backward()
-        backward = shapes.flops - forward
+        forward = shapes.flops - rollout
+        loss.backward()
+        backward = shapes.flops - rollout - forward
     if isinstance(module, ReFLModule):
         rollout = calls.sampled - sampled
         forward -= rollout
@@ -234,16 +211,13 @@ def step_costs(
         backward=backward,
         rollout=rollout,
         rollout_rows=shapes.rollout_rows,
-        compiled_from=worth_compiling(blocks_of(module)),
-        work={**shapes.work, **update, "rollout": sum(sampling.values(), shapes.work["rollout"])},
     )
 
 
 def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
     """Let ``calls`` count the policy and reward of an alignment module, and skip their repeated calls.
 
-    Instead of a score of pictures, or of a server, a reward gives the mean of what would be scored. So does code that
-    needs values, which stand-ins have not.
+    Where a reward needs pictures, a server or values, it gives the mean of what would be scored.
     """
     policy, reward = getattr(module, "policy", None), getattr(module, "reward", None)
     if not isinstance(policy, Policy):
@@ -290,7 +264,7 @@ def answer_alone(reward: RemoteReward, latents: Tensor, rows: Tensor, encoded: A
 
 
 def optimizer_of(module: LightningModule, foreach: bool) -> Optimizer:
-    """Return the module's optimiser; ``foreach`` selects PyTorch's multi-tensor update, the default on a GPU."""
+    """Return the module's optimiser; ``foreach`` selects the multi-tensor update, the default on a GPU."""
     built: Any = module.configure_optimizers()
     optimizer = built.get("optimizer") if isinstance(built, Mapping) else built
     if not isinstance(optimizer, Optimizer):
@@ -302,10 +276,7 @@ def optimizer_of(module: LightningModule, foreach: bool) -> Optimizer:
 
 
 def part_costs(module: LightningModule, quantized: Mapping[int, int]) -> tuple[PartCosts, ...]:
-    """Return the weights by part; a weight shared by several parts counts once.
-
-    ``quantized`` holds the size in bytes of each weight that a run would quantise, by the id of its stand-in.
-    """
+    """Return the weights by part, shared ones once; ``quantized`` are sizes of quantised weights, by id."""
     owners: dict[int, str] = {}
     for part in module.modules():  # outer ones first
         name = next((name for kind, name in PARTS.items() if isinstance(part, kind)), None)

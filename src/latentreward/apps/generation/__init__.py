@@ -1,4 +1,4 @@
-"""Sampling of images from a policy: loading; best of N, step-wise and population search by a reward; files."""
+"""Sampling of images from a policy: loading; best of N and step-wise search by a reward; files."""
 
 import lazy_loader
 

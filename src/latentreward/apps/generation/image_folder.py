@@ -9,9 +9,8 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import starmap
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from PIL import Image, ImageSequence
 from torch import Tensor
 
@@ -28,17 +27,14 @@ from latentreward.data.alignment.prompt_files import source_files
 from latentreward.data.images import image_bytes, png
 from latentreward.data.readers.json_rows import parse_json, short
 
-SETTINGS = "generate.json"
-COLUMNS = ("file", "prompt", "place", "image", "seed", "score", "mean_score")
+TABLE, SETTINGS = "images.csv", "generate.json"
 NOISE = "noise"
 """Column with the noise that a picture was sampled from, if the network's own path leads from it to the picture."""
 SOURCES = "source_images"
 """Column of edits: a JSON list of the pictures that were edited, copied into the folder ``sources``."""
-GRID_CELLS = 48
-"""Greatest number of images in ``grid.png``."""
-GRID_SIDE = 256
-"""Longest side of an image in ``grid.png``, in pixels."""
-
+COLUMNS = ("file", "prompt", "place", "image", "seed", "score", "mean_score")
+GRID_CELLS, GRID_SIDE = 48, 256
+"""Greatest number of images in ``grid.png``, and longest side of an image there, in pixels."""
 KEPT = "pictures written before are kept: free some space and run it again"
 Row = dict[str, Any]
 Name = tuple[int, int]
@@ -58,39 +54,31 @@ def file_name(place: int, image: int, prompt: str, suffix: str = ".png") -> str:
 
 
 class ImageFolder:
-    """A folder of generated images with the table ``images.csv`` or ``images.jsonl``; files are written atomically.
+    """A folder of generated images with the table ``images.csv``; files are written atomically.
 
     Images are named by a pair of numbers from 0: ``place``, the index of the prompt, and ``image``, the number of the
-    image of this prompt. A folder that an earlier run with equal settings wrote is continued.
-
-    Args:
-        folder: Folder; made if it does not exist.
-        settings: Settings that the images depend on besides prompts, as plain values; written to ``generate.json``.
-        table: Format of the table.
-
-    Raises:
-        InputError: If the folder holds other files, or images made with other settings; or if the table or the
-            settings are damaged.
+    image of this prompt. A folder that an earlier run with equal ``settings`` (plain values that the images depend on
+    besides prompts, kept in ``generate.json``) wrote is continued. One that holds other files or is damaged is refused.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], table: Literal["csv", "jsonl"]) -> None:
-        self.folder, self.table = folder, folder / f"images.{table}"
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.table = folder, folder / TABLE
         self.rows: dict[Name, Row] = {}
-        try:
-            kept: list[Row] = []
-            if self.table.is_file():
+        if self.table.is_file():
+            try:
                 with self.table.open(encoding="utf-8", newline="") as file:
-                    kept = list(csv.DictReader(file) if table == "csv" else map(json.loads, file))
-            for row in kept:
-                if not (isinstance(row["file"], str) and isinstance(row["prompt"], str)):
-                    raise TypeError("a row without file and prompt")
-                self.rows[int(row["place"]), int(row["image"])] = row
-        except (ValueError, LookupError, TypeError, RecursionError, csv.Error) as error:
-            raise InputError(
-                f"output_dir: {self.table} is damaged ({first_line(error)}); restore it, or choose another output_dir"
-            ) from error
+                    reader = csv.DictReader(file, strict=True)
+                    if not {*COLUMNS} <= {*(reader.fieldnames or COLUMNS)}:
+                        raise ValueError("its first line does not name the columns")
+                    self.rows = {(int(row["place"]), int(row["image"])): row for row in reader}
+            except (ValueError, TypeError, csv.Error) as error:
+                raise self._damaged(first_line(error)) from error
         remedy = "choose another output_dir"
         RunFolder(folder, folder / SETTINGS, settings, "output_dir", remedy, KEPT).claim(made=bool(self.rows))
+
+    def _damaged(self, reason: str) -> InputError:
+        remedy = "restore it, or choose another output_dir"
+        return InputError(f"output_dir: {self.table} is damaged ({reason}); {remedy}")
 
     def missing(self, wanted: Sequence[Name], texts: Sequence[str]) -> list[Name]:
         """List the images of ``wanted`` that have not been written; refuse one that was made for another prompt.
@@ -112,12 +100,9 @@ class ImageFolder:
     def _sources(self, row: Row) -> list[str]:
         """Return the names of the copies of the pictures that an image was made of."""
         told = row.get(SOURCES) or "[]"
-        found = parse_json(told, None) if isinstance(told, str) else None
+        found = parse_json(told, None)
         if not isinstance(found, list):
-            raise InputError(
-                f"output_dir: {self.table} is damaged ({SOURCES} of {row['file']} is {short(told)}, no JSON list); "
-                "restore it, or choose another output_dir"
-            )
+            raise self._damaged(f"{SOURCES} of {row['file']} is {short(told)}, no JSON list")
         return found
 
     def _edits(self, row: Row, prompt: str) -> bool:
@@ -136,13 +121,10 @@ class ImageFolder:
                 write_file(self.folder / name, content, KEPT)
             self.rows[row["place"], row["image"]] = row
         rows, text = [self.rows[name] for name in sorted(self.rows)], io.StringIO(newline="")
-        if self.table.suffix == ".jsonl":
-            text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        else:
-            more = [name for name in (NOISE, SOURCES) if any(name in row for row in rows)]
-            writer = csv.DictWriter(text, [*COLUMNS, *more])
-            writer.writeheader()
-            writer.writerows(rows)
+        more = [name for name in (NOISE, SOURCES) if any(name in row for row in rows)]
+        writer = csv.DictWriter(text, [*COLUMNS, *more])
+        writer.writeheader()
+        writer.writerows(rows)
         write_file(self.table, text.getvalue().encode(), KEPT)
 
     def write_grid(self, names: Sequence[Name]) -> None:
@@ -155,7 +137,7 @@ class ImageFolder:
                 frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
                 picture, width = strip(frames), SHOWN_FRAMES * GRID_SIDE
             picture.thumbnail((width, GRID_SIDE))
-            score = "" if row.get("score") in (None, "") else f"{float(row['score']):.3f}"
+            score = f"{float(row['score']):.3f}" if row.get("score") else ""
             pictures = [Image.open(self.folder / name) for name in self._sources(row)]
             for source in pictures:
                 source.thumbnail((GRID_SIDE, GRID_SIDE))
@@ -165,23 +147,18 @@ class ImageFolder:
 
     def summary(self, names: Sequence[Name]) -> str:
         """Return one line for the terminal: the folder, the number of images and their mean score."""
-        scores = [float(self.rows[name]["score"]) for name in names if self.rows[name].get("score") not in (None, "")]
+        scores = [float(score) for name in names if (score := self.rows[name].get("score"))]
         mean = f"; mean score {sum(scores) / len(scores):.4f}" if scores else ""
         return f"{self.folder}: {len(names)} pictures{mean}"
 
 
 def draw_images(
-    names: Sequence[Name],
-    prompts: Sequence[str],
-    pixels: torch.Tensor,
-    scores: torch.Tensor | None,
-    seed: int,
+    names: Sequence[Name], prompts: Sequence[str], pixels: Tensor, scores: Tensor | None, seed: int
 ) -> list[Made]:
     """Encode B images as PNG, or B clips as animated WebP without loss; return their rows of the table and files.
 
-    ``names`` holds the index of the prompt and the number of each image. ``pixels`` are ``(B, 3, H, W)``, or
-    ``(B, 3, F, H, W)`` for clips, in [-1, 1]. ``scores`` ``(N, B)`` are those of the N samples from which each image
-    was chosen as the best, if any.
+    ``pixels`` are ``(B, 3, H, W)``, or ``(B, 3, F, H, W)`` for clips, in [-1, 1]. ``scores`` ``(N, B)`` are those of
+    the N samples from which each image was chosen as the best, if any.
     """
     made: list[Made] = []
     for column, ((place, image), prompt) in enumerate(zip(names, prompts, strict=True)):
@@ -192,8 +169,9 @@ def draw_images(
         if sources := source_files(place, prompt):
             files |= {copy: image_bytes(source) for copy, source in sources.items()}
             row[SOURCES] = json.dumps([*sources])
-        if scores is not None:
-            row |= {"score": scores[:, column].max().item(), "mean_score": scores[:, column].mean().item()}
+        if scores is not None:  # as text, since a score of 0 is one too
+            best, mean = scores[:, column].max().item(), scores[:, column].mean().item()
+            row |= {"score": str(best), "mean_score": str(mean)}
         made.append((row, files))
     return made
 

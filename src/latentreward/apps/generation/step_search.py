@@ -1,4 +1,4 @@
-"""Step-wise search inside a diffusers pipeline: draw several next states at each step, and continue from the best."""
+"""Step-wise search inside a diffusers pipeline: draw several next states at each step, and go on from the best."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from latentreward.core.contracts import NoisyStates
 from latentreward.core.errors import InputError, check_range
 from latentreward.core.running import pair_generator
 from latentreward.diffusion import find_family
-from latentreward.diffusion.noise.processes import ancestral_variance, predicted_clean
+from latentreward.diffusion.noise.processes import ancestral_variance
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -48,10 +48,9 @@ class LoadedPipeline:
 
 
 def policy_of(pipeline: DiffusionPipeline, family: str | None = None) -> Policy:
-    """Wrap a pipeline as a policy, so that rewards can score its sampling states.
+    """Wrap a pipeline as a policy without text encoder, so that rewards can score its sampling states.
 
-    Network and VAE are shared with the pipeline, and the pipeline's active LoRAs stay active. The policy has no text
-    encoder: the pipeline encodes the prompts.
+    Network and VAE are shared with the pipeline, and the pipeline's active LoRAs stay active.
 
     Args:
         pipeline: The pipeline.
@@ -75,13 +74,12 @@ class Levels:
     """Noise levels before and after a step of a scheduler, whose states are ``signal·x_0 + noise·ε``."""
 
     timestep: float  # timestep given to the network in this step
-    signal: float  # factor a before the step
-    noise: float  # factor s before the step
+    signal: float  # a before the step
+    noise: float  # s before the step
     next_timestep: float  # timestep of the state after the step; 0 after the last step
-    next_signal: float  # factor a' after the step
-    next_noise: float  # factor s' after the step
-    # Factor by which the next state is multiplied before it goes into the network (``scale_model_input`` of diffusers)
-    next_scale: float = 1.0
+    next_signal: float  # a' after the step
+    next_noise: float  # s' after the step
+    next_scale: float = 1.0  # factor of the next state on its way into the network (``scale_model_input`` of diffusers)
 
     def ancestral(self, latents: Tensor, next_latents: Tensor, eta: float) -> Transition:
         """Return the distribution of the next state under the stochastic step with the same marginals.
@@ -99,15 +97,6 @@ class Levels:
         mean = of_state * latents.float() + of_next * next_latents.float()
         spread = torch.full((len(latents),), std, device=latents.device)
         return Transition(mean, spread, spread)
-
-    def clean(self, next_latents: Tensor, model_output: Tensor, prediction_type: str) -> Tensor:
-        """Return the clean latents x̂_0 that the network predicts for the next states, float32.
-
-        States, already multiplied by :attr:`next_scale`, and the network's output for them are ``(B, C, ...)``. The
-        prediction type is ``epsilon``, ``v_prediction`` or ``flow``.
-        """
-        signal, noise = self.next_signal * self.next_scale, self.next_noise * self.next_scale
-        return predicted_clean(prediction_type, next_latents.float(), model_output.float(), signal, noise)
 
 
 def levels_of(scheduler: SchedulerMixin, timestep: float) -> Levels:
@@ -139,8 +128,8 @@ class StepSearch:
 
     The pipeline's scheduler takes a deterministic step. Within the window the callback recovers the network's
     prediction from this step, draws K candidates from the stochastic step with the same marginals
-    (:meth:`Levels.ancestral`), scores the candidates, and gives the best one back to the pipeline. Steps outside the
-    window stay deterministic. ::
+    (:meth:`Levels.ancestral`), scores the candidates, and gives the best one back to the pipeline. The last step, which
+    leads to clean latents, and steps outside the window stay deterministic. ::
 
         policy = policy_of(pipeline)
         reward = LatentReward("reward.ckpt").load(policy)
@@ -148,8 +137,8 @@ class StepSearch:
         images = pipeline(prompts, **search.pipeline_arguments()).images
 
     Args:
-        policy: The pipeline, wrapped by :func:`~latentreward.apps.generation.policy_of`.
-        reward: Reward for the candidates.
+        policy: The pipeline, wrapped by :func:`~latentreward.apps.generation.policy_of`; its own ``eta`` is 0.
+        reward: Reward of noisy latents.
         prompts: One prompt per image.
         eta: Scale η of the noise of a searched step, in (0, 1], as in DDIM; 1 is ancestral sampling, the posterior of
             the forward process.
@@ -159,12 +148,6 @@ class StepSearch:
 
     Attributes:
         scores: One ``(K, B)`` tensor per searched step of the last run, on the CPU.
-
-    Note:
-        The last step, which leads to clean latents, is never searched. The first step is searched only if the callback
-        knows the initial latents, so call the pipeline with :meth:`pipeline_arguments`. A reward with ``needs_clean``
-        costs one more evaluation of the network per candidate, with the pipeline's guidance. Leave the pipeline's own
-        ``eta`` at 0.
     """
 
     def __init__(
@@ -177,10 +160,12 @@ class StepSearch:
         **options: Any,
     ) -> None:
         check_range("(0, 1]", "at 0 all candidates are the same", eta=eta)
+        if not policy.family.plain_states or reward.needs_clean:
+            what = "scores finished pictures" if policy.family.plain_states else f"{policy.family.title}'s pipeline"
+            raise InputError(f"StepSearch cannot read this: {what}; use `latentreward generate` with a reward")
         self.policy, self.reward, self.prompts = policy, reward, tuple(prompts)
         self.candidates, self.eta, self.seed = Candidates(**options), eta, seed
         self.scores: list[Tensor] = []
-        policy.family.search_inputs()  # refuses pipelines whose states are not latents
         with torch.no_grad():
             self._encoded = reward.encode_prompts(self.prompts)
         self._initial: Tensor | None = None
@@ -189,22 +174,14 @@ class StepSearch:
     def pipeline_arguments(self, height: int | None = None, width: int | None = None) -> dict[str, Any]:
         """Return the arguments for the pipeline's call besides the prompts: initial latents, size and this callback.
 
-        Args:
-            height: Height in pixels; None takes the network's native height.
-            width: Width in pixels; None takes the network's native width.
+        ``height`` and ``width`` are in pixels; None takes the network's native ones.
         """
         shape = self.policy.latent_shape(height, width)
-        self._initial = torch.stack(
-            [self._noise("initial", index, (1, *shape))[0] for index in range(len(self.prompts))]
-        )
-        more = self.policy.family.search_inputs() if self.reward.needs_clean else ()
-        return {
-            "latents": self._initial.clone(),
-            "height": shape[-2] * self.policy.latent_space.downscale,
-            "width": shape[-1] * self.policy.latent_space.downscale,
-            "callback_on_step_end": self,
-            "callback_on_step_end_tensor_inputs": ["latents", *more],
-        }
+        noise = [self._noise("initial", index, (1, *shape))[0] for index in range(len(self.prompts))]
+        self._initial = torch.stack(noise)  # without it, the first step could not be searched
+        downscale = self.policy.latent_space.downscale
+        size = {"height": shape[-2] * downscale, "width": shape[-1] * downscale}
+        return {"latents": self._initial.clone(), **size, "callback_on_step_end": self}
 
     @torch.no_grad()
     def __call__(
@@ -213,9 +190,7 @@ class StepSearch:
         """Replace the states after a step, ``callback_kwargs["latents"]``, by the best candidates."""
         latents = callback_kwargs["latents"]
         if len(latents) != len(self.prompts):
-            raise InputError(
-                f"the pipeline makes {len(latents)} images, but the search got {len(self.prompts)} prompts"
-            )
+            raise InputError(f"the pipeline makes {len(latents)} images; the search got {len(self.prompts)} prompts")
         if step_index == 0:
             self.scores = []
             scale = float(getattr(pipeline.scheduler, "init_noise_sigma", 1.0))
@@ -229,28 +204,16 @@ class StepSearch:
             drawn = [self._noise(f"{levels.timestep:g}", index, (count, *shape)) for index in range(len(latents))]
             candidates = step.sample(torch.stack(drawn, dim=1).to(latents.device)).to(latents.dtype)
             states = (candidates.float() * levels.next_scale).flatten(0, 1)
-            clean = self._clean(pipeline, levels, states, callback_kwargs) if self.reward.needs_clean else None
             scored_at = levels.timestep if self.candidates.score_at == "step" else levels.next_timestep
             images = torch.arange(len(latents), device=latents.device)
             timesteps = torch.full((len(states),), scored_at, device=latents.device)
-            noisy = NoisyStates(states, timesteps, images.repeat(count), clean)
-            scores = self.reward(noisy, self._encoded).view(count, -1)
+            scores = self.reward(NoisyStates(states, timesteps, images.repeat(count), None), self._encoded).view(
+                count, -1
+            )
             self.scores.append(scores.cpu())
             latents = candidates[scores.argmax(dim=0), images]
         self._latents = latents
         return {"latents": latents}
-
-    def _clean(self, pipeline: DiffusionPipeline, levels: Levels, states: Tensor, inputs: dict[str, Any]) -> Tensor:
-        given = self.policy.family.search_conditioning(inputs)
-        guided = pipeline.do_classifier_free_guidance
-        rows = torch.arange(len(given), device=states.device).view(1 + guided, 1, -1)  # the empty prompts come first
-        prompts = given.select(rows.expand(-1, self.candidates.num_candidates, -1).flatten())
-        timesteps = torch.full((len(prompts),), levels.next_timestep, device=states.device)
-        output = self.policy.predict(torch.cat([states] * (1 + guided)), timesteps, prompts)
-        if guided:
-            without, with_prompt = output.chunk(2)
-            output = without + pipeline.guidance_scale * (with_prompt - without)
-        return levels.clean(states, output, pipeline.scheduler.config.get("prediction_type", "flow"))
 
     def _noise(self, purpose: str, index: int, shape: Sequence[int]) -> Tensor:
         name = f"{index}/{self.prompts[index]}"

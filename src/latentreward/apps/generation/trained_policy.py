@@ -50,10 +50,7 @@ class TrainedPolicy:
         return self.pipeline
 
     def identity(self) -> dict[str, Any]:
-        """Describe the policy in plain values; samples of policies with equal values can be continued.
-
-        Files, which must exist, are described by name, size and time of the last change.
-        """
+        """Describe the policy in plain values, and its files, which must exist, by name, size and time of change."""
         if self.lora is not None:
             check_lora(self.lora)
         found: dict[str, Any] = {"policy": plain(self.source()), "checkpoint": None, "lora": None}
@@ -79,10 +76,7 @@ class TrainedPolicy:
 
 
 def offload_text_encoders(policy: Policy, reward: Reward | None, prompts: Sequence[str], device: torch.device) -> None:
-    """Keep the text encoders of a policy and its latent rewards in CPU memory, except while they encode.
-
-    Nothing is done if ``device`` is the CPU.
-    """
+    """Keep text encoders in CPU memory, except while they encode, if the device is an accelerator."""
     if device.type == "cpu":
         return
     scorers = [] if reward is None else [part for part in reward.modules() if isinstance(part, LatentScorer)]
@@ -114,16 +108,13 @@ def files_named(value: Any) -> dict[str, str]:
     """Return the fingerprints of the files and folders that plain values name: path → fingerprint.
 
     Workers compare them: the identity of a policy or scorer names files, and their times, which copies do not share.
+    A text without slash and dot is a mere word.
     """
     if isinstance(value, dict | list):
         found = [files_named(one) for one in (value.values() if isinstance(value, dict) else value)]
         return {path: content for one in found for path, content in one.items()}
-    return {value: fingerprint(value)} if isinstance(value, str) and is_path(value) else {}
-
-
-def is_path(text: str) -> bool:
-    """Tell whether a text with a slash or dot, and so no mere word, is the path of a file or folder."""
-    return bool({"/", "."} & {*text}) and os.path.exists(text)  # noqa: PTH110 - pathlib raises for a text that is too long
+    named = isinstance(value, str) and {"/", "."} & {*value}
+    return {value: fingerprint(value)} if named and os.path.exists(value) else {}  # noqa: PTH110 - a text may be too long
 
 
 @recursive_repr("an object around it")

@@ -10,15 +10,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import lru_cache
 from typing import Any
 
 import uvicorn
-from fastapi import APIRouter, FastAPI, Request, Security
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,83 +26,68 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from latentreward import __version__
 from latentreward.apps.serving import bodies
 from latentreward.apps.serving.batching import RequestError
-from latentreward.apps.serving.bodies import FORM, JSON, SAFETENSORS
-from latentreward.apps.serving.dialects import Dialect, FlowFactory, UniRL
-from latentreward.apps.serving.service import ScoringService, takes
+from latentreward.apps.serving.bodies import JSON, SAFETENSORS
+from latentreward.apps.serving.dialects import flow_factory_routes, takes, unirl_routes
+from latentreward.apps.serving.service import ScoringService
 from latentreward.apps.serving.settings import is_loopback
-from latentreward.core.errors import InputError
-from latentreward.core.registry import import_class
 from latentreward.reward.remote.schemas import ImagesRequest
 
 CONNECTIONS = 512  # least limit on the number of connections; twice the queues if that is more
 IDLE_SECONDS = 10  # that a client may take to send the headers of a request, or leave a connection idle
 LOGGED_EVERY_S = 60.0  # seconds after which a refusal of the same path and status is printed again
-VERSION, PROMPT = "x-drm-protocol-version", "x-prompt"  # headers of verl-omni's protocol, and one beside it
+VERSION = "x-drm-protocol-version"  # header of verl-omni's protocol
 OPEN_PATH = "/healthz"  # path that needs no token
 OF_REWARD = re.compile(r"^/rewards/[^/]+(?=/)")  # start of the path of a route of one reward
 
 
 def reward_routes(service: ScoringService) -> APIRouter:
     """Return the routes of a reward, which may stand below ``/rewards/NAME``."""
-    router, binary = APIRouter(), takes({SAFETENSORS: None})
+    router = APIRouter()
 
     @router.get("/v1/model", summary="What a reward takes")
     async def model(request: Request) -> JSONResponse:
         return JSONResponse(service.model_of(request).describe())
 
-    headers = [{"name": name, "in": "header", "schema": {"type": "string"}} for name in (VERSION, PROMPT)]
+    async def scored(request: Request, parse: Callable[..., Any], *given: Any) -> tuple[Any, dict[str, list[float]]]:
+        """Return what ``parse`` makes of the body, rows or a pair that begins with them, and the rows' scores."""
+        model = service.model_of(request)
+        async with service.memory.body(request, service.settings, SAFETENSORS) as (body, _):
+            parsed = await asyncio.to_thread(parse, body, model.accepted, *given)
+            rows = parsed if isinstance(parsed, list) else parsed[0]
+            return parsed, model.columns(await model.score(request, rows))
 
-    @router.post(
-        "/v1/score",
-        summary="verl-omni's latent-reward protocol, version 1",
-        openapi_extra={**binary, "parameters": headers},
-    )
+    @router.post("/v1/score", summary="verl-omni's latent-reward protocol, version 1", openapi_extra=takes())
     async def score(request: Request) -> JSONResponse:
         # verl_omni/utils/reward_score/latent_http_scorer_client.py (Apache-2.0); it sends one row, and no x-prompt.
-        model = service.model_of(request)
         if (version := request.headers.get(VERSION)) != "1":
             raise RequestError(f"header {VERSION} is {version!r:.20}; this server speaks version 1")
-        prompt = prompt_of(request.headers.getlist(PROMPT))
-        async with service.body(request, SAFETENSORS) as (body, _):
-            rows = await asyncio.to_thread(bodies.parse_request, body, model.accepted, prompt, model.seeds)
-            columns = model.columns(await model.score(request, rows))
+        given = prompt_of(request.headers.getlist("x-prompt")), service.model_of(request).seeds
+        _, columns = await scored(request, bodies.parse_request, *given)
         return JSONResponse({"protocol_version": "1", "raw_scores": columns.pop("scores"), **columns})
 
-    @router.post("/v1/score_latents", summary="Score clean latents for raw prompts", openapi_extra=binary)
+    @router.post("/v1/score_latents", summary="Score clean latents for raw prompts", openapi_extra=takes())
     async def score_latents(request: Request) -> JSONResponse:
-        model = service.model_of(request)
-        async with service.body(request, SAFETENSORS) as (body, _):
-            rows = await asyncio.to_thread(bodies.parse_latents, body, model.accepted, model.seeds)
-            columns = model.columns(await model.score(request, rows))
-        noise = str(model.reward.noise) if rows[0].u is None else "u"
-        return JSONResponse({**columns, "noise": noise, "model": model.reward.identity})
+        reward = service.model_of(request).reward
+        rows, columns = await scored(request, bodies.parse_latents, service.model_of(request).seeds)
+        noise = str(reward.noise) if rows[0].u is None else "u"
+        return JSONResponse({**columns, "noise": noise, "model": reward.identity})
 
-    @router.post("/v1/score_states", summary="Score the noisy states of trajectories", openapi_extra=binary)
+    @router.post("/v1/score_states", summary="Score the noisy states of trajectories", openapi_extra=takes())
     async def score_states(request: Request) -> JSONResponse:
-        model = service.model_of(request)
-        async with service.body(request, SAFETENSORS) as (body, _):
-            process = model.reward.backbone.noise_process
-            rows, steps = await asyncio.to_thread(bodies.parse_states, body, model.accepted, process)
-            columns = model.columns(await model.score(request, rows))
+        reward = service.model_of(request).reward
+        (rows, steps), columns = await scored(request, bodies.parse_states, reward.backbone.noise_process)
         starts = range(0, len(rows), steps)
         parted = {name: [one[start : start + steps] for start in starts] for name, one in columns.items()}
-        return JSONResponse({**parted, "model": model.reward.identity})
+        return JSONResponse({**parted, "model": reward.identity})
 
-    either = takes({JSON: ImagesRequest.model_json_schema(), FORM: None})
-
-    @router.post("/v1/score_images", summary="Score images for prompts: a form, or JSON", openapi_extra=either)
+    @router.post("/v1/score_images", summary="Score images for prompts", openapi_extra=takes(ImagesRequest))
     async def score_images(request: Request) -> JSONResponse:
         model = service.model_of(request)
-        async with service.body(request, JSON, FORM) as (body, take):
-            if request.headers["content-type"].lower().startswith(FORM):
-                images = await bodies.images_of_form(request, body, model.accepted)
-            else:
-                images = await asyncio.to_thread(bodies.images_of_json, body)
-            bodies.check_limit("images: rows", len(images[1]), model.accepted.max_rows)
+        async with service.memory.body(request, service.settings, JSON) as (body, take):
+            images = await asyncio.to_thread(bodies.images_of_json, body)
+            bodies.check_limit("images: rows", len(images), model.accepted.max_rows)
             columns = model.columns(await model.score_images(request, images, take))
-        z_scores, quantiles = model.standing(columns["scores"])
-        told = {"z_scores": z_scores, "quantiles": quantiles, "noise": str(model.reward.noise)}
-        return JSONResponse({**columns, **told, "model": model.reward.identity})
+        return JSONResponse({**columns, "noise": str(model.reward.noise), "model": model.reward.identity})
 
     return router
 
@@ -112,84 +96,73 @@ def server_routes(service: ScoringService) -> APIRouter:
     """Return the routes of the whole server."""
     router = APIRouter()
 
-    @router.get("/v1/rewards", summary="The rewards, their devices and limits")
+    @router.get("/v1/rewards", summary="What each reward takes")
     async def rewards() -> JSONResponse:
-        return JSONResponse({"rewards": [model.limits() for model in service.models.values()]})
+        return JSONResponse({"rewards": [model.describe() for model in service.models.values()]})
 
     @router.get(OPEN_PATH, summary="Whether the server is ready; needs no token")
     async def health() -> JSONResponse:
         """Answer 503 if one pass takes longer than the request timeout, or scoring has stopped."""
-        ready = service.ready
-        return JSONResponse({"live": True, "ready": ready}, 200 if ready else 503)
+        return JSONResponse({"live": True, "ready": service.ready}, 200 if service.ready else 503)
 
     @router.get("/metrics", summary="Metrics for Prometheus")
     async def metrics() -> Response:
-        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router
 
 
 def prompt_of(values: Sequence[str]) -> str:
     """Decode the headers ``x-prompt`` of a request, base64 of UTF-8; empty without one."""
-    if len(values) > 1:
-        raise RequestError(f"header x-prompt stands {len(values)} times; a request has one prompt")
     try:
-        return base64.b64decode("".join(values), validate=True).decode()
+        return base64.b64decode(",".join(values), validate=True).decode()  # several headers are no base64
     except ValueError as error:
-        raise RequestError(f"header x-prompt is not base64 of UTF-8 text ({error}); encode it so") from error
+        raise RequestError(f"header x-prompt is not base64 of UTF-8 text ({error}); encode it so, once") from error
 
 
 def create_app(service: ScoringService) -> FastAPI:
-    """Create the application; raise InputError if two dialects have one route."""
+    """Create the application."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         for model in service.models.values():
             model.task = asyncio.create_task(model.batcher.run())
         yield
-        for model in service.models.values():
-            model.task and model.task.cancel()
-        await asyncio.wait([model.task for model in service.models.values() if model.task])
+        tasks = [model.task for model in service.models.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
-    # For the description alone: the middleware asks for the token.
-    secured = [Security(HTTPBearer(auto_error=False))] if service.settings.token else []
-    app = FastAPI(
-        title="latentreward serve", version=__version__, dependencies=secured, lifespan=lifespan, redoc_url=None
-    )
-    own = [import_class("dialects", path, Dialect) for path in service.settings.dialects]
-    routers = [reward_routes(service), *(kind(service).router() for kind in (UniRL, FlowFactory, *own))]
+    app = FastAPI(title="latentreward serve", version=__version__, lifespan=lifespan, redoc_url=None)
     general = server_routes(service)
-    for router in (general, *routers):
-        app.include_router(router)
+    app.include_router(general)
+    routers = [make(service) for make in (reward_routes, unirl_routes, flow_factory_routes)]
     for router in routers:
+        app.include_router(router)
         app.include_router(router, prefix="/rewards/{reward}")
-    routes = [(method, route.path) for one in (general, *routers) for route in one.routes for method in route.methods]
-    if twice := next((route for route in routes if routes.count(route) > 1), None):
-        raise InputError(f"dialects: there are two routes {' '.join(twice)}; give one another path")
+    paths = {route.path for router in (general, *routers) for route in router.routes}
+
+    @app.exception_handler(RequestError)
+    async def refuse(request: Request, error: RequestError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, error.status, error.headers)
 
     @app.exception_handler(HTTPException)
-    @app.exception_handler(RequestError)
-    async def tell(request: Request, error: RequestError | HTTPException) -> JSONResponse:
-        if isinstance(error, RequestError):
-            headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-            return JSONResponse({"error": str(error)}, error.status, headers)
+    async def tell(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
 
     @app.exception_handler(Exception)  # uvicorn prints the traceback
     async def fail(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"error": f"the server failed ({type(error).__name__})"}, 500)
 
-    app.add_middleware(Gate, service=service, paths={path for _, path in routes})
+    app.add_middleware(Gate, service=service, paths=paths)
     return app
 
 
 class Gate:
     """ASGI middleware that refuses requests before their bodies are read, and counts all of them.
 
-    Refused are requests with both Transfer-Encoding and Content-Length (400), without the token (401), and on a server
-    without one from a page elsewhere that a browser of this machine shows (403). All ``paths`` that are not known are
-    counted together as ``other``. A refusal is printed, since some clients never show it: one of a path and status in
-    :data:`LOGGED_EVERY_S`.
+    All ``paths`` that are not known are counted together as ``other``. A refusal is printed, since some clients never
+    show it: one of a path and status in :data:`LOGGED_EVERY_S`.
     """
 
     def __init__(self, app: ASGIApp, service: ScoringService, paths: set[str]) -> None:
@@ -205,9 +178,11 @@ class Gate:
 
         async def send_counted(message: Message) -> None:
             nonlocal status
-            status = message.get("status", status)
-            if status >= 400 and message["type"] == "http.response.body":
-                self._tell(path, status, message.get("body", b""))
+            status, now = message.get("status", status), time.monotonic()
+            refused = status >= 400 and message["type"] == "http.response.body"
+            if refused and now - self._told.get((path, status), -LOGGED_EVERY_S) >= LOGGED_EVERY_S:
+                self._told[path, status] = now
+                print(f"refused with {status}: {path} {message['body'].decode()[:300]}", file=sys.stderr, flush=True)
             await send(message)
 
         if scope["method"] == "HEAD":  # answered as GET; uvicorn leaves the body out
@@ -215,14 +190,8 @@ class Gate:
         try:
             await (self._refusal(scope) or self.app)(scope, receive, send_counted)
         finally:
-            self.service.metrics.requests.labels(path, status).inc()
-            self.service.metrics.seconds.labels(path).observe(time.monotonic() - start)
-
-    def _tell(self, path: str, status: int, body: bytes) -> None:
-        now = time.monotonic()
-        if now - self._told.get((path, status), -LOGGED_EVERY_S) >= LOGGED_EVERY_S:
-            self._told[path, status] = now
-            print(f"refused with {status}: {path} {body.decode()[:300]}", file=sys.stderr, flush=True)
+            self.service.requests.labels(path, status).inc()
+            self.service.seconds.labels(path).observe(time.monotonic() - start)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers, token = dict(scope["headers"]), self.service.settings.token
@@ -251,8 +220,8 @@ class Gate:
 def names_this_machine(place: bytes) -> bool:
     """Tell whether a place, with or without a port, is ``localhost``, a loopback address, or this machine's own name.
 
-    A page elsewhere may send a form to this machine (its ``Origin`` tells), or reach the server by a name of its own
-    that it lets point to this machine (the ``Host``), and then read the answers too.
+    A page elsewhere may ask this machine (its ``Origin`` tells), or reach the server by a name of its own that it lets
+    point to this machine (the ``Host``), and then read the answers too.
     """
     found = re.fullmatch(r"([\w.-]+|\[([\w:.%-]+)\])(:\d+)?", place.decode("latin-1"))
     host = found and (found[2] or found[1].lower())  # no user, path or blank
@@ -268,10 +237,9 @@ def token_of(authorization: bytes) -> bytes:
     kind, _, value = authorization.partition(b" ")
     if kind.lower() == b"bearer":  # in whatever case, RFC 9110, section 11.1
         return value
-    try:
+    with contextlib.suppress(ValueError):
         return base64.b64decode(value, validate=True).partition(b":")[2] if kind.lower() == b"basic" else b""
-    except ValueError:
-        return b""
+    return b""
 
 
 class Protocol(H11Protocol):
@@ -294,7 +262,6 @@ class Protocol(H11Protocol):
 
 def configuration(service: ScoringService) -> uvicorn.Config:
     """Return uvicorn's settings for a service."""
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a line for each faulty form would fill the log
     return uvicorn.Config(
         create_app(service),
         http=Protocol,
@@ -304,7 +271,7 @@ def configuration(service: ScoringService) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         log_level=logging.ERROR,
-        limit_concurrency=max(CONNECTIONS, 2 * sum(model.settings.queue for model in service.models.values())),
+        limit_concurrency=max(CONNECTIONS, 2 * len(service.models) * service.settings.queue),
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=int(service.settings.timeout) + 1,
     )

@@ -1,7 +1,6 @@
 """Rows of requests, collected into passes of the model while it is busy."""
 
 import asyncio
-import contextlib
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -23,17 +22,11 @@ Scores = tuple[float, ...]  # score of a row and, of a model with two axes, fide
 
 
 class RequestError(InputError):
-    """An error in the handling of a request, answered as ``{"error": message}`` with an HTTP status.
-
-    Args:
-        message: One line that says what is wrong and what to do.
-        status: HTTP status of the answer.
-        retry_after: Seconds after which the client may try again, for the header ``Retry-After``; None for no header.
-    """
+    """An error answered as ``{"error": message}`` with an HTTP status, and perhaps the header ``Retry-After``."""
 
     def __init__(self, message: str, status: int = 400, retry_after: int | None = None) -> None:
         super().__init__(printable(" ".join(message.split())))  # it may repeat what a stranger sent
-        self.status, self.retry_after = status, retry_after
+        self.status, self.headers = status, None if retry_after is None else {"Retry-After": str(retry_after)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +59,10 @@ class Row:
 
 
 class RowScorer:
-    """Scorer of rows of one group; the score of a row does not depend on the others."""
+    """Scorer of rows of one group, which keeps encoded prompts; the score of a row does not depend on the others."""
 
-    def __init__(
-        self,
-        reward: RewardModel,
-        batch_size: int,
-        prompts_kept: int = 1,  # encoded prompts that are kept for later passes, at least batch_size
-        observe: Callable[[int, int], None] = lambda kept, encoded: None,  # counts raw prompts, kept and to be encoded
-    ) -> None:
-        self.reward, self.batch_size, self._observe = reward, batch_size, observe
+    def __init__(self, reward: RewardModel, batch_size: int, prompts_kept: int = 1) -> None:
+        self.reward, self.batch_size = reward, batch_size
         self._memory = reward.prompt_memory(max(prompts_kept, batch_size))
 
     def __call__(self, rows: Sequence[Row]) -> list[Scores]:
@@ -91,15 +78,12 @@ class RowScorer:
     def _score(self, rows: Sequence[Any]) -> Tensor:
         prompts, first = [row.prompt for row in rows], rows[0]
         options: dict[str, Any] = {"batch_size": self.batch_size, "axes": bool(self.reward.axes)}
+        if first.image is not None:
+            return self.reward.score(prompts, [row.image for row in rows], memory=self._memory, **options)
         if first.encoded is not None:
             parts = [row.encoded if row.encoded.prompt_mask is None else row.encoded.padded(row.tokens) for row in rows]
             conditioning = Conditioning.join(parts)
         else:
-            new = {*prompts}
-            kept = sum(prompt in self._memory for prompt in new)
-            self._observe(kept, len(new) - kept)
-            if first.image is not None:
-                return self.reward.score(prompts, [row.image for row in rows], memory=self._memory, **options)
             scale = self.reward.backbone.latent_space.downscale
             self._memory.resize_sources(*(side * scale for side in first.latents.shape[-2:]))
             conditioning = self._memory.encode(prompts)
@@ -122,19 +106,17 @@ class RowScorer:
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     row: Row
-    group: Hashable
     turn: int
-    since: float
     future: asyncio.Future[Scores]
 
 
 class Batcher:
     """Bounded queue of rows, from which one thread scores passes of rows of one group.
 
-    A pass starts when the thread is free, and enough rows wait to fill it or the oldest has waited ``max_wait``
-    seconds. Requests take turns: in each turn a request may score one pass of rows, so that a short request waits for
-    one pass of each long one at most (start-time fair queueing). If a pass fails, its rows are scored one by one, so
-    that only the bad ones fail.
+    A pass starts when the thread is free; if too few rows wait to fill it, ``max_wait`` seconds later. Requests take
+    turns: in each turn a request may score one pass of rows, so that a short request waits for one pass of each long
+    one at most (start-time fair queueing). If a pass fails, its rows are scored one by one, so that only the bad ones
+    fail.
     """
 
     def __init__(
@@ -144,15 +126,15 @@ class Batcher:
         max_wait: float,
         queue: int,  # greatest number of waiting rows
         timeout: float,  # seconds that a request may wait for others
-        observe: Callable[[int], None] = lambda size: None,  # called with the number of rows of each pass
-        turns: asyncio.Semaphore | None = None,  # on the device, shared with other rewards
+        device: asyncio.Lock,  # held during a pass, shared with other rewards of the device
     ) -> None:
         self.batch_size, self.max_wait, self.queue, self.timeout = batch_size, max_wait, queue, timeout
-        self._score, self._observe, self._turns = score, observe, turns or asyncio.Semaphore()
+        self._score, self.device = score, device
+        self.observe: Callable[[int], None] = lambda size: None  # called with the number of rows of each pass
         self.waiting: list[_Waiting] = []
         self._turn, self._seconds_per_row = 0, 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._arrived, self._filled = asyncio.Event(), asyncio.Event()
+        self._arrived = asyncio.Event()
         self._busy_since: float | None = None
 
     @property
@@ -174,15 +156,10 @@ class Batcher:
     async def score(self, rows: Sequence[Row]) -> list[Scores]:
         """Score the rows of one request, or raise the model's error; cancelling the call drops rows that still wait."""
         self.require_room(len(rows))
-        loop, now = asyncio.get_running_loop(), time.monotonic()
-        added = [
-            _Waiting(row, row.group, self._turn + number // self.batch_size, now, loop.create_future())
-            for number, row in enumerate(rows)
-        ]
+        loop, turn = asyncio.get_running_loop(), self._turn
+        added = [_Waiting(row, turn + n // self.batch_size, loop.create_future()) for n, row in enumerate(rows)]
         self.waiting += added
         self._arrived.set()
-        if len(self.waiting) >= self.batch_size:
-            self._filled.set()
         try:
             return list(await asyncio.gather(*(one.future for one in added)))
         finally:
@@ -195,12 +172,9 @@ class Batcher:
         try:
             while True:
                 await self._arrived.wait()
-                oldest = min((one.since for one in self.waiting), default=0.0)
-                self._filled.clear()
-                if len(self.waiting) < self.batch_size and (left := oldest + self.max_wait - time.monotonic()) > 0:
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._filled.wait(), left)
-                async with self._turns:  # rows are chosen now: clients may have come or left meanwhile
+                if len(self.waiting) < self.batch_size:
+                    await asyncio.sleep(self.max_wait)
+                async with self.device:  # rows are chosen now: clients may have come or left meanwhile
                     await self._pass()
                 if not self.waiting:
                     self._arrived.clear()
@@ -210,12 +184,12 @@ class Batcher:
     async def _pass(self) -> None:
         if not self.waiting:
             return
-        first = min(self.waiting, key=lambda one: one.turn)  # of equal turns the oldest
-        group = sorted((one for one in self.waiting if one.group == first.group), key=lambda one: one.turn)
-        taken, self._turn = group[: self.batch_size], first.turn
+        order = sorted(self.waiting, key=lambda one: one.turn)  # of equal turns the oldest comes first
+        group, self._turn = order[0].row.group, order[0].turn
+        taken = [one for one in order if one.row.group == group][: self.batch_size]
         chosen = {*map(id, taken)}
         self.waiting = [one for one in self.waiting if id(one) not in chosen]
-        self._observe(len(taken))
+        self.observe(len(taken))
         self._busy_since = time.monotonic()
         loop, rows = asyncio.get_running_loop(), [one.row for one in taken]
         results = await loop.run_in_executor(self._thread, self._results, rows)

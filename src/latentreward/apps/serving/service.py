@@ -1,7 +1,6 @@
-"""Rewards of a server, each with its queue and limits, and what they share: memory, devices, metrics."""
+"""Rewards of a server, each with its queue, and what they share: limits, memory, devices, metrics."""
 
 import asyncio
-import contextlib
 import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from latentreward.apps.serving.bodies import Accepted, Images, Memory, Take
 from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError, one_line
+from latentreward.data import ImageError
 from latentreward.diffusion.encoders.vae import edit_of_grey
 from latentreward.reward import RewardModel
 from latentreward.reward.scoring.scoring_noise import timesteps_of
@@ -32,75 +32,32 @@ class ScoringError(RequestError):
     """An error of a reward with rows that could be read; other rewards may score them."""
 
 
-class Metrics:
-    """Prometheus metrics of a server; those that begin with ``reward_`` have the label ``reward``."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        about = {"namespace": "latentreward", "registry": self.registry}
-        self.requests = Counter("requests", "Requests answered.", ["path", "status"], **about)
-        self.seconds = Histogram("request_seconds", "Seconds to an answer.", ["path"], buckets=SECONDS, **about)
-        self.batch_rows = Histogram("batch_rows", "Rows of a pass of the model.", buckets=ROWS, **about)
-        self.queue_rows = Gauge("queue_rows", "Rows that wait.", **about)
-        self.passes = Counter("reward_passes", "Passes of a reward.", ["reward"], **about)
-        self.rows = Counter("reward_rows", "Rows scored by a reward.", ["reward"], **about)
-        self.refused = Counter("reward_refused", "Requests that a reward had no room for.", ["reward"], **about)
-        self.prompts = Counter("reward_prompts", "Prompts of passes, kept or encoded.", ["reward", "from"], **about)
-        self.reward_queue_rows = Gauge("reward_queue_rows", "Rows that wait for a reward.", ["reward"], **about)
-        self.reward_requests_now = Gauge("reward_requests_now", "Requests of a reward now.", ["reward"], **about)
-
-
 class ServedModel:
     """A reward model that scores the rows of requests.
 
     The constructor scores zeros once, so that a model that cannot score fails at the start of the server.
     """
 
-    def __init__(
-        self, name: str, reward: RewardModel, settings: ServiceSettings, metrics: Metrics, turns: asyncio.Semaphore
-    ) -> None:
-        self.name, self.reward, self.settings, self._metrics = name, reward, settings, metrics
+    def __init__(self, name: str, reward: RewardModel, settings: ServiceSettings, device: asyncio.Lock) -> None:
+        self.name, self.reward, self.settings = name, reward, settings
         self.accepted = Accepted.of(reward, settings)
         self.first_seed = secrets.randbits(62) if settings.fresh_noise else None
         # Of rows that come without a seed: first_seed, first_seed + 1, … under fresh_noise, else 0.
         self.seeds: Iterator[int] = repeat(0) if self.first_seed is None else count(self.first_seed)
-        scorer = RowScorer(reward, settings.batch_size, settings.prompts_kept, self._count_prompts)
+        scorer = RowScorer(reward, settings.batch_size, settings.prompts_kept)
         empty = bodies.encode_empty(reward).trimmed().to("cpu", torch.float32)
         sources, text = tuple(one[0] for one in empty.source_latents), edit_of_grey() if empty.source_latents else ""
         empty = replace(empty, source_latents=())
         scorer([Row(text, latents=torch.zeros(bodies.tried_shape(reward)), u=0.5, encoded=empty, sources=sources)])
         wait, limit = settings.max_wait_ms / 1000, settings.timeout
-        self.batcher = Batcher(scorer, settings.batch_size, wait, settings.queue, limit, self._count_pass, turns)
+        self.batcher = Batcher(scorer, settings.batch_size, wait, settings.queue, limit, device)
         self.task: asyncio.Task[None] | None = None
-        self._under_way = 0
-        metrics.reward_queue_rows.labels(name).set_function(lambda: len(self.batcher.waiting))
-        metrics.reward_requests_now.labels(name).set_function(lambda: self._under_way)
-
-    def _count_pass(self, rows: int) -> None:
-        self._metrics.batch_rows.observe(rows)
-        self._metrics.passes.labels(self.name).inc()
-        self._metrics.rows.labels(self.name).inc(rows)
-
-    def _count_prompts(self, kept: int, encoded: int) -> None:
-        self._metrics.prompts.labels(self.name, "kept").inc(kept)
-        self._metrics.prompts.labels(self.name, "encoded").inc(encoded)
 
     @property
     def ready(self) -> bool:
         """Whether rows are scored, and the current pass has taken less than the request timeout."""
         running = self.task is not None and not self.task.done()
         return running and self.batcher.busy_seconds < self.settings.timeout
-
-    def require_room(self, rows: int) -> None:
-        """Raise RequestError (503) if the reward has no room for a request of so many rows just now."""
-        limit = self.settings.concurrency
-        try:
-            if limit is not None and self._under_way >= limit:
-                raise RequestError(f"{limit} requests of the reward {self.name!r} are under way; try later", 503, 1)
-            self.batcher.require_room(rows)
-        except RequestError:
-            self._metrics.refused.labels(self.name).inc()
-            raise
 
     async def score(self, request: Request, rows: Sequence[Row]) -> list[Scores]:
         """Score the rows of ``request``; rows still in the queue are dropped if the client disconnects."""
@@ -109,8 +66,6 @@ class ServedModel:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
-        self.require_room(len(rows))
-        self._under_way += 1
         scoring, gone = asyncio.ensure_future(self.batcher.score(rows)), asyncio.ensure_future(leaves())
         seconds = self.settings.timeout
         try:
@@ -130,21 +85,22 @@ class ServedModel:
         finally:
             scoring.cancel()
             gone.cancel()
-            self._under_way -= 1
 
     def check_images(self, images: Images) -> None:
         """Raise RequestError if images have another number of sources than the reward takes, or there is no room."""
-        for prompt in images[0]:
+        for prompt, _ in images:
             self.accepted.check_sources(len(sources_of(prompt)))
-        self.require_room(len(images[1]))
+        self.batcher.require_room(len(images))
 
     async def score_images(self, request: Request, images: Images, take: Take) -> list[Scores]:
         """Decode and score images; see :meth:`score`."""
         self.check_images(images)
-        take(await asyncio.to_thread(bodies.pixel_bytes, images, self.settings.max_pixels))
         try:
+            take(await asyncio.to_thread(bodies.pixel_bytes, images, self.settings.max_pixels))
             work = asyncio.to_thread(bodies.decode, images, self.reward.exif, self.settings)
             rows = await asyncio.wait_for(work, self.settings.timeout)
+        except ImageError as error:
+            raise RequestError(str(error).replace("max_pixels", "the server's --max_pixels"), 422) from error
         except TimeoutError as error:
             problem = f"images not decoded within {self.settings.timeout:g} seconds"
             raise RequestError(f"{problem}; send fewer", 504) from error
@@ -155,58 +111,47 @@ class ServedModel:
         names = ("scores", *self.reward.axes)
         return {name: [*column] for name, column in zip(names, zip(*scores, strict=True), strict=True)}
 
-    def standing(self, scores: Sequence[float]) -> tuple[list[float] | None, list[float] | None]:
-        """Return z-scores and quantiles; None of a model without a calibration at its own noise."""
-        calibration, raw = self.reward.calibration, torch.tensor(scores)
-        if calibration is None or calibration.noise != self.reward.noise:
-            return None, None
-        return calibration.z_score(raw).tolist(), calibration.quantile(raw).tolist()
-
     def describe(self) -> dict[str, Any]:
         """Describe the model and the server's limits, as :class:`ServedReward` and more, as values for JSON."""
-        accepted, backbone = self.accepted, self.reward.backbone
-        more = {
-            "prompt_mask": accepted.masked,
-            "pools_tokens": accepted.pools_tokens,
-            "frames": accepted.frames,
-            "sources": [*accepted.sources] if accepted.sources[1] else None,
-        }
+        accepted, backbone, limits = self.accepted, self.reward.backbone, self.settings
         return {
+            "name": self.name,
             "model": self.reward.identity,
+            "device": str(self.reward.device),
+            "scores": ["score", *self.reward.axes],
             "latent_space": backbone.latent_space.record(),
             "prompt_embeds_width": accepted.text_width,
             "pooled_prompt_embeds_width": accepted.pooled_width,
-            **{name: value for name, value in more.items() if value},  # of models that take more than SD and SD3 do
+            "prompt_mask": accepted.masked,
+            "pools_tokens": accepted.pools_tokens,
+            "frames": accepted.frames,
+            "sources": [*accepted.sources],
             "noise": str(self.reward.noise),
             "u": backbone.noise_process.sigma(timesteps_of(self.reward.noise, backbone.noise_process)).tolist(),
-            "fresh_noise": self.settings.fresh_noise,
-            "calibrated": self.standing([0.0]) != (None, None),
-            "batch_size": self.settings.batch_size,
-            "max_body_bytes": self.settings.max_body,
+            **{name: getattr(limits, name) for name in ("fresh_noise", "batch_size", "queue", "timeout")},
+            "max_body_bytes": limits.max_body,
             "max_latent_pixels": accepted.max_pixels,
             "max_rows": accepted.max_rows,
         }
 
-    def limits(self) -> dict[str, Any]:
-        """Describe the reward's device and limits, as values for JSON."""
-        names = ("batch_size", "queue", "concurrency", "passes_per_device", "prompts_kept", "timeout")
-        about: dict[str, Any] = {"name": self.name, "model": self.reward.identity, "device": str(self.reward.device)}
-        about |= {"scores": ["score", *self.reward.axes]}
-        return about | {name: getattr(self.settings, name) for name in names}
-
 
 class ScoringService:
-    """Rewards of a server by name, each with its limits; the first one scores requests that name none."""
+    """Rewards of a server by name; the first one scores requests that name none."""
 
-    def __init__(self, rewards: Mapping[str, tuple[RewardModel, ServiceSettings]], settings: ServiceSettings) -> None:
-        self.settings, self.metrics = settings, Metrics()
-        self.memory = Memory(16 * settings.max_body)
-        turns = {reward.device: asyncio.Semaphore(settings.passes_per_device) for reward, _ in rewards.values()}
+    def __init__(self, rewards: Mapping[str, RewardModel], settings: ServiceSettings) -> None:
+        self.settings, self.memory, self.registry = settings, Memory(16 * settings.max_body), CollectorRegistry()
+        about = {"namespace": "latentreward", "registry": self.registry}
+        self.requests = Counter("requests", "Requests answered.", ["path", "status"], **about)
+        self.seconds = Histogram("request_seconds", "Seconds to an answer.", ["path"], buckets=SECONDS, **about)
+        passes = Histogram("batch_rows", "Rows of a pass of a reward.", ["reward"], buckets=ROWS, **about)
+        waiting = Gauge("queue_rows", "Rows that wait for a reward.", ["reward"], **about)
+        devices = {reward.device: asyncio.Lock() for reward in rewards.values()}
         self.models = {
-            name: ServedModel(name, reward, limits, self.metrics, turns[reward.device])
-            for name, (reward, limits) in rewards.items()
+            name: ServedModel(name, reward, settings, devices[reward.device]) for name, reward in rewards.items()
         }
-        self.metrics.queue_rows.set_function(lambda: sum(len(one.batcher.waiting) for one in self.models.values()))
+        for name, model in self.models.items():
+            model.batcher.observe = passes.labels(name).observe
+            waiting.labels(name).set_function(lambda queue=model.batcher: len(queue.waiting))
 
     @property
     def default(self) -> ServedModel:
@@ -228,13 +173,3 @@ class ScoringService:
             known = ", ".join(self.models)[:200]
             raise RequestError(f"no reward {name[:40]!r} is served here; this server has {known}", status)
         return self.models[name]
-
-    def body(self, request: Request, *types: str) -> contextlib.AbstractAsyncContextManager[tuple[bytes, Take]]:
-        """Read the body of a request; see :meth:`Memory.body`."""
-        return self.memory.body(request, self.settings, *types)
-
-
-def takes(kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return OpenAPI's description of a body that a handler reads itself: content type → JSON schema, or none."""
-    content = {kind: {"schema": schema} if schema else {} for kind, schema in kinds.items()}
-    return {"requestBody": {"required": True, "content": content}}

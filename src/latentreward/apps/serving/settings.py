@@ -2,7 +2,7 @@
 
 import re
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Literal
 
@@ -17,24 +17,18 @@ class ServiceSettings:
     """Limits of a server, and the noise of requests without a seed.
 
     Attributes:
-        batch_size: Greatest number of rows (images or latents) per forward pass of the model.
+        batch_size: Greatest number of rows (images or latents) per forward pass of a reward.
         max_wait_ms: Milliseconds that a row waits at most for other rows to share its forward pass.
-        queue: Greatest number of waiting rows; requests beyond it are answered 503 with Retry-After.
+        queue: Greatest number of waiting rows of a reward; requests beyond it are answered 503 with Retry-After.
         timeout: Seconds after which a request is answered 504, or 408 if its body has not arrived. A request that
             would wait longer for others is answered 503 at once.
         max_body_mb: Largest body, in MiB; all requests together have 16 times as much memory.
         max_pixels: Largest width × height of an image, which is read from its header before the image is decoded.
         max_latent_pixels: Largest h · w of latents, or T · h · w with a time axis, in latent pixels; with pictures to
             edit, of all of a row together. None takes four times the size that the reward was trained at.
-        concurrency: Greatest number of requests of a reward in progress; requests beyond it are answered 503 with
-            Retry-After. None sets no limit beside ``queue``.
-        passes_per_device: Greatest number of forward passes at the same time on one device, of all rewards there. A
-            reward computes one pass at a time.
         prompts_kept: Number of encoded prompts that a reward keeps for later requests; one of SD3 takes 5 MB on the
             reward's device.
         fresh_noise: Whether latents of a request without a seed get new noise each time; otherwise their seed is 0.
-        dialects: Import paths of classes of one's own, derived from ``latentreward.apps.serving.dialects.Dialect``,
-            which answer clients of other frameworks.
         token: Token that requests must give as ``Authorization: Bearer TOKEN``; None allows requests without a token.
     """
 
@@ -45,11 +39,8 @@ class ServiceSettings:
     max_body_mb: float = 64.0
     max_pixels: int = MAX_PIXELS
     max_latent_pixels: int | None = None
-    concurrency: int | None = None
-    passes_per_device: int = 1
     prompts_kept: int = 128
     fresh_noise: bool = False
-    dialects: tuple[str, ...] = ()
     token: str | None = None
 
     def __post_init__(self) -> None:
@@ -65,7 +56,7 @@ class ServiceSettings:
 
 @dataclass(frozen=True)
 class RewardToServe:
-    """One of several rewards of a server, and what differs from the server's own limits.
+    """One of several rewards of a server.
 
     Attributes:
         model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run.
@@ -75,9 +66,6 @@ class RewardToServe:
         run_config: Config file of the model's training run; by default the one beside the checkpoint.
         revision: Branch, tag or commit of a hub id.
         published: Settings that the files of a published layout do not hold.
-        batch_size: As the server's; None takes that.
-        queue: As the server's; None takes that.
-        concurrency: As the server's; None takes that.
     """
 
     model: PathText
@@ -87,22 +75,13 @@ class RewardToServe:
     run_config: PathText | None = None
     revision: str | None = None
     published: PublishedSettings | None = None
-    batch_size: int | None = None
-    queue: int | None = None
-    concurrency: int | None = None
-
-    def limits(self, settings: ServiceSettings) -> ServiceSettings:
-        """Return the limits of this reward on a server with ``settings``."""
-        own = {name: getattr(self, name) for name in ("batch_size", "queue", "concurrency")}
-        return replace(settings, **{name: value for name, value in own.items() if value is not None})
 
 
-def check_name(name: str) -> str:
-    """Return the name of a reward; raise InputError if it cannot stand in an address."""
+def check_name(name: str) -> None:
+    """Raise InputError if the name of a reward cannot stand in an address."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         rule = "give 1 to 64 letters, digits and . _ -, a letter or digit first"
         raise InputError(f"the reward's name {name!r} cannot stand in an address; {rule}")
-    return name
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -115,8 +94,7 @@ def bind(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except (OSError, UnicodeError) as error:  # UnicodeError: of a name with an empty or too long part
-        remedy = "--port" if is_loopback(host) else "--port or --host"
-        raise InputError(f"cannot serve at {host}:{port} ({error}); choose another {remedy}") from error
+        raise InputError(f"cannot serve at {host}:{port} ({error}); choose another --port or --host") from error
     return bound
 
 

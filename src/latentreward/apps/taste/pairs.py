@@ -1,14 +1,12 @@
 """Own pictures that can be read, and pairs of them: by file name, all against all, or from ratings."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
 
 from latentreward.core.contracts import like_prompt, sources_of
 from latentreward.core.errors import InputError
@@ -23,7 +21,12 @@ from latentreward.data.readers.json_rows import parse_line, parse_text
 from latentreward.data.readers.pair_rows import PairRowParser
 from latentreward.data.readers.rows import RowReader
 
+RATINGS = "ratings.jsonl"
+LEAST = 20  # fewest pairs that are split and trained on; even these tell little
+FEWEST = 2  # fewest pictures that can be rated
 MOST_NAMED = 3  # files that a remark names; the rest are counted
+MOST_COMPARED = 20_000  # pairs of one caption in all against all; further ones would only take memory
+Pairing = Literal["auto", "names", "all"]
 
 
 @dataclass(frozen=True)
@@ -33,121 +36,6 @@ class Picture:
     path: str  # path relative to the folder, with ``/``
     content: str  # digest of the file's bytes; two files with the same bytes are the same picture
     caption: str  # text of the ``.txt`` file of the same name, or prompt in the table; empty without one
-
-
-def check_folder(folder: Path) -> None:
-    """Raise InputError if there is no such folder."""
-    if not folder.is_dir():
-        raise InputError(f"folder: {folder} is not a folder; give the folder of your pictures")
-
-
-def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], list[str]]:
-    """Find and decode all pictures of the subfolder ``below`` and its own, in the order of their names.
-
-    Paths are relative to ``folder``. Pictures outside it, behind links, are not opened. Hidden files and folders are
-    left out. Orientations by EXIF are applied later, as in training. In a folder that ``latentreward generate`` wrote,
-    pictures and captions are those of its table; a caption of an edit carries the pictures that were edited.
-
-    Returns:
-        Name, which is the path below ``below`` without its ending → picture; and one line about each kind of file that
-        was left out.
-    """
-    found: dict[str, Picture] = {}
-    if not below and (rows := generated_rows(folder)):
-        return _generated(folder, rows)
-    images, unread = find_pictures(folder / below)
-    unreadable, twice, uncaptioned = [], [], dict[str, list[str]]()
-    for name, files in images.items():
-        for number, file in enumerate(files):
-            path = Path(file).relative_to(folder.name).as_posix() if not below else file
-            if (told := parse_text(path)) != path:  # no file of pairs could name it
-                unreadable.append(f"{told} (its name is not UTF-8)")
-                continue
-            reference = file_image(folder, path)
-            try:
-                decode_image(reference)
-            except ImageError as error:
-                unreadable.append(f"{path} ({error.problem})")
-                continue
-            if number and name in found:
-                twice.append(path)
-                continue
-            assert reference.path is not None
-            caption, problem = caption_of(reference.path, folder)
-            if problem:
-                uncaptioned.setdefault(problem, []).append(path)
-            found[name] = Picture(path, digest([reference.path.read_bytes()]), caption)
-    remarks = [f"{below}/: {remark}" if below else remark for remark in unread]
-    remarks += [f"left out, cannot be read: {listed(unreadable)}"] if unreadable else []
-    if twice:
-        remarks.append(f"left out, another picture has the same name with another ending: {listed(twice)}")
-    remarks += [f"no caption, since it {problem}: {listed(paths)}" for problem, paths in uncaptioned.items()]
-    return found, remarks
-
-
-def generated_rows(folder: Path) -> Sequence[ListedImage]:
-    """Return the results in the table of a folder that ``latentreward generate`` wrote; none for other folders."""
-    return read_images(str(folder)).rows if (folder / "generate.json").is_file() else ()
-
-
-def _generated(folder: Path, rows: Sequence[ListedImage]) -> tuple[dict[str, Picture], list[str]]:
-    found, unreadable = {}, []
-    for row in rows:
-        images = [file_image(folder, row.name), *sources_of(row.prompt)]
-        try:
-            for image in images:
-                decode_image(image)
-        except ImageError as error:
-            unreadable.append(f"{row.name} ({error.problem})")
-            continue
-        caption = like_prompt(" ".join(row.prompt.split()), row.prompt)
-        found[row.name] = Picture(row.name, digest([image_bytes(images[0])]), caption)
-    return found, [f"left out, cannot be read: {listed(unreadable)}"] if unreadable else []
-
-
-def caption_of(picture: Path, folder: Path) -> tuple[str, str]:
-    """Read the ``.txt`` file beside a picture.
-
-    Returns:
-        Caption, empty without such a file; and what is wrong with one that is left out, or an empty text.
-    """
-    try:
-        caption = " ".join((read_caption(picture.with_suffix(".txt"), folder) or "").split())
-    except UnreadableTextError as error:
-        return "", f"is {error.problem.partition(' at byte ')[0]}"
-    if len(caption) > MAX_PROMPT_CHARS:  # the readers of later steps would refuse it
-        return "", f"has more than {MAX_PROMPT_CHARS} characters"
-    return caption, ""
-
-
-def same_contents(pictures: Iterable[Picture]) -> list[str]:
-    """List groups of files with the same bytes, as ``one.jpg = other.jpg``."""
-    groups: dict[str, list[str]] = {}
-    for picture in pictures:
-        groups.setdefault(picture.content, []).append(picture.path)
-    return [first_of(paths, " = ") for paths in groups.values() if len(paths) > 1]
-
-
-def listed(names: list[str]) -> str:
-    """Count some files, and name the first of them."""
-    return f"{len(names)}: {first_of(names, ', ')}"
-
-
-def first_of(names: list[str], joint: str) -> str:
-    """Name the first of some files, joined by ``joint``, and count the others."""
-    more = len(names) - MOST_NAMED
-    return joint.join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def number_of(number: int, noun: str) -> str:
-    """Return a number with its noun, such as ``no pictures``, ``1 picture`` or ``2 pictures``."""
-    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
-
-
-RATINGS = "ratings.jsonl"
-LEAST = 20  # fewest pairs that are split and trained on; even these tell little
-FEWEST = 2  # fewest pictures that can be rated
-Pairing = Literal["auto", "names", "all"]
 
 
 @dataclass(frozen=True)
@@ -167,40 +55,18 @@ class RatedPair:
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Pictures that were chosen and rejected, without pairs: each of ``chosen`` wins against each of ``rejected``."""
-
-    prompt: str  # caption that all of them have; empty without one
-    chosen: Sequence[Picture]  # pictures that were chosen
-    rejected: Sequence[Picture]  # pictures that were rejected
-
-    def draw(self, number: int, rng: np.random.Generator) -> list[RatedPair]:
-        """Draw pairs, each at most once, in which pictures of one side occur equally often, give or take one."""
-        sides = [[side[place] for place in rng.permutation(len(side))] for side in (self.chosen, self.rejected)]
-        chosen, rejected = sides
-        if not chosen or not rejected:
-            return []
-        # Within `turn` pairs no pair of indices recurs; each further turn is shifted by one.
-        turn = lcm(len(chosen), len(rejected))
-        return [
-            RatedPair(self.prompt, chosen[n % len(chosen)], rejected[(n + n // turn) % len(rejected)], 1.0)
-            for n in range(min(number, len(chosen) * len(rejected)))
-        ]
-
-
-@dataclass(frozen=True)
 class Collection:
-    """What a folder holds."""
+    """Pairs of a folder."""
 
     how: str  # one line on how pairs are formed
-    pairs: Sequence[RatedPair] = ()  # pairs by name or from ratings
-    pools: Sequence[Pool] = ()  # pictures without pairs, instead of ``pairs``
+    pairs: Sequence[RatedPair] = ()
     remarks: list[str] = field(default_factory=list)  # lines on what was left out
 
-    @property
-    def possible(self) -> int:
-        """Number of pairs, or of all that the pools give."""
-        return len(self.pairs) + sum(len(pool.chosen) * len(pool.rejected) for pool in self.pools)
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError if there is no such folder."""
+    if not folder.is_dir():
+        raise InputError(f"folder: {folder} is not a folder; give the folder of your pictures")
 
 
 def collect(folder: Path, pairing: Pairing = "auto") -> Collection:
@@ -219,78 +85,165 @@ def collect(folder: Path, pairing: Pairing = "auto") -> Collection:
     elif sorted_:
         found = from_sides(folder, pairing)
     else:
-        raise InputError(_unsorted(folder))
-    if found.possible < LEAST:
-        told = "".join([number_of(found.possible, "pair"), *(f"; {remark}" for remark in found.remarks)])
+        images, unread = find_pictures(folder)
+        pictures = number_of(len(generated_rows(folder)) or sum(map(len, images.values())), "picture")
+        lacks = f"folder: {folder} has {pictures}, but not both chosen/ and rejected/, and no {RATINGS}"
+        remedy = f"sort pictures into these two, or rate two or more with `latentreward taste {folder} --rate`"
+        raise InputError("; ".join([lacks, *unread, remedy]))
+    if len(found.pairs) < LEAST:
+        told = "; ".join([number_of(len(found.pairs), "pair"), *found.remarks])
         raise InputError(f"folder: {folder} gives {told}; give at least {LEAST}, better 100 or more")
     return found
 
 
-def _unsorted(folder: Path) -> str:
-    images, unread = find_pictures(folder)
-    pictures = len(generated_rows(folder)) or sum(map(len, images.values()))
-    lacks = (
-        f"folder: {folder} has {number_of(pictures, 'picture')}, but not both chosen/ and rejected/, and no {RATINGS}"
-    )
-    remedy = f"sort pictures into these two, or rate two or more with `latentreward taste {folder} --rate`"
-    return "; ".join([lacks, *unread, remedy])
+def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], list[str]]:
+    """Find and decode all pictures of the subfolder ``below``, and tell what was left out, a line for each reason.
+
+    Pictures outside ``folder``, behind links, are not opened. Hidden ones are left out. Orientations by EXIF are
+    applied later, as in training. In a folder that ``latentreward generate`` wrote, pictures and captions are those of
+    its table; a caption of an edit carries the pictures that were edited. A picture's key is its name without ending.
+    """
+    found, left = dict[str, Picture](), defaultdict[str, list[str]](list)
+    rows = [] if below else [(row.name, row.name, row.prompt) for row in generated_rows(folder)]
+    unread: list[str] = []
+    if not rows:
+        images, unread = find_pictures(folder / below)
+        start = "" if below else folder.name
+        rows = [(name, Path(file).relative_to(start).as_posix(), "") for name, some in images.items() for file in some]
+    for name, path, prompt in rows:
+        if (told := parse_text(path)) != path:  # no file of pairs could name it
+            left["left out, cannot be read"].append(f"{told} (its name is not UTF-8)")
+            continue
+        image = file_image(folder, path)
+        try:
+            for one in (image, *sources_of(prompt)):
+                decode_image(one)
+        except ImageError as error:
+            left["left out, cannot be read"].append(f"{path} ({error.problem})")
+            continue
+        if name in found:
+            left["left out, another picture has the same name with another ending"].append(path)
+            continue
+        caption = like_prompt(" ".join(prompt.split()), prompt)
+        if not prompt and image.path is not None:
+            caption, problem = caption_of(image.path, folder)
+            if problem:
+                left[f"no caption, since it {problem}"].append(path)
+        found[name] = Picture(path, digest([image_bytes(image)]), caption)
+    return found, [*(f"{below}/: {one}" if below else one for one in unread), *remarks_of(left)]
+
+
+def generated_rows(folder: Path) -> Sequence[ListedImage]:
+    """Return the results in the table of a folder that ``latentreward generate`` wrote; none for other folders."""
+    return read_images(str(folder)).rows if (folder / "generate.json").is_file() else ()
+
+
+def caption_of(picture: Path, folder: Path) -> tuple[str, str]:
+    """Read the ``.txt`` file beside a picture; also return what is wrong with one that is left out."""
+    try:
+        caption = " ".join((read_caption(picture.with_suffix(".txt"), folder) or "").split())
+    except UnreadableTextError as error:
+        return "", f"is {error.problem.partition(' at byte ')[0]}"
+    if len(caption) > MAX_PROMPT_CHARS:  # the readers of later steps would refuse it
+        return "", f"has more than {MAX_PROMPT_CHARS} characters"
+    return caption, ""
+
+
+def remarks_of(left: Mapping[str, list[str]]) -> list[str]:
+    """Return a line for each reason for which some files are left out; reasons without files have none."""
+    return [f"{reason}: {listed(names)}" for reason, names in left.items() if names]
+
+
+def same_contents(pictures: Iterable[Picture]) -> list[str]:
+    """List groups of files with the same bytes, as ``one.jpg = other.jpg``."""
+    groups = defaultdict[str, list[str]](list)
+    for picture in pictures:
+        groups[picture.content].append(picture.path)
+    return [first_of(paths, " = ") for paths in groups.values() if len(paths) > 1]
+
+
+def listed(names: list[str]) -> str:
+    """Count some files, and name the first of them."""
+    return f"{len(names)}: {first_of(names, ', ')}"
+
+
+def first_of(names: list[str], joint: str) -> str:
+    """Name the first of some files, joined by ``joint``, and count the others."""
+    more = len(names) - MOST_NAMED
+    return joint.join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def number_of(number: int, noun: str) -> str:
+    """Return a number with its noun, such as ``no pictures``, ``1 picture`` or ``2 pictures``."""
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
 
 
 def from_sides(folder: Path, pairing: Pairing) -> Collection:
     """Read ``chosen/`` and ``rejected/``; see :func:`collect`."""
-    sides, remarks = {}, []
+    sides, remarks = [], []
     for side in SIDES:
-        sides[side], told = read_pictures(folder, side)
-        remarks += told
-        if not sides[side]:
+        pictures, told = read_pictures(folder, side)
+        if not pictures:
             problem = "; ".join([f"folder: {folder / side} has no pictures that can be read", *told])
             raise InputError(f"{problem}; put the {side} pictures there")
-    chosen, rejected = sides.values()
-    if same := same_contents([*chosen.values(), *rejected.values()]):
-        remarks.append(f"files with the same bytes count as one picture: {listed(same)}")
+        sides.append(pictures)
+        remarks += told
+    chosen, rejected = sides
+    same = same_contents([*chosen.values(), *rejected.values()])
+    remarks += remarks_of({"files with the same bytes count as one picture": same})
     both = chosen.keys() & rejected.keys()
-    if pairing == "names" or (pairing == "auto" and len(both) >= min(len(chosen), len(rejected)) / 2):
-        if lonely := sorted(chosen.keys() ^ rejected.keys()):
-            remarks.append(f"left out, only on one side: {listed(lonely)}")
-        named = [(name, chosen[name], rejected[name]) for name in sorted(both)]
-        if differing := [name for name, a, b in named if len({a.caption, b.caption} - {""}) > 1]:
-            remarks.append(f"captions differ, that in chosen/ counts: {listed(differing)}")
-        kept, told = without_self([RatedPair(a.caption or b.caption, a, b, 1.0) for _, a, b in named])
-        return Collection("pairs by file name (--pairing all takes all against all)", kept, remarks=[*remarks, *told])
-    return _all_against_all(chosen, rejected, remarks)
+    if pairing == "all" or (pairing == "auto" and len(both) < min(len(chosen), len(rejected)) / 2):
+        return _all_against_all(chosen.values(), rejected.values(), remarks)
+    named = [(name, chosen[name], rejected[name]) for name in sorted(both)]
+    left = {
+        "left out, only on one side": sorted(chosen.keys() ^ rejected.keys()),
+        "captions differ, that in chosen/ counts": [
+            name for name, a, b in named if len({a.caption, b.caption} - {""}) > 1
+        ],
+    }
+    kept, told = without_self([RatedPair(a.caption or b.caption, a, b, 1.0) for _, a, b in named])
+    how = "pairs by file name (--pairing all takes all against all)"
+    return Collection(how, kept, [*remarks, *remarks_of(left), *told])
 
 
-def _all_against_all(chosen: dict[str, Picture], rejected: dict[str, Picture], remarks: list[str]) -> Collection:
-    contents = [{picture.content: picture for picture in side.values()} for side in (chosen, rejected)]
-    if contradicting := contents[0].keys() & contents[1].keys():
-        names = sorted(contents[0][one].path for one in contradicting)
-        remarks = [*remarks, f"left out, both chosen and rejected: {listed(names)}"]
-    one_side, other = ([picture for key, picture in side.items() if key not in contradicting] for side in contents)
-    how = "file names do not match: each chosen picture is compared with rejected ones"
-    captions: dict[str, tuple[str, list[Picture], list[Picture]]] = {}
-    for side, pictures in enumerate((one_side, other)):
+def _all_against_all(chosen: Iterable[Picture], rejected: Iterable[Picture], remarks: list[str]) -> Collection:
+    sides = [{picture.content: picture for picture in side} for side in (chosen, rejected)]
+    twice = sides[0].keys() & sides[1].keys()
+    left = {"left out, both chosen and rejected": sorted(sides[0][one].path for one in twice)}
+    kept = [[picture for key, picture in side.items() if key not in twice] for side in sides]
+    groups = defaultdict[str, tuple[list[Picture], list[Picture]]](lambda: ([], []))
+    for side, pictures in enumerate(kept):
         for picture in pictures:
-            entry = captions.setdefault(normalise_prompt(picture.caption), (picture.caption, [], []))
-            entry[side + 1].append(picture)  # type: ignore[union-attr]
-    pools = [Pool(*entry) for entry in captions.values() if entry[1] and entry[2]]
-    if len(captions) > 1 and sum(len(pool.chosen) + len(pool.rejected) for pool in pools) < len(one_side + other) / 2:
-        return Collection(
-            f"{how}, of any caption: most captions are on one side only, so captions are not used",
-            pools=[Pool("", one_side, other)],
-            remarks=remarks,
-        )
-    if len(captions) > 1:
+            groups[normalise_prompt(picture.caption)][side].append(picture)
+    how = "file names do not match: each chosen picture is compared with rejected ones"
+    compared = {caption: group for caption, group in groups.items() if all(group)}
+    if 2 * sum(len(one) for group in compared.values() for one in group) < sum(map(len, kept)):
+        how += ", of any caption: most captions are on one side only, so captions are not used"
+        return Collection(how, _compared("", *kept), [*remarks, *remarks_of(left)])
+    if len(groups) > 1:
         how += " of the same caption"
-        if lonely := sorted({entry[0] or "no caption" for entry in captions.values() if not (entry[1] and entry[2])}):
-            remarks = [*remarks, f"left out, captions on one side only: {listed(lonely)}"]
-    return Collection(how, pools=pools, remarks=remarks)
+    left["left out, captions on one side only"] = sorted(
+        (group[0] or group[1])[0].caption or "no caption" for group in groups.values() if not all(group)
+    )
+    pairs = [pair for group in compared.values() for pair in _compared(group[0][0].caption, *group)]
+    return Collection(how, pairs, [*remarks, *remarks_of(left)])
+
+
+def _compared(prompt: str, chosen: Sequence[Picture], rejected: Sequence[Picture]) -> list[RatedPair]:
+    """Pair each chosen with each rejected picture, in an order in which all of a side come equally often."""
+    number, turn = len(chosen) * len(rejected), lcm(len(chosen), len(rejected))
+    # Within a turn no pair recurs; each further turn is shifted by one.
+    return [
+        RatedPair(prompt, chosen[n % len(chosen)], rejected[(n + n // turn) % len(rejected)], 1.0)
+        for n in range(min(number, MOST_COMPARED))
+    ]
 
 
 def without_self(pairs: Sequence[RatedPair]) -> tuple[list[RatedPair], list[str]]:
     """Leave out pairs of a picture with itself, or with a copy; return the others and a remark."""
+    own = [" and ".join(pair.names) for pair in pairs if pair.a.content == pair.b.content]
     kept = [pair for pair in pairs if pair.a.content != pair.b.content]
-    own = [f"{pair.a.path} and {pair.b.path}" for pair in pairs if pair.a.content == pair.b.content]
-    return kept, [f"left out, a picture paired with itself: {listed(own)}"] if own else []
+    return kept, remarks_of({"left out, a picture paired with itself": own})
 
 
 class RatingReader(RowReader):
@@ -310,7 +263,7 @@ class RatingReader(RowReader):
 
     def told(self) -> list[str]:
         """Return a line on what was left out, or nothing."""
-        return [f"{RATINGS}: lines left out: {listed(self.left_out)}"] if self.left_out else []
+        return remarks_of({f"{RATINGS}: lines left out": self.left_out})
 
     def refuse(self, pair_id: str, problem: str, reason: str, rows: int = 1) -> None:
         """Note the line instead of counting it, since the log would tell the count again."""
@@ -320,41 +273,37 @@ class RatingReader(RowReader):
 def from_ratings(folder: Path) -> Collection:
     """Read ``ratings.jsonl``, a file as :class:`~latentreward.data.JSONLPairReader` takes it."""
     reader = RatingReader(folder)
-    remarks = reader.told()
-    pictures: dict[str, Picture] = {}
-    unreadable: dict[str, str] = {}
+    pictures, unreadable = dict[str, Picture | None](), list[str]()
     pairs, lost = [], 0
-    for row in range(len(reader)):
-        pair = reader[row]
+    for pair in map(reader.__getitem__, range(len(reader))):
         images = (pair.image_a, pair.image_b, *sources_of(pair.prompt))
         for image in images:
             key = image.image_key
-            if key in pictures or key in unreadable:
+            if key in pictures:
                 continue
             try:
                 decode_image(image)
+                pictures[key] = Picture(key, digest([image_bytes(image)]), "")
             except ImageError as error:
-                unreadable[key] = f"{key or 'no path'} ({error.problem})"
-                continue
-            pictures[key] = Picture(key, digest([image_bytes(image)]), "")
-        keys = [image.image_key for image in images]
-        if pair.label_a is None or any(key in unreadable for key in keys):
+                pictures[key] = None
+                unreadable.append(f"{key or 'no path'} ({error.problem})")
+        first, second, *sources = (pictures[image.image_key] for image in images)
+        if pair.label_a is None or first is None or second is None or None in sources:
             lost += 1
+        elif pair.label_a == 0:
+            pairs.append(RatedPair(pair.prompt, second, first, 1.0))
         else:
-            first, second, label = pictures[keys[0]], pictures[keys[1]], pair.label_a
-            winner_first = (second, first, 1.0) if label == 0 else (first, second, label)
-            pairs.append(RatedPair(pair.prompt, *winner_first))
-    if unreadable:
-        remarks.append(f"pictures that cannot be read: {listed(list(unreadable.values()))}")
+            pairs.append(RatedPair(pair.prompt, first, second, pair.label_a))
+    remarks = [*reader.told(), *remarks_of({"pictures that cannot be read": unreadable})]
     if lost:
         remarks.append(f"left out, pairs without a label or a readable picture: {lost}")
     kept, told = without_self(pairs)
-    return Collection(f"pairs of {RATINGS}", kept, remarks=[*remarks, *told])
+    return Collection(f"pairs of {RATINGS}", kept, [*remarks, *told])
 
 
 def lines(parts: dict[str, list[RatedPair]]) -> str:
     """Return the pairs of all parts as lines for :class:`~latentreward.data.JSONLPairReader`."""
-    seen: Counter[str] = Counter()
+    seen = Counter[str]()
     texts = []
     for split, pairs in parts.items():
         for pair in pairs:

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from latentreward.apps.taste.pairs import LEAST, Collection, lines, number_of
 from latentreward.apps.taste.splitting import HELD_OUT, STOP, TRAIN, Split
-from latentreward.apps.taste.steps import Step, Task, resolve
+from latentreward.apps.taste.steps import Step
 from latentreward.core.contracts import sources_of, sources_wanted
 from latentreward.core.errors import InputError, errors_at
 from latentreward.core.storage.digests import digest
@@ -25,8 +25,7 @@ FROZEN_BELOW = 300  # training pairs below which only the head trains; above, ad
 BEST = "checkpoints/best.ckpt"
 PREFERENCES, PROMPTS, JUDGED = "pairs.jsonl", "prompts.jsonl", "judged.jsonl"
 """Files of a collection: its pairs, the prompts of the alignment, and those of the pictures before and after."""
-
-
+ENOUGH = 16  # prompts from which a quarter is kept for the pictures; of fewer, the same serve for both
 ALIGNMENT = ("--model.optimizer.lr=6e-5", "--trainer.max_steps=100")
 
 
@@ -38,18 +37,18 @@ class Base:
     size: int  # native side of an image in pixels
     guidance: float | None  # guidance scale of alignment and pictures; None for networks without guidance
     tiny: bool = False  # whether it is a shipped pipeline, whose few weights need larger learning rates
-    # Learning rate of the reward by tuning
-    rates: Mapping[Tuning, float] = field(default_factory=lambda: {"frozen": 3e-4, "lora": 1e-4, "full": 1e-5})
     # Rate and length of the alignment, and its batches where they are not those of configs/taste/align.yaml
     alignment: Sequence[str] = ALIGNMENT
 
 
+RATES: Mapping[Tuning, float] = {"frozen": 3e-4, "lora": 1e-4, "full": 1e-5}
 TINY_RATES: Mapping[Tuning, float] = {"frozen": 1e-3, "lora": 1e-3, "full": 5e-4}
+"""Learning rates of the reward by tuning, of a full base and of a shipped one."""
 TINY_ALIGNMENT = (
     *("--model.optimizer.lr=1e-3", "--trainer.max_steps=24"),
     *("--data.batch_size=64", "--data.prompts_per_rollout=32"),
 )
-TINY_BASES = {name: Base(name, 32, 1.0, True, TINY_RATES, TINY_ALIGNMENT) for name in SHIPPED}
+TINY_BASES = {name: Base(name, 32, 1.0, True, TINY_ALIGNMENT) for name in SHIPPED}
 BASES = {
     "StableDiffusionPipeline": Base("sd15", 512, 5.0),
     "StableDiffusionXLPipeline": Base("sdxl", 1024, 5.0),
@@ -69,47 +68,40 @@ EDITING = ("--model.policy.gradient_checkpointing=true", "--data.batch_size=4", 
 """Settings by which the alignment of an editor's large transformer needs a fraction of the memory."""
 
 
-def find_base(source: str, family: str | None = None) -> Base:
-    """Return the settings for a pipeline: a folder, hub id, ``sd_tiny`` or ``sd35_tiny``.
-
-    With the import path of a family of one's own the settings are the family's.
-    """
-    if source in TINY_BASES and family is None:
+def find_base(source: str) -> Base:
+    """Return the settings for a pipeline: a folder, hub id, ``sd_tiny`` or ``sd35_tiny``."""
+    if source in TINY_BASES:
         return TINY_BASES[source]
     with errors_at("base: "):
         pipeline = PipelineSource(source)
         kind = str(pipeline.index.get("_class_name"))
-        if family is not None or kind in EDITORS:
-            own = find_family(pipeline, family)
-            settings = min(own.native_size), own.default_guidance
-            if family is not None:
-                return Base("latentreward.diffusion.load_family_backbone", *settings)
-            large = EDITING if pipeline.has("transformer") else ()
-            return Base(EDITORS[kind], *settings, alignment=(*ALIGNMENT, *large))
+        if kind in EDITORS:
+            own, large = find_family(pipeline), EDITING if pipeline.has("transformer") else ()
+            size, guidance = min(own.native_size), own.default_guidance
+            return Base(EDITORS[kind], size, guidance, alignment=(*ALIGNMENT, *large))
     if kind not in BASES:
         raise InputError(
-            f"base: {source!r} is a {kind}; taste takes {', '.join([*BASES, *EDITORS, *TINY_BASES])}; give family for "
-            "one of your own; for others see docs/data.md, which does the same by hand"
+            f"base: {source!r} is a {kind}; taste takes {', '.join([*BASES, *EDITORS, *TINY_BASES])}; for others see "
+            "docs/data.md, which does the same by hand"
         )
     return BASES[kind]
 
 
-def family_of(base: str, family: str | None) -> Family:
+def family_of(base: str) -> Family:
     """Return the family of a base, of which only configs are read; raise InputError if they do not fit together."""
     with errors_at("base: "):
-        return find_family(PipelineSource(base), family)
+        return find_family(PipelineSource(base))
 
 
 def fitting(found: Collection, own: Family) -> Collection:
     """Leave out pairs that edit another number of pictures than the base's family takes, with a remark."""
-    prompts = [pair.prompt for pair in found.pairs] + [pool.prompt for pool in found.pools]
-    numbers = {len(sources_of(prompt)) for prompt in prompts}
-    odd = {number: wanted for number in sorted(numbers) if (wanted := sources_wanted(number, own.sources))}
+    numbers = [len(sources_of(pair.prompt)) for pair in found.pairs]
+    odd = {number: wanted for number in sorted({*numbers}) if (wanted := sources_wanted(number, own.sources))}
     if not odd:
         return found
-    kept = [pair for pair in found.pairs if len(sources_of(pair.prompt)) not in odd]
+    kept = [pair for pair, number in zip(found.pairs, numbers, strict=True) if number not in odd]
     told = f"{own.title} takes {next(iter(odd.values()))} pictures to edit"
-    told += f"; {number_of(found.possible - len(kept), 'pair')} with {' or '.join(map(str, odd))}"
+    told += f"; {number_of(len(numbers) - len(kept), 'pair')} with {' or '.join(map(str, odd))}"
     if len(kept) < LEAST:
         raise InputError(f"base: {told}; give an editor for rated edits, and a generator for other pairs")
     return replace(found, pairs=kept, remarks=[*found.remarks, f"left out, {told}"])
@@ -131,33 +123,39 @@ class Plan:
     train: Sequence[str]  # arguments of the reward's training, after those of this module
     align: Sequence[str]  # arguments of the alignment, after those of this module
     pictures: int  # most prompts with pictures before and after
-    family: str | None = None  # import path of the base's family, if it is one of one's own
 
-    def tasks(self, seed: int) -> dict[str, Task]:
-        """Return the tasks of all steps by name, in their order; without prompts, those of the reward."""
-        found = find_base(self.base, self.family)
+    def steps(self, work: Path, seed: int) -> dict[str, Step]:
+        """Return all steps by name, in their order; without prompts, those of the reward."""
+        found, steps, places = find_base(self.base), dict[str, Step](), {"seed": str(seed)}
         commands = {CACHE: self._cache(found), REWARD: self._train(found), SCORES: self._scores()}
         if self.prompts is not None:
-            commands |= {ALIGN: self._align(found, self.prompts), PICTURES: self._pictures(found, self.prompts)}
-        steps = {name: Step(tuple(arguments)) for name, arguments in commands.items()}
-        return {name: resolve(steps, name, seed) for name in steps}
+            guidance = found.guidance if self.guidance is None else self.guidance
+            scale = f"guidance_scale={'null' if guidance is None else guidance}"
+            commands[ALIGN] = self._align(found, self.prompts, scale)
+            commands[PICTURES] = self._pictures(self.prompts, scale)
+        for name, arguments in commands.items():
+            filled = "\0".join(arguments)
+            for place, value in places.items():  # seed, and outputs of the steps before
+                filled = filled.replace(f"{{{place}}}", value)
+            steps[name] = Step.of(work, name, filled.split("\0"))
+            places[name] = str(steps[name].output)
+        return steps
 
-    def _device(self, precision: bool = True) -> list[str]:
-        mixed = ["--trainer.precision=bf16-mixed"] if self.gpu and precision else []
-        return [f"--trainer.accelerator={'gpu' if self.gpu else 'cpu'}", *mixed]
+    def _fit(self) -> list[str]:
+        """Return the arguments of both trainings."""
+        return [
+            *("--trainer.default_root_dir={out}", "--seed_everything={seed}", "--ckpt_path=last"),
+            *(["--trainer.accelerator=gpu", "--trainer.precision=bf16-mixed"] if self.gpu else []),
+            *([] if self.gpu else ["--trainer.accelerator=cpu"]),
+        ]
 
-    def _family(self, *settings: str) -> list[str]:
-        """Return ``settings`` with the family of one's own, and with trust in its module; nothing without one."""
-        if self.family is None:
-            return []
-        values = {"family": self.family, "trust_remote_code": "true"}
-        return [f"--{setting}={values[setting.rpartition('.')[2]]}" for setting in settings]
+    def _sides(self, name: str) -> list[str]:
+        return [] if self.size is None else [f"--{name}.{side}={self.size}" for side in ("height", "width")]
 
     def _cache(self, found: Base) -> list[str]:
         return [
             *("cache", "{out}", "--config=configs/taste/cache.yaml"),
             *(f"--reader.file={self.pairs / PREFERENCES}", f"--reader.root={self.folder}"),
-            *self._family("encoder.family"),
             *(f"--encoder.source={self.base}", f"--images.size={self.size or found.size}", "--seed={seed}"),
             *(["--dtype=float32"] if found.tiny else []),
             f"--device={'cuda' if self.gpu else 'cpu'}",
@@ -166,7 +164,6 @@ class Plan:
     def _train(self, found: Base) -> list[str]:
         backbone = [f"--model.backbone={found.backbone}", "--model.backbone.text_taps=[]"]
         backbone += [] if found.tiny else [f"--model.backbone.source={self.base}"]
-        backbone += self._family("model.backbone.family")
         backbone += [f"--model.backbone.tuning={self.tuning}", "--model.backbone.text_encoder_tuning=frozen"]
         backbone += ["--model.backbone.lora={rank: 8, alpha: 8}"] if self.tuning == "lora" else []
         backbone += ["--model.backbone.frozen_dtype=bfloat16"] if self.gpu and self.tuning != "full" else []
@@ -174,13 +171,11 @@ class Plan:
             *("fit", "--config=configs/taste/reward.yaml", *backbone),
             *("--data.train.cache={cache}", f"--data.train.split={TRAIN}"),
             *("--data.val.cache={cache}", f"--data.val.split={STOP}"),
-            f"--model.optimizer.lr={found.rates[self.tuning]}",
+            f"--model.optimizer.lr={(TINY_RATES if found.tiny else RATES)[self.tuning]}",
             "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping",
             # The middle one of the three levels of configs/taste/reward.yaml, by which the best weights are chosen too.
             *("--trainer.callbacks.monitor=val/loss_sigma0.3", f"--trainer.callbacks.patience={self.patience}"),
-            *("--trainer.default_root_dir={out}", "--seed_everything={seed}", "--ckpt_path=last"),
-            *self._device(),
-            *self.train,
+            *(*self._fit(), *self.train),
         ]
 
     def _scores(self) -> list[str]:
@@ -193,39 +188,23 @@ class Plan:
             *("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"),
         ]
 
-    def _align(self, found: Base, prompts: Path) -> list[str]:
-        given = [] if self.size is None else [f"--model.sampling.{side}={self.size}" for side in ("height", "width")]
+    def _align(self, found: Base, prompts: Path, scale: str) -> list[str]:
         return [
             *("fit", "--config=configs/taste/align.yaml", f"--model.policy.source={self.base}"),
-            *(f"--model.reward.path={{train}}/{BEST}", *given, f"--model.guidance_scale={self._guidance(found)}"),
-            *self._family("model.policy.family", "model.reward.trust_remote_code"),
+            *(f"--model.reward.path={{train}}/{BEST}", *self._sides("model.sampling"), f"--model.{scale}"),
             *(["--model.policy.frozen_dtype=bfloat16"] if self.gpu else []),
-            *(f"--data.prompts={prompts / PROMPTS}", *found.alignment),
-            *("--trainer.default_root_dir={out}", "--seed_everything={seed}", "--ckpt_path=last"),
-            *self._device(),
-            *self.align,
+            *(f"--data.prompts={prompts / PROMPTS}", *found.alignment, *self._fit(), *self.align),
         ]
 
-    def _guidance(self, found: Base) -> float | str:
-        guidance = found.guidance if self.guidance is None else self.guidance
-        return "null" if guidance is None else guidance
-
-    def _pictures(self, found: Base, prompts: Path) -> list[str]:
-        given = [] if self.size is None else [f"--sampling.{side}={self.size}" for side in ("height", "width")]
-        whole = "" if self.family is None else ".source"  # a text cannot have a family beside it
+    def _pictures(self, prompts: Path, scale: str) -> list[str]:
         return [
             *("evaluate-policy", "{out}", f"--prompts={prompts / JUDGED}", f"--num_prompts={self.pictures}"),
-            *(f"--policy.pipeline{whole}={self.base}", "--policy.name=after", "--policy.lora={align}/lora"),
-            *(f"--against.pipeline{whole}={self.base}", "--against.name=before", "--seed={seed}", "--batch_size=4"),
-            *(f"--guidance_scale={self._guidance(found)}", *given),
-            *self._family("policy.pipeline.family", "against.pipeline.family"),
+            *(f"--policy.pipeline={self.base}", "--policy.name=after", "--policy.lora={align}/lora"),
+            *(f"--against.pipeline={self.base}", "--against.name=before", "--seed={seed}", "--batch_size=4"),
+            *(f"--{scale}", *self._sides("sampling")),
             *("--scorers+=RewardModelScorer", f"--scorers.path={{train}}/{BEST}", "--scorers.name=own_reward"),
-            *self._family("scorers.trust_remote_code"),
             *([] if self.gpu else ["--device=cpu", "--scorers.device=cpu"]),
         ]
-
-
-ENOUGH = 16  # prompts from which a quarter is kept for the pictures; of fewer, the same serve for both
 
 
 def write_pairs(work: Path, found: Split) -> Path:

@@ -49,7 +49,6 @@ class RatingServer(ThreadingHTTPServer):
         port = bound.getsockname()[1]
         self.token = secrets.token_urlsafe(16)
         self.url = f"http://{HOST}:{port}/{self.token}/"
-        self.hosts = {f"{HOST}:{port}", f"localhost:{port}"}
         self.ratings, self.folder, self.lock = ratings, ratings.file.parent, Lock()
         sources = {source.image_key: source for pair in ratings.pairs for source in sources_of(pair.prompt)}
         self.places = {path: place for place, path in enumerate([*ratings.pictures, *sources])}
@@ -83,9 +82,8 @@ class RatingServer(ThreadingHTTPServer):
 class RatingHandler(BaseHTTPRequestHandler):
     """Handler of one connection.
 
-    Requests whose ``Host`` is another name are refused, or a page elsewhere could reach the server by a name of its own
-    that it lets point to this machine; so are answers that another page sends. All addresses begin with a random token,
-    which the page's own relative ones keep, or other accounts of this machine could see the pictures and answer.
+    All addresses begin with a random token, which the page's own relative ones keep: neither other accounts of this
+    machine nor pages elsewhere, by whatever name, can see the pictures and answer.
     """
 
     server: RatingServer
@@ -95,8 +93,6 @@ class RatingHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer with the page, the state, or a picture."""
         path = self._path()
-        if path is None:
-            return
         if path == "/":
             self._answer(self.server.page.encode("utf-8", "replace"), "text/html; charset=utf-8")
         elif path == "/state":
@@ -105,17 +101,18 @@ class RatingHandler(BaseHTTPRequestHandler):
             try:
                 self._answer(self.server.encode(self.server.paths[path]), "image/jpeg")
             except ImageError as error:  # removed or changed since the start
-                self._answer(one_line(error).encode(), "text/plain; charset=utf-8", HTTPStatus.GONE)
-        else:
-            self._answer(b"there is no such page", "text/plain", HTTPStatus.NOT_FOUND)
+                self._refuse(one_line(error), HTTPStatus.GONE)
+        elif path is not None:
+            self._refuse("there is no such page", HTTPStatus.NOT_FOUND)
 
     def do_POST(self) -> None:
         """Keep an answer, or take the last one back; the reply is the state after that."""
-        path = self._path()
-        body = None if path is None else self._body()
-        if body is None:
+        if (path := self._path()) is None:
             return
-        kept = False
+        if (body := self._body()) is None:
+            self.close_connection = True
+            self._refuse("expected a JSON object", HTTPStatus.BAD_REQUEST)
+            return
         try:
             with self.server.lock:
                 if path == "/undo":
@@ -123,52 +120,44 @@ class RatingHandler(BaseHTTPRequestHandler):
                 elif path == "/rate" and body.get("answer") in ("a", "b", "tie"):
                     kept = self.server.ratings.rate((str(body.get("a")), str(body.get("b"))), body["answer"])
                 else:
-                    self._answer(b"expected a rating", "text/plain", HTTPStatus.BAD_REQUEST)
+                    self._refuse("expected a rating", HTTPStatus.BAD_REQUEST)
                     return
         except (InputError, OSError) as error:
-            self._answer(one_line(error).encode(), "text/plain; charset=utf-8", HTTPStatus.INSUFFICIENT_STORAGE)
+            self._refuse(one_line(error), HTTPStatus.INSUFFICIENT_STORAGE)
             return
         self._tell(HTTPStatus.OK if kept else HTTPStatus.CONFLICT)
 
     def _path(self) -> str | None:
-        """Return the address behind the token if this page, by its own name, asks; None after an answer with 403."""
-        origin = self.headers.get("Origin")
-        known = {f"http://{host}" for host in self.server.hosts}
+        """Return the address behind the token; None after an answer with 403."""
         token, slash, path = self.path.partition("?")[0].removeprefix("/").partition("/")
-        if self.headers.get("Host") not in self.server.hosts or (origin is not None and origin not in known):
-            self._answer(b"only the page itself may ask", "text/plain", HTTPStatus.FORBIDDEN)
-            return None
-        if not hmac.compare_digest(token.encode(), self.server.token.encode()):
-            told = b"open the whole address that the command printed at its last start"
-            self._answer(told, "text/plain", HTTPStatus.FORBIDDEN)
-            return None
-        return slash + path
+        if hmac.compare_digest(token.encode(), self.server.token.encode()):
+            return slash + path
+        self._refuse("open the whole address that the command printed at its last start", HTTPStatus.FORBIDDEN)
+        return None
 
     def _body(self) -> dict[str, Any] | None:
-        """Return the JSON object of a request; None, after an answer, if there is none."""
+        """Return the JSON object of a request; None if there is none."""
         length = self.headers.get("Content-Length", "")
         sound = length.isdecimal() and len(length) <= len(str(MOST_BYTES))  # Python refuses to convert long digits
-        if self.headers.get_content_type() == JSON and sound and int(length) <= MOST_BYTES:
-            try:
-                body = json.loads(self.rfile.read(int(length)))
-            except (ValueError, RecursionError):
-                body = None
-            if isinstance(body, dict):
-                return body
-        self.close_connection = True
-        self._answer(b"expected a JSON object", "text/plain", HTTPStatus.BAD_REQUEST)
-        return None
+        if self.headers.get_content_type() != JSON or not sound or int(length) > MOST_BYTES:
+            return None
+        try:
+            body = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError):
+            return None
+        return body if isinstance(body, dict) else None
 
     def _tell(self, status: HTTPStatus = HTTPStatus.OK) -> None:
         with self.server.lock:
             state = self.server.state()
         self._answer(json.dumps(state).encode(), JSON, status)
 
+    def _refuse(self, problem: str, status: HTTPStatus) -> None:
+        self._answer(problem.encode(), "text/plain; charset=utf-8", status)
+
     def _answer(self, content: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        for name, value in HEADERS.items():
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **HEADERS}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

@@ -19,6 +19,7 @@ from latentreward.apps.taste.pairs import (
     listed,
     number_of,
     read_pictures,
+    remarks_of,
     same_contents,
 )
 from latentreward.core.contracts import sources_of
@@ -77,28 +78,22 @@ def rounds(pictures: Sequence[Picture], prompt: str) -> Iterator[list[RatedPair]
 class Ratings:
     """Answers to pairs, in the file ``ratings.jsonl`` of a folder of pictures.
 
-    Each answer is on the disk before the next pair is shown. A file of earlier answers is continued.
-
-    Another ``seed`` shows other pairs. ``remarks`` are lines on pictures that were left out, and on a broken line.
+    Each answer is on the disk before the next pair is shown. A file of earlier answers is continued. Another ``seed``
+    shows other pairs. ``remarks`` are lines on pictures that were left out, and on a broken line.
     """
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         found, self.remarks = read_pictures(folder)
-        if same := same_contents(found.values()):
-            self.remarks.append(f"files with the same bytes are shown once: {listed(same)}")
+        same = same_contents(found.values())
+        self.remarks += remarks_of({"files with the same bytes are shown once": same})
         different = [*{picture.content: picture for picture in reversed(found.values())}.values()][::-1]
         if len(different) < FEWEST:
-            remarks = "".join(f"; {remark}" for remark in self.remarks)
-            found_here = number_of(len(different), "different picture")
-            raise InputError(f"folder: {folder} has {found_here}{remarks}; give at least {FEWEST}")
+            found_here = "; ".join([number_of(len(different), "different picture"), *self.remarks])
+            raise InputError(f"folder: {folder} has {found_here}; give at least {FEWEST}")
         self.file = folder / RATINGS
         self.pairs = pairs_to_show(different, seed)  # all that can be shown
+        self.pictures = {picture.path: picture for pair in self.pairs for picture in (pair.a, pair.b)}
         self._lines = self._read()
-
-    @property
-    def pictures(self) -> dict[str, Picture]:
-        """Path → picture of all pairs."""
-        return {picture.path: picture for pair in self.pairs for picture in (pair.a, pair.b)}
 
     @property
     def total(self) -> int:
@@ -116,7 +111,11 @@ class Ratings:
         return next(iter(self._open()), None)
 
     def _open(self) -> list[RatedPair]:
-        rated = {frozenset(names) for names in map(_names, self._lines)}
+        # However a line says who won.
+        rated = {
+            frozenset((line.get("image_a", line.get("chosen")), line.get("image_b", line.get("rejected"))))
+            for line in self._lines
+        }
         return [pair for pair in self.pairs if frozenset(pair.names) not in rated]
 
     def rate(self, names: Sequence[str], answer: Answer) -> bool:
@@ -147,24 +146,14 @@ class Ratings:
         return True
 
     def _read(self) -> list[dict[str, Any]]:
-        if not self.file.is_file():
-            return []
-        content = self.file.read_bytes()
+        content = self.file.read_bytes() if self.file.is_file() else b""
         texts = {n: text for n, text in enumerate(content.splitlines(keepends=True), start=1) if text.strip()}
         lines = {number: parse_line(text) for number, text in texts.items()}
         last = max(lines, default=0)
-        if lines and isinstance(lines[last], str) and not content.endswith(b"\n"):  # a kill or a full disk cut it off
+        if last and isinstance(lines[last], str) and not content.endswith(b"\n"):  # a kill or a full disk cut it off
             self.remarks.append(f"{RATINGS}: its last line is broken off and is left out")
             del texts[last], lines[last]
             write_file(self.file, b"".join(texts.values()), KEPT)
-        elif lines and not content.endswith(b"\n"):
-            write_file(self.file, content + b"\n", KEPT)
         if flaws := [f"line {number} ({line})" for number, line in lines.items() if isinstance(line, str)]:
             raise InputError(f"{self.file}: lines that cannot be read: {listed(flaws)}; correct or remove them")
         return [line for line in lines.values() if isinstance(line, dict)]
-
-
-def _names(line: dict[str, Any]) -> tuple[str, str]:
-    """Return the two pictures of a line, however it says who won."""
-    a, b = line.get("image_a", line.get("chosen")), line.get("image_b", line.get("rejected"))
-    return str(a), str(b)

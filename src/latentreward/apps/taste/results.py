@@ -1,7 +1,7 @@
 """Result of a run: accuracy on held-out pairs with its interval, what it says, and the page that shows it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ from latentreward.reward.metrics.shared_pictures import picture_accuracy
 
 CHANCE = 0.5
 SCORES = "scores_rank0.parquet"
+HTML, JSON = "taste.html", "taste.json"
+SHOWN = 24  # most held-out pairs on the page, at evenly spaced ranks of their margins
+BEFORE_AFTER = {"before": "against", "after": "policy"}
+"""Title → folder of the pictures, as ``evaluate-policy`` names it."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,12 @@ class Measured:
 
     def line(self) -> str:
         """Return the accuracy in one line."""
-        worth, lost = "", f"; {self.unscored} more have no score" if self.unscored else ""
+        told = f"accuracy on {number_of(len(self.pairs), 'held-out pair')} in %: "
+        told += f"{with_interval(self.accuracy._replace(groups=None))} (95 % interval"
         if self.accuracy.groups != len(self.pairs):
-            worth = f"; by their common pictures the pairs count as {self.accuracy.groups} independent ones"
-        value = with_interval(self.accuracy._replace(groups=None))
-        return (
-            f"accuracy on {number_of(len(self.pairs), 'held-out pair')} in %: {value} "
-            f"(95 % interval{worth}; chance is 50 %{lost})"
-        )
+            told += f"; by their common pictures the pairs count as {self.accuracy.groups} independent ones"
+        lost = f"; {self.unscored} more have no score" if self.unscored else ""
+        return f"{told}; chance is 50 %{lost})"
 
     def verdict(self) -> str:
         """Say in one line whether the reward has learned something."""
@@ -95,25 +97,19 @@ def measure(scores: Path, data: Path) -> Measured:
         row, label = by_name[pair_id], table["label"][places[0]]
         if label == CHANCE:
             continue
-        chosen, rejected = (
-            float(np.mean([table[f"{side}_score"][n] for n in places])) for side in ("chosen", "rejected")
-        )
-        paths = table["chosen_key"][places[0]], table["rejected_key"][places[0]]
-        won = label > CHANCE  # `chosen` is the first picture of a pair whose label lies between
-        both = (*paths, chosen, rejected) if won else (*paths[::-1], rejected, chosen)
-        pairs.append(ScoredPair(row["prompt"], *both, tuple(row.get("source_images", ()))))
+        sides = [
+            (table[f"{side}_key"][places[0]], float(np.mean([table[f"{side}_score"][n] for n in places])))
+            for side in ("chosen", "rejected")
+        ]
+        # `chosen` is the first picture of a pair whose label lies between.
+        (chosen, high), (rejected, low) = sides if label > CHANCE else reversed(sides)
+        pairs.append(ScoredPair(row["prompt"], chosen, rejected, high, low, tuple(row.get("source_images", ()))))
         links.append((row["contents"][0], row["contents"][1]))
     if not pairs:
         raise InputError("folder: no held-out pair besides ties has a score; look for their pictures, and run it again")
     credit = (np.sign([pair.margin for pair in pairs]) + 1) / 2
     unscored = sum(row["split"] == HELD_OUT and row["pair_id"] not in levels for row in rows)
     return Measured(sorted(pairs, key=lambda pair: -pair.margin), picture_accuracy(credit, links), unscored)
-
-
-HTML, JSON = "taste.html", "taste.json"
-SHOWN = 24  # most held-out pairs on the page, at evenly spaced ranks of their margins
-BEFORE_AFTER = {"before": "against", "after": "policy"}
-"""Title → folder of the pictures, as ``evaluate-policy`` names it."""
 
 
 def write_result(output: Path, plan: Plan, measured: Measured, how: str, judged: Path | None) -> Path:
@@ -147,45 +143,41 @@ def write_result(output: Path, plan: Plan, measured: Measured, how: str, judged:
 
 
 def spread(pairs: Sequence[ScoredPair]) -> list[ScoredPair]:
-    """Take at most :data:`SHOWN` pairs at evenly spaced ranks, so that none is picked by hand."""
+    """Take at most :data:`SHOWN` of the sorted pairs, at evenly spaced ranks, so that none is picked by hand."""
     places = np.linspace(0, len(pairs) - 1, min(SHOWN, len(pairs))).round().astype(int)
     return [pairs[place] for place in places]
 
 
 def _card(folder: Path, pair: ScoredPair) -> dict[str, Any]:
+    """Return what the page shows of a held-out pair."""
     sides = (("chosen", pair.chosen, pair.chosen_score), ("rejected", pair.rejected, pair.rejected_score))
-    return {
-        "prompt": pair.prompt,
-        "right": pair.margin > 0,
-        "margin": f"{pair.margin:+.3f}",
-        "sources": [_uri(folder, path) for path in pair.sources],
-        "pictures": [{"name": name, "uri": _uri(folder, path), "score": f"{score:.3f}"} for name, path, score in sides],
-    }
+    pictures = [
+        {"name": name, "uri": uri, "score": f"{score:.3f}"}
+        for (name, _, score), uri in zip(sides, _uris(file_image(folder, path) for _, path, _ in sides), strict=True)
+    ]
+    sources = _uris(file_image(folder, path) for path in pair.sources)
+    right, margin = pair.margin > 0, f"{pair.margin:+.3f}"
+    return {"prompt": pair.prompt, "right": right, "margin": margin, "sources": sources, "pictures": pictures}
 
 
 def before_and_after(judged: Path) -> list[dict[str, Any]]:
     """Return the pictures before and after, in the order of the prompts."""
     folders = {title: judged / "pictures" / name for title, name in BEFORE_AFTER.items()}
     found = {title: {one.fields["file"]: one for one in find_pictures(folder)} for title, folder in folders.items()}
-    common = sorted(found["before"].keys() & found["after"].keys())
-    return [
-        {
-            "prompt": found["before"][file].prompt,
-            "sources": [_picture(image) for image in sources_of(found["before"][file].prompt)],
-            "pictures": [{"name": title, "uri": _uri(folder, file)} for title, folder in folders.items()],
-        }
-        for file in common
-    ]
+    cards = []
+    for file in sorted(found["before"].keys() & found["after"].keys()):
+        prompt, uris = found["before"][file].prompt, _uris(file_image(folder, file) for folder in folders.values())
+        pictures = [{"name": title, "uri": uri} for title, uri in zip(folders, uris, strict=True)]
+        cards.append({"prompt": prompt, "sources": _uris(sources_of(prompt)), "pictures": pictures})
+    return cards
 
 
-def _uri(folder: Path, path: str) -> str:
-    """Return the data URI of a picture of ``folder``."""
-    return _picture(file_image(folder, path))
-
-
-def _picture(image: ImageRef) -> str:
-    """Return a picture's data URI; empty if it was removed meanwhile."""
-    try:
-        return picture_uri(decode_image(image, exif="apply"), side=384)
-    except ImageError:
-        return ""
+def _uris(images: Iterable[ImageRef]) -> list[str]:
+    """Return pictures as data URIs, empty for one that was removed meanwhile."""
+    uris = []
+    for image in images:
+        try:
+            uris.append(picture_uri(decode_image(image, exif="apply"), side=384))
+        except ImageError:
+            uris.append("")
+    return uris

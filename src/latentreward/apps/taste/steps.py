@@ -1,234 +1,104 @@
-"""Running of steps: each in a process of its own, its output kept as long as what it depends on has not changed."""
+"""Steps of the command: each is a process of its own, whose output is kept as long as its arguments are the same.
 
-import json
+``python -m latentreward.apps.taste.steps ARGUMENT...`` is the command line of ``latentreward`` that ends with the
+process that started it.
+"""
+
 import os
-import platform
-import re
+import runpy
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
-from importlib.metadata import version
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
-from uuid import uuid4
+from threading import Thread
+from typing import IO, Self
 
-import yaml
-
-import latentreward
-from latentreward.apps.taste import process
 from latentreward.core.errors import InputError
-from latentreward.core.reports.page import versions
 from latentreward.core.settings.rewriting import find_config
 from latentreward.core.storage.digests import digest
-from latentreward.core.storage.durable import discard, refuse_link, write_file
-from latentreward.core.storage.json_files import read_config
+from latentreward.core.storage.durable import refuse_link, write_file
 
-PACKAGE = Path(latentreward.__file__).parent
-CLONE = PACKAGE.parents[1]
-"""Folder of the repository if the package is installed from a clone."""
-
-
-def commit() -> str:
-    """Return the commit of the checkout that holds the package, with ``+`` if its files differ; empty without one."""
-    if not (CLONE / ".git").exists():
-        return ""
-    git = partial(subprocess.check_output, cwd=CLONE, text=True, stderr=subprocess.DEVNULL)
-    try:
-        head = git(["git", "rev-parse", "--short=10", "HEAD"]).strip()
-        changed = git(["git", "status", "--porcelain", "--", "src", "callbacks", "configs", "tools"])
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return f"{head}{'+' if changed.strip() else ''}"
-
-
-def machine() -> dict[str, str | int | None]:
-    """Describe the processor and the system."""
-    names = Path("/proc/cpuinfo")
-    lines = names.read_text().splitlines() if names.is_file() else []
-    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    processor = next(found, platform.processor()) or platform.machine()
-    return {"processor": processor, "cores": os.cpu_count(), "system": platform.system()}
-
-
-def computed_with() -> dict[str, str]:
-    """Return the versions of Python and of the packages that train and compute."""
-    return versions() | {name: version(name) for name in ("lightning", "peft")}
-
-
-CONFIG = "--config="
-PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")
-"""Placeholder in a step's arguments: ``{out}``, ``{seed}``, or the name of the step whose output folder it stands for.
-
-Braces around anything else, such as those of JSON or of ``${SD15_PATH}``, stay.
-"""
+DONE, LOG = "done", "log.txt"
+SHIPPED = "--config=configs/"
+TOLD_EVERY_S = 15.0
+"""Seconds between lines about the progress of a step."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Command that runs in a process of its own."""
+    """Command of ``latentreward`` that runs once, in a folder of its own."""
 
-    run: tuple[str, ...]  # arguments of the process, starting with a subcommand of ``latentreward``
-    module: str = ""  # module to run as a program instead of the command line; empty for the command line
+    name: str
+    arguments: tuple[str, ...]
+    output: Path
 
+    @classmethod
+    def of(cls, work: Path, name: str, arguments: Sequence[str]) -> Self:
+        """Make a step below ``work``; ``{out}`` in its arguments stands for the folder of its output.
 
-@dataclass(frozen=True)
-class Task:
-    """Step of an arm and a seed, with its placeholders resolved."""
+        The folder is named by the arguments, in which the outputs of earlier steps are named, and by shipped configs:
+        where one of them changes, this and all later steps start in new folders.
+        """
+        files = [Path(find_config(text.partition("=")[2])) for text in arguments if text.startswith(SHIPPED)]
+        key = digest(["\0".join((*arguments, *(file.read_text(encoding="utf-8") for file in files)))])
+        output = work / f"{name}-{key[:16]}" / "out"
+        return cls(name, tuple(text.replace("{out}", str(output)) for text in arguments), output)
 
-    name: str  # name of the step
-    module: str  # as of :class:`Step`
-    arguments: tuple[str, ...]  # arguments that may contain placeholders
-    inputs: Mapping[str, "Task"] = field(hash=False)  # placeholder → task whose output it stands for
-    seed: int  # seed that ``{seed}`` stands for
-    key: str  # digest of all that the output depends on apart from source files; equal tasks have equal keys
-
-    def command(self, folder: Path) -> list[str]:
-        """Return the arguments with placeholders replaced by the seed and by folders below ``folder``."""
-        places = {name: str(task.output(folder)) for name, task in self.inputs.items()}
-        places |= {"out": str(self.output(folder)), "seed": str(self.seed)}
-        return [PLACEHOLDER.sub(lambda found: places.get(found[1], found[0]), text) for text in self.arguments]
-
-    def output(self, folder: Path) -> Path:
-        """Return the folder of the task's output, below ``folder``."""
-        return folder / f"{self.name}-{self.key[:16]}" / "out"
-
-    def needed(self) -> Iterator["Task"]:
-        """Yield the task and all that it depends on, dependencies first, possibly repeatedly."""
-        for task in self.inputs.values():
-            yield from task.needed()
-        yield self
-
-
-def resolve(steps: Mapping[str, Step], name: str, seed: int) -> Task:
-    """Resolve a step and the steps that its arguments name."""
-    found = steps[name]
-    arguments = found.run
-    names = {place for text in arguments for place in PLACEHOLDER.findall(text)} & steps.keys()
-    inputs = {one: resolve(steps, one, seed) for one in sorted(names)}
-    known = {one: task.key for one, task in inputs.items()} | {"seed": str(seed)}
-    resolved = [PLACEHOLDER.sub(lambda place: known.get(place[1], place[0]), text) for text in arguments]
-    configs = [text for text in arguments if text.startswith(CONFIG) and not PLACEHOLDER.search(text)]
-    files = [config_digest(find_config(text.removeprefix(CONFIG))) for text in configs]
-    key = digest(["\0".join((found.module, *resolved, "", *files))])
-    return Task(name, found.module, arguments, inputs, seed, key)
-
-
-@cache
-def config_digest(path: str) -> str:
-    """Digest the settings in a YAML file; comments and layout do not count."""
-    return digest([repr(yaml.safe_load(Path(path).read_text(encoding="utf-8")))])
-
-
-RECORD, LOG, INPUTS, TOLD = "record.json", "log.txt", "inputs.json", "process.json"
-TOLD_EVERY_S = 15.0
-"""Seconds between lines about the progress of a task."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """Record of a finished task."""
-
-    cpu_seconds: float  # processor time of its process
-    modules: tuple[str, ...]  # modules of this package that its process imported
-    source: str  # digest of their source files at that time; empty if the runner takes none
-    inputs: dict[str, str | None]  # key of an input → its ``identity``
-    identity: str  # random name of this output, by which other tasks' records tell it from one that was made again
-
-
-@dataclass
-class TaskRunner:
-    """Runner of tasks in processes; each output in its folder is computed once.
-
-    An output stays finished when source files change, and a command goes on in the output that it left, unless an input
-    was made again since.
-    """
-
-    folder: Path  # folder of all outputs
-    goes_on: ClassVar[bool] = True  # whether a command that was stopped goes on where it was
-
-    def source(self, modules: Iterable[str]) -> str:
-        """Return a digest of the source files of modules; an output is made again where it differs."""
-        return ""
-
-    def done(self, task: Task) -> Done | None:
-        """Return a task's record; None if it is unfinished, ran with other source files, or an input was made again."""
-        folder = task.output(self.folder).parent
-        if not (folder / RECORD).is_file():
-            return None
-        content = read_config(folder / RECORD, remedy=f"remove {folder} to run {task.name} again")
-        try:
-            found = Done(**content)
-        except TypeError as error:
-            raise InputError(f"{folder / RECORD} is damaged ({error}); remove {folder} to run it again") from error
-        if self.source(found.modules) != found.source:
-            return None
-        current = self._inputs(task)
-        return found if current == found.inputs and None not in current.values() else None
-
-    def log(self, task: Task) -> Path:
-        """Return the file beside a task's output to which its processes print."""
-        return task.output(self.folder).parent / LOG
-
-    def _inputs(self, task: Task) -> dict[str, str | None]:
-        """Return key of an input → its identity; None if it has not finished."""
-        return {one.key: found.identity if (found := self.done(one)) else None for one in task.inputs.values()}
-
-    def run(self, task: Task) -> None:
-        """Run a task's process, which prints to :meth:`log`."""
-        folder, log, inputs = task.output(self.folder).parent, self.log(task), self._inputs(task)
-        goes_on = self.goes_on and folder.exists()
-        if goes_on and (folder / INPUTS).is_file():
-            goes_on = read_config(folder / INPUTS, remedy=f"remove {folder} to start anew") == inputs
-        print(f"{task.name}: {'goes on' if goes_on else 'starts'}; its log is {log}", flush=True)
-        if not goes_on:
-            discard(task.output(self.folder))  # before the files by which a later start sees what a stop here left
-            discard(folder)
-        task.output(self.folder).mkdir(parents=True, exist_ok=True)
-        arguments = task.command(self.folder)
-        write_file(folder / INPUTS, json.dumps(inputs))
-        for written in (log, folder / TOLD):
-            refuse_link(written)
+    def run(self) -> None:
+        """Run the command unless it has finished; one that was stopped goes on in its folder."""
+        folder, log = self.output.parent, self.output.parent / LOG
+        if (folder / DONE).is_file():
+            print(f"{self.name}: done before", flush=True)
+            return
+        print(f"{self.name}: {'goes on' if folder.exists() else 'starts'}; its log is {log}", flush=True)
+        self.output.mkdir(parents=True, exist_ok=True)
+        refuse_link(log)
         with log.open("a") as stream:
-            stream.write(f"$ {task.module or 'latentreward'} {' '.join(arguments)}\n")
+            stream.write(f"$ latentreward {' '.join(self.arguments)}\n")
             stream.flush()
-            command = [sys.executable, "-m", process.__name__, str(folder / TOLD), task.module, *arguments]
-            code = self._call(task, command, stream.fileno())
+            code = call(self, stream)
         if code:
             last = log.read_text(errors="replace").strip().splitlines()[-1]
-            raise InputError(f"{task.name} failed: {last} (all of it is in {log})")
-        told = json.loads((folder / TOLD).read_text())
-        found = Done(**told, source=self.source(told["modules"]), inputs=inputs, identity=uuid4().hex)
-        write_file(folder / RECORD, json.dumps(vars(found)))
-
-    def _call(self, task: Task, command: Sequence[str], log: int) -> int:
-        running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        shown = progress(self.log(task))
-        try:
-            while True:
-                try:
-                    return running.wait(TOLD_EVERY_S)
-                except subprocess.TimeoutExpired:
-                    if (line := progress(self.log(task))) != shown:
-                        print(f"{task.name}: {line}", flush=True)
-                        shown = line
-        except BaseException:  # Ctrl-C or SIGTERM: a training saves a checkpoint
-            running.terminate()
-            running.wait()
-            raise
+            raise InputError(f"{self.name} failed: {last} (all of it is in {log})")
+        write_file(folder / DONE, "")
 
 
-def run_tasks(tasks: Iterable[Task], runner: TaskRunner) -> None:
-    """Run the tasks that have not finished; each comes after its inputs."""
-    for task in tasks:
-        if runner.done(task) is None:
-            runner.run(task)
-        else:
-            print(f"{task.name}: done before", flush=True)
+def call(step: Step, log: IO[str]) -> int:
+    """Run a step's process, tell its progress, and return its exit status."""
+    command = [sys.executable, "-m", __name__, *step.arguments]
+    running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    shown = progress(Path(log.name))
+    try:
+        while True:
+            try:
+                return running.wait(TOLD_EVERY_S)
+            except subprocess.TimeoutExpired:
+                if (line := progress(Path(log.name))) != shown:
+                    print(f"{step.name}: {line}", flush=True)
+                    shown = line
+    except BaseException:  # Ctrl-C or SIGTERM: a training saves a checkpoint
+        running.terminate()
+        running.wait()
+        raise
 
 
 def progress(log: Path) -> str:
-    """Return the last line about progress, with rate and time left, that a task's process has written to its log."""
+    """Return the last line about progress, with rate and time left, that a step's process has written to its log."""
     text = log.read_text(errors="replace") if log.is_file() else ""
     return next((line.strip() for line in reversed(text.splitlines()) if line.endswith(" left")), "")
+
+
+def end_with(parent: int) -> None:
+    """Send this process SIGTERM once ``parent`` was killed: the next command would run the same step beside it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    sys.argv[0] = "latentreward"
+    runpy.run_module("latentreward", run_name="__main__", alter_sys=True)

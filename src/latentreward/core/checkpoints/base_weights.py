@@ -28,11 +28,7 @@ class BaseSample:
 
     @classmethod
     def of(cls, module: nn.Module, source: str) -> Self:
-        """Sample the frozen parameters of ``module``, which must not be sharded yet.
-
-        LoRA weights are left out, because they do not belong to the base: unused adapters have random weights, and
-        the adapters of rewards are added and removed.
-        """
+        """Sample the frozen parameters of ``module``, not sharded yet, without LoRAs, which are not of the base."""
         frozen = {
             name: sample_in(module, name)
             for name, weight in module.named_parameters()
@@ -97,9 +93,9 @@ def keep_sample(layer: nn.Module, values: Tensor) -> None:
 
 
 def quantized_names(module: nn.Module) -> set[str]:
-    """Return the state-dict entries of a module's quantised layers, with those of their library, but for what trains.
+    """Return the state-dict entries of a module's quantised layers but for what trains.
 
-    bitsandbytes writes scales and code books beside the weight once it lies on a GPU, and does not read them again.
+    Those of their library are among them: bitsandbytes writes scales and code books that it does not read again.
     """
     names = set[str]()
     for name, layer in module.named_modules():

@@ -38,13 +38,9 @@ KEPT = "the checkpoints written before are kept: free some space and go on with 
 class DurableCheckpointIO(TorchCheckpointIO):
     """Checkpoint plugin that writes to a temporary file, syncs it to disk, and only then renames it to its final name.
 
-    A kill or a power loss at any moment leaves the complete old file or the complete new one. The command line uses
-    this plugin; in Python, pass ``Trainer(plugins=[DurableCheckpointIO()])``. It also reads sharded checkpoints, for
-    strategies that do not shard weights.
-
-    Note:
-        Lightning's own plugin writes to the system's temporary folder and moves the file from there, byte by byte
-        across file systems, without waiting for the disk.
+    A kill or a power loss at any moment leaves the complete old file or the complete new one; Lightning's own plugin
+    does not wait for the disk. The command line uses this plugin; in Python, pass
+    ``Trainer(plugins=[DurableCheckpointIO()])``. It also reads sharded checkpoints, for strategies that do not shard.
     """
 
     @override
@@ -59,10 +55,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """Read the checkpoint at ``path``, see Lightning's ``CheckpointIO``; a folder of shards is read completely.
-
-        ``weights_only`` is ignored and always taken as True, so that a checkpoint cannot run code.
-        """
+        """Read the checkpoint at ``path``; ``weights_only`` is always taken as True, so that it cannot run code."""
         if Path(path).is_dir():
             return read_sharded(Path(path))
         if "://" in str(path):
@@ -112,9 +105,9 @@ def fetched(address: str, folder: Path) -> Path:
     """Download the checkpoint at an fsspec URL into ``folder`` and return its path, of a local file without a copy."""
     options: dict[str, Any] = {}
     if address.startswith("http"):  # fsspec's default limit of five minutes is too short for large files
-        import aiohttp  # slow to import, and most checkpoints are files
+        from aiohttp import ClientTimeout  # slow to import, and most checkpoints are files
 
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=SILENCE_S, sock_read=SILENCE_S)}
+        options["client_kwargs"] = {"timeout": ClientTimeout(None, sock_connect=SILENCE_S, sock_read=SILENCE_S)}
     target, shown = folder / "fetched.ckpt", without_password(address)
     if re.search(r"(^|:)reference:", address):  # fsspec would render templates in such a file
         raise InputError(f"ckpt_path: {shown} is a file of references; give the address of the checkpoint itself")
@@ -141,14 +134,9 @@ def without_password(address: str) -> str:
 
 
 def checkpoint_problem(path: Path, values: bool = True) -> str | None:
-    """Describe in one line why a checkpoint cannot be read, or return None.
+    """Describe in one line why a checkpoint, a file or folder of shards, cannot be read, or return None.
 
-    Args:
-        path: File, or folder of shards.
-        values: Whether to compare the values with their checksums, which reads all of them.
-
-    Raises:
-        OSError: If a file is there but cannot be opened.
+    ``values`` are compared with their checksums, which reads all of them.
     """
     missing = [name for name in (INDEX, REST) if path.is_dir() and not (path / name).is_file()]
     if missing:
@@ -175,8 +163,7 @@ def holds_weights_alone(path: Path) -> bool:
 def newest_intact(candidates: Iterable[Path]) -> Path | None:
     """Return the newest of ``candidates``; None if none of them exists.
 
-    If the newest candidate is damaged, return the newest intact checkpoint in the candidates' folders that a run can
-    resume from, with a warning.
+    If it is damaged, return the newest intact checkpoint beside the candidates that a run can resume from, and warn.
     """
     found = newest_first(path for path in candidates if path.exists())
     if not found:

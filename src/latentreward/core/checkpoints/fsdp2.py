@@ -37,12 +37,9 @@ from latentreward.core.storage.durable import discard, put_in_place, temporary_n
 class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 strategy: weights, gradients and optimiser state are sharded over all processes (``fully_shard``).
 
-    It runs on GPUs or CPUs. It differs from Lightning's ``ModelParallelStrategy`` in four points:
-
-    - The data-parallel size is always the number of processes.
-    - A single-file checkpoint has the format of DDP and of one device, and loads under either.
-    - A checkpoint that lacks a weight is refused with the weight's name.
-    - A folder of shards is written under a temporary name and renamed when it is complete.
+    It runs on GPUs or CPUs. Unlike Lightning's ``ModelParallelStrategy``, a single-file checkpoint has the format
+    of DDP and of one device, and loads under either; one that lacks a weight is refused with the weight's name; and a
+    folder of shards is written under a temporary name and renamed when it is complete.
 
     Args:
         save_distributed_checkpoint: True saves a folder to which each process writes its shards (fast, little memory;

@@ -11,7 +11,6 @@ import pickle
 import struct
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from latentreward.core.checkpoints.base_weights import is_quantized, quantized_names
 from latentreward.core.errors import InputError, fault_of, first_line
-from latentreward.core.storage.digests import Places, check_hash, check_records, checking_meanwhile
+from latentreward.core.storage.digests import Places, check_hash, check_records
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -30,8 +29,6 @@ INDEX, REST = ".metadata", "meta.pt"
 """Files of a sharded checkpoint: the index of tensors, and the values that are not sharded."""
 INDEX_HASH = ".metadata.sha256"
 """File with the SHA-256 of the index; shards that Lightning's own strategies wrote have none."""
-LORAS = ("*lora*.safetensors", "adapter_config.json")
-"""Names of files by which the folder of a LoRA of diffusers or PEFT is recognised."""
 UNREADABLE = (
     RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, OverflowError,
     MemoryError, pickle.UnpicklingError, struct.error,
@@ -45,18 +42,11 @@ def is_sharded(path: Path) -> bool:
 
 
 def shard_index(path: Path) -> Metadata:
-    """Read the index of a sharded checkpoint: shape and dtype of each tensor, by name.
-
-    Raises InputError if ``path`` is not a complete sharded checkpoint, or its index is damaged or could run code.
-    """
+    """Read the index of a sharded checkpoint: shape and dtype of each tensor, by name; it cannot run code."""
     if not is_sharded(path):
+        problem = f"is a folder without {INDEX} and {REST}; give a file, or all files of a sharded checkpoint"
         if inside := newest_first(found for found in path.rglob("*.ckpt") if found.exists()):
             problem = f"is the folder of a run; give a checkpoint in it, such as {inside[0]}"
-        elif any(next(path.glob(name), None) for name in LORAS):
-            problem = "holds a LoRA; give the checkpoint of the run that wrote it (generate takes a LoRA as --lora)"
-        else:
-            problem = f"is a folder without {INDEX} and {REST}: not a complete sharded checkpoint; "
-            problem += "give a file, or all files of the shards"
         raise InputError(f"checkpoint: {path} {problem}")
     from latentreward.core.checkpoints.shard_reader import ShardReader
 
@@ -74,17 +64,6 @@ def check_values(path: Path) -> None:
         check_records(file, places)
 
 
-@contextmanager
-def checking_values(path: Path) -> Iterator[None]:
-    """Compute the checksums of a checkpoint in threads while the block runs; :func:`check_values` waits for them."""
-    try:
-        files = files_of(path)
-    except InputError:  # said where the checkpoint is read
-        files = []
-    with checking_meanwhile(records=files):
-        yield
-
-
 def files_of(path: Path) -> list[tuple[Path, Places | None]]:
     """List the files that hold a checkpoint's values, with offset and bytes of each part of a shard."""
     if not path.is_dir():
@@ -98,10 +77,8 @@ def files_of(path: Path) -> list[tuple[Path, Places | None]]:
 def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
     """Read a sharded checkpoint completely into memory, as the dictionary that a single file would hold.
 
-    Args:
-        path: Folder of the checkpoint.
-        with_tensors: Whether to read tensors, after :func:`check_values`. False puts them on the meta device, to check
-            quickly that all else is plain values, so that loading the checkpoint runs no code.
+    Without ``with_tensors``, tensors are on the meta device: a quick check that all else is plain values, so that
+    loading the checkpoint runs no code.
     """
     from torch.distributed import checkpoint as distributed_checkpoint
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -109,6 +86,7 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
     from latentreward.core.checkpoints.shard_reader import PlainValues, ShardReader
 
     index = shard_index(path)
+    device = "cpu" if with_tensors else "meta"
     flat: dict[str, Any] = {}
     unread: dict[str, Any] = {}
     nested: dict[str, Any] = {}
@@ -116,18 +94,17 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
         if with_tensors:
             check_values(path)
         for name, entry in index.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                flat[name] = None
-            elif with_tensors:
-                flat[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            if isinstance(entry, TensorStorageMetadata):
+                empty = torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+                (flat if with_tensors else unread)[name] = empty
             else:
-                unread[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+                flat[name] = None
         if flat:
             planner = PlainValues(flatten_state_dict=False, flatten_sharded_tensors=False)
             with warnings.catch_warnings():  # torch warns that there is only one process
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 distributed_checkpoint.load(flat, storage_reader=ShardReader(path), planner=planner, no_dist=True)
-        rest = torch.load(path / REST, map_location="cpu" if with_tensors else "meta", weights_only=True, mmap=True)
+        rest = torch.load(path / REST, map_location=device, weights_only=True, mmap=True)
         for name, value in (flat | unread).items():
             *parents, last = index.planner_data[name]
             place = nested
@@ -144,9 +121,7 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
 def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
     """Read a checkpoint, sharded or in one file, as a dictionary on the CPU.
 
-    Args:
-        path: File, or folder of shards.
-        with_tensors: False reads no tensor's values and compares no checksums: tensors are on the meta device.
+    Without ``with_tensors``, no values are read or compared with checksums: tensors are on the meta device.
     """
     if not path.exists():
         raise InputError(f"checkpoint: {path} does not exist")
@@ -197,10 +172,7 @@ def numbered(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named(state: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """Convert a state keyed by indices, for ``optimizer``, to one keyed by the names of ``module``'s parameters.
-
-    Raises InputError if a group of the state has another number of parameters than that of the optimiser.
-    """
+    """Convert a state keyed by indices, for ``optimizer``, to one keyed by the names of ``module``'s parameters."""
     name_of = {parameter: name for name, parameter in module.named_parameters()}
     names = [[name_of[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     if [len(group["params"]) for group in state["param_groups"]] != [len(group) for group in names]:
@@ -216,8 +188,6 @@ def named(state: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> 
 
 def frozen_names(module: nn.Module) -> set[str]:
     """List the state-dict entries that training never changes: of frozen parameters, and buffers of frozen modules.
-
-    Those of quantised layers are listed with what their library adds to a state dict.
 
     A module counts as frozen for its buffers if none of its own parameters is trained and its attribute
     ``changes_buffers``, or that of the nearest module around it which has one, is not true.
@@ -252,13 +222,7 @@ def changing_names(module: nn.Module) -> set[str]:
 
 
 def check_weights(module: nn.Module, found: Mapping[str, Any], strict: bool = False) -> None:
-    """Compare the names and shapes of a checkpoint's weights with a module's.
-
-    Args:
-        module: Module that is to load the checkpoint.
-        found: Shape of each weight in the checkpoint, by name.
-        strict: Whether the checkpoint must hold the frozen weights too.
-    """
+    """Compare the names and shapes ``found`` in a checkpoint with a module's; ``strict`` wants frozen weights too."""
     own = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers()))
     trains = changing_names(module)
     missing = (trains | module.state_dict().keys() if strict else trains) - found.keys()
@@ -282,9 +246,7 @@ def check_weights(module: nn.Module, found: Mapping[str, Any], strict: bool = Fa
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Return the name of the first tensor that holds a NaN or an infinity, or None; quantised ones are not read.
 
-    Of a sharded tensor, this rank's shard is checked. Minimum and maximum are both finite if and only if all values
-    are, and ``aminmax`` takes one pass over the tensor. ``isfinite`` on the tensor itself makes copies (30 times as
-    slow on a CPU), and the sum of finite 16-bit values may overflow.
+    Of a sharded tensor, this rank's shard is checked.
     """
     from torch.distributed.tensor import DTensor
 
@@ -293,6 +255,8 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
         if is_quantized(values) or not values.is_floating_point() or values.is_meta or not values.numel():
             continue
         values = values.float() if values.itemsize == 1 else values  # aminmax does not support 8-bit floats
+        # Both are finite if and only if all values are. isfinite on the tensor itself would be 30 times as slow on a
+        # CPU, and the sum of finite 16-bit values may overflow.
         if not torch.stack(torch.aminmax(values)).isfinite().all():
             return name
     return None

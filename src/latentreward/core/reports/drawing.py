@@ -17,12 +17,9 @@ if TYPE_CHECKING:
 
 RIGHT, WRONG, PLAIN = "#2e9e5b", "#d1495b", "#9aa0a6"
 """Colours of frames: of correctly predicted pairs, of wrongly predicted pairs, and of others."""
-CLIP_FPS = 16
-"""Frames per second at which sampled clips are shown: that of Wan 2.1's training."""
-SHOWN_FRAMES = 4
-"""Number of frames of a clip that a grid shows."""
-MARGIN = 8
-"""Space between images, in pixels."""
+CLIP_FPS = 16  # Frames per second at which sampled clips are shown: that of Wan 2.1's training
+SHOWN_FRAMES = 4  # Number of frames of a clip that a grid shows
+MARGIN = 8  # Space between images, in pixels
 
 
 def to_image(pixels: Tensor, size: int | None = None) -> Image.Image:
@@ -50,10 +47,7 @@ def strip(frames: Sequence[Image.Image]) -> Image.Image:
 
 
 def animate(frames: Sequence[Image.Image], fps: float = CLIP_FPS, **options: Any) -> bytes:
-    """Return an animated WebP that shows the frames again and again.
-
-    ``options`` are settings of Pillow's encoder, such as ``lossless``.
-    """
+    """Return an animated WebP of the frames; ``options`` are settings of Pillow's encoder, such as ``lossless``."""
     ends = [round(1000 * number / fps) for number in range(len(frames) + 1)]
     durations = [end - start for start, end in pairwise(ends)]
     content = BytesIO()
@@ -63,11 +57,7 @@ def animate(frames: Sequence[Image.Image], fps: float = CLIP_FPS, **options: Any
 
 
 def draw_pair(images: Sequence[Image.Image], captions: Sequence[str], prompt: str, colour: str) -> Image.Image:
-    """Draw one cell of a grid: the prompt, images side by side with a caption below each, and a frame of ``colour``.
-
-    Texts that are too long are cut. The font has Latin, Greek, Cyrillic and Arabic letters. Other letters, such as
-    Chinese ones, become boxes.
-    """
+    """Draw one cell of a grid: the prompt, images side by side with a caption below each, and a frame of ``colour``."""
     font = _font()
     width = sum(image.width for image in images) + (len(images) + 1) * MARGIN
     height = max(image.height for image in images) + 52 + MARGIN
@@ -128,10 +118,7 @@ def clip_uri(frames: Sequence[Image.Image], fps: float, side: int = 256, quality
 
 
 def figure_uri(figure: "Figure") -> str:
-    """Convert a matplotlib figure to an SVG data URI; equal figures give equal bytes.
-
-    Create the figure by ``matplotlib.figure.Figure``, not by pyplot, so that no display is needed.
-    """
+    """Convert a matplotlib figure to an SVG data URI; equal figures give equal bytes."""
     from matplotlib import rc_context
 
     buffer = BytesIO()

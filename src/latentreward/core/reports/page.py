@@ -46,9 +46,8 @@ def render_page(template: str, *, served: bool = False, **values: Any) -> str:
     """Render the template ``templates/NAME.html.j2``, which must extend ``base.html.j2``, to HTML.
 
     The page's content security policy allows only embedded images, inline styles, and the scripts of the template, by
-    their hashes. Injected markup could therefore not run scripts. A script in a template must be constant text, for the
-    hash; it should read its values from attributes or from a block of JSON. A page that is ``served`` may fetch
-    pictures and answers from its server.
+    the hashes of their constant text, so that injected markup could not run scripts. A page that is ``served`` may
+    fetch pictures and answers from its server.
     """
     name = f"{template}.html.j2"
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in _scripts(name))
@@ -71,8 +70,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
-DIGITS = 10
-"""Number of significant digits to which numbers in JSON are rounded."""
+DIGITS = 10  # Number of significant digits to which numbers in JSON are rounded
 COMPUTED_WITH = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
 
@@ -112,10 +110,7 @@ def write_report(
 
 
 def plain_values(value: Any) -> Any:
-    """Convert ``value`` to types of JSON; NaN and infinity become None.
-
-    Other floats are rounded to ``DIGITS`` significant digits.
-    """
+    """Convert ``value`` to types of JSON; NaN and infinity become None, other floats have ``DIGITS`` digits."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, Mapping):

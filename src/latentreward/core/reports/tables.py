@@ -14,8 +14,7 @@ if TYPE_CHECKING:  # importing metrics loads torchmetrics and transformers, whic
     from latentreward.core.bootstrap import Interval
 
 
-NOTHING = "–"
-"""Text of a cell whose value is not known."""
+NOTHING = "–"  # Text of a cell whose value is not known
 Row = Mapping[str, Any]
 """Result of an evaluation, as in ``report.json``: name → text, number, Interval, or counts by reason."""
 Column = tuple[str, str | Callable[[Row], str]]

@@ -1,30 +1,22 @@
 """Digest of texts and buffers, and checksums by which damage of stored files is noticed before they are used."""
 
 import io
-import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from functools import lru_cache
 from hashlib import blake2b, file_digest
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Lock, Thread
 from typing import IO, Any
 
 from latentreward.core.errors import InputError
 
-THREADS = min(4, os.cpu_count() or 1)
-"""Threads that compute checksums; hashlib and zlib let other threads run meanwhile."""
 Places = tuple[tuple[int, int], ...]  # offset and bytes of each part of a file
 
 
 def digest(parts: Iterable[Any], size: int = 16) -> str:
     """Compute the BLAKE2b digest of the concatenated ``parts``, as ``2 * size`` hexadecimal digits.
 
-    Args:
-        parts: Texts, encoded as UTF-8 with question marks for lone surrogates; or buffers, such as bytes and arrays.
-        size: Bytes of the digest.
+    Parts are texts, encoded as UTF-8 with question marks for lone surrogates; or buffers, such as bytes and arrays.
     """
     state = blake2b(digest_size=size)
     for part in parts:
@@ -52,7 +44,7 @@ def check_hash(path: Path, sha256: str | None, remedy: str) -> Path:
 
     A file that does not change is read once per process.
     """
-    if _checksum(_file_hash, path) != sha256:
+    if _known_hash(*_as_it_is(path)) != sha256:
         raise InputError(f"{path} is damaged: its SHA-256 is not the one recorded when it was written; {remedy}")
     return path
 
@@ -69,79 +61,23 @@ def check_records(path: Path, places: Places | None = None) -> None:
     Raises:
         ValueError: If a record is damaged.
     """
-    if name := _checksum(_damaged_record, path, places):
+    if name := _damaged_record(*_as_it_is(path), places):
         raise ValueError(f"{name} in {path.name} does not fit its checksum")
 
 
-@contextmanager
-def checking_meanwhile(
-    hashes: Iterable[Path] = (), records: Iterable[tuple[Path, Places | None]] = ()
-) -> Iterator[None]:
-    """Compute checksums in threads while the block runs; :func:`check_hash` and :func:`check_records` wait for theirs.
-
-    Loading a model builds its networks first, which takes longer than the checksums of its files. A file that cannot
-    be read, or that changes later, is read again by the check. What has not begun when the block ends is left out.
-
-    Args:
-        hashes: Files for :func:`check_hash`.
-        records: Arguments of :func:`check_records`.
-    """
-    waiting: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
-    for job in (*((_file_hash, path) for path in hashes), *((_damaged_record, *one) for one in records)):
-        waiting.put(job)
-
-    def work() -> None:
-        with suppress(Empty):
-            while True:
-                job = waiting.get_nowait()
-                with suppress(Exception):  # which the check raises again
-                    _checksum(*job)
-
-    for _ in range(min(THREADS, waiting.qsize())):
-        Thread(target=work, daemon=True).start()  # a command that is refused ends without them
-    try:
-        yield
-    finally:
-        with suppress(Empty):
-            while True:
-                waiting.get_nowait()
-
-
-_CHECKSUMS: dict[Any, Future[str | None]] = {}
-_LOCK = Lock()
-
-
-def _forget_unfinished() -> None:
-    """Leave a forked process the known checksums alone: the threads that compute the others are not forked."""
-    for key in [key for key, known in _CHECKSUMS.items() if not known.done()]:
-        del _CHECKSUMS[key]
-    _LOCK.release()
-
-
-os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_forget_unfinished)
-
-
-def _checksum(compute: Callable[..., str | None], path: Path, places: Places | None = None) -> str | None:
-    """Return the result of ``compute`` for a file as it is now, computed once, whoever asks first."""
+def _as_it_is(path: Path) -> tuple[Path, tuple[int, int, int]]:
+    """Return a file's path and what tells its present content from another: the key of what is known of it."""
     found = path.stat()
-    key = compute, path.resolve(), places, found.st_ino, found.st_mtime_ns, found.st_size
-    with _LOCK:
-        ours = key not in _CHECKSUMS
-        known = _CHECKSUMS.setdefault(key, Future())
-    if ours:
-        try:
-            known.set_result(compute(path, places))
-        except BaseException as error:  # to those who wait too
-            del _CHECKSUMS[key]
-            known.set_exception(error)
-    return known.result()
+    return path.resolve(), (found.st_ino, found.st_mtime_ns, found.st_size)
 
 
-def _file_hash(path: Path, _: Places | None) -> str:
+@lru_cache(maxsize=512)
+def _known_hash(path: Path, _: tuple[int, int, int]) -> str:
     return file_hash(path)
 
 
-def _damaged_record(path: Path, places: Places | None) -> str | None:
+@lru_cache(maxsize=512)
+def _damaged_record(path: Path, _: tuple[int, int, int], places: Places | None) -> str | None:
     with path.open("rb") as file:
         if places is None:
             return _first_damaged(file)

@@ -22,25 +22,22 @@ from latentreward.core.errors import InputError
 from latentreward.core.interrupts import interrupts_held
 
 if TYPE_CHECKING:
-    from filelock import FileLock
     from lightning.pytorch import Trainer
 
+logger = logging.getLogger(__name__)
 
+# Error numbers: of a full disk, an exhausted quota and a file over the size limit; of a path where writing is not
+# allowed or not possible; of a rename whose target another process replaced at the same time; of a system without an
+# atomic exchange of two names; and of a file system without locks.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""Error numbers of a full disk, an exhausted quota, and a file over the size limit."""
 REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR}
-"""Error numbers of a path where writing is not allowed or not possible."""
 MEANWHILE = {errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
-"""Error numbers of a rename that failed because another process replaced the target at the same time."""
 CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
-"""Error numbers of a system or file system without an atomic exchange of two names."""
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 ERROR_NUMBER = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
 """Error number of the operating system, quoted in the message of another error, such as one from safetensors."""
+# When other ranks fail to write a sharded checkpoint, only this text reaches the current rank, without a number.
 TORCH_STOPPED = re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+")
-"""Messages of torch.save about a failed write.
-
-When other ranks fail to write a sharded checkpoint, only this text reaches the current rank, without an error number.
-"""
 TEMPORARY_NAME = re.compile(r"\.(.+)\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.(partial|old)")
 """Pattern of the names from :func:`temporary_name`, with groups for target, host, process ID and suffix."""
 LOCK = ".lock"  # name of the lock file in a folder that only one process may write to at a time
@@ -58,9 +55,6 @@ def replacing(target: Path, kept: str = KEPT, over: bool = True) -> Iterator[Pat
         target: File or folder to create.
         kept: End of the error message on a full disk: what is still safe, and how to continue.
         over: Whether to replace an existing ``target``. If False, an existing non-empty folder stays, without an error.
-
-    Raises:
-        InputError: If the disk is full, a file size limit or a quota is reached, or writing is not allowed.
     """
     partial = temporary_name(target.absolute())  # pyarrow takes a:b for an address
     try:
@@ -87,13 +81,9 @@ def remove_temporary(folder: Path) -> None:
 
 
 def check_writable(target: Path) -> None:
-    """Raise InputError if a file or folder cannot be written at ``target``, before the work whose result it gets.
-
-    An unnamed file is opened in its folder, or in the nearest one above that exists.
-    """
-    with write_errors_named(target):
-        place = next(folder for folder in target.absolute().parents if folder.exists())
-        TemporaryFile(dir=place).close()
+    """Raise InputError if nothing can be written at ``target``, before the work whose result it gets."""
+    with write_errors_named(target):  # an unnamed file, in the nearest folder that exists
+        TemporaryFile(dir=next(folder for folder in target.absolute().parents if folder.exists())).close()
 
 
 def refuse_link(path: Path) -> None:
@@ -138,11 +128,10 @@ def contents(folder: Path) -> list[str]:
 
 @interrupts_held()
 def put_in_place(partial: Path, target: Path, over: bool = True) -> None:
-    """Sync a complete file or folder to disk, then rename ``partial`` to ``target``.
+    """Sync a complete file or folder to disk, then rename ``partial`` to ``target``, over what is there if ``over``.
 
-    An existing ``target`` is replaced if ``over`` is true. A symbolic link is replaced itself, not the file behind the
-    link. If several processes write the same target, the result of the last process remains, complete. Unfinished
-    files that killed processes on this machine left for ``target`` are removed.
+    A symbolic link is replaced itself, not the file behind it. If several processes write the same target, the result
+    of the last one remains, complete. What killed processes of this machine left for ``target`` is removed.
 
     A kill leaves either the old or the new target. Only where a folder takes the place of something and
     :func:`exchange` is not available, a kill may leave neither under its name, but both beside it.
@@ -167,8 +156,8 @@ def put_in_place(partial: Path, target: Path, over: bool = True) -> None:
 def sync_files(path: Path, target: Path) -> None:
     """Set the umask's default mode on a file, or on all files in a folder, and sync them to disk.
 
-    The mode is set because safetensors makes its files readable by their owner alone, whatever the umask is. A kill may
-    leave an empty file, which :func:`put_in_place` removes by the name of ``target``, what ``path`` will replace.
+    safetensors makes its files readable by their owner alone. A kill may leave an empty file, which
+    :func:`put_in_place` removes by the name of ``target``.
     """
     sample = temporary_name(target)
     sample.touch()
@@ -234,10 +223,8 @@ def _runs(process: int) -> bool:
     """Tell whether a process with this ID is running on this machine."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # the process exists, but belongs to another user
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # it may belong to another user
     return True
 
 
@@ -259,67 +246,45 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # error numbers of a file system without locks
-logger = logging.getLogger(__name__)
-
-
 @contextmanager
 def locked(folder: Path, setting: str) -> Iterator[None]:
     """Hold the write lock of ``folder`` inside the block; the folder is created if it does not exist.
 
     Processes that only read take no lock. The operating system frees the lock when the process ends, also after a
     kill, which leaves the lock file behind. On a file system without locks, the block runs unlocked, with a warning.
-
-    Raises:
-        InputError: If another process holds the lock, or the folder cannot be written to.
     """
+    from filelock import FileLock  # not for `--help`
+
+    path = folder / LOCK
+    lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
     try:
         with write_errors_named(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _taken(folder / LOCK)
-            (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.acquire()
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except TimeoutError as error:
-        try:  # the process ID and host that the lock's holder wrote into it
-            holder = (folder / LOCK).read_text(errors="replace") or "which has just begun"
-        except OSError:
-            holder = "unknown"
-        problem = f"{setting}: {folder} is being written by another run ({holder})"
+        holder = ""
+        with suppress(OSError):
+            holder = path.read_text(errors="replace")
+        problem = f"{setting}: {folder} is being written by another run ({holder or 'which has just begun'})"
         raise InputError(f"{problem}; wait for it, end it, or choose another {setting}") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         logger.warning("%s: its file system has no locks (%s); run one process at a time there", folder, error.strerror)
-        yield
-        return
     try:
         yield
     finally:
-        _give_back(lock)
-
-
-def _taken(path: Path) -> FileLock:
-    """Take the lock of a file, which is created; TimeoutError if it is held, OSError with a number in NO_LOCKS."""
-    from filelock import FileLock  # not for `--help`
-
-    lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
-    lock.acquire()
-    return lock
-
-
-def _give_back(lock: FileLock) -> None:
-    Path(lock.lock_file).unlink(missing_ok=True)  # before the release: filelock takes no lock on a deleted file
-    lock.release()
+        if lock.is_locked:
+            path.unlink(missing_ok=True)  # before the release: filelock takes no lock on a deleted file
+            lock.release()
 
 
 def lock_run(trainer: Trainer, held: ExitStack) -> None:
     """Set up a trainer's processes, then lock its run folder on global rank 0 until ``held`` closes.
 
-    It replaces ``trainer.strategy.setup_environment``, because no earlier hook lets the ranks communicate, and
-    directly after it Lightning's loggers write to the folder. Nothing is locked if the trainer has no log folder, or
-    with ``fast_dev_run``.
-
-    Raises:
-        InputError: On global rank 0, if another process holds the lock; the other ranks exit with status 2.
+    It replaces ``trainer.strategy.setup_environment``: no earlier hook lets the ranks communicate, and directly after
+    it Lightning's loggers write to the folder. If another process holds the lock, the other ranks exit with status 2.
     """
     strategy = trainer.strategy
     type(strategy).setup_environment(strategy)

@@ -55,10 +55,7 @@ def not_found(name: str, reason: str) -> str:
 
 @cache
 def read_locally(source: str, revision: str | None = None) -> bool:
-    """Tell whether ``source`` is to be read without the hub: a folder, or a hub id while the hub does not answer.
-
-    The answer is kept for the whole process.
-    """
+    """Tell whether ``source`` is to be read without the hub: a folder, or a hub id while the hub does not answer."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
@@ -87,13 +84,9 @@ def _asked_once(question: Callable[[], Any]) -> Any:
 
 @cache
 def commit_on_hub(name: str, revision: str | None = None) -> str | None:
-    """Return the commit that a hub id and revision stand for; the answer is kept for the whole process.
+    """Return the commit that a hub id, or a folder in it, and revision stand for; None if nobody knows it.
 
-    The hub id may be followed by a folder in the repository. As for loading, the hub is asked first. The local cache is
-    read if the hub does not answer.
-
-    Returns:
-        The commit; None if neither the hub nor the local cache knows it.
+    As for loading, the local cache is read if the hub does not answer. The answer is kept for the whole process.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -25,8 +25,7 @@ Kind = TypeVar("Kind", bool, int, float)
 Content = TypeVar("Content")
 STRICT: "ConfigDict" = {"allow_inf_nan": False, "extra": "forbid"}
 """Value of ``__pydantic_config__`` of a dataclass that :func:`checked` builds: finite numbers, no unknown names."""
-SIZE = Annotated[int, Gt(0)]
-"""Type of the sizes among the entries that :func:`entry` returns."""
+SIZE = Annotated[int, Gt(0)]  # Type of the sizes among the entries that :func:`entry` returns
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 """Pydantic's errors about a name that a record does not have."""
 SHOWN = 100  # number of characters of a value from elsewhere that a message repeats
@@ -59,16 +58,11 @@ def read_config(path: Path, name: str | None = None, remedy: str = "download it 
 
 
 def checked(kind: type[Content] | Any, value: Any, place: str = "", remedy: str = "") -> Any:
-    """Check a plain value, as JSON and YAML hold it, against a type, and return it as that type.
+    """Check a plain value, as JSON and YAML hold it, against a type that pydantic knows, and return it as that type.
 
     Types are checked strictly: a text is no number and a truth value none; numbers are finite. A whole number is also a
-    float, a list also a tuple, and a mapping also a dataclass.
-
-    Args:
-        kind: Any type that pydantic knows.
-        value: The value.
-        place: Name of the value in messages; it may end in a colon and a blank, after which the faulty part is named.
-        remedy: End of the message.
+    float, a list also a tuple, and a mapping also a dataclass. ``place`` is the value's name in messages; it may end in
+    a colon and a blank, after which the faulty part is named.
     """
     from pydantic import ValidationError
 
@@ -112,10 +106,7 @@ def adapter(kind: Any) -> "TypeAdapter[Any]":
 
 
 def check_arguments(target: Callable[..., Any], settings: Mapping[str, Any]) -> None:
-    """Raise InputError for settings from JSON of other types than the parameters of ``target`` are annotated with.
-
-    Numbers, texts, literals and lists of these are checked; other types, and names without a parameter, are not.
-    """
+    """Raise InputError for settings from JSON of other types than the plain ones that ``target`` is annotated with."""
     parameters = signature(target, eval_str=True).parameters
     for name, value in settings.items():
         if name in parameters and is_plain(parameters[name].annotation):
@@ -131,14 +122,10 @@ def is_plain(kind: Any) -> bool:
 
 
 def entry(config: Mapping[str, Any], field: str, kind: type[Kind], name: str, default: Kind | None = None) -> Kind:
-    """Return an entry of a config that was written elsewhere.
+    """Return the entry ``field`` of a config that was written elsewhere, called ``name`` in messages.
 
-    Args:
-        config: Config of a part of a pipeline.
-        field: Name of the entry.
-        kind: ``bool``, ``int`` for sizes, which are at least 1, or ``float`` for other numbers.
-        name: Name of the config in messages, such as ``source='...': vae``.
-        default: Value of an entry that is missing or null; None if it must be there.
+    ``kind`` is ``int`` for sizes, which are at least 1. An entry that is missing or null has the ``default``; without
+    one it must be there.
     """
     value = default if config.get(field) is None else config[field]
     if value is None:
@@ -192,9 +179,7 @@ def read_text(file: Path) -> str:
 def read_table(text: str, suffix: str) -> "csv.DictReader[str]":
     r"""Return the rows of a table of text; lines end with ``\n`` or ``\r\n``, no other character.
 
-    Args:
-        text: Whole table, its first line with the names of the columns.
-        suffix: ``.csv``; or ``.tsv``, in which quotation marks are part of the text (as in PartiPrompts).
+    In a table with the suffix ``.tsv`` quotation marks are part of the text (as in PartiPrompts).
     """
     lines = (found[0] for found in re.finditer(r"[^\n]*\n|[^\n]+", text))  # io.StringIO takes four times the memory
     if suffix == ".tsv":

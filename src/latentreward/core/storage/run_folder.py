@@ -28,10 +28,7 @@ DIGEST = re.compile(r", [0-9a-f]{32}\b")  # digest at the end of a fingerprint, 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Output of a run, and the JSON file that records the settings that the output depends on.
-
-    A record that is damaged or names other settings is refused, so that nothing computed is overwritten.
-    """
+    """Output of a run, and the JSON file of the settings that it depends on; with others nothing is overwritten."""
 
     output: Path  # File or folder that the run writes
     record: Path  # File with the settings; the files beside it are the run's too
@@ -49,21 +46,18 @@ class RunFolder:
         return found
 
     def compare(self) -> None:
-        """Compare the recorded settings with those of this run; raises InputError that names the first difference."""
+        """Compare the recorded settings with those of this run."""
         if difference := first_difference(read_config(self.record, remedy=self.remedy), self.spec):
             raise InputError(f"{self.option}: {self.output} was begun with {difference}; {self.remedy}")
 
     def claim(self, made: bool = True) -> None:
-        """Write the record, after :meth:`exists` and :meth:`compare` with that of an earlier run.
-
-        Other settings are accepted if the earlier run has not ``made`` anything that depends on them.
-        """
+        """Write the record; other settings are accepted if the earlier run has not ``made`` anything of them."""
         if self.exists() and made:
             self.compare()
         self.write()
 
     def write(self) -> None:
-        """Write the record."""
+        """Write the record of the settings."""
         write_file(self.record, json.dumps(self.spec, indent=1), self.kept)
 
 
@@ -77,10 +71,7 @@ def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str |
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    """Describe the difference between two values of the setting ``name``.
-
-    For mappings, describe the first entry that differs. Fingerprints are shown without their digests.
-    """
+    """Describe how two values of a setting differ, of mappings the first entry that does; digests are left out."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         if before.keys() != now.keys():
             return _difference(name, ", ".join(before), ", ".join(now))
@@ -102,15 +93,10 @@ SPEC = "spec.json"  # file in the parts' folder that records the spec
 
 
 class PartFiles:
-    """Parquet parts in the folder ``OUTPUT.parts/``, joined to the file ``output`` when all rows are written.
+    """Parquet parts in the folder ``OUTPUT.parts/``, joined to the file ``output`` when all ``rows`` are written.
 
-    Use it as a context manager: inside, no other process can write the same output. ``OUTPUT.json`` records the spec
-    of a finished table.
-
-    Args:
-        output: File that ends in ``.parquet``, ``.csv`` or ``.jsonl``.
-        spec: JSON-compatible settings that the rows depend on. Parts or a table made from another spec are refused.
-        rows: Number of rows of the complete table.
+    Inside, as a context manager, no other process can write the same output. ``OUTPUT.json`` records the ``spec`` of a
+    finished table, the settings that its rows depend on. Parts or a table of another spec are refused.
     """
 
     def __init__(self, output: Path, spec: Mapping[str, Any], rows: int) -> None:
@@ -156,15 +142,14 @@ class PartFiles:
         return True
 
     def parts(self) -> dict[range, Path]:
-        """List the finished parts: range of rows → file, by ascending rows; raises InputError if they do not fit."""
+        """List the finished parts: range of rows → file, by ascending rows."""
         names = {path: re.fullmatch(r"rows_(\d+)_(\d+)\.parquet", path.name) for path in self.folder.glob("rows_*")}
         found = [(int(match[1]), int(match[2]), path) for path, match in names.items() if match]
         end = 0
         for start, stop, path in sorted(found):
-            if not start < stop <= self.rows:
-                raise InputError(f"{path}: the table has {self.rows} rows; delete {path.name}")
-            if start < end:
-                raise InputError(f"{path}: its first rows are in the part before it too; delete {path.name}")
+            if not end <= start < stop <= self.rows:
+                problem = f"its rows are in the part before it too, or none of the table's {self.rows}"
+                raise InputError(f"{path}: {problem}; delete {path.name}")
             end = stop
         return {range(start, stop): path for start, stop, path in sorted(found)}
 
@@ -185,22 +170,17 @@ class PartFiles:
 
     def read(self) -> Iterator[tuple[range, pa.Table]]:
         """Yield each part's range of rows and table, by ascending rows; raises InputError if one is damaged."""
-        first: tuple[Path, list[str]] | None = None
+        columns: list[str] = []
         for rows, path in self.parts().items():
             try:
                 table = pq.read_table(path.absolute(), page_checksum_verification=True)
             except (pa.ArrowException, OSError) as error:
-                raise InputError(
-                    f"{path}: damaged ({first_line(error)}); delete it, and its rows are made anew"
-                ) from error
-            if table.num_rows != len(rows):
-                raise InputError(f"{path}: {table.num_rows} rows; delete it, and its rows are made anew")
-            first = first or (path, table.column_names)
-            if table.column_names != first[1]:
-                raise InputError(
-                    f"{path}: columns {quoted(table.column_names)}, but {first[0].name} has {quoted(first[1])}; delete "
-                    "the one that is not of this table, and its rows are made anew"
-                )
+                problem = f"{path}: damaged ({first_line(error)})"
+                raise InputError(f"{problem}; delete it, and its rows are made anew") from error
+            columns = columns or table.column_names
+            if table.num_rows != len(rows) or table.column_names != columns:
+                found = f"{table.num_rows} rows of {quoted(table.column_names)}, not {len(rows)} of {quoted(columns)}"
+                raise InputError(f"{path}: {found}; delete the part that is wrong, and its rows are made anew")
             yield rows, table
 
     def finish(self) -> None:
@@ -250,8 +230,7 @@ WRITERS: dict[str, Callable[[Path, pa.Schema], Any]] = {
 """File name extension → class that writes such a table."""
 
 
-BLOCK = 1 << 26
-"""Largest length of a row of CSV or JSON lines, in bytes."""
+BLOCK = 1 << 26  # Largest length of a row of CSV or JSON lines, in bytes
 
 
 def load_table(path: Path, texts: Sequence[str], **nulls: bool) -> pa.Table:

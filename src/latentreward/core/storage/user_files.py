@@ -131,10 +131,7 @@ def _holds(root: Path, file: Path) -> bool:
 
 
 def relative_path(path: str, folder: Path) -> str:
-    """Return an absolute path that lies inside ``folder`` as a path relative to it; other paths unchanged.
-
-    Links are followed if that is needed to find the path inside ``folder``.
-    """
+    """Return an absolute path inside ``folder``, if need be by links, as one relative to it; other paths unchanged."""
     if not path.startswith("/") or "\0" in path:
         return path
     for follow in (os.path.normpath, os.path.realpath):

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import logging
 import os
 import re
-import stat
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,8 +15,6 @@ from annotated_types import Interval
 from torch import Tensor
 
 from latentreward.core.errors import InputError, first_line
-from latentreward.core.storage.digests import digest
-from latentreward.core.storage.durable import LOCK, disk_full
 from latentreward.core.storage.hub import cached_files, model_info, read_locally, silence
 from latentreward.core.storage.json_files import checked, parse, read_config
 
@@ -37,7 +28,7 @@ Count = Annotated[int, Interval(ge=0, lt=2**63)]
 
 @dataclass(frozen=True)
 class Entry:
-    """Entry of a tensor."""
+    """Entry of a tensor in a header."""
 
     dtype: str
     shape: tuple[Count, ...]
@@ -45,15 +36,10 @@ class Entry:
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], int, int]:
-    """Read the header of a safetensors file.
+    """Read the header of a safetensors file; a length beyond the file or 1 MiB, of no such file, is a ValueError.
 
     Returns:
-        The header's entry of each tensor by name, the byte at which the data of all tensors begin, and the file's size
-        in bytes.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the file is not a safetensors file. A header length beyond the file or 1 MiB is not trusted.
+        The entry of each tensor by name, the byte at which the data of all tensors begin, and the file's size in bytes.
     """
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -144,13 +130,8 @@ def find_weights(
 ) -> tuple[Path, ...]:
     """Find a model's safetensors files, a single one or shards with an index, in a folder or on the hub.
 
-    Args:
-        source: Folder or hub id.
-        stem: Beginning of the files' names: ``model`` (transformers) or ``diffusion_pytorch_model`` (diffusers).
-        subfolder: Folder inside ``source``.
-        variant: File variant, such as ``fp16``.
-        revision: Branch, tag or commit of a hub id.
-        local_files_only: Whether to read a hub id from the local cache alone.
+    ``stem`` begins the files' names: ``model`` (transformers) or ``diffusion_pytorch_model`` (diffusers); ``variant``
+    is one such as ``fp16``. ``local_files_only`` reads a hub id from the local cache alone.
     """
     suffix = f".{variant}" if variant else ""
     place = f"{subfolder}/" if subfolder else ""
@@ -180,25 +161,19 @@ def find_weights(
 def _remedy(source: str, place: str, stem: str, variant: str | None, told: ModelInfo | None) -> str:
     """Return what to do about weights that are not there, by the other files; ``told`` is the hub's list of them."""
     folder = (Path(source) if Path(source).is_dir() else cached_files(source) or Path(source)) / place
-    listed = folder.iterdir() if folder.is_dir() else ()
-    names = sorted(
-        (path.name for path in listed)
-        if told is None
-        else (file.rfilename.removeprefix(place) for file in told.siblings or () if file.rfilename.startswith(place))
-    )
-    weights = [re.fullmatch(rf"{stem}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", name) for name in names]
-    others = {found[1] for found in weights if found} - {variant}
-    if None in others:
-        return f"its weights have no variant {variant}; leave variant out"
-    if others:
-        other = sorted(map(str, others))[0]
-        return f"its weights are of the variant {other}; set variant: {other}, or rename them without it"
-    if pickles := [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack"))]:
+    listed = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if told is not None:
+        found = [file.rfilename for file in told.siblings or ()]
+        listed = [name.removeprefix(place) for name in found if name.startswith(place)]
+    weights = [re.fullmatch(rf"{stem}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", name) for name in listed]
+    if others := sorted({found[1] or "" for found in weights if found}):
+        return f"its weights are of the variant {others[0]}; set it as variant" if others[0] else "leave variant out"
+    if pickles := sorted(name for name in listed if name.endswith((".bin", ".ckpt", ".pt", ".pth", ".h5", ".msgpack"))):
         return (
             f"it has {pickles[0]}, but only safetensors files are read, because pickles can run code; load the model "
             "in the library that wrote it and call save_pretrained"
         )
-    if whole := sorted(Path(source).glob("*.safetensors")) if place and Path(source).is_dir() else []:
+    if place and (whole := sorted(Path(source).glob("*.safetensors"))):
         return f"if {whole[0].name} in {source} holds the whole model, give this file in place of the folder"
     return "get the files again"
 
@@ -221,107 +196,3 @@ def stored_file(source: str, name: str, revision: str | None, local_files_only: 
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(f"cannot load {source}: {first_line(error)}") from error
-
-
-logger = logging.getLogger(__name__)
-
-ABANDONED_S = 3600.0
-"""Seconds after which a file is taken for one that a killed process left; a run needs it while its ranks load."""
-_processes: ContextVar[int] = ContextVar("processes", default=1)
-_mapped: set[Path] = set()  # files that this process has mapped and not yet released
-
-
-@contextmanager
-def sharing_between(processes: int) -> Iterator[None]:
-    """State, inside the block, how many processes of this machine load the same weights."""
-    token = _processes.set(processes)
-    try:
-        yield
-    finally:
-        _processes.reset(token)
-
-
-def processes_here() -> int:
-    """Return the number of processes of this machine that load the same weights."""
-    return max(_processes.get(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1))  # set by torchrun
-
-
-def shared(wanted: Sequence[tuple[StoredTensor, torch.dtype]]) -> list[Tensor] | None:
-    """Convert stored tensors once per machine, and map them.
-
-    The first process to come writes the file, to the folder for temporary files, and the others wait for it.
-    :func:`release_shared` removes the file; what is mapped stays. The result is None if the disk has no room.
-    """
-    offsets, size = [], 0
-    for place, dtype in wanted:
-        offsets.append(size)
-        size += -(-place.shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    stats = {place.path: place.path.stat() for place, _ in wanted}
-    files = (  # the time of change too: a tool that writes a file in place may set its time of modification back
-        f"{path} {found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
-        for path, found in stats.items()
-    )
-    key = digest([*files, *(f"{place.path} {place.offset} {tuple(place.shape)} {dtype}" for place, dtype in wanted)])
-    from filelock import FileLock
-
-    path = own_folder() / key
-    try:
-        with FileLock(path.with_suffix(LOCK)):
-            found = path.stat() if path.is_file() else None
-            booted = time.time() - time.monotonic()  # after a power cut a renamed file may lack its contents
-            if found is None or found.st_size != size or found.st_mtime <= booted:
-                for other in path.parent.iterdir():  # killed processes leave files; training removes all others
-                    with suppress(FileNotFoundError):  # another process removed it
-                        if other.stat().st_mtime < time.time() - ABANDONED_S:
-                            other.unlink()
-                _write(path, wanted, offsets, size)
-            storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-    except OSError as error:
-        if not (reason := disk_full(error)):
-            raise
-        logger.warning("%s: %s; each process holds %.1f GB of its own instead", path, reason, size / 1e9)
-        return None
-    atexit.unregister(release_shared)
-    atexit.register(release_shared, remove=True)  # for programs without a trainer, and for runs that fail before it
-    _mapped.add(path)
-    values = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
-    return [
-        values[offset : offset + place.shape.numel() * dtype.itemsize].view(dtype).view(place.shape)
-        for offset, (place, dtype) in zip(offsets, wanted, strict=True)
-    ]
-
-
-def _write(path: Path, wanted: Sequence[tuple[StoredTensor, torch.dtype]], offsets: Sequence[int], size: int) -> None:
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("wb") as file:
-            for offset, (place, dtype) in zip(offsets, wanted, strict=True):
-                file.seek(offset)
-                file.write(memoryview(place.read().to(dtype).view(-1).view(torch.uint8).numpy()))
-            file.truncate(size)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def own_folder() -> Path:
-    """Return the folder for shared files; raises PermissionError if another user of the machine can write to it."""
-    folder = Path(tempfile.gettempdir()) / f"latentreward-{os.getuid()}"
-    with suppress(FileExistsError):  # of a file or a broken link, which is refused below
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise PermissionError(f"{folder} can be written to by others; remove it, or set TMPDIR to another folder")
-    return folder
-
-
-def release_shared(remove: bool) -> None:
-    """Forget the shared files of this process, once all of the machine have mapped them; one process removes them."""
-    from filelock import FileLock
-
-    while _mapped:
-        path = _mapped.pop()
-        if remove:
-            with FileLock(lock := path.with_suffix(LOCK)):  # another run of the same models may be writing the file
-                path.unlink(missing_ok=True)
-                lock.unlink(missing_ok=True)  # before the release: filelock takes no lock on a deleted file

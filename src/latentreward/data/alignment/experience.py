@@ -36,16 +36,10 @@ if TYPE_CHECKING:
 
 
 class Learner(Protocol):
-    """Interface of a module that learns from its own rollouts; every method is called on all ranks at the same time.
+    """Interface of a module that learns from its own rollouts; every method is called on all ranks at the same time."""
 
-    Attributes:
-        rollout_statistics: Statistics of the last rollout. :meth:`roll_out` sets those of this rank; the sampler then
-            replaces them by those of all ranks.
-        experience: Class of the rows. Rows of a checkpoint are made of it; what the checkpoint names is not imported.
-    """
-
-    rollout_statistics: RolloutStatistics | None
-    experience: type[SampledStates]
+    rollout_statistics: RolloutStatistics | None  # of the last one: roll_out sets this rank's, the sampler all ranks'
+    experience: type[SampledStates]  # class of the rows; what a checkpoint names is not imported
 
     def roll_out(self, prompts: PromptBatch) -> SampledStates | None:
         """Sample from this rank's prompts, equally many on all ranks, and return rows on the CPU; None for no rows."""
@@ -79,25 +73,15 @@ class ExperienceRows(Dataset[Any]):
 class ExperienceSampler(CountedBatches):
     """Sampler of one rank's training batches from rollouts; runs a rollout when too few rows are in store.
 
-    Before the first batch of an optimiser step, the rows in store are compared with the rows that the step takes on all
-    ranks. While there are too few, every rank rolls out its part of the next prompts. All ranks then exchange their
-    rows, sort them by key and shuffle them with the seed, so that every rank holds the same rows in the same order.
+    Before the first batch of an optimiser step, while there are fewer rows in store than it takes on all ranks, every
+    rank rolls out its part of the next prompts. All ranks then exchange their rows, sort them by key and shuffle them
+    with the seed, so that every rank holds the same rows in the same order.
 
     An optimiser step takes the next ``batch_size * num_replicas * accumulated()`` rows. Rank r takes every
     ``num_replicas``-th of them, starting with row r. A step therefore has the same rows for every world size, as long
     as the global batch size is equal. Rows that a step does not take stay in store for the next step. No rollout runs
-    in the middle of a step, so that a checkpoint can go back to the step's first batch.
-
-    The state holds the rows that are not used yet (tensors, beside plain values) and the number of prompts used.
-
-    Args:
-        prompts: Endless sequence from which each rollout takes its prompts.
-        learner: Module that rolls out the prompts.
-        prompts_per_rollout: Prompts per rollout and rank.
-        max_empty_rollouts: Raise InputError after this many rollouts in succession that kept no row.
-        accumulated: Function that returns the number of batches per optimiser step.
-        settings: Arguments of :class:`~latentreward.data.loading.CountedBatches`; ``seed`` is also that of the order of
-            rows.
+    in the middle of a step, so that a checkpoint can go back to the step's first batch. The state holds the rows that
+    are not used yet (tensors, beside plain values) and the number of prompts used.
     """
 
     def __init__(
@@ -154,10 +138,8 @@ class ExperienceSampler(CountedBatches):
         self.prompts_used, self.rollouts, self._prepared = self.prompts_used + self.rollout, self.rollouts + 1, False
         self.empty_rollouts = 0 if kept else self.empty_rollouts + 1
         if self.empty_rollouts >= self.max_empty_rollouts:
-            raise InputError(
-                f"{self.empty_rollouts} rollouts of {self.rollout} prompts kept nothing to learn from "
-                f"(data.max_empty_rollouts): {self.learner.describe_rollouts()}"
-            )
+            told = f"{self.empty_rollouts} rollouts of {self.rollout} prompts kept nothing to learn from"
+            raise InputError(f"{told} (data.max_empty_rollouts): {self.learner.describe_rollouts()}")
 
     def _left(self) -> Any:
         """Return a copy of the rows from the cursor on; None if there are none."""
@@ -188,11 +170,9 @@ class ExperienceSampler(CountedBatches):
             self.learner.check_experience(self.rows.record)
             now, before = self.learner.rollout_settings(), state_dict["settings"]
             if changed := [name for name in now if before.get(name) != now[name]]:
-                raise InputError(
-                    f"the checkpoint has rows left of rollouts with other settings, to which the present ones do not "
-                    f"apply: {', '.join(f'{name}={now[name]} (was {before.get(name)})' for name in changed)}; "
-                    "resume with the earlier values, or start a new run"
-                )
+                told = "the checkpoint has rows left of rollouts with other settings, not the present ones"
+                values = ", ".join(f"{name}={now[name]} (was {before.get(name)})" for name in changed)
+                raise InputError(f"{told}: {values}; resume with the earlier values, or start a new run")
         self.learner.rollout_statistics = from_plain(state_dict["statistics"], RolloutStatistics)
         for name in ("prompts_used", "rollouts", "empty_rollouts"):
             setattr(self, name, state_dict[name])
@@ -296,7 +276,6 @@ def wrong_rows(record: SampledStates) -> str | None:
 
 def other_rows(kind: str, names: Iterable[str]) -> InputError:
     """Return the error for rows of a checkpoint, a record ``kind`` with fields ``names``, that do not fit the model."""
-    return InputError(
-        f"the checkpoint has rows left of its rollouts ({kind}: {', '.join(sorted(names))}), which "
-        "another method, loss, credit or trust_region made than the model's; resume with these, or start a new run"
-    )
+    told = f"the checkpoint has rows left of its rollouts ({kind}: {', '.join(sorted(names))})"
+    why = "which another method, loss, credit or trust_region made than the model's"
+    return InputError(f"{told}, {why}; resume with these, or start a new run")

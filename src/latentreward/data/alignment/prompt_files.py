@@ -35,7 +35,6 @@ GROUPS = ("tag", "Category")
 """Names of the column with the group of a prompt: GenEval's and PartiPrompts'."""
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 COMMENT = re.compile(r"#(\s|$)")
-OPTION = re.compile(r" --[a-z]\w*(?=\s|$)")  # in sd-scripts' and Midjourney's prompts, such as --w of --w 512
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
@@ -88,7 +87,7 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
             logger.warning("%s: %d rows without a prompt are left out, the first is row %d", path, len(blank), blank[0])
         if long := next((row.prompt for row in rows if len(row.prompt) > max_prompt_chars), None):
             problem = f"a prompt of {len(long)} characters, more than {max_prompt_chars=}: {short(long)}"
-            raise InputError(f"{path} holds {problem}; shorten it, or set a higher limit")
+            raise InputError(f"{path} holds {problem}; shorten it")
         return rows
 
 
@@ -128,9 +127,6 @@ def _read(file: Path) -> Iterator[Any]:
         if comments := [number for number, line in lines.items() if COMMENT.match(line)]:
             logger.warning("%s: %d comments (#) are left out, the first is line %d", file, len(comments), comments[0])
             lines |= dict.fromkeys(comments, "")
-        if options := [(number, found[0]) for number, line in lines.items() if (found := OPTION.search(line))]:
-            told = "%s: %d lines have options, the first is line %d with%s: they are read as a part of the prompt"
-            logger.warning(told, file, len(options), *options[0])
         yield from lines.values()
     else:
         for number, value, problem in read_rows(file, "give a list of prompts, or one as 'prompts'", _as_list):
@@ -155,16 +151,12 @@ def _parse(number: int, row: Any, path: str) -> PromptRow:
     if not isinstance(named, Mapping):
         raise ValueError(f"row {number} holds {short(row)}, neither a text nor an object with a text 'prompt'")
     if (source := find_edit_source(named, SOURCES)) is not None:
-        raise InputError(
-            f"{path}: row {number} is an edit of a picture, in {short(source)}; name it {SOURCES[0]}, or leave the "
-            "column out to draw from the texts alone"
-        )
+        told = f"{path}: row {number} is an edit of a picture, in {short(source)}"
+        raise InputError(f"{told}; name it {SOURCES[0]}, or leave the column out to draw from the texts alone")
     column = next((name for name in COLUMNS if name in named), None)
     if column is None:
-        there = ", ".join(map(short, [*named][:12]))
-        raise InputError(
-            f"{path}: row {number} has no column 'prompt' or 'caption' (it has: {there}); rename that of the texts"
-        )
+        told = f"{path}: row {number} has no column 'prompt' or 'caption'"
+        raise InputError(f"{told} (it has: {', '.join(map(short, [*named][:12]))}); rename that of the texts")
     text = named[column]
     if not isinstance(text, str):
         raise ValueError(f"row {number} holds {short(text)} as {column}, not text")

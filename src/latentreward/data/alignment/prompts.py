@@ -18,12 +18,7 @@ from latentreward.data.readers.base import MAX_PROMPT_CHARS
 
 
 class PromptOrder(Dataset[PromptBatch]):
-    """Endless sequence of prompts: pass after pass over all prompts, each pass in a new random order.
-
-    Args:
-        prompts: Distinct prompts.
-        seed: Seed of the orders.
-    """
+    """Endless sequence of distinct prompts: pass after pass over all of them, each pass in a new random order."""
 
     def __init__(self, prompts: Sequence[str], seed: int) -> None:
         self.prompts, self.seed = prompts, seed
@@ -48,9 +43,6 @@ class PromptSampler(CountedBatches):
 
     A global batch is the next ``batch_size * num_replicas`` indices. Rank r takes every ``num_replicas``-th of them,
     starting with index r. The state adds the number of prompts used to that of ``CountedBatches``.
-
-    Args:
-        settings: Arguments of :class:`~latentreward.data.loading.CountedBatches`.
     """
 
     def __init__(self, *settings: Any, **named: Any) -> None:
@@ -81,9 +73,8 @@ class PromptSampler(CountedBatches):
 class PromptLoaders(LightningDataModule):
     """Data module of training batches for alignment, from a list of prompts.
 
-    A module with rollouts of its own (LPO, SPO, GRPO; :class:`~latentreward.data.alignment.experience.Learner`) gets
-    batches of rollout rows. A rollout runs whenever fewer rows are left than an optimiser step takes. Any other module
-    (ReFL) gets batches of prompts.
+    A module with rollouts of its own (LPO, SPO, GRPO) gets batches of rollout rows. A rollout runs whenever fewer rows
+    are left than an optimiser step takes. Any other module (ReFL) gets batches of prompts.
 
     An epoch is a fixed number of batches and independent of passes over the prompts. Each pass has a new random order,
     which does not depend on the world size. Checkpoints hold the position in the pass and the unused rollout rows.
@@ -129,14 +120,11 @@ class PromptLoaders(LightningDataModule):
         """Return batches of rollout rows or of prompts; every rank gets equally many rows."""
         shares, order = shares_of(self.trainer), PromptOrder(self.prompts, self.seed)
         if len(self.prompts) < shares["num_replicas"]:
-            raise InputError(
-                f"data.prompts has {len(self.prompts)} prompts for {shares['num_replicas']} ranks; use fewer devices "
-                "or more prompts"
-            )
+            told = f"data.prompts has {len(self.prompts)} prompts for {shares['num_replicas']} ranks"
+            raise InputError(f"{told}; use fewer devices or more prompts")
         if getattr(self.trainer, "overfit_batches", 0):
-            raise InputError(
-                "trainer.overfit_batches: rollouts give new batches; give data.prompts a short file instead"
-            )
+            told = "trainer.overfit_batches: rollouts give new batches"
+            raise InputError(f"{told}; give data.prompts a short file instead")
         learner = self.trainer.lightning_module if self.trainer else None
         settings: dict[str, Any] = {
             "batch_size": self.batch_size,

@@ -25,8 +25,6 @@ Contents = Literal["images", "latents", "nothing"]
 Sources = Literal["read", "ignore"]
 MAX_PROMPT_CHARS, MAX_VOTES = 10_000, 10**9
 """Largest number of characters in a prompt, and of votes for an image; rows with more fall under ``on_error``."""
-NAMES_KEPT = 2**20
-"""Number of rows of a user's own reader whose names are compared with each other."""
 OWN_ON_ERROR, DATA_ON_ERROR = "the reader's on_error", "data.on_error (or the reader's own, which wins)"
 """Names of the setting in messages: for a reader used alone, and for one in a data module."""
 FILE_ROWS, TABLE_ROWS = 4096, 16
@@ -37,6 +35,7 @@ ON_ERROR_REMEDY = f"correct the row, or set {OWN_ON_ERROR} to skip or placeholde
 
 
 def _wrong_pair(found: PreferencePair, reader: "PairReader", index: int) -> str | None:
+    """Return what is wrong with the row that a user's reader returned; None if nothing is."""
     if not isinstance(found, PreferencePair):
         return f"{shown(found)} for row {index}; it must be a PreferencePair"
     if not isinstance(found.pair_id, str) or not isinstance(found.prompt, str):
@@ -59,17 +58,6 @@ def _wrong_pair(found: PreferencePair, reader: "PairReader", index: int) -> str 
         if value is not None and not (isinstance(value, float | int | np.number) and 0 <= value <= most):
             bounds = "a number from 0 to 1, or None" if name == "label_a" else "finite and at least 0"
             return f"{name}={value!r:.60} of row {found.pair_id!r:.60}; it must be {bounds}"
-    return _wrong_name(found.pair_id, reader, index)
-
-
-def _wrong_name(name: str, reader: "PairReader", index: int) -> str | None:
-    if index == 0 and (before := vars(reader).setdefault("_first_name", name)) != name:
-        return f"pair_id={before!r:.60} and then {name!r:.60} for row 0; it must be the same in each call and run"
-    names = vars(reader).setdefault("_first_rows", {})
-    if len(names) < NAMES_KEPT and index >= 0:
-        names.setdefault(name, int(index))
-    if index >= 0 and (first := names.get(name, index)) != index:
-        return f"pair_id={name!r:.60} for rows {first} and {index}; it must be a name for each row"
     return None
 
 
@@ -86,23 +74,20 @@ class PairReader(Part):
             label, so that row numbers and batch sizes do not change; an image that cannot be read becomes mid-grey.
             Unreadable images are found only when they are decoded: their rows count in ``len``, and under ``"skip"``
             the data set leaves them out. None takes the ``on_error`` of the data module, and ``"raise"`` outside one.
-        max_prompt_chars: Largest number of characters in a prompt; a row with a longer one breaks the rules. Text
-            encoders read a few hundred, and tokenizing a prompt of megabytes costs minutes and gigabytes.
-        exif: ``apply`` turns images upright by their EXIF orientation; ``ignore`` takes the pixels as they are stored.
-            null takes the default of the class: ``apply`` for data of your own, ``ignore`` for published data sets,
-            because the published models were trained without applying it.
+        max_prompt_chars: Largest number of characters in a prompt. Text encoders read a few hundred, and tokenizing a
+            prompt of megabytes costs minutes and gigabytes.
+        exif: ``apply`` turns images upright by their EXIF orientation; ``ignore`` takes the pixels as they are stored,
+            as the published models were trained. null takes that of the class: ``apply`` for data of your own,
+            ``ignore`` for published data sets.
         sources: What happens to the pictures of which a row's images are edits. ``read`` gives them with the prompt, an
-            :class:`~latentreward.core.contracts.EditPrompt`. ``ignore`` gives the text alone, with which a
-            text-to-image reward is trained on the same results.
+            :class:`~latentreward.core.contracts.EditPrompt`. ``ignore`` gives the text alone.
 
     Attributes:
-        exif: Treatment of EXIF orientation, see above; a subclass for a published data set sets ``exif = "ignore"``.
-        holds: Kind of content of the rows' ``image_a`` and ``image_b``: images, latents or nothing. A data module of
-            pixels takes only readers of images.
+        holds: Kind of content of the rows' ``image_a`` and ``image_b``: images, latents or nothing.
         own_on_error: ``on_error`` as given to the constructor; may be None.
         skipped: Number of rows left out, by reason.
         remarks: Number of rows kept with a remark, e.g. without their label, by reason.
-        named: Names of the first few rows of a reason, where they are known.
+        named: Names of the first few rows of a reason.
         first_problem: Name and problem of the first row that broke a rule; empty without one.
     """
 
@@ -110,7 +95,6 @@ class PairReader(Part):
     holds: Contents = "images"
     exif: ExifOrientation = "apply"
     first_problem = ""
-    quiet = False
 
     def __init__(
         self,
@@ -163,15 +147,11 @@ class PairReader(Part):
         return [normalise_prompt(prompt) for prompt in self.prompts()]
 
     def facts(self) -> dict[str, list[Any]]:
-        """Return further fields of every row without reading images.
+        """Return further fields of every row, by name, without reading images; None where nothing is published.
 
         Names in use are ``model_a``, ``model_b``, ``votes_a``, ``votes_b`` and ``confidence``, as in
         :class:`PreferencePair`; ``overall_a``, ``instruction_following_a``, ``visual_quality_a`` and the same of b, the
-        published scores of edits; ``vote`` and ``label_0``, as published, if they hold more than the label; ``tags``, a
-        list of texts per row.
-
-        Returns:
-            Name → list with one value per row, None where the data set does not publish it. Empty by default.
+        published scores of edits; ``vote`` and ``label_0``, as published; ``tags``, a list of texts per row.
         """
         return {}
 
@@ -201,16 +181,10 @@ class PairReader(Part):
         return [image for pair in pairs for image in (pair.image_a, pair.image_b, *sources_of(pair.prompt))]
 
     def refuse(self, pair_id: str, problem: str, reason: str, rows: int = 1) -> None:
-        """Apply ``on_error`` to rows that break a rule of the format.
+        """Apply ``on_error`` to rows that break a rule of the format; InputError if it is ``"raise"``.
 
-        Args:
-            pair_id: Name of the first such row.
-            problem: Field and value that break the rule in the first such row.
-            reason: Short name of the problem, without values, under which rows are counted.
-            rows: Number of rows with the problem.
-
-        Raises:
-            InputError: If ``on_error`` is ``"raise"``.
+        ``pair_id`` and ``problem``, with field and value, are those of the first such row. ``reason`` is the short name
+        of the problem, without values, under which rows are counted.
         """
         if self.on_error == "raise":
             others = f" (and {rows - 1} more such rows)" if rows > 1 else ""
@@ -220,10 +194,9 @@ class PairReader(Part):
         self._note_name(pair_id, reason)
 
     def remark(self, pair_id: str, reason: str) -> None:
-        """Count a row that is kept, by the reason for a remark on it, unless it is bad for another reason."""
-        if not self.quiet:
-            self.remarks[reason] += 1
-            self._note_name(pair_id, reason)
+        """Count a row that is kept, by the reason for a remark on it."""
+        self.remarks[reason] += 1
+        self._note_name(pair_id, reason)
 
     def _note_name(self, pair_id: str, reason: str) -> None:
         names = self.named.setdefault(reason, [])
@@ -233,8 +206,7 @@ class PairReader(Part):
     def report(self, name: str, empty: str = "") -> None:
         """Log one line with the numbers of rows left out and kept with a remark, if there are any.
 
-        Raises:
-            InputError: If there is no row, unless ``empty`` is: its text, with what was left out put before the remedy.
+        Without a row, InputError has the text ``empty``, if given, with what was left out put before the remedy.
         """
         if empty and not len(self):
             what, _, remedy = empty.rpartition("; ")

@@ -1,7 +1,7 @@
 """Readers of pairs of your own in a table: JSON lines, a JSON list, CSV, TSV, parquet, ``datasets``, or the hub."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,10 @@ from latentreward.data.readers.pair_rows import (
     NOISES,
     WINNER_FIRST,
     PairRowParser,
-    Row,
 )
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     Source,
-    SplitTable,
     class_names,
     element_type,
     find_list,
@@ -35,7 +33,6 @@ from latentreward.data.readers.tables import (
     plain_type,
     read_list,
     source_name,
-    warn_row_groups,
 )
 
 OPTIONAL = ("label", "votes", "confidence", "weight", "pair_id", "group_id", "split", *MODELS, *NOISES, SOURCES[0])
@@ -115,17 +112,37 @@ class DatasetPairReader(RowReader):
                 self.check_inside(source, file)
             fill_from_list(self, file, columns, labels)
             return
-        table = OwnTable(self, open_table(self, source, split, revision, config), columns or {}, memory_map)
-        name = f"{source_name(source)} {split}"
-        parser = PairRowParser(self, check_image=table.check_path, labels=labels)
-        self.table = parser.table(table.rows)
-        if table.unlabelled and self.remarks[NO_LABEL]:
-            parser.rename_no_label(f"{table.unlabelled}; name it in columns")
-        if table.edited is not None:
-            self.remarks[edit_remark(table.edited)] += len(self)
-        if table.embedded and not memory_map:
-            warn_row_groups(table.table, table.embedded, name)
-        self.report(name, f"split: {name} has no rows left; check the files")
+        table = open_table(self, source, split, revision, config)
+        ((place, schema), *_) = table.schemas()
+        own = OwnColumns(schema, columns or {}, place, self.sources)
+        images, hint = [own.of[field] for field in own.images], "give bytes or paths in both columns of images"
+        if any(holds_images(schema.field(image).type) for image in images):
+            table.check_images(images, hint)
+            own.embedded, self.images_in = {*own.images}, (table, images)
+        sources = own.of.get(SOURCES[0])
+        if sources and holds_images(element_type(schema.field(sources).type)):
+            table.check_images([sources], "give bytes or paths in every file", lists=True)
+            own.embedded, self.sources_in = {*own.embedded, SOURCES[0]}, (table, sources)
+        paths = [own.of[field] for field in (*own.images, SOURCES[0]) if field in own.of and field not in own.embedded]
+        if paths and not self.folder.exists():
+            raise InputError(f"root: {place} holds paths in {paths[0]}; set root to the folder of the image files")
+        read = dict.fromkeys(column for field, column in own.of.items() if field not in own.embedded)
+        rows = table.records(read, "give every file of the split the same columns")
+        if own.embedded:
+            table.open_images([own.of[field] for field in sorted(own.embedded)], memory_map)
+
+        def check_path(pair_id: str, field: str, path: Any) -> None:
+            if (self.sources_in if field in SOURCES else self.images_in) is None:
+                self.check_path(pair_id, field, path)
+
+        parser = PairRowParser(self, check_image=check_path, labels=labels)
+        self.table = parser.table((name, number, own.read(values)) for name, number, values in rows)
+        if "label" not in own.of and self.remarks[NO_LABEL]:
+            parser.rename_no_label(f"no column label among {', '.join(schema.names)}; name it in columns")
+        edited = edit_column(schema, own.of.values()) if self.sources == "ignore" else None
+        if edited is not None:
+            self.remarks[edit_remark(edited)] += len(self)
+        self.report(table.name, f"split: {table.name} has no rows left; check the files")
 
 
 class JSONLPairReader(RowReader):
@@ -161,65 +178,49 @@ def fill_from_list(
     reader: RowReader, file: Path, columns: Mapping[str, str] | None, labels: Mapping[Any, Any] | None
 ) -> None:
     """Give a reader the pairs of a table of text; of a file of another suffix, as JSON lines."""
-    reader.folder, columns = reader.folder or file.parent, columns or {}
-    check_fields(columns)
+    reader.folder, columns, rows = reader.folder or file.parent, columns or {}, read_list(file)
+    first = [*islice(rows, FIRST_ROWS)]
+    names = list(dict.fromkeys(name for _, _, row in first if isinstance(row, dict) for name in row))
+    check_columns(columns, names, str(file))
+    if names and not {*WINNER_FIRST, *BY_LABEL} & {*names, *columns}:
+        raise InputError(f"{file}: {unnamed('no columns of images', names)}")
     parser = PairRowParser(reader, columns=columns, check_image=reader.check_path, labels=labels)
-    rows = _with_fields(read_list(file), str(file), columns)
-    reader.fill(rows, str(file), f"file: {file} has no rows left; check it", parser)
+    reader.fill(chain(first, rows), str(file), f"file: {file} has no rows left; check it", parser)
 
 
-class OwnTable:
-    """A table of pairs of your own with typed columns: which of them is what, and its rows by field."""
+class OwnColumns:
+    """Columns of a table of pairs of your own by their field.
 
-    def __init__(self, reader: RowReader, table: SplitTable, named: Mapping[str, str], memory_map: bool) -> None:
-        self.reader, self.table = reader, table
-        ((place, schema), *_) = table.schemas()
-        chosen = choose_columns(schema, named, place, reader.sources)
-        self._classes = class_names(schema, chosen.get("label", ""))
-        self._fields = WINNER_FIRST if WINNER_FIRST[0] in chosen else BY_LABEL
-        images, sources = [chosen[field] for field in self._fields], chosen.get(SOURCES[0])
-        self.embedded: list[str] = []  # columns of images in bytes
-        if any(holds_images(schema.field(image).type) for image in images):
-            table.check_images(images, "give bytes or paths in both columns of images")
-            reader.images_in, self.embedded = (table, images), [*images]
-        if sources and holds_images(element_type(schema.field(sources).type)):
-            table.check_images([sources], "give bytes or paths in every file", lists=True)
-            reader.sources_in = table, sources
-            self.embedded.append(sources)
-        paths = [column for column in (*images, sources) if column and column not in self.embedded]
-        if paths and not reader.folder.exists():
-            raise InputError(f"root: {place} holds paths in {paths[0]}; set root to the folder of the image files")
-        self._read = {field: column for field, column in chosen.items() if column not in self.embedded}
-        rows = table.records(dict.fromkeys(self._read.values()), "give every file of the split the same columns")
-        self.rows = ((name, number, self._by_field(values)) for name, number, values in rows)
-        if self.embedded:
-            table.open_images(self.embedded, memory_map)
-        # What is known of a table without labels, and the column of pictures to edit that is not read.
-        self.unlabelled = "" if "label" in chosen else f"no column label among {', '.join(schema.names)}"
-        self.edited = edit_column(schema, chosen.values()) if reader.sources == "ignore" else None
+    Attributes:
+        of: Field → column.
+        images: Fields of the two images.
+        embedded: Fields of images in bytes; the names of these images take their place in a row.
+    """
 
-    def _by_field(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a row by field; the fields of images in bytes hold the images' names."""
-        row = {field: values[column] for field, column in self._read.items()}
+    def __init__(self, schema: pa.Schema, named: Mapping[str, str], place: str, sources: Sources) -> None:
+        self.of = choose_columns(schema, named, place, sources)
+        self.images = WINNER_FIRST if WINNER_FIRST[0] in self.of else BY_LABEL
+        self.embedded: set[str] = set()
+        self._classes = class_names(schema, self.of.get("label", ""))
+
+    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row by field."""
+        row = {field: values[column] for field, column in self.of.items() if field not in self.embedded}
         keys, source_keys = [row.pop(key, None) for key in KEYS], row.pop(SOURCE_KEYS, None)
-        if self.reader.images_in is not None:
-            row |= dict(zip(self._fields, keys, strict=True))
-        if self.reader.sources_in is not None:
+        if self.embedded.issuperset(self.images):
+            row |= dict(zip(self.images, keys, strict=True))
+        if SOURCES[0] in self.embedded:
             row[SOURCES[0]] = source_keys
-        if self._classes is not None:
-            row["label"] = name_class(self._classes, row["label"])
-        return row
-
-    def check_path(self, pair_id: str, field: str, path: Any) -> None:
-        """Check a path in a column of paths, see :meth:`RowReader.check_path`."""
-        if (self.reader.sources_in if field in SOURCES else self.reader.images_in) is None:
-            self.reader.check_path(pair_id, field, path)
+        return row if self._classes is None else {**row, "label": name_class(self._classes, row["label"])}
 
 
-def check_fields(columns: Mapping[str, str]) -> None:
-    """Raise InputError for a name in a map of columns that is no field of a pair."""
-    if unknown := next((field for field in columns if field not in FIELDS), None):
-        raise InputError(f"columns: there is no field {unknown!r}{did_you_mean(unknown, FIELDS)}")
+def check_columns(named: Mapping[str, str], names: Collection[str], place: str) -> None:
+    """Raise InputError for a map of columns with a name that is no field of a pair, or no column."""
+    for field, column in named.items():
+        if field not in FIELDS:
+            raise InputError(f"columns: there is no field {field!r}{did_you_mean(field, FIELDS)}")
+        if column not in names:
+            raise InputError(f"columns.{field}: no column {column!r} in {place}{did_you_mean(column, names)}")
 
 
 def _has_parquet(source: Source, split: str) -> bool:
@@ -227,18 +228,6 @@ def _has_parquet(source: Source, split: str) -> bool:
         return False
     folders = Path(source, "data"), Path(source)
     return any(find_files(folder, f"{split}{end}.parquet") for folder in folders for end in ("", "-*"))
-
-
-def _with_fields(rows: Iterator[Row], place: str, columns: Mapping[str, str]) -> Iterator[Row]:
-    """Return the rows of a list whose first rows have the named columns, and two columns of images."""
-    first = [*islice(rows, FIRST_ROWS)]
-    names = list(dict.fromkeys(name for _, _, row in first if isinstance(row, dict) for name in row))
-    for field, column in columns.items():
-        if column not in names:
-            raise InputError(f"columns.{field}: no column {column!r} in {place}{did_you_mean(column, names)}")
-    if names and not {*WINNER_FIRST, *BY_LABEL} & {*names, *columns}:
-        raise InputError(f"{place}: {unnamed('no columns of images', names)}")
-    return chain(first, rows)
 
 
 def unnamed(what: str, names: Collection[Any]) -> str:
@@ -260,10 +249,7 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str, sour
 
     The pictures to edit are in ``source_images`` or ``source_image``; they are left out if ``sources`` is ``"ignore"``.
     """
-    check_fields(named)
-    for field, column in named.items():
-        if column not in schema.names:
-            raise InputError(f"columns.{field}: no column {column!r} in {place}{did_you_mean(column, schema.names)}")
+    check_columns(named, schema.names, place)
     found = {field: named.get(field, field) for field in FIELDS if named.get(field, field) in schema.names}
     if SOURCES[0] not in found and SOURCES[1] in schema.names:
         found[SOURCES[0]] = SOURCES[1]

@@ -4,7 +4,7 @@ import ast
 import csv
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,27 +13,19 @@ from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.storage.json_files import read_table, read_text
 from latentreward.core.storage.user_files import find_files
-from latentreward.data.image_sizes import PUBLISHED_BUCKETS, Bucket, sort_buckets
+from latentreward.data.image_sizes import PUBLISHED_BUCKETS, Bucket
 from latentreward.data.readers.base import MAX_VOTES, Contents
 from latentreward.data.readers.json_rows import parse_number
 from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row
 from latentreward.data.readers.rows import RowReader
-from latentreward.data.readers.tables import ParquetPart, RowGroupColumns, damage_named, open_part
+from latentreward.data.readers.tables import ParquetPart, SplitTable, open_part
 
 LATENTS = ("latent1", "latent2")
 SHAPES = ("latent1_shape", "latent2_shape")
 DETAILS = ("model1", "model2", "detailed_results")
 INDEX_COLUMNS = ("global_id", "parquet_path", "row_group", "row_index", "width", "height")
 DOWNSCALE = 8
-
-
-class _Part(NamedTuple):
-    """Content of a parquet file without latents."""
-
-    columns: tuple[str, ...]  # names
-    starts: np.ndarray  # first row number of each row group, and the number of rows
-    prompts: list[str | None]  # of every row
-    shapes: list[tuple[Any, Any]] | None  # of both latents of every row; None if the file does not state them
+HINT = "give the published cache"
 
 
 class DiffusionRMReader(RowReader):
@@ -47,14 +39,13 @@ class DiffusionRMReader(RowReader):
     ``bucket_id`` is not used, because it depends on the writer's list of buckets. Rows are ordered as in the parquet
     files, with placeholders last, because reading in the order of the index could decode a row group for every row.
 
-    A row is bad if its size is not a bucket or differs from the shape stated in the parquet file, or if it points to a
-    missing file or row. Damaged latents are found when they are decoded.
+    A row is bad if its size is none of the 13 published buckets or differs from the shape stated in the parquet file,
+    or if it points to a missing file or row. Damaged latents are found when they are decoded.
 
     Args:
         root: Folder with the parquet files and the index; or one parquet file, with ``index`` null.
         index: Name of the index file in ``root``; null reads every row of every parquet file, of any size.
         split: Name of the split.
-        buckets: (height, width) in pixels of the accepted sizes; by default the 13 published buckets.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
@@ -62,13 +53,7 @@ class DiffusionRMReader(RowReader):
     exif = "ignore"
 
     def __init__(
-        self,
-        root: PathText,
-        index: str | None = "bucket_index.csv",
-        *,
-        split: str = "train",
-        buckets: list[tuple[int, int]] | None = None,
-        **options: Any,
+        self, root: PathText, index: str | None = "bucket_index.csv", *, split: str = "train", **options: Any
     ) -> None:
         super().__init__("diffusion_rm", split, **options)
         place = Path(root)
@@ -81,31 +66,27 @@ class DiffusionRMReader(RowReader):
             raise InputError(f"root: no *.parquet in {place}; set it to the folder of the cache")
         if place.is_dir():
             self.check_inside(place, *files, place / (index or ""))
-        self._names = [file.name for file in files]
-        parts = [ParquetPart(file.name, file) for file in files]
-        tables = {part.name: _read_part(part) for part in parts}
-        self._buckets = set(PUBLISHED_BUCKETS if buckets is None else sort_buckets(buckets))
-        if index is None:
-            counts = enumerate(len(table.prompts) for table in tables.values())
-            rows: Iterator[Row] = (
-                self._row(f"{self._names[n]}:{row}", tables, n, row) for n, c in counts for row in range(c)
-            )
-        else:
-            rows = self._follow(place / index, tables)
-        parser = PairRowParser(self, self._pairs, sources=None)
-        table = parser.table(rows, {"part": pa.int32()})
-        self.table = table.sort_by([("part", "ascending"), ("row", "ascending")]) if len(table) else table
-        stated = [name for name in DETAILS if all(name in table.columns for table in tables.values())]
-        self._columns = RowGroupColumns(parts, [*LATENTS, *stated])
+        self._latents = table = SplitTable([ParquetPart(file.name, file) for file in files])
+        schemas = table.schemas()
+        for name, schema in schemas:
+            if missing := [column for column in ("prompt", *LATENTS) if column not in schema.names]:
+                raise InputError(f"{name}: no column {', '.join(missing)}; {HINT}")
+        stated = [one for one in (*SHAPES, *DETAILS) if all(one in schema.names for _, schema in schemas)]
+        self._stated = [one for one in DETAILS if one in stated]
+        columns = dict.fromkeys(["prompt", *(one for one in SHAPES if one in stated)])
+        rows = self._follow(place / index, table.read_index(columns, HINT)) if index else table.records(columns, HINT)
+        self.table = PairRowParser(self, self._pairs, sources=None).table(rows)
+        self.table = self.table.sort_by("row")
+        table.open_images([*LATENTS, *self._stated])
         empty = f"root: {root} has no rows left; check the parquet files and the index"
         self.report(f"{root} {index or ''}".rstrip(), empty)
 
     def read_row(self, index: int) -> dict[str, Any]:
         row = super().read_row(index)
-        if row.get("part") is None:
+        if row["row"] is None:
             return row
-        stored = self._columns.read(row["part"], row["row"])
-        row |= dict(zip(self._columns.columns, stored, strict=True))
+        columns = [*LATENTS, *self._stated]
+        row |= dict(zip(columns, self._latents.read(row["row"], columns), strict=True))
         row["model_a"], row["model_b"] = row.get("model1"), row.get("model2")
         return row | _parse_details(row.get("detailed_results"))
 
@@ -114,23 +95,25 @@ class DiffusionRMReader(RowReader):
 
         The name is not a hash: an image may occur twice with other latents, sampled again or in another size.
         """
-        if row.get("part") is None:
+        if row["row"] is None:  # the placeholder of a bad row
             return [ImageRef("", holds="latents")] * 2
-        place = f"{self._names[row['part']]}:{row['row']}"
+        part, inner = self._latents.place(row["row"])
+        place = f"{self._latents.parts[part].name}:{inner}"
         return [ImageRef(f"{place}:{column}", row[column], holds="latents") for column in LATENTS]
-
-    def _row(self, name: str, tables: dict[str, _Part], part: int, row: int) -> Row:
-        """Return the row at a place; its part is null for the placeholder of a bad row."""
-        return name, row, {"prompt": tables[self._names[part]].prompts[row], "part": part}
 
     @staticmethod
     def _pairs(name: str, row: dict[str, Any]) -> list[Pair]:
         if "bad" in row:
             raise row["bad"]
-        return [{"label": 1.0, "part": row["part"]}]
+        return [{"label": 1.0}]
 
-    def _follow(self, index: Path, tables: dict[str, _Part]) -> Iterator[Row]:
-        """Yield a row for every row of the index."""
+    def _follow(self, index: Path, read: pa.Table) -> Iterator[Row]:
+        """Yield a row for every row of the index; a bad one has no number."""
+        groups: dict[str, np.ndarray] = {}  # name of a file → its rows before each row group, and those in all
+        for part, start in zip(self._latents.parts, self._latents.starts, strict=True):
+            with open_part(part) as file:
+                sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+            groups[part.name] = np.cumsum([start, *sizes])
         rows, seen = read_table(read_text(index), ".csv"), set[str]()
         rows.restval = ""  # of missing columns at a row's end
         if missing := [name for name in INDEX_COLUMNS if name not in (rows.fieldnames or ())]:
@@ -141,14 +124,15 @@ class DiffusionRMReader(RowReader):
                 pair_id = f"{index.name}:{name}" if name and name not in seen else f"{index.name}:line {rows.line_num}"
                 seen.add(name)
                 try:
-                    yield self._row(pair_id, tables, *self._locate(row, tables))
+                    place = self._locate(row, groups, read)
+                    yield pair_id, place, {"prompt": read["prompt"][place].as_py()}
                 except BadRow as error:
-                    yield pair_id, 0, {"prompt": "", "bad": error}
+                    yield pair_id, None, {"prompt": "", "bad": error}  # type: ignore[misc]
         except csv.Error as error:
             raise InputError(f"{index}: line {rows.line_num} is not CSV ({error}); write the index again") from error
 
-    def _locate(self, row: dict[str, str], tables: dict[str, _Part]) -> tuple[int, int]:
-        """Return part and row number of an index row; raise BadRow if it breaks a rule."""
+    def _locate(self, row: dict[str, str], groups: dict[str, np.ndarray], read: pa.Table) -> int:
+        """Return the number of the row that an index row means; raise BadRow if it breaks a rule."""
         numbers = {name: parse_number(row[name]) for name in INDEX_COLUMNS[2:]}
         for name, number in numbers.items():
             if number is None or number < 0 or number % 1:
@@ -156,34 +140,19 @@ class DiffusionRMReader(RowReader):
         group, inner, width, height = (int(number) for number in numbers.values() if number is not None)
         path = row["parquet_path"]
         file = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
-        if file not in tables:
+        if file not in groups:
             raise BadRow(f"parquet_path {file!r:.80} is not in the folder", "parquet part missing")
-        table = tables[file]
-        if group + 1 >= len(table.starts) or inner >= table.starts[group + 1] - table.starts[group]:
+        starts = groups[file]
+        if group + 1 >= len(starts) or inner >= starts[group + 1] - starts[group]:
             raise BadRow(f"{file} has no row {inner} in row group {group}", "row beyond the parquet part")
-        if Bucket(height, width) not in self._buckets:
+        if Bucket(height, width) not in PUBLISHED_BUCKETS:
             raise BadRow(f"size {height}x{width} is not a bucket", "size is no bucket")
-        place = int(table.starts[group]) + inner
-        size = [height // DOWNSCALE, width // DOWNSCALE]
-        if table.shapes is not None and any(shape is None or shape[-2:] != size for shape in table.shapes[place]):
-            problem = f"size {height}x{width} against latents of {' and '.join(map(str, table.shapes[place]))}"
+        place, size = int(starts[group]) + inner, [height // DOWNSCALE, width // DOWNSCALE]
+        shapes = [read[one][place].as_py() for one in SHAPES if read.num_columns > len(SHAPES)]
+        if any(shape is None or shape[-2:] != size for shape in shapes):
+            problem = f"size {height}x{width} against latents of {' and '.join(map(str, shapes))}"
             raise BadRow(problem, "latents of another size than the index says")
-        return self._names.index(file), place
-
-
-def _read_part(part: ParquetPart) -> _Part:
-    with open_part(part) as file:
-        names = tuple(file.schema_arrow.names)
-        if missing := [name for name in ("prompt", *LATENTS) if name not in names]:
-            raise InputError(f"{part.path}: no column {', '.join(missing)}; give the published cache")
-        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-        stated = [name for name in SHAPES if name in names]
-        with damage_named(part):
-            table = file.read(columns=["prompt", *stated])
-    shapes = None
-    if len(stated) == len(SHAPES):
-        shapes = list(zip(*(table.column(name).to_pylist() for name in SHAPES), strict=True))
-    return _Part(names, np.cumsum([0, *sizes]), table.column("prompt").to_pylist(), shapes)
+        return place
 
 
 def _parse_details(text: str | None) -> dict[str, Any]:
@@ -202,8 +171,5 @@ def _parse_details(text: str | None) -> dict[str, Any]:
     if not all(isinstance(count, int) and 0 <= count <= MAX_VOTES for count in counts) or not any(counts):
         return {}
     confidence = details.get("confidence")
-    return {
-        "votes_a": int(counts[0]),
-        "votes_b": int(counts[1]),
-        "confidence": float(confidence) if isinstance(confidence, int | float) else None,
-    }
+    confidence = float(confidence) if isinstance(confidence, int | float) else None
+    return {"votes_a": int(counts[0]), "votes_b": int(counts[1]), "confidence": confidence}

@@ -11,7 +11,16 @@ import pyarrow as pa
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError, did_you_mean, quoted
 from latentreward.data.readers.json_rows import SOURCES, edit_remark, list_sources, parse_number, parse_text, short
-from latentreward.data.readers.pair_rows import BAD_LABEL, NO_LABEL, BadRow, Pair, PairRowParser, Row, ranked_pairs
+from latentreward.data.readers.pair_rows import (
+    BAD_LABEL,
+    NO_LABEL,
+    BadRow,
+    Pair,
+    PairRowParser,
+    Row,
+    compare,
+    ranked_pairs,
+)
 from latentreward.data.readers.rows import SCORED_AXES, RowReader
 from latentreward.data.readers.tables import Source, find_list, open_table, read_list, source_name
 
@@ -33,29 +42,17 @@ MARKS = dict.fromkeys(("1", "1.0", "yes", "true"), 0.5) | dict.fromkeys(NO_TIE, 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of the fields of a set of edits; ``FIELD.0`` is the first item of a list, ``FIELD.NAME`` that of an object.
+    """Names of the fields of a set; ``FIELD.0`` is the first item of a list, ``FIELD.NAME`` that of an object."""
 
-    Attributes:
-        prompt: Instruction.
-        source: Picture to edit, or a list of them.
-        images: The two results; a single field is a list of all results of one instruction, ranked by ``verdict``.
-        verdict: Who won; empty where the first result is the better one.
-        models: Names of the two generators.
-        axes: Axis → scores of the two results.
-        tie: Field that marks ties in spite of the order.
-        group: Field whose text, up to its first ``_``, is the group of pairs that a benchmark counts together.
-        tags: Fields by which a benchmark's report splits the pairs.
-    """
-
-    prompt: str
-    source: str
-    images: tuple[str, ...]
-    verdict: str = ""
-    models: tuple[str, ...] = ()
-    axes: Mapping[Axis, tuple[str, str]] = field(default_factory=dict)
-    tie: str = ""
-    group: str = ""
-    tags: tuple[str, ...] = ()
+    prompt: str  # instruction
+    source: str  # picture to edit, or a list of them
+    images: tuple[str, ...]  # the two results; a single field is a list of all results, ranked by ``verdict``
+    verdict: str = ""  # who won; empty where the first result is the better one
+    models: tuple[str, ...] = ()  # names of the two generators
+    axes: Mapping[Axis, tuple[str, str]] = field(default_factory=dict)  # scores of the two results
+    tie: str = ""  # marks ties in spite of the order
+    group: str = ""  # its text, up to the first ``_``, is the group of pairs that a benchmark counts together
+    tags: tuple[str, ...] = ()  # by which a benchmark's report splits the pairs
 
     def columns(self) -> list[str]:
         """Return the fields without images, those that every file must have first."""
@@ -170,10 +167,11 @@ class EditPairReader(RowReader):
             raise InputError(f"layout is {layout!r}{did_you_mean(layout, LAYOUTS)}; choose from {', '.join(LAYOUTS)}")
         found = layout or find_layout(names)
         if found is None or not LAYOUTS[found].fits(names):
-            there = f"it has {', '.join(sorted(map(str, names))[:12])}"
-            raise InputError(
-                f"{name}: has not the fields of {layout or 'a known set of edits'} ({quoted(there)}); {HINT}"
+            there, wanted = (
+                quoted(f"it has {', '.join(sorted(map(str, names))[:12])}"),
+                layout or "a known set of edits",
             )
+            raise InputError(f"{name}: has not the fields of {wanted} ({there}); {HINT}")
         self.source, self.layout, self.axis = found, LAYOUTS[found], axis
         if axis != "overall" and not names.issuperset(self.layout.axes.get(axis, [""])):
             raise InputError(f"axis: {name} has no scores of {axis}; set overall, by which its pairs are judged")
@@ -184,8 +182,7 @@ class EditPairReader(RowReader):
             table.open_images(images)
             self.images_in = table, images
             self.sources_in = (table, self.layout.source) if self.sources == "read" else None
-        prompt = {"prompt": self.layout.prompt}
-        check = self.check_path if file else None
+        prompt, check = {"prompt": self.layout.prompt}, self.check_path if file else None
         self._parser = PairRowParser(self, self._pairs, columns=prompt, sources=None, check_image=check)
         scores = dict.fromkeys((f"{axis}_{side}" for axis in SCORED_AXES for side in "ab"), pa.float64())
         self.table = self._parser.table(rows, {**scores, "tags": pa.list_(pa.string())})
@@ -201,40 +198,30 @@ class EditPairReader(RowReader):
         return self.embedded_images([_value(values, image) for image in self.layout.images])
 
     def _pairs(self, name: str, row: dict[str, Any]) -> Sequence[Pair]:
-        layout = self.layout
+        layout, parser = self.layout, self._parser
         shared: Pair = {"winner_first": not layout.verdict, **self._facts(row)}
         shared |= {f"model_{side}": parse_text(row.get(one)) for side, one in zip("ab", layout.models, strict=False)}
         if layout.group and (group := parse_text(row.get(layout.group))):
             shared["group_id"] = group.partition("_")[0]
         images, verdict = [_value(row, image) for image in layout.images], _value(row, layout.verdict)
-        pairs: Sequence[Pair] = [shared]
-        try:
-            if self.images_in is None and self.sources == "read":
-                given = {SOURCES[0]: row.get(layout.source)}
-                self._parser.edited(name, shared, *list_sources(given, SOURCES[:1]))
-            if len(images) > 1:
-                if self.images_in is None:
-                    shared["image_a"], shared["image_b"] = map(parse_text, images)
-                    for side, image in zip("ab", images, strict=True):
-                        self._parser.check_image(name, f"image_{side}", image)  # type: ignore[misc]
-                if (label := self._judge(row, verdict)) is None:
-                    self.remark(name, NO_LABEL)
-                shared["label"] = label
-            elif (ranks := _ranks(verdict, images[0])) is None:
+        if self.images_in is None and self.sources == "read":
+            shared |= parser.edited(name, *list_sources({SOURCES[0]: row.get(layout.source)}, SOURCES[:1]))
+        if len(images) == 1:
+            if (ranks := _ranks(verdict, images[0])) is None:
                 raise BadRow(f"{layout.verdict} is {short(verdict)}, no ranking of {layout.images[0]}", NO_RANKING)
-            else:
-                pairs = ranked_pairs(name, [*map(parse_text, images[0])], ranks, group_id=name, **shared)
-        except BadRow as error:
-            error.pairs = pairs
-            raise
-        return pairs
+            return ranked_pairs(name, [*map(parse_text, images[0])], ranks, group_id=name, **shared)
+        for side, image in zip("ab", images if self.images_in is None else (), strict=False):
+            shared[f"image_{side}"] = parse_text(image)
+            parser.check_image(name, f"image_{side}", image)  # type: ignore[misc]
+        if (label := self._judge(row, verdict)) is None:
+            self.remark(name, NO_LABEL)
+        return [{**shared, "label": label}]
 
     def _facts(self, row: Mapping[str, Any]) -> Pair:
         """Return the published scores and tags of a row, those that it has."""
         facts: Pair = {}
         for axis, scores in self.layout.axes.items():
-            numbers = [parse_number(row.get(score)) for score in scores]
-            facts |= {f"{axis}_a": numbers[0], f"{axis}_b": numbers[1]}
+            facts |= {f"{axis}_{side}": parse_number(row.get(one)) for side, one in zip("ab", scores, strict=True)}
         tags = [text for tag in self.layout.tags if (text := parse_text(row.get(tag)))]
         return {**facts, "tags": tags} if tags else facts
 
@@ -242,8 +229,7 @@ class EditPairReader(RowReader):
         """Return the label of a row's first result, None for no label; raise BadRow for what is no verdict."""
         layout = self.layout
         if self.axis != "overall":
-            first, second = (parse_number(row.get(score)) for score in layout.axes[self.axis])
-            return None if first is None or second is None else 0.5 + 0.5 * ((first > second) - (first < second))
+            return compare(*(parse_number(row.get(score)) for score in layout.axes[self.axis]))
         if layout.tie:
             field, value, meanings = layout.tie, row.get(layout.tie), MARKS
         elif not layout.verdict:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,73 +63,76 @@ class FolderPairReader(RowReader):
     def __init__(self, root: PathText, split: str | None = None, **options: Any) -> None:
         super().__init__("folder", split or "", **options)
         self.folder = Path(root, split) if split else Path(root)
-        files, self._unread, edits = {}, list[str](), (self.folder / SOURCE).is_dir()
+        files, told, edits = {}, list[str](), (self.folder / SOURCE).is_dir()
         self.check_inside(root, self.folder, self.folder / CAPTIONS_FILE)
         for side in SIDES:
             if not (place := self.folder / side).is_dir():
                 whole = split and Path(root, side).is_dir()
                 fix = (
-                    "set split: null, and data.val_share in place of data.val"
-                    if whole
-                    else "put the images of pairs there"
+                    "set split: null, and data.val_share in place of data.val" if whole else "put images of pairs there"
                 )
                 raise InputError(f"root: no folder {place}; {fix}")
         for side in (*SIDES, SOURCE) if edits and self.sources == "read" else SIDES:
-            files[side], told = find_pictures(self.folder / side)
-            self._unread += [f"{side}/: {remark}" for remark in told]
+            files[side], unread = find_pictures(self.folder / side)
+            told += [f"{side}/: {remark}" for remark in unread]
         names = sorted({name for side in SIDES for name in files[side]})
-        captions: dict[str, Caption] | None = None
-        if (self.folder / CAPTIONS_FILE).is_file():
-            captions = {}
-            for line, text in read_lines(self.folder / CAPTIONS_FILE):
-                row = parse_line(text)
-                name, prompt = (row.get("name"), row.get("prompt")) if isinstance(row, dict) else (None, None)
-                if isinstance(name, str) and (caption := parse_text(prompt)) is not None:
-                    note_caption(captions, one_form(name), caption, CAPTIONS_FILE)
-                else:
-                    problem = 'the line is not an object with the texts "name" and "prompt"'
-                    self.refuse(f"{CAPTIONS_FILE}:{line}", problem, "caption line not readable")
-        parser = PairRowParser(self, partial(self._pair, files), sources=None)
-        rows = ((name, number, {"prompt": "", "captions": captions}) for number, name in enumerate(names))
+        captions = self._read_captions() if (self.folder / CAPTIONS_FILE).is_file() else None
+        parser = PairRowParser(self, partial(self._pair, files, captions, told), sources=None)
+        rows = ((name, number, {"prompt": ""}) for number, name in enumerate(names))
         binary = pa.large_binary()  # names of files need not be UTF-8
         self.table = parser.table(rows, {"image_a": binary, "image_b": binary, "sources": pa.list_(binary)})
         if alone := sorted(set(captions or ()).difference(names)):
-            self._unread.append(f"{CAPTIONS_FILE}: no picture for {len(alone)} names, such as {short(alone[0])}")
+            told.append(f"{CAPTIONS_FILE}: no picture for {len(alone)} names, such as {short(alone[0])}")
         if edits and self.sources == "ignore":
             self.remarks[edit_remark(f"{SOURCE}/")] += len(self)
         remedy = "give chosen/ and rejected/ images of equal names, with captions"
-        self.report(str(self.folder), "; ".join([f"root: no pairs in {self.folder}", *self._unread, remedy]))
-        if self._unread:
-            logger.warning("%s: %s", printable(str(self.folder)), "; ".join(self._unread))
+        self.report(str(self.folder), "; ".join([f"root: no pairs in {self.folder}", *told, remedy]))
+        if told:
+            logger.warning("%s: %s", printable(str(self.folder)), "; ".join(told))
 
-    def _pair(self, files: dict[str, dict[str, list[str]]], name: str, row: dict[str, Any]) -> list[Pair]:
+    def _read_captions(self) -> dict[str, Caption]:
+        captions: dict[str, Caption] = {}
+        for line, text in read_lines(self.folder / CAPTIONS_FILE):
+            row = parse_line(text)
+            name, prompt = (row.get("name"), row.get("prompt")) if isinstance(row, dict) else (None, None)
+            if isinstance(name, str) and (caption := parse_text(prompt)) is not None:
+                note_caption(captions, one_form(name), caption, CAPTIONS_FILE)
+            else:
+                problem = 'the line is not an object with the texts "name" and "prompt"'
+                self.refuse(f"{CAPTIONS_FILE}:{line}", problem, "caption line not readable")
+        return captions
+
+    def _pair(
+        self,
+        files: dict[str, dict[str, list[str]]],
+        captions: dict[str, Caption] | None,
+        told: Sequence[str],
+        name: str,
+        row: dict[str, Any],
+    ) -> list[Pair]:
         """Return the pair of a name, which is ``SPLIT/NAME`` with a split."""
-        found, captions = {side: paths.get(name, []) for side, paths in files.items()}, row["captions"]
-        image_a, image_b, *sources = (os.fsencode(paths[0] if paths else "") for paths in found.values())
-        pair: Pair = {"pair_id": encodable(f"{self.split}/{name}" if self.split else name), "label": 1.0}
-        pair |= {"image_a": image_a, "image_b": image_b, "sources": sources, "prompt": None}
+        found = {side: paths.get(name, []) for side, paths in files.items()}
+        for side, paths in found.items():
+            if len(paths) != 1:
+                reason = f"{'several images' if paths else 'no image'} in {side}/"
+                problem = f"{'several images' if paths else 'no image'} of this name in {side}/"
+                raise BadRow("; ".join([problem, *told]), reason)
         prompt, odd = (captions or {}).get(name, NO_TEXT)
+        if odd:
+            raise BadRow(odd, "several captions")
         try:
             texts = (self.folder / folder / f"{name}.txt" for folder in (CAPTIONS, SIDES[0]) if captions is None)
             prompt = next((text for file in texts if (text := read_caption(file, self.root)) is not None), prompt)
-            problem, reason = odd, "several captions" if odd else ""
         except UnreadableTextError as error:
-            problem, reason = str(error), "caption not readable"
-        if prompt is None and not reason:
-            problem = f"no caption in {CAPTIONS_FILE}, {CAPTIONS}/{name}.txt or chosen/{name}.txt"
-            reason = "no caption"
-        elif len(prompt or "") > self.max_prompt_chars:
-            problem, reason, prompt = f"prompt has {len(prompt or '')} characters", "prompt too long", None
-        for side, paths in found.items():
-            if len(paths) != 1:
-                what = "several images" if paths else "no image"
-                problem, reason = f"{what} of this name in {side}/", f"{what} in {side}/"
-                problem = "; ".join([problem, *self._unread])
-                break
-        pair["prompt"] = prompt
-        if reason:
-            raise BadRow(problem, reason, [pair])
-        return [pair]
+            raise BadRow(str(error), "caption not readable") from error
+        if prompt is None:
+            raise BadRow(f"no caption in {CAPTIONS_FILE}, {CAPTIONS}/{name}.txt or chosen/{name}.txt", "no caption")
+        if len(prompt) > self.max_prompt_chars:
+            raise BadRow(f"prompt has {len(prompt)} characters", "prompt too long")
+        image_a, image_b, *sources = (os.fsencode(paths[0]) for paths in found.values())
+        pair_id = encodable(f"{self.split}/{name}" if self.split else name)
+        images = {"image_a": image_a, "image_b": image_b, "sources": sources}
+        return [{"pair_id": pair_id, "prompt": prompt, "label": 1.0, **images}]
 
 
 def note_caption(captions: dict[str, Caption], name: str, text: str, table: str) -> None:

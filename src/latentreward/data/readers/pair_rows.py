@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import combinations, islice
 from typing import Any
 
@@ -71,39 +70,37 @@ class BadRow(ValueError):
     Args:
         problem: Field and value that break it.
         reason: Short name of the problem, without values, under which rows are counted.
-        pairs: What ``on_error: placeholder`` keeps of the row.
     """
 
-    def __init__(self, problem: str, reason: str, pairs: Sequence[Pair] = ({},)) -> None:
+    def __init__(self, problem: str, reason: str) -> None:
         super().__init__(problem)
-        self.problem, self.reason, self.pairs = problem, reason, pairs
+        self.problem, self.reason = problem, reason
 
 
-@contextmanager
-def keeping(pairs: Sequence[Pair]) -> Iterator[None]:
-    """Let ``on_error: placeholder`` keep ``pairs`` of a row that breaks a rule inside the block."""
-    try:
-        yield
-    except BadRow as error:
-        error.pairs = pairs
-        raise
+class WholeNumbersError(InputError):
+    """Labels of the column ``name`` that are whole numbers: many programs number the winner so."""
+
+    def __init__(self, name: str) -> None:
+        told = "holds whole numbers, which may be probabilities of a or the number of the winner"
+        super().__init__(f"{name} {told}; say which by labels, e.g. labels: {{1: a, 0: b}} or {{0: a, 1: b}}")
 
 
 class PairRowParser:
     """Parser of rows to the table of a reader; ``on_error`` is applied to a row here, and nowhere else.
 
-    Without ``pairs_of``, a row is one pair of your own: ``chosen`` and ``rejected``, or ``image_a``, ``image_b`` and
-    ``label``.
+    Under ``placeholder``, a bad row keeps its place, or those of its pairs, without labels; images that it names are
+    kept only if the fault is not in them.
 
     Args:
         reader: Reader whose ``on_error`` applies to the rows.
         pairs_of: Function of a row's name and fields that returns its pairs, or raises :class:`BadRow`; the prompt is
-            added to them.
+            added to them. Without it, a row is one pair of your own, see :meth:`own_pair`.
         columns: Field → name under which rows have it, where it is another one.
         sources: Fields with pictures to edit that are read; any other such field is refused. None looks for none.
         check_image: Function of a row's name, a field and its value that applies ``on_error`` to what is no path of an
             image; None checks nothing.
         labels: Label as a row has it → ``a``, ``b``, ``tie`` or a probability.
+        unique: Whether a ``pair_id`` must not occur again.
     """
 
     def __init__(
@@ -115,9 +112,10 @@ class PairRowParser:
         sources: Sequence[str] | None = SOURCES,
         check_image: Callable[[str, str, Any], None] | None = None,
         labels: Mapping[Any, Any] | None = None,
+        unique: bool = True,
     ) -> None:
         self.reader, self.pairs_of, self.check_image = reader, pairs_of or self.own_pair, check_image
-        self.columns = columns or {}
+        self.columns, self.unique = columns or {}, unique
         self.prompt = self.columns.get("prompt", "prompt")
         self.sources = sources if sources is None or reader.sources == "read" else ()
         self.labels = None if labels is None else parse_labels(labels)
@@ -127,8 +125,11 @@ class PairRowParser:
 
     def table(self, rows: Iterable[Row], columns: Mapping[str, pa.DataType] | None = None) -> pa.Table:
         """Parse all rows to a table with the columns of ``INDEX``, and more ``columns``, that are not all null."""
+        schema, parts = pa.schema({**INDEX, **(columns or {})}), []
         pairs = (pair for row in rows for pair in self.parse(*row))
-        table = pack(pairs, pa.schema({**INDEX, **(columns or {})}))
+        while some := list(islice(pairs, ROWS_AT_ONCE)):
+            parts.append(pa.Table.from_pylist(some, schema))
+        table = pa.concat_tables([schema.empty_table(), *parts])
         self._seen.clear()
         if self._whole == {True}:
             raise WholeNumbersError("label")
@@ -141,28 +142,23 @@ class PairRowParser:
         used |= {f"{name[:-1]}{side}" for name in used if name[-2:] in ("_a", "_b") for side in "ab"}
         return table.select([name for name in table.column_names if name in ALWAYS or name in used])
 
-    def parse(self, name: str, number: int, content: Any, stream: bool = False) -> list[Pair]:
-        """Parse a row to its pairs, applying ``on_error``; a ``pair_id`` of a ``stream`` may occur again."""
-        reader, row, bad = self.reader, content if isinstance(content, dict) else {}, None
-        prompt: str | None = None
+    def parse(self, name: str, number: int, content: Any) -> list[Pair]:
+        """Parse a row to its pairs, applying ``on_error``."""
+        reader, row, prompt = self.reader, content if isinstance(content, dict) else {}, None
+        bad, pairs = None, list[Pair]()
         try:
             prompt = self._prompt(name, content)
             self._check_edit(name, row)
         except BadRow as error:
             bad = error
-        reader.quiet = bad is not None
-        try:
-            pairs = self.pairs_of(name, row) if bad is None or reader.on_error == "placeholder" else ()
-        except BadRow as error:
-            bad, pairs = bad or error, error.pairs
-        reader.quiet = False
+        if bad is None or (reader.on_error == "placeholder" and row):
+            try:
+                pairs = [*self.pairs_of(name, row)]
+            except BadRow as error:
+                bad = bad or error
         if bad is not None:
             reader.refuse(name, bad.problem, bad.reason)
-            if reader.on_error == "skip":
-                return []
-            pairs = [{**pair, "label": None} for pair in pairs]
-        if stream:
-            self._seen.clear()
+            pairs = [] if reader.on_error == "skip" else [{**pair, "label": None} for pair in pairs or [{}]]
         return [{"row": number, "pair_id": name, "prompt": prompt, **pair} for pair in pairs]
 
     def _check_edit(self, name: str, row: Mapping[str, Any]) -> None:
@@ -179,11 +175,12 @@ class PairRowParser:
         """Return a row's prompt, None for an empty one; raise BadRow for an unsound one."""
         if not isinstance(row, dict):
             raise BadRow(row if isinstance(row, str) else f"{short(row)} is no JSON object", NO_OBJECT)
-        reader, prompt = self.reader, row.get(self.prompt)
+        most, prompt = self.reader.max_prompt_chars, row.get(self.prompt)
         if isinstance(prompt, str):
-            if len(prompt) > reader.max_prompt_chars:
-                raise BadRow(f"prompt has {len(prompt)} characters, more than max_prompt_chars="
-                             f"{reader.max_prompt_chars}", "prompt too long")  # fmt: skip
+            if len(prompt) > most:
+                raise BadRow(
+                    f"prompt has {len(prompt)} characters, more than max_prompt_chars={most}", "prompt too long"
+                )
             return parse_text(prompt)
         if prompt is not None:
             raise BadRow(f"prompt is {short(prompt)}, not text", "prompt is no text")
@@ -192,7 +189,7 @@ class PairRowParser:
             if (other := next(filter(OTHER_PROMPT.fullmatch, texts), None)) is not None:
                 problem = f"it has no prompt, but {short(other)}; rename that to prompt"
                 raise BadRow(problem, "prompt under another name")
-        reader.remark(name, NO_PROMPT)
+        self.reader.remark(name, NO_PROMPT)
         return None
 
     def own_pair(self, name: str, row: Mapping[str, Any]) -> list[Pair]:
@@ -204,23 +201,22 @@ class PairRowParser:
         pair: Pair = {field: parse_text(text) for field in TEXTS if (text := row.get(field)) is not None}
         pair |= {"winner_first": images is WINNER_FIRST, "label": 1.0, "confidence": self._confidence(name, row)}
         pair["image_a"], pair["image_b"] = map(parse_text, values)
-        with keeping([pair]):
-            if pair_id := parse_text(row.get("pair_id")):
-                if pair_id in self._seen:
-                    raise BadRow(f"pair_id {short(pair_id)} occurred before", "pair_id occurs twice")
+        if pair_id := parse_text(row.get("pair_id")):
+            if pair_id in self._seen:
+                raise BadRow(f"pair_id {short(pair_id)} occurred before", "pair_id occurs twice")
+            if self.unique:
                 self._seen.add(pair_id)
-                pair["pair_id"] = pair_id
-            if self.check_image is not None:
-                for field, value in zip(images, values, strict=True):
-                    self.check_image(name, self.columns.get(field, field), value)
-            if self.sources:
-                self.edited(name, pair, *list_sources(row, self.sources))
-            if images is BY_LABEL:
-                pair["label"] = self._label(name, row)
-            elif row.get("label") is not None:
-                self.reader.remark(name, "label not read (chosen and rejected say who won)")
-            self._weigh(name, pair, row)
-        return [pair]
+            pair["pair_id"] = pair_id
+        if self.check_image is not None:
+            for field, value in zip(images, values, strict=True):
+                self.check_image(name, self.columns.get(field, field), value)
+        if self.sources:
+            pair |= self.edited(name, *list_sources(row, self.sources))
+        if images is BY_LABEL:
+            pair["label"] = self._label(name, row)
+        elif row.get("label") is not None:
+            self.reader.remark(name, "label not read (chosen and rejected say who won)")
+        return [pair | self._weigh(name, row)]
 
     def _confidence(self, name: str, row: Mapping[str, Any]) -> float | None:
         if (value := _value(row.get("confidence"))) is None:
@@ -230,34 +226,33 @@ class PairRowParser:
             return None
         return number
 
-    def _weigh(self, name: str, pair: Pair, row: Mapping[str, Any]) -> None:
-        """Add weight and votes to a pair; raise BadRow for a weight that is none, or too many votes."""
+    def _weigh(self, name: str, row: Mapping[str, Any]) -> Pair:
+        """Return weight and votes of a row; raise BadRow for a weight that is none, or too many votes."""
+        found: Pair = {}
         if (weight := row.get("weight")) is not None:
             if (number := parse_number(weight)) is None or number < 0:
                 raise BadRow(f"weight is {short(weight)}, not a number of 0 or more", "weight not readable")
-            pair["weight"] = number
+            found["weight"] = number
         if (votes := _value(row.get("votes"))) is None:
-            return
+            return found
         votes = parse_json(votes, votes) if isinstance(votes, str) else votes
         counts = list(map(parse_number, votes)) if isinstance(votes, list) else []
         whole = [int(count) for count in counts if count is not None and count >= 0 and count % 1 == 0]
         if len(whole) != 2 or len(counts) != 2:
             self.reader.remark(name, "votes not readable")
-        elif max(whole) > MAX_VOTES:
+            return found
+        if max(whole) > MAX_VOTES:
             raise BadRow(f"votes is {short(whole)}, more than {MAX_VOTES} for an image", "too many votes")
-        else:
-            pair["votes_a"], pair["votes_b"] = whole
+        return found | {"votes_a": whole[0], "votes_b": whole[1]}
 
-    def edited(self, name: str, pair: Pair, field: str, values: Sequence[Any]) -> None:
-        """Add the pictures of a field to a pair that edits them; raise BadRow for too many."""
-        if values:
-            pair["sources"] = [parse_text(value) or "" for value in values[:MOST_SOURCES]]
+    def edited(self, name: str, field: str, values: Sequence[Any]) -> Pair:
+        """Return the column of the pictures to edit in a field, none without; raise BadRow for too many."""
         if len(values) > MOST_SOURCES:
             problem = f"{field} has {len(values)} pictures to edit, more than {MOST_SOURCES}"
             raise BadRow(problem, "too many pictures to edit")
-        if self.check_image is not None:
-            for value in values:
-                self.check_image(name, field, value)
+        for value in values if self.check_image is not None else ():
+            self.check_image(name, field, value)  # type: ignore[misc]
+        return {"sources": [parse_text(value) or "" for value in values]} if values else {}
 
     def _label(self, name: str, row: Mapping[str, Any]) -> float | None:
         """Return the label of a row's first image, None with a remark if there is none; raise BadRow for another."""
@@ -296,12 +291,9 @@ def parse_labels(labels: Mapping[Any, Any]) -> dict[str, float]:
     return found  # type: ignore[return-value]
 
 
-class WholeNumbersError(InputError):
-    """Labels of the column ``name`` that are whole numbers: many programs number the winner so."""
-
-    def __init__(self, name: str) -> None:
-        told = "holds whole numbers, which may be probabilities of a or the number of the winner"
-        super().__init__(f"{name} {told}; say which by labels, e.g. labels: {{1: a, 0: b}} or {{0: a, 1: b}}")
+def compare(first: float | None, second: float | None) -> float | None:
+    """Return the label of the first of two images by their values, of which the larger is better; None without one."""
+    return None if first is None or second is None else 0.5 + 0.5 * ((first > second) - (first < second))
 
 
 def ranked_pairs(
@@ -314,12 +306,10 @@ def ranked_pairs(
     """
     pairs = []
     for i, j in combinations(range(len(images)), 2):
-        first, second = ranks[i], ranks[j]
-        label = None if first is None or second is None else 0.5 + 0.5 * ((first < second) - (first > second))
-        pair = {"pair_id": f"{name}:{i}-{j}", "image_a": images[i], "image_b": images[j], "label": label}
-        if fields is not None:
-            for side, place in (("a", i), ("b", j)):
-                pair |= {f"{field}_{side}": value for field, value in fields[place].items()}
+        pair = {"pair_id": f"{name}:{i}-{j}", "image_a": images[i], "image_b": images[j]}
+        pair["label"] = compare(ranks[j], ranks[i])
+        for side, place in (("a", i), ("b", j)) if fields else ():
+            pair |= {f"{field}_{side}": value for field, value in fields[place].items()}  # type: ignore[index]
         pairs.append(pair | shared)
     return pairs
 
@@ -336,26 +326,19 @@ def parse_ranks(reader: PairReader, name: str, field: str, value: Any, count: in
     return ranks
 
 
-def choice(reader: PairReader, name: str, labels: Sequence[Any], names: Sequence[str]) -> float | None:
+def choice(reader: PairReader, name: str, labels: Mapping[str, Any]) -> float | None:
     """Return the label of the first image by the labels of both, None with a remark; raise BadRow outside [0, 1]."""
-    for one, label in zip(names, labels, strict=True):
+    for one, label in labels.items():
         if label is not None and not 0 <= label <= 1:
             raise BadRow(f"{one} is {label}, not in [0, 1]", "label outside [0, 1] or NaN")
-    if None in labels:
+    first, second = labels.values()
+    if first is None or second is None:
         reader.remark(name, "unlabelled (null label)")
-    elif abs(sum(labels) - 1) > TOLERANCE:
+    elif abs(first + second - 1) > TOLERANCE:
         reader.remark(name, "unlabelled (labels do not add up to 1)")
     else:
-        return labels[0]
+        return first
     return None
-
-
-def pack(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Pack rows into a table with the columns of ``schema``; a missing value is null."""
-    parts, left = [schema.empty_table()], iter(rows)
-    while some := list(islice(left, ROWS_AT_ONCE)):
-        parts.append(pa.Table.from_pylist(some, schema))
-    return pa.concat_tables(parts)
 
 
 def batches(table: pa.Table) -> Iterator[dict[str, Any]]:

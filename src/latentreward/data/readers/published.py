@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError
-from latentreward.core.storage.hub import is_hub_id
 from latentreward.core.storage.user_files import find_files, whole_file
 from latentreward.data.images import NO_IMAGE
-from latentreward.data.readers.json_rows import parse_json, parse_number, parse_rows, parse_text, short
+from latentreward.data.readers.json_rows import parse_number, parse_rows, parse_text, short
 from latentreward.data.readers.pair_rows import (
     NO_OBJECT,
     BadRow,
@@ -22,27 +21,24 @@ from latentreward.data.readers.pair_rows import (
     PairRowParser,
     Row,
     choice,
-    keeping,
     parse_ranks,
     ranked_pairs,
 )
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     HINT,
+    Columns,
     ParquetPart,
     Source,
+    SplitTable,
     damage_named,
-    fetch_files,
     open_table,
     read_list,
-    source_name,
-    table_rows,
-    warn_row_groups,
 )
 from latentreward.data.readers.tars import ImageArchives
 
 TEXT, LONG = pa.string(), pa.large_string()
-PICKAPIC: dict[str, pa.DataType | None] = {
+PICKAPIC: Columns = {
     "caption": LONG,
     "has_label": pa.bool_(),
     **dict.fromkeys(("label_0", "label_1"), pa.float64()),
@@ -51,16 +47,13 @@ PICKAPIC: dict[str, pa.DataType | None] = {
     "are_different": pa.bool_(),
     **dict.fromkeys(("model_0", "model_1"), TEXT),
 }
-GENAI: dict[str, pa.DataType | None] = {"prompt": LONG, "left_model": TEXT, "right_model": TEXT, "vote_type": TEXT}
+GENAI: Columns = {"prompt": LONG, "left_model": TEXT, "right_model": TEXT, "vote_type": TEXT}
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
 WITHOUT_IMAGES = (
     "this is the copy without images: take the copy with images, or set images to none for prompts and labels"
 )
-RATED, OLDER_FILE = "_HumanRating", "GenAI-Bench.parquet"
 LOWEST, HIGHEST = 1, 5
 SKILLS = ("basic", "advanced")
-PARTS = {"train": 32, "validation": 2, "test": 2}
-"""Number of zip files of each published split of ImageRewardDB."""
 HPDV3 = {
     "prompt": "prompt",
     "chosen": "path1",
@@ -71,6 +64,19 @@ HPDV3 = {
     "confidence": "confidence",
     "source_images": "source_images",
 }
+
+
+def fill_from_table(
+    reader: RowReader, table: SplitTable, columns: Columns, images: Sequence[str], parser: PairRowParser, **kept: Any
+) -> None:
+    """Give a reader the pairs of a published table, and let it find its images there; ``kept`` are facts by type."""
+    memory_map = kept.pop("memory_map")
+    table.check_images(images, HINT)
+    rows = table.records(columns, HINT)
+    if images:
+        table.open_images(images, memory_map)
+        reader.images_in = table, images
+    reader.fill(rows, table.name, f"split: {table.name} has no rows left; check the files", parser, kept)
 
 
 class PickAPicReader(RowReader):
@@ -93,10 +99,10 @@ class PickAPicReader(RowReader):
             Without it, a row in random order costs its row group, of hundreds of rows in the published files.
         images: ``read``, which training needs, reads the images. ``none`` does not, for score tables, for
             ``latentreward inspect``, and for the copy of the data set that is published without images.
-        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
-    exif = "ignore"
+    exif, winner_first = "ignore", False
 
     def __init__(
         self,
@@ -110,32 +116,28 @@ class PickAPicReader(RowReader):
         images: Literal["read", "none"] = "read",
         **options: Any,
     ) -> None:
-        super().__init__("pickapic", split, randomise_sides=False, seed=0, **options)
+        super().__init__("pickapic", split, **options)
+        self._drop, self._weigh = drop_identical, weight == "per_prompt"
         self.holds = "images" if images == "read" else "nothing"
-        self._drop, self._weight, name = drop_identical, weight == "per_prompt", f"{source_name(source)} {split}"
         columns = ("jpg_0", "jpg_1") if images == "read" else ()
         table = open_table(self, source, split, revision)
-        rows = table_rows(self, table, PICKAPIC, columns, memory_map, WITHOUT_IMAGES)
-        if columns and not memory_map:
-            warn_row_groups(table, columns, name)
-        empty = f"split: {name} has no rows left; check the files and drop_identical"
+        table.check_images(columns, HINT, WITHOUT_IMAGES)
         parser = PairRowParser(self, self._pairs, columns={"prompt": "caption"}, sources=None)
-        self.fill(rows, name, empty, parser, label_0=pa.float64())
+        fill_from_table(self, table, PICKAPIC, columns, parser, memory_map=memory_map, label_0=pa.float64())
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
         uids = row["image_0_uid"], row["image_1_uid"]
         if self._drop and (row["are_different"] is False or (uids[0] is not None and uids[0] == uids[1])):
             self.skipped["identical images"] += 1
             return []
-        examples = row["num_example_per_prompt"] if self._weight else None
+        examples = row["num_example_per_prompt"] if self._weigh else None
         pair = {"image_a": uids[0], "image_b": uids[1], "model_a": row["model_0"], "model_b": row["model_1"]}
         pair |= {"label_0": row["label_0"], "weight": 1 / examples if examples and examples > 0 else None}
-        if not row["has_label"]:
+        if row["has_label"]:
+            pair["label"] = choice(self, name, {label: row[label] for label in ("label_0", "label_1")})
+        else:
             self.remark(name, "unlabelled (has_label is not true)")
-            return [pair]
-        names = ("label_0", "label_1")
-        with keeping([pair]):
-            return [{**pair, "label": choice(self, name, [row[one] for one in names], names)}]
+        return [pair]
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         if self.holds == "images":
@@ -146,43 +148,30 @@ class PickAPicReader(RowReader):
 class GenAIBenchReader(RowReader):
     """Reader of TIGER-Lab's GenAI-Bench, votes on pairs of generated images; the left image is a, the right one b.
 
-    A row is unlabelled if its ``vote_type`` is null or not a known vote. An image is named by a hash of its bytes.
+    Both bad is a tie (½), as ``tievote`` is; :meth:`facts` returns the votes themselves. A row is unlabelled if its
+    ``vote_type`` is null or not a known vote. An image is named by a hash of its bytes.
 
     Args:
         source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`; the
             files may lie in ``image_generation/``.
         split: ``test`` or ``test_v1``.
         revision: Commit, tag or branch of the hub data set, so that the data cannot change.
-        both_bad: Label for the vote ``bothbad_vote``: ``tie`` gives ½, as for ``tievote``; ``unlabelled`` gives no
-            label. :meth:`facts` returns the votes themselves.
-        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
-    exif = "ignore"
+    exif, winner_first = "ignore", False
 
-    def __init__(
-        self,
-        source: Source,
-        split: str = "test",
-        *,
-        revision: str | None = None,
-        both_bad: Literal["tie", "unlabelled"] = "tie",
-        **options: Any,
-    ) -> None:
-        super().__init__("genai_bench_tiger", split, randomise_sides=False, seed=0, **options)
+    def __init__(self, source: Source, split: str = "test", *, revision: str | None = None, **options: Any) -> None:
+        super().__init__("genai_bench_tiger", split, **options)
         table = open_table(self, source, split, revision, "image_generation")
-        rows = table_rows(self, table, GENAI, ("left_image", "right_image"))
-        votes = {kind: label for kind, label in VOTES.items() if both_bad == "tie" or kind != "bothbad_vote"}
+        parser = PairRowParser(self, self._pairs, sources=None)
+        fill_from_table(self, table, GENAI, ("left_image", "right_image"), parser, memory_map=False, vote=TEXT)
 
-        def pairs(name: str, row: dict[str, Any]) -> list[Pair]:
-            if (vote := row["vote_type"]) not in votes:
-                self.remark(name, f"unlabelled (vote_type is none of {', '.join(votes)})")
-            models = {"model_a": row["left_model"], "model_b": row["right_model"]}
-            return [{**models, "label": votes.get(vote), "vote": vote}]
-
-        name = f"{source_name(source)} {split}"
-        parser = PairRowParser(self, pairs, sources=None)
-        self.fill(rows, name, f"split: {name} has no rows; check the files", parser, vote=TEXT)
+    def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
+        if (vote := row["vote_type"]) not in VOTES:
+            self.remark(name, f"unlabelled (vote_type is none of {', '.join(VOTES)})")
+        models = {"model_a": row["left_model"], "model_b": row["right_model"]}
+        return [{**models, "label": VOTES.get(vote), "vote": vote}]
 
 
 class GenAIBenchCMUReader(RowReader):
@@ -191,14 +180,13 @@ class GenAIBenchCMUReader(RowReader):
     A row with n models (six as published) gives n (n − 1) / 2 pairs, in the order of the models' names, with the row's
     ``Index`` as ``group_id``. Equal means are a tie (½). Pairs of an image without ratings are unlabelled; a null
     rating is left out of the mean, and one that is no number from 1 to 5 makes the row bad. An image is named by a hash
-    of its bytes. The older revision, with a text column ``{model}_HumanRating`` for each model, can be read too.
+    of its bytes.
 
     Args:
-        source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`; also a
-            folder with ``GenAI-Bench.parquet``.
+        source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`.
         split: Name of the split; only ``train`` is published, although the data set is a benchmark.
         revision: Commit, tag or branch of the hub data set, so that the data cannot change.
-        memory_map: Copy the images once into the cache of ``datasets``, see ``DatasetPairReader``.
+        memory_map: Copy the images once into the cache of ``datasets``, see :class:`PickAPicReader`.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
@@ -214,78 +202,38 @@ class GenAIBenchCMUReader(RowReader):
         **options: Any,
     ) -> None:
         super().__init__("genai_bench_cmu", split, **options)
-        if isinstance(source, str) and Path(source, OLDER_FILE).is_file():
-            source = str(Path(source, OLDER_FILE))
         table = open_table(self, source, split, revision)
         (place, schema), *_ = table.schemas()
-        self.models, columns = _cmu_columns(place, schema)
-        rows = table_rows(self, table, columns, self.models, memory_map)
-        prompt = "Prompt" if "Prompt" in columns else "prompt"
-        parser = PairRowParser(self, self._pairs, columns={"prompt": prompt}, sources=None)
-        name = f"{source_name(source)} {split}"
-        empty = f"split: {name} has no pairs left; check the files"
-        self.fill(rows, name, empty, parser, tags=pa.list_(TEXT))
+        kind = schema.field("HumanRatings").type if "HumanRatings" in schema.names else pa.null()
+        if not pa.types.is_struct(kind):
+            raise InputError(f"{place}: no column HumanRatings of each model's ratings; {HINT}")
+        self.models = sorted(field.name for field in kind)
+        columns = {"Index": TEXT, "Prompt": LONG, "HumanRatings": None}
+        columns |= {"Tags": None} if "Tags" in schema.names else {}
+        parser = PairRowParser(self, self._pairs, columns={"prompt": "Prompt"}, sources=None)
+        fill_from_table(self, table, columns, self.models, parser, memory_map=memory_map, tags=pa.list_(TEXT))
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         table, _ = self.images_in  # type: ignore[misc]
+        if row.get("model_a") is None:  # a placeholder
+            return [ImageRef("")] * 2
         return self.embedded_images(table.read(row["row"], [row["model_a"], row["model_b"]]))
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
-        if "HumanRatings" in row:
-            row_id, found = row["Index"], row["HumanRatings"] or {}
-            ratings = [found.get(model) for model in self.models]
-        else:  # the older revision
-            row_id, ratings = row["id"], [row[model + RATED] for model in self.models]
-        # Either revision names the skills, of which an advanced one makes the prompt advanced.
-        skills = row.get("Tags") or {kind: row.get(f"{kind}_skills") for kind in SKILLS}
-        basic, advanced = (_texts(skills.get(kind)) for kind in SKILLS)
+        # An advanced skill makes the prompt advanced.
+        basic, advanced = ([skill for skill in (row.get("Tags") or {}).get(kind) or () if skill] for kind in SKILLS)
         tags = [SKILLS[bool(advanced)], *basic, *advanced] if basic or advanced else []
-        group: Pair = {"group": name, "group_id": row_id, "tags": tags}
-        fields, images = [{"model": model} for model in self.models], [None] * len(self.models)
-        means, bad = list[float | None](), None
-        for model, rating in zip(self.models, ratings, strict=True):
-            try:
-                means.append(_mean(rating))
-            except ValueError:
-                bad = bad or f"ratings of {model} are {short(rating)}, not numbers from 1 to 5"
-        if bad is not None:
-            raise BadRow(bad, "rating not readable", ranked_pairs(name, images, images, fields, **group))
-        if missing := means.count(None):
+        ratings, ranks = row["HumanRatings"] or {}, list[float | None]()
+        for model in self.models:
+            given = [parse_number(rating) for rating in ratings.get(model) or () if rating is not None]
+            if not all(number is not None and LOWEST <= number <= HIGHEST for number in given):
+                told = f"ratings of {model} are {short(ratings[model])}, not numbers from {LOWEST} to {HIGHEST}"
+                raise BadRow(told, "rating not readable")
+            ranks.append(-sum(given) / len(given) if given else None)  # type: ignore[arg-type]
+        if missing := ranks.count(None):
             self.remarks["image without ratings"] += missing
-        ranks = [None if mean is None else -mean for mean in means]
-        return ranked_pairs(name, images, ranks, fields, **group)
-
-
-def _cmu_columns(place: str, schema: pa.Schema) -> tuple[list[str], dict[str, pa.DataType | None]]:
-    """Return the sorted names of rated models, and the columns without images to read; for either revision."""
-    tags = {name: None for name in ("Tags", *(f"{kind}_skills" for kind in SKILLS)) if name in schema.names}
-    if "HumanRatings" in schema.names and pa.types.is_struct(kind := schema.field("HumanRatings").type):
-        models = sorted(kind.field(number).name for number in range(kind.num_fields))
-        return models, {"Index": TEXT, "Prompt": LONG, "HumanRatings": None, **tags}
-    models = sorted(name.removesuffix(RATED) for name in schema.names if name.endswith(RATED))
-    if not models:
-        raise InputError(f"{place}: no column HumanRatings; {HINT}")
-    return models, {"id": TEXT, "prompt": LONG, **{model + RATED: None for model in models}, **tags}
-
-
-def _texts(value: Any) -> list[str]:
-    """Convert a list of texts, or a text with a JSON list or words separated by commas, to a list of texts."""
-    if isinstance(value, str):
-        value = parse_json(value, [part.strip(" '\"[]") for part in value.split(",")])
-    return [item for item in value if isinstance(item, str) and item] if isinstance(value, list) else []
-
-
-def _mean(ratings: Any) -> float | None:
-    """Return the mean over raters, None without ratings; raise ValueError if one is not a number from 1 to 5."""
-    ratings = parse_json(ratings, ratings) if isinstance(ratings, str) else ratings
-    if ratings is None:
-        return None
-    if not isinstance(ratings, list):
-        raise ValueError(ratings)
-    numbers = [parse_number(rating) for rating in ratings if rating is not None]
-    if any(number is None or not LOWEST <= number <= HIGHEST for number in numbers):
-        raise ValueError(ratings)
-    return sum(numbers) / len(numbers) if numbers else None  # type: ignore[arg-type]
+        models = [{"model": model} for model in self.models]
+        return ranked_pairs(name, [None] * len(models), ranks, models, group=name, group_id=row["Index"], tags=tags)
 
 
 class HPDv3Reader(RowReader):
@@ -332,30 +280,21 @@ class HPDv3Reader(RowReader):
             return [pair]
 
         parser = PairRowParser(self, pairs, columns=HPDV3, sources=("source_images",), check_image=self.check_path)
-        self.fill(
-            read_list(file), str(file), f"split: {file} has no rows left; check the file and min_confidence", parser
-        )
+        empty = f"split: {file} has no rows left; check the file and min_confidence"
+        self.fill(read_list(file), str(file), empty, parser)
 
 
 def ranked_files(
-    reader: RowReader,
-    name: str,
-    row: Mapping[str, Any],
-    fields: tuple[str, str],
-    count: int | None = None,
-    **shared: Any,
+    reader: RowReader, name: str, row: Mapping[str, Any], fields: tuple[str, str], count: int | None = None
 ) -> tuple[list[str | None], Sequence[float | None]]:
     """Return the paths and ranks in two ``fields`` of a row, ``count`` if given; raise BadRow for others."""
     paths = row.get(fields[0])
     if not isinstance(paths, list) or count not in (None, len(paths)):
-        nothing = [None] * (count or 0)
         problem = f"{fields[0]} is {short(paths)}, not {'a list of' if count is None else count} paths"
-        raise BadRow(problem, f"{fields[0]} not readable", ranked_pairs(name, nothing, nothing, **shared))
+        raise BadRow(problem, f"{fields[0]} not readable")
     for path in paths:
         reader.check_path(name, fields[0], path)
-    images = [*map(parse_text, paths)]
-    with keeping(ranked_pairs(name, images, [None] * len(images), **shared)):
-        return images, parse_ranks(reader, name, fields[1], row.get(fields[1]), len(paths))
+    return [*map(parse_text, paths)], parse_ranks(reader, name, fields[1], row.get(fields[1]), len(paths))
 
 
 class HPDv2Reader(RowReader):
@@ -370,34 +309,26 @@ class HPDv2Reader(RowReader):
 
     Args:
         root: Folder with ``{split}.json`` and, in ``{split}/``, the images of the unpacked ``{split}.tar.gz``; images
-            outside ``{split}/`` are not opened. Otherwise the id of a hub data set with those files.
+            outside ``{split}/`` are not opened.
         split: ``train`` or ``test``.
         images: Folder of the images if it is not ``{split}/``, e.g. for a split of your own made from ``train.json``.
-        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
-        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
-    exif = "ignore"
+    exif, winner_first = "ignore", False
 
-    def __init__(
-        self, root: PathText, split: str, *, images: PathText | None = None, revision: str | None = None, **options: Any
-    ) -> None:
-        super().__init__("hpdv2", split, randomise_sides=False, seed=0, **options)
-        if Path(root).is_dir() or not is_hub_id(root):
-            file, folder = Path(root, f"{split}.json"), Path(root, split)
-            self.check_inside(root, file, folder)
-        else:
-            (file,) = fetch_files(root, [f"{split}.json"], revision)
-            (folder,) = fetch_files(root, [f"{split}.tar.gz"], revision, extract=True)
-            folder = folder / split if (folder / split).is_dir() else folder
-        self.folder, self.prefix = Path(images) if images else folder, f"{Path(images).name if images else split}/"
-        rows = [(f"{split}.json:{number}", number, row) for _, number, row in read_list(file)]
+    def __init__(self, root: PathText, split: str, *, images: PathText | None = None, **options: Any) -> None:
+        super().__init__("hpdv2", split, **options)
+        file, self.folder = Path(root, f"{split}.json"), Path(images) if images else Path(root, split)
+        self.check_inside(root, file, *([] if images else [self.folder]))
+        self.prefix = f"{self.folder.name}/"
+        rows = [*read_list(file)]
         ranked = any("image_path" in row for _, _, row in rows if isinstance(row, dict))
         parser = PairRowParser(self, self._ranked if ranked else self._compared, sources=())
         self.fill(rows, str(file), f"split: {file} has no pairs left; give the published file", parser)
 
     def _compared(self, name: str, row: dict[str, Any]) -> list[Pair]:
-        images, shares = ranked_files(self, name, row, ("file_path", "human_preference"), 2, pair_id=name, group=name)
+        images, shares = ranked_files(self, name, row, ("file_path", "human_preference"), 2)
         label = shares[0]
         if None not in shares and tuple(shares) not in {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}:
             self.remark(name, "unlabelled (human_preference is neither a choice nor a tie)")
@@ -405,9 +336,8 @@ class HPDv2Reader(RowReader):
         return [{"image_a": images[0], "image_b": images[1], "label": label, "group": name}]
 
     def _ranked(self, name: str, row: dict[str, Any]) -> list[Pair]:
-        shared = {"group": name, "group_id": name}
-        images, ranks = ranked_files(self, name, row, ("image_path", "rank"), **shared)
-        pairs = ranked_pairs(name, images, ranks, **shared)
+        images, ranks = ranked_files(self, name, row, ("image_path", "rank"))
+        pairs = ranked_pairs(name, images, ranks, group=name, group_id=name)
         for pair, votes in zip(pairs, self._votes(name, row.get("raw_annotations"), len(images)), strict=False):
             pair["votes_a"], pair["votes_b"] = votes
         return pairs
@@ -452,9 +382,9 @@ class ImageRewardReader(RowReader):
         self.fill(read_list(file), str(file), f"root: {file} has no pairs left; give the published file", parser)
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
-        shared = {"group": name, "group_id": name if row.get("id") is None else parse_text(str(row["id"]))}
-        images, ranks = ranked_files(self, name, row, ("generations", "ranking"), **shared)
-        return ranked_pairs(name, images, ranks, **shared)
+        images, ranks = ranked_files(self, name, row, ("generations", "ranking"))
+        group_id = name if row.get("id") is None else parse_text(str(row["id"]))
+        return ranked_pairs(name, images, ranks, group=name, group_id=group_id)
 
 
 class ImageRewardDBReader(RowReader):
@@ -468,29 +398,19 @@ class ImageRewardDBReader(RowReader):
     that its part does not hold, counts as an unreadable image. The images of a prompt are bad together.
 
     Args:
-        source: Folder with ``images/{split}/{split}_{i}.zip``; otherwise the id of a hub data set with those files.
+        source: Folder with ``images/{split}/{split}_{i}.zip``.
         split: ``train``, ``validation`` or ``test``.
         parts: Numbers of the parts to read, e.g. ``[1, 2]`` of train's 1 to 32 for a smaller training set. By default
             all parts are read, and parts that the metadata name but the folder lacks fall under ``on_error``.
-        revision: Commit, tag or branch of the hub data set, so that the data cannot change.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
     exif = "ignore"
 
-    def __init__(
-        self,
-        source: PathText,
-        split: str,
-        *,
-        parts: Sequence[int] | None = None,
-        revision: str | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, source: PathText, split: str, *, parts: Sequence[int] | None = None, **options: Any) -> None:
         super().__init__("imagerewarddb", split, **options)
-        places, metadata = _find_parts(source, split, parts, revision), Path(source, f"metadata-{split}.parquet")
-        if Path(source).is_dir():
-            self.check_inside(source, metadata, *places, *(place / f"{place.name}.json" for place in places))
+        places, metadata = _find_parts(source, split, parts), Path(source, f"metadata-{split}.parquet")
+        self.check_inside(source, metadata, *places, *(place / f"{place.name}.json" for place in places))
         self._archives = ImageArchives(places, self.allow_outside)
         rows = self._read_metadata(metadata, parts) if metadata.is_file() else self._read_parts()
         parser = PairRowParser(self, self._pairs, sources=None)
@@ -548,22 +468,14 @@ class ImageRewardDBReader(RowReader):
             yield prompt_id, number, group
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
-        images, shared = row["images"], {"group": name, "group_id": name}
-        with keeping(ranked_pairs(name, images, [None] * len(images), **shared)):
-            ranks = parse_ranks(self, name, "rank", row["ranks"], len(images))
-        return ranked_pairs(name, images, ranks, **shared)
+        ranks = parse_ranks(self, name, "rank", row["ranks"], len(row["images"]))
+        return ranked_pairs(name, row["images"], ranks, group=name, group_id=name)
 
 
-def _find_parts(source: PathText, split: str, parts: Sequence[int] | None, revision: str | None) -> list[Path]:
-    folder, named = Path(source, "images", split), re.escape(split)
-    if not Path(source).is_dir() and is_hub_id(source):
-        if split not in PARTS:
-            raise InputError(f"split: no {split!r} in {source}; choose from {', '.join(PARTS)}")
-        numbers = range(1, PARTS[split] + 1) if parts is None else parts
-        return fetch_files(str(source), [f"images/{split}/{split}_{number}.zip" for number in numbers], revision)
-    found: dict[int, Path] = {}
+def _find_parts(source: PathText, split: str, parts: Sequence[int] | None) -> list[Path]:
+    folder, found = Path(source, "images", split), dict[int, Path]()
     for path in reversed(find_files(folder, "*")):  # a folder comes after its zip file and replaces it
-        number = re.fullmatch(rf"{named}_(\d+)(\.zip)?", path.name)
+        number = re.fullmatch(rf"{re.escape(split)}_(\d+)(\.zip)?", path.name)
         if number and (path.is_dir() or number[2]):
             found[int(number[1])] = path
     if missing := [number for number in parts or () if number not in found]:

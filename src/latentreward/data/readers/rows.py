@@ -1,7 +1,7 @@
 """Base class of the readers of this package: a table with a row per pair, whose images are found row by row."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -45,16 +45,16 @@ class RowReader(PairReader):
     Args:
         source: Name of the data set.
         split: Name of the split.
-        randomise_sides: Exchange images a and b of each row with probability ½, by a random number that depends on
-            ``seed`` and the row's ``pair_id``. Without it, the image that the file names first is always a. In files
-            that name the preferred image first, a model that always prefers a would then always be right. A column
-            ``winner_first`` limits the exchange to rows where it is true.
+        randomise_sides: Exchange images a and b of each row whose file names the preferred image first with probability
+            ½, by a random number that depends on ``seed`` and the row's ``pair_id``. Without it, a model that always
+            prefers a would always be right.
         seed: Seed of the random exchange.
         allow_outside: Whether rows may name files outside their folder, and links in it may lead out of it.
         options: ``on_error``, ``max_prompt_chars``, ``exif`` and ``sources``, see :class:`PairReader`.
     """
 
     table: pa.Table
+    winner_first = True  # whether files name the preferred image first, where no column of this name tells it
     folder: Any = None  # path of the folder of images that are files; None if there is none
     prefix = ""  # start of the names of these images
     images_in: tuple[Any, Sequence[str]] | None = None  # table and two columns of images in bytes, if there is one
@@ -71,12 +71,14 @@ class RowReader(PairReader):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.source, self.split, self.randomise_sides, self.seed = source, split, randomise_sides, seed
-        self.allow_outside = allow_outside
+        self.source, self.split, self.seed, self.allow_outside = source, split, seed, allow_outside
+        self.randomise_sides = randomise_sides and self.winner_first
 
-    def fill(self, rows: Iterable[Row], told: str, empty: str, parser: PairRowParser, **columns: pa.DataType) -> None:
-        """Parse all rows to the table, with more ``columns``, and report what was left out."""
-        self.table = parser.table(rows, columns)
+    def fill(
+        self, rows: Iterable[Row], told: str, empty: str, parser: PairRowParser, more: Mapping[str, Any] | None = None
+    ) -> None:
+        """Parse all rows to the table, with ``more`` columns, and report what was left out."""
+        self.table = parser.table(rows, more)
         self.report(told, empty)
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
@@ -107,24 +109,20 @@ class RowReader(PairReader):
         names = keys if keys and len(keys) == len(values) else [None] * len(values)
         return [embedded_image(one, key, self.file_image) for one, key in zip(values, names, strict=True)]
 
-    def has_files(self) -> bool:
-        """Tell whether the images are files of :attr:`folder`."""
-        return self.folder is not None and self.images_in is None
-
     def missing_files(self, rows: Iterable[int]) -> list[tuple[int, str]]:
+        if self.folder is None or self.images_in is not None:
+            return []
         numbers, listed, missing = [*map(int, rows)], dict[str, set[str]](), list[tuple[int, str]]()
-        columns = [name for name in ("image_a", "image_b", "sources") if name in self.table.column_names]
-        for column in columns if self.has_files() else ():
-            for row, value in zip(
-                numbers, self.table[column].take(pa.array(numbers, pa.int64())).to_pylist(), strict=True
-            ):
+        for column in {"image_a", "image_b", "sources"}.intersection(self.table.column_names):
+            values = self.table[column].take(pa.array(numbers, pa.int64())).to_pylist()
+            for row, value in zip(numbers, values, strict=True):
                 for path in map(os.fsdecode, filter(None, value if isinstance(value, list) else [value])):
                     place, _, name = path.rpartition("/")
                     if place not in listed:  # one listing of a folder costs less than looking for each of its files
                         listed[place] = _names(self.folder / place)
                     if name not in listed[place] and not self.file_image(path).path.exists():  # type: ignore[union-attr]
                         missing.append((row, path))
-        return missing
+        return sorted(missing)
 
     @property
     def root(self) -> Any:
@@ -157,7 +155,7 @@ class RowReader(PairReader):
         found = zip(self.find_images(row), (row.get("noise_a"), row.get("noise_b")), strict=True)
         image_a, image_b = (image if noise is None else replace(image, noise=noise) for image, noise in found)
         sources, prompt = self.find_sources(row), row["prompt"] or ""
-        votes_a, votes_b, weight = row.get("votes_a"), row.get("votes_b"), row.get("weight")
+        votes, weight = (row.get("votes_a"), row.get("votes_b")), row.get("weight")
         pair = PreferencePair(
             pair_id=row["pair_id"],
             prompt=EditPrompt(prompt, sources) if sources else prompt,
@@ -166,7 +164,7 @@ class RowReader(PairReader):
             label_a=row["label"],
             weight=1.0 if weight is None else weight,
             group_id=row.get("group_id"),
-            votes=None if votes_a is None or votes_b is None else (votes_a, votes_b),
+            votes=None if None in votes else votes,  # type: ignore[arg-type]
             confidence=row.get("confidence"),
             model_a=row.get("model_a"),
             model_b=row.get("model_b"),
@@ -191,25 +189,18 @@ class RowReader(PairReader):
 
     def prompts(self) -> list[str]:
         """Return the raw prompt of every row; pictures in bytes that it edits are named without their bytes."""
-        prompts, named = [prompt or "" for prompt in self.table.column("prompt").to_pylist()], self.name_sources()
+        prompts, named = [prompt or "" for prompt in self.table.column("prompt").to_pylist()], self._named
         return [EditPrompt(prompt, named[row]) if named.get(row) else prompt for row, prompt in enumerate(prompts)]
-
-    def name_sources(self) -> dict[int, list[ImageRef]]:
-        """Return references, without bytes, to the pictures that the images of rows are edits of, by row."""
-        if self.sources_in is not None:
-            return self._named
-        if "sources" not in self.table.column_names:
-            return {}
-        rows = enumerate(self.table.column("sources").to_pylist())
-        return {row: self.find_sources({"sources": paths}) for row, paths in rows if paths}
 
     @cached_property
     def _named(self) -> dict[int, list[ImageRef]]:
-        """Pictures to edit in bytes, by row; those without names are read once, and no other column is."""
-        table, column = self.sources_in or (None, "")
-        (alone := copy(table)).open_images([column])
+        """References, without bytes, to the pictures that rows edit, by row; those in bytes without names are read."""
         known = "sources" in self.table.column_names
         keys = self.table["sources"].to_pylist() if known else [None] * len(self)
+        if self.sources_in is None:
+            return {row: self.find_sources({"sources": paths}) for row, paths in enumerate(keys) if paths}
+        table, column = self.sources_in
+        (alone := copy(table)).open_images([column])  # no other column is read
         named = {}
         for place, row in enumerate(self.table["row"].to_pylist()):
             read = () if keys[place] else self.embedded_images(alone.read(row)[0])
@@ -232,11 +223,11 @@ class RowReader(PairReader):
     @cached_property
     def exchanged(self) -> np.ndarray:
         """Whether the images of each row are exchanged, ``(len,)`` bool; a million rows take 4 s, once."""
-        exchanged = np.zeros(len(self), dtype=bool)
-        if self.randomise_sides:
-            exchanged[:] = coin_flips(self.seed, "side", 0, self.pair_ids())
+        exchanged = np.full(len(self), self.randomise_sides)
         if "winner_first" in self.table.column_names:
-            exchanged &= self.table.column("winner_first").to_numpy()
+            exchanged &= self.table.column("winner_first").fill_null(False).to_numpy()
+        if exchanged.any():
+            exchanged &= np.asarray(coin_flips(self.seed, "side", 0, self.pair_ids()), dtype=bool)
         return exchanged
 
 

@@ -5,9 +5,8 @@ import json
 import logging
 import os
 import re
-from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,12 @@ from latentreward.data.readers.rows import RowReader
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+
+Source = PathText | Any
+"""Folder, file or hub id; from Python also a ``Dataset`` or ``DatasetDict`` of the library ``datasets``."""
+Columns = Mapping[str, pa.DataType | None]
+"""Names of columns without images → types to cast to; None keeps the files' type."""
 
 MAX_OPEN_FILES = 32
 VIEWS = {pa.binary_view(): pa.large_binary(), pa.string_view(): pa.large_string()}
@@ -38,6 +43,16 @@ LEAST_LIMIT, EXPANSION = 2**30, 20
 """Bytes of values that are read at once from a file of any size, and how many more for each byte of the file."""
 KEPT_BYTES = 64 * 2**20
 """Decoded row groups that :class:`RowGroupColumns` keeps, in bytes; at least the last one is kept."""
+LARGE_ROW_GROUP = 64 * 2**20
+"""Bytes of a row group above which reading rows in random order is slow."""
+HINT = "give the published files, or read your own by DatasetPairReader"
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""Files by which ``save_to_disk`` marks the folder of a data set, and the folder of several splits."""
+SAVE_AGAIN = "write it again with save_to_disk"
+LISTS = (".json", ".jsonl", ".csv", ".tsv")
+"""Suffixes of tables of text; :func:`read_list` reads them."""
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException)
+"""Exceptions that ``datasets`` raises on a damaged folder."""
 
 
 @dataclass(frozen=True)
@@ -52,49 +67,69 @@ class ParquetPart:
         return glob.escape(str(self.path.absolute()))
 
 
-def find_parts(source: str, split: str, revision: str | None = None, config: str | None = None) -> list[ParquetPart]:
-    """Find the parquet files of a split, in the order of their names.
+def find_parts(
+    reader: RowReader, source: str, split: str, revision: str | None = None, config: str | None = None
+) -> list[ParquetPart]:
+    """Find the parquet files of a split, by name; missing ones of numbered files fall under the reader's ``on_error``.
 
     A ``source`` is a folder that holds ``{split}-*.parquet`` or ``{split}.parquet``, directly or in its subfolder
     ``data/`` (or the subfolder ``config``, if given); or one parquet file, or a pattern of files with ``*``, ``?`` or
     ``[]``; otherwise the id of a hub data set, whose files of this split are downloaded.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        places = (folder / (config or "data"), folder)
-        for place in places:
-            paths, whole = find_files(place, f"{split}-*.parquet"), place / f"{split}.parquet"
-            if paths and whole.is_file():
-                raise InputError(
-                    f"split: {place} has {whole.name} and {paths[0].name}; set source to one file, or move one away"
-                )
-            if paths or whole.is_file():
-                return [ParquetPart(path.name, path) for path in paths or [whole]]
-        raise InputError(
-            f"split: no {split}-*.parquet or {split}.parquet in {places[1]} or {places[0]}; check the split and the "
-            f"folder, or give a pattern{nested_pattern(folder)}"
-        )
-    if not folder.is_file() and glob.has_magic(source):
-        # Rows are named by their file's name, which must therefore differ.
+    place = Path(source)
+    if place.is_dir():
+        paths = _in_folder(place, split, config)
+        reader.check_inside(place, *paths)
+    elif not place.is_file() and glob.has_magic(source):
         paths = find_files(*split_pattern(source))
         if not paths:
             raise InputError(f"source: no file matches {source}; give a pattern such as data/*.parquet")
-        if twice := next((name for name, files in Counter(path.name for path in paths).items() if files > 1), None):
-            raise InputError(
-                f"source: {source} matches several files {twice}; rows are named by their file, so rename them"
-            )
-        return [ParquetPart(path.name, path) for path in paths]
-    if folder.is_file() or folder.suffix == ".parquet":
-        return [ParquetPart(folder.name, folder)]
-    if not is_hub_id(source):
+        names = Counter(path.name for path in paths)
+        if len(names) < len(paths):
+            told = f"{source} matches several files {names.most_common(1)[0][0]}"
+            raise InputError(f"source: {told}; rows are named by their file, so rename them")
+        reader.check_inside(split_pattern(source)[0], *paths)
+    elif place.is_file() or place.suffix == ".parquet":
+        paths = [place]
+    elif is_hub_id(source):
+        return _all_there(reader, source, split, _fetch(source, split, revision, config))
+    else:
         raise InputError(f"source: no folder {source!r}, and no hub id either; set it to the folder of the data set")
-    return [ParquetPart(*file) for file in fetch_split(source, split, ".parquet", revision, config)]
+    return _all_there(reader, source, split, [ParquetPart(path.name, path) for path in paths])
 
 
-def fetch_split(
-    source: str, split: str, ending: str, revision: str | None = None, config: str | None = None
-) -> list[tuple[str, Path]]:
-    """Download all files of a split of a hub data set; return (published file name, local path) of each, by URL."""
+def _in_folder(folder: Path, split: str, config: str | None) -> list[Path]:
+    for place in (folder / (config or "data"), folder):
+        paths, whole = find_files(place, f"{split}-*.parquet"), place / f"{split}.parquet"
+        if paths and whole.is_file():
+            told = f"{place} has {whole.name} and {paths[0].name}"
+            raise InputError(f"split: {told}; set source to one file, or move one away")
+        if paths or whole.is_file():
+            return paths or [whole]
+    raise InputError(
+        f"split: no {split}-*.parquet or {split}.parquet in {folder} or {folder / (config or 'data')}; check the split "
+        f"and the folder, or give a pattern{nested_pattern(folder)}"
+    )
+
+
+def _all_there(reader: RowReader, source: str, split: str, parts: list[ParquetPart]) -> list[ParquetPart]:
+    found = {match[0] for part in parts for match in re.finditer(r"\d{5}-of-\d{5}", part.name)}
+    totals = {name[-5:] for name in found}
+    if missing := sorted({f"{n:05d}-of-{total}" for total in totals for n in range(int(total))} - found):
+        names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        problem = f"{split} lacks {len(missing)} of its parquet parts ({names}); download them"
+        reader.refuse(source, problem, "parquet part missing", len(missing))
+    return parts
+
+
+def nested_pattern(folder: Path) -> str:
+    """Return the pattern of the first parquet file below a folder, for messages; an empty text if there is none."""
+    first = next((path for path in find_files(folder, "**/*.parquet") if not path.is_dir()), None)
+    return f", such as {first.parent / '*.parquet'}" if first else ""
+
+
+def _fetch(source: str, split: str, revision: str | None, config: str | None) -> list[ParquetPart]:
+    """Download all files of a split of a hub data set."""
     from datasets import DownloadManager, load_dataset_builder  # slow to import
 
     try:
@@ -105,16 +140,9 @@ def fetch_split(
     except (OSError, ValueError) as error:
         problem = f"source: no folder {source!r}, and the hub does not give it"
         raise InputError(f"{problem}: {first_line(error)}") from error
-    if not urls or not all(url.endswith(ending) for url in urls):
-        kind, splits = ending.removeprefix("."), ", ".join(map(str, files))
-        raise InputError(f"split: no {kind} files of {split!r} in {source!r}; it has {splits}")
-    return [(url.rsplit("/", 1)[-1], Path(path)) for url, path in zip(urls, paths, strict=True)]
-
-
-def nested_pattern(folder: Path) -> str:
-    """Return the pattern of the first parquet file below a folder, for messages; an empty text if there is none."""
-    first = next((path for path in find_files(folder, "**/*.parquet") if not path.is_dir()), None)
-    return f", such as {first.parent / '*.parquet'}" if first else ""
+    if not urls or not all(url.endswith(".parquet") for url in urls):
+        raise InputError(f"split: no parquet files of {split!r} in {source!r}; it has {', '.join(map(str, files))}")
+    return [ParquetPart(url.rsplit("/", 1)[-1], Path(path)) for url, path in zip(urls, paths, strict=True)]
 
 
 def open_part(part: ParquetPart) -> pq.ParquetFile:
@@ -128,10 +156,8 @@ def open_part(part: ParquetPart) -> pq.ParquetFile:
     try:
         json.loads((schema.metadata or {}).get(b"huggingface", b"null"))
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{part.path}: field huggingface of the metadata is no JSON ({first_line(error)}); write the file again "
-            "without it"
-        ) from error
+        told = f"field huggingface of the metadata is no JSON ({first_line(error)})"
+        raise InputError(f"{part.path}: {told}; write the file again without it") from error
     return file
 
 
@@ -150,19 +176,16 @@ def plain_features(part: ParquetPart, columns: Sequence[str] | None = None) -> A
 
     with open_part(part) as file:
         schema = file.schema_arrow
-    found = Features.from_arrow_schema(
-        pa.schema([field.with_type(plain_type(field.type)) for field in schema], metadata=schema.metadata)
-    )
+    fields = [field.with_type(plain_type(field.type)) for field in schema]
+    found = Features.from_arrow_schema(pa.schema(fields, metadata=schema.metadata))
     return Features({name: found[name] for name in columns or schema.names})
 
 
-def read_parquet(
-    parts: Sequence[ParquetPart], columns: dict[str, pa.DataType | None], hint: str
-) -> tuple[pa.Table, np.ndarray]:
+def read_parquet(parts: Sequence[ParquetPart], columns: Columns, hint: str) -> tuple[pa.Table, np.ndarray]:
     """Read columns without images from all parts into one table; also return the rows before each part, ``(parts,)``.
 
-    ``columns`` are types to cast to by name, in the order of the result; None keeps the files' type, of several the one
-    that holds all values. ``hint`` is the remedy if a file lacks a column or has another type.
+    Of several types of a column, the one that holds all values is taken. ``hint`` is the remedy if a file lacks a
+    column or has another type.
     """
     tables = []
     for part in parts:
@@ -170,8 +193,8 @@ def read_parquet(
             if missing := [name for name in columns if name not in file.schema_arrow.names]:
                 raise InputError(f"{part.path}: no column {', '.join(missing)}; {hint}")
             with damage_named(part):
-                table = read_groups(file, part, columns, range(file.num_row_groups)).select(list(columns))
-        tables.append(cast_columns(table, columns, part.path, hint))
+                table = read_groups(file, part, list(columns), range(file.num_row_groups)).select(list(columns))
+        tables.append(cast_columns(table, columns, str(part.path), hint))
     starts = np.cumsum([0, *(table.num_rows for table in tables)])[:-1]
     try:
         return pa.concat_tables(tables, promote_options="permissive").combine_chunks(), starts
@@ -179,16 +202,15 @@ def read_parquet(
         raise InputError(f"{parts[0].path}: no types as in the other files ({first_line(error)}); {hint}") from error
 
 
-def cast_columns(table: pa.Table, columns: dict[str, pa.DataType | None], place: str, hint: str) -> pa.Table:
+def cast_columns(table: pa.Table, columns: Columns, place: str, hint: str) -> pa.Table:
     """Cast the columns of a table, which are those of ``columns`` in their order; see :func:`read_parquet`."""
     for number, (name, kind) in enumerate(columns.items()):
         found = table.column(name)
         try:
             found.validate(full=True)
         except pa.ArrowException as error:
-            raise InputError(
-                f"{place}: column {name} is damaged ({first_line(error)}); write it again, texts in UTF-8"
-            ) from error
+            told = f"column {name} is damaged ({first_line(error)})"
+            raise InputError(f"{place}: {told}; write it again, texts in UTF-8") from error
         try:
             new = found.cast(plain_type(found.type) if kind is None else kind)
             if kind == pa.bool_() and pa.types.is_primitive(found.type) and not new.cast(found.type).equals(found):
@@ -206,21 +228,21 @@ def row_group_bytes(file: pq.ParquetFile, number: int, columns: Sequence[str]) -
     return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
 
 
-def read_groups(file: pq.ParquetFile, part: ParquetPart, columns: Iterable[str], groups: Sequence[int]) -> pa.Table:
+def read_groups(file: pq.ParquetFile, part: ParquetPart, names: Sequence[str], groups: Sequence[int]) -> pa.Table:
     """Read columns of row groups; refuse values that take far more memory than the file has bytes."""
-    names, most = list(columns), LEAST_LIMIT + EXPANSION * part.path.stat().st_size
+    most = LEAST_LIMIT + EXPANSION * part.path.stat().st_size
     # One long value may stand in every row. Every batch repeats the values of a dictionary, which are no more than the
     # row group holds.
     repeating = [name for name in names if not pa.types.is_dictionary(file.schema_arrow.field(name).type)]
     largest = max([row_group_bytes(file, number, repeating) for number in groups], default=0)
     rows = min(2**16, max(1, LEAST_LIMIT // max(1, largest)))
-    batches, size = [], 0
+    found, size = [], 0
     for batch in file.iter_batches(rows, row_groups=groups, columns=names, use_threads=False):
         size += sum(map(plain_bytes, batch.columns))
         if size > most:
             raise ImageError(f"{part.path}: over {most} bytes of values in a file of far fewer; get it again")
-        batches.append(batch)
-    return pa.Table.from_batches(batches) if batches else file.read_row_groups([], names)
+        found.append(batch)
+    return pa.Table.from_batches(found) if found else file.read_row_groups([], names)
 
 
 def plain_bytes(values: pa.Array) -> int:
@@ -252,10 +274,6 @@ class RowGroupColumns:
     Reading a row decodes its whole row group, unless that is kept: small files are decoded once, and of large ones a
     group for each row in random order. Open files and decoded groups are not pickled; a forked worker process opens
     its own.
-
-    Args:
-        parts: Files with equal columns.
-        columns: Columns to read.
     """
 
     def __init__(self, parts: Sequence[ParquetPart], columns: Sequence[str]) -> None:
@@ -290,58 +308,75 @@ class RowGroupColumns:
         return type(self), (self.parts, self.columns)
 
 
-logger = logging.getLogger(__name__)
+class SplitTable:
+    """Rows of one split in parquet files, in the order of their numbers; images are read row by row."""
 
-Source = PathText | Any
-"""Folder, file or hub id; from Python also a ``Dataset`` or ``DatasetDict`` of the library ``datasets``."""
+    name = ""  # of source and split, for messages
 
-HINT = "give the published files, or read your own by DatasetPairReader"
-SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
-"""Files by which ``save_to_disk`` marks the folder of a data set, and the folder of several splits."""
-LARGE_ROW_GROUP = 64 * 2**20
-"""Bytes of a row group above which reading rows in random order is slow."""
-LOCATION = "hf://datasets/{}@{}"
-SAVE_AGAIN = "write it again with save_to_disk"
-LISTS = (".json", ".jsonl", ".csv", ".tsv")
-"""Suffixes of tables of text; :func:`read_list` reads them."""
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException)
-"""Exceptions that ``datasets`` raises on a damaged folder."""
+    def __init__(self, parts: Sequence[ParquetPart]) -> None:
+        self.parts = list(parts)
+        self._copy: SplitTable | None = None
 
-
-class SplitTable(ABC):
-    """Rows of one split, in the order of their numbers; images are read row by row."""
-
-    @abstractmethod
     def schemas(self) -> list[tuple[str, pa.Schema]]:
         """Return the name, for messages, and the schema of every file of the table."""
+        found = []
+        for part in self.parts:
+            with open_part(part) as file:
+                found.append((str(part.path), file.schema_arrow))
+        return found
 
-    @abstractmethod
-    def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
+    def read_index(self, columns: Columns, hint: str) -> pa.Table:
         """Read whole columns without images into one table, in the order of ``columns``; to be called once."""
+        table, self.starts = read_parquet(self.parts, columns, hint)
+        self.rows = len(table)
+        return table
 
-    @abstractmethod
     def row_names(self) -> Iterator[str]:
         """Yield the names of all rows, which do not depend on where the table lies; after :meth:`read_index`."""
+        counts = np.diff([*self.starts, self.rows]).tolist()
+        for part, count in zip(self.parts, counts, strict=True):
+            yield from (f"{part.name}:{row}" for row in range(count))
 
-    @abstractmethod
     def open_images(self, columns: Sequence[str], memory_map: bool = False) -> None:
         """Prepare :meth:`read` for columns of images; to be called after :meth:`read_index`.
 
         With ``memory_map``, they are copied once into the cache of ``datasets``, so that a row costs only this row.
+        Otherwise large row groups, whose bytes are decoded beside a row, are warned of.
         """
+        self._groups, self._copy = RowGroupColumns(self.parts, columns), None
+        if memory_map:
+            from datasets import load_dataset  # slow to import
 
-    @abstractmethod
+            files, features = [*map(ParquetPart.pattern, self.parts)], plain_features(self.parts[0], columns)
+            settings: dict[str, Any] = {"data_files": files, "columns": list(columns), "features": features}
+            self._copy = _DatasetTable(load_dataset("parquet", split="train", **settings), "", "")
+            self._copy.open_images(columns)
+            return
+        largest = 0
+        for part in self.parts:
+            with open_part(part) as file, damage_named(part):
+                largest = max([largest, *(row_group_bytes(file, n, columns) for n in range(file.num_row_groups))])
+        if largest > LARGE_ROW_GROUP:
+            text = "%s: a random row costs its row group, %d MiB; set memory_map to true to copy the images once"
+            logger.warning(text, self.name, largest >> 20)
+
     def read(self, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Return the values of ``columns`` (by default all of :meth:`open_images`) in a row."""
+        part, inner = self.place(row)
+        if self._copy is None:
+            return self._groups.read(part, inner, columns)
+        with damage_named(self.parts[part]):
+            return self._copy.read(row, columns)
 
-    def records(self, columns: Mapping[str, pa.DataType | None], hint: str) -> Iterator[Row]:
+    def place(self, row: int) -> tuple[int, int]:
+        """Return the number of a row's file, and of the row in it; after :meth:`read_index`."""
+        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return part, row - int(self.starts[part])
+
+    def records(self, columns: Columns, hint: str) -> Iterator[Row]:
         """Yield name, number and ``columns`` of every row; see :meth:`read_index`, which is called at once."""
-        index = self.read_index(dict(columns), hint)
-        return self._records(index)
-
-    def _records(self, index: pa.Table) -> Iterator[Row]:
-        for number, (name, row) in enumerate(zip(self.row_names(), batches(index), strict=True)):
-            yield name, number, row
+        index = self.read_index(columns, hint)
+        return ((name, n, row) for n, (name, row) in enumerate(zip(self.row_names(), batches(index), strict=True)))
 
     def check_images(self, columns: Sequence[str], hint: str, absent: str = "", lists: bool = False) -> None:
         """Check that columns hold images, in bytes or structs of ``datasets``, or ``lists`` of them; see the hints."""
@@ -352,7 +387,7 @@ class SplitTable(ABC):
             for name in columns:
                 kind = schema.field(name).type
                 if not holds_images(element_type(kind) if lists else kind):
-                    raise InputError(f"{place}: column {name} is {schema.field(name).type}, not images; {hint}")
+                    raise InputError(f"{place}: column {name} is {kind}, not images; {hint}")
 
 
 class _DatasetTable(SplitTable):
@@ -367,7 +402,7 @@ class _DatasetTable(SplitTable):
     def schemas(self) -> list[tuple[str, pa.Schema]]:
         return [(self._place, self._rows.features.arrow_schema)]
 
-    def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
+    def read_index(self, columns: Columns, hint: str) -> pa.Table:
         if missing := [name for name in columns if name not in self._rows.column_names]:
             raise InputError(f"{self._place}: no column {', '.join(missing)}; {hint}")
         try:
@@ -387,93 +422,51 @@ class _DatasetTable(SplitTable):
         return tuple(table.column(name)[0].as_py() for name in columns or self._images.column_names)
 
 
-class _ParquetTable(SplitTable):
-    """Table of the parquet files of a split, in the order of the rows."""
-
-    def __init__(self, parts: Sequence[ParquetPart]) -> None:
-        self.parts = list(parts)
-        self._copy: _DatasetTable | None = None
-
-    def schemas(self) -> list[tuple[str, pa.Schema]]:
-        found = []
-        for part in self.parts:
-            with open_part(part) as file:
-                found.append((str(part.path), file.schema_arrow))
-        return found
-
-    def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
-        table, self._starts = read_parquet(self.parts, columns, hint)
-        self._rows = len(table)
-        return table
-
-    def row_names(self) -> Iterator[str]:
-        rows = np.diff([*self._starts, self._rows]).tolist()
-        for part, count in zip(self.parts, rows, strict=True):
-            yield from (f"{part.name}:{row}" for row in range(count))
-
-    def open_images(self, columns: Sequence[str], memory_map: bool = False) -> None:
-        self._groups, self._copy = RowGroupColumns(self.parts, columns), None
-        if memory_map:
-            from datasets import load_dataset  # slow to import
-
-            files, features = [*map(ParquetPart.pattern, self.parts)], plain_features(self.parts[0], columns)
-            settings: dict[str, Any] = {"data_files": files, "columns": list(columns), "features": features}
-            self._copy = _DatasetTable(load_dataset("parquet", split="train", **settings), "", "")
-            self._copy.open_images(columns)
-
-    def read(self, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
-        part = int(np.searchsorted(self._starts, row, side="right")) - 1
-        if self._copy is None:
-            return self._groups.read(part, row - int(self._starts[part]), columns)
-        with damage_named(self.parts[part]):
-            return self._copy.read(row, columns)
-
-
 def open_table(
     reader: RowReader, source: Source, split: str, revision: str | None = None, config: str | None = None
 ) -> SplitTable:
-    """Find the table of a split; missing parquet parts fall under the reader's ``on_error``.
-
-    A ``source`` is a ``Dataset``, a ``DatasetDict`` with the split, a folder that ``save_to_disk`` wrote, or what
-    :func:`~latentreward.data.readers.tables.find_parts` takes.
-    """
+    """Find the table of a split: a ``Dataset``, a ``DatasetDict`` with it, a folder of ``save_to_disk``, or parquet."""
     set_folder(reader, source)
+    table = _find_table(reader, source, split, revision, config)
+    table.name = f"{source_name(source)} {split}"
+    return table
+
+
+def _find_table(reader: RowReader, source: Source, split: str, revision: str | None, config: str | None) -> SplitTable:
     if not isinstance(source, str | os.PathLike):
         return _DatasetTable(_choose_split(source, split), split, f"source ({type(source).__name__})")
-    places = [place for place in (Path(source), Path(source, split)) if (place / SAVED).is_file()]
-    if not places and Path(source, SAVED_SPLITS).is_file():
+    place = next((place for place in (Path(source), Path(source, split)) if (place / SAVED).is_file()), None)
+    if place is None and Path(source, SAVED_SPLITS).is_file():
         names = ", ".join(saved_splits(Path(source))) or "none"
         raise InputError(f"split: no {split!r} in {source}; it has {names}")
-    if not places:
-        return _ParquetTable(find_all_parts(reader, str(source), split, revision, config))
+    if place is None:
+        return SplitTable(find_parts(reader, str(source), split, revision, config))
     from datasets import Dataset  # slow to import
 
     try:  # no code of the folder runs, and no file outside it is read
-        reader.check_inside(source, places[0] / SAVED)
-        files = [file["filename"] for file in json.loads((places[0] / SAVED).read_bytes())["_data_files"]]
-        reader.check_inside(source, *(places[0] / name for name in files))
-        return _DatasetTable(Dataset.load_from_disk(str(places[0])), split, str(places[0]))
+        reader.check_inside(source, place / SAVED)
+        files = [file["filename"] for file in json.loads((place / SAVED).read_bytes())["_data_files"]]
+        reader.check_inside(source, *(place / name for name in files))
+        return _DatasetTable(Dataset.load_from_disk(str(place)), split, str(place))
     except InputError:
         raise
     except DAMAGE as error:
-        raise InputError(f"source: {places[0]} is damaged ({first_line(error)}); {SAVE_AGAIN}") from error
+        raise InputError(f"source: {place} is damaged ({first_line(error)}); {SAVE_AGAIN}") from error
 
 
-def table_rows(
-    reader: RowReader,
-    table: SplitTable,
-    columns: Mapping[str, pa.DataType | None],
-    images: Sequence[str],
-    memory_map: bool = False,
-    absent: str = HINT,
-) -> Iterator[Row]:
-    """Return the rows of a published table without images, and let the reader find its two ``images`` there."""
-    table.check_images(images, HINT, absent)
-    rows = table.records(columns, HINT)
-    if images:
-        table.open_images(images, memory_map)
-        reader.images_in = table, images
-    return rows
+def _choose_split(source: Any, split: str) -> "Dataset":
+    from datasets import Dataset, IterableDataset  # slow to import
+
+    if isinstance(source, dict):
+        if split not in source:
+            raise InputError(f"split: no {split!r} in the {type(source).__name__}; it has {', '.join(source)}")
+        source = source[split]
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, IterableDataset):
+        told = "source is an IterableDataset, whose rows have no numbers; load it without streaming=True"
+        raise InputError(f"{told}, or train on it by PairStream in StreamedPreferenceDataModule")
+    raise InputError(f"source is {source_name(source)}; give a folder, a hub id, or a Dataset of the library datasets")
 
 
 def find_list(source: Source, split: str) -> Path | None:
@@ -509,33 +502,6 @@ def set_folder(reader: RowReader, source: Source) -> None:
         place = Path(source)
         inner = not place.is_dir() and (place.is_file() or glob.has_magic(str(source)))
         reader.folder = split_pattern(str(source))[0] if inner else place
-
-
-def find_all_parts(
-    reader: RowReader, source: str, split: str, revision: str | None = None, config: str | None = None
-) -> list[ParquetPart]:
-    """Find the parquet files of a split, see :func:`open_table`; missing ones fall under the reader's ``on_error``."""
-    parts, place = find_parts(source, split, revision, config), Path(source)
-    if place.is_dir() or (glob.has_magic(source) and not place.is_file()):
-        reader.check_inside(place if place.is_dir() else split_pattern(source)[0], *(part.path for part in parts))
-    found = {match[0] for part in parts for match in re.finditer(r"\d{5}-of-\d{5}", part.name)}
-    totals = {name[-5:] for name in found}
-    if missing := sorted({f"{n:05d}-of-{total}" for total in totals for n in range(int(total))} - found):
-        names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        problem = f"{split} lacks {len(missing)} of its parquet parts ({names}); download them"
-        reader.refuse(source, problem, "parquet part missing", len(missing))
-    return parts
-
-
-def warn_row_groups(table: SplitTable, columns: Sequence[str], name: str) -> None:
-    """Log a warning if a row in random order costs a large row group, whose bytes are decoded beside the row itself."""
-    sizes = [0]
-    for part in table.parts if isinstance(table, _ParquetTable) else ():
-        with open_part(part) as file, damage_named(part):
-            sizes += [row_group_bytes(file, number, columns) for number in range(file.num_row_groups)]
-    if (largest := max(sizes)) > LARGE_ROW_GROUP:
-        text = "%s: a random row costs its row group, %d MiB; set memory_map to true to copy the images once"
-        logger.warning(text, name, largest >> 20)
 
 
 def source_name(source: Source) -> str:
@@ -576,43 +542,7 @@ def class_names(schema: pa.Schema, column: str) -> list[str] | None:
 
 
 def name_class(classes: Sequence[str] | None, value: Any) -> Any:
-    """Return the name of a class in place of its number; None for a number without class, such as −1 for no label.
-
-    Without classes, every value is returned as it is.
-    """
+    """Return the name of a class for its number, None for one without class; without classes, the value as it is."""
     if classes is None or not isinstance(value, int):
         return value
     return classes[value] if 0 <= value < len(classes) else None
-
-
-def _choose_split(source: Any, split: str) -> "Dataset":
-    from datasets import Dataset, IterableDataset  # slow to import
-
-    if isinstance(source, dict):
-        if split not in source:
-            raise InputError(f"split: no {split!r} in the {type(source).__name__}; it has {', '.join(source)}")
-        source = source[split]
-    if isinstance(source, Dataset):
-        return source
-    if isinstance(source, IterableDataset):
-        raise InputError(
-            "source is an IterableDataset, whose rows have no numbers; load it without streaming=True, or train on it "
-            "by PairStream in StreamedPreferenceDataModule"
-        )
-    raise InputError(f"source is {source_name(source)}; give a folder, a hub id, or a Dataset of the library datasets")
-
-
-def fetch_files(source: str, names: Sequence[str], revision: str | None = None, extract: bool = False) -> list[Path]:
-    """Download files of a hub data set, or find them in the cache; return their local paths.
-
-    With ``extract``, archives are unpacked, and the folders with their contents are returned.
-    """
-    from datasets import DownloadManager  # slow to import
-
-    manager = DownloadManager(dataset_name=source, base_path=LOCATION.format(source, revision or "main"))
-    try:
-        paths = (manager.download_and_extract if extract else manager.download)(list(names))
-    except (OSError, ValueError) as error:
-        problem = f"no folder {source!r}, and the hub does not give {names[0]} of it"
-        raise InputError(f"{problem}: {first_line(error)}") from error
-    return [Path(str(path)) for path in paths]

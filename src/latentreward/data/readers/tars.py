@@ -5,25 +5,23 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self, cast
+from typing import Any, BinaryIO, Literal, Self
 
 import pyarrow as pa
+from PIL import Image
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError, first_line
-from latentreward.core.storage.hub import is_hub_id
 from latentreward.core.storage.json_files import UnreadableTextError, decode_text
 from latentreward.core.storage.user_files import find_files, is_ignored, whole_file
-from latentreward.data.images import TOO_LARGE, ImageError, file_image
-from latentreward.data.readers.base import PairReader, content_key
+from latentreward.data.images import ImageError, file_image, png
+from latentreward.data.readers.base import content_key
 from latentreward.data.readers.json_rows import encodable
-from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row, choice, keeping
+from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row, choice
 from latentreward.data.readers.rows import RowReader
-from latentreward.data.readers.tables import fetch_split
 
 ABSENT = (-1, 0)
 MAX_TEXT = 1 << 20
@@ -38,12 +36,12 @@ READ_AT_ONCE = (
     tarfile.SOLARIS_XHDTYPE,
 )
 """Types of headers whose data tarfile reads into memory at once."""
-BITE, BEGINNING = 64, 2**16
-"""Bytes read at once of a member of a zip file that cannot be read whole, and bytes of it that are read."""
 MOST_BYTES = 2**29
 """Largest member of a zip file that is read: an image of ``images.MAX_PIXELS`` with 16 bits per channel."""
-ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
-"""Exceptions that ``zipfile`` raises on a member that is damaged, encrypted or compressed by an unknown method."""
+CUT_OFF = png(Image.new("L", (1, 1)))[:45]
+"""Part of a picture, in the place of a member of a zip file that cannot be read: decoding it tells of the damage."""
+ZIP_DAMAGE = (ImageError, zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
+"""Exceptions about a member that is too large, damaged, encrypted or compressed by an unknown method."""
 DAMAGE = (tarfile.TarError, ValueError, IndexError, RecursionError)
 """Exceptions that tarfile raises on a damaged tar."""
 
@@ -60,16 +58,15 @@ class Sample:
     """One sample of a tar; its members are named by the rest of their file names, e.g. ``jpg_0.jpg``."""
 
     key: str  # path of its members, up to the first dot of the file name
-    images: dict[str, Extent] = field(default_factory=dict)  # offset and length
+    images: dict[str, Extent] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)  # what is wrong with a text that is not UTF-8
 
 
-def read_samples(tar: Path, images: Collection[str], texts: Collection[str]) -> tuple[list[Sample], str | None]:
-    """Read the headers and texts of an uncompressed tar; also return a description of its damage, None for none.
+def read_samples(tar: Path) -> tuple[list[Sample], str | None]:
+    """Read the samples of an uncompressed tar; also return a description of its damage, None for none.
 
-    Members whose file names end with one of ``images`` or ``texts`` after the first dot are read, others are ignored.
-    The last sample of a damaged tar may not be whole.
+    A sample that the damage cuts off is left out.
     """
     members, problem = _scan(whole_file(tar))
     samples: list[Sample] = []
@@ -78,17 +75,20 @@ def read_samples(tar: Path, images: Collection[str], texts: Collection[str]) -> 
             folder, _, base = path.removeprefix("./").rpartition("/")
             stem, _, name = base.partition(".")
             key = f"{folder}/{stem}" if folder else stem
-            if (name not in images and name not in texts) or is_ignored(path):
+            if name not in MEMBERS or is_ignored(path):
                 continue
             if not samples or samples[-1].key != key:
                 samples.append(Sample(key))
-            if name in images:
-                samples[-1].images[name] = extent
+            sample = samples[-1]
+            if name in IMAGES:
+                sample.images[name] = extent
             elif extent[1] <= MAX_TEXT:
                 try:
-                    samples[-1].texts[name] = decode_text(read_extent(file, extent) or b"", name)
+                    sample.texts[name] = decode_text(read_extent(file, extent) or b"", name)
                 except UnreadableTextError as error:
-                    samples[-1].unreadable[name] = str(error)
+                    sample.unreadable[name] = str(error)
+    if problem and samples and sum(map(len, (sample.images, sample.texts, sample.unreadable))) < len(MEMBERS):
+        samples.pop()
     return samples, problem
 
 
@@ -132,16 +132,10 @@ def _scan(tar: Path) -> tuple[list[tuple[str, Extent]], str | None]:
 
 
 class ImageArchives:
-    """Images in zip files without subfolders, or in the folders that such files were unpacked to.
+    """Images in zip files without subfolders, or in the folders that such files were unpacked to ("parts").
 
-    Open zip files are not pickled; a forked worker process opens its own.
-
-    Args:
-        places: Paths of zip files and folders ("parts"); the name of a part is its file name without ``.zip``.
-        allow_outside: Whether links in folders may lead out of them.
-
-    Attributes:
-        parts: Name of each part → its path.
+    Open zip files are not pickled; a forked worker process opens its own. ``parts`` are their paths by file name
+    without ``.zip``. ``allow_outside`` tells whether links in folders may lead out of them.
     """
 
     def __init__(self, places: Sequence[Path], allow_outside: bool = False) -> None:
@@ -153,11 +147,7 @@ class ImageArchives:
                 self._open(part)
 
     def image(self, part: str, name: str) -> ImageRef:
-        """Return a reference to image ``name`` of a part: with its bytes for a zip file, with its path for a folder.
-
-        Of a member of a zip file that is damaged or too large, the beginning is returned; decoding then reports what is
-        wrong.
-        """
+        """Return a reference to image ``name`` of a part: with its bytes for a zip file, with its path for a folder."""
         place = self.parts[part]
         if place.is_dir():
             return file_image(place, name, allow_outside=self.allow_outside)
@@ -165,13 +155,8 @@ class ImageArchives:
             return ImageRef(name, path=place / name)  # path below a zip file: decoding reports a missing file
         try:
             return ImageRef(name, self._member(part, name))
-        except (ImageError, *ZIP_DAMAGE):
-            bites: list[bytes] = []  # small chunks, since the damaged chunk is lost as a whole
-            with suppress(*ZIP_DAMAGE), cast(zipfile.ZipExtFile, self._open(part).open(name)) as stream:
-                stream.MIN_READ_SIZE = BITE  # the default of 4096 may be more than a whole image
-                while len(bites) < BEGINNING // BITE and (bite := stream.read(BITE)):
-                    bites.append(bite)
-            return ImageRef(name, b"".join(bites))
+        except ZIP_DAMAGE:
+            return ImageRef(name, CUT_OFF)
 
     def read_rows(self, part: str) -> tuple[bytes, str]:
         """Return content and name (for messages) of the file ``{part}.json`` in a part."""
@@ -179,7 +164,7 @@ class ImageArchives:
         try:
             data = (place / name).read_bytes() if place.is_dir() else self._member(part, name)
         except (KeyError, *ZIP_DAMAGE) as error:
-            raise InputError(f"{place}: no readable {name} in it; download it again") from error
+            raise InputError(f"{place}: no readable {name} in it ({first_line(error)}); download it again") from error
         return data, f"{place}/{name}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -196,7 +181,7 @@ class ImageArchives:
     def _member(self, part: str, name: str) -> bytes:
         archive = self._open(part)
         if (size := archive.getinfo(name).file_size) > MOST_BYTES:
-            raise ImageError(f"{self.parts[part]}/{name}: {size} bytes; at most {MOST_BYTES} are read", TOO_LARGE)
+            raise ImageError(f"{size} bytes; at most {MOST_BYTES} are read")
         return archive.read(name)
 
 
@@ -209,48 +194,40 @@ class PickAPicTarReader(RowReader):
     bytes, because the tars give no uid.
 
     The constructor reads the headers and texts of all tars once, which takes minutes for the whole data set. Rows are
-    then read at their offsets, in any order. Tars must be uncompressed.
+    then read at their offsets, in any order. Tars must be uncompressed. Of one that ends early, the whole samples are
+    kept under ``skip`` and ``placeholder``.
 
     Args:
-        root: Folder that holds ``*.tar``, directly or in a subfolder named after the split; or one tar; otherwise the
-            id of a hub data set, whose tars of this split are then downloaded.
+        root: Folder that holds ``*.tar``, directly or in a subfolder named after the split; or one tar.
         split: Name of the split.
-        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         drop_identical: Leave out rows whose two images have identical bytes; recommended for training.
         weight: Weight of a row in the loss: ``per_prompt`` is 1 / (number of rows read with the row's prompt),
             ``equal`` is 1 for every row.
-        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Of a truncated tar, the whole
-            samples are kept under ``skip`` and ``placeholder``.
+        options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
-    exif = "ignore"
+    exif, winner_first = "ignore", False
 
     def __init__(
         self,
         root: PathText,
         split: str = "train",
         *,
-        revision: str | None = None,
         drop_identical: bool = False,
         weight: Literal["per_prompt", "equal"] = "per_prompt",
         **options: Any,
     ) -> None:
-        super().__init__("pickapic", split, randomise_sides=False, seed=0, **options)
+        super().__init__("pickapic", split, **options)
         self._drop, place = drop_identical, Path(root)
-        if place.is_file():
-            found = [(place.name, place)]
-        elif not place.is_dir() and is_hub_id(str(place)):
-            found = fetch_split(str(place), split, ".tar", revision)
-        else:
-            tars = find_files(place / split, "*.tar") or find_files(place, "*.tar")
-            if not tars:
+        self._tars = [place]
+        if not place.is_file():
+            self._tars = find_files(place / split, "*.tar") or find_files(place, "*.tar")
+            if not self._tars:
                 raise InputError(f"root: no *.tar in {place} or {place / split}; set it to the folder of the tars")
-            self.check_inside(place, *tars)
-            found = [(tar.name, tar) for tar in tars]
-        self._tars = [path for _, path in found]
+            self.check_inside(place, *self._tars)
         parser = PairRowParser(self, self._pairs, columns={"prompt": PROMPT}, sources=None)
         extent = pa.list_(pa.int64(), 2)
-        self.table = parser.table(self._samples(found), {"tar": pa.int32(), **dict.fromkeys(IMAGES, extent)})
+        self.table = parser.table(self._samples(), {"tar": pa.int32(), **dict.fromkeys(IMAGES, extent)})
         if weight == "per_prompt":
             prompts = self.prompts()
             rows_of = Counter(prompts)
@@ -259,15 +236,20 @@ class PickAPicTarReader(RowReader):
         self.report(f"{root} {split}", empty)
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
+        if row.get("tar") is None:  # a placeholder
+            return [ImageRef("")] * 2
         with self._tars[row["tar"]].open("rb", buffering=0) as tar:
             contents = [read_extent(tar, row[name]) for name in IMAGES]
         return [ImageRef(content_key(data), data) for data in contents]
 
-    def _samples(self, tars: list[tuple[str, Path]]) -> Iterator[Row]:
-        for number, (name, tar) in enumerate(tars):
-            for sample in whole_samples(self, tar, IMAGES, (*LABELS, PROMPT), len(MEMBERS)):
+    def _samples(self) -> Iterator[Row]:
+        for number, tar in enumerate(self._tars):
+            samples, problem = read_samples(tar)
+            if problem is not None:
+                self.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
+            for sample in samples:
                 row = {**dict.fromkeys(sample.unreadable, ""), **sample.texts, "sample": sample, "tar": number}
-                yield encodable(f"{name}:{sample.key}"), number, row
+                yield encodable(f"{tar.name}:{sample.key}"), number, row
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
         sample = row["sample"]
@@ -275,29 +257,16 @@ class PickAPicTarReader(RowReader):
         if self._drop and self._identical(self._tars[row["tar"]], *images.values()):
             self.skipped["identical images"] += 1
             return []
-        pair = {"tar": row["tar"], **images}
         if PROMPT in sample.unreadable:
-            raise BadRow(sample.unreadable[PROMPT], "prompt not readable", [pair])
-        with keeping([pair]):
-            return [{**pair, "label": choice(self, name, [_number(sample.texts.get(one)) for one in LABELS], LABELS)}]
+            raise BadRow(sample.unreadable[PROMPT], "prompt not readable")
+        label = choice(self, name, {one: _number(sample.texts.get(one)) for one in LABELS})
+        return [{"tar": row["tar"], **images, "label": label}]
 
     def _identical(self, tar: Path, first: Extent, second: Extent) -> bool:
         if first[1] != second[1] or ABSENT in (first, second):
             return False
         with tar.open("rb", buffering=0) as file:
             return read_extent(file, first) == read_extent(file, second)
-
-
-def whole_samples(
-    reader: PairReader, tar: Path, images: Collection[str], texts: Collection[str], members: int = 0
-) -> list[Sample]:
-    """Return the samples of a tar; of one that ends early, after ``on_error``, those of as many ``members``."""
-    samples, problem = read_samples(tar, images, texts)
-    if problem is not None:
-        last = [*samples[-1].images, *samples[-1].texts, *samples[-1].unreadable] if samples else []
-        samples = samples[:-1] if len(last) < members else samples
-        reader.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
-    return samples
 
 
 def _number(text: str | None) -> float | None:

@@ -43,12 +43,11 @@ def features_problem(features: Features, spec: FeatureSpec, rows: int, values: K
     for kind, taps, specs in (("visual", features.visual, spec.visual), ("text", features.text, spec.text)):
         if len(taps) != len(specs):
             return f"{len(taps)} {kind} taps; it must be the {len(specs)} of feature_spec"
-        promised |= {f"{kind} tap {n}": (tap, (rows, -1, specs[n].width)) for n, tap in enumerate(taps)}
-    if len(features.visual_grids) != len(features.visual):
-        return f"{len(features.visual_grids)} visual_grids; it must be one for each of {len(features.visual)} taps"
-    for number, grid in enumerate(features.visual_grids):
-        name = f"visual tap {number}"
-        promised[name] = features.visual[number], (rows, math.prod(grid), spec.visual[number].width)
+        lengths = [math.prod(grid) for grid in features.visual_grids] if kind == "visual" else [-1] * len(taps)
+        if len(lengths) != len(taps):
+            return f"{len(lengths)} visual_grids; it must be one for each of {len(taps)} taps"
+        for number, (tap, length) in enumerate(zip(taps, lengths, strict=True)):
+            promised[f"{kind} tap {number}"] = tap, (rows, length, specs[number].width)
     promised["temb"] = features.temb, (rows, spec.temb_dim)
     promised["pooled_text"] = features.pooled_text, (rows, spec.pooled_text_dim)
     for name, (tensor, shape) in promised.items():
@@ -81,33 +80,28 @@ class DiffusionBackbone(nn.Module, Part):
     """Part of a diffusion network that computes features for a reward head, with its encoders and noise process.
 
     A feature is read at a *tap*: the output of one block of the network. A subclass implements :meth:`read`,
-    :attr:`feature_spec` and :meth:`blocks`. Latents may have any number of axes after the channels, for example a time
-    axis for video.
+    :attr:`feature_spec` and :meth:`blocks`. Latents may have any number of axes after the channels.
 
     Args:
         noise_process: Forward process of the network.
         latent_space: Latents that the network takes.
         text_encoder: Prompt encoder; None if conditioning comes from elsewhere.
         vae: Encoder of pixels into latents; None if latents come from elsewhere.
-        output_map: Whether the features have the network's output too, ``(B, C, ...)``, for a head that reads it (DRM).
-            Of a transformer the output layers read the visual tokens of the last tapped block, the last block or not; a
-            U-Net is run as a whole.
+        output_map: Whether the features have the network's output too, ``(B, C, ...)``, for a head that reads it (DRM):
+            of a transformer that of the output layers after the last tapped block, of a U-Net that of all of it.
 
     Attributes:
         source: Folder or hub id of the weights, with the revision, as the user gave it; for messages.
-        network_name: Name of the attribute that holds the diffusers network; empty if :meth:`with_network` is not
-            possible.
+        network_name: Name of the attribute with the diffusers network; empty if :meth:`with_network` is not possible.
         takes_aspects: Whether the network was trained on images of several aspect ratios.
         max_side: Largest side of the latents for which the network has position embeddings; None for any.
         max_prompt: Largest number of tokens of a prompt for which the network has them; None for any.
         lora_targets: Name endings of the layers that get adapters where the settings name none.
         sources: Least and largest number of pictures that the network edits or refers to; None for any number.
         source_encoder: Encoder of the pictures that prompts edit; None for a network that edits none.
-        built_by: Record of the factory or class call that made the backbone; None if an argument cannot be written as
-            JSON.
+        built_by: Record of the call that made the backbone; None if an argument cannot be written as JSON.
     """
 
-    counts = "max_side", "max_prompt", "side_multiple"
     source: str = ""
     network_name: str = ""
     takes_aspects: bool = False
@@ -161,9 +155,7 @@ class DiffusionBackbone(nn.Module, Part):
     def forward(
         self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None = None
     ) -> Features:
-        """Compute features for the prompts and, if ``uncond`` is given, for the empty prompt too.
-
-        Both are computed in one forward pass with a batch of 2 B.
+        """Compute features for the prompts and, if ``uncond`` is given, in the same pass for the empty prompt too.
 
         Args:
             latents: ``(B, C, ...)`` scaled noisy latents.
@@ -172,12 +164,10 @@ class DiffusionBackbone(nn.Module, Part):
             uncond: Encoded empty prompt, one row.
         """
         if latents.shape[1] != self.latent_space.channels:
-            found, remedy = f"{latents.shape[1]} channels", "encode the images with the VAE of its own pipeline"
-            if latents.ndim == 3:  # as pipelines of FLUX and Qwen-Image return them
-                found = f"shape {tuple(latents.shape)}, which is that of packed tokens"
-                remedy = "unpack them by the pipeline's _unpack_latents"
+            packed = "; unpack packed tokens by the pipeline's _unpack_latents" if latents.ndim == 3 else ""
             raise InputError(
-                f"latents have {found}, but this backbone takes latents of the space [{self.latent_space}]; {remedy}"
+                f"latents have {latents.shape[1]} channels, but this backbone takes latents of the space "
+                f"[{self.latent_space}]; encode the images with the VAE of its own pipeline{packed}"
             )
         timesteps = timesteps.to(latents.device)
         size = len(latents)
@@ -209,38 +199,23 @@ class DiffusionBackbone(nn.Module, Part):
         return encode_edits(self.text_encoder, prompts, self.source_encoder, sources, latents)
 
     def drop_unread(self, text: bool, temb: bool) -> None:
-        """Stop reading what a head does not use, and freeze what only that needs.
-
-        Args:
-            text: Whether the head reads text taps.
-            temb: Whether it reads the timestep embedding.
-        """
+        """Stop reading ``text`` taps, or the timestep embedding, that a head does not use; freeze what made them."""
         if not (text and self.feature_spec.text):
             self.drop_text_taps()
         if not temb:
             self.drop_time_embedding()
 
     def drop_text_taps(self) -> None:
-        """Stop reading text taps, for a head that uses none, and freeze parameters that only text taps need.
-
-        Without gradients such parameters would make DDP fail. The base class does nothing.
-        """
+        """Stop reading text taps, and freeze what only they need: without gradients it would make DDP fail."""
 
     def drop_time_embedding(self) -> None:
-        """Freeze parameters that only the timestep embedding in the features needs, for a head that does not use it.
-
-        The base class does nothing.
-        """
+        """Freeze parameters that only the timestep embedding in the features needs."""
 
     def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> Self | None:
         """Return a copy without a VAE that reads the taps of this backbone from ``network``; None if not possible.
 
-        A class whose attributes refer to the network besides :attr:`network_name` needs a method of its own.
-
-        Args:
-            network: Whole diffusers network with the config of this backbone's network. Other code uses it too, so that
-                no block is dropped; blocks after the last tap are not run.
-            text_encoder: Prompt encoder of the new backbone.
+        A class whose attributes refer to the network besides :attr:`network_name` needs a method of its own. Other code
+        uses ``network``, a whole one with the same config, too: no block is dropped, those after the last tap not run.
         """
         if not self.network_name or type(network) is not type(getattr(self, self.network_name)):
             return None
@@ -268,16 +243,13 @@ def rows_of(features: Features, rows: slice) -> Features:
 def check_taps(name: str, taps: Sequence[int], last: int, least: int = 0) -> tuple[int, ...]:
     """Check block numbers to read features at, and return them as a tuple."""
     taps = tuple(taps)
-    if len(taps) < least:
-        raise InputError(f"{name}={list(taps)} is empty; name at least one block from 0 to {last}")
-    if list(taps) != sorted(set(taps)):
-        raise InputError(f"{name}={list(taps)} must ascend without repeats")
-    outside = [tap for tap in taps if not 0 <= tap <= last]
-    if outside:
+    if outside := [tap for tap in taps if not 0 <= tap <= last]:
         raise InputError(
             f"{name}={list(taps)} reaches block {outside[-1]}, but this network has blocks 1 to {last} (0 reads before "
             "the first one)"
         )
+    if len(taps) < least or list(taps) != sorted(set(taps)):
+        raise InputError(f"{name}={list(taps)} must name at least {least} blocks, which ascend without repeats")
     return taps
 
 
@@ -286,16 +258,11 @@ class PassEnded(Exception):
 
 
 class FirstBlocks(nn.Module):
-    """Stand-in for a network's list of blocks during a pass that is recorded.
-
-    Args:
-        blocks: Blocks that run.
-        count: Number of blocks of the whole list, which networks ask for (Chroma).
-        ends: Whether the pass ends behind these blocks.
-    """
+    """Stand-in for a network's list of blocks during a pass that is recorded."""
 
     def __init__(self, blocks: Sequence[nn.Module], count: int, ends: bool) -> None:
         super().__init__()
+        # ``count``: of the whole list, which Chroma's network asks for; ``ends``: the pass ends behind ``blocks``.
         self.blocks, self.count, self.ends = tuple(blocks), count, ends
 
     def __len__(self) -> int:
@@ -311,14 +278,9 @@ class FirstBlocks(nn.Module):
 def recorded(
     network: Any, lists: Mapping[str, FirstBlocks], watched: Mapping[Any, nn.Module]
 ) -> Iterator[dict[Any, Any]]:
-    """Record what modules return in the pass of a network that the body of the context makes.
+    """Record what the ``watched`` modules return, by their keys, in a pass of a network in the body of the context.
 
-    If one of ``lists`` ends the pass, what follows in the body is left out too.
-
-    Args:
-        network: diffusers network.
-        lists: Stand-ins for its lists of blocks, by name.
-        watched: Modules whose outputs are recorded, each by its key in the record.
+    ``lists`` stand in for the network's lists of blocks. If one ends the pass, the rest of the body is left out too.
     """
     seen: dict[Any, Any] = {}
     forward, own_forward, whole = network.forward, vars(network).get("forward"), {n: getattr(network, n) for n in lists}
@@ -398,16 +360,10 @@ class TransformerBackbone(DiffusionBackbone):
 
     @contextmanager
     def recorded(self, modules: Sequence[str]) -> Iterator[dict[int | str, Any]]:
-        """Record a pass of the transformer that the body of the context makes, and end it behind the last tap.
+        """Record a pass of the transformer in the body of the context, and end it behind the last tap.
 
-        With an output map the pass goes on with the output layers.
-
-        Args:
-            modules: Names of modules whose outputs are recorded by name.
-
-        Returns:
-            What each tapped block returns, by number; 0 is what the first block takes: text and visual tokens, or joint
-            ones.
+        With an output map the pass goes on with the output layers. The record has the outputs of ``modules`` by name,
+        and of each tapped block by number; 0 is what the first block takes: text and visual tokens, or joint ones.
         """
         network, blocks, last = self.transformer, [*self.blocks()], self.last_tap
         watched: dict[int | str, nn.Module] = {name: network.get_submodule(name) for name in modules}
@@ -442,13 +398,7 @@ class TransformerBackbone(DiffusionBackbone):
 
     @abstractmethod
     def unread_parts(self, number: int, visual: bool, text: bool) -> tuple[Sequence[str], Sequence[str]]:
-        """Return names of what taps up to block ``number`` do not depend on: inside this block, and outside blocks.
-
-        Args:
-            number: Number of the last tapped block.
-            visual: Whether its visual tokens are read.
-            text: Whether its text tokens are read.
-        """
+        """Return names of what these outputs of block ``number`` do not depend on: inside it, and outside blocks."""
 
     def drop_text_taps(self) -> None:
         self.text_taps = ()

@@ -24,14 +24,9 @@ class CompiledBlock:
 def compile_blocks(blocks: Iterable[nn.Module], backend: Backend = "inductor") -> None:
     """Let each block compute with ``torch.compile`` from its next call on, in place; hooks and weights stay.
 
-    Blocks of one structure share their graphs: one with gradient and one without, for each set of adapters at work.
-    The first block of a network whose input needs no gradient has one more. Graphs hold for every batch of two rows or
-    more. A second image size or prompt length makes them general once more. A block that PyTorch cannot compile is
-    computed as before, and a warning says so.
-
-    Args:
-        blocks: Blocks of a network. Blocks that are compiled already are left alone.
-        backend: Backend of ``torch.compile``.
+    Blocks of one structure share their graphs: one with gradient and one without, for each set of adapters at work, for
+    every batch of two rows or more; a second image size or prompt length makes them general once more. A block that
+    PyTorch cannot compile is computed as before, and a warning says so.
     """
     for block in blocks:
         if not isinstance(block, CompiledBlock):
@@ -76,11 +71,7 @@ def compiled_class(kind: type[nn.Module], backend: Backend) -> type[nn.Module]:
 
 
 def compiled(forward: Any, backend: Backend) -> Callable[..., Any]:
-    """Compile a copy of a method.
-
-    PyTorch keeps the graphs of a function by its code object, at most 8 of them, and computes without a graph beyond.
-    The blocks of a U-Net, of unlike widths, would share one code object.
-    """
+    """Compile a copy of a method: PyTorch keeps at most 8 graphs of a code object, which unlike blocks would share."""
     code = forward.__code__.replace()
     copied = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
     copied.__kwdefaults__ = forward.__kwdefaults__
@@ -88,10 +79,7 @@ def compiled(forward: Any, backend: Backend) -> Callable[..., Any]:
 
 
 def of_any_length(arguments: Any) -> Any:
-    """Return nested arguments of a block with the first axis of each tensor marked as one of any length.
-
-    Without the mark each of the first two batch sizes would have a graph of its own.
-    """
+    """Mark the first axis of each tensor as of any length: else each of two batch sizes would have its own graph."""
     if isinstance(arguments, Tensor):
         # PyTorch makes other graphs for a view, such as the first block's input, than for the output of a block.
         alone = arguments.clone() if arguments._is_view() else arguments

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class AddScaledProduct(torch.autograd.Function):
     """Add ``scaling`` · h Bᵀ to ``output`` in place, for h ``(n, rank)`` and B ``(out, rank)``.
 
-    The gradients of ``addmm_`` take two kernels more, which scale what the products give.
+    Autograd of ``addmm_`` would take two kernels more.
     """
 
     @staticmethod
@@ -71,15 +71,11 @@ class FusedLinear(lora.Linear):
 
 
 def fuse_lora(module: nn.Module) -> int:
-    """Let the LoRA layers in a module compute as :class:`FusedLinear`, in place; weights and their names stay.
+    """Let the LoRA layers in a module compute as :class:`FusedLinear`, in place; return their number.
 
-    Returns the number of these layers.
-
-    Left alone are layers of other kinds, and those on a quantised base, whose outputs have types of their own. So are
-    layers with hooks by now: one on the base would see an output that changes later, one on B would not be called.
-    Hooks are not looked at later: a checkpointed block that is computed again must take the same way as before. A
-    reward that is stored in bfloat16 later has hooks that convert between types. Where the types of a layer differ peft
-    computes it; where they are equal nothing is to be converted but B, to the type of the layer's output.
+    Layers of other kinds, on a quantised base, or with hooks by now are left alone: a hook on the base would see an
+    output that changes later, one on B would not be called. Hooks are not looked at later: a checkpointed block that is
+    computed again must take the same way.
     """
     fused = 0
     for part in module.modules():

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "q", "k", "v", "o")
 """Name endings of the attention projections in CLIP, language models and T5."""
 
-
 TOKENIZERS = {"CLIP": "CLIPTokenizer", "T5": "T5TokenizerFast", "Qwen2": "Qwen2Tokenizer", "Gemma": "GemmaTokenizer"}
 """Beginning of the name of a tokenizer's class, in any version of transformers → class that it is loaded as."""
 SHIPPED = ("sd_tiny", "sd35_tiny")
@@ -105,18 +104,17 @@ class PipelineSource:
                 single = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[:3])
                 raise InputError(
                     f"source={self.source!r} is not a diffusers pipeline: it has neither model_index.json nor unet/ "
-                    "nor transformer/; give the folder that holds them"
-                    + (f", or the file of a whole model ({single})" if single else "")
+                    f"nor transformer/; give the folder that holds them, or the file of a whole model ({single or '-'})"
                 )
             self.index["scheduler"] = ["diffusers", ""]
-        else:
-            self.index = self._json("model_index.json")
-            for name, value in self.index.items():
-                if PART.fullmatch(name) and value is not None and not _names_class(value):
-                    raise InputError(
-                        f"source={self.source!r}: model_index.json has {name}={value!r:.80}, which must be null or the "
-                        "names of a library and a class; get the pipeline as published"
-                    )
+            return
+        self.index = self._json("model_index.json")
+        for name, value in self.index.items():
+            if PART.fullmatch(name) and value is not None and not _names_class(value):
+                raise InputError(
+                    f"source={self.source!r}: model_index.json has {name}={value!r:.80}, which must be null or the "
+                    "names of a library and a class; get the pipeline as published"
+                )
 
     def __str__(self) -> str:
         """Return ``source`` or ``source@revision``."""
@@ -165,27 +163,16 @@ class PipelineSource:
 
     def _require(self, part: str) -> None:
         if not self.has(part):
-            folder = Path(self.source)
-            if (folder / part).is_dir() and not (folder / "model_index.json").is_file():
-                raise InputError(
-                    f"source={self.source!r} lacks model_index.json, without which its {part}/ is not read; download "
-                    "the whole pipeline again"
-                )
             parts = sorted(name for name in self.index if self.has(name) and not name.startswith("_"))
             raise InputError(
-                f"source={self.source!r} is a {self.index.get('_class_name', 'pipeline')} without a {part} "
-                f"(it has {', '.join(parts)}); choose a backbone that fits it"
+                f"source={self.source!r} is a {self.index.get('_class_name', 'folder without model_index.json')}, "
+                f"without a {part} (it has {', '.join(parts)}); choose a backbone that fits it, or download all of it"
             )
 
     def load(self, kind: type[Any], part: str, pretrained: bool = True, mapped: bool = True) -> Any:
-        """Load ``part`` as the class ``kind``.
+        """Load ``part`` as the class ``kind`` of diffusers or transformers, with initial weights unless ``pretrained``.
 
-        Args:
-            kind: Class of diffusers or transformers.
-            part: Name of the part.
-            pretrained: False gives initial weights.
-            mapped: Whether to leave the weights in the files' type, unread, for
-                :func:`~latentreward.diffusion.backbones.weights.settle`; otherwise they are float32.
+        ``mapped`` weights stay unread in the files' type for ``weights.settle``; others are float32.
         """
         self._require(part)
         place: dict[str, Any] = {"subfolder": part, "revision": self.revision}
@@ -237,12 +224,7 @@ class PipelineSource:
         return LatentEncoder(vae)
 
     def tokenizer(self, part: str, kind: type[Any] | None = None) -> Any:
-        """Load the tokenizer ``part``, such as ``tokenizer_2``.
-
-        Args:
-            part: Name of the tokenizer.
-            kind: Class of the tokenizer in transformers; None takes the one that ``model_index.json`` names.
-        """
+        """Load the tokenizer ``part``, as ``kind`` or as the class of transformers that ``model_index.json`` names."""
         import transformers
 
         self._require(part)
@@ -309,11 +291,7 @@ class PipelineSource:
     ) -> SD3PromptEncoder:
         """Load the prompt encoder of SD3 or SD3.5, without T5 if the pipeline has none or ``load_t5`` is False.
 
-        Args:
-            token_dim: Width of the token embeddings that the transformer takes.
-            t5_length: Number of T5 tokens per prompt; without T5 the number of zero tokens in their place.
-            load_t5: Whether to load T5 if the pipeline has it.
-            mapped: See :meth:`load`.
+        For the other arguments see :class:`SD3PromptEncoder` and :meth:`load`.
         """
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
@@ -337,10 +315,7 @@ def _names_class(value: Any) -> bool:
 
 
 def check_process(backbone: DiffusionBackbone) -> None:
-    """Raise InputError if a user's backbone is a flow and the scheduler beside its network one of DDPM, or the reverse.
-
-    The scheduler is that of the folder or hub id from which a diffusers network of the backbone was loaded.
-    """
+    """Refuse a user's backbone that is a flow beside a scheduler of DDPM in its network's pipeline, or the reverse."""
     process, own = backbone.noise_process, backbone.built_by
     if not isinstance(process, FlowMatching | DDPM) or (own is not None and of_this_package(own.class_path)):
         return
@@ -357,13 +332,7 @@ def check_process(backbone: DiffusionBackbone) -> None:
 
 
 def check_sample_size(size: Any) -> tuple[int, int]:
-    """Check the ``sample_size`` of a network, to which images are resized, and return its height and width.
-
-    A size without a limit would fill any machine's memory.
-
-    Args:
-        size: Side in latent pixels, or height and width.
-    """
+    """Check a network's ``sample_size``, to which images are resized; return its height and width in latent pixels."""
     sides = size if isinstance(size, list | tuple) else [size, size]
     if len(sides) != 2 or not all(type(side) is int and 1 <= side <= LARGEST_SAMPLE for side in sides):
         raise InputError(f"the network's sample_size is {size!r}, not a size from 1 to {LARGEST_SAMPLE}")
@@ -379,18 +348,13 @@ def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:
 def check_channels(
     source: str, network: str, config: Mapping[str, Any], space: LatentSpace, positions: int = 1
 ) -> None:
-    """Raise InputError if a network's number of input channels differs from that of its pipeline's latents.
-
-    A token of the network may join the channels of several ``positions`` of the latents.
-    """
+    """Refuse a network whose tokens join other channels than those of ``positions`` of its pipeline's latents."""
     taken = entry(config, "in_channels", int, f"source={source!r}: {network}")
     if taken != positions * space.channels:
-        joined = f", of which {positions} positions have {positions * space.channels}" if positions > 1 else ""
-        times, rest = divmod(taken, space.channels)
-        own = f", or set positions = {times} in a family of your own" if times > 1 and not rest else ""
+        joined = f" ({positions} positions to a token)" if positions > 1 else ""
         raise InputError(
             f"source={source!r}: the {network} takes {taken} channels, but the VAE makes latents of [{space}]{joined}; "
-            f"give a text-to-image pipeline whose parts belong together{own}"
+            "give a text-to-image pipeline whose parts belong together, or set positions in a family of your own"
         )
 
 
@@ -405,10 +369,9 @@ def finish(
     float32_parts: Sequence[str] = (),
     **execution: Any,
 ) -> Backbone:
-    """Apply the settings that all factories share to a newly built backbone, and return the backbone.
+    """Apply the settings of :class:`~latentreward.diffusion.families.backbone.BackboneOptions` to a new backbone.
 
-    The settings are those of :class:`~latentreward.diffusion.families.backbone.BackboneOptions`; ``unread`` are names
-    of the network's modules that no tap depends on, ``float32_parts`` those of :class:`~latentreward.diffusion.Family`.
+    ``unread`` are names of the network's modules that no tap depends on, ``float32_parts`` those of its family.
     """
     if lora is not None and "lora" not in (tuning, text_encoder_tuning):
         raise InputError(f"lora is set, but tuning is {tuning!r}; set tuning: lora or lora: null")
@@ -437,10 +400,7 @@ def set_execution(
     attention_backend: str | None = None,
     quantization: Quantization | None = None,
 ) -> None:
-    """Set gradient checkpointing, attention kernels and quantisation of a network and its ``blocks``.
-
-    For the settings see :class:`~latentreward.diffusion.families.backbone.BackboneOptions`.
-    """
+    """Set gradient checkpointing, attention kernels and quantisation of a network and its ``blocks``."""
     if gradient_checkpointing:
         try:
             network.enable_gradient_checkpointing()

@@ -48,14 +48,7 @@ StorageDtype = Literal["float32", "bfloat16"]
 
 
 def tune(network: nn.Module, tuning: Tuning, lora: LoRA, unread: Sequence[str] = ()) -> None:
-    """Set which weights of ``network`` train, and add adapters with ``tuning="lora"``.
-
-    Args:
-        network: diffusers network, already without the blocks that no tap needs.
-        tuning: ``full``, ``lora`` (only adapters train) or ``frozen``.
-        lora: Adapter settings, used with ``lora``.
-        unread: Names of modules and weights that no feature depends on; they are frozen and get no adapter.
-    """
+    """Set which weights of ``network`` train, and add adapters with ``lora``; what no feature depends on is frozen."""
     network.requires_grad_(tuning == "full")
     if tuning == "full":
         freeze(network, unread)
@@ -86,35 +79,19 @@ def tune(network: nn.Module, tuning: Tuning, lora: LoRA, unread: Sequence[str] =
 
 
 def warn_of_layers(network: nn.Module, lora: LoRA, owner: Any) -> None:
-    """Warn of names that no layer of a network has, and of linear layers beside those that get adapters.
+    """Warn of names in the settings, or in a family or backbone of one's own, that no layer of the network has.
 
-    Names are those of the settings, or of the network's ``owner``: its family or backbone. A family of this package
-    names layers of all its models, of which a network may lack some. Networks with fused projections, such as PRX's
-    ``img_qkv_proj``, share a part of the default names.
+    A family of this package names layers of all its models, of which a network may lack some.
     """
     given, kind = lora.target_modules, type(owner)
     endings = tuple(owner.lora_targets if given is None else given)
-    layers = [name for name, _ in network.named_modules()]
+    layers = [f".{name}" for name, _ in network.named_modules()]
     own = [name for name in endings if name not in ATTENTION and (given or not of_this_package(kind.__module__))]
-    told = []
-    if missing := [name for name in own if not any(f".{layer}".endswith(f".{name}") for layer in layers)]:
-        field = "lora.target_modules" if given else f"family: {kind.__name__}.lora_targets"
-        told.append(f"{field}: no layer of {type(network).__name__} is named {', '.join(missing)}")
-    if endings == ATTENTION:
-        linear = [name for name in layers if isinstance(network.get_submodule(name), nn.Linear)]
-        found = {name: ending for ending in endings for name in linear if name.endswith(f".{ending}")}
-        attentions = {name.removesuffix(ending) for name, ending in found.items()}
-        names = {name.removeprefix(one) for one in attentions for name in linear if name.startswith(one)}
-        if beside := sorted(names - {*endings}):
-            told.append(
-                f"lora: only {', '.join(sorted({*found.values()}))} get adapters, not {', '.join(beside)} of the same "
-                "layers; name all in lora.target_modules or in the family's lora_targets"
-            )
-    if told:
+    if missing := [name for name in own if not any(layer.endswith(f".{name}") for layer in layers)]:
         from lightning.pytorch.utilities import rank_zero_warn  # seconds of a command's start otherwise
 
-        for line in told:
-            rank_zero_warn(line)
+        field = "lora.target_modules" if given else f"family: {kind.__name__}.lora_targets"
+        rank_zero_warn(f"{field}: no layer of {type(network).__name__} is named {', '.join(missing)}")
 
 
 def freeze(network: nn.Module, names: Iterable[str]) -> None:
@@ -125,11 +102,7 @@ def freeze(network: nn.Module, names: Iterable[str]) -> None:
 
 @contextmanager
 def shown_as_float32(network: nn.Module) -> Iterator[None]:
-    """Let the weights of ``network`` look like float32 inside the block, without memory.
-
-    peft gives a new adapter the type of the layer's weight. In a half-precision type its initial values would be
-    rounded, and depend on the type of the pipeline's files.
-    """
+    """Let weights look like float32, without memory: peft rounds a new adapter to the type of the layer's weight."""
     narrow = {weight: weight.data for weight in network.parameters() if weight.dtype != torch.float32}
     for weight, data in narrow.items():
         weight.data = torch.zeros((), device=data.device).expand(data.shape)
@@ -153,10 +126,7 @@ PARTS = {"A.weight", "B.weight", "B.bias", "magnitude_vector.weight"}
 
 
 def plain_name(name: str) -> str:
-    """Return the name of an adapter's tensor without what torch.compile and peft add to it in memory.
-
-    ``_orig_mod.to_q.lora_A.default.weight`` becomes ``to_q.lora_A.weight``.
-    """
+    """Return the name of an adapter's tensor without ``_orig_mod`` and ``default``, of torch.compile and peft."""
     name = re.sub(r"\b(lora_unet_)?_orig_mod[._]", r"\1", name)
     name = re.sub(r"\.(lora_A|lora_B|lora_magnitude_vector)\.[^.]+\.(weight|bias)$", r".\1.\2", name)
     return f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
@@ -165,10 +135,8 @@ def plain_name(name: str) -> str:
 def stored_ranks(network: nn.Module, shapes: Mapping[str, tuple[int, ...]], origin: str | None) -> dict[str, int]:
     """Return the rank of each layer of a stored adapter, whose tensors must all have a place in ``network``.
 
-    Args:
-        network: Network that the adapter is for; adapters that it already has do not matter.
-        shapes: Shape of each stored tensor by its :func:`plain_name`, ``LAYER.lora_A.weight`` or such.
-        origin: Source of the tensors, for messages; None leaves tensors without a place out.
+    ``shapes`` are those of the stored tensors by :func:`plain_name`. ``origin`` is their source, for messages; with
+    None tensors without a place are left out.
     """
     sizes = {
         name.removesuffix(".base_layer"): (

@@ -28,8 +28,6 @@ from latentreward.core.storage.weight_files import (
     StoredTensor,
     find_weights,
     map_weights,
-    processes_here,
-    shared,
 )
 
 Quantization = Literal["int8", "bnb_int8", "nf4"]
@@ -40,14 +38,9 @@ PLANNED = "planned_quantization"
 
 
 def check_quantization(kind: str | None, tuning: str) -> None:
-    """Check a setting ``quantization`` before any weight is loaded.
-
-    On the meta device, where costs are estimated, this machine needs neither a GPU nor the library.
-    """
+    """Check a setting ``quantization`` before a weight is loaded; estimates need neither a GPU nor the library."""
     if kind is None:
         return
-    if kind not in LIBRARIES:
-        raise InputError(f"quantization={kind!r} is unknown; choose from {', '.join(LIBRARIES)}")
     if tuning == "full":
         raise InputError(f"quantization={kind}: quantised weights cannot train; set tuning: lora or frozen")
     if torch.get_default_device().type == "meta":
@@ -59,10 +52,9 @@ def check_quantization(kind: str | None, tuning: str) -> None:
 
 
 def quantize(blocks: Iterable[nn.Module], kind: str) -> None:
-    """Quantise the frozen linear layers of a network's blocks in place.
+    """Quantise the frozen linear layers of a network's blocks in place; on the meta device only note :data:`PLANNED`.
 
-    Adapters, norms and the layers outside the blocks keep their types. On the meta device layers only get
-    :data:`PLANNED`.
+    Adapters, norms and the layers outside the blocks keep their types.
     """
     for block in blocks:
         layers = [(name, layer) for name, layer in block.named_modules() if is_frozen_linear(name, layer)]
@@ -76,8 +68,7 @@ def quantize(blocks: Iterable[nn.Module], kind: str) -> None:
 
                 quantize_(layer, Int8WeightOnlyConfig())
             else:
-                owner, _, last = name.rpartition(".")
-                setattr(block.get_submodule(owner), last, _to_bitsandbytes(layer, kind))
+                block.set_submodule(name, _to_bitsandbytes(layer, kind))
             keep_sample(block.get_submodule(name), values)
 
 
@@ -95,7 +86,7 @@ def stored_bytes(layer: nn.Linear, kind: str) -> int:
     return numbers + (5 if kind == "int8" else 4) * rows  # a float32 scale for each row, in torchao with a zero point
 
 
-def _to_bitsandbytes(layer: Any, kind: str) -> nn.Module:
+def _to_bitsandbytes(layer: Any, kind: str) -> Any:
     """Return the layer as one of bitsandbytes, which quantises its weights on the way to the GPU."""
     import bitsandbytes
 
@@ -108,8 +99,7 @@ def _to_bitsandbytes(layer: Any, kind: str) -> nn.Module:
         new = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
         new.weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
     new.bias = layer.bias
-    module: nn.Module = new.requires_grad_(False)
-    return module
+    return new.requires_grad_(False)
 
 
 OWN_ATTENTION = (None, "eager", "sdpa")
@@ -128,12 +118,10 @@ Rotary tables may be longer, as they take little memory: a long one lets the net
 """
 REFUSED = ("missing", "unexpected", "mismatched")
 """Kinds of mismatch between a model and its files that are errors."""
-POSITIONS = ".position_ids"
-"""End of the name of a tensor of integers that old CLIP files hold."""
 SPARE = "lm_head.weight"
 """Tensor of language models that text encoders do not need; transformers leaves it out too."""
-COUNTED = (POSITIONS, ".num_batches_tracked")
-"""Ends of the names of tensors that may be integers; the second is of batch norms, as FLUX.2's VAE has one."""
+COUNTED = (".position_ids", ".num_batches_tracked")
+"""Ends of the names of tensors that may be integers: of old CLIP files, and of batch norms, as FLUX.2's VAE has one."""
 PLACES = "_stored_places"
 """Name of the attribute in which a mapped model keeps the places of its values; :func:`settle` removes it."""
 _postponed: ContextVar[list[Callable[[], None]] | None] = ContextVar("postponed", default=None)
@@ -142,19 +130,12 @@ _undrawn: ContextVar[bool] = ContextVar("undrawn", default=False)
 
 
 class Reading(NamedTuple):
-    """Weight that :func:`settle` has listed.
+    """Weight that :func:`settle` has listed."""
 
-    Attributes:
-        tensor: The weight.
-        place: Place of its values if they are mapped.
-        wanted: Type in which it is to be stored.
-        state: :func:`state_of` the weight when it was listed.
-    """
-
-    tensor: Tensor
-    place: StoredTensor | None
-    wanted: torch.dtype
-    state: tuple[int, int]
+    tensor: Tensor  # the weight
+    place: StoredTensor | None  # place of its values if they are mapped
+    wanted: torch.dtype  # type in which it is to be stored
+    state: tuple[int, int]  # :func:`state_of` the weight when it was listed
 
     @property
     def mapped(self) -> bool:
@@ -166,11 +147,19 @@ class Reading(NamedTuple):
 
 
 def state_of(tensor: Tensor) -> tuple[int, int]:
-    """Return the address of a tensor's values, 0 on the meta device, and the number of its changes in place.
-
-    PyTorch does not count the changes of inference tensors: they are 0.
-    """
+    """Return the address of a tensor's values, 0 on the meta device, and the number of its changes in place, if any."""
     return 0 if tensor.is_meta else tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def loading(where: str) -> Iterator[None]:
+    """Raise one InputError for what the libraries raise inside the block: for wrong values errors of many types."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot load {where}: {first_line(error)}") from error
 
 
 def load_weights(
@@ -181,11 +170,7 @@ def load_weights(
     torch_dtype: torch.dtype = torch.float32,
     **place: Any,
 ) -> Any:
-    """Load a model in ``torch_dtype`` in evaluation mode; for the other arguments see :func:`map_model`.
-
-    Weights are read from safetensors, never from pickles. Under ``torch.device("meta")`` only the config is read: the
-    model then has shapes but no weights.
-    """
+    """Load a model in ``torch_dtype`` in evaluation mode; for the other arguments see :func:`map_model`."""
     model = map_model(family, source, refused, **place)
     settle(model, torch_dtype)
     return model
@@ -200,21 +185,21 @@ def map_model(
     checkpoint: Path | None = None,
     **place: Any,
 ) -> Any:
-    """Build a model whose weights are mapped from its files, in the files' own types; :func:`settle` must follow.
+    """Build a model whose weights are mapped from safetensors files, in their types; :func:`settle` must follow.
+
+    Under ``torch.device("meta")`` only the config is read: the model then has shapes but no weights.
 
     Args:
         family: diffusers or transformers model class.
         source: Folder or hub id.
-        refused: Kinds of mismatch that are errors: tensors ``missing`` in the files, ``unexpected`` ones in the files,
-            and ``mismatched`` shapes.
+        refused: Kinds of mismatch that are errors, see :data:`REFUSED`.
         variant: File variant of the weights, such as ``fp16``.
         checkpoint: Single-file checkpoint whose weights take the place of those in ``source``, if it has this model's.
         place: ``subfolder``, ``revision`` and ``local_files_only``.
     """
     if torch.get_default_device().type == "meta":
         return from_config(family, source, None, **place).eval()
-    where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
-    of_diffusers = hasattr(family, "load_config")
+    where, of_diffusers = _where(source, place), hasattr(family, "load_config")
     config = network_config(family, source, **place) if of_diffusers else encoder_config(family, source, **place)
     stem = "diffusion_pytorch_model" if of_diffusers else "model"
     weights = None
@@ -230,13 +215,11 @@ def map_model(
                 f"cannot load {where}: tensor {name} has type {str(tensor.dtype).removeprefix('torch.')}; get files "
                 "with weights in floating point, not quantised ones"
             )
-    try:
+    with loading(where):
         if of_diffusers:
             model, report = _fill_network(family, config, {**weights.tensors})
         else:
             model, report = _fill_encoder(family, config, {**weights.tensors}, weights.dtype)
-    except Exception as error:  # for wrong values in a config the libraries raise errors of many types
-        raise InputError(f"cannot load {where}: {first_line(error)}") from error
     for kind in refused:
         spare = {SPARE} if kind == "unexpected" else set()
         names = sorted(name for name in report[kind] - spare if not name.endswith(COUNTED))
@@ -252,13 +235,14 @@ def map_model(
     return model.eval()
 
 
+def _where(source: str, place: Mapping[str, Any]) -> str:
+    return f"{source}/{place['subfolder']}" if place.get("subfolder") else source
+
+
 def _fill_network(
     family: type[Any], config: Mapping[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[Any, dict[str, set[str]]]:
-    """Build a diffusers model from ``tensors``; return it with the names of missing and other tensors.
-
-    ``from_pretrained`` of diffusers would copy what it converts into memory, also of blocks that are not kept.
-    """
+    """Build a diffusers model from ``tensors`` without the copies of ``from_pretrained``; name what does not fit."""
     from accelerate import init_empty_weights
 
     with init_empty_weights():  # parameters on the meta device; buffers get their values
@@ -300,10 +284,7 @@ def _fill_encoder(
 
 @contextmanager
 def without_float32_layers(family: type[Any]) -> Iterator[None]:
-    """Make transformers keep all layers of a model in the type of its files inside the block.
-
-    Of T5 in float16 the library would convert one layer of each block to float32 in memory; :func:`settle` decides.
-    """
+    """Make transformers keep all layers in the type of the files: of T5 in float16 it would convert some to float32."""
     name = "_keep_in_fp32_modules"
     kept = {kind: vars(kind)[name] for kind in family.__mro__ if name in vars(kind)}
     for kind in kept:
@@ -327,10 +308,9 @@ def settle(
 ) -> None:
     """Store the weights of a model in their final types, in place, reading those that are still mapped.
 
-    A mapped weight is read from its file straight into the new type. One that has the type already, and lies at an
-    aligned address, stays mapped. If several processes of the machine load the same weights, one of them converts the
-    rest into a file that all map (:mod:`~latentreward.core.storage.weight_files`). Inside :func:`settling_later`
-    nothing happens before the end of the block, and inside :func:`reading_later` the weights are only listed.
+    A mapped weight is read from its file straight into the new type; one that has it, at an aligned address, stays
+    mapped. Inside :func:`settling_later` it waits for the end of the block, inside :func:`reading_later` weights are
+    listed.
 
     Args:
         network: Module, mapped or not.
@@ -364,7 +344,6 @@ def settle(
 
 def read_weights(listed: Iterable[Reading]) -> None:
     """Store listed weights in their types, in place; see :func:`settle`."""
-    stored: list[tuple[Tensor, StoredTensor, torch.dtype]] = []
     for reading in listed:
         tensor, place, wanted = reading[:3]
         # The address in a mapped file depends on the length of its header, and CPU kernels round differently at
@@ -372,21 +351,16 @@ def read_weights(listed: Iterable[Reading]) -> None:
         if tensor.dtype == wanted and (tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0):
             continue
         if place is not None and reading.mapped:
-            stored.append((tensor, place, wanted))
+            tensor.data = place.read().to(wanted)
         else:
             tensor.data = tensor.data.to(wanted, copy=True)
-    values = shared([(place, wanted) for _, place, wanted in stored]) if stored and processes_here() > 1 else None
-    for number, (tensor, place, wanted) in enumerate(stored):
-        tensor.data = place.read().to(wanted) if values is None else values[number]
 
 
 @contextmanager
 def settling_later(undrawn: bool = False) -> Iterator[None]:
     """Postpone :func:`settle` to the end of the block: pretrained weights that are replaced inside it are never read.
 
-    Args:
-        undrawn: Whether models with initial weights stay on the meta device. All their weights must be replaced by
-            :func:`fill` inside the block.
+    With ``undrawn`` models with initial weights stay on the meta device, and all must be replaced by :func:`fill`.
     """
     waiting: list[Callable[[], None]] = []
     tokens = _postponed.set(waiting), _undrawn.set(undrawn)
@@ -413,10 +387,7 @@ def after_settling(task: Callable[[], None]) -> None:
 
 @contextmanager
 def reading_later() -> Iterator[dict[int, Reading]]:
-    """List weights by their ids instead of reading them in :func:`settle`.
-
-    They stay mapped, in the files' types. :func:`read_weights` must follow once the final types are known.
-    """
+    """List weights by their ids instead of reading them in :func:`settle`; :func:`read_weights` must follow."""
     listed: dict[int, Reading] = {}
     token = _unread.set(listed)
     try:
@@ -433,10 +404,7 @@ def fill(module: nn.Module, weights: MappedWeights) -> None:
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Make ``tensors`` the weights of the same names in ``module``, without a copy; tied parameters stay tied.
-
-    ``load_state_dict(assign=True)`` would give each name of a tied parameter a tensor of its own, as T5's embedding.
-    """
+    """Make ``tensors`` weights of ``module`` without a copy; tied ones, such as T5's embedding, stay tied."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -452,40 +420,29 @@ def from_config(family: type[Any], source: str, dtype: torch.dtype | None, **pla
     """Build a model with initial weights from the config in ``source``; raise InputError if its class rejects that."""
     from accelerate import init_empty_weights
 
-    where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
-    try:
-        with init_empty_weights() if _undrawn.get() else nullcontext():
-            if hasattr(family, "load_config"):
-                network = family.from_config(network_config(family, source, **place))
-            else:
-                network = family(encoder_config(family, source, **place))
-    except InputError:
-        raise
-    except Exception as error:  # for wrong values the libraries raise errors of many types
-        raise InputError(f"cannot load {where}: {first_line(error)}") from error
+    with loading(_where(source, place)), init_empty_weights() if _undrawn.get() else nullcontext():
+        if hasattr(family, "load_config"):
+            network = family.from_config(network_config(family, source, **place))
+        else:
+            network = family(encoder_config(family, source, **place))
     # Not its own `to`: diffusers' warns, whether a type changes or not.
     return network if dtype is None else nn.Module.to(network, dtype)
 
 
 def network_config(family: type[Any], source: str, **place: Any) -> dict[str, Any]:
     """Read the config of a diffusers model; raise InputError for too many layers, or quantised weights."""
-    where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
+    where = _where(source, place)
     if (path := Path(source) / place.get("subfolder", "") / "config.json").is_file():
         check_depth(read_config(path, f"{where}: {path.name}"), where)
-    try:
+    with loading(where):
         config = family.load_config(source, **place)
-    except Exception as error:  # for wrong values the library raises errors of many types
-        raise InputError(f"cannot load {where}: {first_line(error)}") from error
     check_depth(config, where)
     check_unquantized(config, where)
     return config
 
 
 def check_depth(config: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for a config with more layers or positions than any network has; they would take hours, or GBs.
-
-    Entries whose names contain ``layers`` are numbers of layers or lists of them. ``where`` is for the message.
-    """
+    """Refuse a config with more layers or positions than any network has, which would take hours, or GBs."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_depth(value, where)
@@ -521,11 +478,9 @@ def check_unquantized(config: Mapping[str, Any], where: str) -> None:
 
 def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
     """Read the config of a transformers model, and refuse an ``attn_implementation`` whose code would be downloaded."""
-    where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
-    try:
+    where = _where(source, place)
+    with loading(where):
         config = family.config_class.from_pretrained(source, **place)
-    except Exception as error:  # for wrong values the library raises errors of many types
-        raise InputError(f"cannot load {where}: {first_line(error)}") from error
     check_depth(with_tables(config), where)
     check_unquantized(config.to_dict(), where)
     attention = config._attn_implementation
@@ -540,8 +495,7 @@ def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
 def with_tables(config: Any) -> dict[str, Any]:
     """Return a transformers config as plain values; without the number of positions where the class has no table.
 
-    Classes with rotary positions name far more of them (Qwen3 40960), and compute each when it is used. Published files
-    of Qwen2.5-VL have the language model's entries beside ``text_config`` too.
+    Rotary classes name far more of them (Qwen3 40960). Qwen2.5-VL's files have entries beside ``text_config`` too.
     """
     values: dict[str, Any] = config.to_dict()
     if any(hasattr(kind, "rope_parameters") for kind in (type(config), *config.sub_configs.values())):

@@ -1,20 +1,16 @@
 """Batches of a cache's pairs, and the data module that deals them out."""
 
 import logging
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import islice
+from functools import cache
 from pathlib import Path
-from sys import getrefcount
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from latentreward.core.contracts import (
@@ -32,7 +28,7 @@ from latentreward.data.clips import check_frames
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.dataset import is_turned, stack_targets
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
-from latentreward.data.loading import ResumableLoader, WorkerLoader, as_is, shares_of
+from latentreward.data.loading import ResumableLoader, as_is, shares_of
 from latentreward.data.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.data.score_table import check_targets, label_remedy
 from latentreward.data.splits import SharedPrompts, tell_unopened
@@ -44,8 +40,6 @@ if TYPE_CHECKING:
     from latentreward.diffusion.backbones.base import LatentNetwork
 
 logger = logging.getLogger(__name__)
-UNREADABLE, TWO_SIZES = "unreadable image", "images of two sizes"
-"""Reasons why a pair cannot be used."""
 
 
 class CacheIndex:
@@ -62,7 +56,7 @@ class CacheIndex:
 
     def __init__(self, folder: Path) -> None:
         self.folder, plan = folder, store.read_plan(folder)
-        self.spec = plan.spec
+        self.spec, self.files = plan.spec, store.files_of(folder)
         self.pairs, images, prompts = (store.read_table(folder, name) for name in (PAIRS, IMAGES, PROMPTS))
         self.image_key, self.noise, self.prompts = images["image_key"], images["noise"], prompts["prompt"]
         self.seen = prompts["reader_row"].null_count < len(prompts)
@@ -72,21 +66,18 @@ class CacheIndex:
         self.source_images, counts = sources.flatten().to_numpy(), sources.value_lengths().to_numpy()
         self.source_ends = np.append(0, counts.cumsum())
         self.image_size = np.column_stack([images[side].to_numpy() for side in ("height", "width")])
-        self.files, unread = store.files_of(folder), np.zeros(len(images), bool)
-        self.places, self.tokens = (
-            {n: np.zeros((len(t), 2), int) for n, t in ((IMAGES, images), (PROMPTS, prompts))},
-            None,
-        )
+        self.places = {IMAGES: np.zeros((len(images), 2), int), PROMPTS: np.zeros((len(prompts), 2), int)}
+        masked = self.spec.text is not None and self.spec.text.masked
+        self.tokens = np.zeros((len(prompts), 2), int) if masked else None
+        unread = np.zeros(len(images), bool)
         for number, file in enumerate(self.files):
             try:
-                bad = store.check_file(folder, plan, file, contents=False)
+                unread[[*store.check_file(folder, plan, file, contents=False)]] = True
             except InputError as error:
                 raise InputError(f"cache {folder}: {error}; run the same `latentreward cache` again") from error
             places = self.places[PROMPTS if file.size is None else IMAGES]
-            places[file.rows, 0], places[file.rows, 1] = number, np.arange(len(file.rows))
-            unread[[*bad]] = True
-            if file.size is None and self.spec.text is not None and self.spec.text.masked:
-                self.tokens = np.zeros((len(prompts), 2), int) if self.tokens is None else self.tokens
+            places[file.rows] = np.column_stack([np.full(len(file.rows), number), np.arange(len(file.rows))])
+            if file.size is None and self.tokens is not None:
                 with store.opened(folder, file.name) as tensors:
                     lengths = tensors[store.LENGTHS].numpy()
                 self.tokens[file.rows] = np.column_stack([lengths.cumsum() - lengths, lengths])
@@ -120,13 +111,12 @@ class CachedPairs(PairReader):
 
     def __init__(self, index: CacheIndex, split: str | None = None) -> None:
         super().__init__(on_error="skip")
-        self.index, splits = index, index.pairs["split"].combine_chunks().dictionary_encode()
-        chosen, names = np.ones(len(index.pairs), bool), splits.dictionary.to_pylist()
-        if split is not None:
-            if split not in names:
-                raise InputError(f"cache {index.folder} has no split {split!r}; it has {', '.join(map(repr, names))}")
-            chosen = splits.indices.to_numpy() == names.index(split)
-        for reason, mask in ((UNREADABLE, index.unreadable), (TWO_SIZES, index.uneven)):
+        self.index, splits = index, np.array(index.pairs["split"].to_pylist(), object)
+        chosen = np.ones(len(splits), bool) if split is None else splits == split
+        if not chosen.any():
+            names = ", ".join(map(repr, dict.fromkeys(splits)))
+            raise InputError(f"cache {index.folder} has no split {split!r}; it has {names}")
+        for reason, mask in (("unreadable image", index.unreadable), ("images of two sizes", index.uneven)):
             self.skipped.update({reason: lost} if (lost := int((mask & chosen).sum())) else {})
         self.rows = np.flatnonzero(chosen & ~index.unreadable & ~index.uneven)
 
@@ -173,7 +163,7 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         self.index, self.rows, self.targets = index, np.asarray(rows, dtype=np.int64), targets
         self.with_text, self.exif = with_text and index.spec.text is not None, index.spec.exif
         self.image_sizes: ImageSizes | None = None
-        images, self._mapped = index.spec.images, dict[tuple[int, str], tuple[Tensor, np.ndarray]]()
+        images, self._mapped = index.spec.images, dict[tuple[int, str], Tensor]()
         if index.spec.origin == "vae" and images.size is None:
             plain = tuple((one.height, one.width) for one in images.sizes())  # checkpoints hold no class of ours
             self.image_sizes = NearestBucket(plain, images.resize)
@@ -204,21 +194,17 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         images, labels = np.stack([index.image_a[rows], index.image_b[rows]]), index.label[rows]
         keys = np.array([index.image_key.take(side).to_pylist() for side in images], object)
         known = ~np.isnan(labels)
-        given = zip(np.where(known, labels, 0.5).tolist(), *keys.tolist(), strict=True)  # no label is as a tie
-        turned = np.array([is_turned(*one) for one in given])
-        images[:, turned], keys[:, turned], labels[turned] = (
-            images[::-1, turned],
-            keys[::-1, turned],
-            1 - labels[turned],
-        )
+        labels = np.where(known, labels, 0.5)  # no label is as a tie
+        turned = np.array([is_turned(*one) for one in zip(labels.tolist(), *keys.tolist(), strict=True)])
+        images[:, turned], keys[:, turned] = images[::-1, turned], keys[::-1, turned]
+        labels[turned] = 1 - labels[turned]
         targets = None
         if self.targets is not None:
             values = self.targets[list(numbers)]
             values[turned] = values[turned].flip(1)
             targets = stack_targets([*values])
-        noises = (
-            [index.noise.take(side).to_pylist() for side in images] if index.noise.null_count < len(index.noise) else []
-        )
+        any_noise = index.noise.null_count < len(index.noise)
+        noises = [tuple(index.noise.take(side).to_pylist()) for side in images] if any_noise else []
         latents = self._read(IMAGES, store.LATENTS, np.concatenate([images, index.sources(rows)]).ravel())
         chosen, rejected, *sources = latents.split(len(rows))
         return PreferenceBatch(
@@ -228,14 +214,14 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
             rejected=rejected,
             chosen_keys=tuple(keys[0]),
             rejected_keys=tuple(keys[1]),
-            label=torch.tensor(np.where(known, labels, 0.5), dtype=torch.float32),
+            label=torch.tensor(labels, dtype=torch.float32),
             weight=torch.tensor(np.where(known, index.weight[rows], 0.0), dtype=torch.float32),
             latent_space=index.spec.latent_space,
             conditioning=self._conditioning(index.prompt[rows]) if self.with_text else None,
             uncond=self._conditioning(np.zeros(1, int)) if self.with_text and not index.seen else None,
             targets=targets,
             sources=tuple(sources),
-            **dict(zip(("chosen_noise", "rejected_noise"), map(tuple, noises), strict=False)),
+            **dict(zip(("chosen_noise", "rejected_noise"), noises, strict=False)),
         )
 
     def _conditioning(self, prompts: np.ndarray) -> Conditioning:
@@ -243,88 +229,23 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         pooled = self._read(PROMPTS, store.POOLED, prompts) if text is not None and text.pooled_dim else None
         if index.tokens is None:
             return Conditioning(self._read(PROMPTS, store.EMBEDS, prompts), pooled)
-        spans, files = index.tokens[prompts], index.places[PROMPTS][prompts, 0]
-        like, _ = self._opened(files[0], store.EMBEDS)
-        embeds = batch_memory((len(prompts), spans[:, 1].max(), like.shape[1]), like.dtype).zero_()
-        for row, file, (first, count) in zip(embeds, files.tolist(), spans.tolist(), strict=True):
-            row[:count] = self._opened(file, store.EMBEDS)[0][first : first + count]
+        spans, files = index.tokens[prompts], index.places[PROMPTS][prompts, 0].tolist()
+        rows = zip(files, spans.tolist(), strict=True)
+        tokens = [self._opened(file, store.EMBEDS)[first : first + count] for file, (first, count) in rows]
+        embeds = pad_sequence(tokens, batch_first=True)
         return Conditioning(embeds, pooled, torch.arange(embeds.shape[1]) < torch.tensor(spans[:, 1:]))
 
     def _read(self, table: str, name: str, numbers: np.ndarray) -> Tensor:
         """Read rows of a tensor by the numbers of their images or prompts."""
         places = self.index.places[table][numbers].tolist()
-        like, _ = self._opened(places[0][0], name)
-        found = batch_memory((len(places), *like.shape[1:]), like.dtype)
-        for row, (file, place) in zip(_bytes(found), places, strict=True):
-            row[:] = self._opened(file, name)[1][place]
-        return found
+        return torch.stack([self._opened(file, name)[place] for file, place in places])
 
-    def _opened(self, number: int, name: str) -> tuple[Tensor, np.ndarray]:
-        """Return a tensor of a file, mapped so that its pages are read when they are copied, and its bytes."""
+    def _opened(self, number: int, name: str) -> Tensor:
+        """Return a tensor of a file, mapped so that its pages are read when they are copied."""
         if (number, name) not in self._mapped:
             with store.opened(self.index.folder, self.index.files[number].name) as tensors:
-                self._mapped[number, name] = tensors[name], _bytes(tensors[name])
+                self._mapped[number, name] = tensors[name]
         return self._mapped[number, name]
-
-
-_memory, _taking = list[np.ndarray](), Lock()  # memory of batches, and who looks for some of it that is free
-_MOST = 64  # blocks of memory that are kept; as a rule there are as many as batches and their parts at one time
-_FREE = next(getrefcount(block) for block in [np.empty(1)])  # references to a block of a list that nothing else holds
-
-
-def batch_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return a tensor in the memory of an earlier batch, of which no tensor is left: new pages take longer to make."""
-    size = dtype.itemsize * int(np.prod(shape))
-    with _taking:
-        free = (block for block in _memory if block.nbytes >= size and getrefcount(block) == _FREE)
-        if (found := next(free, None)) is None:
-            if len(_memory) == _MOST:
-                _memory.clear()  # with blocks that are too small for today's batches; what batches hold stays theirs
-            _memory.append(found := torch.empty(max(size, 1), dtype=torch.uint8).numpy())
-        return torch.from_numpy(found[:size]).view(dtype).view(*shape)
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    content: np.ndarray = tensor.reshape(len(tensor), -1).view(torch.uint8).numpy()
-    return content
-
-
-class ReadAhead(DataLoader[Any]):
-    """Loader whose workers are threads, which read batches ahead of the trainer.
-
-    A process would hand each batch on in new pages of shared memory, which takes longer than to read it. Threads use
-    the memory of earlier batches again, and copy rows without the interpreter's lock.
-    """
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if not self.num_workers:
-            yield from super().__iter__()
-            return
-        on_device = None
-        if self.pin_memory:  # a thread of its own would make its pages known to the first accelerator
-            on_device = partial(torch.accelerator.set_device_index, torch.accelerator.current_device_index())
-        rows, pool = iter(self.batch_sampler or self.sampler), ThreadPoolExecutor(self.num_workers, "cache", on_device)
-        ahead = self.num_workers * (self.prefetch_factor or 1)
-        try:
-            waiting = deque(pool.submit(self._batch, numbers) for numbers in islice(rows, ahead))
-            while waiting:
-                batch = waiting.popleft().result()
-                waiting.extend(pool.submit(self._batch, numbers) for numbers in islice(rows, 1))
-                yield batch
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _batch(self, numbers: Any) -> Any:
-        batch = self.dataset[numbers]
-        return batch.pin_memory() if self.pin_memory else batch
-
-
-class TrainingLoader(ResumableLoader, ReadAhead):
-    """Loader of training batches of a cache."""
-
-
-class EvaluationLoader(WorkerLoader, ReadAhead):
-    """Loader of batches of a cache that are used once."""
 
 
 def check_backbone(spec: CacheSpec, backbone: "LatentNetwork", with_text: bool) -> None:
@@ -351,8 +272,7 @@ def check_backbone(spec: CacheSpec, backbone: "LatentNetwork", with_text: bool) 
         if (own := text_fingerprint(encoder)) != spec.text.fingerprint:
             raise InputError(
                 f"the cache holds embeddings of text encoder {spec.text.fingerprint} with {spec.text.num_tokens} "
-                f"tokens, but the model's is {own} with {encoder.num_tokens}; {remedy}, or write the cache with this "
-                "model's text encoder"
+                f"tokens, but the model's is {own} with {encoder.num_tokens}; {remedy}, or write the cache anew"
             )
 
 
@@ -390,8 +310,8 @@ class CachedPreferenceDataModule(PairLoaders):
             :class:`~latentreward.data.sampling.BucketBatchSampler`. Evaluation always takes every pair once.
         cached_text: Whether to take prompt embeddings from the caches, if all caches hold them. Otherwise the model
             encodes prompts.
-        num_workers: Number of threads per rank that read ahead; 0 reads when a batch is asked for.
-        prefetch_factor: Number of batches that each thread reads in advance.
+        num_workers: Number of processes per rank that read ahead; 0 reads in the training process.
+        prefetch_factor: Number of batches that each of them reads in advance.
         shared_prompts: See :class:`~latentreward.data.PreferenceDataModule`.
         targets: See :class:`~latentreward.data.PreferenceDataModule`.
         loading: See :class:`~latentreward.data.datamodules.PairLoaders`.
@@ -443,21 +363,17 @@ class CachedPreferenceDataModule(PairLoaders):
         self.datasets = {}
         for name, reader in pairs.items():
             rows = kept.get(name, np.arange(len(reader)))
-            values = None if targets is None else targets.values(name, reader)
-            given_values = None if values is None else values[rows]
-            self.datasets[name] = CachedPairDataset(reader.index, reader.rows[rows], self.cached_text, given_values)
+            values = None if targets is None else targets.values(name, reader)[rows]
+            self.datasets[name] = CachedPairDataset(reader.index, reader.rows[rows], self.cached_text, values)
 
     def _check_alike(self, first: CacheIndex, other: CacheIndex) -> None:
-        """Raise InputError if two caches cannot be used together; other handling of EXIF is only logged."""
+        """Raise InputError if two caches cannot be used together."""
         one, two = (self._compared(index.spec) for index in (first, other))
         if differ := [name for name in one if one[name] != two[name]]:
             raise InputError(
                 f"caches {first.folder} and {other.folder} are of different {' and '.join(differ)}; write one of them "
                 "again (of another text encoder alone: or set data.cached_text: false)"
             )
-        if other.spec.exif != first.spec.exif:
-            text = "caches %s and %s treat EXIF orientation differently (exif: %s and %s)"
-            logger.warning(text, first.folder, other.folder, first.spec.exif, other.spec.exif)
 
     def _compared(self, spec: CacheSpec) -> dict[str, Any]:
         text = spec.text.fingerprint if self.cached_text and spec.text is not None else None
@@ -477,16 +393,15 @@ class CachedPreferenceDataModule(PairLoaders):
         if reader.text_encoder is None or not reader.text_encoder.sees_sources:
             return
         # Of the pictures the cache holds latents alone, and of the empty prompt none with pictures.
-        reads, remedy = "the model's text encoder reads the pictures to edit too", "or train from the images"
-        if not self.cached_text:
-            raise InputError(
-                f"{reads}; write the cache with encoder.text: states, set data.cached_text: true, {remedy}"
-            )
+        lacks = "" if self.cached_text else "write the cache with encoder.text: states, set data.cached_text: true"
         if getattr(getattr(model, "head", None), "needs_uncond", False):
-            raise InputError(f"{reads}, with the empty prompt for the head; set the head's guidance: 1, {remedy}")
+            lacks = lacks or "also with the empty prompt for the head; set the head's guidance: 1"
         if generator is not None and generator.family.needs_uncond(module.guidance_scale):
-            scale = f"set guidance_scale to {generator.family.no_guidance:g}"
-            raise InputError(f"{reads}, with the empty prompt for guidance_scale; {scale}, {remedy}")
+            off = f"set guidance_scale to {generator.family.no_guidance:g}"
+            lacks = lacks or f"also with the empty prompt for guidance_scale; {off}"
+        if lacks:
+            reads = "the model's text encoder reads the pictures to edit too"
+            raise InputError(f"{reads}; {lacks}, or train from the images")
 
     def check_sources(self, taken: tuple[int, int | None]) -> None:
         """Raise InputError if a cache's pairs are edits of fewer or more pictures than the network takes."""
@@ -495,9 +410,8 @@ class CachedPreferenceDataModule(PairLoaders):
             few, many = int(counts.min()), int(counts.max())
             if wanted := sources_wanted(few, taken) or sources_wanted(many, taken):
                 held = f"{few}" if few == many else f"{few} to {many}"
-                takes = (
-                    f"takes {wanted} (source_images of pairs)" if wanted != "0" else "makes pictures from text alone"
-                )
+                takes = "makes pictures from text alone"
+                takes = takes if wanted == "0" else f"takes {wanted} (source_images of pairs)"
                 told = f"the pairs in the cache {index.folder} have {held} sources, but the model's network {takes}"
                 raise InputError(f"{told}; write a cache of other pairs, or give another network")
 
@@ -509,7 +423,7 @@ class CachedPreferenceDataModule(PairLoaders):
         sampler = BucketBatchSampler(*self._sizing(dataset), rank)
         if rank == 0:
             logger.info("data.train: %s", sampler.describe())
-        return TrainingLoader(dataset, sampler, collate_fn=as_is, **self._worker_settings())
+        return ResumableLoader(dataset, sampler, collate_fn=as_is, **self._worker_settings())
 
     def _sizing(self, dataset: CachedPairDataset) -> tuple[np.ndarray, Sizing]:
         """Return the latents' sizes of a data set, and the settings of its batches."""
@@ -519,8 +433,7 @@ class CachedPreferenceDataModule(PairLoaders):
         sizing = Sizing(self.batch_size, tokens, self.small_buckets, world, self.seed, self.shuffle)
         return dataset.sizes() // [scale, scale, 1], sizing
 
-    def _evaluation_loader(self, name: str) -> DataLoader[Any]:
-        """Return a loader of batches of one size, in the order of the rows where possible."""
-        dataset = self._dataset(name)
+    def evaluation_loading(self, dataset: CachedPairDataset) -> dict[str, Any]:
+        """See :meth:`PairLoaders.evaluation_loading`; batches of one size, in the order of the rows where possible."""
         sampler = EvaluationBatches(*self._sizing(dataset), shares_of(self.trainer)["rank"])
-        return EvaluationLoader(dataset, batch_size=None, sampler=sampler, collate_fn=as_is, **self._worker_settings())
+        return {"batch_size": None, "sampler": sampler, "collate_fn": as_is}

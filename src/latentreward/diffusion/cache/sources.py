@@ -45,9 +45,8 @@ class ImageSettings:
     Args:
         size: Side in pixels, or (height, width), of every image; None for buckets.
         buckets: (height, width) of each bucket; None takes the 13 buckets of the released diffusion-rm cache.
-        resize: ``center_crop`` crops both ends of the axis that is too long for the aspect ratio (by at most 3 % for a
-            bucket) and resizes with a Lanczos filter. ``stretch`` resizes both axes independently, bilinear, as in
-            LRM's training.
+        resize: ``center_crop`` crops both ends of the axis that is too long for the aspect ratio, and resizes with a
+            Lanczos filter. ``stretch`` resizes both axes independently, bilinear, as in LRM's training.
         min_pixels: Smallest number of pixels of an image; pairs with a smaller image are left out. None takes 65,536
             with buckets and no limit with ``size``.
         max_pixels: Largest number of pixels in an image's header; larger images count as unreadable.
@@ -98,9 +97,7 @@ class ImageSettings:
     def sizes_of_pair(self, a: Bucket | None, b: Bucket | None) -> tuple[Bucket, Bucket] | str:
         """Return the sizes at which the two images of a pair are cached, or the reason why the pair is left out.
 
-        Args:
-            a: Height and width in pixels of the first image; None if :meth:`needs_headers` is false.
-            b: Height and width in pixels of the second image, or None as for ``a``.
+        Their own sizes in pixels are None if :meth:`needs_headers` is false.
         """
         if a is not None and b is not None and min(a.area, b.area) < self.smallest():
             return TOO_SMALL
@@ -117,10 +114,7 @@ class ImageSettings:
         return OTHER_ASPECT if mean is None or aspects[1] / aspects[0] - 1 >= CROSS_BUCKET_ASPECT else (mean, mean)
 
     def sizes_of_latents(self, a: Bucket, b: Bucket, *sources: Bucket) -> tuple[Bucket, Bucket] | str:
-        """Return the sizes of a pair whose images are latents already, or the reason why the pair is left out.
-
-        Latents are not resized, so that all must have the same size: ``size``, or the size of a bucket.
-        """
+        """Return the sizes of a pair of latents, which are not resized and all of one size, or why it is left out."""
         if {b, *sources} != {a}:
             return OTHER_SHAPE
         return (a, b) if a in self.sizes() else NO_BUCKET
@@ -229,9 +223,9 @@ class PipelineEncoders(LatentSource):
 
     def check_sources(self, number: int) -> None:
         self._family.check_sources(number)
-        if number and self._family.sees_sources and not self.text:
+        if number and self._family.sees_sources and not self.text:  # training could not encode prompts without them
             reads = f"the text encoder of {self._family.title} reads the {number} sources of a pair too"
-            raise InputError(f"{reads}, and without them no training can encode prompts; set encoder.text: states")
+            raise InputError(f"{reads}; set encoder.text: states")
 
     def check_prompt(self, prompt: str) -> None:
         self._family.check_prompt(prompt)

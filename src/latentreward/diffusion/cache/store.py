@@ -12,8 +12,8 @@
 The rows of a file are those of its images or prompts, in the order of the table. Of a text encoder with a mask only the
 tokens of the prompts are stored, one prompt after the other: "prompt_embeds" is (tokens, D), and "prompt_lengths" (n,)
 int32. A file gets its name when it is complete. Its metadata tell the plan that it belongs to, a digest of its
-contents, and the rows that hold zeros, since their images could not be read. There are no time stamps, so that
-files depend on the data and the settings alone.
+contents, and the rows that hold zeros, since their images could not be read. Files depend on the data and the settings
+alone.
 """
 
 import json
@@ -93,25 +93,14 @@ class CacheFile(NamedTuple):
     rows: np.ndarray  # ``(n,)`` rows in the table of images or prompts that it holds
     size: tuple[int, int] | None  # height and width in pixels of its images; None for prompts
 
-    def shapes(self, spec: CacheSpec, tokens: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return dtype and shape of each tensor; ``tokens`` are those of all prompts, for an encoder with a mask."""
-        number, dtype, text = len(self.rows), getattr(torch, spec.dtype), spec.text
-        if self.size is not None:
-            return {LATENTS: (dtype, (number, *spec.latent_space.shape(*self.size, spec.images.frames)))}
-        assert text is not None
-        pooled = {POOLED: (dtype, (number, text.pooled_dim))} if text.pooled_dim else {}
-        if not text.masked:
-            return {EMBEDS: (dtype, (number, text.num_tokens, text.token_dim)), **pooled}
-        return {EMBEDS: (dtype, (tokens, text.token_dim)), **pooled, LENGTHS: (torch.int32, (number,))}
-
 
 def read_plan(folder: Path) -> CachePlan:
     """Read ``spec.json`` of a cache; raises InputError if it is missing, damaged or of an earlier version."""
     path = folder / SPEC
     if not path.is_file():
-        if (folder / OLD_SPEC).is_file():
-            raise InputError(f"{folder} is a cache of an earlier version; {AGAIN}, to another folder")
-        raise InputError(f"{folder} is not a cache: it has no {SPEC}; run `latentreward cache` or check the path")
+        told = f"is a cache of an earlier version; {AGAIN}, to another folder"
+        none = f"is not a cache: it has no {SPEC}; run `latentreward cache` or check the path"
+        raise InputError(f"{folder} {told if (folder / OLD_SPEC).is_file() else none}")
     plan: CachePlan = checked(CachePlan, read_config(path, remedy=AGAIN), f"{path}: ", f"; {AGAIN}")
     return plan
 
@@ -149,21 +138,18 @@ def opened(folder: Path, name: str) -> Iterator[dict[str, Any]]:
             yield {**{one: file.get_tensor(one) for one in file.keys()}, "cache": record}  # noqa: SIM118
     except InputError:
         raise
-    except FileNotFoundError as error:
-        raise InputError(f"{name} is missing") from error
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{name} is damaged ({first_line(error)})") from error
+        problem = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({first_line(error)})"
+        raise InputError(f"{name} is {problem}") from error
 
 
 def check_file(folder: Path, plan: CachePlan, file: CacheFile, contents: bool = True) -> dict[int, str]:
-    """Check shapes and, if ``contents``, the digest of a file; return why rows of the table have no latents."""
+    """Check a file and, if ``contents``, its digest; return why rows of the table have no latents."""
     with opened(folder, file.name) as tensors:
-        record, lengths = tensors.pop("cache"), tensors.get(LENGTHS)
+        record = tensors.pop("cache")
         if record.get("plan") != plan.name:
             raise InputError(f"{file.name} belongs to another cache")
-        wanted = file.shapes(plan.spec, 0 if lengths is None else int(lengths.sum()))
-        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        if found != wanted or (lengths is not None and lengths.min() < 1):
+        if (LATENTS if file.size is not None else EMBEDS) not in tensors:
             raise InputError(f"{file.name} is damaged: its tensors are not those of the plan")
         if contents and digest_of(tensors, record["unread"]) != record["sha256"]:
             raise InputError(f"{file.name} is damaged: its contents are not those of its digest")

@@ -102,8 +102,8 @@ class RowScan(Dataset[Any]):
         refs = [*images_of(pair).values()]
         marks = [crc32((ref.data or b"") if ref.path is None else os.fsencode(ref.path)) for ref in refs]
         a, b, *sources = (ImageRef(ref.image_key, noise=ref.noise) for ref in refs)
-        text = EditPrompt(pair.prompt, sources) if sources else pair.prompt
-        bare = replace(pair, prompt=text, image_a=a, image_b=b)
+        bare = replace(pair, prompt=EditPrompt(pair.prompt, sources), image_a=a, image_b=b)
+        bare = bare if sources else replace(bare, prompt=str(pair.prompt))
         try:
             return bare, marks, self._sizes(pair.prompt, refs)
         except InputError as error:
@@ -164,7 +164,7 @@ class Plan:
         return self.known[name][0]
 
     def image(self, image: ImageRef, size: Bucket, mark: int, index: int, side: str) -> int:
-        """Return the row of an image, which the reader's row ``index`` has."""
+        """Return the row of an image, which the reader's row ``index`` has; refuse another image with its key."""
         group = *size, self.spec.posterior == "sample" and side not in ("a", "b")
         if (image.image_key, group) not in self.known:
             self.known[image.image_key, group] = len(self.rows[IMAGES]), mark, index, side
@@ -172,18 +172,13 @@ class Plan:
             self.rows[IMAGES].append((image.image_key, *size, image.noise, side, file, index))
         number, first, *place = self.known[image.image_key, group]
         if first != mark:
-            self._refuse_others(image.image_key, (*place, index, side))
+            refs = [images_of(self.reader[row])[of] for row, of in (place, (index, side))]
+            found = [ref.data if ref.path is None else ref.path.is_file() and ref.path.read_bytes() for ref in refs]
+            if all(found) and found[0] != found[1]:  # of a missing file the reader's on_error decides
+                one, two = (ref.path or "bytes" for ref in refs)
+                names = f"{one} (row {place[0]}) and of {two} (row {index})"
+                raise InputError(f"reader: image_key={image.image_key!r:.200} is of {names}; give each its own")
         return number
-
-    def _refuse_others(self, key: str, places: tuple[Any, ...]) -> None:
-        """Raise InputError unless two images of a key are equal; ``places`` are the reader's row and side of each."""
-        refs = [images_of(self.reader[row])[side] for row, side in zip(places[::2], places[1::2], strict=True)]
-        found = [ref.data if ref.path is None else ref.path.is_file() and ref.path.read_bytes() for ref in refs]
-        if all(found) and found[0] != found[1]:  # of a missing file the reader's on_error decides
-            names = " and of ".join(
-                f"{ref.path or 'bytes'} (row {n})" for ref, n in zip(refs, places[::2], strict=True)
-            )
-            raise InputError(f"reader: image_key={key!r:.200} is of {names}; give each its own")
 
     def scan(self, encoder: LatentSource, num_workers: int) -> tuple[CachePlan, dict[str, bytes]]:
         """Scan all rows; return the plan and the files of the tables. Raises InputError if no row can be cached."""
@@ -204,8 +199,8 @@ class Plan:
             raise InputError(f"reader: none of its rows can be cached ({reasons or 'it has none'}); check images")
         tables = {name: _parquet(self.rows[name], schema) for name, schema in SCHEMAS.items()}
         digests = {name: sha256(content).hexdigest() for name, content in tables.items()}
-        pairs, images, prompts = (len(self.rows[name]) for name in (PAIRS, IMAGES, PROMPTS))
-        return CachePlan(self.spec, describe_data(reader), digests, pairs, images, prompts, dict(dropped)), tables
+        counts = (len(rows) for rows in self.rows.values())
+        return CachePlan(self.spec, describe_data(reader), digests, *counts, dict(dropped)), tables
 
 
 def _parquet(rows: list[tuple[Any, ...]], schema: dict[str, pa.DataType]) -> bytes:
@@ -248,65 +243,53 @@ def prepare_cache(
         return [number for number, (problem, _) in enumerate(states) if problem]
 
 
-class EncodeBatches(Dataset[Any]):
-    """Batches of a planned cache, by the number of their file and of their first row in it."""
+class PlannedContents(Dataset[Any]):
+    """Images and prompts of a planned cache, by the number of their file and of their row in it."""
 
     def __init__(self, folder: Path, reader: PairReader) -> None:
-        self.plan, self.reader = store.read_plan(folder), reader
+        self.plan, self.reader, self.files = store.read_plan(folder), reader, store.files_of(folder)
         self.images, self.prompts = (store.read_table(folder, name) for name in (IMAGES, PROMPTS))
-        self.files = store.files_of(folder)
         self._fetched: tuple[int, PreferencePair] | None = None
 
-    def keys_of(self, number: int) -> list[tuple[int, int]]:
-        """List the keys of a file's batches."""
-        return [(number, first) for first in range(0, len(self.files[number].rows), self._step(number))]
+    def batches_of(self, number: int) -> list[list[tuple[int, int]]]:
+        """List the places of each batch of a file."""
+        spec, file = self.plan.spec, self.files[number]
+        step = spec.text.batch_size if spec.text is not None and file.size is None else spec.batch_size
+        places = [(number, row) for row in range(len(file.rows))]
+        return [places[first : first + step] for first in range(0, len(places), step)]
 
-    def _step(self, number: int) -> int:
-        spec = self.plan.spec
-        return spec.text.batch_size if spec.text is not None and self.files[number].size is None else spec.batch_size
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[str], Tensor | None, Tensor | None, dict[int, str], int]:
-        """Read a batch of images of one size, or of prompts, as ``on_error`` says about those that cannot be read.
+    def __getitem__(self, place: tuple[int, int]) -> tuple[str, Tensor | None, Tensor | None, str, int]:
+        """Read an image, or a prompt, as ``on_error`` says about what cannot be read.
 
         Returns:
-            The prompts, or the names of the images; of images the pixels or ready latents, and noise to sample the
-            VAE's posterior; why rows could not be read; and how many frames of clips are not used.
+            The prompt, or the name of the image; of an image the pixels or ready latents, and noise to sample the VAE's
+            posterior; why it could not be read; and how many frames of a clip are not used.
         """
-        file, spec, loaded, unread, unused = self.files[key[0]], self.plan.spec, list[Tensor](), dict[int, str](), 0
-        rows = file.rows[key[1] : key[1] + self._step(key[0])]
+        file, spec = self.files[place[0]], self.plan.spec
+        table, row = self.prompts if file.size is None else self.images, int(file.rows[place[1]])
+        one = {name: table[name][row].as_py() for name in table.column_names}
         if file.size is None:
-            texts, places = (self.prompts[name].take(rows).to_pylist() for name in ("prompt", "reader_row"))
-            prompts = [self._prompt(place, text) for text, place in zip(texts, places, strict=True)]
-            return prompts, None, None, unread, unused
-        shape, time = (
-            spec.latent_space.shape(*file.size, spec.images.frames),
-            spec.latent_space.frame_downscale is not None,
-        )
-        loader = PixelLoader(*file.size, spec.images.resize, spec.images.max_pixels, self.reader.exif)
-        clips = (
-            ClipLoader(**vars(loader), frames=spec.images.frames, fps=spec.images.fps)
-            if spec.images.frames > 1
-            else None
-        )
-        keys, places, sides = (self.images[name].take(rows).to_pylist() for name in ("image_key", "reader_row", "side"))
-        for number, place in enumerate(zip(places, sides, keys, strict=True)):
-            try:
-                image, more = self._planned(*place), 0
-                if spec.vae is None:
-                    content = torch.from_numpy(decode_latents(image, time)).float()
-                elif clips is None:
-                    content = loader(image)
-                else:
-                    content, _, more = clips.load(image)
-                loaded, unused = [*loaded, content], unused + more
-            except ImageError as error:
-                unread[number] = self._skipped(error)
-                loaded.append(torch.zeros(shape) if spec.vae is None else (clips or loader).blank())
-        noise = None
-        if spec.posterior == "sample" and sides[0] in ("a", "b"):
-            draws = (pair_generator(spec.seed, "posterior", 0, "", name) for name in keys)
-            noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
-        return keys, torch.stack(loaded), noise, unread, unused
+            return self._prompt(one["reader_row"], one["prompt"]), None, None, "", 0
+        shape, images, key = spec.latent_space.shape(*file.size, spec.images.frames), spec.images, one["image_key"]
+        loader = PixelLoader(*file.size, images.resize, images.max_pixels, self.reader.exif)
+        if images.frames > 1:
+            loader = ClipLoader(**vars(loader), frames=images.frames, fps=images.fps)
+        problem, unused, noise = "", 0, None
+        try:
+            image = self._planned(one["reader_row"], one["side"], key)
+            if spec.vae is None:
+                has_time = spec.latent_space.frame_downscale is not None
+                content = torch.from_numpy(decode_latents(image, has_time)).float()
+            elif isinstance(loader, ClipLoader):
+                content, _, unused = loader.load(image)
+            else:
+                content = loader(image)
+        except ImageError as error:
+            problem = self._skipped(error)
+            content = torch.zeros(shape) if spec.vae is None else loader.blank()
+        if spec.posterior == "sample" and one["side"] in ("a", "b"):
+            noise = torch.randn(shape, generator=pair_generator(spec.seed, "posterior", 0, "", key))
+        return key, content, noise, problem, unused
 
     def _prompt(self, row: int | None, text: str) -> str:
         """Return a prompt, with its pictures if the text encoder sees them; grey ones for those that cannot be read."""
@@ -370,42 +353,42 @@ class Encoding:
     progress: Callable[[int], object] = lambda number: None  # gets the rows of each batch encoded
 
     def task(self, tables: Mapping[str, bytes]) -> Callable[[int], Iterator[tuple[bytes, int]]]:
-        """Return the function that encodes the file of a number.
+        """Return the function that yields the content of the file of a number, and its number of unused frames.
 
-        It takes the plan and the tables of the cache, name → content; the function yields the content of the file and
-        how many frames of clips are not used.
+        ``tables`` are the plan and the tables of the cache: name → content.
         """
         with TemporaryDirectory() as folder:
             for name, content in tables.items():
                 (Path(folder) / name).write_bytes(content)
-            batches, keys = EncodeBatches(Path(folder), self.reader), list[tuple[int, int]]()
-        device = self.work.device
+            planned, places = PlannedContents(Path(folder), self.reader), list[list[tuple[int, int]]]()
+        device, plan = self.work.device, planned.plan
         for encoder in (self.encoders.vae, self.encoders.text):
             if encoder is not None:
                 encoder.eval().to(device)
         loader = WorkerLoader(
-            batches,
-            batch_size=None,
-            sampler=keys,  # of one file after the other, for which the same worker processes load
+            planned,
+            batch_sampler=places,  # of one file after the other, for which the same worker processes load
+            collate_fn=list,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=device.type != "cpu",
             # A worker of Ray runs threads, and a fork of a process with threads may hang (seen with Python 3.11).
             multiprocessing_context="forkserver" if self.num_workers and SharedWork.in_worker else None,
             worker_init_fn=end_with_parent,
         )
 
         def encode(number: int) -> Iterator[tuple[bytes, int]]:
-            plan, parts, lost, skipped = batches.plan, list[dict[str, Tensor]](), dict[str, str](), 0
-            keys[:] = batches.keys_of(number)
-            for (_, first), (names, *tensors, unread, unused) in zip(keys, loader, strict=True):
-                content, noise = (tensor if tensor is None else tensor.to(device) for tensor in tensors)
+            parts, lost, skipped, first = list[dict[str, Tensor]](), dict[str, str](), 0, 0
+            places[:] = planned.batches_of(number)
+            for batch in loader:
+                names, *tensors, problems, unused = zip(*batch, strict=True)
+                content, noise = (None if one[0] is None else torch.stack(one).to(device) for one in tensors)
+                unread = {row: problem for row, problem in enumerate(problems) if problem}
                 with torch.inference_mode():
                     rows = encode_batch(names, content, noise, self.encoders, getattr(torch, plan.spec.dtype))
                     rows.get(store.LATENTS, torch.empty(0))[[*unread]] = 0
                 parts.append({name: tensor.cpu() for name, tensor in rows.items()})
                 lost |= {str(first + row): reason for row, reason in unread.items()}
-                skipped += unused
+                first, skipped = first + len(names), skipped + sum(unused)
                 self.progress(len(names))
             whole = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
             record = {"plan": plan.name, "unread": lost, "sha256": store.digest_of(whole, lost)}
@@ -414,10 +397,7 @@ class Encoding:
         return encode
 
     def write(self, folder: Path, todo: Sequence[int], progress: Callable[[int], object]) -> int:
-        """Encode and write the files of the numbers ``todo``; return how many frames of clips are not used.
-
-        ``progress`` is called with numbers of images and prompts.
-        """
+        """Encode and write the files of the numbers ``todo``; return how many frames of clips are not used."""
         files, unused, shared = store.files_of(folder), 0, self.work.workers > 1
         tables = {name: (folder / name).read_bytes() for name in (SPEC, *SCHEMAS)}
 

@@ -45,11 +45,8 @@ CHUNK = 2**22  # number of values of a tensor that are converted and hashed at a
 def vae_fingerprint(vae: nn.Module) -> str:
     """Return a hash (32 hexadecimal digits) of a VAE's encoder: weights as float32, and config.
 
-    VAEs that differ only in their decoders have equal hashes, because their latents are equal. One VAE loaded in
-    float32 and in bfloat16 has two hashes, because rounded weights change the latents.
-
-    Args:
-        vae: VAE of any class, on any device; its ``config`` may be a mapping, any object, or missing.
+    VAEs that differ only in their decoders have equal hashes. One VAE in float32 and in bfloat16 has two hashes,
+    because rounded weights change the latents. Its ``config`` may be a mapping, any object, or missing.
     """
     found = getattr(vae, "config", {})
     found = found if isinstance(found, Mapping) else vars(found)
@@ -66,10 +63,7 @@ def vae_fingerprint(vae: nn.Module) -> str:
 def text_fingerprint(encoder: "PromptEncoder") -> str:
     """Return a hash (32 hexadecimal digits) of text encoders: weights, tokens of fixed prompts, length of prompts.
 
-    Of encoders that see pictures it also covers how they read them.
-
-    Weights are rounded to bfloat16 before they are hashed. A frozen text encoder therefore has one hash, whether
-    training stores it in float32 or in bfloat16, and cached embeddings of one are used for the other.
+    Weights are rounded to bfloat16 before: a frozen encoder has one hash, stored in float32 or in bfloat16.
     """
     tokenizers = [getattr(encoder, f"tokenizer{number}", None) for number in ("", "_2", "_3")]
     config = {
@@ -88,10 +82,7 @@ def text_fingerprint(encoder: "PromptEncoder") -> str:
 
 
 def _fingerprint(weights: Iterable[Tensor], config: dict[str, Any], dtype: torch.dtype) -> str:
-    """Hash the floating point tensors of ``weights``, and ``config``.
-
-    Names and order of the tensors do not count, because they change with the versions of diffusers and transformers.
-    """
+    """Hash the floating point tensors, whose names and order change with the libraries' versions, and ``config``."""
     hashes = []
     for tensor in (weight for weight in weights if weight.is_floating_point()):
         parts = (part.to("cpu", dtype).contiguous() for part in tensor.detach().reshape(-1).split(CHUNK))

@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentreward.core.contracts import Conditioning, like_prompt, sources_of
 from latentreward.core.errors import InputError
-from latentreward.core.promises import VALUES, Part, keep_promise, returns, shown, wrong_tensor
-from latentreward.core.registry import of_this_package
+from latentreward.core.promises import Part, keep_promise, returns, shown, wrong_tensor
 from latentreward.core.running import phase
 
 if TYPE_CHECKING:
@@ -43,16 +42,14 @@ class PromptEncoder(nn.Module, Part):
         masked: Whether encoded prompts have a mask of the tokens that the network attends to. Then ``num_tokens`` is
             their greatest number, they come first, and tokens after the longest prompt of a batch may be cut off.
             Padding that the network attends to counts: set it true in the mask, and let :meth:`count_tokens` count it.
-            If the network attends to all padding, give no mask; then each prompt has ``num_tokens``.
+            If the network attends to all padding, give no mask.
         pools_tokens: Whether the pooled vector is the mean of the prompt's own tokens, which the network does not take.
         dropped_tokens: Number of tokens before the prompt's own whose embeddings a masked encoder drops.
-        tokens_in_fingerprint: Whether the encoder's fingerprint covers the tokens of fixed prompts. Encoders of SD and
-            SD3 have fingerprints without, because caches hold them.
-        sees_sources: Whether the text encoder reads the pictures that prompts edit too, so that the empty prompt has an
-            encoding for each picture.
+        tokens_in_fingerprint: Whether the encoder's fingerprint covers the tokens of fixed prompts; not of SD's and
+            SD3's, whose fingerprints caches hold.
+        sees_sources: Whether the text encoder reads the pictures that prompts edit too.
         picture_settings: Settings of the reading of pictures on which the embeddings of prompts with pictures depend.
-        unread: Names of submodules that no output depends on. They are frozen, because DDP fails on trainable
-            parameters without a gradient.
+        unread: Names of submodules that no output depends on; they are frozen, as DDP fails without a gradient.
         tokens_only: Names of submodules that the token embeddings depend on, but not the pooled vector.
     """
 
@@ -91,20 +88,11 @@ class PromptEncoder(nn.Module, Part):
         return counts
 
     def tell_cut(self, tokenizer: Any, texts: Sequence[str], counts: Sequence[int], limit: int) -> None:
-        """Warn once if a text has more tokens than are read.
-
-        Args:
-            tokenizer: Tokenizer of the texts.
-            texts: N texts as they are tokenised.
-            counts: Number of tokens of each, at most ``limit`` where they were truncated.
-            limit: Number of tokens that are read.
-        """
+        """Warn once if one of the ``texts``, with ``counts`` tokens, has more than the ``limit`` that are read."""
         for text, count in zip(texts, counts, strict=True):
-            if (
-                not self._told_cut
-                and count >= limit
-                and (whole := len(tokenizer(text, verbose=False).input_ids)) > limit
-            ):
+            if self._told_cut or count < limit:  # where texts were truncated, they have at most the limit
+                continue
+            if (whole := len(tokenizer(text, verbose=False).input_ids)) > limit:
                 self._told_cut = True
                 logger.warning("a prompt has %d tokens, of which %d are read (others are not reported)", whole, limit)
 
@@ -116,9 +104,9 @@ class PromptEncoder(nn.Module, Part):
         trains = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             encoded = self.encode_ids(*ids)
-        if not self._settled:  # those of users are compared in every call
-            keep_promise(self, "encode_ids", lambda: self.wrong_conditioning(encoded, prompts))
-            self._settled = of_this_package(type(self).__module__)
+        if not self._settled:
+            keep_promise(self, "encode_ids", self.wrong_conditioning, encoded, prompts)
+            self._settled = True
         return encoded
 
     def wrong_conditioning(self, encoded: Conditioning, prompts: Sequence[str]) -> str | None:
@@ -126,32 +114,19 @@ class PromptEncoder(nn.Module, Part):
         if not isinstance(encoded, Conditioning):
             return f"{shown(encoded)}; it must be a Conditioning"
         tokens, pooled, mask = encoded.prompt_embeds, encoded.pooled_prompt_embeds, encoded.prompt_mask
-        length = -1 if self.masked else self.num_tokens
-        if problem := wrong_tensor(tokens, (len(prompts), length, self.token_dim)):
+        if problem := wrong_tensor(tokens, (len(prompts), -1 if self.masked else self.num_tokens, self.token_dim)):
             return f"prompt_embeds {problem}, as num_tokens and token_dim say"
         wanted = (pooled is not None or self.pooled_dim > 0) and (len(prompts), self.pooled_dim)
         if wanted and (problem := wrong_tensor(pooled, wanted)):
             return f"pooled_prompt_embeds {problem}, as pooled_dim says"
-        return self.wrong_mask(mask, tokens, prompts)
-
-    def wrong_mask(self, mask: Tensor | None, tokens: Tensor, prompts: Sequence[str]) -> str | None:
-        """Return what is wrong with a mask of encoded prompts, see :func:`~latentreward.core.promises.returns`."""
+        problem = None
         if (mask is not None) != self.masked:
-            return (
-                f"{'no' if mask is None else 'a'} prompt_mask, but masked is {self.masked}; it must be a mask of the "
-                "tokens that the network attends to with masked = True, or none with masked = False, where all count"
-            )
-        if mask is None:
-            return None
-        problem = wrong_tensor(mask, tokens.shape[:2], "bool")
-        if problem or not VALUES.get():
-            return problem and f"prompt_mask {problem}"
-        counts = mask.sum(dim=1)
-        if mask.shape[1] > self.num_tokens or not (mask.cummin(dim=1).values == mask).all() or not counts.all():
-            return f"prompt_mask with {counts.tolist()} tokens; it must be 1 to {self.num_tokens} that come first"
-        if counts.tolist() != (told := self.count_tokens(prompts)):
-            return f"prompt_mask with {counts.tolist()} tokens; it must be as count_tokens says, {told}"
-        return None
+            problem = f"is {shown(mask)}, but masked is {self.masked}; it must be a mask if some tokens do not count"
+        elif mask is not None and not (problem := wrong_tensor(mask, tokens.shape[:2], "bool")):
+            counts, told, later = mask.sum(dim=1).tolist(), self.count_tokens(prompts), mask[:, 1:] > mask[:, :-1]
+            if counts != told or 0 in counts or max(counts) > self.num_tokens or later.any():
+                problem = f"with {counts} tokens; it must be 1 to {self.num_tokens} that come first, counted as {told}"
+        return problem and f"prompt_mask {problem}"
 
 
 def encode_texts(encoder: PromptEncoder, prompts: Sequence[str]) -> Conditioning:
@@ -168,10 +143,7 @@ def empty_prompts(encoder: PromptEncoder | None, prompts: Sequence[str], text: s
 
 
 def equal_lengths(encoder: PromptEncoder, prompts: Sequence[str], most: int) -> list[list[int]]:
-    """Return the indices of ``prompts`` in batches of at most ``most`` prompts with equally many tokens.
-
-    No prompt of such a batch is padded, so that its result differs from that of the prompt alone in the last bits only.
-    """
+    """Return the indices of ``prompts`` in batches of at most ``most`` with equally many tokens: none is padded."""
     parts = (prompts[start : start + 1024] for start in range(0, len(prompts), 1024))  # each is padded to its longest
     counts = [count for part in parts for count in encoder.count_tokens(part)]
     rows = sorted(range(len(prompts)), key=counts.__getitem__)
@@ -203,15 +175,18 @@ def _padded(tokenizer: Any, texts: Sequence[str], length: int) -> Any:
         return tokenizer(list(texts), **size, return_attention_mask=True, return_tensors="pt")
 
 
+def check_length(t5_length: int, least: int, most: int) -> int:
+    """Check a number of T5 tokens per prompt, and return it."""
+    if type(t5_length) is not int or not least <= t5_length <= most:
+        raise InputError(f"t5_length={t5_length!r} must be a whole number from {least} to {most} here")
+    return t5_length
+
+
 class CLIPPromptEncoder(PromptEncoder):
     """Prompt encoder with one CLIP text encoder (SD1.5, SD2.1).
 
     Token embeddings are the last hidden states after the final norm. The pooled vector is their row at the EOS token.
     No attention mask is used: padding tokens take part, as in training of the base models.
-
-    Args:
-        text_encoder: CLIP text encoder.
-        tokenizer: Tokenizer of ``text_encoder``; None if only token ids are encoded.
     """
 
     tokens_in_fingerprint = False
@@ -235,12 +210,6 @@ class SDXLPromptEncoder(PromptEncoder):
 
     Token embeddings are the second-to-last hidden states of both, concatenated along the features. The pooled vector is
     the second encoder's projected EOS feature.
-
-    Args:
-        text_encoder: CLIP-L; no output depends on its last layer and final norm, which therefore do not train.
-        text_encoder_2: CLIP-G with projection.
-        tokenizer: Tokenizer of ``text_encoder`` (pads with EOS).
-        tokenizer_2: Tokenizer of ``text_encoder_2`` (pads with id 0).
     """
 
     tokens_in_fingerprint = False
@@ -276,9 +245,6 @@ class SDXLPromptEncoder(PromptEncoder):
         first = self.text_encoder(input_ids[0], output_hidden_states=True).hidden_states[-2]
         second = self.text_encoder_2(input_ids[1], output_hidden_states=True)
         return Conditioning(torch.cat([first, second.hidden_states[-2]], dim=-1), second.text_embeds)
-
-
-MOST_TOKENS = 4096  # largest number of T5 tokens per prompt
 
 
 class SD3PromptEncoder(PromptEncoder):
@@ -318,8 +284,7 @@ class SD3PromptEncoder(PromptEncoder):
         t5_length: int = 256,
     ) -> None:
         super().__init__()
-        if type(t5_length) is not int or not 0 <= t5_length <= MOST_TOKENS:
-            raise InputError(f"t5_length is {t5_length!r}; give a whole number from 0 to {MOST_TOKENS}")
+        check_length(t5_length, 0, 4096)
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.text_encoder_3, self.tokenizer_3 = text_encoder_3, tokenizer_3
@@ -396,10 +361,10 @@ class LanguageModelEncoder(PromptEncoder):
 
 
 def first_layers(model: Any, count: int) -> Any:
-    """Remove the layers of a base model after the first ``count``, in place, and the final norm with them.
-
-    The norm stays in a model without further layers, as its last hidden states come after it.
-    """
+    """Remove layers after the first ``count``, in place; and then the final norm, which ends a model left whole."""
+    if len(model.layers) < count:
+        told = f"layer {count} of a text encoder is read, but this one has {len(model.layers)}"
+        raise InputError(f"{told}; get the pipeline as published")
     if len(model.layers) > count:
         model.layers, model.norm = model.layers[:count], nn.Identity()
     return model

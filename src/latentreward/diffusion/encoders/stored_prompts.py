@@ -30,7 +30,7 @@ class StoredPrompts(StandIn):
         prompts: Distinct prompts, in the order of the rows of ``table``.
         table: Encoded prompts on the CPU, which may be mapped from files; None without prompts.
         device: Device that results are moved to.
-        remedy: What a user can do about a prompt that is not in the table.
+        remedy: What to do about a prompt that is not in the table.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class StoredPrompts(StandIn):
         self._rows, self._table, self._device = {prompt: row for row, prompt in enumerate(prompts)}, table, device
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Return the rows of ``prompts`` in the table, ``(B,)`` int64; raises InputError if one is not there."""
+        """Return the rows ``(B,)`` of ``prompts`` in the table."""
         for prompt in prompts:
             if prompt not in self._rows:
                 raise InputError(
@@ -56,12 +56,10 @@ class StoredPrompts(StandIn):
         return (torch.tensor([self._rows[prompt] for prompt in prompts], dtype=torch.int64),)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """Return the rows ``input_ids[0]`` of the table, on the device."""
         assert self._table is not None
         return self._table.select(input_ids[0]).trimmed().to(self._device)
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
-        """Look ``prompts`` up."""
         return self.encode_ids(*self.tokenize(prompts))
 
 
@@ -98,7 +96,6 @@ class OffloadedEncoder(StandIn):
         return self._encoder[0].count_tokens(prompts)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`; the encoder comes to the device for these tokens alone."""
         encoder = self._encoder[0].to(self._device)
         try:
             return encoder.encode_ids(*(ids.to(self._device) for ids in input_ids))

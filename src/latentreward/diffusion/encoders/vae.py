@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from latentreward.core.contracts import Conditioning, EditPrompt, ImageRef, LatentSpace, sources_of
 from latentreward.core.errors import InputError
 from latentreward.core.promises import Kind, Part, finite, returns, wrong_tensor
-from latentreward.core.storage.digests import size_and_time
+from latentreward.core.storage.digests import digest, size_and_time
 from latentreward.core.storage.json_files import entries, entry
 from latentreward.data import ImageError, PixelLoader, decode_image
 from latentreward.data.images import MAX_PIXELS, grey_picture, read_header, to_pixels
@@ -72,6 +72,11 @@ class LatentEncoder(nn.Module, Part):
             raise InputError(f"{name} has scaling_factor=0, which makes all latents 0; get the pipeline as published")
         return space
 
+    @classmethod
+    def space_in(cls, pipeline: Any) -> LatentSpace:
+        """Return the latent space of a pipeline's VAE, from its configs."""
+        return cls.space_of(pipeline.config("vae"), f"source={pipeline.source!r}: vae")
+
     def latent_shape(self, pixels: Tensor) -> tuple[int, ...]:
         """Return the shape of the latents of one row of ``pixels`` ``(B, 3, H, W)`` or ``(B, 3, F, H, W)``."""
         return self.space.shape(pixels.shape[-2], pixels.shape[-1], pixels.shape[2] if pixels.ndim == 5 else 1)
@@ -97,10 +102,9 @@ class LatentEncoder(nn.Module, Part):
 
     @returns(_wrong_pixels)
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents ``(B, C, ...)`` into float32 pixels, differentiably.
+        """Decode scaled latents ``(B, C, ...)`` differentiably into float32 pixels in about [-1, 1].
 
         Pixels are ``(B, 3, H, W)`` for images, also in a space with a time axis, and ``(B, 3, F, H, W)`` for clips.
-        They lie in [-1, 1] but for small overshoots.
         """
         latents = self.unscale(latents)
         with torch.autocast(latents.device.type, enabled=False):
@@ -137,18 +141,13 @@ class ChannelLatentEncoder(LatentEncoder):
 
     @classmethod
     def space_of(cls, vae_config: Mapping[str, Any], name: str = "the VAE's config") -> LatentSpace:
-        """See :meth:`LatentEncoder.space_of`; means and standard deviations must fit the number of channels."""
         channels = entry(vae_config, "z_dim", int, name)
         halvings = entries(vae_config, "temperal_downsample", bool, name)
         means, stds = (tuple(map(float, entries(vae_config, f"latents_{of}", float, name))) for of in ("mean", "std"))
-        if not len(means) == len(stds) == channels:
+        if not len(means) == len(stds) == channels or 0 in stds:
             raise InputError(
-                f"{name} has z_dim={channels}, but {len(means)} latents_mean and {len(stds)} latents_std; download the "
-                "VAE again"
-            )
-        if 0 in stds:
-            raise InputError(
-                f"{name} has a latents_std of 0, by which latents cannot be divided; download the VAE again"
+                f"{name} has z_dim={channels}, but {len(means)} latents_mean and {len(stds)} latents_std (none may be "
+                "0); download the VAE again"
             )
         return LatentSpace(channels, 2 ** len(halvings), frame_downscale=2 ** sum(halvings), means=means, stds=stds)
 
@@ -188,9 +187,25 @@ class PatchedLatentEncoder(LatentEncoder):
     def unpacked(self, noise: Tensor) -> Tensor:
         return F.pixel_shuffle(noise, 2)
 
+    @staticmethod
+    def arranged(statistics: Tensor) -> Tensor:
+        """Bring statistics of the VAE's batch norm into the order of the latents' channels."""
+        return statistics
+
+    @classmethod
+    def space_in(cls, pipeline: Any) -> LatentSpace:
+        config, name = pipeline.config("vae"), f"source={pipeline.source!r}: vae"
+        channels = 4 * entry(config, "latent_channels", int, name)
+        halvings = len(entries(config, "block_out_channels", int, name))
+        eps = float(entry(config, "batch_norm_eps", float, name, 1e-4))
+        read = pipeline.tensors("vae", ["bn.running_mean", "bn.running_var"])
+        values = [cls.arranged(one.detach()).to("cpu", torch.float32).contiguous().numpy() for one in read]
+        return LatentSpace(channels, 2**halvings, statistics=digest([*values, repr(eps)]))
+
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
         norm = self.vae.bn
-        mean, variance = (value.to(like).view(1, -1, 1, 1) for value in (norm.running_mean, norm.running_var))
+        read = (self.arranged(value) for value in (norm.running_mean, norm.running_var))
+        mean, variance = (value.to(like).view(1, -1, 1, 1) for value in read)
         return mean, (variance + self.vae.config.batch_norm_eps).sqrt()
 
     def scale(self, sample: Tensor) -> Tensor:
@@ -207,20 +222,15 @@ KEPT = 512  # number of pictures whose latents are kept: of 1024² pixels in 16 
 
 
 class SourceSize(NamedTuple):
-    """Size that a pipeline gives to a picture that it edits.
+    """Size that a pipeline gives to a picture that it edits."""
 
-    Attributes:
-        resized: (height, width) in pixels to which the whole picture is resized.
-        cropped: (height, width) of the centre that is then kept; None for all.
-    """
-
-    resized: tuple[int, int]
-    cropped: tuple[int, int] | None = None
+    resized: tuple[int, int]  # (height, width) in pixels to which the whole picture is resized
+    cropped: tuple[int, int] | None = None  # (height, width) of the centre that is then kept; None for all
 
 
 @contextmanager
 def reading_pictures() -> Iterator[None]:
-    """Tell what to do about a picture of a list of prompts that cannot be read; raises ImageError."""
+    """Tell what to do about a picture of a list of prompts that cannot be read."""
     try:
         yield
     except ImageError as error:
@@ -229,11 +239,7 @@ def reading_pictures() -> Iterator[None]:
 
 
 def resized_picture(image: ImageRef, size: Callable[[int, int], SourceSize]) -> Image.Image:
-    """Decode a picture, and resize and crop it as ``size``, a function of height and width, says.
-
-    Raises:
-        ImageError: If the picture cannot be read.
-    """
+    """Decode a picture, and resize and crop it as ``size``, a function of height and width, says."""
     decoded = decode_image(image, image.max_pixels or MAX_PIXELS, image.exif)
     resized, cropped = size(decoded.height, decoded.width)
     decoded = decoded.resize(resized[::-1], Image.Resampling.LANCZOS)
@@ -289,12 +295,7 @@ class SourceEncoder:
                 )
 
     def pixels(self, image: ImageRef) -> Tensor:
-        """Decode and resize a picture to pixels ``(3, H, W)`` in [-1, 1].
-
-        Raises:
-            ImageError: If the picture cannot be read.
-            InputError: If the pipeline refuses a picture of this size.
-        """
+        """Decode and resize a picture to pixels ``(3, H, W)`` in [-1, 1]."""
         if self.loader is not None:
             return replace(self.loader, max_pixels=image.max_pixels or self.loader.max_pixels)(image)
         return to_pixels(resized_picture(image, self.size))
@@ -357,15 +358,7 @@ def encode_edits(
     sources: Sequence[Tensor] = (),
     latents: bool = False,
 ) -> Conditioning:
-    """Encode B prompts, and the pictures that they edit, to B rows.
-
-    Args:
-        text_encoder: Encoder of texts.
-        prompts: B prompts.
-        encoder: Encoder of pictures; None for a network that takes none.
-        sources: Pixels ``(B, 3, H, W)`` of each picture that the prompts edit; empty reads those of the prompts.
-        latents: Whether ``sources`` are latents ``(B, C, ...)`` instead.
-    """
+    """Encode B prompts, and the pictures that they edit, to B rows; see :meth:`DiffusionBackbone.encode_prompts`."""
     conditioning = encode_texts(text_encoder, prompts)
     edit = next((prompt for prompt in prompts if sources_of(prompt)), None)
     if edit is None:

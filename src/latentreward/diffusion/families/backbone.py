@@ -58,8 +58,6 @@ class FamilyBackbone(TransformerBackbone):
                 f"text_taps={list(self.text_taps)} lie after the last of visual_taps, but {family.title} has the same "
                 "text in all blocks; name earlier blocks"
             )
-        for names in ("tail", "time_embedding"):
-            family.require_parts(names, getattr(family, names), transformer)
         for name in () if self.output_map else family.tail:
             if isinstance(getattr(transformer, name, None), nn.Parameter):
                 delattr(transformer, name)
@@ -68,8 +66,6 @@ class FamilyBackbone(TransformerBackbone):
 
     def unread_parts(self, number: int, visual: bool, text: bool) -> tuple[Sequence[str], Sequence[str]]:
         inside = self.family.unread(number, visual, text) if number else ()
-        if number:
-            self.family.require_parts("unread", inside, [*self.blocks()][number - 1])
         return inside, self.family.unread_outside(number, visual, text)
 
     def drop_text_taps(self) -> None:
@@ -78,8 +74,7 @@ class FamilyBackbone(TransformerBackbone):
             freeze(self.text_encoder, self.text_encoder.tokens_only)
 
     def drop_time_embedding(self) -> None:
-        """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block runs."""
-        if self.last_tap == 0 and not self.family.refines:
+        if self.last_tap == 0 and not self.family.refines:  # no block runs, which would need it
             freeze(self.transformer, self.family.time_embedding)
 
     @property
@@ -103,7 +98,6 @@ class FamilyBackbone(TransformerBackbone):
 
     @property
     def side_multiple(self) -> int:
-        """See :attr:`DiffusionBackbone.side_multiple`; the side of one token in pixels."""
         return self.family.side_multiple
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
@@ -167,13 +161,9 @@ class BackboneOptions:
         check_quantization(self.quantization, self.tuning)
 
     def family(self, source: str, name: str | None, model: str | None = None, own: str | None = None) -> Family:
-        """Return the family of the pipeline at ``source``; no weight is loaded.
+        """Return the family of the pipeline at ``source``, which must be of ``name`` and ``model`` if these are given.
 
-        Args:
-            source: Diffusers pipeline folder, or hub id.
-            name: Name of the family that it must be of; None takes any.
-            model: Beginning of the model's name within the family, such as ``SD3.5``; None takes any.
-            own: Import path of a family of one's own; None finds the family among those of this package.
+        ``own`` is the import path of a family of one's own. No weight is loaded.
         """
         found = find_family(PipelineSource(source, self.revision, self.variant), own)
         if (name is not None and found.name != name) or (model is not None and found.model.split()[0] != model):
@@ -185,10 +175,7 @@ class BackboneOptions:
         return found
 
     def parts(self, family: Family, **text: Any) -> tuple[Any, dict[str, Any]]:
-        """Load the network of a family's pipeline, and its encoders by the names of a backbone's arguments.
-
-        ``text`` are arguments of :meth:`Family.load_prompt_encoder`.
-        """
+        """Load a family's network, and its encoders by the names of a backbone's arguments."""
         text_encoder = family.load_prompt_encoder(**text)
         network = family.load_network(self.pretrained)
         return network, {"text_encoder": text_encoder, "vae": family.load_latent_encoder(self.vae_dtype)}

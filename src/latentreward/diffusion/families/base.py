@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
@@ -43,15 +42,12 @@ class PipelineConfigs(Protocol):
 
     def has(self, part: str) -> bool:
         """Tell whether the pipeline has ``part``."""
-        ...
 
     def config(self, part: str) -> dict[str, Any]:
         """Return the config of ``part``; raise InputError if it is missing."""
-        ...
 
     def tensors(self, part: str, names: Sequence[str]) -> list[Tensor]:
         """Return weights of ``part`` by name; raise InputError if one is missing."""
-        ...
 
 
 def wrong_prediction(found: Tensor, family: Family, network: Any, latents: Tensor, *given: Any) -> str | None:
@@ -72,36 +68,21 @@ def _wrong_levels(found: tuple[Tensor, Tensor], family: Family, steps: int, shap
         return problem
     if sigmas[-1] or (sigmas.diff() > 0).any():
         return f"noise levels from {sigmas[0]:g} to {sigmas[-1]:g}; they must fall, the last one to 0"
-    error = (family.noise_process.sigma(timesteps) - sigmas[:-1]).abs()
-    if error.max() <= 0.01:  # rounded to whole timesteps
-        return None
-    timestep, sigma = timesteps[error.argmax()], sigmas[error.argmax()]
-    return f"timestep {timestep:g} for the noise level {sigma:g}; it must be 1000 times that, as in noise_process"
-
-
-def _wrong_network(found: nn.Module, family: Family, pretrained: bool = True) -> str | None:
-    problem = of_class(nn.Module)(found)
-    for names in ("lists", "idle") if problem is None else ():
-        family.require_parts(names, getattr(family, names, ()), found)
-    if problem is None and not of_this_package(type(family).__module__):
-        kinds = {type(block).__name__ for block in family.blocks(found)} - {*family.block_classes}
-        family._require("block_classes", not kinds, f"lacks {', '.join(sorted(kinds))}, of the blocks of the network")
-    return problem
+    if (family.noise_process.sigma(timesteps) - sigmas[:-1]).abs().max() > 0.01:  # rounded to whole timesteps
+        return f"timesteps from {timesteps[0]:g} for noise levels from {sigmas[0]:g}; they must be 1000 times those"
+    return None
 
 
 class Family(Part):
     """Conventions of one family of generators: latents, text, noise levels, guidance, network, adapters.
 
-    Backbones, policies, caches, export, generation and the server ask this object. Outside a family there are latents
-    in canonical form (4-D, or 5-D with a time axis; scaled, never packed), timesteps of :attr:`noise_process` (1000·σ
-    for flows) and :class:`~latentreward.core.contracts.Conditioning` only.
-
-    An object describes one pipeline. It reads configs only; weights are loaded by the methods ``load_…``.
+    Outside a family there are latents in canonical form (4-D, or 5-D with a time axis; scaled, never packed), timesteps
+    of :attr:`noise_process` (1000·σ for flows) and :class:`~latentreward.core.contracts.Conditioning` only. An object
+    describes one pipeline and reads configs only; weights are loaded by the methods ``load_…``.
 
     Args:
         pipeline: Configs of the pipeline; a :class:`~latentreward.diffusion.backbones.loading.PipelineSource` if
-            weights are to
-            be loaded.
+            weights are to be loaded.
 
     Attributes:
         name: Name of the family: that of its file and of its settings.
@@ -109,28 +90,27 @@ class Family(Part):
         part: Name of the network in a pipeline.
         network_class: Class of the network in diffusers.
         block_classes: Classes of the network's blocks in diffusers, which FSDP1 wraps as units.
-        refused: Classes of pipelines in diffusers with the family's networks that are refused, each with the reason.
         text_layers: Classes of the text encoders' layers in transformers, which FSDP1 wraps as units.
         vae_class: Class of the VAE in diffusers.
         latent_encoder: Class that encodes and decodes with the VAE.
         flow: Whether the network is a rectified flow; else it predicts noise or v of a DDPM process.
-        train_mode: Whether the network is in training mode while a policy trains. False, as a frozen network has no use
-            for its dropout; True for a network that in evaluation mode computes a part of its output without gradient.
+        train_mode: Whether the network is in training mode while a policy trains; True for one that in evaluation mode
+            computes a part of its output without gradient.
         clips: Whether the network makes clips; others make images, also in a latent space with a time axis.
         default_guidance: ``guidance_scale`` where none is given, as a rule that of the family's pipeline; None for
             networks without guidance.
         no_guidance: ``guidance_scale`` that switches guidance off.
-        image_guidance_scale: Scale of the guidance towards the pictures to edit, which the policy's settings can
-            change; None for networks whose guidance has one scale.
+        image_guidance_scale: Scale of the guidance towards the pictures to edit; None for guidance with one scale.
         passes: Number of predictions of a picture that classifier-free guidance combines.
         uncond_prompt: Prompt that is encoded for classifier-free guidance.
         lora_targets: Default name endings of the layers that get adapters.
         idle: Names of layers whose output never reaches the network's, so that an adapter would not train.
-        float32_parts: Parts of the names of the network's weights that are float32 also where frozen weights are
-            stored in another type, as diffusers loads them.
+        float32_parts: Parts of the names of weights that are float32 also where frozen weights are stored in another
+            type, as diffusers loads them.
         lora_loader: Class in ``diffusers.loaders`` that reads and writes LoRA files of the family, or None.
         sources: Least and largest number of pictures that the network edits or refers to; None for any number.
         sees_sources: Whether the text encoder reads these pictures too, as its :attr:`PromptEncoder.sees_sources` says.
+        plain_states: Whether the states of the diffusers pipeline are this family's latents, one row for each picture.
         kohya_module: Name of the network module of kohya's scripts, for the metadata of their format.
     """
 
@@ -139,7 +119,6 @@ class Family(Part):
     part: ClassVar[str] = "transformer"
     network_class: ClassVar[str] = ""
     block_classes: ClassVar[Sequence[str]] = ()
-    refused: ClassVar[Mapping[str, str]] = {}
     text_layers: ClassVar[Sequence[str]] = ()
     vae_class: ClassVar[str] = "AutoencoderKL"
     latent_encoder: ClassVar[type[LatentEncoder]] = LatentEncoder
@@ -155,6 +134,7 @@ class Family(Part):
     float32_parts: ClassVar[Sequence[str]] = ()
     sources: tuple[int, int | None] = (0, 0)
     sees_sources: ClassVar[bool] = False
+    plain_states: ClassVar[bool] = False
     kohya_module: ClassVar[str] = "networks.lora"
 
     def __init__(self, pipeline: PipelineConfigs) -> None:
@@ -168,51 +148,15 @@ class Family(Part):
     def check(self) -> None:
         """Check that this variant of the family is supported, and that network and VAE belong together."""
 
-    def check_names(self) -> None:
-        """Check a family of one's own for what would be wrong in silence or late: flow, LoRA loader, misspelt names."""
-        import diffusers
-        from diffusers import loaders
-
-        for field in ("name", "title", "network_class"):
-            self._require(field, getattr(self, field), "must be a text")
-        known = self.lora_loader is None or hasattr(loaders, self.lora_loader)
-        self._require("lora_loader", known, "is not in diffusers.loaders")
-        kind = getattr(diffusers, str(self.pipeline.index.get("_class_name")), None)
-        reads = self.lora_loader is None or kind is None or issubclass(kind, getattr(loaders, self.lora_loader))
-        self._require("lora_loader", reads, f"{getattr(kind, '__name__', kind)} is not derived from; set it to None")
+    def check_flow(self) -> None:
+        """Check :attr:`flow` of a family of one's own by the scheduler: a wrong one would train in silence."""
         config = self.pipeline.config("scheduler") if self.pipeline.has("scheduler") else {}
-        scheduler, other = config.get("_class_name"), f"set flow = {not self.flow}"
-        right = fits_kind(config, self.flow)
-        self._require("flow", right, f"is not so of a network with a {scheduler} ({self.named('scheduler')}); {other}")
-        process = self.noise_process
-        right = isinstance(process, FlowMatching) == self.flow
-        self._require("flow", right, f"contradicts noise_process, a {type(process).__name__}; change one of the two")
-        self._warn_of_misspelt()
-
-    def _warn_of_misspelt(self) -> None:
-        """Warn of attributes of the user's classes whose names are nearly those of a family's members."""
-        classes = type(self).__mro__
-        known = {name for kind in classes if of_this_package(kind.__module__) for name in dir(kind)}
-        own = {name for kind in classes if not of_this_package(kind.__module__) for name in vars(kind)} - known
-        for name in sorted(name for name in own if not name.startswith("_")):
-            if near := get_close_matches(name, known, n=1, cutoff=0.85):
-                warnings.warn(
-                    f"family: {type(self).__name__}.{name} is no member of a family; did you mean {near[0]}?",
-                    stacklevel=2,
-                )
-
-    def require_parts(self, field: str, names: Sequence[str], module: nn.Module) -> None:
-        """Check that modules or weights have the ``names`` (endings) that a family of one's own gives as ``field``."""
-        known = [name for name, _ in (*module.named_modules(), *module.named_parameters())]
-        for name in () if of_this_package(type(self).__module__) else names:
-            if not any(f".{one}".endswith(f".{name}") for one in known):
-                place = type(module).__name__
-                raise InputError(f"family: {type(self).__name__}.{field} names {name!r:.200}, which is not in {place}")
-
-    def _require(self, field: str, right: Any, wanted: str) -> None:
-        if not right:
-            value = getattr(self, field)
-            raise InputError(f"family: {type(self).__name__}.{field} is {value!r:.200}, which {wanted}")
+        process, name = self.noise_process, f"family: {type(self).__name__}.flow is {self.flow}"
+        if not fits_kind(config, self.flow):
+            told = f"is not so of a network with a {config.get('_class_name')} ({self.named('scheduler')})"
+            raise InputError(f"{name}, which {told}; set flow = {not self.flow}")
+        if isinstance(process, FlowMatching) != self.flow:
+            raise InputError(f"{name}, which contradicts noise_process, a {type(process).__name__}; change one of them")
 
     def assumption(self) -> str | None:
         """Return what is assumed about the variant where the configs do not tell, for a line of the run's output."""
@@ -258,17 +202,7 @@ class Family(Part):
     @cached_property
     def latent_space(self) -> LatentSpace:
         """Space of the latents, from the VAE's config."""
-        config, name = self.pipeline.config("vae"), self.named("vae")
-        found, encoder = config.get("_class_name", self.vae_class), self.latent_encoder
-        try:
-            return encoder.space_of(config, name)
-        except InputError as error:
-            if found == self.vae_class and (encoder is not LatentEncoder or found == Family.vae_class):
-                raise
-            raise InputError(
-                f"{name} is of class {str(found)[:100]!r}, which {encoder.__name__} does not read; give a family of "
-                "your own the vae_class and a latent_encoder, see docs/families.md, Another VAE"
-            ) from error
+        return self.latent_encoder.space_in(self.pipeline)
 
     @property
     @abstractmethod
@@ -288,18 +222,14 @@ class Family(Part):
     def latent_shape(self, height: int | None = None, width: int | None = None, frames: int = 1) -> tuple[int, ...]:
         """Return the shape ``(C, h, w)``, or ``(C, T, h, w)`` with a time axis, of the latents of one sample.
 
-        Args:
-            height: Height in pixels; None takes the native height.
-            width: Width in pixels; None takes the native width.
-            frames: Number of frames; 1 for an image.
+        ``height`` and ``width`` are in pixels; None takes the native ones. ``frames`` is 1 for an image.
         """
         sides, space = [], self.latent_space
         for name, side, native in zip(("height", "width"), (height, width), self.native_size, strict=True):
             pixels = native if side is None else side
             if type(pixels) is not int or pixels < 1 or pixels % self.side_multiple:
                 raise InputError(f"{name}={pixels!r} must be a positive multiple of {self.side_multiple} pixels")
-            if self.max_side is not None and pixels > self.max_side * space.downscale:
-                most = self.max_side * space.downscale
+            if self.max_side is not None and pixels > (most := self.max_side * space.downscale):
                 raise InputError(
                     f"{name}={pixels} is over {most} pixels, for which this network has positions; set {most}"
                 )
@@ -311,13 +241,10 @@ class Family(Part):
 
     def check_sources(self, number: int) -> None:
         """Raise InputError if the network does not take this number of pictures to edit."""
-        wanted = sources_wanted(number, self.sources)
-        if wanted == "0":
-            given = f"{number} to edit were given; leave them out"
-            raise InputError(f"{self.title} makes pictures from text alone, and {given}")
-        if wanted:
-            plural = "s" * (wanted != "1")
-            raise InputError(f"{self.title} takes {wanted} picture{plural} to edit, and {number} were given")
+        if wanted := sources_wanted(number, self.sources):
+            takes = f"takes {wanted} picture{'s' * (wanted != '1')} to edit, and {number} were given"
+            alone = f"makes pictures from text alone, and {number} to edit were given; leave them out"
+            raise InputError(f"{self.title} {alone if wanted == '0' else takes}")
 
     def check_prompt(self, prompt: str) -> None:
         """Raise InputError if a text encoder that sees pictures does not take the prompt, whatever their number."""
@@ -336,12 +263,7 @@ class Family(Part):
             )
 
     def source_size(self, height: int, width: int) -> SourceSize:
-        """Return the size for a picture to edit, as the family's pipeline in diffusers has it.
-
-        Args:
-            height: Height of the picture in pixels.
-            width: Width of the picture in pixels.
-        """
+        """Return the size for a picture to edit of (height, width) pixels, as the family's pipeline has it."""
         self.check_sources(1)
         raise NotImplementedError(f"{type(self).__name__} gives no size for sources")
 
@@ -400,9 +322,7 @@ class Family(Part):
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the timesteps ``(n,)`` and noise levels ``(n + 1,)`` of the pipeline's sampler, for flows.
 
-        Args:
-            num_inference_steps: Number of steps n.
-            shape: Shape of one sample's latents, on which some families' levels depend.
+        ``shape`` is that of one sample's latents, on which some families' levels depend.
         """
         raise NotImplementedError(f"{type(self).__name__} is not a flow")
 
@@ -450,20 +370,18 @@ class Family(Part):
     def guided_prompts(self, conditioning: Conditioning, uncond: Conditioning) -> list[Conditioning]:
         """Return the prompts of the :attr:`passes` that :meth:`guide` combines: empty ones, the given ones, others.
 
-        Args:
-            conditioning: Encoded prompts, B rows.
-            uncond: Encoded empty prompt, one row, or B.
+        ``conditioning`` has B rows, and ``uncond``, the empty prompt, one row, or B.
         """
         return [uncond.beside(conditioning), conditioning]
 
     @returns(tensor(lambda family, with_prompt, *given: with_prompt.shape))
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
-        """Combine the predictions with and without the prompt: u + s·(c − u)."""
-        return without + scale * (with_prompt - without)
+        """Combine the predictions with and without the prompt: u + s·(c − u), or c + s·(c − u) where 0 is off."""
+        return (without if self.no_guidance else with_prompt) + scale * (with_prompt - without)
 
     # Network
 
-    @returns(_wrong_network)
+    @returns(of_class(nn.Module))
     def load_network(self, pretrained: bool = True) -> Any:
         """Load the network, whose weights stay unread for ``settle``; initial weights without ``pretrained``."""
         import diffusers
@@ -508,23 +426,12 @@ class Family(Part):
             "programs read them"
         )
 
-    # Search inside diffusers' pipelines
 
-    def search_inputs(self) -> list[str]:
-        """Return the names of the tensors that a callback needs from the pipeline to predict clean latents."""
-        raise InputError(
-            f"StepSearch cannot read the states of {self.title}'s pipeline; use `latentreward generate` with a reward, "
-            "or search_latents"
-        )
-
-    def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
-        """Make the conditioning of a pipeline's states from the tensors that :meth:`search_inputs` names."""
-        raise NotImplementedError
-
-
-_SANA = "no family here has its VAE (AutoencoderDC) and prompts; give a class of your own as family (docs/families.md)"
-UNSUPPORTED: Mapping[str, str] = dict.fromkeys(("SanaPipeline", "SanaSprintPipeline", "SanaTransformer2DModel"), _SANA)
-"""Class of a pipeline or network in diffusers that belongs to no family → why it is refused."""
+OTHER_TASKS = re.compile(
+    "(Kontext|Edit)Inpaint|Control|Fill|VisualCloze|Layered|ImageOmni|ImageToVideo|VACE|LucyEdit|KleinKV|Kolors|"
+    "Flux2Pipeline"
+)
+"""Pipelines of diffusers with a family's class of network that take more than a prompt, or another text encoder."""
 
 
 @cache
@@ -544,13 +451,11 @@ def families(*mentioning: str) -> dict[str, type[Family]]:
 def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
     """Return the family of a pipeline, checked; no weight is loaded.
 
-    Args:
-        pipeline: Configs of the pipeline.
-        own: Import path of a family to use without asking those of this package.
+    ``own`` is the import path of a family to use without asking those of this package.
     """
     if own is not None:
         family = import_family(own)(pipeline)
-        family.check_names()
+        family.check_flow()
         theirs = next(base for base in type(family).__mro__ if "name" in vars(base))
         taken = backbone_names() | {name: kind.__module__ for name, kind in families().items()}
         if not of_this_package(theirs.__module__) and of_this_package(taken.get(family.name)):
@@ -559,21 +464,19 @@ def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
         return family
     configs = [pipeline.index, *(pipeline.config(part) for part in ("transformer", "unet") if pipeline.has(part))]
     names = [str(config.get("_class_name")) for config in configs]
-    refused, known = dict(UNSUPPORTED), families(*names)  # a family's file names its classes
-    for kind in known.values():
-        refused |= kind.refused
-    for name in names:
-        if reason := refused.get(name):
-            raise InputError(f"source={pipeline.source!r} is a {name}: {reason}")
+    known = families(*names)  # a family's file names its classes
+    if OTHER_TASKS.search(names[0]):
+        raise InputError(
+            f"source={pipeline.source!r} is a {names[0]}, which takes more than a prompt, or a text encoder that no "
+            "family here has; give a text-to-image pipeline, or a class of your own as family (docs/families.md)"
+        )
     found = [kind for kind in known.values() if kind.recognises(pipeline)]
     # The file of a family that derives from another one may name no class.
     found = found or [kind for kind in families().values() if kind.recognises(pipeline)]
     if len(found) != 1:
+        told = f"source={pipeline.source!r} is of no known family (it holds a {names[-1]})"
         titles = ", ".join(sorted(kind.title for kind in families().values()))
-        raise InputError(
-            f"source={pipeline.source!r} is of no known family (it holds a {names[-1]}); known are {titles}; give a "
-            "class of your own as family"
-        )
+        raise InputError(f"{told}; known are {titles}; give a class of your own as family")
     family = found[0](pipeline)
     family.check()
     return family
@@ -585,13 +488,8 @@ def is_foreign(path: Any) -> bool:
 
 
 def import_family(path: str) -> type[Family]:
-    """Import a family by the import path of its class; see :func:`~latentreward.core.registry.import_class`.
-
-    Whoever reads ``path`` from a file of others must ask :func:`is_foreign` first.
-    """
+    """Import a family by its path; who reads that from a stranger's file asks :func:`is_foreign` first."""
     if "." not in path:
-        raise InputError(
-            f"family={path!r} cannot be imported: it is no path of a class, such as my_file.MyFamily; for a family of "
-            "this package leave family out, which is found from the pipeline's configs"
-        )
+        told = f"family={path!r} cannot be imported: it is no path of a class, such as my_file.MyFamily"
+        raise InputError(f"{told}; for a family of this package leave family out, which is found from the configs")
     return import_class("family", path, Family)

@@ -18,7 +18,7 @@ from latentreward.core.registry import register_backbone
 from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.families.flux1 import TEXT_OUTPUT, VISUAL_OUTPUT, Flux1, positions, t5_tokens
+from latentreward.diffusion.families.flux1 import TEXT_OUTPUT, VISUAL_OUTPUT, Flux1, positions
 from latentreward.diffusion.families.qwen_image import needed_mask
 
 
@@ -38,25 +38,15 @@ class Chroma(FlowFamily):
     time_embedding = ("distilled_guidance_layer",)
     lora_targets = Flux1.lora_targets
     lora_loader = "FluxLoraLoaderMixin"
+    t5_tokens = (512, 512)
     default_guidance = 5.0
 
     # Text
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; ``t5_length`` None takes 512."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import T5EncoderModel
 
-        length = t5_tokens(self, t5_length, load_t5)
-        model = self.pipeline.load(T5EncoderModel, "text_encoder", pretrained)
-        return self.fitting(ChromaPromptEncoder(model, self.pipeline.tokenizer("tokenizer"), length))
-
-    # Noise
-
-    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
-        """See :meth:`FlowFamily.mu`; linear in the number of tokens."""
-        return self.linear_mu(shape[-2] // 2 * (shape[-1] // 2))
+        return ChromaPromptEncoder(load(T5EncoderModel, "text_encoder"), self.pipeline.tokenizer("tokenizer"), length)
 
     # Network
 
@@ -80,16 +70,11 @@ class Chroma(FlowFamily):
     # Features
 
     def temb(self, *found: Any) -> Tensor:
-        """See :meth:`FlowFamily.temb`; the modulation of the output layer."""
         return found[0][:, -2:].flatten(1)
 
     @property
     def temb_dim(self) -> int:
-        """See :attr:`FlowFamily.temb_dim`; shift and scale of the output layer."""
         return 2 * self.width
-
-    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return super().unread(number, visual, text) if number <= self.dual_blocks else ()
 
 
 class ChromaPromptEncoder(PromptEncoder):
@@ -97,11 +82,6 @@ class ChromaPromptEncoder(PromptEncoder):
 
     T5 sees the prompt's own tokens. The pipeline pads to ``length`` and masks the padding after its first token; here
     no such padding is made.
-
-    Args:
-        text_encoder: T5 encoder.
-        tokenizer: Its tokenizer.
-        length: Greatest number of T5 tokens per prompt.
     """
 
     pooled_dim = 0
@@ -113,7 +93,6 @@ class ChromaPromptEncoder(PromptEncoder):
         self.num_tokens, self.token_dim = length, text_encoder.config.d_model
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`; ids, the mask of T5 and that of the network."""
         ids, mask = masked_ids(self, self.tokenizer, prompts, self.num_tokens)
         counts = mask.sum(dim=1)
         length = min(int(counts.max()) + 1, self.num_tokens)

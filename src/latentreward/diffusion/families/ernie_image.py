@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentreward.core.contracts import Conditioning, LatentSpace, PathText
+from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import LanguageModelEncoder, PromptEncoder, without_last_layer
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.families.flux2_klein import normalised_space
 from latentreward.diffusion.families.z_image import lengths_of
 
 TEXT_LENGTH = 1024  # greatest number of tokens of a prompt; the pipeline's is that of the tokenizer, which has none
@@ -44,11 +42,6 @@ class ErnieImage(FlowFamily):
     text_input, modulation = ("text_proj",), ("adaLN_modulation",)
     default_guidance = 4.0
 
-    @cached_property
-    def latent_space(self) -> LatentSpace:
-        """See :attr:`Family.latent_space`; equal to FLUX.2's where the VAE's statistics are."""
-        return normalised_space(self)
-
     def assumption(self) -> str | None:
         return (
             "ERNIE-Image and ERNIE-Image-Turbo have equal configs; taken for the former, which samples with guidance; "
@@ -57,15 +50,11 @@ class ErnieImage(FlowFamily):
 
     # Text
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; of Mistral 3 only the language model is kept."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Mistral3Model
 
-        whole = self.pipeline.load(Mistral3Model, "text_encoder", pretrained)
-        model = without_last_layer(part_of(whole, "language_model"))
-        return self.fitting(ErnieImagePromptEncoder(model, self.pipeline.tokenizer("tokenizer"), TEXT_LENGTH))
+        model = without_last_layer(part_of(load(Mistral3Model, "text_encoder"), "language_model"))
+        return ErnieImagePromptEncoder(model, self.pipeline.tokenizer("tokenizer"), TEXT_LENGTH)
 
     # Network
 

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +16,9 @@ from torch.nn import functional as F
 from latentreward.core.contracts import Conditioning
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.promises import check_needs, returns
-from latentreward.core.registry import of_this_package
-from latentreward.core.storage.json_files import entries
+from latentreward.core.storage.json_files import entries, entry
 from latentreward.diffusion.backbones.loading import check_channels
-from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion.encoders.prompts import PromptEncoder, check_length
 from latentreward.diffusion.families.base import Family, PipelineConfigs, wrong_prediction
 from latentreward.diffusion.noise.processes import ContinuousFlow, NoiseProcess, process_from_scheduler
 from latentreward.diffusion.noise.schedules import DDPM_SCHEDULERS, shifted_levels
@@ -47,6 +46,7 @@ class FlowFamily(Family):
         refines: Whether layers before the first block take the timestep embedding.
         sinusoids: Name of the module that makes sinusoids of the noise levels, and the factor of σ in what it takes,
             for networks that round it to the type of the tokens; bfloat16 would join several levels to one.
+        t5_tokens: Usual and largest number of T5 tokens per prompt; (0, 0) without T5.
         text_field: Field of the network's config with the width of the text encoder's tokens.
         text_input: Names of modules and weights before the blocks that only text tokens depend on.
         modulation: Names of modules and weights outside the blocks that make the modulation of all blocks.
@@ -64,6 +64,7 @@ class FlowFamily(Family):
     time_embedding: ClassVar[Sequence[str]] = ("time_text_embed",)
     refines: ClassVar[bool] = False
     sinusoids: ClassVar[tuple[str, float] | None] = None
+    t5_tokens: tuple[int, int] = (0, 0)
     text_field: ClassVar[str] = "joint_attention_dim"
     text_input: ClassVar[Sequence[str]] = ()
     modulation: ClassVar[Sequence[str]] = ()
@@ -77,6 +78,11 @@ class FlowFamily(Family):
     def check(self) -> None:
         check_channels(self.pipeline.source, self.part, self.config, self.latent_space, self.positions)
 
+    @property
+    def distilled(self) -> bool:
+        """Whether ``model_index.json`` says that the model was distilled to sample in few steps without guidance."""
+        return entry(self.pipeline.index, "is_distilled", bool, self.named("model_index.json"), default=False)
+
     # Latents
 
     @property
@@ -85,7 +91,6 @@ class FlowFamily(Family):
 
     @property
     def side_multiple(self) -> int:
-        """See :attr:`Family.side_multiple`; the side of a token in pixels."""
         return self.latent_space.downscale * self.packing
 
     @cached_property
@@ -116,8 +121,6 @@ class FlowFamily(Family):
     @property
     def text_dim(self) -> int:
         """Number of features of a token of the text encoder, by the config's :attr:`text_field`."""
-        if not of_this_package(type(self).__module__):
-            self._require("text_field", self.text_field in self.config, f"is not in {self.named(self.part)}")
         return self.entry(self.part, self.text_field, int)
 
     @cached_property
@@ -128,34 +131,41 @@ class FlowFamily(Family):
     def fitting(self, encoder: PromptEncoder) -> PromptEncoder:
         """Return a text encoder whose output is as wide as the network's config says."""
         check_needs(encoder)
-        own = "" if of_this_package(type(self).__module__) else f", or {type(self).__name__} needs another "
-        for output, member, given, taken in (
-            ("tokens", "text_field", encoder.token_dim, self.text_dim),
-            ("pooled vectors", "pooled_dim", encoder.pooled_dim or encoder.token_dim, self.pooled_dim),
+        for output, given, taken in (
+            ("tokens", encoder.token_dim, self.text_dim),
+            ("pooled vectors", encoder.pooled_dim or encoder.token_dim, self.pooled_dim),
         ):
             if given != taken:
                 raise InputError(
                     f"source={self.pipeline.source!r}: the text encoder's {output} are {given} wide, but the "
-                    f"{self.part} takes {taken}; all parts must come from one pipeline{own and own + member}"
+                    f"{self.part} takes {taken}; all parts must come from one pipeline"
                 )
         return encoder
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`; with T5, ``t5_length`` None takes the first of :attr:`t5_tokens`."""
+        usual, most = self.t5_tokens
+        if most and not load_t5:
+            raise InputError(f"load_t5=false: {self.title} takes a prompt's tokens from T5; leave load_t5 out")
+        length = check_length(usual if t5_length is None else t5_length, 1, most) if most else 0
+        return self.fitting(self.prompt_encoder(partial(self.pipeline.load, pretrained=pretrained), length))
+
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
+        """Make the prompt encoder with parts that ``load(class, name)`` loads, for ``length`` tokens of T5 if any."""
+        raise NotImplementedError
 
     def chat_tokenizer(self) -> Any:
         """Load the pipeline's tokenizer, whose chat template the prompts get."""
         tokenizer = self.pipeline.tokenizer("tokenizer")
-        if not tokenizer.chat_template:
-            raise InputError(
-                f"source={self.pipeline.source!r}: tokenizer has no chat template, with which {self.title} encodes "
-                "prompts; download tokenizer again"
-            )
         try:
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": "a cat"}], tokenize=False, add_generation_prompt=True
-            )
+            turn = [{"role": "user", "content": "a cat"}]
+            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template raises what it likes
             raise InputError(
-                f"{self.named('tokenizer')} has a chat template that cannot be rendered ({first_line(error)}); "
-                "download tokenizer again"
+                f"{self.named('tokenizer')} has no chat template that can be rendered ({first_line(error)}), with "
+                f"which {self.title} encodes prompts; download tokenizer again"
             ) from error
         return tokenizer
 
@@ -166,9 +176,12 @@ class FlowFamily(Family):
         """See :attr:`Family.noise_process`; of a family that is no flow, that of the pipeline's scheduler."""
         return ContinuousFlow() if self.flow else process_from_scheduler(self.scheduler_config, DDPM_SCHEDULERS)
 
-    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float | None:
-        """Return the logarithm of the shift for a dynamic schedule; arguments as in :meth:`levels`."""
-        return None
+    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
+        """Return the logarithm of the shift for a dynamic schedule; arguments as in :meth:`levels`.
+
+        The default is :meth:`linear_mu` of the number of tokens, as in most pipelines.
+        """
+        return self.linear_mu(math.prod((*shape[1:-2], *(side // self.packing for side in shape[-2:]))))
 
     def linear_mu(self, tokens: int) -> float:
         """Return the logarithm of the shift that the scheduler config gives linearly in the number of tokens."""
@@ -186,13 +199,9 @@ class FlowFamily(Family):
 
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         dynamic = self.entry("scheduler", "use_dynamic_shifting", bool, default=False)
-        mu = self.mu(num_inference_steps, shape) if dynamic else None
-        if dynamic and mu is None and not of_this_package(type(self).__module__):
-            raise InputError(
-                f"{self.named('scheduler')} has use_dynamic_shifting=true, and {type(self).__name__}.mu returns None; "
-                "let it return the logarithm of the pipeline's shift, such as self.linear_mu(tokens)"
-            )
-        return shifted_levels(self.scheduler_config, num_inference_steps, mu)
+        return shifted_levels(
+            self.scheduler_config, num_inference_steps, self.mu(num_inference_steps, shape) if dynamic else None
+        )
 
     # Network
 
@@ -224,13 +233,9 @@ class FlowFamily(Family):
         return *latents.shape[2:-2], *(side // self.packing for side in latents.shape[-2:])
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Join :attr:`packing` × :attr:`packing` pixels to a token whose features have the order (c, dy, dx).
+        """Join :attr:`packing`² pixels of latents ``(B, C, ..., h, w)`` to tokens ``(B, N, C·packing²)``, row by row.
 
-        Args:
-            latents: ``(B, C, ..., h, w)`` canonical latents.
-
-        Returns:
-            Tokens ``(B, N, C·packing²)``, frame by frame and row by row.
+        The features of a token have the order (c, dy, dx).
         """
         return F.pixel_unshuffle(latents.movedim(1, -3), self.packing).movedim(-3, -1).flatten(1, -2)
 
@@ -311,13 +316,9 @@ class FlowFamily(Family):
         return *time, *(side // self.side_multiple for side in network_size)
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        """Return the names of submodules of block ``number`` that the given outputs of that block do not depend on.
-
-        Args:
-            number: Number of the last tapped block; 0 is before the first block.
-            visual: Whether its visual tokens are read.
-            text: Whether its text tokens are read.
-        """
+        """Return the names of submodules of block ``number`` that its tokens, if read as given, do not depend on."""
+        if len(self.lists) > 1 and number > self.dual_blocks:
+            return ()
         return *(() if text else self.text_output), *(() if visual else self.visual_output)
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ FLUX.1-schnell was distilled further and takes none.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,13 +38,6 @@ class Flux1PromptEncoder(PromptEncoder):
 
     Prompts are padded to ``t5_length`` tokens. T5 gets no attention mask, and the network no mask: padding tokens take
     part, as in FLUX.1's pipeline.
-
-    Args:
-        text_encoder: CLIP-L.
-        text_encoder_2: T5 encoder.
-        tokenizer: Tokenizer of CLIP-L; None if only token ids are encoded.
-        tokenizer_2: Tokenizer of T5; None if only token ids are encoded.
-        t5_length: Number of T5 tokens per prompt.
     """
 
     tokens_only = ("text_encoder_2",)
@@ -83,18 +76,6 @@ class Flux1(FlowFamily):
     network_class = "FluxTransformer2DModel"
     block_classes = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     text_layers = ("CLIPEncoderLayer", "T5Block")
-    refused: ClassVar[Mapping[str, str]] = {
-        "FluxFillPipeline": "it fills a given image",
-        "FluxKontextInpaintPipeline": "it edits a given image",
-        "FluxControlPipeline": "it takes a control image",
-        "FluxControlImg2ImgPipeline": "it takes a control image",
-        "FluxControlInpaintPipeline": "it takes a control image",
-        "FluxControlNetPipeline": "it takes a control image",
-        "FluxControlNetImg2ImgPipeline": "it takes a control image",
-        "FluxControlNetInpaintPipeline": "it takes a control image",
-        "VisualClozePipeline": "it takes images as examples",
-        "VisualClozeGenerationPipeline": "it takes images as examples",
-    }
     lists = ("transformer_blocks", "single_transformer_blocks")
     positions = 4
     text_input = ("context_embedder",)
@@ -122,31 +103,20 @@ class Flux1(FlowFamily):
     # Text
 
     @property
+    def t5_tokens(self) -> tuple[int, int]:  # type: ignore[override]
+        """See :attr:`FlowFamily.t5_tokens`; FLUX.1-schnell was trained with 256."""
+        return 512 if self.takes_guidance else 256, MOST_TOKENS
+
+    @property
     def pooled_dim(self) -> int:
-        """See :attr:`FlowFamily.pooled_dim`; that of CLIP-L."""
         return self.entry(self.part, "pooled_projection_dim", int)
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; ``t5_length`` None takes 512 for FLUX.1-dev and 256 for schnell."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import CLIPTextModel, T5EncoderModel
 
-        length = t5_tokens(self, t5_length, load_t5, usual=512 if self.takes_guidance else 256)
-        encoder = Flux1PromptEncoder(
-            self.pipeline.load(CLIPTextModel, "text_encoder", pretrained),
-            self.pipeline.load(T5EncoderModel, "text_encoder_2", pretrained),
-            self.pipeline.tokenizer("tokenizer"),
-            self.pipeline.tokenizer("tokenizer_2"),
-            t5_length=length,
-        )
-        return self.fitting(encoder)
-
-    # Noise
-
-    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
-        """See :meth:`FlowFamily.mu`; linear in the number of tokens."""
-        return self.linear_mu(shape[-2] // 2 * (shape[-1] // 2))
+        models = load(CLIPTextModel, "text_encoder"), load(T5EncoderModel, "text_encoder_2")
+        tokenizers = self.pipeline.tokenizer("tokenizer"), self.pipeline.tokenizer("tokenizer_2")
+        return Flux1PromptEncoder(*models, *tokenizers, t5_length=length)
 
     # Guidance
 
@@ -165,7 +135,6 @@ class Flux1(FlowFamily):
         return scale
 
     def needs_uncond(self, scale: float | None) -> bool:
-        """See :meth:`Family.needs_uncond`; there is no second pass."""
         return False
 
     # Network
@@ -184,41 +153,23 @@ class Flux1(FlowFamily):
             timestep=sigma,
             img_ids=image_ids,
             txt_ids=text_ids,
-            guidance=self._scales(sigma, guidance),
+            guidance=torch.full_like(sigma, guidance) if self.takes_guidance else None,
         ).sample
         return self.unpack(output, grids[0])
 
-    def _scales(self, sigma: Tensor, guidance: float | None) -> Tensor | None:
-        """Return the guidance scale of each sample, float32; None for a network without the input."""
-        scale = self.default_guidance if guidance is None else guidance
-        return torch.full_like(sigma, scale) if self.takes_guidance and scale is not None else None
-
-    # Features
-
-    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return super().unread(number, visual, text) if number <= self.dual_blocks else ()
-
-
-def t5_tokens(family: FlowFamily, t5_length: int | None, load_t5: bool, usual: int = MOST_TOKENS) -> int:
-    """Return the number of T5 tokens per prompt, ``t5_length`` or the usual one, of a family that needs T5."""
-    if not load_t5:
-        raise InputError(f"load_t5=false: {family.title} takes a prompt's tokens from T5; leave load_t5 out")
-    length = usual if t5_length is None else t5_length
-    if type(length) is not int or not 1 <= length <= MOST_TOKENS:
-        raise InputError(f"t5_length={length!r} must be a whole number from 1 to {MOST_TOKENS} for {family.title}")
-    return length
-
 
 def positions(length: int, grids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the positions ``(n, 3)`` of text and visual tokens: all 0 for text, (k, row, column) for picture k.
+    """Return the positions ``(n, 3)`` of tokens: all 0 for text, (k, row, column) for picture k; 0 is the one made."""
+    return torch.zeros(length, 3, device=device), picture_positions(grids, device)
 
-    Picture 0 is the one that is made.
-    """
-    ids = []
-    for picture, grid in enumerate(grids):
-        ranges = ((picture, picture + 1), *((0, side) for side in grid))
-        ids.append(torch.cartesian_prod(*(torch.arange(*one, device=device) for one in ranges)).float())
-    return torch.zeros(length, 3, device=device), torch.cat(ids) if len(ids) > 1 else ids[0]
+
+def picture_positions(grids: Sequence[Sequence[int]], device: torch.device, step: int = 1) -> Tensor:
+    """Return the positions ``(n, 3)`` of the tokens of pictures k: (step·k, row, column)."""
+    pictures = [
+        torch.cartesian_prod(*(torch.arange(first, last, device=device) for first, last in axes)).float()
+        for axes in (((step * k, step * k + 1), *((0, side) for side in grid)) for k, grid in enumerate(grids))
+    ]
+    return torch.cat(pictures) if len(pictures) > 1 else pictures[0]
 
 
 @register_backbone

@@ -6,8 +6,7 @@ first coordinate of their positions. Without a source the network makes pictures
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError
@@ -29,7 +28,6 @@ class Flux1Kontext(Flux1):
 
     name = "flux1_kontext"
     title = "FLUX.1-Kontext"
-    refused: ClassVar[Mapping[str, str]] = {}
     sources = (0, 1)
 
     @property

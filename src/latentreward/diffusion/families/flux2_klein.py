@@ -8,24 +8,22 @@ pass; the distilled models take none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from latentreward.core.contracts import Conditioning, LatentSpace, PathText
+from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
-from latentreward.core.storage.digests import digest
-from latentreward.core.storage.json_files import entries, entry
 from latentreward.diffusion.backbones.tuning import ATTENTION
 from latentreward.diffusion.encoders.prompts import PromptEncoder, first_layers, masked_ids
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder, SourceSize
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.families.flux1 import TEXT_OUTPUT, VISUAL_OUTPUT
+from latentreward.diffusion.families.flux1 import TEXT_OUTPUT, VISUAL_OUTPUT, picture_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
@@ -42,10 +40,6 @@ class Flux2KleinPromptEncoder(PromptEncoder):
     which the network does not take, is the mean of the prompt's own tokens. Layers after the last one read are removed.
     Their norm goes with them, but stays in a text encoder that ends with the last one read, as the pipeline then reads
     it after the norm.
-
-    Args:
-        text_encoder: Qwen3 with its language head, which is removed from this object.
-        tokenizer: Tokenizer with Qwen3's chat template; None if only token ids are encoded.
     """
 
     pools_tokens = True
@@ -53,11 +47,6 @@ class Flux2KleinPromptEncoder(PromptEncoder):
     def __init__(self, text_encoder: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__()
         model: Any = text_encoder.model
-        if len(model.layers) < LAYERS[-1]:
-            raise InputError(
-                f"FLUX.2-klein reads layer {LAYERS[-1]} of its text encoder, but this one has {len(model.layers)}; "
-                "give the pipeline as published"
-            )
         first_layers(model, LAYERS[-1])
         text_encoder.lm_head = nn.Identity()  # type: ignore[assignment]
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
@@ -65,7 +54,6 @@ class Flux2KleinPromptEncoder(PromptEncoder):
         self.token_dim = self.pooled_dim = len(LAYERS) * text_encoder.config.hidden_size
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`; token ids and the attention mask of the text encoder."""
         if self.tokenizer is None:
             raise InputError("prompts were given as text, but there is no tokenizer; load it with its base pipeline")
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -74,7 +62,6 @@ class Flux2KleinPromptEncoder(PromptEncoder):
         return masked_ids(self, self.tokenizer, texts, self.num_tokens)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """See :meth:`PromptEncoder.encode_ids`; takes token ids and attention mask."""
         ids, mask = input_ids
         states = self.text_encoder.model(ids, mask, output_hidden_states=True, use_cache=False).hidden_states
         tokens = torch.cat([states[layer] for layer in LAYERS], dim=-1)
@@ -89,11 +76,6 @@ class Flux2Klein(FlowFamily):
     network_class = "Flux2Transformer2DModel"
     block_classes = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     text_layers = ("Qwen3DecoderLayer",)
-    refused: ClassVar[Mapping[str, str]] = {
-        "Flux2Pipeline": "the text path of FLUX.2-dev (Mistral, 24 billion parameters) is not supported; use "
-        "FLUX.2-klein",
-        "Flux2KleinKVPipeline": "it edits given images",
-    }
     vae_class = "AutoencoderKLFlux2"
     latent_encoder = PatchedLatentEncoder
     lists = ("transformer_blocks", "single_transformer_blocks")
@@ -122,25 +104,10 @@ class Flux2Klein(FlowFamily):
         super().check()
 
     @property
-    def distilled(self) -> bool:
-        """Whether the model was distilled to sample in few steps without guidance."""
-        return entry(self.pipeline.index, "is_distilled", bool, self.named("model_index.json"), default=False)
-
-    @property
     def model(self) -> str:
         return f"{self.title} (distilled)" if self.distilled else f"{self.title} (base)"
 
-    def assumption(self) -> str | None:
-        if "is_distilled" in self.pipeline.index:
-            return None
-        return "model_index.json has no is_distilled; taken as a base model of FLUX.2-klein, sampled with guidance"
-
     # Latents
-
-    @cached_property
-    def latent_space(self) -> LatentSpace:
-        """See :attr:`Family.latent_space`; the statistics are read from the VAE's weights."""
-        return normalised_space(self)
 
     def source_size(self, height: int, width: int) -> SourceSize:
         """See :meth:`Family.source_size`; pictures of up to 1024² pixels keep their size, and all are cropped."""
@@ -156,14 +123,10 @@ class Flux2Klein(FlowFamily):
 
     # Text
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; there is no T5."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen3ForCausalLM
 
-        tokenizer, model = self.chat_tokenizer(), self.pipeline.load(Qwen3ForCausalLM, "text_encoder", pretrained)
-        return self.fitting(Flux2KleinPromptEncoder(model, tokenizer))
+        return Flux2KleinPromptEncoder(load(Qwen3ForCausalLM, "text_encoder"), self.chat_tokenizer())
 
     # Noise
 
@@ -200,40 +163,16 @@ class Flux2Klein(FlowFamily):
 
     # Features
 
-    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return super().unread(number, visual, text) if number <= self.dual_blocks else ()
-
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`; the modulation of blocks that are not there."""
         single = ("single_stream_modulation",) if number <= self.dual_blocks else ()
         return *single, *super().unread_outside(number, visual, text)
 
 
-def normalised_space(family: FlowFamily, arrange: Callable[[Tensor], Tensor] = Tensor.detach) -> LatentSpace:
-    """Return the space of a VAE of FLUX.2, whose statistics are read from its weights.
-
-    ``arrange`` brings statistics into the order of the latents' channels, (c, dy, dx).
-    """
-    channels = 4 * family.entry("vae", "latent_channels", int)
-    halvings = len(entries(family.pipeline.config("vae"), "block_out_channels", int, family.named("vae")))
-    eps = float(family.entry("vae", "batch_norm_eps", float, 1e-4))
-    tensors = family.pipeline.tensors("vae", ["bn.running_mean", "bn.running_var"])
-    values = [arrange(tensor).detach().to("cpu", torch.float32).contiguous().numpy() for tensor in tensors]
-    return LatentSpace(channels, 2**halvings, statistics=digest([*values, repr(eps)]))
-
-
 def positions(length: int, grids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the positions ``(n, 4)`` of tokens: (0, 0, 0, j) for text, (10·k, row, column, 0) for picture k.
-
-    Picture 0 is the one that is made.
-    """
-
-    def product(first: int, *sizes: int) -> Tensor:
-        axes = ((first, first + 1), *((0, size) for size in sizes))
-        return torch.cartesian_prod(*(torch.arange(*axis, device=device) for axis in axes)).float()
-
-    pictures = [product(10 * picture, *grid, 1) for picture, grid in enumerate(grids)]
-    return product(0, 1, 1, length), torch.cat(pictures) if len(pictures) > 1 else pictures[0]
+    """Return the positions ``(n, 4)`` of tokens: (0, 0, 0, j) for text, (10·k, row, column, 0) for picture k."""
+    text = torch.arange(length, device=device).float()[:, None]
+    return F.pad(text, (3, 0)), F.pad(picture_positions(grids, device, step=10), (0, 1))
 
 
 @register_backbone

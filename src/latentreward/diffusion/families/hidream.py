@@ -23,7 +23,6 @@ from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import PromptEncoder, first_layers, masked_ids, token_ids
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.families.flux1 import t5_tokens
 from latentreward.diffusion.noise.schedules import unipc_clock, unipc_levels
 
 TEXT_LENGTH, CLIP_LENGTH = 128, 218  # tokens of a prompt for T5 and Llama, and at most for the CLIPs
@@ -47,6 +46,7 @@ class HiDream(FlowFamily):
     time_embedding = ("t_embedder", "p_embedder")
     lora_targets = ("to_q", "to_k", "to_v", "to_out")
     lora_loader = "HiDreamImageLoraLoaderMixin"
+    t5_tokens = (TEXT_LENGTH, 512)
     default_guidance = 5.0
     text_output = ("block.attn1.to_q_t", "block.attn1.q_rms_norm_t", "block.attn1.to_out_t", "block.ff_t")
     visual_output = ("block.attn1.to_q", "block.attn1.q_rms_norm", "block.attn1.to_out", "block.ff_i")
@@ -97,34 +97,23 @@ class HiDream(FlowFamily):
 
     @property
     def pooled_dim(self) -> int:
-        """See :attr:`FlowFamily.pooled_dim`; those of both CLIPs."""
         return self.entry(self.part, "text_emb_dim", int)
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; ``t5_length`` None takes 128, which is Llama's too."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import CLIPTextModelWithProjection, LlamaForCausalLM, T5EncoderModel
 
-        length = t5_tokens(self, t5_length, load_t5, usual=TEXT_LENGTH)
         if not self.pipeline.has(LLAMA):
             raise InputError(
                 f"source={self.pipeline.source!r} has no {LLAMA}: {self.title} is published without "
                 "Llama-3.1-8B-Instruct; load the pipeline with it once and save it whole (docs/families.md)"
             )
-        kinds = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
-        parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
-        models = [self.pipeline.load(kind, part, pretrained) for kind, part in zip(kinds, parts, strict=True)]
-        llama = part_of(self.pipeline.load(LlamaForCausalLM, LLAMA, pretrained), "model")
-        if len(llama.layers) <= max(self.layers):
-            raise InputError(
-                f"{self.named(self.part)} reads layer {max(self.layers)} of Llama, but {LLAMA} has "
-                f"{len(llama.layers)} layers; save the pipeline with Llama-3.1-8B-Instruct"
-            )
-        models.append(first_layers(llama, max(self.layers) + 1))
-        tokenizers = [self.pipeline.tokenizer(f"tokenizer{end}") for end in ("", "_2", "_3", "_4")]
+        kinds = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel, LlamaForCausalLM)
+        ends = ("", "_2", "_3", "_4")
+        models = [load(kind, f"text_encoder{end}") for kind, end in zip(kinds, ends, strict=True)]
+        models[3] = first_layers(part_of(models[3], "model"), max(self.layers) + 1)
+        tokenizers = [self.pipeline.tokenizer(f"tokenizer{end}") for end in ends]
         tokenizers[3].pad_token = tokenizers[3].eos_token
-        return self.fitting(HiDreamPromptEncoder(models, tokenizers, length, sorted({*self.layers})))
+        return HiDreamPromptEncoder(models, tokenizers, length, sorted({*self.layers}))
 
     # Noise
 
@@ -177,9 +166,6 @@ class HiDream(FlowFamily):
         """See :meth:`FlowFamily.temb`; with that of the pooled text."""
         return found[0] + found[1]
 
-    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
-        return super().unread(number, visual, text) if number <= self.dual_blocks else ()
-
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`; the projections for blocks that are not there."""
         if not (number or text):
@@ -210,7 +196,6 @@ class HiDreamPromptEncoder(PromptEncoder):
         self.pooled_dim = sum(model.config.projection_dim for model in models[:2])
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`; ids of the CLIPs, and ids and mask of T5 and of Llama."""
         found = [token_ids(words, prompts, min(self.num_tokens, CLIP_LENGTH)) for words in self.tokenizers[:2]]
         for words in self.tokenizers[2:]:
             found += masked_ids(self, words, prompts, self.num_tokens)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentreward.core.contracts import Conditioning, LatentSpace, PathText
+from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.backbones.weights import part_of
@@ -22,7 +21,6 @@ from latentreward.diffusion.encoders.prompts import LanguageModelEncoder, Prompt
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
-from latentreward.diffusion.families.flux2_klein import normalised_space
 from latentreward.diffusion.noise.schedules import shifted_levels
 
 LAYERS = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 35)
@@ -45,9 +43,7 @@ class Ideogram4LatentEncoder(PatchedLatentEncoder):
     The order of the latents' channels is FLUX.2's, so that equal statistics are one latent space.
     """
 
-    def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (by_channel(value.flatten()).view_as(value) for value in super()._constants(like))
-        return mean, std
+    arranged = staticmethod(by_channel)
 
 
 class Ideogram4(FlowFamily):
@@ -74,30 +70,16 @@ class Ideogram4(FlowFamily):
     text_input = ("llm_cond_norm", "llm_cond_proj")
     default_guidance = None
 
-    @cached_property
-    def latent_space(self) -> LatentSpace:
-        """See :attr:`Family.latent_space`; equal to FLUX.2's where the VAE's statistics are."""
-        return normalised_space(self, by_channel)
-
     def assumption(self) -> str | None:
         return "pictures are sampled without guidance, which takes a second network; prompts are encoded as given"
 
     # Text
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; of Qwen3-VL only the language model is kept."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen3VLModel
 
-        tokenizer = self.chat_tokenizer()
-        model = part_of(self.pipeline.load(Qwen3VLModel, "text_encoder", pretrained), "language_model")
-        if len(model.layers) <= LAYERS[-1]:
-            raise InputError(
-                f"source={self.pipeline.source!r}: {self.title} reads layer {LAYERS[-1] + 1} of its text encoder, but "
-                f"this one has {len(model.layers)}; get the pipeline as published"
-            )
-        return self.fitting(Ideogram4PromptEncoder(first_layers(model, LAYERS[-1] + 1), tokenizer, TEXT_LENGTH))
+        model = part_of(load(Qwen3VLModel, "text_encoder"), "language_model")
+        return Ideogram4PromptEncoder(first_layers(model, LAYERS[-1] + 1), self.chat_tokenizer(), TEXT_LENGTH)
 
     # Noise
 
@@ -129,7 +111,6 @@ class Ideogram4(FlowFamily):
         return network
 
     def pack(self, latents: Tensor) -> Tensor:
-        """See :meth:`FlowFamily.pack`; features have the order (dy, dx, c)."""
         return super().pack(latents).unflatten(-1, (-1, 4)).mT.flatten(-2)
 
     def unpack(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
@@ -164,7 +145,6 @@ class Ideogram4(FlowFamily):
     # Features
 
     def temb(self, *found: Any) -> Tensor:
-        """See :meth:`FlowFamily.temb`; what the blocks modulate by."""
         return F.silu(found[-1].squeeze(1))
 
     @property

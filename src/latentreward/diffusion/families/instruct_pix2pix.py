@@ -11,9 +11,8 @@ from torch import Tensor
 from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
-from latentreward.diffusion.backbones.sd_unet import SDUNetBackbone
 from latentreward.diffusion.encoders.vae import SourceSize
-from latentreward.diffusion.families.sd import StableDiffusion, load_sd
+from latentreward.diffusion.families.sd import SDUNetBackbone, StableDiffusion, load_sd
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -30,6 +29,7 @@ class InstructPix2Pix(StableDiffusion):
     default_guidance = 7.5
     image_guidance_scale: float = 1.5
     passes = 3
+    plain_states = False  # three rows for a picture
     sources = (1, 1)
 
     @property
@@ -54,20 +54,9 @@ class InstructPix2Pix(StableDiffusion):
         return [without, given, bare]
 
     def guide(self, with_prompt: Tensor, without: Tensor, scale: float, bare: Tensor | None = None) -> Tensor:
-        """Combine the predictions: u + s·(c − i) + s_I·(i − u), equation 3 of arXiv:2211.09800.
-
-        Args:
-            with_prompt: Prediction c from prompt and source.
-            without: Prediction i from the empty prompt and the source.
-            scale: ``guidance_scale`` s; s_I is :attr:`image_guidance_scale`.
-            bare: Prediction u from the empty prompt and zeros for the source.
-        """
+        """Combine predictions from prompt and source, the source, and none: equation 3 of arXiv:2211.09800."""
         assert bare is not None
         return bare + scale * (with_prompt - without) + self.image_guidance_scale * (without - bare)
-
-    def search_inputs(self) -> list[str]:
-        """See :meth:`Family.search_inputs`; the pipeline's three rows for a picture are refused."""
-        return super(StableDiffusion, self).search_inputs()
 
 
 def widened(unet: UNet2DConditionModel) -> UNet2DConditionModel:

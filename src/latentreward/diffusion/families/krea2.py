@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from latentreward.core.contracts import Conditioning, PathText
-from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
-from latentreward.core.storage.json_files import entries, entry
+from latentreward.core.storage.json_files import entries
 from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import PromptEncoder, first_layers
 from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
@@ -56,11 +55,6 @@ class Krea2(FlowFamily):
     text_input, modulation = ("text_fusion", "txt_in"), ("time_mod_proj",)
 
     @property
-    def distilled(self) -> bool:
-        """Whether the model was distilled to sample in few steps without guidance."""
-        return entry(self.pipeline.index, "is_distilled", bool, self.named("model_index.json"), default=False)
-
-    @property
     def model(self) -> str:
         return f"{self.title} Turbo" if self.distilled else f"{self.title} Raw"
 
@@ -77,26 +71,16 @@ class Krea2(FlowFamily):
         """See :attr:`FlowFamily.text_dim`; a token has the features of all layers that are read, one after another."""
         return super().text_dim * self.entry(self.part, "num_text_layers", int)
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; of Qwen3-VL only the language model is kept."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen2Tokenizer, Qwen3VLModel
 
+        model = part_of(load(Qwen3VLModel, "text_encoder"), "language_model")
         tokenizer = self.pipeline.tokenizer("tokenizer", Qwen2Tokenizer)
-        whole = self.pipeline.load(Qwen3VLModel, "text_encoder", pretrained)
-        model = part_of(whole, "language_model")
-        if len(model.layers) < max(self.layers):
-            raise InputError(
-                f"{self.named('model_index.json')} has text_encoder_select_layers={list(self.layers)}, but the text "
-                f"encoder has {len(model.layers)} layers; get the pipeline as published"
-            )
-        return self.fitting(Krea2PromptEncoder(first_layers(model, max(self.layers)), tokenizer, self.layers))
+        return Krea2PromptEncoder(first_layers(model, max(self.layers)), tokenizer, self.layers)
 
     # Noise
 
     def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
-        """See :meth:`FlowFamily.mu`; linear in the number of tokens, but for the distilled model."""
         return DISTILLED_MU if self.distilled else self.linear_mu(shape[-2] // 2 * (shape[-1] // 2))
 
     # Guidance
@@ -104,10 +88,6 @@ class Krea2(FlowFamily):
     @property
     def default_guidance(self) -> float | None:
         return None if self.distilled else 4.5
-
-    def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
-        """See :meth:`Family.guide`; p + s·(p − n)."""
-        return with_prompt + scale * (with_prompt - without)
 
     # Network
 
@@ -139,11 +119,6 @@ class Krea2PromptEncoder(PromptEncoder):
 
     Prompts have the template of Qwen-Image, whose end stays where a long prompt is cut. The pipeline pads between the
     prompt and this end, gives padding no position and masks it; here padding follows instead, which changes no state.
-
-    Args:
-        text_encoder: Language model of Qwen3-VL, as :func:`first_layers` returns it.
-        tokenizer: Its tokenizer.
-        layers: Numbers of the layers that are read, from 1 on.
     """
 
     num_tokens = TEXT_LENGTH
@@ -157,7 +132,6 @@ class Krea2PromptEncoder(PromptEncoder):
         self.dropped_tokens = prefix_length(tokenizer)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`; the ids and the mask of prompts in their template, padded at the end."""
         texts, most = [TEMPLATE.format(prompt) for prompt in prompts], self.dropped_tokens + self.num_tokens
         end = self.tokenizer(TEMPLATE.partition("{}")[2]).input_ids
         rows = self.tokenizer(texts).input_ids

@@ -48,14 +48,11 @@ class Lumina2(FlowFamily):
 
     # Text
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Gemma2Model
 
-        tokenizer = self.pipeline.tokenizer("tokenizer")
-        model = self.pipeline.load(Gemma2Model, "text_encoder", pretrained)
-        return self.fitting(Lumina2PromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH))
+        model = without_last_layer(load(Gemma2Model, "text_encoder"))
+        return Lumina2PromptEncoder(model, self.pipeline.tokenizer("tokenizer"), TEXT_LENGTH)
 
     # Guidance
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -27,7 +27,6 @@ TEMPLATE = (
 )
 """Text that is encoded for a prompt; the tokens before the prompt are dropped afterwards."""
 EDITORS = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")  # classes of pipelines of Qwen-Image-Edit
-PREFIX = 34  # number of tokens before the prompt with Qwen's own tokenizer
 
 
 class QwenImage(FlowFamily):
@@ -38,12 +37,6 @@ class QwenImage(FlowFamily):
     network_class = "QwenImageTransformer2DModel"
     block_classes = ("QwenImageTransformerBlock",)
     text_layers: ClassVar[Sequence[str]] = ("Qwen2_5_VLDecoderLayer",)
-    refused: ClassVar[Mapping[str, str]] = {
-        "QwenImageEditInpaintPipeline": "it edits a given image",
-        "QwenImageControlNetPipeline": "it takes a control image",
-        "QwenImageControlNetInpaintPipeline": "it takes a control image",
-        "QwenImageLayeredPipeline": "it makes layers instead of one image",
-    }
     vae_class = "AutoencoderKLQwenImage"
     latent_encoder = ChannelLatentEncoder
     lists = ("transformer_blocks",)
@@ -66,22 +59,13 @@ class QwenImage(FlowFamily):
         return (zero_time or pipeline.index.get("_class_name") in EDITORS) == (cls.sources != (0, 0))
 
     def check(self) -> None:
-        for field, reason in {
-            "use_layer3d_rope": "a network of Qwen-Image-Layered, which makes layers instead of one image",
-            "use_additional_t_cond": "a network of Qwen-Image-Layered, which makes layers instead of one image",
-            "guidance_embeds": "a network with embedded guidance, of which no release is known",
-        }.items():
+        for field in ("use_layer3d_rope", "use_additional_t_cond", "guidance_embeds"):  # as Qwen-Image-Layered has them
             if self.config.get(field):
                 raise InputError(
-                    f"source={self.pipeline.source!r} has {field}=true: {reason}; use Qwen-Image or Qwen-Image-2512"
+                    f"source={self.pipeline.source!r} has {field}=true, which no Qwen-Image of one picture has; "
+                    "use Qwen-Image or Qwen-Image-2512"
                 )
         super().check()
-
-    def assumption(self) -> str | None:
-        text = "Qwen-Image and Qwen-Image-2512 have equal configs and are treated alike"
-        if not self.pipeline.has("tokenizer") or (prefix := prefix_length(self.tokenizer)) == PREFIX:
-            return text
-        return f"{text}; the template begins with {prefix} tokens of this tokenizer instead of {PREFIX}, all dropped"
 
     # Text
 
@@ -92,21 +76,11 @@ class QwenImage(FlowFamily):
 
         return self.pipeline.tokenizer("tokenizer", Qwen2Tokenizer)
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; of Qwen2.5-VL only the language model is kept."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        whole = self.pipeline.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", pretrained)
-        return self.fitting(QwenImagePromptEncoder(part_of(whole, "model.language_model"), self.tokenizer))
-
-    # Noise
-
-    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
-        """See :meth:`FlowFamily.mu`; linear in the number of tokens."""
-        _, frames, height, width = shape
-        return self.linear_mu(frames * (height // self.packing) * (width // self.packing))
+        whole = load(Qwen2_5_VLForConditionalGeneration, "text_encoder")
+        return QwenImagePromptEncoder(part_of(whole, "model.language_model"), self.tokenizer)
 
     # Guidance
 
@@ -157,9 +131,6 @@ class Positions(nn.Module):
     """Rotary positions of a network, which keep tables for each device, made outside inference mode.
 
     Tables of a validation under inference mode could not serve a backward pass.
-
-    Args:
-        rope: The network's own module.
     """
 
     def __init__(self, rope: nn.Module) -> None:
@@ -199,15 +170,7 @@ def without_prefix(states: Tensor, mask: Tensor, length: int) -> Conditioning:
 
 
 class QwenImagePromptEncoder(PromptEncoder):
-    """Prompt encoder of Qwen-Image: the states of Qwen2.5-VL's language model after its final norm, with a mask.
-
-    Args:
-        text_encoder: Language model of Qwen2.5-VL.
-        tokenizer: Its tokenizer, which also tells how many tokens the template begins with.
-
-    Attributes:
-        dropped_tokens: Number of the template's tokens before the prompt, whose states are dropped.
-    """
+    """Prompt encoder of Qwen-Image: the states of Qwen2.5-VL's language model after its final norm, with a mask."""
 
     num_tokens = 512
     pooled_dim = 0
@@ -220,7 +183,6 @@ class QwenImagePromptEncoder(PromptEncoder):
         self.dropped_tokens = prefix_length(tokenizer)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`; the ids and the mask of prompts in their template, padded at the end."""
         texts, most = [TEMPLATE.format(prompt) for prompt in prompts], self.dropped_tokens + self.num_tokens
         rows = self.tokenizer(texts).input_ids
         self.tell_cut(self.tokenizer, texts, [len(row) for row in rows], most)

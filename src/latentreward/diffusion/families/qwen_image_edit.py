@@ -8,10 +8,10 @@ which Qwen2.5-VL was trained.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,7 +55,6 @@ class QwenImageEdit(QwenImage):
     name = "qwen_image_edit"
     title = "Qwen-Image-Edit"
     text_layers = ("Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock")
-    refused: ClassVar[Mapping[str, str]] = {}
     sees_sources = True
 
     @cached_property
@@ -77,9 +76,6 @@ class QwenImageEdit(QwenImage):
     def model(self) -> str:
         return f"{self.title}{('-2511' if self.zero_time else '-2509') if self.numbered else ''}"
 
-    def assumption(self) -> str | None:
-        return None
-
     def source_size(self, height: int, width: int) -> SourceSize:
         """See :meth:`Family.source_size`; an area of about 1024² pixels, the aspect kept to multiples of 32 pixels."""
         return SourceSize(sides(AREA, height, width))
@@ -95,14 +91,11 @@ class QwenImageEdit(QwenImage):
         processor = self.pipeline.image_processor("processor", Qwen2VLImageProcessorPil)
         return SeenPictures(processor, len(self.tokenizer(LABEL.format(1)).input_ids) if self.numbered else None)
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; of Qwen2.5-VL all is kept but the language head."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        whole = self.pipeline.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", pretrained)
-        return self.fitting(QwenImageEditPromptEncoder(part_of(whole, "model"), self.tokenizer, self.seen))
+        whole = load(Qwen2_5_VLForConditionalGeneration, "text_encoder")
+        return QwenImageEditPromptEncoder(part_of(whole, "model"), self.tokenizer, self.seen)
 
 
 def sides(area: float, height: int, width: int) -> tuple[int, int]:
@@ -176,11 +169,6 @@ class QwenImageEditPromptEncoder(PromptEncoder):
 
     A prompt's pictures come before its text, each as one token for every 28×28 pixels that Qwen2.5-VL sees of it. The
     text is cut where the prompt has over ``num_tokens``; pictures are not.
-
-    Args:
-        text_encoder: Qwen2.5-VL without its language head.
-        tokenizer: Its tokenizer, which also tells how many tokens the template begins with.
-        seen: Pictures as it sees them.
     """
 
     pooled_dim = 0
@@ -236,7 +224,6 @@ class QwenImageEditPromptEncoder(PromptEncoder):
         return without_prefix(found.last_hidden_state, mask, self.dropped_tokens)
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """See :meth:`PromptEncoder.count_tokens`; of pictures the headers are read."""
         return [len(row) - self.dropped_tokens for row in self._rows(prompts)]
 
     def _rows(self, prompts: Sequence[str]) -> list[list[int]]:

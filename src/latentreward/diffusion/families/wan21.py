@@ -10,7 +10,7 @@ import html
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -59,11 +59,6 @@ class Wan21(FlowFamily):
     network_class = "WanTransformer3DModel"
     block_classes = ("WanTransformerBlock",)
     text_layers = ("UMT5Block",)
-    refused: ClassVar[Mapping[str, str]] = {
-        "WanImageToVideoPipeline": "it continues a given image",
-        "WanVACEPipeline": "it edits a given video",
-        "LucyEditPipeline": "it edits a given video",
-    }
     vae_class = "AutoencoderKLWan"
     latent_encoder = ChannelLatentEncoder
     lists = ("blocks",)
@@ -77,6 +72,7 @@ class Wan21(FlowFamily):
     lora_loader = "WanLoraLoaderMixin"
     text_input, modulation = ("condition_embedder.text_embedder",), ("condition_embedder.time_proj",)
     kohya_module = "networks.lora_wan"
+    t5_tokens = (512, 4096)
     default_guidance = 5.0
 
     def check(self) -> None:
@@ -96,22 +92,14 @@ class Wan21(FlowFamily):
 
     @property
     def max_side(self) -> int:
-        """See :attr:`FlowFamily.max_side`; the table of positions has 1024 along each axis."""
         return self.packing * self.entry(self.part, "rope_max_seq_len", int, 1024)
 
     # Text
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
-        """See :meth:`Family.load_prompt_encoder`; ``t5_length`` None takes 512, and T5 cannot be left out."""
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import UMT5EncoderModel
 
-        if not load_t5:
-            raise InputError(f"load_t5=false, but {self.title} has no other text encoder; leave load_t5 out")
-        model = self.pipeline.load(UMT5EncoderModel, "text_encoder", pretrained)
-        length = 512 if t5_length is None else t5_length
-        return self.fitting(WanPromptEncoder(model, self.pipeline.tokenizer("tokenizer"), length))
+        return WanPromptEncoder(load(UMT5EncoderModel, "text_encoder"), self.pipeline.tokenizer("tokenizer"), length)
 
     # Noise
 
@@ -138,7 +126,6 @@ class Wan21(FlowFamily):
     # Adapters
 
     def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
-        """See :meth:`Family.kohya_layers`; the layers of Wan's own code."""
         return {own_name(layer): [pair] for layer, pair in layers.items()}
 
 
@@ -156,24 +143,16 @@ class WanPromptEncoder(PromptEncoder):
     """Prompt encoder of Wan: the last hidden state of UMT5, and zeros after a prompt's tokens.
 
     The number of tokens is fixed and there is no mask: the network attends to the zeros too.
-
-    Args:
-        text_encoder: UMT5 encoder.
-        tokenizer: Its tokenizer.
-        length: Number of tokens per prompt.
     """
 
     pooled_dim = 0
 
     def __init__(self, text_encoder: Any, tokenizer: Any, length: int = 512) -> None:
         super().__init__()
-        if type(length) is not int or not 1 <= length <= 4096:
-            raise InputError(f"t5_length is {length!r}; give a whole number from 1 to 4096")
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.num_tokens, self.token_dim = length, text_encoder.config.d_model
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """See :meth:`PromptEncoder.tokenize`; the ids and the mask of UMT5."""
         return masked_ids(self, self.tokenizer, [cleaned(prompt) for prompt in prompts], self.num_tokens)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +32,6 @@ class ZImage(FlowFamily):
     network_class = "ZImageTransformer2DModel"
     block_classes = ("ZImageTransformerBlock",)
     text_layers = ("Qwen3DecoderLayer",)
-    refused: ClassVar[Mapping[str, str]] = {
-        "ZImageOmniPipeline": "it takes images as conditions",
-        "ZImageControlNetPipeline": "it takes a control image",
-        "ZImageControlNetInpaintPipeline": "it takes a control image",
-    }
     lists = ("layers",)
     axes_lens = (1024, 512, 512)
     text_field = "cap_feat_dim"
@@ -85,24 +79,17 @@ class ZImage(FlowFamily):
 
     # Text
 
-    def load_prompt_encoder(
-        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
-    ) -> PromptEncoder:
+    def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen3Model
 
-        tokenizer = self.chat_tokenizer()
-        model = self.pipeline.load(Qwen3Model, "text_encoder", pretrained)
-        return self.fitting(ZImagePromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH))
+        model = without_last_layer(load(Qwen3Model, "text_encoder"))
+        return ZImagePromptEncoder(model, self.chat_tokenizer(), TEXT_LENGTH)
 
     # Guidance
 
     @property
     def default_guidance(self) -> float | None:
         return None if self.turbo else 5.0
-
-    def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
-        """See :meth:`Family.guide`; p + s·(p − n)."""
-        return with_prompt + scale * (with_prompt - without)
 
     # Network
 

@@ -78,10 +78,7 @@ class NoiseProcess(Part):
         """Predict clean latents x̂_0 from ``noisy`` latents and the network's ``output`` at ``timesteps`` ``(B,)``."""
 
     def nearest(self, u: Tensor) -> Tensor:
-        """Return the index ``(B,)`` of the level nearest to each wanted noise level ``u`` ``(B,)``.
-
-        Of two equally near levels the first, noisier one is taken. Values outside [0, 1] give the ends of the table.
-        """
+        """Return the index ``(B,)`` of the level nearest to each noise level ``u`` ``(B,)``; of two the noisier."""
         # argmin returns the first of equal distances, and the table begins with the most noise.
         return (self.sigmas - u.to(torch.float32).cpu()[:, None]).abs().argmin(dim=1)
 
@@ -102,7 +99,6 @@ class NoiseProcess(Part):
         return (self.timesteps - values[:, None]).abs().argmin(dim=1)
 
     def _in_range(self, timesteps: Tensor) -> Tensor:
-        """Return timesteps; raise InputError if one lies outside the table."""
         outside = timesteps[~((timesteps >= 0) & (timesteps <= self.highest))]
         if outside.numel():
             raise InputError(f"timestep {outside[0].item():g} is out of range; use a value from 0 to {self.highest:g}")
@@ -117,15 +113,10 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 def predicted_clean(
     kind: str, states: Tensor, output: Tensor, signal: Tensor | float, spread: Tensor | float
 ) -> Tensor:
-    """Compute the clean latents x̂_0 that a network predicts for ``states``.
+    """Compute the clean latents x̂_0 that a network predicts for ``states`` a·x_0 + s·ε ``(B, C, ...)``.
 
-    Args:
-        kind: What the network predicts: ``epsilon``, ``v_prediction`` (arXiv:2202.00512) or ``flow``, the velocity
-            ε − x_0.
-        states: ``(B, C, ...)`` noisy latents.
-        output: ``(B, C, ...)`` the network's output for ``states``.
-        signal: Factor a of the state, broadcastable over ``states``.
-        spread: Factor s of the state, broadcastable over ``states``.
+    ``kind`` is what it predicts: ``epsilon``, ``v_prediction`` (arXiv:2202.00512) or ``flow``, the velocity ε − x_0.
+    ``signal`` and ``spread`` are a and s, broadcastable over ``states``.
     """
     if kind == "flow":
         return states - spread * output
@@ -149,11 +140,6 @@ def ancestral_variance(level: tuple[Level, Level], following: tuple[Level, Level
 
     The marginal of x' is the same for every η in [0, 1]. η = 1 gives the posterior q(x' | x, x̂_0) of the forward
     process, η = 0 the deterministic step. A step to a clean state (s' = 0) adds no noise: τ = 0.
-
-    Args:
-        level: (a², s²) before the step.
-        following: (a'², s'²) after the step.
-        eta: η.
     """
     (signal, spread), (next_signal, next_spread) = level, following
     return eta**2 * next_spread / spread * (spread - signal * next_spread / next_signal)
@@ -177,14 +163,12 @@ class DDPM(NoiseProcess):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DDPM":
-        """Build the process from the config of a diffusers DDPM-family scheduler (DDIM, PNDM, Euler, ...)."""
         from diffusers import DDPMScheduler
 
         scheduler = make_scheduler(DDPMScheduler, {**config, "thresholding": False}, 1)
         return cls(scheduler.alphas_cumprod, config.get("prediction_type", "epsilon"))
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """See :meth:`NoiseProcess.add_noise`; timesteps are whole numbers 0..T−1."""
         signal, spread = self._factors(latents, timesteps)
         return signal * latents + spread * noise
 
@@ -196,11 +180,9 @@ class DDPM(NoiseProcess):
         return signal * noise - spread * latents
 
     def clean(self, noisy: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
-        """See :meth:`NoiseProcess.clean`; returns (x_t − √(1 − ᾱ) ε) / √ᾱ, or √ᾱ x_t − √(1 − ᾱ) v."""
         return predicted_clean(self.prediction_type, noisy, output, *self._factors(noisy, timesteps))
 
     def _factors(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return √ᾱ and √(1 − ᾱ) at ``timesteps``, shaped to multiply ``latents``."""
         # ᾱ is in ascending order of t, timesteps and sigmas are in descending order.
         alpha_bar = self.alphas_cumprod[len(self.timesteps) - 1 - self._index(timesteps)]
         signal, spread = per_sample(alpha_bar.sqrt(), latents), per_sample((1.0 - alpha_bar).sqrt(), latents)
@@ -226,7 +208,6 @@ class FlowMatching(NoiseProcess):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "FlowMatching":
-        """Build the process from the config of a ``FlowMatchEulerDiscreteScheduler``."""
         levels = entry(config, "num_train_timesteps", int, NAME, default=1000)
         shift = entry(config, "shift", float, NAME, default=1.0)
         with errors_at(f"{NAME}: "):
@@ -238,11 +219,9 @@ class FlowMatching(NoiseProcess):
         return (1.0 - sigma) * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """See :meth:`NoiseProcess.target`; returns the velocity dx/dσ = ε − x_0."""
-        return noise - latents
+        return noise - latents  # the velocity dx/dσ
 
     def clean(self, noisy: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
-        """See :meth:`NoiseProcess.clean`; returns x_σ − σ v."""
         sigma = per_sample(self.sigma(timesteps), noisy).to(noisy.dtype)
         return predicted_clean("flow", noisy, output, 1.0 - sigma, sigma)
 
@@ -282,19 +261,15 @@ class LevelSampler(Part):
     """Sampler of the timestep of one pair, or of one image if the two images of a pair get different timesteps."""
 
     @abstractmethod
-    @returns(
-        lambda found, sampler, generator, process: wrong_tensor(found, (1,), high=process.highest, low=0.0),
-        each=True,
-    )
+    @returns(lambda found, sampler, draws, process: wrong_tensor(found, (1,), high=process.highest, low=0.0), each=True)
     def draw(self, generator: Generator, process: NoiseProcess) -> Tensor:
         """Draw one timestep of ``process``, ``(1,)`` float32, with random numbers from ``generator`` alone."""
 
 
 class TargetSigma(LevelSampler):
-    """Base class of samplers that draw a wanted noise level u in [0, 1]; the nearest level of the process is used.
+    """Base class of samplers that draw a wanted noise level u in [0, 1], to which the nearest of the process is used.
 
-    Note:
-        u is a *noise level*, not a fraction of the schedule (released DiNa-LRM code; arXiv:2602.11146).
+    u is a *noise level*, not a fraction of the schedule (released DiNa-LRM code; arXiv:2602.11146).
     """
 
     @abstractmethod

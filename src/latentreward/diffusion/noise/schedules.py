@@ -32,34 +32,21 @@ MOST_LEVELS = 100_000
 
 
 def check_scheduler(config: Mapping[str, Any], taken: Sequence[str]) -> None:
-    """Raise InputError if a network's noise process does not follow from the scheduler's config.
-
-    The class is none of ``taken``, a network that is no flow has a setting of :data:`OTHER_PROCESS`, or there are more
-    than :data:`MOST_LEVELS` levels.
-    """
+    """Refuse a scheduler, of other classes than ``taken`` or other settings, that does not tell the noise process."""
     if (found := config.get("_class_name")) is None:
         raise InputError(f"{NAME} has no _class_name; give the one saved in scheduler_config.json")
-    if found in DISTILLED:
-        raise InputError(
-            f"the scheduler is of class {found}, for networks that were distilled to few steps, whose predictions are "
-            "not those of a noise process; give the pipeline that this one was distilled from"
-        )
     if found not in taken:
-        raise InputError(
-            f"the scheduler is of class {found!s:.60}, which tells no noise process of this network; it takes "
-            f"{', '.join(taken)}: give a pipeline that is published with one of these"
-        )
+        distilled = "are of networks distilled to few steps; give the pipeline that this one was distilled from"
+        other = f"tell no noise process of this network; give a pipeline published with one of {', '.join(taken)}"
+        told = distilled if found in DISTILLED else other
+        raise InputError(f"the scheduler is of class {found!s:.60}, whose predictions {told}")
     for name, value in OTHER_PROCESS.items():
         if EULER not in taken and config.get(name) == value:  # Wan's UniPC has flow sigmas
-            raise InputError(
-                f"{NAME} has {name}={value}, for another noise process than DDPM's; give a pipeline whose network was "
-                "trained without it"
-            )
+            told = f"{NAME} has {name}={value}, for another noise process than DDPM's"
+            raise InputError(f"{told}; give a pipeline whose network was trained without it")
     if (count := entry(config, "num_train_timesteps", int, NAME, default=1000)) > MOST_LEVELS:
-        raise InputError(
-            f"{NAME} has num_train_timesteps={count}, over {MOST_LEVELS}, whose noise levels would fill memory; get "
-            "the pipeline as published"
-        )
+        told = f"{NAME} has num_train_timesteps={count}, over {MOST_LEVELS}, whose noise levels would fill memory"
+        raise InputError(f"{told}; get the pipeline as published")
 
 
 def fits_kind(config: Mapping[str, Any], flow: bool) -> bool:
@@ -102,30 +89,19 @@ def check_levels(sigmas: Tensor) -> None:
 
 
 def static_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tensor, Tensor]:
-    """Return the default levels of a ``FlowMatchEulerDiscreteScheduler``, as SD3's pipeline uses them.
-
-    Returns:
-        Timesteps ``(n,)`` and noise levels ``(n + 1,)``, the last one 0; float32.
-    """
+    """Return timesteps and levels, the last one 0, of a ``FlowMatchEulerDiscreteScheduler``, as SD3's pipeline does."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     check_scheduler({"_class_name": EULER, **config}, FLOW_SCHEDULERS)
     for name in ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"):
         if entry(config, name, bool, NAME, default=False):
-            raise InputError(
-                f"the scheduler config has {name}=true, which this family's levels do not follow; set it to false "
-                "there, and shift to the one to sample with"
-            )
+            raise InputError(f"{NAME} has {name}=true, which this family's levels do not follow; set it to false there")
     scheduler = make_scheduler(FlowMatchEulerDiscreteScheduler, config, num_inference_steps)
     return _levels(scheduler)
 
 
 def unipc_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tensor, Tensor]:
-    """Return the levels of ``UniPCMultistepScheduler`` for a flow, or those of :func:`static_levels`, by the config.
-
-    Returns:
-        Timesteps ``(n,)``, 1000·σ, and noise levels ``(n + 1,)``, the last one 0; float32.
-    """
+    """Return the levels of ``UniPCMultistepScheduler`` for a flow, or those of :func:`static_levels`, by the config."""
     check_scheduler(config, (UNIPC, EULER))
     if config["_class_name"] == EULER:
         return static_levels(config, num_inference_steps)
@@ -162,9 +138,6 @@ def shifted_levels(
         num_inference_steps: Number of steps n.
         mu: Logarithm of the shift, used with ``use_dynamic_shifting``; None for pipelines with a static shift.
         sigmas: NumPy array ``(n,)`` of the levels before the shift; None takes 1, …, 2/n, 1/n.
-
-    Returns:
-        Timesteps ``(n,)``, 1000·σ, and noise levels ``(n + 1,)``, the last one 0; float32.
     """
     import numpy as np
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -176,10 +149,7 @@ def shifted_levels(
     if (count := entry(config, "num_train_timesteps", int, NAME, default=1000)) != 1000:
         raise InputError(f"{NAME} has num_train_timesteps={count}, but networks take 1000·σ; set it to 1000")
     if entry(config, "use_dynamic_shifting", bool, NAME, default=False) and mu is None:
-        raise InputError(
-            f"{NAME} has use_dynamic_shifting=true, but pipelines of this family have a static shift; set it to false, "
-            "and shift to the one to sample with"
-        )
+        raise InputError(f"{NAME} has use_dynamic_shifting=true, but this family's shift is static; set it to false")
     check_range("[1, 1000]", LEVELS, num_inference_steps=num_inference_steps)
     if sigmas is None:
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)

@@ -23,7 +23,6 @@ from latentreward.core.checkpoints.base_weights import BaseSample, is_quantized,
 from latentreward.core.checkpoints.shards import check_weights, frozen_names
 from latentreward.core.errors import InputError, check_choices, check_range
 from latentreward.core.storage.digests import digest
-from latentreward.core.storage.weight_files import release_shared
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 
 
@@ -159,7 +158,6 @@ def share_frozen(module: LightningModule, trainer: Trainer) -> None:
         InputError: On all ranks, if a rank has other frozen weights than rank 0.
     """
     if trainer.world_size == 1:
-        release_shared(remove=True)
         return
     names = frozen_names(module)
     found = digest(frozen_values(module, names))
@@ -168,7 +166,6 @@ def share_frozen(module: LightningModule, trainer: Trainer) -> None:
         raise InputError(
             "the ranks have loaded different frozen weights; give all machines the same files of the base models"
         )
-    release_shared(remove=trainer.local_rank == 0)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 

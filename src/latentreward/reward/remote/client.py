@@ -8,12 +8,9 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import cache
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NoReturn, TypeVar
@@ -25,28 +22,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from latentreward.core.contracts import Conditioning, LatentSpace, PathText, identity_of
-from latentreward.core.errors import (
-    InputError,
-    check_at_least_one,
-    check_range,
-    errors_at,
-    first_line,
-    one_line,
-    printable,
-)
+from latentreward.core.errors import InputError, check_range, errors_at, first_line, one_line, printable
 from latentreward.core.interrupts import stop_asked
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.json_files import checked, checked_token, shown, token_of_file
-from latentreward.reward.remote.schemas import (
-    ANSWER,
-    REMEDY,
-    ImageSchema,
-    LatentsReply,
-    Schema,
-    ServedLatents,
-    ServedReward,
-    png_text,
-)
+from latentreward.reward.remote.schemas import ImageSchema, Schema, ServedReward, png_text
 
 if TYPE_CHECKING:
     import httpx
@@ -85,15 +65,11 @@ class RemoteError(InputError):
         return f"{super().__str__()}; {self.resume}" if self.resume else super().__str__()
 
 
-class TooLarge(RemoteError):
-    """A request over a limit of the server, HTTP 413."""
-
-
 class Unavailable(Exception):
     """A failed try after which the same request may succeed, after the pause that the server asks for."""
 
-    def __init__(self, reason: str, pause_s: float | None = None) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, pause_s: float = 0.0) -> None:
+        super().__init__(reason + f"; it asks for a pause of {pause_s:g} seconds" * bool(pause_s))
         self.pause_s = pause_s
 
 
@@ -105,21 +81,19 @@ def raise_together(failure: RemoteError | None, agree: Callable[[bool], bool]) -
 
 @dataclass(frozen=True)
 class RemoteServer:
-    """A reward server, and what to do when it fails.
+    """A reward server, and how long to try when it fails.
 
     A try that meets no server, a broken connection, the end of ``timeout_s``, or one of the statuses 408, 425, 429,
-    500, 502, 503 and 504 is followed by another, after the server's ``Retry-After`` or growing pauses. Any other wrong
-    answer ends the run at once.
+    500, 502, 503 and 504 is followed by another, after a pause that grows and is at least the server's ``Retry-After``.
+    Any other wrong answer ends the run at once.
 
     Attributes:
         url: Address with scheme, such as ``http://judge:8000``; a path before the schema's own may follow.
         token_file: File with a token, sent as ``Authorization: Bearer TOKEN``.
         token_env: Environment variable with the token.
         timeout_s: Seconds that a try may take, from the connection to the end of the answer.
-        retry_s: Longest time from the first failed try to the last, in seconds, under ``on_outage: stop``.
-        on_outage: What happens when the tries of ``retry_s`` have failed. ``stop`` ends the run, which saves a
-            checkpoint first; ``wait`` goes on trying for ``wait_s``, then stops in the same way.
-        wait_s: Longest wait in seconds, under ``on_outage: wait``.
+        retry_s: Longest time from the first failed try to the last, in seconds; 86400 waits for a day. Then the run
+            ends, which saves a checkpoint first.
         parallel: Greatest number of requests at the same time, for each process.
     """
 
@@ -128,8 +102,6 @@ class RemoteServer:
     token_env: str | None = None
     timeout_s: float = 300.0
     retry_s: float = 120.0
-    on_outage: Literal["stop", "wait"] = "stop"
-    wait_s: float = 86400.0
     parallel: int = 4
     token: str | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -145,20 +117,14 @@ class RemoteServer:
         if not known or not self.url.isprintable():
             raise InputError(f"server.url={self.url!r} is no HTTP address; give one such as http://127.0.0.1:8000")
         with errors_at("server."):
-            check_range("(0, inf)", timeout_s=self.timeout_s, wait_s=self.wait_s)
+            check_range("(0, inf)", timeout_s=self.timeout_s, parallel=self.parallel)
             check_range("[0, inf)", retry_s=self.retry_s)
-        check_at_least_one("server.", parallel=self.parallel)
         if self.token_file is not None and self.token_env is not None:
             raise InputError("server: give either token_file or token_env")
         token = None if self.token_file is None else token_of_file(self.token_file, "server.token_file")
         if self.token_env is not None:
             token = checked_token(os.environ.get(self.token_env, ""), f"server.token_env={self.token_env}")
         object.__setattr__(self, "token", token)
-
-    @property
-    def limit(self) -> tuple[str, float]:
-        """Name and value of the longest time from the first failed try to the last, in seconds."""
-        return ("wait_s", self.wait_s) if self.on_outage == "wait" else ("retry_s", self.retry_s)
 
 
 @cache
@@ -170,24 +136,27 @@ def _loop(process: int) -> asyncio.AbstractEventLoop:
     return loop
 
 
-class Connection:
-    """Connections of this process to a server.
+@cache
+def _opened(server: RemoteServer, process: int) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
+    """Return the connections of a process to a server, and places for requests; a fork would share its sockets."""
+    import httpx
 
-    Environment variables of proxies have no effect: they would also apply to servers of the own network.
-    """
+    # Variables of proxies have no effect: they would also apply to servers of the own network.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=server.parallel)
+    return httpx.AsyncClient(timeout=None, trust_env=False, limits=limits), asyncio.Semaphore(server.parallel)
+
+
+class Connection:
+    """Requests of this process to a server."""
 
     def __init__(self, server: RemoteServer) -> None:
-        self.server, self._owner = server, 0
-        self._failing_since: float | None = None  # by the monotonic clock; None while the server answers
-        self._client: httpx.AsyncClient
-        self._places: asyncio.Semaphore
+        self.server, self._failing = server, False
 
     def start(self, ask: Callable[..., Coroutine[Any, Any, Any]], *given: Any) -> Future[Any]:
         """Start asking, in the thread of requests, once fewer than ``server.parallel`` others do."""
 
         async def placed() -> Any:
-            self._open()
-            async with self._places:
+            async with _opened(self.server, os.getpid())[1]:
                 return await ask(*given)
 
         return asyncio.run_coroutine_threadsafe(placed(), _loop(os.getpid()))
@@ -211,109 +180,70 @@ class Connection:
     async def asked(
         self, method: Literal["GET", "POST"], path: str, content: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> Any:
-        """Send a request, again if need be, and return the JSON of the answer.
-
-        The token's header is added to ``headers``.
-
-        Raises:
-            RemoteError: If there is no answer in time, the server refuses the request, or the answer is no JSON.
-        """
-        url, began, tries, (limit, allowed) = f"{self.server.url.rstrip('/')}{path}", 0.0, 0, self.server.limit
+        """Send a request, again if need be, and return the JSON of the answer; RemoteError if there is none."""
+        tries, began, server = 0, 0.0, self.server
         while True:
-            tries += 1
             try:
-                answer = await self._try(method, url, content, headers or {})
+                answer = await self._try(method, f"{server.url.rstrip('/')}{path}", content, headers or {})
             except Unavailable as error:
-                now = time.monotonic()
-                began = began or now
-                pause = min(FIRST_PAUSE_S * 2 ** min(tries - 1, 10), LONGEST_PAUSE_S)
-                pause = pause if error.pause_s is None else max(error.pause_s, FIRST_PAUSE_S)
-                left = began + allowed - now
-                asks = error.pause_s is not None and error.pause_s > max(left, 0.0)
-                if left <= 0 or asks:
-                    later = f"it asks for a pause of {error.pause_s or 0:g} seconds; go on after it, or " * asks
-                    remedy = f"{later}start the server, or raise {limit}"
+                now, pause = time.monotonic(), min(FIRST_PAUSE_S * 2 ** min(tries, 10), LONGEST_PAUSE_S)
+                tries, began = tries + 1, began or now
+                left = began + server.retry_s - now
+                if left <= 0 or error.pause_s > left:
                     counted = f"{tries} {'try' if tries == 1 else 'tries'} in {now - began:.0f} seconds"
-                    told = f"no scores after {counted} (server.{limit}={allowed:g}); the last one: {error}; {remedy}"
-                    self.refuse(told)
-                self._tell(error)
-                await asyncio.sleep(min(pause, left))
+                    told = f"no scores after {counted} (server.retry_s={server.retry_s:g}); the last one: {error}"
+                    self.refuse(f"{told}; start the server, or raise retry_s")
+                if not self._failing:  # once for all requests
+                    logger.warning("reward server %s: %s; tries for %g seconds", server.url, error, server.retry_s)
+                self._failing = True
+                await asyncio.sleep(min(max(pause, error.pause_s), left))
             else:
-                self._tell(None)
+                if self._failing:
+                    logger.warning("reward server %s answers again", server.url)
+                self._failing = False
                 return answer
 
     async def _try(self, method: str, url: str, content: bytes, headers: Mapping[str, str]) -> Any:
         """Send a request once; raise Unavailable if another try may succeed, RemoteError if not."""
         import httpx
 
-        limit, token = self.server.timeout_s, self.server.token
+        token, body, client = self.server.token, bytearray(), _opened(self.server, os.getpid())[0]
         headers = {"accept-encoding": "identity", "user-agent": "latentreward", **headers}
         headers |= {} if token is None else {"authorization": f"Bearer {token}"}
         try:  # one limit for all: httpx's own begin anew with each byte, and for each address of a host
             async with (
-                asyncio.timeout(limit),
-                self._client.stream(method, url, headers=headers, content=content) as reply,
+                asyncio.timeout(self.server.timeout_s),
+                client.stream(method, url, headers=headers, content=content) as reply,
             ):
-                body = bytearray()
                 async for part in reply.aiter_raw():
                     body += part
                     if len(body) > LARGEST_REPLY:
                         self.refuse(f"the answer is longer than {LARGEST_REPLY // 2**20} MiB; is this a reward server?")
         except TimeoutError as error:
-            raise Unavailable(f"no answer within timeout_s={limit:g} seconds") from error
+            raise Unavailable(f"no answer within timeout_s={self.server.timeout_s:g} seconds") from error
         except httpx.TransportError as error:
             raise Unavailable(printable(first_line(error))[:SHOWN]) from error
-        return self._content(reply.status_code, reply.headers, bytes(body))
-
-    def _content(self, status: int, headers: Mapping[str, str], body: bytes) -> Any:
-        """Return the JSON of a complete answer, without the token if it repeats that."""
-        packed = headers.get("content-encoding", "identity") != "identity"
-        text, problem = "(compressed)" if packed else body.decode("utf-8", "replace"), None
+        found: Any = body.decode("utf-8", "replace")
         try:
-            content = without(self.server.token, json.loads(text))  # so that no later message can show it
+            found, problem = json.loads(found), None
         except (ValueError, RecursionError) as error:
-            content, problem = None, error
-        told = without(self.server.token, text) if problem else content
-        if isinstance(content, dict):
-            told = next((content[name] for name in ("error", "detail", "message") if name in content), content)
-        words = printable(" ".join(str(told).split()))[:SHOWN] or "(no text)"
+            problem = error
+        told = found = without(token, found)  # so that no later message can show it
+        if isinstance(found, dict):
+            told = next((found[name] for name in ("error", "detail", "message") if name in found), found)
+        words, status = printable(" ".join(str(told).split()))[:SHOWN] or "(no text)", reply.status_code
         if status in RETRIED:
-            raise Unavailable(f"HTTP {status}: {words}", seconds_of(headers.get("retry-after")))
-        if status != 200:
-            remedy = {401: "; set token_file or token_env", 404: "; look at server.url and the schema"}.get(status, "")
-            if 300 <= status < 400:  # with a redirect, the token would go to another server
-                place = printable(headers.get("location", ""))[:SHOWN]
-                remedy = f"; redirects are not followed: set server.url to the final address; it leads to {place}"
-            self.refuse(f"HTTP {status}: {words}{remedy}", kind=TooLarge if status == 413 else RemoteError)
-        if packed:
-            self.refuse("the answer is compressed, which was not asked for; look at the proxy before the server")
+            asked = reply.headers.get("retry-after", "")
+            raise Unavailable(f"HTTP {status}: {words}", float(asked) if asked.isascii() and asked.isdigit() else 0.0)
+        if status != 200:  # also a redirect, with which the token would go to another server
+            self.refuse(f"HTTP {status}: {words}; look at server.url, its token, and the schema")
         if problem:
             self.refuse(f"the answer is no JSON ({type(problem).__name__}): {words}", problem)
-        return content
+        return found
 
-    def _open(self) -> None:
-        """Open the connections of this process; those that a fork has copied would share their sockets."""
-        import httpx
-
-        if self._owner != os.getpid():
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.server.parallel)
-            self._client = httpx.AsyncClient(timeout=None, trust_env=False, limits=limits)
-            self._places, self._owner = asyncio.Semaphore(self.server.parallel), os.getpid()
-
-    def refuse(
-        self, problem: str, cause: BaseException | None = None, kind: type[RemoteError] = RemoteError
-    ) -> NoReturn:
+    def refuse(self, problem: str, cause: BaseException | None = None) -> NoReturn:
         """Raise a RemoteError that names the server and the ``problem`` of its answer."""
-        raise kind(f"reward server {self.server.url}: {problem}") from cause
-
-    def _tell(self, error: Unavailable | None) -> None:
-        """Log the beginning of an outage by its ``error``, or the end by None; once for all requests."""
-        now, url, since = time.monotonic(), self.server.url, self._failing_since
-        self._failing_since = None if error is None else since or now
-        if error is None and since is not None:
-            logger.warning("reward server %s answers again after %.0f seconds", url, now - since)
-        if error is not None and since is None:
-            logger.warning("reward server %s: %s; tries again for up to %g seconds", url, error, self.server.limit[1])
+        raise RemoteError(f"reward server {self.server.url}: {problem}") from cause
 
 
 def without(token: str | None, value: Any) -> Any:
@@ -327,106 +257,73 @@ def without(token: str | None, value: Any) -> Any:
     return value
 
 
-def seconds_of(header: str | None) -> float | None:
-    """Return the seconds of a header ``Retry-After``, which holds a number or a date; None without a valid one."""
-    if header is None or (header.isascii() and header.strip().isdigit()):
-        return None if header is None else float(header)
-    try:
-        date = parsedate_to_datetime(header)
-    except (ValueError, OverflowError):
-        return None
-    return max((date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
-
-
 class RemoteScores(ABC, Generic[Row]):
     """Base class of sources of scores from a server.
 
     Rows with equal keys are asked for once. A score is remembered, so that a row gets the same score again.
     """
 
-    def __init__(self, server: RemoteServer, batch_size: int, model: str | None = None) -> None:
-        self.connection, self.batch_size = Connection(server), batch_size
-        self.model = model  # that the server has named so far; None if it has not
-        self._known: OrderedDict[str, float] = OrderedDict()
-        self._open: set[Future[Any]] = set()
+    def __init__(self, server: RemoteServer, schema: Schema, batch_size: int) -> None:
+        self.connection, self.schema, self.batch_size = Connection(server), schema, batch_size
+        self.model: str | None = None  # that the server has named so far
+        self._known: dict[str, float] = {}
 
     @abstractmethod
     async def ask(self, rows: Sequence[Row]) -> tuple[Sequence[Any], str | None]:
         """Ask for the scores of a batch; return them, unchecked, and the model that the server names."""
 
-    def begin_rows(self, rows: Sequence[Row], keys: Sequence[str]) -> PendingScores:
-        """Ask for the scores of N rows, and return before they are there.
+    async def _asked(self, rows: Sequence[Row]) -> tuple[Sequence[Any], str | None]:
+        try:
+            return await self.ask(rows)
+        except RemoteError:
+            raise
+        except Exception as error:  # also of a schema of the user's; other ranks wait for scores or a refusal
+            told = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {one_line(error)}"
+            self.connection.refuse(f"{type(self.schema).__name__} cannot read the answer ({shown(told)})", error)
 
-        Rows with the same content have the same key.
-        """
+    def begin_rows(self, rows: Sequence[Row], keys: Sequence[str]) -> PendingScores:
+        """Ask for the scores of N rows, and return before they are there; rows of the same content have one key."""
         known = {key: self._known[key] for key in keys if key in self._known}
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
-        names, asked, size = list(new), [], self.batch_size
-        for start in range(0, len(names), size):
-            batch = names[start : start + size]
-            future = self.connection.start(self._asked, [new[key] for key in batch])
-            self._open.add(future)
-            future.add_done_callback(self._open.discard)
-            asked.append((batch, future))
-        for key in known:
-            self._known.move_to_end(key)
+        batches = [[*new][start : start + self.batch_size] for start in range(0, len(new), self.batch_size)]
+        asked = [(batch, self.connection.start(self._asked, [new[key] for key in batch])) for batch in batches]
 
         def result() -> list[float]:
-            found = known | self._collect(asked)
+            found: dict[str, float] = {}
+            try:
+                for batch, future in asked:
+                    scores = self._checked(*self.connection.result(future), len(batch))
+                    found |= zip(batch, scores, strict=True)
+            except BaseException:
+                for _, future in asked:
+                    future.cancel()
+                raise
+            self._known |= found
+            while len(self._known) > CACHED:
+                del self._known[next(iter(self._known))]
+            found |= known
             return [found[key] for key in keys]
 
         return result
 
-    def _collect(self, asked: Sequence[tuple[Sequence[str], Future[Any]]]) -> dict[str, float]:
-        """Wait for the answers to requests, check and remember them, and return the scores by key."""
-        found: dict[str, float] = {}
-        try:
-            for batch, future in asked:
-                scores, model = self.connection.result(future)
-                found |= zip(batch, self._checked(scores, len(batch), model), strict=True)
-        except BaseException:
-            for future in [*self._open]:
-                future.cancel()
-            raise
-        self._known |= found
-        while len(self._known) > CACHED:
-            self._known.popitem(last=False)
-        return found
-
-    async def _asked(self, rows: Sequence[Row]) -> tuple[Sequence[Any], str | None]:
-        """Ask for the scores of a batch, in halves where the server refuses so many rows at once."""
-        try:
-            return await self.ask(rows)
-        except TooLarge:
-            if len(rows) == 1:
-                raise
-        half = len(rows) // 2
-        self.batch_size = min(self.batch_size, half)  # of later requests
-        (scores, model), (rest, other) = await self._asked(rows[:half]), await self._asked(rows[half:])
-        if model != other:
-            self.connection.refuse(f"the model is now {shown(other)}, but was {shown(model)} before")
-        return [*scores, *rest], model
-
-    def _checked(self, scores: Sequence[Any], count: int, model: str | None) -> list[float]:
+    def _checked(self, scores: Sequence[Any], model: str | None, count: int) -> list[float]:
         """Check a reply: as many scores as rows, finite, of the same model as before; raise RemoteError if not."""
+        if len(scores) != count:
+            self.connection.refuse(f"{len(scores)} scores came for {count} rows")
+        if model is not None and self.model not in (None, model):
+            self.connection.refuse(f"the model is now {shown(model)}, but was {shown(self.model)} before")
+        self.model = model or self.model
         try:
-            if len(scores) != count:
-                raise InputError(f"{len(scores)} scores came for {count} rows")
-            if model is not None and self.model not in (None, model):
-                raise InputError(f"the model is now {shown(model)}, but was {shown(self.model)} before")
-            numbers: list[float] = checked(SCORES, [*scores], "score ", REMEDY)
+            numbers: list[float] = checked(SCORES, [*scores], "score ", "look at the schema")
         except InputError as error:
             self.connection.refuse(str(error), error)
-        self.model = model or self.model
         return numbers
 
 
 class RemoteImages(RemoteScores[tuple[str, "Image.Image"]]):
     """Scores of RGB images with prompts from a server, ``batch_size`` of them in a request of the form ``schema``."""
 
-    def __init__(self, server: RemoteServer, schema: ImageSchema, batch_size: int) -> None:
-        super().__init__(server, batch_size)
-        self.schema = schema
+    schema: ImageSchema
 
     def begin(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> PendingScores:
         """Ask for the scores of N RGB images, each for its prompt, and return before they are there."""
@@ -443,82 +340,55 @@ class RemoteImages(RemoteScores[tuple[str, "Image.Image"]]):
         request, content = await asyncio.to_thread(encoded)
         headers = {"content-type": "application/json"}
         reply = await self.connection.asked("POST", self.schema.path, content, headers)
-        try:
-            if not isinstance(reply, dict):
-                raise InputError("the answer is no JSON object; look at the schema")
-            return [*self.schema.scores(reply, request)], self.schema.model(reply)
-        except InputError as error:
-            self.connection.refuse(str(error), error)
-        except Exception as error:  # of a schema of the user's; other ranks wait for scores or a refusal
-            kind, told = type(self.schema).__name__, f"{type(error).__name__}: {one_line(error)}"
-            self.connection.refuse(f"{kind} cannot read the answer {shown(reply)} ({shown(told)})", error)
+        return [*self.schema.scores(reply, request)], self.schema.model(reply)
 
 
-@dataclass(frozen=True, eq=False)
-class LatentRow:
-    """Clean latents with an encoded prompt, all float32 on the CPU."""
-
-    latents: Tensor  # ``(C, ...)``, scaled
-    prompt: Conditioning  # encoded prompt, one row
-    sigma: float  # noise level in [0, 1]
-    seed: int  # seed of the noise
+LatentRow = tuple[Tensor, Conditioning, float, int]
+"""Clean latents ``(C, ...)``, scaled, encoded prompt of one row, noise level in [0, 1], seed; tensors are float32."""
 
 
 class RemoteLatents(RemoteScores[LatentRow]):
-    """Scores of clean latents from ``latentreward serve``, which :func:`describe` describes as ``reward``."""
+    """Scores of clean latents from ``latentreward serve``, which :func:`described` describes as ``reward``."""
 
-    def __init__(self, server: RemoteServer, schema: ServedLatents, batch_size: int, reward: ServedReward) -> None:
-        super().__init__(server, batch_size, reward.model)
-        self.schema, self.reward = schema, reward
+    def __init__(self, server: RemoteServer, schema: Schema, batch_size: int, reward: ServedReward | None) -> None:
+        super().__init__(server, schema, batch_size)
+        self.reward, self.model = reward, reward and reward.model
 
     def begin(self, rows: Sequence[LatentRow], texts: Sequence[str]) -> PendingScores:
         """Ask for the scores of N rows with latents of one shape, whose prompts are ``texts``; see ``begin_rows``."""
         keys = [
-            digest([f"{identity_of(text)}\n{row.sigma} {row.seed} {tuple(row.latents.shape)}\n", row.latents.numpy()])
-            for row, text in zip(rows, texts, strict=True)
+            digest([f"{identity_of(text)}\n{sigma} {seed} {tuple(latents.shape)}\n", latents.numpy()])
+            for (latents, _, sigma, seed), text in zip(rows, texts, strict=True)
         ]
         return self.begin_rows(rows, keys)
 
     async def ask(self, rows: Sequence[LatentRow]) -> tuple[Sequence[Any], str | None]:
         body = await asyncio.to_thread(self._body, rows)
         reply = await self.connection.asked("POST", self.schema.path, body, LATENT_HEADERS)
-        try:
-            scores = checked(LatentsReply, reply, ANSWER, REMEDY).raw_scores
-        except InputError as error:
-            self.connection.refuse(str(error), error)
         # The reply does not name the model, and a server that was started again meanwhile may have another one.
-        return scores, (await described(self.connection, self.schema)).model
+        return reply["raw_scores"], (await described(self.connection, self.schema)).model
 
     def _body(self, rows: Sequence[LatentRow]) -> bytes:
-        prompts, takes = Conditioning.join([row.prompt for row in rows]).trimmed(), self.reward
+        latents, prompts, sigmas, seeds = zip(*rows, strict=True)
+        joined, takes = Conditioning.join([*prompts]).trimmed(), self.reward
         tensors = {
-            "latents": torch.stack([row.latents for row in rows]),
-            "prompt_embeds": prompts.prompt_embeds,
-            "u": torch.tensor([row.sigma for row in rows]),
-            "seeds": torch.tensor([row.seed for row in rows]),
-            "pooled_prompt_embeds": prompts.pooled_prompt_embeds if takes.pooled_prompt_embeds_width else None,
-            "prompt_mask": prompts.prompt_mask if takes.prompt_mask or takes.pools_tokens else None,
-            **{f"source_{place}": latents for place, latents in enumerate(prompts.source_latents)},
+            "latents": torch.stack(latents),
+            "prompt_embeds": joined.prompt_embeds,
+            "u": torch.tensor(sigmas),
+            "seeds": torch.tensor(seeds),
+            "pooled_prompt_embeds": joined.pooled_prompt_embeds if takes.pooled_prompt_embeds_width else None,
+            "prompt_mask": joined.prompt_mask if takes.prompt_mask or takes.pools_tokens else None,
+            **{f"source_{place}": latents for place, latents in enumerate(joined.source_latents)},
         }
         return save({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None})
 
 
-def describe(connection: Connection, schema: Schema) -> ServedReward:
-    """Ask for a description and wait; see :func:`described`."""
-    served: ServedReward = connection.result(connection.start(described, connection, schema))
-    return served
-
-
 async def described(connection: Connection, schema: Schema) -> ServedReward:
-    """Ask ``latentreward serve`` for the description of a reward, beside the path of the schema.
-
-    Raises:
-        RemoteError: If the server gives none.
-    """
+    """Ask ``latentreward serve`` for the description of a reward, beside the path of the schema."""
     path = f"{schema.path.rpartition('/')[0]}/model"
     told = await connection.asked("GET", path)
     try:
-        served: ServedReward = checked(ServedReward, told, ANSWER, REMEDY)
+        served: ServedReward = checked(ServedReward, told)
         LatentSpace.from_record(served.latent_space)
     except (InputError, TypeError) as error:
         what = f"{path} answers {shown(told)}; schema: {type(schema).__name__} is for latentreward serve"

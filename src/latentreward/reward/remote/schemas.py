@@ -13,14 +13,12 @@ from pydantic import BaseModel, Field, Json
 
 from latentreward.core.contracts import ImageRef, sources_of
 from latentreward.core.errors import InputError, check_range
-from latentreward.core.promises import Part, of_class, returns
+from latentreward.core.promises import Part
 from latentreward.core.storage.digests import digest
-from latentreward.core.storage.json_files import checked, shown
+from latentreward.core.storage.json_files import shown
 from latentreward.data import decode_image
 from latentreward.data.images import image_bytes, read_header
 
-ANSWER, REMEDY = "the answer: ", "look at the schema"
-"""Name of a reply in messages, and what to do about one of another form."""
 MOST_CHARACTERS = 10_000  # of a prompt that ``latentreward serve`` takes; text encoders truncate far earlier
 
 
@@ -86,15 +84,6 @@ class UniRLRequest(BaseModel, strict=True):
     grad_mode: Literal[False] = False
 
 
-class UniRLReply(BaseModel):
-    """JSON of a reply of UniRL's reward service; a service may leave errors and identities out."""
-
-    protocol_version: Literal["1"] = "1"
-    results: list[dict[str, dict[str, Any]]]
-    errors: list[Any] | None = None
-    identities: list[dict[str, Any]] | None = None
-
-
 class ComputeRequest(BaseModel, strict=True):
     """JSON of Flow-Factory's ``/compute``; an empty list of videos is none."""
 
@@ -105,29 +94,14 @@ class ComputeRequest(BaseModel, strict=True):
     condition_videos: list[None] | None = None
 
 
-class PlainReply(BaseModel):
-    """JSON of a reply with scores."""
-
-    scores: list[Any]
-
-
-class LatentsReply(BaseModel):
-    """JSON of a reply of verl-omni's protocol."""
-
-    raw_scores: list[Any]
-
-
 class ServedReward(BaseModel):
-    """What ``latentreward serve`` tells of a reward that clients compare."""
+    """What clients need of that which ``latentreward serve`` tells of a reward."""
 
     model: str
     latent_space: dict[str, Any]
-    prompt_embeds_width: int | None = None
     pooled_prompt_embeds_width: int | None = None  # None if the model takes no pooled embedding
     prompt_mask: bool = False  # whether the model needs a mask of the prompts' tokens
     pools_tokens: bool = False  # whether a mask may stand in for the pooled embedding
-    sources: tuple[int, int] = (0, 0)  # least and largest number of pictures that an image is an edit of
-    max_rows: int | None = None  # of a request
 
 
 class Schema(Part):
@@ -148,28 +122,18 @@ class ImageSchema(Schema):
     """
 
     @abstractmethod
-    @returns(of_class(dict))
     def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
-        """Return the JSON of a request for B images.
+        """Return the JSON of a request for B images, which are PNG files in base64.
 
-        Args:
-            prompts: B prompts. The prompt of an edit carries the pictures that were edited, see :func:`source_texts`.
-            images: B PNG files, as base64.
+        The prompt of an edit carries the pictures that were edited, see :func:`source_texts`.
         """
 
     @abstractmethod
-    @returns(of_class(Sequence))
     def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
-        """Return the scores of a reply, in the order of the images; a higher score is better.
+        """Return the scores of a reply, in the order of the images of its request; a higher score is better.
 
-        Number, type and finiteness of the scores are checked by the caller.
-
-        Args:
-            reply: JSON of the reply.
-            request: JSON of the request that it answers.
-
-        Raises:
-            InputError: If the reply has another form.
+        Number, type and finiteness of the scores are checked by the caller. InputError tells that the reply has another
+        form.
         """
 
     def model(self, reply: Mapping[str, Any]) -> str | None:
@@ -220,7 +184,8 @@ class PlainJSON(ImageSchema):
         return request | {"source_images": sources} if any(sources) else request
 
     def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
-        return list(checked(PlainReply, reply, ANSWER, REMEDY).scores)
+        scores: Sequence[Any] = reply["scores"]
+        return scores
 
 
 @dataclass(frozen=True)
@@ -270,24 +235,19 @@ class UniRL(ImageSchema):
 
     def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
         """See :meth:`ImageSchema.scores`; an error of a single request is one of all."""
-        told = checked(UniRLReply, reply, ANSWER, REMEDY)
-        if failed := next(filter(None, told.errors or ()), None):
-            raise InputError(f"an image could not be scored: {shown(failed)}")
-        asked = [one["request_id"] for one in request["requests"]]
-        if told.identities and [one.get("request_id") for one in told.identities] != asked:
+        if (failed := [*filter(None, reply.get("errors") or ())]) or reply.get("protocol_version", "1") != "1":
+            raise InputError(f"an image could not be scored: {failed or 'the service speaks another version'}")
+        marks = [one.get("request_id") for one in reply.get("identities") or request["requests"]]
+        if marks != [one["request_id"] for one in request["requests"]]:
             raise InputError("identities are not those of the request, in its order")
-        return [self._score(result) for result in told.results]
+        return [self._score(result) for result in reply["results"]]
 
     def _score(self, result: Mapping[str, Mapping[str, Any]]) -> Any:
-        metrics = result.get(self.reward)
-        if not metrics:
-            raise InputError(f"a result has no {self.reward!r}, but {shown(result)}; set schema.reward")
-        if self.metric is None and len(metrics) > 1:
-            raise InputError(f"{self.reward} has the metrics {shown(', '.join(metrics))}; set schema.metric to one")
-        metric = self.metric or next(iter(metrics))
-        if metric not in metrics:
-            raise InputError(f"{self.reward} has no metric {metric!r}, but {shown(', '.join(metrics))}")
-        return metrics[metric]
+        metrics = result.get(self.reward, {})
+        name = next(iter(metrics)) if self.metric is None and len(metrics) == 1 else self.metric
+        if name not in metrics:
+            raise InputError(f"schema has reward={self.reward}, metric={self.metric}, and the answer {shown(result)}")
+        return metrics[name]
 
 
 @dataclass(frozen=True)
@@ -302,14 +262,10 @@ class ServedLatents(Schema):
         sigma: Noise level in [0, 1] at which predicted clean latents of noisy states are scored. Finished latents are
             scored at the method's ``reward_sigmas``; of several levels the mean counts.
         path: Path of requests.
-
-    Raises:
-        InputError: If ``sigma`` is out of range.
     """
 
     sigma: float = 0.4
     path: str = "/v1/score"
 
     def __post_init__(self) -> None:
-        """Check the noise level."""
         check_range("[0, 1]", **{"schema.sigma": self.sigma})

@@ -88,11 +88,7 @@ class ImageScorer(Scorer):
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """Score N images in batches.
-
-        Returns:
-            Scores ``(N,)``, or ``(N, K)`` for K :attr:`columns`, float32 on the CPU.
-        """
+        """Score N images in batches: ``(N,)``, or ``(N, K)`` for K :attr:`columns`, float32 on the CPU."""
         if len(prompts) != len(images):
             given = f"{len(prompts)} prompts for {len(images)} images"
             raise InputError(f"scorer {self.name!r} got {given}; give one for each")

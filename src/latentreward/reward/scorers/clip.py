@@ -1,6 +1,7 @@
-"""Scorers by CLIP models: cosine similarity, CLIP score and PickScore."""
+"""Scorers by CLIP models: cosine similarity, CLIP score, PickScore, and LAION's aesthetic predictor."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -8,15 +9,17 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, errors_at, first_line
 from latentreward.core.running import find_device
+from latentreward.core.storage.digests import digest
 from latentreward.core.storage.hub import is_hub_id, read_locally
 from latentreward.diffusion.backbones.loading import check_tokenizer, load_weights
 from latentreward.reward.scorers.base import ImageScorer
+from latentreward.reward.scoring.files import read_state_dict
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -35,18 +38,10 @@ def default_processor(source: str) -> str:
 
 
 class CLIPTowers:
-    """A ``CLIPModel`` without gradients, with tokenizer and preprocessing; needs transformers only, not torchvision.
-
-    ``pixels`` converts B images to the vision tower's input ``(B, 3, H, W)``, float32.
-    """
+    """A ``CLIPModel`` without gradients; ``pixels`` converts B images to its input ``(B, 3, H, W)``, float32."""
 
     def __init__(self, model: Any, tokenizer: Any, pixels: Callable[[Sequence[Image.Image]], Tensor]) -> None:
         self.model, self.tokenizer, self.pixels = model, tokenizer, pixels
-
-    @property
-    def width(self) -> int:
-        """Width of an embedding."""
-        return self.model.config.projection_dim
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Return embeddings ``(B, width)`` of B images, float32, of norm 1."""
@@ -180,7 +175,7 @@ def load_towers(source: str, processor: str, revision: str | None, dtype: Dtype,
 
 
 def load_part(family: Any, source: str, revision: str | None) -> Any:
-    """Load a tokenizer or preprocessing, of transformers' class ``family``; raise InputError if it cannot be loaded."""
+    """Load a tokenizer or preprocessing, of transformers' class ``family``."""
     try:
         return family.from_pretrained(source, revision=revision, local_files_only=read_locally(source, revision))
     except (OSError, ValueError, RuntimeError) as error:
@@ -188,10 +183,9 @@ def load_part(family: Any, source: str, revision: str | None) -> Any:
 
 
 def load_clip(source: str, processor: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """Load a ``CLIPModel`` without gradients, its tokenizer and its image preprocessing.
+    """Load a ``CLIPModel`` without gradients, its tokenizer and its image preprocessing, from folders or hub ids.
 
-    Only safetensors files of the model are read. ``source`` and ``processor`` are folders or hub ids; ``revision`` is
-    that of ``source``, and also of ``processor`` if both are the same.
+    ``revision`` is that of ``source``, and also of ``processor`` if both are the same.
     """
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -203,3 +197,69 @@ def load_clip(source: str, processor: str, revision: str | None, dtype: torch.dt
     remedy = "get its files again, or set processor to where the model's tokenizer lies"
     check_tokenizer(tokenizer, model.config.text_config.vocab_size, f"processor={processor!r}: the tokenizer", remedy)
     return model.eval().requires_grad_(False), tokenizer, preprocess
+
+
+class AestheticScorer(CLIPImageScorer):
+    """LAION's aesthetic score of an image, about 1 to 10: linear layers on the normalised image embedding of CLIP-L.
+
+    The layers are read from the weight file, which may hold any chain of linear layers. The published predictor has
+    the widths 768-1024-128-64-16-1 and no activations; the older predictor with a single layer works too.
+
+    Args:
+        weights: Weight file of the predictor, e.g. ``sac+logos+ava1-l14-linearMSE.pth``, or a safetensors file.
+        source: Folder or hub id of the ``CLIPModel`` that the predictor was trained on.
+        name: Name of the scores in tables.
+        options: See :class:`CLIPImageScorer`. ``dtype`` applies to CLIP; the predictor always computes in float32.
+    """
+
+    uses_prompt = False
+
+    def __init__(
+        self,
+        weights: str | Path,
+        source: PathText = "openai/clip-vit-large-patch14",
+        *,
+        name: str = "aesthetic",
+        **options: Any,
+    ) -> None:
+        super().__init__(name, source, **options)
+        self.weights = Path(weights)
+        tensors = read_state_dict(self.weights, "the aesthetic predictor")
+        self.layers = linear_chain(self.weights, tensors).to(self.device)
+
+    def identity(self) -> str:
+        weights = digest((parameter.detach().cpu().numpy().tobytes() for parameter in self.layers.parameters()), 8)
+        return f"{super().identity()} weights {weights}"
+
+    def prepare(self) -> None:
+        """Load CLIP, and check that its embeddings have the width that the predictor takes."""
+        expected, width = self.layers[0].in_features, self.towers().model.config.projection_dim
+        if expected != width:
+            raise InputError(
+                f"weights of {self.name}: {self.weights} takes {expected} numbers, but {self.source} gives {width}; "
+                f"give the CLIP model that the predictor was trained on"
+            )
+
+    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
+        return self.layers(self.towers().embed_images(images)).squeeze(-1)
+
+
+def linear_chain(path: Path, tensors: Mapping[str, Tensor]) -> nn.Sequential:
+    """Build a chain of linear layers from a state dict; error messages name its file ``path``.
+
+    Tensors have the names ``layers.0.weight``, ``layers.0.bias``, ``layers.2.weight``, …, or ``weight`` and ``bias``
+    for a single layer.
+    """
+    found = {name: re.fullmatch(r"(?:layers\.(\d+)\.)?weight", name) for name in tensors}
+    order = sorted((int(match[1] or 0), name) for name, match in found.items() if match and tensors[name].ndim == 2)
+    layers: list[nn.Linear] = []
+    for _, name in order:
+        weight, bias = tensors[name].float(), tensors.get(name.removesuffix("weight") + "bias")
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        if bias is None or bias.shape != weight.shape[:1] or (layers and layers[-1].out_features != weight.shape[1]):
+            raise InputError(f"{path}: {name} of shape {tuple(weight.shape)} does not follow the layer before it")
+        layer.load_state_dict({"weight": weight, "bias": bias.float()}, assign=True)
+        layers.append(layer)
+    if not layers or layers[-1].out_features != 1 or len(tensors) != 2 * len(layers):
+        raise InputError(f"{path}: no chain of linear layers with one output; give LAION's aesthetic predictor")
+    return nn.Sequential(*layers).eval().requires_grad_(False)

@@ -18,9 +18,8 @@ PLACES = ("path", "weights", "source", "processor", "tokenizer", "base", "config
 def scorer_fingerprints(scorer: Scorer, policy: str = "") -> dict[str, str]:
     """Return the fingerprints of all files that a scorer names, by attribute.
 
-    A scorer may wrap another one in its attribute ``scorer``. The files are those named by the attributes in
-    ``PLACES``, with ``policy`` in place of ``{policy}``, the words of ``command`` that are files, and the source files
-    of a user's own class and function, though not of what these import.
+    These are the attributes in ``PLACES``, with ``policy`` in place of ``{policy}``, the words of ``command`` that are
+    files, and the sources of a user's own class and function; of a scorer in the attribute ``scorer`` all the same.
     """
     inner = getattr(scorer, "scorer", None)
     if isinstance(inner, Scorer):

@@ -148,8 +148,7 @@ def clip_model(tensors: Mapping[str, Tensor], origin: str, heads: int, dtype: to
     """Build a ``CLIPModel`` from OpenCLIP weights, in evaluation mode and without gradients.
 
     All sizes but the number of heads, equal in both towers, are read from the weights. The conversion is exact for
-    OpenCLIP models with GELU (not QuickGELU), a class token, and text pooled at the end token, such as ViT-H-14 of
-    LAION-2B and HPSv2. Error messages name ``origin``, the source of the weights.
+    OpenCLIP models with GELU (not QuickGELU), a class token, and text pooled at the end token.
     """
     from transformers import CLIPModel
 

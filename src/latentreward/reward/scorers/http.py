@@ -21,7 +21,7 @@ class HTTPScorer(ImageScorer):
     :class:`~latentreward.alignment.HTTPReward`.
 
     Args:
-        server: Address, limits, token, and what happens when the server fails.
+        server: Address, limits, token, and how long to try when the server fails.
         schema: Form of requests and replies; None is :class:`~latentreward.reward.PlainJSON`.
         name: Name of the scores in tables.
         batch_size: Images of a request.
@@ -42,9 +42,9 @@ class HTTPScorer(ImageScorer):
     ) -> None:
         check_at_least_one(batch_size=batch_size)
         super().__init__(name, batch_size * server.parallel)
-        self.server, self.schema, self.request_size = server, schema or PlainJSON(), batch_size
+        self.server, self.schema = server, schema or PlainJSON()
         check_needs(self.schema)
-        self._images: RemoteImages | None = None
+        self._images = RemoteImages(server, self.schema, batch_size)
 
     def identity(self) -> str:
         """See :meth:`Scorer.identity`: class, address and schema. The server's model is not known before it answers."""
@@ -52,14 +52,8 @@ class HTTPScorer(ImageScorer):
 
     @property
     def served_model(self) -> str | None:
-        return None if self._images is None else self._images.model
+        return self._images.model
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """See :meth:`ImageScorer.score`.
-
-        Raises:
-            RemoteError: If the server gives no scores.
-        """
-        if self._images is None:  # not earlier: it has locks, which cannot be copied to another process
-            self._images = RemoteImages(self.server, self.schema, self.request_size)
+        """See :meth:`ImageScorer.score`; RemoteError if the server gives no scores."""
         return torch.tensor(self._images.begin(prompts, images)())

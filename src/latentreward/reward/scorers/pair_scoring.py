@@ -1,8 +1,6 @@
 """Scoring of a reader's pairs with several scorers; each image is decoded and scored once per prompt."""
 
 import json
-import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain, islice
@@ -26,7 +24,6 @@ Item = tuple[str, str]  # key of an image, and its prompt
 Side = tuple[int, int]  # index of a pair in a list, and 0 for image a or 1 for image b
 Decoded = tuple[Image.Image | None, dict[Side, str]]
 """First copy of an image that could be decoded, or None; and an error message for each copy that could not."""
-READING = "reading and decoding"  # key in ``PairScoring.seconds`` of the time that reading and decoding take
 MODELS = b"served_models"
 """Key in a table's metadata of the models that servers named with the scores, by scorer, as JSON."""
 TRIED_PAIRS = 8  # number of pairs whose images are tried before any model is loaded
@@ -61,14 +58,9 @@ class PairScoring:
         self._known: dict[str, dict[bytes, Sequence[float]]] = {scorer.name: {} for scorer in self.image_scorers}
         self._models: dict[str, str | None] = {}
         self._sound: set[Any] = set()  # identities of pictures to edit that can be read: many images are edits of one
-        self.seconds: defaultdict[str, float] = defaultdict(float)  # by name of the scorer, and on READING
-        self.images: Counter[str] = Counter()  # number of images scored, by name of the scorer
 
     def spec(self) -> dict[str, Any]:
-        """Describe reader, scorers and settings that the scores depend on, as values for JSON.
-
-        A table of scores can be resumed only with an equal description.
-        """
+        """Describe reader, scorers and settings that the scores depend on, as values for JSON."""
         texts = (f"{text}\0" for text in chain(self.reader.pair_ids(), map(_named, self._prompts)))
         rows = digest(chain([self.reader.labels().tobytes()], texts))
         return {
@@ -98,18 +90,8 @@ class PairScoring:
                         name = _memory_key(scorer, (key, self._prompts[row]))
                         self._known[scorer.name][name] = tuple(values.tolist())
 
-    def read(self, rows: range) -> list[PreferencePair]:
-        """Read ``rows`` of the reader, and add the time to :attr:`seconds`."""
-        start = time.perf_counter()
-        pairs = [self.reader[row] for row in rows]
-        self.seconds[READING] += time.perf_counter() - start
-        return pairs
-
     def tables(self, parts: Sequence[range]) -> Iterator[tuple[range, pa.Table]]:
         """Yield each part's range of rows of the reader with its table of scores.
-
-        On Ctrl-C the first rows of the current part whose images have all been scored are yielded before
-        KeyboardInterrupt is raised.
 
         Columns: ``pair_id``, ``image_a``, ``image_b``, ``label_a``, ``different_flag`` (0 for ties, else 1); for each
         column name of each scorer ``NAME_a``, ``NAME_b`` and ``NAME_gap`` (winner minus loser; absolute difference for
@@ -117,24 +99,10 @@ class PairScoring:
         such an image are NaN.
         """
         for rows in parts:
-            pairs = self.read(rows)
+            pairs = [self.reader[row] for row in rows]
             problems: dict[Side, str] = {}
-            try:
-                self._score_missing(pairs, problems)
-            except KeyboardInterrupt:
-                done = pairs[: self._first_unfinished(pairs, problems)]
-                if done:
-                    yield range(rows.start, rows.start + len(done)), self._table(done, problems)
-                raise
+            self._score_missing(pairs, problems)
             yield rows, self._table(pairs, problems)
-
-    def _first_unfinished(self, pairs: Sequence[PreferencePair], problems: Mapping[Side, str]) -> int:
-        """Index of the first pair with an image that is neither scored nor known to be unreadable."""
-        for side_index, image, prompt in _sides(pairs):
-            names = {scorer.name: _memory_key(scorer, (image.image_key, prompt)) for scorer in self.image_scorers}
-            if side_index not in problems and not all(name in self._known[scorer] for scorer, name in names.items()):
-                return side_index[0]
-        return len(pairs)
 
     def _table(self, pairs: Sequence[PreferencePair], problems: Mapping[Side, str]) -> pa.Table:
         labels = np.array([np.nan if pair.label_a is None else pair.label_a for pair in pairs])
@@ -169,8 +137,7 @@ class PairScoring:
     def _score_missing(self, pairs: Sequence[PreferencePair], problems: dict[Side, str]) -> None:
         """Score images without a known score, and add the reasons why images could not be read to ``problems``.
 
-        If an image occurs several times, its first copy that can be read is scored, for itself and all later copies.
-        The result therefore does not depend on how rows are grouped into parts.
+        Of an image that occurs several times, the first copy that can be read is scored, for all.
         """
         wanted: dict[Item, list[tuple[Side, ImageRef]]] = {}
         for side_index, image, prompt in _sides(pairs):
@@ -184,10 +151,7 @@ class PairScoring:
             for scorer in self.image_scorers:
                 known = self._known[scorer.name]
                 missing = {key: item for item in readable if (key := _memory_key(scorer, item)) not in known}
-                start = time.perf_counter()
                 scores = scorer([prompt for _, prompt in missing.values()], [readable[one] for one in missing.values()])
-                self.seconds[scorer.name] += time.perf_counter() - start
-                self.images[scorer.name] += len(missing)
                 self._note_model(scorer.name, scorer.served_model)
                 known.update(zip(missing, scores.reshape(len(missing), len(scorer.columns)).tolist(), strict=True))
 
@@ -213,12 +177,7 @@ class PairScoring:
             return entry[0], (None, problems)
 
         with closing(map_ahead(decode, wanted.items(), 2 * self._group, self.decode_threads)) as decoded:
-            while True:
-                start = time.perf_counter()
-                group = list(islice(decoded, self._group))
-                self.seconds[READING] += time.perf_counter() - start
-                if not group:
-                    return
+            while group := list(islice(decoded, self._group)):
                 yield group
 
 

@@ -34,8 +34,7 @@ class StepAwareScorer(CLIPImageScorer):
             ``source`` is a folder with ``step_aware.safetensors``.
         name: Name of the scores in tables.
         options: See :class:`~latentreward.reward.scorers.clip.CLIPImageScorer`. A ``PixelReward`` ignores ``device``
-            and uses
-            the device of the policy.
+            and uses the device of the policy.
     """
 
     def __init__(
@@ -77,13 +76,9 @@ def load_step_aware(
 ) -> tuple[StepAwareCLIP, bool]:
     """Load a step-aware CLIP model in float32, without gradients; under ``torch.device("meta")`` only its shapes.
 
-    Args:
-        source: Folder or hub id of a CLIP model, or the name of a shipped one.
-        processor: Folder or hub id of tokenizer and preprocessing; None takes the default of ``source``.
-        revision: Branch, tag or commit of a hub id.
-        weights: File with trained weights, loaded over those of ``source``: a checkpoint of ``StepAwarePixelModule``,
-            the file that SPO released, or safetensors. Weights of CLIP that it lacks stay as they are. None takes
-            ``step_aware.safetensors`` in the folder ``source``, if there is one.
+    The file ``weights`` is loaded over the weights of ``source``: a checkpoint of ``StepAwarePixelModule``, the file
+    that SPO released, or safetensors. Weights of CLIP that it lacks stay as they are. None takes
+    ``step_aware.safetensors`` in the folder ``source``, if there is one.
 
     Returns:
         The network, and whether trained weights were loaded. Without them the timestep does not change the embeddings.

@@ -7,7 +7,7 @@ import signal
 import subprocess
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,38 +17,25 @@ import numpy as np
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_range, errors_at
 from latentreward.core.storage.durable import write_file
-from latentreward.data.score_table import read_table
+from latentreward.data.score_table import numbers, read_table
 from latentreward.reward.scorers.base import Scorer
 
-FILE, PLACE = ("file",), ("place", "image")
-"""Columns by which a row of a table of scores names an image."""
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Environment variables that are not passed on, since they would make a program use latentreward's environment."""
-DAY = 86_400.0  # default time limit of a program, in seconds
 Headline = Literal["mean", "mean_of_groups"]
 
 
 @dataclass(frozen=True)
 class JudgedPicture:
-    """One image of a policy, to be scored.
+    """One image of a policy, to be scored."""
 
-    Attributes:
-        place: Index of the prompt in the set of prompts, from 0.
-        image: Number of the image of this prompt, from 0.
-        file: File name of the image in the policy's folder.
-        path: Path of the image.
-        prompt: Raw text.
-        group: Category of the prompt, such as GenEval's tag; empty if prompts have no categories.
-        fields: Whole row of the prompt in the file of prompts.
-    """
-
-    place: int
-    image: int
-    file: str
-    path: Path
-    prompt: str
-    group: str = ""
-    fields: dict[str, Any] = field(default_factory=dict)
+    place: int  # Index of the prompt in the set of prompts, from 0
+    image: int  # Number of the image of this prompt, from 0
+    file: str  # File name of the image in the policy's folder
+    path: Path  # Path of the image
+    prompt: str  # Raw text
+    group: str = ""  # Category of the prompt, such as GenEval's tag; empty if prompts have no categories
+    fields: dict[str, Any] = field(default_factory=dict)  # Whole row of the prompt in the file of prompts
 
 
 class ToolScorer(Scorer):
@@ -64,26 +51,14 @@ class ToolScorer(Scorer):
         self.headline = headline
 
     def prepare(self) -> None:
-        """Check that the scorer can work; called before images are sampled.
-
-        Raises:
-            InputError: If it cannot.
-        """
+        """Check that the scorer can work; raise InputError if it cannot. Called before images are sampled."""
 
     @abstractmethod
     def score_pictures(self, pictures: Sequence[JudgedPicture], policy: str, work: Path) -> np.ndarray:
-        """Score N images.
+        """Score N images of a policy, sorted by prompt and number: finite scores ``(N,)``, float64.
 
-        Args:
-            pictures: All images of a policy, sorted by prompt and number.
-            policy: Name of the policy, put in place of ``{policy}`` in file names.
-            work: Existing folder for input, output and logs of a program; may hold files of earlier calls.
-
-        Returns:
-            Finite scores ``(N,)``, float64.
-
-        Raises:
-            InputError: If a program fails, or a score is missing or not finite.
+        ``policy`` is put in place of ``{policy}`` in file names. ``work`` is an existing folder for input, output and
+        logs of a program; it may hold files of earlier calls.
         """
 
 
@@ -107,7 +82,7 @@ class CommandScorer(ToolScorer):
         name: str,
         *,
         folder: Path | None = None,
-        timeout_s: float = DAY,
+        timeout_s: float = 86_400.0,
         headline: Headline = "mean",
     ) -> None:
         super().__init__(name, headline)
@@ -120,7 +95,6 @@ class CommandScorer(ToolScorer):
         return f"{type(self).__name__} {' '.join(self.command)}"
 
     def prepare(self) -> None:
-        """Check that the program exists; raise InputError if it does not."""
         program: str | Path = self.command[0]
         if "/" in self.command[0]:  # the system looks it up in the working directory, which without `folder` has none
             program = (self.folder or Path(os.devnull)).absolute() / program
@@ -142,16 +116,9 @@ class CommandScorer(ToolScorer):
         environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
         log.unlink(missing_ok=True)  # a link of this name would be followed
         with log.open("xb") as output:
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
             try:
-                process = subprocess.Popen(
-                    command,
-                    cwd=folder,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+                process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams)
             except OSError as error:
                 problem = f"cannot run {command[0]} in {folder} ({error.strerror})"
                 raise InputError(f"{self.name}: {problem}; install it") from error
@@ -171,9 +138,7 @@ class CommandScorer(ToolScorer):
 class ScoreFile(ToolScorer):
     """A scorer that reads scores computed elsewhere, e.g. by ImageReward or HPSv3 in their own environments.
 
-    A row of the table names an image in one of two ways. A column ``file`` holds the path of the image, or its name if
-    no other image has it. Or the columns ``place`` and ``image`` hold the index of the prompt and the number of the
-    image, both from 0.
+    The column ``file`` of the table holds the path of an image, or its name if no other image has it.
 
     Args:
         path: CSV (.csv), JSON lines (.jsonl) or parquet file; ``{policy}`` is replaced by the name of the policy.
@@ -199,32 +164,25 @@ def look_up(name: str, path: Path, column: str, pictures: Sequence[JudgedPicture
     """Look up the scores ``(N,)`` float64 of N images in a table; format and errors are those of :class:`ScoreFile`."""
     with errors_at(f"{name}: "):
         table = read_table(path)
-    keys = next((keys for keys in (FILE, PLACE) if set(keys) <= set(table.column_names)), None)
-    if keys is None or column not in table.column_names:
-        wanted = f"{column!r}, and 'file' or 'place' and 'image'"
-        raise InputError(f"{name}: {path} has the columns {', '.join(table.column_names)}; it needs {wanted}")
-    scores: dict[Any, Any] = {}
-    for row in table.select([*keys, column]).to_pylist():
-        key = str(row["file"]) if keys == FILE else (row["place"], row["image"])
-        if key in scores:
-            raise InputError(f"{name}: {path} has several rows for {key!r}; leave one")
-        scores[key] = row[column]
-    named = Counter(picture.path.name for picture in pictures)
-    return np.array([_score(name, path, scores, one, named[one.path.name] == 1) for one in pictures], dtype=np.float64)
-
-
-def _score(name: str, path: Path, scores: Mapping[Any, Any], picture: JudgedPicture, by_name: bool) -> float:
-    keys = [(picture.place, picture.image), picture.file, str(picture.path), *([picture.path.name] if by_name else [])]
-    key = next((key for key in keys if key in scores), None)
-    if key is None:
-        raise InputError(f"{name}: {path} has no row for {picture.file!r}; write one for each picture, by its path")
-    try:
-        score = float(scores[key])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: {path} holds {scores[key]!r} for {picture.file!r}; it must be a number") from error
-    if not np.isfinite(score):
-        raise InputError(f"{name}: {path} holds {score} for {picture.file!r}; it must be a finite number")
-    return score
+        if not {"file", column} <= {*table.column_names}:
+            known = ", ".join(table.column_names)
+            raise InputError(f"{path} has the columns {known}; it needs {column!r} and 'file'")
+        keys = [str(key) for key in table.column("file").to_pylist()]
+        scores = dict(zip(keys, numbers(table, column, path).tolist(), strict=True))
+        if len(scores) < len(keys):
+            twice = next(key for key, number in Counter(keys).items() if number > 1)
+            raise InputError(f"{path} has several rows for {twice!r}; leave one")
+        named = Counter(picture.path.name for picture in pictures)
+        found = []
+        for one in pictures:
+            names = [one.file, str(one.path), *([one.path.name] if named[one.path.name] == 1 else [])]
+            key = next((key for key in names if key in scores), None)
+            if key is None:
+                raise InputError(f"{path} has no row for {one.file!r}; write one for each picture, by its path")
+            if not np.isfinite(scores[key]):
+                raise InputError(f"{path} holds {scores[key]} for {one.file!r}; it must be a finite number")
+            found.append(scores[key])
+    return np.array(found, dtype=np.float64)
 
 
 def _said(log: Path) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.apps.evaluation.benchmark.sections import NoiseColumns
+from latentreward.apps.evaluation.benchmark.pair_scores import NoiseColumns
 from latentreward.reward import RewardModelScorer, ScoringNoise
 from tests.alignment.rewards.stored import write_run
 
@@ -27,33 +27,19 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_columns_are_the_models_own_scores(path: str) -> None:
-    columns = NoiseColumns(RewardModelScorer(path, "mine"), [0.3, 0.8], 2)
-    assert columns.columns == ("mine", "mine draw 1", "mine sigma 0.3", "mine sigma 0.8")
+    """Each noise level has the seeds and the key of the scorer's noise."""
+    columns = NoiseColumns(RewardModelScorer(path, "mine"), [0.3, 0.8])
+    assert columns.columns == ("mine", "mine sigma 0.3", "mine sigma 0.8")
     columns.prepare()
-    scores = columns(PROMPTS, images())
     model = columns.scorer.model
-    own = model.noise
-    second = ScoringNoise(own.sigmas, own.timesteps, seeds=(1,))
-    for place, noise in enumerate([own, second, ScoringNoise((0.3,)), ScoringNoise((0.8,))]):
-        torch.testing.assert_close(scores[:, place], model.score(PROMPTS, images(), noise=noise), atol=2e-5, rtol=0)
+    given = ScoringNoise((0.5, 0.7), seeds=(3, 5), noise_key="image")
+    of_image = [ScoringNoise((level,), seeds=(3, 5), noise_key="image") for level in (0.3, 0.8)]
+    for noise, expected in {
+        None: [model.noise, ScoringNoise((0.3,)), ScoringNoise((0.8,))],
+        given: [given, *of_image],
+    }.items():
+        columns.scorer.noise = noise
+        scores = columns(PROMPTS, images())
+        for place, one in enumerate(expected):
+            torch.testing.assert_close(scores[:, place], model.score(PROMPTS, images(), noise=one), atol=2e-5, rtol=0)
     assert columns.timesteps() == model.backbone.noise_process.timesteps_at(torch.tensor([0.3, 0.8])).tolist()
-
-
-def test_draws_do_not_share_seeds(path: str) -> None:
-    noise = ScoringNoise((0.5,), seeds=(3, 5))
-    columns = NoiseColumns(RewardModelScorer(path, "mine", noise=noise), [], 3)
-    columns.prepare()
-    model = columns.scorer.model
-    scores = columns(PROMPTS, images())
-    for place, seeds in enumerate([(3, 5), (6, 8), (9, 11)]):
-        alone = model.score(PROMPTS, images(), noise=ScoringNoise((0.5,), seeds=seeds))
-        torch.testing.assert_close(scores[:, place], alone, atol=2e-5, rtol=0)
-
-
-def test_levels_keep_the_scorers_seeds_and_key_of_noise(path: str) -> None:
-    noise = ScoringNoise((0.5, 0.7), seeds=(3, 5), noise_key="image")
-    columns = NoiseColumns(RewardModelScorer(path, "mine", noise=noise), [0.3], 1)
-    columns.prepare()
-    alone = ScoringNoise((0.3,), seeds=(3, 5), noise_key="image")
-    expected = columns.scorer.model.score(PROMPTS, images(), noise=alone)
-    torch.testing.assert_close(columns(PROMPTS, images())[:, 1], expected, atol=2e-5, rtol=0)

@@ -9,13 +9,8 @@ import pytest
 from PIL import Image
 
 from latentreward.apps.evaluation.benchmark.base import BenchmarkPairs, BenchmarkReport
-from latentreward.apps.evaluation.benchmark.sections import (
-    INTRODUCTION,
-    TITLE,
-    Pictures,
-    most_disputed,
-    sections,
-)
+from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE, sections
+from latentreward.apps.evaluation.benchmark.telling import Pictures, most_disputed
 from latentreward.core.reports.drawing import picture_uri
 from latentreward.core.reports.page import write_report
 from tests.accessibility import PHONE, faults
@@ -73,8 +68,8 @@ def test_names_and_prompts_are_no_markup_in_markdown(tmp_path: Path) -> None:
     for markup in ("<script>", "**bold**", "[a](", " $x_1$"):
         assert markup not in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    (row,) = [line for line in tables if line.startswith("| HPSv3")]
-    assert row.replace(r"\|", "").count("|") == 4
+    (row,) = [line for line in tables if "| HPSv3 " in line]
+    assert row.replace(r"\|", "").count("|") == 5
 
 
 @pytest.mark.browser
@@ -86,12 +81,12 @@ def test_page_in_a_browser(tmp_path: Path, browser_page: "Pages", width: int, da
     assert page.locator("script").count() == 0
     assert page.get_by_text("**bold**").count() > 0
     images = page.locator("img").all()
-    assert len(images) == 5
+    assert len(images) == 2
     for image in images:
         assert image.evaluate("image => image.complete && image.naturalWidth > 0")
         assert image.get_attribute("alt")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.locator("section").count() == 12
+    assert page.locator("section").count() == 13
 
 
 @pytest.mark.browser

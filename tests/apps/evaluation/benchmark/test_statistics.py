@@ -47,16 +47,6 @@ def test_subgroups_are_the_protocol_on_their_rows() -> None:
         assert (item["estimate"], item["pairs"]) == (alone["estimate"], alone["pairs"])
 
 
-def test_a_value_of_several_lines_counts_for_each() -> None:
-    pairs = scored([1, -1, 1], 0.0, [1, 1, 1], columns={"skill": ("basic\nscene", "advanced\nscene", None)})
-    found = subgroup_results(judge("pairs/strict", pairs))
-    assert [(item["value"], item["pairs"], item["estimate"].value) for item in found] == [
-        ("scene", 2, 0.5),
-        ("advanced", 1, 0),
-        ("basic", 1, 1),
-    ]
-
-
 def test_paired_difference_counts_what_both_scored() -> None:
     pairs = drawn(300)
     first = pairs.first.copy()
@@ -149,7 +139,7 @@ def test_agreement_with_clip_and_aesthetic_scores_is_named() -> None:
     found = agreement_result(drawn(90), replace(drawn(90, 1), scorer="other"))
     for identity, stem in {"CLIPScorer of x": "clip_corr", "AestheticScorer y": "aes_corr"}.items():
         named = correlation_results(found, {"model": "RewardModelScorer z", "other": identity})
-        assert {item["name"]: item["estimate"] for item in named} == {
+        assert {item["name"]: item["correlation"] for item in named} == {
             f"{stem}_{kind}": found[kind] for kind in ("spearman", "pearson", "pair")
         }
         assert {(item["scorer"], item["reference"]) for item in named} == {("model", "other")}

@@ -7,12 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.apps.evaluation.policy.samples import (
-    ImportedPictures,
-    complete_or_refuse,
-    find_pictures,
-    import_pictures,
-)
+from latentreward.apps.evaluation.policy.samples import find_pictures, import_pictures, match
 from latentreward.core.contracts import EditPrompt, ImageRef, sources_of
 from latentreward.core.errors import InputError
 from latentreward.data.alignment.prompt_files import PromptRow
@@ -30,17 +25,14 @@ def write_csv(folder: Path, rows: list[str], header: str = "file,prompt") -> Non
     (folder / "images.csv").write_text("\n".join([header, *rows]), encoding="utf-8")
 
 
-def load(folder: Path, rows: list[PromptRow], count: int) -> ImportedPictures:
-    wanted = [(place, image) for place in range(len(rows)) for image in range(count)]
-    return import_pictures(folder, find_pictures(folder), rows, wanted)
+def load(folder: Path, rows: list[PromptRow], wanted: list[tuple[int, int]]) -> dict[tuple[int, int], str]:
+    found = import_pictures(folder, find_pictures(folder), rows, wanted)
+    assert [*found] == wanted
+    return {name: picture.file for name, picture in found.items()}
 
 
 def edit(path: Path, text: str = "make it red") -> PromptRow:
     return PromptRow(EditPrompt(text, [ImageRef(path.name, path=path)]))
-
-
-def files(imported: ImportedPictures) -> dict[tuple[int, int], str]:
-    return {name: picture.file for name, picture in imported.pictures.items()}
 
 
 def test_a_table_names_pictures_by_their_prompt(tmp_path: Path) -> None:
@@ -49,11 +41,9 @@ def test_a_table_names_pictures_by_their_prompt(tmp_path: Path) -> None:
     write_csv(
         tmp_path, ['3.png,"two dogs, «x»"', "0.png,a cat", "1.png,a cat", "2.png,a bird", '4.png,"two dogs, «x»"']
     )
-    found = load(tmp_path, ROWS[:2], 2)
-    assert files(found) == {(0, 0): "0.png", (0, 1): "1.png", (1, 0): "3.png", (1, 1): "4.png"}
-    assert found.left_aside == 1
-    assert found.pictures[1, 0].prompt == "two dogs, «x»"
-    assert load(tmp_path, ROWS[:2], 1).left_aside == 3
+    expected = {(0, 0): "0.png", (0, 1): "1.png", (1, 0): "3.png", (1, 1): "4.png"}
+    assert load(tmp_path, ROWS[:2], [*expected]) == expected
+    assert load(tmp_path, ROWS[:2], [(0, 0), (1, 0)]) == {(0, 0): "0.png", (1, 0): "3.png"}
 
 
 def test_pictures_of_a_repeated_prompt_are_dealt_out(tmp_path: Path) -> None:
@@ -61,14 +51,15 @@ def test_pictures_of_a_repeated_prompt_are_dealt_out(tmp_path: Path) -> None:
         paint(tmp_path / f"{number}.png")
     lines = ["3.png,a cat,7,1", "1.png,a cat,2,1", "2.png,a cat,7,0", "0.png,a cat,2,0"]
     write_csv(tmp_path, lines, "file,prompt,place,image")
-    assert files(load(tmp_path, ROWS, 2)) == {(0, 0): "0.png", (0, 1): "1.png", (2, 0): "2.png", (2, 1): "3.png"}
+    expected = {(0, 0): "0.png", (0, 1): "1.png", (2, 0): "2.png", (2, 1): "3.png"}
+    assert load(tmp_path, ROWS, [*expected]) == expected
 
 
 def test_json_lines_and_numbers(tmp_path: Path) -> None:
     paint(tmp_path / "deep" / "a b.jpg")
     rows = [{"file": "deep/a b.jpg", "prompt": "a cat", "image": 3.0}]
     (tmp_path / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert files(load(tmp_path, ROWS[:1], 4)) == {(0, 3): "deep/a b.jpg"}
+    assert load(tmp_path, ROWS[:1], [(0, 3)]) == {(0, 3): "deep/a b.jpg"}
 
 
 def test_edits_find_the_pictures_that_they_edit(tmp_path: Path) -> None:
@@ -82,17 +73,14 @@ def test_edits_find_the_pictures_that_they_edit(tmp_path: Path) -> None:
     lines = [f'{number}.png,make it red,{number},0,"[""sources/{number}.png""]"' for number in range(3)]
     write_csv(folder, lines, "file,prompt,place,image,source_images")
     rows = [edit(tmp_path / f"given{number}.png") for number in (2, 0)]
-    found = load(folder, rows, 1)
-    assert files(found) == {(0, 0): "2.png", (1, 0): "0.png"}
-    assert found.left_aside == 1
+    assert load(folder, rows, [(0, 0), (1, 0)]) == {(0, 0): "2.png", (1, 0): "0.png"}
     told = find_pictures(folder)
     assert [sources_of(row.prompt)[0].path for row in told] == [folder / "sources" / f"{n}.png" for n in range(3)]
-    assert files(load(folder, told, 1)) == {(n, 0): f"{n}.png" for n in range(3)}
-    other = load(folder, [edit(tmp_path / "given3.png"), edit(tmp_path / "given1.png")], 1)
-    assert files(other) == {(1, 0): "1.png"}
-    with pytest.raises(InputError, match="first number 0 of prompt 0; add them"):
-        complete_or_refuse({"policy": other}, [(0, 0), (1, 0)], "refuse")
-    assert files(load(folder, [PromptRow("make it red")], 3)) == {}  # a text alone is no edit
+    expected = {(n, 0): f"{n}.png" for n in range(3)}
+    assert load(folder, told, [*expected]) == expected
+    with pytest.raises(InputError, match="lacks 1 of 2 pictures, first number 0 of prompt 0; add them"):
+        load(folder, [edit(tmp_path / "given3.png"), edit(tmp_path / "given1.png")], [(0, 0), (1, 0)])
+    assert match(told, [PromptRow("make it red")]) == {}  # a text alone is no edit
     (folder / "sources" / "1.png").unlink()
     with pytest.raises(InputError, match=r"images: .*images\.csv: row 2: .*sources/1\.png"):
         find_pictures(folder)
@@ -105,11 +93,9 @@ def test_what_cannot_be_read_is_counted_by_reason(tmp_path: Path) -> None:
     paint(tmp_path.parent / "outside.png")
     names = ["good.png", "cut.png", "text.png", "gone.png", "../outside.png"]
     write_csv(tmp_path, [f"{name},a cat" for name in names])
-    found = load(tmp_path, ROWS[:1], 5)
-    assert files(found) == {(0, 0): "good.png"}
-    assert sum(found.problems.values()) == 4
-    assert found.problems["missing file"] == 1
-    assert found.problems["path outside the root"] == 1
+    with pytest.raises(InputError, match="lacks 4 of 5 pictures, first number 1 of prompt 0 ") as caught:
+        load(tmp_path, ROWS[:1], [(0, number) for number in range(5)])
+    assert "1 missing file" in str(caught.value) and "1 path outside the root" in str(caught.value)
 
 
 @pytest.mark.parametrize(

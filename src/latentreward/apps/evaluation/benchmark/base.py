@@ -1,8 +1,6 @@
 """Scored pairs and results of benchmarks, their base class, and columns of sub-groups of pairs."""
 
-from abc import ABC, abstractmethod
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -54,14 +52,12 @@ class BenchmarkPairs:
     labels: np.ndarray  # ``(N,)`` probability that image a is preferred; NaN without a label
     first: np.ndarray  # ``(N,)`` scores of image a; NaN if the image could not be read
     second: np.ndarray  # ``(N,)`` scores of image b; NaN if the image could not be read
-    # Further facts about each pair: name → N values, None where unknown. In columns of sub-groups, a value of several
-    # lines puts the pair into one sub-group per line. ``problem`` says why a score is NaN; ``vote`` and ``label_0`` are
-    # published values that some protocols read.
+    # Further facts about each pair: name → N values, None where unknown. ``problem`` says why a score is NaN; ``vote``
+    # and ``label_0`` are published values that some protocols read.
     columns: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
     first_images: tuple[str, ...] = ()  # N keys of the images a, by which recurring images are recognised; may be empty
     second_images: tuple[str, ...] = ()  # N keys of the images b; may be empty
     benchmark: str = ""  # data set and split in reports, e.g. ``hpdv3 test``
-    split: str = ""  # name of the split
     # Temperature of the scorer's win probability σ(gap / temperature) in PickScore's protocol, the only protocol that
     # reads it; None has the protocol fit it
     temperature: float | None = 1.0
@@ -89,13 +85,10 @@ class BenchmarkReport:
 
     scorers: dict[str, str]  # name of a scorer → its identity, in one line
     # Result of each scorer by each protocol. ``groups``: number of prompt groups that count. ``equal_scores``: number
-    # of pairs that count and have two equal scores. ``excluded``: reason → number of pairs left out (ties, no label, an
-    # image that could not be read). ``details``: further results of the protocol, e.g. the threshold that PickScore's
-    # protocol fits.
+    # of pairs that count and have two equal scores. ``excluded``: reason → number of pairs left out. ``details``:
+    # further results of the protocol, e.g. the threshold that PickScore's protocol fits.
     protocols: list[Row] = field(default_factory=list)
-    # Mean accuracy of a scorer over the benchmarks of
-    # :data:`~latentreward.apps.evaluation.benchmark.base.FOUR_BENCHMARKS`
-    averages: list[Row] = field(default_factory=list)
+    averages: list[Row] = field(default_factory=list)  # mean accuracy of a scorer over :data:`FOUR_BENCHMARKS`
     # ``estimate`` of the first scorer minus that of the second, on the pairs that count for both, with the interval of
     # the paired difference
     differences: list[Row] = field(default_factory=list)
@@ -103,10 +96,9 @@ class BenchmarkReport:
     subgroups: list[Row] = field(default_factory=list)
     # Accuracy of a latent reward at one noise level: ``sigma`` in [0, 1], ``timestep`` of the model's noise process
     levels: list[Row] = field(default_factory=list)
-    # Calibration of win probabilities σ(gap / temperature): whether 0.7 wins seven times in ten. ``temperature``:
-    # maximum-likelihood temperature on all pairs, inf if larger gaps do not win more often. ``error``: expected
-    # calibration error in [0, 1], with temperatures fitted on other prompt groups. ``curve``: (number of pairs, mean
-    # confidence, mean outcome) of each bin that holds pairs.
+    # Calibration of win probabilities σ(gap / temperature). ``temperature``: maximum-likelihood temperature on all
+    # pairs, inf if larger gaps do not win more often. ``error``: expected calibration error in [0, 1], with
+    # temperatures fitted on other prompt groups. ``curve``: (pairs, mean confidence, mean outcome) of each bin.
     calibration: list[Row] = field(default_factory=list)
     # Agreement of two scorers on the pairs that both scored, without labels. ``pair``: share of pairs on which the two
     # score gaps have the same sign. ``spearman``, ``pearson``: rank and linear correlation of the scores of all images.
@@ -114,73 +106,20 @@ class BenchmarkReport:
     # Agreement of a reward with a ``reference``, a CLIP or aesthetic scorer. ``name``: ``clip_corr_`` or ``aes_corr_``
     # followed by ``pearson``, ``spearman`` or ``pair``, as in ``agreement``.
     correlations: list[Row] = field(default_factory=list)
-    # Accuracies published by others, rows of
-    # :data:`~latentreward.apps.evaluation.benchmark.base.PUBLISHED`
-    published: list[Row] = field(default_factory=list)
-    # Data set and split → counts from :func:`~latentreward.apps.evaluation.benchmark.pair_scores.data_counts`
-    data: dict[str, Any] = field(default_factory=dict)
+    published: list[Row] = field(default_factory=list)  # accuracies published by others, rows of :data:`PUBLISHED`
+    data: dict[str, Any] = field(default_factory=dict)  # data set and split → counts of pairs and images
     # Pairs on which scorers disagree most; with one scorer, pairs on which it errs most. ``row``: row of the pair in
     # the reader. ``label``: probability that image a is preferred; None without a label. ``scores``: scorer → scores of
     # image a and b. ``gaps``: scorer → score of a minus that of b, in units of the scorer's root mean square gap over
     # the split.
     telling: list[Row] = field(default_factory=list)
-    # Settings of the run, and versions of the packages that computed it
-    settings: dict[str, Any] = field(default_factory=dict)
-    # Remarks shown before all numbers, e.g. that only the first pairs were scored
-    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)  # settings of the run, and versions of packages
+    notes: list[str] = field(default_factory=list)  # remarks shown before all numbers
 
 
 Texts = tuple[str | None, ...]
-SUBGROUP_COLUMNS = ("models", "model", "prompt length", "vote share", "confidence", "skill", "style")
+SUBGROUP_COLUMNS = ("models", "style")
 """Columns that define sub-groups; other columns, such as ``vote``, are read by protocols only."""
-
-WORDS = {0: "no words", 1: "1 to 5 words", 6: "6 to 15 words", 16: "16 to 40 words", 41: "41 to 100 words"}
-WORDS |= {101: "over 100 words"}
-SHARES = {0.0: "below 0.5", 0.5: "0.5 to 0.6", 0.6: "0.6 to 0.7", 0.7: "0.7 to 0.8", 0.8: "0.8 to 0.9", 0.9: "0.9 to 1"}
-CONFIDENCES = {0.0: "below 0.8", 0.8: "0.8 to 0.9", 0.9: "0.9 to 0.95", 0.95: "0.95 to 0.99", 0.99: "0.99 to 1"}
-"""Bands of annotators' confidence: lowest value of a band, inclusive → name of the band.
-
-``WORDS`` (number of words in a prompt) and ``SHARES`` (share of votes for the preferred image) have the same form.
-"""
-
-
-def subgroup_columns(prompts: Sequence[str], labels: np.ndarray, facts: dict[str, list[Any]]) -> dict[str, Texts]:
-    """Compute the ``columns`` of :class:`~latentreward.apps.evaluation.benchmark.base.BenchmarkPairs` for N pairs.
-
-    A column without a value for any pair is left out. ``labels`` ``(N,)`` are probabilities that image a is preferred,
-    NaN without a label. ``facts`` are published facts from :meth:`~latentreward.data.PairReader.facts`: name → N
-    values.
-
-    Returns:
-        Name → N values: ``models`` (names of both models in alphabetical order), ``model`` (one line per model),
-        ``prompt length`` (band of the number of words), ``vote share`` (band of the share of votes for the preferred
-        image), ``confidence`` (band of the annotators' confidence), ``skill`` (one line per tag), and ``model_a``,
-        ``model_b``, ``vote``, ``label_0`` as published.
-    """
-    unknown = [None] * len(prompts)
-    sides = list(zip(facts.get("model_a", unknown), facts.get("model_b", unknown), strict=True))
-    shares: list[str | None] = []  # None without votes or without a preference
-    for a, b, label in zip(facts.get("votes_a", unknown), facts.get("votes_b", unknown), labels.tolist(), strict=True):
-        if a is None or b is None or not a + b or np.isnan(label) or label == 0.5:
-            shares.append(None)
-        else:
-            shares.append(band((a if label > 0.5 else b) / (a + b), SHARES))
-    columns = {
-        "models": [" against ".join(sorted(both)) if None not in both else None for both in sides],
-        "model": ["\n".join(sorted({model for model in both if model is not None})) or None for both in sides],
-        "prompt length": [band(len(prompt.split()), WORDS) for prompt in prompts],
-        "vote share": shares,
-        "confidence": [None if x is None else band(x, CONFIDENCES) for x in facts.get("confidence", unknown)],
-        "skill": ["\n".join(dict.fromkeys(tags or ())) or None for tags in facts.get("tags", unknown)],
-        **{name: facts.get(name, unknown) for name in ("model_a", "model_b", "vote")},
-        "label_0": [None if x is None else str(x) for x in facts.get("label_0", unknown)],
-    }
-    return {name: tuple(values) for name, values in columns.items() if values != unknown}
-
-
-def band(value: float, bands: dict[Any, str]) -> str:
-    """Return the name of the band, by its lowest value, that holds a value; lower values are in the first band."""
-    return list(bands.values())[max(0, bisect_right(list(bands), value) - 1)]
 
 
 @dataclass(frozen=True)
@@ -193,36 +132,33 @@ class Evaluation:
     fitting: str | None = None
 
 
-class Benchmark(ABC):
+class Benchmark:
     """Base class of preference data sets with their evaluation protocols; by default, all are computed on one split.
 
     Images that cannot be read are left out and counted by reason. Rows that break a rule of the file format are left
     out and counted too, or raise InputError if ``on_error`` is ``"raise"``.
 
     Args:
-        root: Folder of the data set; a hub id if the data set's reader accepts hub ids.
+        root: Folder of the data set, or a file of it; a hub id if the data set's reader accepts hub ids.
+        split: Split on which the protocols are computed; by default that of the published evaluation.
         on_error: Treatment of rows that break the format, see :class:`~latentreward.data.PairReader`.
 
     Attributes:
         name: Name of the data set in reports.
-        reader: Class of the reader that opens a split, and its further ``settings``.
-        split: Split on which the protocols are computed.
+        reader: Class of the reader that opens a split. It should assign the sides a and b by chance or by the order in
+            the file, never by the label.
+        keys: Keys of the protocols.
     """
 
     name: str
     reader: Callable[..., PairReader]
-    settings: Mapping[str, Any] = {}
+    keys: tuple[str, ...]
     split = "test"
 
-    def __init__(self, root: PathText, *, on_error: OnError = "skip") -> None:
-        self.root, self.on_error = root, on_error
+    def __init__(self, root: PathText, split: str | None = None, *, on_error: OnError = "skip") -> None:
+        self.root, self.split, self.on_error = root, split or type(self).split, on_error
         self._opened: dict[str, PairReader] = {}
         self._unscored: dict[str, BenchmarkPairs] = {}
-
-    @property
-    @abstractmethod
-    def keys(self) -> tuple[str, ...]:
-        """Keys of the protocols."""
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -230,11 +166,8 @@ class Benchmark(ABC):
         return tuple(Evaluation(key, self.split) for key in self.keys)
 
     def open(self, split: str) -> PairReader:
-        """Open the reader of a split.
-
-        The reader should assign the sides a and b by chance or by the order in the file, never by the label.
-        """
-        return self.reader(self.root, split, on_error=self.on_error, **self.settings)
+        """Open the reader of a split."""
+        return self.reader(self.root, split, on_error=self.on_error)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -257,23 +190,20 @@ class Benchmark(ABC):
 
         Args:
             split: Name of the split.
-            table: Table written by :class:`~latentreward.reward.scorers.pair_scoring.PairScoring` for the first rows of
-                the
-                split's reader. Columns: ``pair_id``, ``image_a``, ``image_b``, ``COLUMN_a``, ``COLUMN_b``,
-                ``problem_a``, ``problem_b``.
+            table: Table of :class:`~latentreward.reward.scorers.pair_scoring.PairScoring` for the first rows of the
+                split's reader.
             column: Name of the scores without ``_a`` and ``_b``.
             scorer: Name of the scorer in results; ``column`` by default.
 
         Returns:
             Pairs of the table's rows, as every protocol takes them.
         """
-        pairs, rows = self.pairs(split), table.num_rows
+        pairs, rows, name = self.pairs(split), table.num_rows, scorer or column
         if pairs.pair_ids[:rows] != tuple(table.column("pair_id").to_pylist()):
             raise InputError(f"scores of {self.name} {split} belong to other pairs; score the split again")
         first, second = (table.column(f"{column}_{side}").to_numpy().astype(np.float64) for side in ("a", "b"))
         problems = zip(*(table.column(f"problem_{side}").to_pylist() for side in ("a", "b")), strict=True)
         columns = {name: values[:rows] for name, values in pairs.columns.items()}
-        name = scorer or column
         return replace(
             pairs,
             scorer=name,
@@ -304,7 +234,6 @@ class Benchmark(ABC):
                 second=nothing,
                 columns=self.columns(reader),
                 benchmark=f"{self.name} {split}",
-                split=split,
             )
         return self._unscored[split]
 
@@ -313,12 +242,16 @@ class Benchmark(ABC):
         return reader.groups()
 
     def columns(self, reader: PairReader) -> dict[str, Texts]:
-        """Return the columns by which the report splits the pairs into sub-groups."""
-        return subgroup_columns(reader.prompts(), reader.labels(), reader.facts())
+        """Return the columns of pairs, of which the reader knows facts: of both models, and published votes."""
+        facts, unknown = reader.facts(), [None] * len(reader)
+        sides = zip(facts.get("model_a", unknown), facts.get("model_b", unknown), strict=True)
+        columns = {
+            "models": [None if None in both else " against ".join(sorted(both)) for both in sides],
+            "vote": facts.get("vote", unknown),
+            "label_0": [None if label is None else str(label) for label in facts.get("label_0", unknown)],
+        }
+        return {name: tuple(values) for name, values in columns.items() if values != unknown}
 
     def temperature(self, scorer: str) -> float | None:
-        """Return the temperature T of a scorer's win probability σ(gap / T), which only PickScore's protocol reads.
-
-        None means that the protocol fits T on its fitting split. The default is 1.
-        """
+        """Return T of a scorer's win probability σ(gap / T); None has PickScore's protocol, the only reader, fit it."""
         return 1.0

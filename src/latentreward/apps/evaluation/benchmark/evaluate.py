@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, permutations
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +16,9 @@ from latentreward.apps.evaluation.benchmark.base import (
     Evaluation,
     published_for,
 )
-from latentreward.apps.evaluation.benchmark.pair_scores import TIMESTEPS, BenchmarkScores, data_counts
+from latentreward.apps.evaluation.benchmark.pair_scores import TIMESTEPS, BenchmarkScores, NoiseColumns, data_counts
 from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
-from latentreward.apps.evaluation.benchmark.sections import NoiseColumns, most_disputed
+from latentreward.apps.evaluation.benchmark.telling import most_disputed
 from latentreward.core import bootstrap
 from latentreward.core.reports.tables import Row
 from latentreward.reward import PairCalibration, Scorer
@@ -40,8 +39,8 @@ LOOKED_INTO = (
 """Protocols for which differences, sub-groups, noise levels and calibration are computed: one of each data set."""
 
 
-def evaluate(scored: Sequence[BenchmarkScores], shown: int) -> BenchmarkReport:
-    """Compute the report on scored benchmarks, with at most ``shown`` pairs of each split in ``telling``."""
+def evaluate(scored: Sequence[BenchmarkScores]) -> BenchmarkReport:
+    """Compute the report on scored benchmarks."""
     report = BenchmarkReport({scorer.name: public_identity(scorer) for scorer in scored[0].scorers})
     for scores in scored:
         evaluations = scores.benchmark.evaluations
@@ -53,28 +52,21 @@ def evaluate(scored: Sequence[BenchmarkScores], shown: int) -> BenchmarkReport:
             report.data[f"{scores.benchmark.name} {split}"] = data_counts(table, reader)
         for evaluation in evaluations:
             if evaluation.protocol in LOOKED_INTO:
-                _look_into(report, scores, evaluation, shown)
+                _look_into(report, scores, evaluation)
     add_averages(report)
     return report
 
 
 def _protocol(scores: BenchmarkScores, evaluation: Evaluation, scorer: Scorer) -> Row:
-    """Compute a protocol's result; of a latent reward also the numbers of its axes and of other draws of noise."""
-    result, details = scores.judge(evaluation, scorer).result(), dict[str, Any]()
-
-    def value(column: str) -> float:
-        return scores.judge(evaluation, scorer, column).value
-
-    if isinstance(scorer, NoiseColumns) and scorer.axis_columns:
-        details["axes"] = {axis: value(column) for axis, column in scorer.axis_columns.items()}
-    if isinstance(scorer, NoiseColumns) and scorer.draws > 1:
-        values = [result["estimate"].value, *map(value, scorer.draw_columns)]
-        draws = {"values": values, "number": len(values), "mean": np.mean(values), "sd": np.std(values, ddof=1)}
-        details["draws"] = draws
-    return {**result, "details": {**result["details"], **details}}
+    """Compute a protocol's result; of a latent reward with two axes also the number of each axis alone."""
+    result = scores.judge(evaluation, scorer).result()
+    if not isinstance(scorer, NoiseColumns) or not scorer.axis_columns:
+        return result
+    axes = {axis: scores.judge(evaluation, scorer, column).value for axis, column in scorer.axis_columns.items()}
+    return {**result, "details": {**result["details"], "axes": axes}}
 
 
-def _look_into(report: BenchmarkReport, scores: BenchmarkScores, evaluation: Evaluation, shown: int) -> None:
+def _look_into(report: BenchmarkReport, scores: BenchmarkScores, evaluation: Evaluation) -> None:
     """Add to the report what is computed for one protocol of a data set only."""
     protocol = evaluation.protocol
     judged = [scores.judge(evaluation, scorer) for scorer in scores.scorers]
@@ -91,52 +83,45 @@ def _look_into(report: BenchmarkReport, scores: BenchmarkScores, evaluation: Eva
     report.calibration += [calibration_result(protocol, one) for one in pairs]
     report.agreement += agreement
     report.correlations += [row for result in agreement for row in correlation_results(result, identities)]
-    report.telling += most_disputed(pairs, shown)
+    report.telling += most_disputed(pairs)
 
 
 def subgroup_results(judgement: Judgement) -> list[Row]:
-    """Compute the protocol's number on each sub-group with counted pairs, larger sub-groups of a column first.
-
-    A pair whose value of a column has several lines belongs to the sub-group of each line.
-    """
+    """Compute the protocol's number on each sub-group with counted pairs, larger sub-groups of a column first."""
     results, pairs = list[Row](), judgement.pairs
     for column in SUBGROUP_COLUMNS:
-        members: dict[str, list[int]] = {}
-        for row, value in enumerate(pairs.columns.get(column, ())):
-            for line in value.split("\n") if value else ():
-                members.setdefault(line, []).append(row)
-        found = []
-        for value, rows in members.items():
-            credit = np.full(len(judgement.credit), np.nan)
-            credit[rows] = judgement.credit[rows]
+        values, found = np.array(pairs.columns.get(column, ()), dtype=object), list[Row]()
+        for value in dict.fromkeys(value for value in values if value):
+            credit = np.where(values == value, judgement.credit, np.nan)
             if number := int((~np.isnan(credit)).sum()):
-                group = {"protocol": judgement.protocol, "scorer": pairs.scorer, "column": column, "value": value}
                 estimate = bootstrap.clustered_accuracy(judgement.sums(credit))
-                found.append(
-                    {**group, "pairs": number, "estimate": estimate, "split": pairs.split, "benchmark": pairs.benchmark}
-                )
+                group = {"column": column, "value": value, "pairs": number, "estimate": estimate}
+                found.append({**judgement.named(), **group})
         results += sorted(found, key=lambda row: (-row["pairs"], row["value"]))
     return results
 
 
 def paired_difference(first: Judgement, second: Judgement) -> Row:
     """Compute the difference of two scorers on the pairs that count for both, with the interval of the difference."""
-    pairs, others = first.pairs, second.pairs
     both = ~np.isnan(first.credit) & ~np.isnan(second.credit)
     sums = np.concatenate([first.sums(np.where(both, item.credit, np.nan)) for item in (first, second)], axis=1)
-    estimate = bootstrap.clustered_interval(sums, bootstrap.ratio_difference)
-    compared = {"protocol": first.protocol, "first": pairs.scorer, "second": others.scorer, "pairs": int(both.sum())}
-    return compared | {"estimate": estimate, "split": pairs.split, "benchmark": pairs.benchmark}
+    return {
+        "benchmark": first.pairs.benchmark,
+        "protocol": first.protocol,
+        "first": first.pairs.scorer,
+        "second": second.pairs.scorer,
+        "pairs": int(both.sum()),
+        "estimate": bootstrap.clustered_interval(sums, bootstrap.ratio_difference),
+    }
 
 
 def level_results(key: str, levels: Iterable[tuple[float, float, BenchmarkPairs]]) -> list[Row]:
     """Compute the protocol's number at each noise level: σ in [0, 1], timestep, and the pairs scored there."""
     results: list[Row] = []
     for sigma, timestep, pairs in levels:
-        judgement = judge(key, pairs)
-        estimate = bootstrap.clustered_accuracy(judgement.sums(judgement.credit))
-        level = {"protocol": key, "scorer": pairs.scorer, "sigma": sigma, "timestep": timestep}
-        results.append(level | {"estimate": estimate, "benchmark": pairs.benchmark})
+        judged = judge(key, pairs)
+        estimate = bootstrap.clustered_accuracy(judged.sums(judged.credit))
+        results.append({**judged.named(), "sigma": sigma, "timestep": timestep, "estimate": estimate})
     return results
 
 
@@ -164,12 +149,12 @@ def calibration_result(key: str, pairs: BenchmarkPairs) -> Row:
     error = bootstrap.clustered_interval(sums, lambda sums: np.abs(sums[..., 1:]).sum(-1) / sums[..., 0], centred=True)
     curve = zip(*(values.tolist() for values in metric.curve()), strict=True)
     return {
+        "benchmark": pairs.benchmark,
         "protocol": key,
         "scorer": pairs.scorer,
         "temperature": fit_temperature(gap, label),
         "error": error._replace(low=max(error.low, 0.0)),
         "curve": [(int(count), mean, share) for count, mean, share in curve if count],
-        "benchmark": pairs.benchmark,
     }
 
 
@@ -226,7 +211,7 @@ def correlation_results(result: Row, identities: Mapping[str, str]) -> list[Row]
         stem = REFERENCES.get(identities[reference].split(" ")[0])
         for kind in ("pearson", "spearman", "pair") if stem else ():
             named = {"name": f"{stem}_{kind}", "scorer": scorer, "reference": reference}
-            found.append({"benchmark": result["benchmark"], **named, "estimate": result[kind]})
+            found.append({"benchmark": result["benchmark"], **named, "correlation": result[kind]})
     return found
 
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -15,18 +15,67 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
 
 from latentreward.apps.evaluation.benchmark.base import Benchmark, BenchmarkPairs, Evaluation
 from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
-from latentreward.apps.evaluation.benchmark.sections import NoiseColumns
+from latentreward.core.errors import InputError
 from latentreward.core.storage.progress import Progress
 from latentreward.core.storage.run_folder import PartFiles
 from latentreward.data import PairReader
-from latentreward.reward import ImageScorer, Scorer
+from latentreward.reward import ImageScorer, RewardModelScorer, Scorer, ScoringNoise
 from latentreward.reward.scorers.pair_scoring import PairScoring, require_images
 
 TIMESTEPS = b"timesteps"
 """Key of a table's metadata with the timesteps of a :class:`NoiseColumns` scorer's noise levels."""
+
+
+class NoiseColumns(ImageScorer):
+    """Scorer with several columns: a latent reward's own score, one per noise level, and one per axis of the model.
+
+    A noise level is scored with the seeds of the reward's own noise. Images are encoded once for all columns.
+    """
+
+    def __init__(self, scorer: RewardModelScorer, levels: Sequence[float]) -> None:
+        super().__init__(scorer.name, scorer.batch_size)
+        if len(set(levels)) < len(levels):
+            raise InputError(f"levels={list(levels)} holds a level twice; leave one")
+        self.scorer, self.levels = scorer, tuple(levels)
+        for level in levels:
+            ScoringNoise(sigmas=(level,))
+        self.level_columns = tuple(f"{self.name} sigma {level:g}" for level in levels)
+
+    @property
+    def axis_columns(self) -> dict[str, str]:
+        """Axis of the model → name of its scores; empty for a model with one score."""
+        return {axis: f"{self.name} {axis}" for axis in self.scorer.axes}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name of the reward's own score, then :attr:`level_columns` and :attr:`axis_columns`."""
+        return self.name, *self.level_columns, *self.axis_columns.values()
+
+    def identity(self) -> str:
+        return f"{self.scorer.identity()}, levels {list(self.levels)}"
+
+    def prepare(self) -> None:
+        self.scorer.prepare()
+
+    def timesteps(self) -> list[float]:
+        """Return the timestep of the model's noise process for each noise level."""
+        return self.scorer.model.backbone.noise_process.timesteps_at(torch.tensor(self.levels)).tolist()
+
+    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
+        """Score B images: ``(B, K)`` for K columns, or ``(B,)`` for one; see :meth:`ImageScorer.score`."""
+        own = self.scorer.noise or self.scorer.model.noise
+        noises = [own, *(replace(own, sigmas=(level,), timesteps=()) for level in self.levels)]
+        if self.axis_columns:
+            outputs = self.scorer.score_levels(prompts, images, noises, axes=True)
+            return torch.cat([self.scorer.model.head.total(outputs), outputs[:, 0]], dim=1)
+        scores = self.scorer.score_levels(prompts, images, noises)
+        return scores if self.levels else scores[:, 0]
 
 
 @dataclass
@@ -36,9 +85,6 @@ class SplitScores:
     The constructor decodes no image and loads no model, but refuses an existing table that was made with other files of
     the scorer, or with other pairs, labels, prompts or images. Of images names and file sizes are compared, see
     :attr:`PairReader.image_digest`: delete the table if a few of millions were replaced.
-
-    Attributes:
-        seconds: Seconds that this process spent, by model and on reading.
     """
 
     folder: Path  # folder of the split's tables, one per scorer
@@ -48,11 +94,9 @@ class SplitScores:
     # and adds those of the other pairs.
     limit: int | None
     flush_every: int  # pairs per part of the table; a killed process loses at most one part
-    decode_threads: int  # threads that decode images ahead of the scorer
 
     def __post_init__(self) -> None:
-        self._scoring = PairScoring(self.reader, [self.scorer], self.decode_threads)
-        self.seconds: Mapping[str, float] = self._scoring.seconds
+        self._scoring = PairScoring(self.reader, [self.scorer])
         self.folder.mkdir(parents=True, exist_ok=True)
         output = self.folder / f"{self.scorer.name}.parquet"
         self._files = PartFiles(output, self._scoring.spec(), len(self.reader))
@@ -61,10 +105,7 @@ class SplitScores:
             self.missing = sum(map(len, self._missing(files)))
 
     def complete(self, progress: Callable[[int], None]) -> None:
-        """Score the missing pairs; call the scorer's ``prepare`` first.
-
-        ``progress`` gets the number of newly scored pairs after each part.
-        """
+        """Score the missing pairs, and tell ``progress`` their number after each part; prepare the scorer first."""
         with self._files as files:
             if files.finished():
                 return
@@ -86,9 +127,7 @@ class SplitScores:
         return pa.concat_tables(table for _, table in self._files.read()).slice(0, self.rows)
 
     def _missing(self, files: PartFiles) -> list[range]:
-        if files.finished():
-            return []
-        runs = files.missing(self.flush_every)
+        runs = [] if files.finished() else files.missing(self.flush_every)
         return [range(rows.start, min(rows.stop, self.rows)) for rows in runs if rows.start < self.rows]
 
 
@@ -101,10 +140,9 @@ class BenchmarkScores:
     tables: Mapping[tuple[str, str], SplitScores]  # (split, name of the scorer) → table of scores
 
     def pairs(self, split: str, scorer: Scorer, column: str | None = None) -> BenchmarkPairs:
-        """Return the pairs of a split with a scorer's scores.
+        """Return the pairs of a split with a scorer's scores, under the scorer's name.
 
-        ``column`` selects another column of the scorer's table, e.g. that of one noise level; results still carry the
-        scorer's name.
+        ``column`` selects another column of the scorer's table, e.g. that of one noise level.
         """
         table = self.tables[split, scorer.name].table
         return self.benchmark.scored(split, table, column or scorer.name, scorer=scorer.name)
@@ -116,11 +154,12 @@ class BenchmarkScores:
 
 
 def open_scores(
-    folder: Path, benchmarks: Sequence[Benchmark], scorers: Sequence[Scorer], limit: int | None, **options: int
+    folder: Path, benchmarks: Sequence[Benchmark], scorers: Sequence[Scorer], limit: int | None, flush_every: int
 ) -> list[BenchmarkScores]:
     """Open all data sets and tables in ``folder``, so that wrong settings are refused before any model is loaded.
 
-    Benchmarks have distinct names, and so have scorers; ``limit`` and ``options`` are those of :class:`SplitScores`.
+    Benchmarks have distinct names, and so have scorers; ``limit`` and ``flush_every`` are those of
+    :class:`SplitScores`.
     """
     opened = []
     for one in benchmarks:
@@ -130,16 +169,13 @@ def open_scores(
             require_images(name, reader, min(len(reader), limit or len(reader)))
             own = folder / (re.sub(r"[^\w.-]+", "_", name).strip(".") or "_")  # a name that every file system takes
             for scorer in scorers:
-                tables[split, scorer.name] = SplitScores(own, reader, scorer, limit, **options)
+                tables[split, scorer.name] = SplitScores(own, reader, scorer, limit, flush_every)
         opened.append(BenchmarkScores(one, scorers, tables))
     return opened
 
 
-def complete(scored: Sequence[BenchmarkScores]) -> Mapping[str, float]:
-    """Score the pairs that are missing in the tables; all models needed for that are loaded first.
-
-    The seconds that this process spent on scoring, by model, and on reading images are returned.
-    """
+def complete(scored: Sequence[BenchmarkScores]) -> None:
+    """Score the pairs that are missing in the tables; all models needed for that are loaded first."""
     tables = {f"{one.benchmark.name} {' '.join(key)}": table for one in scored for key, table in one.tables.items()}
     for scorer in {table.scorer.name: table.scorer for table in tables.values() if table.missing}.values():
         if isinstance(scorer, ImageScorer):
@@ -147,10 +183,6 @@ def complete(scored: Sequence[BenchmarkScores]) -> Mapping[str, float]:
     for name, table in tables.items():
         with Progress(name, table.missing, "pairs") as progress:
             table.complete(progress.add)
-    seconds: dict[str, float] = {}
-    for name, spent in chain.from_iterable(table.seconds.items() for table in tables.values()):
-        seconds[name] = seconds.get(name, 0.0) + spent
-    return seconds
 
 
 def data_counts(table: pa.Table, reader: PairReader) -> dict[str, Any]:

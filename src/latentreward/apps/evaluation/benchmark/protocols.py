@@ -47,20 +47,21 @@ class Judgement:
         """Return :func:`credit_sums` by this protocol of a ``credit`` ``(N,)`` of the same pairs."""
         return credit_sums(self.pairs, credit, PROTOCOLS[self.protocol].macro)
 
+    def named(self) -> Row:
+        """Return the values by which a row of a report names data set, protocol and scorer."""
+        return {"benchmark": self.pairs.benchmark, "protocol": self.protocol, "scorer": self.pairs.scorer}
+
     def result(self) -> Row:
         """Compute a row of :attr:`BenchmarkReport.protocols`."""
         counted, sums = ~np.isnan(self.credit), self.sums(self.credit)
         return {
-            "protocol": self.protocol,
-            "scorer": self.pairs.scorer,
+            **self.named(),
             "estimate": clustered_accuracy(sums),
             "pairs": int(counted.sum()),
             "groups": len(sums),
             "equal_scores": int((self.pairs.first == self.pairs.second)[counted].sum()),
             "excluded": self.excluded,
             "details": self.details,
-            "split": self.pairs.split,
-            "benchmark": self.pairs.benchmark,
         }
 
 

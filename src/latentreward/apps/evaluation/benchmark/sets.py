@@ -25,49 +25,26 @@ from latentreward.data.format_detection import Splits, recognise
 
 
 class ImageRewardBenchmark(Benchmark):
-    """ImageReward's test set, 466 prompts of 4 to 9 ranked images: ``imagereward/micro`` and ``imagereward/macro``.
+    """ImageReward's test set, 466 prompts of 4 to 9 ranked images, in ``test.json`` and ``test_images/``."""
 
-    Args:
-        root: Folder that holds ``test.json`` and ``test_images/``, directly or in ``data/``.
-        on_error: See :class:`Benchmark`.
-    """
-
-    name = "imagereward"
-    keys = "imagereward/micro", "imagereward/macro"
+    name, keys = "imagereward", ("imagereward/micro", "imagereward/macro")
 
     def open(self, split: str) -> PairReader:
-        """Open the test set by :class:`~latentreward.data.ImageRewardReader`, which has no other split."""
+        """Open the test set, the reader's only split."""
         return ImageRewardReader(self.root, on_error=self.on_error)
 
 
 class ImageRewardDBBenchmark(Benchmark):
-    """A split of ImageRewardDB, evaluated by ``imagereward/micro`` and ``imagereward/macro``.
-
-    Args:
-        root: Folder with ``images/{split}/{split}_{i}.zip``, or a hub id.
-        split: ``test`` or ``validation``.
-        parts: Numbers of the zip files to read; all by default.
-        on_error: See :class:`Benchmark`.
-    """
+    """A split of ImageRewardDB, in ``images/{split}/{split}_{i}.zip``, by ImageReward's protocols."""
 
     name, keys, reader = "imagerewarddb", ImageRewardBenchmark.keys, ImageRewardDBReader
 
-    def __init__(
-        self, root: PathText, split: str = "test", *, parts: Sequence[int] | None = None, on_error: OnError = "skip"
-    ) -> None:
-        super().__init__(root, on_error=on_error)
-        self.split, self.settings = split, {"parts": parts}
-
 
 class HPDv2Benchmark(Benchmark):
-    """HPDv2's test set, 400 groups of 9 or 10 ranked images: ``hpdv2/macro`` and ``hpdv2/micro``.
+    """HPDv2's test set, 400 groups of 9 or 10 ranked images, in ``test.json`` and ``test/``.
 
     Prompts listed in one of the files ``benchmark/{anime,concept-art,…}.json`` get the file's name as sub-group
     ``style``.
-
-    Args:
-        root: Folder with ``test.json`` and ``test/``, or a hub id.
-        on_error: See :class:`Benchmark`.
     """
 
     name, keys, reader = "hpdv2", ("hpdv2/macro", "hpdv2/micro"), HPDv2Reader
@@ -87,31 +64,16 @@ class HPDv2Benchmark(Benchmark):
 
 
 class HPDv3Benchmark(Benchmark):
-    """HPDv3's test set: ``hpdv3``.
-
-    Args:
-        root: Folder with ``test.json`` and ``images/``.
-        split: Name of the JSON file without its ending; ``train`` and ``all`` have votes and confidences.
-        min_confidence: Lowest confidence of a row, in [0, 1]; rows below are left out. The test set has no
-            confidences.
-        on_error: See :class:`Benchmark`.
-    """
+    """HPDv3's test set, in ``test.json`` and ``images/``; the splits ``train`` and ``all`` have votes."""
 
     name, keys, reader = "hpdv3", ("hpdv3",), HPDv3Reader
 
-    def __init__(
-        self, root: PathText, split: str = "test", *, min_confidence: float | None = None, on_error: OnError = "skip"
-    ) -> None:
-        super().__init__(root, on_error=on_error)
-        self.split, self.settings = split, {"min_confidence": min_confidence}
-
 
 class PickAPicBenchmark(Benchmark):
-    """Pick-a-Pic v1 or v2: ``pickapic/pickscore``, ``pickapic/lrm``, ``pickapic/strict``.
+    """Pick-a-Pic v1 or v2, in ``test_unique-*.parquet`` and ``validation_unique-*.parquet``.
 
     Args:
-        root: Folder that holds ``test_unique-*.parquet`` and ``validation_unique-*.parquet``, directly or in ``data/``;
-            or a hub id.
+        root: Folder of the files, or of their folder ``data``; or a hub id.
         split: Split on which the protocols are computed.
         fitting_split: Split on which PickScore's threshold is fitted; null leaves ``pickapic/pickscore`` out.
         temperatures: Name of a scorer → temperature of its softmax in PickScore's protocol; null fits the temperature
@@ -131,17 +93,16 @@ class PickAPicBenchmark(Benchmark):
         temperatures: dict[str, float | None] | None = None,
         on_error: OnError = "skip",
     ) -> None:
-        super().__init__(root, on_error=on_error)
-        self.split, self.fitting_split, self.temperatures = split, fitting_split, temperatures or {}
+        super().__init__(root, split, on_error=on_error)
+        self.fitting_split, self.temperatures = fitting_split, temperatures or {}
         for scorer, value in self.temperatures.items():
             check_range("(0, inf]", "null fits it", **{f"temperatures.{scorer}": value})
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
         """All three protocols; without a fitting split, ``pickapic/lrm`` and ``pickapic/strict`` alone."""
-        if self.fitting_split is None:
-            return super().evaluations
-        return Evaluation("pickapic/pickscore", self.split, self.fitting_split), *super().evaluations
+        fitted = () if self.fitting_split is None else ("pickapic/pickscore",)
+        return *(Evaluation(key, self.split, self.fitting_split) for key in fitted), *super().evaluations
 
     def temperature(self, scorer: str) -> float | None:
         """Return the temperature set for the scorer, else that set for ``others``, else 1."""
@@ -149,10 +110,10 @@ class PickAPicBenchmark(Benchmark):
 
 
 class GenAIBenchTigerBenchmark(Benchmark):
-    """GenAI-Bench of TIGER-Lab: ``genai_bench_tiger/no_tie`` and ``genai_bench_tiger/4way`` on each split.
+    """GenAI-Bench of TIGER-Lab, in ``{split}-*.parquet``; both protocols are computed on each split.
 
     Args:
-        root: Folder that holds ``{split}-*.parquet``, directly or in ``image_generation/``; or a hub id.
+        root: Folder of the files, or of their folder ``image_generation``; or a hub id.
         splits: ``test``, ``test_v1`` or both. Papers that leave out ties report ``test``; the leaderboard of four-way
             answers uses ``test_v1``.
         on_error: See :class:`Benchmark`.
@@ -176,34 +137,19 @@ class GenAIBenchTigerBenchmark(Benchmark):
 
 
 class GenAIBenchCMUBenchmark(Benchmark):
-    """GenAI-Bench of CMU, 1,600 prompts of six rated images: ``genai_bench_cmu``.
+    """GenAI-Bench of CMU, 1,600 prompts of six rated images, in ``train-*.parquet``, the only split."""
 
-    Args:
-        root: Folder that holds ``train-*.parquet``, directly or in ``data/``, or ``GenAI-Bench.parquet``; or a hub id.
-        on_error: See :class:`Benchmark`.
-    """
-
-    name, keys, reader = "genai_bench_cmu", ("genai_bench_cmu",), GenAIBenchCMUReader
-    split = "train"  # the data set's only split
+    name, keys, reader, split = "genai_bench_cmu", ("genai_bench_cmu",), GenAIBenchCMUReader, "train"
 
 
 class EditRewardBenchmark(Benchmark):
-    """EditReward-Bench of TIGER-Lab: ``editreward_bench/groups``, by K ``editreward_bench/2``, … and all ``/pairs``.
+    """EditReward-Bench of TIGER-Lab: groups of ranked edits, as a whole, by their number K, and as pairs.
 
     The set has the same name as another one, of EditScore's authors, which is evaluated as pairs of your own.
-
-    Args:
-        root: JSON file, folder with ``{split}.json``, or a table; see :class:`~latentreward.data.EditPairReader`.
-        split: Name of the split.
-        on_error: See :class:`Benchmark`.
     """
 
     name, reader = "editreward_bench", EditPairReader
     keys = "editreward_bench/groups", *(f"editreward_bench/{one}" for one in (2, 3, 4, "pairs"))
-
-    def __init__(self, root: PathText, split: str = "test", *, on_error: OnError = "skip") -> None:
-        super().__init__(root, on_error=on_error)
-        self.split = split
 
     def groups(self, reader: Any) -> Sequence[str]:
         """See :meth:`Benchmark.groups`; a group are the results that were ranked together."""
@@ -212,10 +158,7 @@ class EditRewardBenchmark(Benchmark):
 
 
 class PairsBenchmark(Benchmark):
-    """Pairs of your own.
-
-    Protocol ``pairs/strict`` is the accuracy on pairs without ties. ``pairs/soft`` is the mean label of the image that
-    scores higher, ties included.
+    """Pairs of your own: ``pairs/strict`` is the accuracy without ties, ``pairs/soft`` that of all pairs.
 
     Args:
         reader: Any reader of pairs with images, e.g. of JSON lines or of ``chosen/`` and ``rejected/``.
@@ -225,8 +168,8 @@ class PairsBenchmark(Benchmark):
     keys = "pairs/strict", "pairs/soft"
 
     def __init__(self, reader: PairReader, name: str = "pairs") -> None:
-        super().__init__("", on_error=reader.on_error)
-        self.pair_reader, self.name, self.split = reader, name, getattr(reader, "split", "") or "all"
+        super().__init__("", getattr(reader, "split", "") or "all", on_error=reader.on_error)
+        self.pair_reader, self.name = reader, name
 
     def open(self, split: str) -> PairReader:
         """Return the reader given to the constructor."""
@@ -242,9 +185,8 @@ EVALUATED = ("test_unique", "test", FITTING, "validation", "val")
 def recognise_benchmark(data: str) -> Benchmark:
     """Return the benchmark for the data set in a folder or file.
 
-    A published data set gets its own protocols. Pairs in any other known layout become a
-    :class:`~latentreward.apps.evaluation.benchmark.PairsBenchmark`. The first split of ``EVALUATED`` that exists is
-    evaluated, else the first split found.
+    A published data set gets its own protocols; pairs in any other known layout become a :class:`PairsBenchmark`. The
+    first split of ``EVALUATED`` that exists is evaluated, else the first split found.
     """
     try:
         splits = recognise(data)

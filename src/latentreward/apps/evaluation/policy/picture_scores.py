@@ -27,6 +27,7 @@ CHUNK = 64
 """Number of pictures decoded at a time; a killed process loses the scores of at most this many pictures."""
 SCORES_OF = "scores of {}"
 """Format of the name of the task that scores the pictures of a policy, from the name of the policy's folders."""
+AGAIN = "delete {}, and the same command scores those pictures again, or serve the model of the kept scores"
 Scores = tuple[float, ...]
 
 
@@ -60,15 +61,15 @@ class ScoreStore:
     @interrupts_held()
     def add(self, scores: Mapping[str, Scores], model: str | None = None) -> None:
         """Add scores and rewrite the file; the old file stays until the new one is complete."""
-        self.model = one_model(self.path.stem, self.model, model, again([self.path]))
+        self.model = one_model(self.path.stem, self.model, model, AGAIN.format(self.path))
         self.scores = dict(sorted((self.scores | scores).items(), key=lambda item: self._places.get(item[0], -1)))
         head = {"scorer": self.identity} | ({} if self.model is None else {"model": self.model})
         rows = [head, *({"picture": key, "scores": row} for key, row in self.scores.items())]
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def score_names(scorers: Sequence[Scorer]) -> list[str]:
-    """Return the names of all scores."""
+def check_names(scorers: Sequence[Scorer]) -> None:
+    """Check that all scorers score pictures, and that no two scores have one name."""
     if not scorers:
         raise InputError("there is no scorer; set scorers, e.g. to latentreward.reward.PickScorer")
     for scorer in scorers:
@@ -78,7 +79,6 @@ def score_names(scorers: Sequence[Scorer]) -> list[str]:
     names = [name for scorer in scorers for name in scorer.columns]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise InputError(f"scorers: several are called {min(repeated)!r}; give each a name of its own")
-    return names
 
 
 def scoring_task(
@@ -89,13 +89,12 @@ def scoring_task(
     It yields ``scores``, by name of the scorer, and ``models`` that servers named with them.
     """
     prepare()
-    images = [scorer for scorer in scorers if isinstance(scorer, ImageScorer)]
 
     def score(chunk: dict[str, Any]) -> Iterator[dict[str, Any]]:
         pixels = [decode_image(ImageRef(file, content)) for file, content, _ in chunk["pictures"]]
         found, models = {}, {}
-        for scorer in images:
-            if wanted := chunk["wanted"].get(scorer.name):
+        for scorer in scorers:
+            if isinstance(scorer, ImageScorer) and (wanted := chunk["wanted"][scorer.name]):
                 prompts = [chunk["pictures"][row][2] for row in wanted]
                 scores = scorer(prompts, [pixels[row] for row in wanted])
                 found[scorer.name] = [tuple(row) for row in scores.reshape(len(wanted), -1).tolist()]
@@ -111,7 +110,7 @@ class PictureScoring:
     Args:
         policy: Name of the policy.
         pictures: Pictures of the policy, in order of prompts and of numbers within a prompt.
-        scorers: Scorers that passed :func:`score_names`.
+        scorers: Scorers that passed :func:`check_names`.
         folder: Folder of the files of scores and of whole-set scorers; its name is that of the policy's folders.
         work: Processes that score.
     """
@@ -120,27 +119,18 @@ class PictureScoring:
         self, policy: str, pictures: Sequence[JudgedPicture], scorers: Sequence[Scorer], folder: Path, work: SharedWork
     ) -> None:
         self.policy, self.pictures, self.scorers, self.folder = policy, tuple(pictures), list(scorers), folder
-        self._work, self._task = work, SCORES_OF.format(folder.name)
-        self._keys = [  # prompt index and number too, which whole-set scorers use
-            digest(
-                [
-                    one.path.read_bytes(),
-                    json.dumps([one.prompt, one.place, one.image]),
-                    *map(image_bytes, sources_of(one.prompt)),
-                ]
-            )
-            for one in pictures
-        ]
-        self._named = {scorer.name: scorer for scorer in scorers}
+        self._work = work
+        self._keys = [_key(picture) for picture in pictures]
         self.stores: dict[str, ScoreStore] = {}
         for scorer in scorers:
             files = scorer_fingerprints(scorer, policy)  # so that changed files invalidate kept scores
             identity = f"{scorer.identity()}, files {json.dumps(files)}" if files else scorer.identity()
             self.stores[scorer.name] = ScoreStore(folder / f"{scorer.name}.jsonl", identity, self._keys)
 
-    def missing(self, scorer: Scorer) -> list[int]:
-        """Return the rows of the pictures that a scorer has not scored yet."""
-        return [row for row, key in enumerate(self._keys) if key not in self.stores[scorer.name].scores]
+    def missing(self, scorer: Scorer, rows: Sequence[int] | None = None) -> list[int]:
+        """Return the indices, among ``rows`` or all pictures, of those that a scorer has not scored yet."""
+        kept, rows = self.stores[scorer.name].scores, range(len(self._keys)) if rows is None else rows
+        return [place for place, row in enumerate(rows) if self._keys[row] not in kept]
 
     def chunks(self) -> list[list[int]]:
         """List the rows of pictures that lack scores, by chunks of pictures.
@@ -152,58 +142,54 @@ class PictureScoring:
         cut = (range(start, start + CHUNK) for start in range(0, len(self.pictures), CHUNK))
         return [rows for chunk in cut if (rows := [row for row in chunk if row in left])]
 
-    def _chunk(self, rows: Sequence[int]) -> dict[str, Any]:
-        """Return what :func:`scoring_task` takes: ``pictures`` as [file, content, prompt], and places to score."""
-        of = [self.pictures[row] for row in rows]
-        return {
-            "pictures": [[picture.file, picture.path.read_bytes(), picture.prompt] for picture in of],
-            "wanted": {one.name: self._wanted(one, rows) for one in self.scorers if isinstance(one, ImageScorer)},
-        }
-
-    def _wanted(self, scorer: Scorer, rows: Sequence[int]) -> list[int]:
-        scored = self.stores[scorer.name].scores
-        return [place for place, row in enumerate(rows) if self._keys[row] not in scored]
-
     def score(self) -> ScoredPictures:
         """Score the missing pictures and return all scores, which are finite."""
         chunks, total = self.chunks(), len(self.pictures)
+        images = {scorer.name: scorer for scorer in self.scorers if isinstance(scorer, ImageScorer)}
+
+        def send(rows: list[int]) -> dict[str, Any]:
+            """Return what :func:`scoring_task` takes: ``pictures`` as [file, content, prompt], and places to score."""
+            of = [self.pictures[row] for row in rows]
+            sent = [[picture.file, picture.path.read_bytes(), picture.prompt] for picture in of]
+            return {"pictures": sent, "wanted": {name: self.missing(one, rows) for name, one in images.items()}}
+
         with Progress(f"scores of {self.policy}", total, "pictures", total - sum(map(len, chunks))) as progress:
 
             def keep(rows: list[int], found: dict[str, Any]) -> None:
                 for name, scores in found["scores"].items():
-                    scored = [self._keys[rows[place]] for place in self._wanted(self._named[name], rows)]
+                    scored = [self._keys[rows[place]] for place in self.missing(images[name], rows)]
                     self.stores[name].add(dict(zip(scored, scores, strict=True)), found["models"][name])
                 progress.add(len(rows))
 
-            self._work.run(self._task, None, chunks, keep, self._chunk)
+            self._work.run(SCORES_OF.format(self.folder.name), None, chunks, keep, send)
         found: dict[str, np.ndarray] = {}
         for scorer in self.scorers:
             if isinstance(scorer, ToolScorer) and self.missing(scorer):
-                folder = self.folder / f"{scorer.name}.work"
-                folder.mkdir(parents=True, exist_ok=True)
-                print(f"{self.policy}: {scorer.name} of {total} pictures", file=sys.stderr, flush=True)
-                scores = scorer.score_pictures(self.pictures, self.policy, folder)
-                if scores.shape != (total,) or not np.isfinite(scores).all():
-                    raise InputError(f"scorer {scorer.name!r} gave no finite number for each of {total} pictures")
-                by_key = {key: (float(one),) for key, one in zip(self._keys, scores, strict=True)}
-                self.stores[scorer.name].add(by_key)
+                self._score_at_once(scorer)
             rows = np.array([self.stores[scorer.name].scores[key] for key in self._keys], dtype=np.float64)
             found |= dict(zip(scorer.columns, rows.T, strict=True))
         return ScoredPictures(self.policy, self.pictures, found)
 
+    def _score_at_once(self, scorer: ToolScorer) -> None:
+        folder, total = self.folder / f"{scorer.name}.work", len(self.pictures)
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"{self.policy}: {scorer.name} of {total} pictures", file=sys.stderr, flush=True)
+        scores = scorer.score_pictures(self.pictures, self.policy, folder)
+        if scores.shape != (total,) or not np.isfinite(scores).all():
+            raise InputError(f"scorer {scorer.name!r} gave no finite number for each of {total} pictures")
+        self.stores[scorer.name].add({key: (float(one),) for key, one in zip(self._keys, scores, strict=True)})
+
+
+def _key(picture: JudgedPicture) -> str:
+    """Return a hash of a picture and its prompt, with index and number too, which whole-set scorers use."""
+    named = json.dumps([picture.prompt, picture.place, picture.image])
+    return digest([picture.path.read_bytes(), named, *map(image_bytes, sources_of(picture.prompt))])
+
 
 def require_one_model(scorings: Sequence[PictureScoring]) -> None:
     """Check that each server has scored the pictures of all policies with one model; call it when they are scored."""
-    known: dict[str, tuple[str, list[Path]]] = {}
-    for scoring in scorings:
-        for name, store in scoring.stores.items():
-            if store.model is not None:
-                before, paths = known.setdefault(name, (store.model, []))
-                one_model(name, before, store.model, again([*paths, store.path]))
-                paths.append(store.path)
-
-
-def again(paths: Sequence[Path]) -> str:
-    """Return what to do for scores of one model."""
-    either = " or ".join(map(str, paths))
-    return f"delete {either}, and the same command scores those pictures again, or serve the model of the kept scores"
+    for name in scorings[0].stores:
+        stores = [scoring.stores[name] for scoring in scorings]
+        either = " or ".join(str(store.path) for store in stores)
+        for store in stores:
+            one_model(name, stores[0].model, store.model, AGAIN.format(either))

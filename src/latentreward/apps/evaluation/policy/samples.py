@@ -2,11 +2,11 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,25 +21,13 @@ from latentreward.core.workers import SharedWork
 from latentreward.data import ImageError, count_text, decode_image
 from latentreward.data.alignment.prompt_files import PromptRow, read_prompt_rows
 from latentreward.data.images import file_image, image_bytes
-from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.reward.scorers.tools import JudgedPicture
 from latentreward.reward.scoring.network import name_of
 
 TABLES = ("images.csv", "images.jsonl")
 
 
-@dataclass(frozen=True)
-class ImportedPictures:
-    """Pictures of a folder, matched with a set of prompts."""
-
-    folder: Path
-    # (index of the prompt, number of the picture of that prompt) → picture
-    pictures: dict[tuple[int, int], JudgedPicture]
-    left_aside: int  # number of pictures that are not wanted: of other prompts or numbers
-    problems: dict[str, int]  # reason → number of pictures that could not be read
-
-
-def find_pictures(folder: Path, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list[PromptRow]:
+def find_pictures(folder: Path) -> list[PromptRow]:
     """Read the table of a folder of pictures, ``images.csv`` or ``images.jsonl``.
 
     Its columns are ``file`` and ``prompt``, optionally ``place`` and ``image`` (numbers from 0), and of edits
@@ -48,7 +36,7 @@ def find_pictures(folder: Path, max_prompt_chars: int = MAX_PROMPT_CHARS) -> lis
     table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if table is None:
         raise InputError(f"images: there is no {folder / TABLES[0]}; write it, with columns file and prompt")
-    rows = read_prompt_rows(str(table), "images", max_prompt_chars)
+    rows = read_prompt_rows(str(table), "images")
     for row in rows:
         if not isinstance(file := row.fields.get("file"), str) or not file:
             raise InputError(f"images: {table}: prompt {row.prompt[:60]!r} has no file; write a column of paths")
@@ -59,7 +47,7 @@ def find_pictures(folder: Path, max_prompt_chars: int = MAX_PROMPT_CHARS) -> lis
     return rows
 
 
-def match(found: Sequence[PromptRow], rows: Sequence[PromptRow]) -> dict[tuple[int, int], str]:
+def match(found: Sequence[PromptRow], rows: Sequence[PromptRow]) -> dict[Name, str]:
     """Match pictures with a set of prompts: (index of the prompt, number of the picture of that prompt) → file.
 
     Pictures are matched by the text of their prompt, and edits also by the bytes of the pictures that were edited. If a
@@ -76,7 +64,7 @@ def match(found: Sequence[PromptRow], rows: Sequence[PromptRow]) -> dict[tuple[i
         pictures[key_of(row.prompt)].append(row)
     for place, row in enumerate(rows):
         places[key_of(row.prompt)].append(place)
-    matched: dict[tuple[int, int], str] = {}
+    matched: dict[Name, str] = {}
     for key in pictures.keys() & places.keys():
         own = sorted(pictures[key], key=lambda row: [float(_told(row, name) or 0) for name in ("place", "image")])
         size = -(-len(own) // len(places[key]))
@@ -90,24 +78,26 @@ def match(found: Sequence[PromptRow], rows: Sequence[PromptRow]) -> dict[tuple[i
 
 
 def import_pictures(
-    folder: Path, found: Sequence[PromptRow], rows: Sequence[PromptRow], wanted: Sequence[tuple[int, int]]
-) -> ImportedPictures:
-    """Match a folder's pictures with a set of prompts, and decode the wanted ones to find damaged files.
-
-    Damaged pictures are left out and counted in ``problems``. ``wanted`` pictures are told by their prompt's index in
-    ``rows`` and their number among its pictures.
-    """
-    asked = set(wanted)
-    matched = {name: file for name, file in sorted(match(found, rows).items()) if name in asked}
-    pictures, problems = {}, Counter[str]()
-    for (place, image), file in matched.items():
+    folder: Path, found: Sequence[PromptRow], rows: Sequence[PromptRow], wanted: Sequence[Name]
+) -> dict[Name, JudgedPicture]:
+    """Return the ``wanted`` pictures of a folder, each decoded once, or raise InputError that says what is missing."""
+    matched, pictures, problems = match(found, rows), dict[Name, JudgedPicture](), Counter[str]()
+    for place, image in wanted:
+        if (file := matched.get((place, image))) is None:
+            continue
         try:
             decode_image(reference := file_image(folder, file))
         except ImageError as error:
             problems[error.problem] += 1
             continue
         pictures[place, image] = judged(place, image, file, reference.path or folder, rows[place])
-    return ImportedPictures(folder, pictures, len(found) - len(matched), dict(problems))
+    if lacking := [name for name in wanted if name not in pictures]:
+        because = f" ({count_text(problems)})" if problems else ""
+        lacks = (
+            f"lacks {len(lacking)} of {len(wanted)} pictures, first number {lacking[0][1]} of prompt {lacking[0][0]}"
+        )
+        raise InputError(f"images: {folder} {lacks}{because}; add them, or set images_per_prompt or num_prompts")
+    return pictures
 
 
 def judged(place: int, image: int, file: str, path: Path, row: PromptRow) -> JudgedPicture:
@@ -174,9 +164,9 @@ class JudgedPolicy:
         return TrainedPolicy(source, self.checkpoint, self.lora)
 
     def start(self, sampling: Sampling) -> str:
-        """Describe size and space of a generator's latents and its noise process, as read from its config files.
+        """Describe a generator's latents and noise process: two of equal descriptions start from the same noise.
 
-        Two generators with equal descriptions start from the same noise. The text is empty for a folder of pictures.
+        The text is empty for a folder of pictures.
         """
         if self.images is not None:
             return ""
@@ -206,10 +196,7 @@ class SamplingPlan:
     device: torch.device  # device of the generators
 
     def guidance_of(self, policy: JudgedPolicy) -> float | None:
-        """Return the guidance scale of a generator: its own, else that of the plan, else its family's.
-
-        For a folder of pictures, that of the plan is returned.
-        """
+        """Return a policy's guidance scale: its own, else the plan's, else, for a generator, its family's."""
         scale = self.guidance_scale if policy.guidance_scale is None else policy.guidance_scale
         return scale if policy.images is not None else policy.trained.source().resolve_family().guidance(scale)
 
@@ -237,17 +224,16 @@ def open_pictures(
     folder: Path,
     work: SharedWork,
 ) -> Callable[[], dict[Name, JudgedPicture]]:
-    """Open a generator's folder of pictures, and return the function that samples the missing ones.
+    """Open a generator's folder of pictures, and return the function that samples the missing ones of ``wanted``.
 
-    Pictures of an earlier run with equal settings are kept. The function returns all pictures of ``wanted``, which
-    holds (index in ``rows``, number of the picture of that prompt). The task of ``work`` is :data:`PICTURES_OF` the
-    folder's name.
+    Pictures of an earlier run with equal settings are kept. The task of ``work`` is :data:`PICTURES_OF` the folder's
+    name.
     """
     task, texts = PICTURES_OF.format(folder.name), [row.prompt for row in rows]
     policy.trained.source().resolve_family().check_prompts(texts, "prompts")
     settings: dict[str, Any] = {"sampling": plan.sampling, "guidance_scale": plan.guidance_of(policy)}
     settings |= {"seed": plan.seed, "shared_noise": plan.shared_noise}
-    opened = ImageFolder(folder, policy.trained.identity() | plain(settings), "csv")
+    opened = ImageFolder(folder, policy.trained.identity() | plain(settings))
     opened.missing(wanted, texts)  # refuses pictures of other prompts before any generator samples
 
     def make() -> dict[Name, JudgedPicture]:
@@ -256,27 +242,3 @@ def open_pictures(
         return {(n, image): judged(n, image, file, folder / file, rows[n]) for (n, image), file in files.items()}
 
     return make
-
-
-def complete_or_refuse(
-    folders: Mapping[str, ImportedPictures], wanted: Sequence[Name], missing: Literal["refuse", "leave_out"]
-) -> list[str]:
-    """Check the pictures that were read from folders, by name of the policy; return one note per problem."""
-    notes, left = [], set(wanted)
-    for name, found in folders.items():
-        because = f" ({count_text(Counter(found.problems))})" if found.problems else ""
-        lacking = [place for place in wanted if place not in found.pictures]
-        if lacking:
-            lacks = f"lacks {len(lacking)} of {len(wanted)} pictures"
-            notes.append(f"{name} {lacks}{because}; they are left out for all policies.")
-            if missing == "refuse":
-                place, image = lacking[0]
-                first = f"first number {image} of prompt {place}{because}"
-                remedy = "add them, or set images_per_prompt or missing=leave_out"
-                raise InputError(f"images: {found.folder} {lacks}, {first}; {remedy}")
-        if found.left_aside:
-            notes.append(f"{name} has {found.left_aside} more pictures, of other prompts or numbers; they are ignored.")
-        left -= set(lacking)
-    if not left:
-        raise InputError("no picture is left that all policies have; compare folders for the same prompts")
-    return notes

@@ -5,40 +5,13 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from latentreward.core import bootstrap
 from latentreward.core.reports.tables import Row
 from latentreward.reward.scorers.tools import JudgedPicture
-
-Protocol = Literal["lpo_sd15", "lpo_sdxl"]
-"""Base model, by whose protocol LPO's authors evaluate."""
-SOURCE = "arXiv:2502.01051 (LPO), measured by its authors"
-SCORES = ("pickscore", "imagereward", "aesthetic", "geneval")
-"""Names of our scores that the numbers are comparable with; GenEval is a share in [0, 1], at 20 sampling steps."""
-NUMBERS: dict[Protocol, dict[str, tuple[float, ...]]] = {
-    "lpo_sd15": {
-        "SD1.5": (20.56, 0.008, 5.468, 0.4256),
-        "SPO, SD1.5": (21.22, 0.168, 5.927, 0.4046),
-        "LPO, SD1.5": (21.69, 0.659, 5.945, 0.4839),
-    },
-    "lpo_sdxl": {
-        "SDXL": (21.65, 0.478, 5.920, 0.4940),
-        "SPO, SDXL": (22.70, 0.995, 6.343, 0.5052),
-        "LPO, SDXL": (22.86, 1.217, 6.360, 0.5927),
-    },
-}
-
-
-def published_scores(protocol: Protocol) -> list[Row]:
-    """Return all published scores for the protocol of one base model, as in :attr:`PolicyReport.published`."""
-    return [
-        {"model": model, "score": score, "value": value, "source": SOURCE}
-        for model, values in NUMBERS[protocol].items()
-        for score, value in zip(SCORES, values, strict=True)
-    ]
 
 
 @dataclass(frozen=True)
@@ -74,20 +47,14 @@ class PolicyReport:
     # protocol reports. ``mean``: Interval of the mean over all pictures, by resampling prompts. ``mean_of_groups``:
     # that of the mean of the groups' means; None with one group. ``groups``: rows with the result of each ``group`` of
     # prompts; empty with one group that is not cut into parts. ``pictures`` and ``prompts``: their numbers. The row of
-    # a group has ``prompts``, ``estimate`` (mean over the group's pictures) and ``parts_sd``, the standard deviation of
-    # the means of consecutive parts of the group's prompts, NaN with one part.
+    # a group has ``prompts``, ``mean`` (over the group's pictures) and ``parts_sd``, the standard deviation of the
+    # means of consecutive parts of the group's prompts, NaN with one part.
     scores: Sequence[Row]
     # Rows that compare the two policies by one ``score``, over pairs of pictures with the same prompt and number; empty
     # with one policy. ``group``: group of prompts, empty for all. ``win_rate``: share of pairs in which the first
     # policy scores higher; ties count ½. ``difference``: mean of the first policy's score minus the second's, of the
     # kind that ``headline`` of ``scores`` names. ``wins``, ``ties``, ``losses`` and ``prompts``: their numbers.
     comparisons: Sequence[Row] = ()
-    # Rows with the Interval ``correlation`` within prompts of a reward's scores of the states of one ``policy``
-    # ``after_steps`` finished steps, at noise level ``sigma``, with its scores of the finished samples; empty without
-    # ``state_scores``.
-    states: Sequence[Row] = ()
-    # Scores published by the authors of the protocol: ``model``, ``score``, ``value``, ``source``
-    published: Sequence[Row] = ()
     # Settings of the run, and versions of the packages that computed it
     settings: dict[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()  # remarks shown before all numbers
@@ -110,8 +77,8 @@ def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: i
             order, own = np.unique(places[rows]), values[rows]
             cut = np.array_split(order, min(parts, len(order)))
             spread = float(np.std([own[np.isin(places[rows], part)].mean() for part in cut])) if parts > 1 else np.nan
-            estimate = bootstrap.clustered_mean(own, prompts[rows])
-            by_group.append({"group": kind, "prompts": len(order), "estimate": estimate, "parts_sd": spread})
+            mean = bootstrap.clustered_mean(own, prompts[rows])
+            by_group.append({"group": kind, "prompts": len(order), "mean": mean, "parts_sd": spread})
         found.append(
             {
                 "policy": scored.policy,
@@ -125,12 +92,6 @@ def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: i
             }
         )
     return found
-
-
-def headline(score: Row) -> bootstrap.Interval:
-    """Return the number that the score's own protocol reports: the mean of groups' means, or the mean."""
-    of_groups = score["headline"] == "mean_of_groups" and score["mean_of_groups"]
-    return score["mean_of_groups"] if of_groups else score["mean"]
 
 
 def prompt_numbers(scored: ScoredPictures) -> np.ndarray:
@@ -160,7 +121,7 @@ def mean_of_groups(values: np.ndarray, prompts: np.ndarray, groups: np.ndarray) 
 def compare(first: ScoredPictures, second: ScoredPictures, headlines: Mapping[str, str]) -> list[Row]:
     """Compare two policies by each score, over all prompts and over each group; rows of ``PolicyReport.comparisons``.
 
-    The two policies should come from :func:`in_common`, so that equal rows hold pictures of one prompt and number.
+    Equal rows of the two hold pictures of one prompt and number.
     ``headlines`` are those of :func:`policy_scores`.
     """
     prompts, groups = prompt_numbers(first), np.array([picture.group for picture in first.pictures])
@@ -183,16 +144,3 @@ def compare(first: ScoredPictures, second: ScoredPictures, headlines: Mapping[st
         }
         found.append(row)
     return found
-
-
-def in_common(policies: Sequence[ScoredPictures]) -> list[ScoredPictures]:
-    """Keep the pictures whose prompt and number all policies have, in the same order for every policy."""
-    rows_of = [
-        {(picture.place, picture.image): row for row, picture in enumerate(scored.pictures)} for scored in policies
-    ]
-    common, kept = sorted(set.intersection(*map(set, rows_of))), []
-    for scored, row_of in zip(policies, rows_of, strict=True):
-        rows = [row_of[name] for name in common]
-        scores = {name: values[rows] for name, values in scored.scores.items()}
-        kept.append(ScoredPictures(scored.policy, tuple(scored.pictures[row] for row in rows), scores))
-    return kept

@@ -17,7 +17,7 @@ from latentreward.core.errors import InputError
 from latentreward.core.storage.durable import replacing
 from latentreward.diffusion import SD3DiTBackbone, SDUNetBackbone
 from latentreward.diffusion.backbones.loading import PipelineSource
-from latentreward.diffusion.backbones.sd_unet import unet_family
+from latentreward.diffusion.families.sd import unet_family
 from latentreward.reward.heads.clip_projection import CLIPProjectionHead
 from latentreward.reward.heads.gated_qformer import GatedQFormerHead, LogisticSquash
 from latentreward.reward.scoring.files import ADAPTER, adapter_settings, lora_layers, write_adapter

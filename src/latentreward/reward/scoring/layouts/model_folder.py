@@ -31,7 +31,7 @@ from torch import Tensor
 from latentreward import __version__
 from latentreward.core.checkpoints.base_weights import VALUES, same_values, sample_in, without_adapters
 from latentreward.core.errors import InputError, did_you_mean, errors_at
-from latentreward.core.storage.digests import check_hash, checking_meanwhile
+from latentreward.core.storage.digests import check_hash
 from latentreward.core.storage.json_files import STRICT, checked, read_config
 from latentreward.core.storage.weight_files import map_weights
 from latentreward.data.clips import check_clips
@@ -270,21 +270,18 @@ class PretrainedReward(StoredReward):
 
     def load(self, kind: type[Network]) -> Network:
         adapters = {name: f"{at}/{ADAPTER_WEIGHTS}" for name, at in adapter_folders(self.config.adapters).items()}
-        # No other file that a stranger's config names is read.
-        read = {HEAD, BASE, BACKBONE, *adapters.values()} & {*self.config.sha256}
-        with checking_meanwhile(self.folder / name for name in read):
-            # Initial values are random but overwritten below.
-            with torch.random.fork_rng(devices=[]), settling_later(undrawn=self._stores_networks):
-                backbone = self.backbone()
-                model = kind(backbone, self.head(backbone))
-                if self.recipe.own:
-                    weights = map_weights([path := self._intact(BACKBONE)])
-                    compare_tensors(dict(own_weights(backbone, self.recipe.own)), weights.tensors, path)
-                    fill(backbone, weights)
-            self._check_base(backbone)
-            for name, file in adapters.items():
-                network = backbone.get_submodule(name)
-                fill_adapter(network, read_lora(self._intact(file).parent, network))
+        # Initial values are random but overwritten below.
+        with torch.random.fork_rng(devices=[]), settling_later(undrawn=self._stores_networks):
+            backbone = self.backbone()
+            model = kind(backbone, self.head(backbone))
+            if self.recipe.own:
+                weights = map_weights([path := self._intact(BACKBONE)])
+                compare_tensors(dict(own_weights(backbone, self.recipe.own)), weights.tensors, path)
+                fill(backbone, weights)
+        self._check_base(backbone)
+        for name, file in adapters.items():
+            network = backbone.get_submodule(name)
+            fill_adapter(network, read_lora(self._intact(file).parent, network))
         backbone.drop_unread(model.head.reads_text, model.head.reads_temb)
         calibration, axes = self.config.calibration, model.head.axis_weights
         if calibration is not None and calibration.axes != axes:

@@ -18,8 +18,8 @@ from latentreward.core.errors import InputError, errors_at
 from latentreward.core.storage.json_files import checked, read_config
 from latentreward.diffusion import DDPM, DiffusionBackbone, SD3DiTBackbone, SDUNetBackbone
 from latentreward.diffusion.backbones.loading import PipelineSource
-from latentreward.diffusion.backbones.sd_unet import unet_family
 from latentreward.diffusion.backbones.weights import load_weights, map_model, settle
+from latentreward.diffusion.families.sd import unet_family
 from latentreward.reward.heads.base import RewardHead
 from latentreward.reward.heads.clip_projection import CLIPProjectionHead, MultiScale
 from latentreward.reward.heads.gated_qformer import GatedQFormerHead

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from latentreward.core.checkpoints.base_weights import BaseSample, problem_of_record, sample, without_adapters
-from latentreward.core.checkpoints.shards import check_weights, checking_values, damaged, read_checkpoint
+from latentreward.core.checkpoints.shards import check_weights, damaged, read_checkpoint
 from latentreward.core.errors import InputError, errors_at, first_line
 from latentreward.core.registry import backbone_names
 from latentreward.core.settings.rewriting import check_yaml, rewrite_settings
@@ -186,7 +186,7 @@ class TrainedReward(StoredReward):
         if is_ours(recipe.backbone) and isinstance(lora, Mapping) and "rank" in lora:
             stored = [len(tensor) for name, tensor in state.items() if ".lora_A." in name]
             check_settings({"r": lora["rank"]}, stored, f"cannot load {self.config}")
-        with settling_later(), checking_values(self.checkpoint):
+        with settling_later():
             with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
                 model, as_trained = self._fitting(self.backbone(), kind)
             own = as_trained.state_dict()

@@ -8,5 +8,5 @@ from pathlib import Path
 
 def test_the_module_that_runs_as_a_program_is_recorded_beside_what_it_imports(tmp_path: Path) -> None:
     record, module = tmp_path / "record.json", "latentreward.core.errors"
-    subprocess.run([sys.executable, "-m", "latentreward.apps.taste.process", str(record), module], check=True)
+    subprocess.run([sys.executable, "-m", "tools.reproduction.process", str(record), module], check=True)
     assert {"latentreward", module} <= {*json.loads(record.read_text())["modules"]}

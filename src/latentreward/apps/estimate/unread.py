@@ -1,36 +1,114 @@
-"""Rewards for the estimate of an alignment run: built from stored settings, without reading weights."""
+"""What an estimate builds without reading weights: the configs of the models in settings, and their rewards."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from omegaconf import OmegaConf
+from omegaconf.resolvers import oc
 from torch import Tensor
 
 from latentreward.alignment import HTTPReward, LatentReward, Policy, PolicySource
 from latentreward.alignment.rewards.http import RemoteLatentReward, RemoteReward
-from latentreward.alignment.rewards.latent import LatentScorer
-from latentreward.apps.estimate.shapes import ConfigSources
-from latentreward.core.errors import InputError, errors_at
+from latentreward.apps.estimate.pipelines import CLIP_MODELS, HUB_IDS, PIPELINES, write_pipelines
+from latentreward.core.errors import InputError
 from latentreward.core.settings.rewriting import shipped_configs
-from latentreward.core.storage.hub import cached_files
+from latentreward.core.storage.hub import cached_files, is_hub_id
 from latentreward.diffusion import DiffusionBackbone
+from latentreward.diffusion.backbones import loading
 from latentreward.reward import RewardHead
+from latentreward.reward.scorers import clip
 from latentreward.reward.scoring.layouts.base import Network, StoredReward
 from latentreward.reward.scoring.layouts.find import checkpoint_of
 from latentreward.reward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
 from latentreward.reward.scoring.layouts.recipe import ModelRecipe, build_head
 from latentreward.reward.scoring.layouts.run import TrainedReward
 
-OWN = "its own settings"
-"""Origin of the settings of a stored reward, in words."""
+SOURCES = ("source", "processor", "text_projection_source", "base")
+"""Names of settings whose value is a model: a folder or a hub id."""
+
+
+class ConfigSources:
+    """Finder that replaces the models named in settings by local folders with their configs; downloads nothing.
+
+    Configs that ship with the package are written into ``folder``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.used = dict[str, str]()  # model as named in the settings → origin of its configs, in words
+        self._found = set[str]()  # folders that replaced models
+
+    def replace(self, settings: Any) -> None:
+        """Replace every model in nested settings, in place."""
+        items = vars(settings) if isinstance(settings, Namespace) else settings
+        for name, value in list(items.items()):
+            if name in SOURCES and isinstance(value, str):
+                if unset := re.match(r"<(\w+)>", value):  # as value_or_name writes it
+                    raise InputError(
+                        f"{name}: the environment variable {unset[1]} is not set, and an estimate reads the configs of "
+                        "this model; export it, or give a folder or OWNER/NAME"
+                    )
+                items[name] = self.find(value, items.get("revision"))
+            for inner in value if isinstance(value, list) else [value]:
+                if isinstance(inner, Namespace | dict):
+                    self.replace(inner)
+
+    def find(self, source: str, revision: str | None = None) -> str:
+        """Return the folder with the configs of ``source``; a name that is not a hub id is returned unchanged."""
+        if source in self._found:
+            return source
+        if Path(source).exists() or not is_hub_id(source):
+            if Path(source).exists():
+                self.used[source] = "its folder"
+            elif "/" not in source and source not in (*loading.SHIPPED, *clip.SHIPPED):  # an old hub id, such as gpt2
+                raise InputError(f"source={source!r} is not a folder; give a folder with its configs, or OWNER/NAME")
+            return source
+        if (cached := cached_files(source, revision)) is not None:
+            self.used[source] = "the local cache of the hub"
+            self._found.add(str(cached))
+            return str(cached)
+        if (kept := HUB_IDS.get(source)) is None:
+            raise InputError(
+                f"source={source!r} is not in the local cache of the hub, and the package keeps no configs of it; give "
+                f"a folder with its configs, or one of {', '.join(HUB_IDS)}"
+            )
+        self.used[source] = "configs kept in the package"
+        if not (self.folder / kept).is_dir():
+            parts = {kept: PIPELINES[kept]} if kept in PIPELINES else {}
+            write_pipelines(self.folder, parts, [kept] if kept in CLIP_MODELS else [])
+        self._found.add(str(self.folder / kept))
+        return str(self.folder / kept)
+
+
+def value_or_name(name: str, *default: Any) -> Any:
+    """Return an environment variable as ``oc.env`` does, or ``<NAME>`` if it is not set and has no default."""
+    if default or name in os.environ:
+        return oc.env(name, *default)
+    return f"<{name}>"  # not $NAME, which is expanded in paths
+
+
+@contextmanager
+def unset_variables() -> Iterator[None]:
+    """Allow ``${oc.env:NAME}`` of unset environment variables in settings: an estimate does not read these paths."""
+    replace = partial(OmegaConf.register_resolver, "oc.env", replace=True)
+    replace(value_or_name)
+    try:
+        yield
+    finally:
+        replace(oc.env)
 
 
 class Unread(StoredReward):
-    """Stored reward that is built on the meta device from the settings of another; its weights are never read."""
+    """Stored reward that is built on the meta device from another's settings; its weights are never read."""
 
     recipe: ModelRecipe
 
@@ -59,10 +137,9 @@ class Unread(StoredReward):
 
 
 class UnreadReward(LatentReward):
-    """Replacement for :class:`LatentReward` in an estimate; built from settings, without reading weights.
+    """Replacement for :class:`LatentReward`, whose arguments are those of :func:`find_settings` too.
 
-    If nothing is stored at ``path``, it is built from the shipped model file ``usual``, on the pipeline ``usual_base``,
-    or if that is None on the one that the file names. ``kept`` is the folder of :class:`ConfigSources`.
+    ``kept`` is the folder of :class:`ConfigSources`.
     """
 
     def __init__(self, path: str, usual: str, usual_base: str | None, kept: str, **options: Any) -> None:
@@ -70,34 +147,17 @@ class UnreadReward(LatentReward):
         sources = ConfigSources(Path(kept))
         settings = Namespace(path=path, usual=usual, usual_base=usual_base, **options)
         self.__dict__["stored"] = find_settings(settings, sources)
-        self._place = ""
-        if sources.used[path] != OWN:
-            self._place = (
-                f"no reward lies at {path} (train it, or give the path of another), and configs/model/{usual}.yaml in "
-                "its place does not fit the policy: "
-            )
-
-    def require_latents_of(self, policy: PolicySource) -> None:
-        with errors_at(self._place):
-            super().require_latents_of(policy)
-
-    def load(self, policy: Policy) -> LatentScorer:
-        with errors_at(self._place):
-            return super().load(policy)
 
 
 class UnaskedReward(HTTPReward):
-    """Replacement for :class:`HTTPReward` in an estimate; asks no server what latents and embeddings it takes."""
+    """Replacement for :class:`HTTPReward`; asks no server what latents and embeddings it takes."""
 
-    def latent_space(self) -> None:
-        """Return None: the latents are not compared."""
-
-    def require_latents_of(self, policy: PolicySource) -> None:
-        """Compare nothing."""
+    def served(self, *_: Any) -> None:
+        """Return None: nothing is compared."""
 
     def load(self, policy: Policy) -> RemoteReward:
         if self.uses_sigmas:
-            return RemoteLatentReward(self, self.schema, policy, {})
+            return RemoteLatentReward(self, policy, None)
         return super().load(policy)
 
 
@@ -105,10 +165,7 @@ UnaskedReward.__name__ = HTTPReward.__name__  # which messages name
 
 
 def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSources) -> None:
-    """Replace rewards in a module's settings, in place, by those that read no weights and ask no server.
-
-    ``sources`` records where each config was found.
-    """
+    """Replace rewards in a module's settings, in place, by those that read no weights and ask no server."""
     kind = str(settings.get("class_path")).rpartition(".")[2]
     if kind == "StepAwareScorer":
         settings.init_args.weights = None
@@ -129,11 +186,11 @@ def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSo
 
 
 def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
-    """Build a reward from the settings stored at its path, or else from the shipped model file ``reward.usual``."""
+    """Build a reward from the settings at its ``path``, else from the shipped file ``usual`` on ``usual_base``."""
     path, base = reward.path, reward.get("base")
     place = Path(path) if Path(path).exists() else cached_files(path, reward.get("revision"))
     trusted = bool(reward.get("trust_remote_code"))
-    sources.used[path] = OWN
+    sources.used[path] = "its own settings"
     stored: PretrainedReward | TrainedReward | None = None
     if place is not None and is_model_folder(place):
         stored = PretrainedReward(place, base, trusted)

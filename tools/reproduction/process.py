@@ -1,17 +1,17 @@
 """Process of one step: runs the command line, or a module, and records processor time and imported source files.
 
-``python -m latentreward.apps.taste.process RECORD MODULE ARGUMENT...``; an empty MODULE stands for the command line
+``python -m tools.reproduction.process RECORD MODULE ARGUMENT...``; an empty MODULE stands for the command line
 of ``latentreward``. The record is written only if the command succeeds.
 """
 
 import json
 import os
 import runpy
-import signal
 import sys
-import time
 from pathlib import Path
 from threading import Thread
+
+from latentreward.apps.taste.steps import end_with
 
 OURS = ("latentreward", "tools")
 """Packages whose modules are recorded; ``tools`` is in a clone alone."""
@@ -32,13 +32,6 @@ def main() -> None:
     loaded = {name for name, one in sys.modules.items() if (getattr(one, "__file__", None) or "").endswith(".py")}
     ours = {name for name in loaded | {module} if name.partition(".")[0] in OURS}  # `module` was named __main__
     Path(record).write_text(json.dumps({**told, "modules": sorted(ours)}))
-
-
-def end_with(parent: int) -> None:
-    """Send this process SIGTERM once ``parent`` was killed: the next command would run the same step beside it."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
