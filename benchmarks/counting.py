@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from latentreward.core.peak_rates import complete_flop_formulas, computes, work_of
+from latentreward.core.operator_work import complete_flop_formulas, computes, work_of
 
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.nonzero)

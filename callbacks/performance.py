@@ -1,5 +1,6 @@
 """Callback of speed: faster steps, with seconds of their phases in the log."""
 
+import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
@@ -15,7 +16,7 @@ from torch import nn
 from latentreward.alignment import Policy
 from latentreward.core.checkpoints.base_weights import is_quantized
 from latentreward.core.errors import InputError
-from latentreward.core.running import LISTENER, PHASES, Phases
+from latentreward.core.running import LISTENER, PHASES
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.compilation import compile_blocks, uncompile_blocks
 from latentreward.diffusion.encoders.vae import LatentEncoder
@@ -154,7 +155,7 @@ class Mark(NamedTuple):
     ends_step: bool
 
 
-class StepTimes(Phases):
+class StepTimes:
     """Seconds by phase of training steps, from the beginning of a run.
 
     On a CUDA device each change of phase records an event, which costs some microseconds. Events are read when the
@@ -163,7 +164,7 @@ class StepTimes(Phases):
     """
 
     def __init__(self, cuda: bool) -> None:
-        super().__init__("log")
+        self.open, self.pid = ["log"], os.getpid()  # phases, of which the innermost counts
         self.cuda, self.paused = cuda, False
         self._marks: deque[Mark] = deque()
         self._present: defaultdict[str, float] = defaultdict(float)  # seconds of the step that has not ended
@@ -176,12 +177,14 @@ class StepTimes(Phases):
         self.steps = 0
 
     def begin(self, name: str) -> None:
-        super().begin(name)
+        """Begin a phase within the present one."""
+        self.open.append(name)
         self._mark()
 
     def end(self) -> None:
+        """End the innermost phase."""
         if len(self.open) > 1:  # else of an action that began before the measurement
-            super().end()
+            self.open.pop()
             self._mark()
 
     def pause(self, paused: bool) -> None:

@@ -36,7 +36,7 @@ from latentreward.apps.estimate.shapes import IN_FLOAT32, SavedTensors, ShapesOn
 from latentreward.apps.estimate.step_costs import StepCosts, step_costs
 from latentreward.apps.estimate.unread import UnreadReward
 from latentreward.core.contracts import PromptBatch, take_rows
-from latentreward.core.peak_rates import complete_flop_formulas
+from latentreward.core.operator_work import complete_flop_formulas
 from latentreward.diffusion import LoRA
 from latentreward.reward import StepAwareScorer
 from latentreward.reward.modules.training import stored_parts

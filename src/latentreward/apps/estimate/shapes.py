@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latentreward.core.peak_rates import complete_flop_formulas, flops_of
+from latentreward.core.operator_work import complete_flop_formulas, flops_of
 
 CPU = torch.device("cpu")
 NUMBERS = {torch.bool: True, torch.float32: 1.0, torch.float64: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
