@@ -145,6 +145,7 @@ class PairedChange:
 
     @property
     def rises(self) -> bool:
+        """Tell whether the mean is above that of the start."""
         return self.after > self.before
 
     @property
