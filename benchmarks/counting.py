@@ -4,19 +4,26 @@ import traceback
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from latentreward.core.operator_work import complete_flop_formulas, computes, work_of
+from latentreward.apps.estimate.shapes import complete_flop_formulas, flops_of
 
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.nonzero)
 """Operations after which the host waits for a value on the device."""
+IDLE = {
+    *("_local_scalar_dense", "_unsafe_view", "detach", "is_same_size", "lift_fresh"),
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+}
+"""Names of operations that start no kernel, beside those that return a view."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,19 @@ class WorkCounter(TorchDispatchMode):
                 if self.sources:
                     self.read_at[reader()] += 1
         elif computes(func):
-            done = work_of(func, args, kwargs, result)
-            self.kernels, self.bytes, self.flops = self.kernels + 1, self.bytes + done.bytes, self.flops + done.flops
+            self.kernels += 1
+            self.bytes += sum(leaf.nbytes for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor))
+            self.flops += flops_of(func, args, kwargs, result)
             self.by_name[packet.__name__] += 1
         return result
+
+
+@cache
+def computes(func: Any) -> bool:
+    """Tell whether an operation starts a kernel."""
+    if getattr(func, "is_view", False) or getattr(func, "namespace", "") == "prim":  # prim: of stand-ins, their device
+        return False
+    return func.__name__.partition(".")[0] not in IDLE
 
 
 def reader() -> str:

@@ -59,13 +59,16 @@ def in_chunks(work: Callable[[PromptBatch], Tensor], captions: Sequence[str]) ->
 def through_diffusers(reward: Reward, prompts: PromptBatch, count: int, steps: int, guidance: float) -> Tensor:
     """Sample with step-wise search inside diffusers' own pipeline."""
     pipeline = load_pipeline(PIPELINE_FOLDERS["sd_tiny"])
-    search = StepSearch(policy_of(pipeline), reward, prompts.prompts, num_candidates=count)
+    policy, generator = policy_of(pipeline), torch.Generator().manual_seed(1)
+    latents = torch.randn(len(prompts), *policy.latent_shape(), generator=generator)
+    search = StepSearch(policy, reward, prompts.prompts, latents, num_candidates=count)
     return pipeline(
         list(prompts.prompts),
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="latent",
-        **search.pipeline_arguments(),
+        latents=latents,
+        callback_on_step_end=search,
     ).images
 
 

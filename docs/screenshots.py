@@ -29,7 +29,7 @@ def main(report: str, folder: str) -> None:
 def first_row(page: Page, path: Path) -> None:
     """The first pairs on which models disagree, as many as stand beside each other."""
     page.evaluate("scrollTo(0, 0)")
-    boxes = [card.bounding_box() for card in page.locator("#telling article").all()]
+    boxes = [card.bounding_box() for card in page.locator("article.card").all()]
     row = [box for box in boxes if box and boxes[0] and box["y"] == boxes[0]["y"]]
     left, top = row[0]["x"], row[0]["y"]
     right, height = row[-1]["x"] + row[-1]["width"], max(box["height"] for box in row)

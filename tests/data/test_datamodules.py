@@ -8,13 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from latentreward.core.contracts import PreferenceBatch
 from latentreward.core.errors import InputError
-from latentreward.data import (
-    JSONLPairReader,
-    LoadedPair,
-    PickAPicReader,
-    PreferenceDataModule,
-    SkippedPair,
-)
+from latentreward.data import JSONLPairReader, LoadedPair, PickAPicReader, PreferenceDataModule, SkippedPair
 from tests.data.skipped_rows import skipped_rows
 from tests.marks import rotated_after, slow_after
 

@@ -66,9 +66,9 @@ def test_json_lines(tmp_path) -> None:
 
 
 def test_what_is_not_known(tmp_path) -> None:
-    datasets.Dataset.from_dict({"caption": ["a"], "chosen": ["b"]}).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_dict({"caption": ["a"], "chosen": ["b"]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(InputError, match=r"is a table whose columns no reader knows: caption, chosen; name those"):
-        recognise(str(tmp_path / "saved"))
+        recognise(str(tmp_path))
 
 
 def test_splits_by_name() -> None:

@@ -49,12 +49,6 @@ def test_a_folder_is_read_with_what_is_below_it_sorted(pics: Path) -> None:
     assert read_images("pics/../pics/").rows[1].name == "b.png"
 
 
-def test_one_prompt_for_all_wins(pics: Path) -> None:
-    (pics / "b.txt").unlink()
-    assert set(prompts(read_images("pics", "a cat")).values()) == {"a cat"}
-    assert set(prompts(read_images("pics", "")).values()) == {""}
-
-
 def test_text_beside_a_picture_is_taken_whole_but_for_its_last_line_break(pics: Path) -> None:
     (pics / "b.txt").write_bytes(b"\xef\xbb\xbf two\r\nlines \r\n")
     (pics / "a.txt").write_bytes(b"caf\xe9")
@@ -125,12 +119,6 @@ def test_patterns(pics: Path) -> None:
     (pics / "sub" / "a.txt").unlink()
     (pics / "metadata.csv").write_text("file_name,prompt\nsub/a.bmp,from the table above\n")
     assert prompts(read_images("pics/*/a.bmp")) == {"sub/a.bmp": "from the table above"}
-
-
-def test_a_file_by_its_name_even_if_that_is_a_pattern(pics: Path) -> None:
-    picture(pics / "x[1].png", "brackets")
-    assert prompts(read_images("pics/x[1].png")) == {"x[1].png": "brackets"}
-    assert [row.name for row in read_images("pics/x[1].txt", "a text").rows] == ["x[1].txt"]
 
 
 def test_an_empty_folder_is_told_only_of_formats_that_are_read(tmp_path: Path) -> None:

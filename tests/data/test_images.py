@@ -198,55 +198,25 @@ def test_damaged_bytes_raise_nothing_else() -> None:
                 assert "\n" not in str(error)
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    (tmp_path / "root" / "images").mkdir(parents=True)
-    for place in ("root/images/in.png", "out.png"):
-        (tmp_path / place).write_bytes(encode(NOISE).data)
-    (tmp_path / "root" / "empty.png").touch()
-    (tmp_path / "root" / "link_out.png").symlink_to(tmp_path / "out.png")
-    (tmp_path / "root" / "link_in.png").symlink_to(tmp_path / "root" / "images" / "in.png")
-    (tmp_path / "root" / "folder_out").symlink_to(tmp_path)
-    (tmp_path / "root" / "loop").symlink_to(tmp_path / "root" / "loop")
-    return tmp_path / "root"
-
-
-@pytest.mark.parametrize("name", ["images/in.png", "images/../images/in.png", "link_in.png", "./images//in.png"])
-def test_paths_inside_the_root_are_read(root: Path, name: str) -> None:
-    assert decode_image(ImageRef(name, path=root / name, root=root)).size == (40, 48)
-
-
-def test_a_root_that_is_a_link_itself_is_fine(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "alias").symlink_to(root)
-    alias = tmp_path / "alias"
-    assert decode_image(ImageRef("k", path=alias / "images/in.png", root=alias)).size == (40, 48)
-
-
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("../out.png", "path outside the root"),
-        ("images/../../out.png", "path outside the root"),
-        ("link_out.png", "path outside the root"),
-        ("folder_out/out.png", "path outside the root"),
-        ("/etc/hostname", "path outside the root"),
         ("loop/x.png", "path outside the root|missing file"),
-        ("images/in.png\0.jpg", "path outside the root|missing file"),
-        ("images/absent.png", "missing file"),
-        ("images", "missing file"),
+        ("a.png\0.jpg", "path outside the root|missing file"),
         ("x" * 5000, "path outside the root|missing file"),
+        ("absent.png", "missing file"),
+        (".", "not a file"),
+        ("pipe", "not a file"),
         ("empty.png", "empty image"),
     ],
 )
-def test_other_paths_are_refused(root: Path, name: str, problem: str) -> None:
-    with pytest.raises(ImageError, match=problem):
-        decode_image(ImageRef(name[:40], path=root / name, root=root))
-
-
-def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+def test_what_is_no_file_is_refused(tmp_path: Path, name: str, problem: str) -> None:
+    """``test_paths.py`` has the paths that lead elsewhere."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ImageError, match="not a file"):
-        decode_image(ImageRef("pipe", path=tmp_path / "pipe"))
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ImageError, match=problem):
+        decode_image(ImageRef(name[:40], path=tmp_path / name, root=tmp_path))
 
 
 @pytest.mark.parametrize("resize", ["stretch", "center_crop"])
@@ -337,14 +307,10 @@ def test_long_texts_of_a_png_are_no_damage(kind: bytes, content: bytes, place: i
         assert (np.asarray(decode_image(reference)) == NOISE).all()
 
 
-@pytest.mark.slow
-def test_many_texts_of_a_png_are_no_damage_and_its_orientation_stays() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = encode(NOISE, "PNG", exif=exif).data
-    texts = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**20))) * 65 + chunk(b"iCCP", b"p\0\0" + LONG)
-    image = decode_image(ImageRef("a", turned[:33] + texts + turned[33:]), exif="apply")
-    assert image.size == (48, 40)
+def test_a_text_that_unpacks_to_more_than_an_image_is_damage() -> None:
+    data = PNG[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**26 + 1))) + PNG[33:]
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        decode_image(ImageRef("a", data))
 
 
 def test_a_png_of_too_many_pixels_is_refused_with_long_texts_too() -> None:

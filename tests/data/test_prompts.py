@@ -54,15 +54,19 @@ def test_comments_of_a_text_are_told_and_dashes_are_text(tmp_path: Path, caplog:
     found = PromptDataModule(str(tmp_path / "a.txt")).prompts
     assert found == ("a fox -- soft light", "#2 mug, 7 --> 8, half-timbered # 3")
     assert "2 comments (#) are left out, the first is line 1" in caplog.text
+    assert "options" not in caplog.text
+
+
+@pytest.mark.parametrize("line", ["a dog --n blurry --w 512", "a cat --ar 16:9", "a cat --tile"])
+def test_options_in_a_line_are_told(line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text(f"# --w 512\na fox\n{line}\n")
+    assert PromptDataModule(str(tmp_path / "a.txt")).prompts == ("a fox", line)
+    assert f"1 lines have options, the first is line 3 with {line.split()[2]}" in caplog.text
 
 
 def test_a_text_has_a_prompt_a_line_whatever_ends_it(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"a cat\ra dog\r\n\r\n2\xe2\x80\xa8birds\n")
-    assert [row.prompt for row in read_prompt_set(str(tmp_path / "prompts.txt"))] == [
-        "a cat",
-        "a dog",
-        "2\u2028birds",
-    ]
+    assert [row.prompt for row in read_prompt_set(str(tmp_path / "prompts.txt"))] == ["a cat", "a dog", "2\u2028birds"]
 
 
 def test_a_json_object_counts_by_its_list_or_by_values_that_have_prompts(tmp_path: Path) -> None:
@@ -243,11 +247,3 @@ def test_pictures_to_edit_may_be_bytes_in_parquet(tmp_path: Path, jpeg) -> None:
     prompts = PromptDataModule(str(tmp_path / "prompts.parquet")).prompts
     assert [source.data for prompt in prompts for source in sources_of(prompt)] == [one["bytes"] for one in pictures]
     assert prompts[2] == "a cat"
-
-
-def test_pictures_to_edit_may_be_paths_in_structs(tmp_path: Path, jpeg) -> None:
-    (tmp_path / "a.jpg").write_bytes(jpeg((9, 9, 9)))
-    row = {"prompt": "make it red", "source_image": {"bytes": None, "path": "a.jpg"}}
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "prompts.parquet")
-    (prompt,) = PromptDataModule(str(tmp_path / "prompts.parquet")).prompts
-    assert [source.path for source in sources_of(prompt)] == [tmp_path / "a.jpg"]

@@ -249,19 +249,6 @@ def test_a_place_among_batches_of_another_kind_is_refused(turn: int) -> None:
         resumed.load_state_dict(saved.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("small", "steps", "rest"),
-    [
-        ("short", 11, "4 smaller steps, 4 pairs twice"),
-        ("fill", 11, "26 repeats fill up 4 steps"),
-        ("drop", 7, "6 pairs left out per epoch"),
-    ],
-)
-def test_the_report_says_what_becomes_of_the_last_pairs(small: Any, steps: int, rest: str) -> None:
-    wanted = f"62 pairs of 4 sizes in {steps} steps of up to 8 pairs over 2 ranks; small_buckets={small}: {rest}"
-    assert BucketBatchSampler(np.array(MIX), Sizing(4, None, small, world_size=2)).describe() == wanted
-
-
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
 def test_evaluation_takes_every_pair_once_in_equally_many_batches(world: int, batch_size: int) -> None:

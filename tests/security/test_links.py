@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
 from PIL import Image
 
 from latentreward.apps.taste.steps import LOG, Step
@@ -74,8 +73,8 @@ def within(folder: str, files: dict[str, Any]) -> dict[str, Any]:
     return {f"{folder}/{name}": content for name, content in files.items()}
 
 
-COLUMNS = {"prompt": ["x"], "chosen": [{"bytes": png(), "path": None}], "rejected": [{"bytes": png(), "path": None}]}
-TABLE = parquet(COLUMNS)
+PICTURE = [{"bytes": png(), "path": None}]
+TABLE = parquet({"prompt": ["x"], "chosen": PICTURE, "rejected": PICTURE})
 SIDES = {"chosen/1.png": png(), "rejected/1.png": png()}
 CAPTIONS = {"captions.jsonl": {"name": "1", "prompt": "x"}}
 HPDV2 = {"prompt": "x", "image_path": ["1.png", "2.png"], "rank": [1, 2]}
@@ -91,8 +90,6 @@ READERS: list[tuple[str, dict[str, Any], Callable[..., RowReader]]] = [
     ("train", within("train", SIDES | CAPTIONS), partial(FolderPairReader, split="train")),
     ("data/train-00000-of-00001.parquet", {"data/train-00000-of-00001.parquet": TABLE}, DatasetPairReader),
     ("train.parquet", {"train.parquet": TABLE}, lambda root, **own: DatasetPairReader(f"{root}/*.parquet", **own)),
-    ("data-00000-of-00001.arrow", {}, DatasetPairReader),
-    ("state.json", {}, DatasetPairReader),
     ("1.tar", {"1.tar": tar_of(SAMPLE)}, PickAPicTarReader),
     ("train.json", {"train.json": [HPDV2], **within("train", PICTURES)}, partial(HPDv2Reader, **TRAIN)),
     ("train", {"train.json": [HPDV2], **within("train", PICTURES)}, partial(HPDv2Reader, **TRAIN)),
@@ -114,8 +111,6 @@ def test_no_link_in_a_folder_of_data_opens_a_file_elsewhere(
     """But for a blob of a hub's snapshot; a folder of a user may itself be behind a link."""
     repository = tmp_path / "hub/datasets--me--set"
     root = repository / "snapshots/0a1b"
-    if not files:
-        Dataset.from_dict(COLUMNS).save_to_disk(root)
     for place, content in files.items():
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())

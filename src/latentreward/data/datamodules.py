@@ -21,12 +21,7 @@ from latentreward.data.dataset import PairDataset, collate_pairs
 from latentreward.data.images import MAX_PIXELS, PixelLoader, ResizePolicy
 from latentreward.data.loading import ResumableBatchSampler, ResumableLoader, WorkerLoader, ignore_signals, shares_of
 from latentreward.data.readers.base import OnError, PairReader, count_text
-from latentreward.data.sampling import (
-    BucketBatchSampler,
-    EvaluationBatches,
-    PairBatchSampler,
-    Sizing,
-)
+from latentreward.data.sampling import BucketBatchSampler, EvaluationBatches, PairBatchSampler, Sizing
 from latentreward.data.score_table import ScoreTargets, check_targets, label_remedy
 from latentreward.data.splits import SharedPrompts, select_rows, split_by_prompt
 

@@ -40,9 +40,8 @@ def export_split(
     """Write the pairs of a reader to ``OUTPUT/data/SPLIT-NNNNN-of-NNNNN.parquet``, with the images' bytes as they are.
 
     A file appears only when it is complete. Files that are there already are kept, so that a killed export goes on.
-    Every image's header is read. A row with an image that cannot be read falls under the reader's ``on_error``;
-    ``placeholder`` writes it without label and without that image. The columns are those of
-    :class:`~latentreward.data.DatasetPairReader`.
+    A row with an image whose header cannot be read falls under the reader's ``on_error``; ``placeholder`` writes it
+    without label and without that image. :class:`~latentreward.data.DatasetPairReader` reads the columns.
     """
     check_at_least_one(rows_per_file=rows_per_file)
     if not re.fullmatch(SPLIT, split):

@@ -1,6 +1,5 @@
 """Detection of a data set's format, and of its splits, from file names, columns and JSON keys."""
 
-import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
@@ -28,12 +27,9 @@ from latentreward.data.readers.published import (
 )
 from latentreward.data.readers.tables import (
     LISTS,
-    SAVED,
-    SAVED_SPLITS,
     ParquetPart,
     nested_pattern,
     open_part,
-    saved_splits,
 )
 from latentreward.data.readers.tars import PickAPicTarReader
 
@@ -61,17 +57,13 @@ def recognise(data: str) -> Splits:
             starts = ("train", "val", "test", "")
             return {name: splits[name] for start in starts for name in sorted(splits) if name.startswith(start)}
     if any((path / name).is_file() for name in ("spec.json", "plan.json")):
-        raise InputError(
-            f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "
-            "data set it was written from"
-        )
+        told = f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`"
+        raise InputError(f"{told}, and inspect the data set it was written from")
     columns = _keys(path) if path.suffix.lower() in (".csv", ".tsv") else set().union(*next(_tables(path), {}).values())
     if columns:
-        named = quoted(", ".join(sorted(columns)[:NAMED_COLUMNS]))
-        raise InputError(
-            f"data: {data} is a table whose columns no reader knows: {named}; name those of a pair by --reader "
-            f"DatasetPairReader --reader.source {shlex.quote(data)} --reader.columns '{{prompt: COLUMN, ...}}'"
-        )
+        told = f"a table whose columns no reader knows: {quoted(', '.join(sorted(columns)[:NAMED_COLUMNS]))}"
+        flags = f"DatasetPairReader --reader.source {shlex.quote(data)} --reader.columns '{{prompt: COLUMN, ...}}'"
+        raise InputError(f"data: {data} is {told}; name those of a pair by --reader {flags}")
     remedy = "check the folder, or name your class with --reader CLASS"
     if pattern := nested_pattern(path):
         remedy = f"read its tables by --reader DatasetPairReader and a pattern as --reader.source{pattern}"
@@ -96,11 +88,7 @@ def _diffusion_rm(path: Path) -> Splits:
 
 
 def _tables(path: Path) -> Iterator[dict[str, set[str]]]:
-    """Yield the columns by split of what ``save_to_disk`` wrote, and of the parquet files in each folder with some."""
-    if (path / SAVED_SPLITS).is_file():
-        yield {split: _saved_columns(path / split) for split in saved_splits(path)}
-    elif (path / SAVED).is_file():
-        yield {"train": _saved_columns(path)}
+    """Yield the columns by split of the parquet files in each folder with some."""
     parquet = path.is_file() and path.suffix == ".parquet"
     for files in [[path]] if parquet else [find_files(path / folder, "*.parquet") for folder in PARQUET_FOLDERS]:
         found = {match[1] if (match := PART.fullmatch(file.name)) else file.stem: file for file in files}
@@ -189,14 +177,6 @@ def _folders(path: Path) -> Splits:
         return {"all": partial(FolderPairReader, str(path))}
     splits = {folder.parent.name for folder in find_files(path, "*/chosen") if (folder.parent / "rejected").is_dir()}
     return {split: partial(FolderPairReader, str(path), split) for split in splits}
-
-
-def _saved_columns(folder: Path) -> set[str]:
-    """Return the columns of a folder that ``save_to_disk`` wrote; empty if its description cannot be read."""
-    try:
-        return set(json.loads((folder / "dataset_info.json").read_bytes())["features"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return set()
 
 
 def _columns(file: Path) -> set[str]:

@@ -160,21 +160,9 @@ class BucketBatchSampler(ResumableBatchSampler):
             self.skip = self.spans.pop()["batches"]
 
     def describe(self) -> str:
-        """Describe in one line the pairs, sizes, steps, and the treatment of the last pairs of each size."""
-        counts = np.bincount(self.bucket, minlength=len(self.tokens)).tolist()
-        full = [self._full_step(tokens) for tokens in self.tokens]
-        rests = [count % step for count, step in zip(counts, full, strict=True)]
-        rest = [(left, step) for left, step in zip(rests, full, strict=True) if left]
-        world = self.sizing.world_size
-        repeats = {
-            "short": f"{len(rest)} smaller steps, {sum(-left % world for left, _ in rest)} pairs twice",
-            "fill": f"{sum(step - left for left, step in rest)} repeats fill up {len(rest)} steps",
-            "drop": f"{sum(left for left, _ in rest)} pairs left out per epoch",
-        }
-        return (
-            f"{len(self.bucket)} pairs of {len(counts)} sizes in {len(self)} steps of up to {max(full)} pairs over "
-            f"{world} ranks; small_buckets={self.sizing.small_buckets}: {repeats[self.sizing.small_buckets]}"
-        )
+        """Describe in one line the pairs, sizes and steps."""
+        told = f"{len(self.bucket)} pairs of {len(self.tokens)} sizes in {len(self)} steps"
+        return f"{told} over {self.sizing.world_size} ranks; small_buckets={self.sizing.small_buckets}"
 
     def _full_step(self, tokens: int) -> int:
         return self.sizing.pairs_per_rank(tokens) * self.sizing.world_size

@@ -29,7 +29,6 @@ from latentreward.data.readers.tables import (
     DAMAGE,
     ParquetPart,
     Source,
-    class_names,
     find_parts,
     plain_features,
     set_folder,
@@ -83,8 +82,7 @@ class PairStream(RowReader):
         self.shuffle_buffer, self._place = shuffle_buffer, source_name(source)
         set_folder(self, source)
         rows = self._open(os.fspath(source) if isinstance(source, os.PathLike) else source, split, revision, config)
-        first = next(self._guarded(rows), None)
-        if first is None:
+        if (first := next(self._guarded(rows), None)) is None:
             raise InputError(f"split: {split!r} of {self._place} has no rows; check the files")
         told = self.skipped + self.remarks
         # Without types, the names alone choose the columns.
@@ -104,11 +102,11 @@ class PairStream(RowReader):
             held = value.get("bytes", value) if isinstance(value, dict) else value
             elsewhere = isinstance(value, dict) and held is None and "://" in str(value.get("path"))
             if not isinstance(held, bytes | None) or elsewhere:
-                told = f"column {column} holds {short(value)}, not an image's bytes"
-                raise InputError(f"{self._place}: {told}; give it the feature Image, or name another one in columns")
+                problem = f"column {column} holds {short(value)}, not an image's bytes"
+                raise InputError(f"{self._place}: {problem}; give it the feature Image, or name another one in columns")
         self._rows = rows.select_columns(sorted({*own.of.values()}))
         label = own.of.get("label", "") if own.images == BY_LABEL and labels is None else ""
-        if label and class_names(schema, label) is None and pa.types.is_integer(schema.field(label).type):
+        if label and pa.types.is_integer(schema.field(label).type):
             raise WholeNumbersError(label)
         # A stream may repeat a pair, and the names of all pairs would be kept for ever.
         self._parser = PairRowParser(self, labels=labels, unique=False)
@@ -151,8 +149,7 @@ class PairStream(RowReader):
         """Yield the labelled pairs of one of several parts of the stream, once, in a random order.
 
         A part is as many whole files as every part can have, and every ``parts``-th row of the files that are left
-        over, which all parts read. With fewer files than parts these are all files. ``counted`` is called with one of
-        ``COUNTED`` for every row that is not yielded.
+        over, which all parts read. ``counted`` is called with one of ``COUNTED`` for every row that is not yielded.
         """
         from datasets import concatenate_datasets  # slow to import
 
@@ -284,11 +281,8 @@ class StreamSampler(CountedBatches):
     """Sampler of the numbers of one rank's batches of a stream, over all epochs.
 
     An epoch goes on after the last batch of the one before, also if that one was stopped. It begins with the first
-    lane, for which a few batches are left out: torch gives every epoch's first batch to its first worker process, which
-    would else read the stream again up to the place of another lane.
-
-    A stream cannot be read from another place than its start, and its order depends on how it is divided. The state
-    therefore fits only a run with as many ranks and loader processes, and with the same settings of the order.
+    lane, for which a few batches are left out: torch gives every epoch's first batch to its first worker process. The
+    order depends on how the stream is divided, so that the state fits only a run of the same settings.
     """
 
     def __init__(self, dataset: StreamedPairs, num_workers: int, **shares: int) -> None:
@@ -318,10 +312,8 @@ class StreamedPreferenceDataModule(PreferenceDataModule):
     """Pairs to train on from a stream, and readers for the other splits, as :class:`PreferenceDataModule`.
 
     Nothing is copied to this machine. In return the order is random only within ``shuffle_buffer`` rows and the order
-    of the files; an epoch is a number of batches, and goes on where the last one ended. Files of unlike lengths end a
-    process's pass before others'. A run that goes on reads the stream again from its start up to its place, without
-    decoding images; the same pairs then follow. Rows whose prompt is in ``val`` or ``test`` are left out, unless
-    ``shared_prompts`` is ``"keep"``.
+    of the files; an epoch is a number of batches, and goes on where the last one ended. A run that goes on reads the
+    stream again up to its place, without decoding images; the same pairs then follow.
 
     Args:
         size: Side in pixels, or (height, width), of the images that the network takes.
@@ -342,14 +334,13 @@ class StreamedPreferenceDataModule(PreferenceDataModule):
         check_at_least_one("data.", batches_per_epoch=batches_per_epoch)
         for setting, plain in (("targets", None), ("frames", 1)):
             if options.get(setting, plain) != plain:
-                told = f"data.{setting} needs rows with numbers, and a stream has none"
-                raise InputError(f"{told}; use a reader in train")
+                raise InputError(f"data.{setting} needs rows with numbers, not a stream; use a reader in train")
         shared_prompts = options.get("shared_prompts", "drop")
         if shared_prompts == "raise":
             raise InputError("data.shared_prompts: raise needs all prompts of train before training; set drop or keep")
         if train is None:
             return
-        others = [dataset.reader for name, dataset in self.datasets.items() if name in ("val", "test")]
+        others = [self.datasets[name].reader for name in ("val", "test") if name in self.datasets]
         prompts = (prompt for reader in others for prompt in reader.prompts())
         self.datasets["train"] = StreamedPairs(
             train,

@@ -25,15 +25,6 @@ def test_value_and_slope(clip_range: float) -> None:
     assert result.kl == 0
 
 
-def test_on_policy_the_gradient_is_the_advantage() -> None:
-    log_prob, advantage = torch.zeros(3, requires_grad=True), torch.tensor([1.0, -2.0, 9.0])
-    result = ClippedPolicyLoss()(log_prob, torch.zeros(3), advantage)
-    result.loss.backward()
-    torch.testing.assert_close(log_prob.grad, -torch.tensor([1.0, -2.0, 5.0]) / 3)
-    assert result.ratio == 1
-    assert result.clipped == 0
-
-
 def test_a_step_past_the_range_teaches_no_more_but_one_in_the_wrong_direction_does() -> None:
     log_prob = torch.tensor([0.5, 0.5, -0.5, -0.5], requires_grad=True)
     result = ClippedPolicyLoss(0.1)(log_prob, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]))

@@ -111,19 +111,6 @@ def distance(one: Tensor, other: Tensor) -> Tensor:
     return (one - other).square().flatten(1).mean(dim=1).view(2, 3)
 
 
-def test_gradient_of_dgpo_by_finite_differences() -> None:
-    """The groups' weights have no gradient."""
-    loss, velocity = DGPOLoss(10.0, 0.1, None), VELOCITY.clone().requires_grad_()
-    result = loss(velocity, None, TARGET, ADVANTAGE, REFERENCE)
-    result.loss.backward()
-
-    def held(one: Tensor) -> Tensor:
-        rows = result.weight[:, None] * ADVANTAGE * distance(one, TARGET)
-        return (rows + 0.1 * distance(one, REFERENCE)).mean()
-
-    torch.testing.assert_close((velocity.grad * drawn(5)).sum(), slope_along(held, drawn(5)), rtol=1e-6, atol=1e-9)
-
-
 @pytest.mark.parametrize("temperature", [None, 0.5])
 @pytest.mark.parametrize("form", ["mse", "bce"])
 def test_gradient_of_crd_by_finite_differences(form: str, temperature: float | None) -> None:

@@ -23,16 +23,6 @@ def test_target_of_one_element() -> None:
     assert RAMLoss(10.0).target(3 * one, 6 * one, 7 * one, torch.tensor([0.5])).item() == 8.0
 
 
-def test_a_target_has_no_gradient() -> None:
-    parts = [part.clone().requires_grad_() for part in (REFERENCE, OLD)]
-    assert not directed_target(*parts, ADVANTAGE).requires_grad
-
-
-def test_gradient_by_finite_differences() -> None:
-    output = drawn(4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda one: RAMLoss()(one, OLD, REFERENCE, TRUE, ADVANTAGE), output)
-
-
 @pytest.mark.parametrize(("multiplier", "advantage"), [(0.0, ADVANTAGE), (10.0, torch.zeros(4, dtype=torch.float64))])
 def test_without_a_reward_the_reference_is_the_target(multiplier: float, advantage: Tensor) -> None:
     loss = RAMLoss(multiplier)

@@ -97,15 +97,6 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-8)
 
 
-def test_an_untrained_policy_is_undecided() -> None:
-    module = dpo(moved=0.0)
-    loss = module.training_step(weighted_batch(3), 0)
-    assert loss.item() == pytest.approx(0.693147, abs=1e-5)
-    assert module.logged["train/implicit_accuracy"] == 0.5
-    assert module.logged["train/margin"] == 0
-    assert module.logged["train/drift"] == 0
-
-
 def test_images_of_a_pair_share_noise_and_timestep() -> None:
     module, seen = dpo(), []
     module.policy.network.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))

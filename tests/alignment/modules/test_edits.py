@@ -336,11 +336,6 @@ def test_a_monitor_of_another_size_scores_edits_at_its_own(tmp_path: Path) -> No
     assert module.policy.source_encoder.loader == PixelLoader(32, 48, "center_crop", exif="apply")
 
 
-def test_the_reward_needs_an_editor() -> None:
-    with pytest.raises(InputError, match=r"their sources, but FLUX\.1 makes pictures from text alone; give a"):
-        UnchangedRegion().load(TWINS["flux1_dev"].source().load())
-
-
 def run(folder: Path, processes: int = 1, path: Path | None = None) -> dict[str, Tensor]:
     """Three steps of LPO with a checkpoint after each, from one in mid rollout if there is a path."""
     saver = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)

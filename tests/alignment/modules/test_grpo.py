@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW
 from latentreward.alignment import (
     Branching,
     ClippedPolicyLoss,
+    GroupAdvantage,
     Policy,
     PolicySource,
     Reward,
@@ -93,7 +94,7 @@ def test_stepwise_advantages_are_those_of_the_scores_of_one_state() -> None:
 
 @pytest.mark.parametrize("global_std", rotated_after(1, [True, False]))
 def test_trajectory_advantages_are_those_of_the_finished_latents(global_std: bool) -> None:
-    module = trajectory(global_std=global_std)
+    module = trajectory(advantage=GroupAdvantage("all" if global_std else "group"))
     samples = module.roll_out(BATCH)
     last = samples.next_latents[samples.timesteps == samples.timesteps.min()][:, 0]
     rewards = 10 * last[:, 0].flatten(1).mean(dim=1).double().view(2, 3)

@@ -78,7 +78,7 @@ def test_advantages_are_divided_by_the_contrast() -> None:
     rows = module.roll_out(BATCH)
     first = [rows.keys.index(next(key for key in rows.keys if key.startswith(f"{one}/"))) for one in samples_of(rows)]
     rewards = 10 * rows.latents[first][:, 0].flatten(1).mean(dim=1).view(2, 4)
-    contrast = module.finished.agreement.contrast
+    contrast = module.rollout.agreement.contrast
     assert contrast > 1.1
     want = (rewards - rewards.mean(dim=1, keepdim=True)) / contrast
     torch.testing.assert_close(rows.advantage[first].view(2, 4), want.float(), rtol=1e-3, atol=1e-4)
@@ -88,7 +88,7 @@ def test_prompts_of_small_spread_are_left_out() -> None:
     """All but the one of the largest spread, whatever the bound."""
     whole = make("nft", pruning=Pruning(6, 2))
     whole.roll_out(BATCH)
-    spreads = whole.finished._batches[0][0].std(dim=1, correction=0).tolist()
+    spreads = whole.rollout._batches[0][0].std(dim=1, correction=0).tolist()
     for bound, left in ((min(spreads) * 0.99, 2), (sum(spreads) / 2, 1), (max(spreads) * 2, 1)):
         module = make("nft", pruning=Pruning(6, 2, min_spread=bound))
         rows = module.roll_out(BATCH)

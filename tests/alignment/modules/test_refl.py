@@ -265,12 +265,6 @@ def test_any_step_is_learned_from_at_its_own_noise_level(name: str) -> None:
         assert told.pop().tolist() == [module.sampler.timesteps[module.stop_index(number) + 1].item()] * 2
 
 
-def test_states_are_scored_without_guidance_unless_it_is_asked_for() -> None:
-    assert refl(guidance_scale=None).guidance_scale == 5.0
-    assert refl(guidance_scale=None, **PRFL).guidance_scale == 1.0
-    assert refl(guidance_scale=2.0, **PRFL).guidance_scale == 2.0
-
-
 # terms and limits
 
 

@@ -88,7 +88,7 @@ def fill(latents: Tensor, timesteps: Tensor, prompts: Sequence[str], clean: Tens
         (CallableReward(fill).load, "score", r"reward CallableReward \(test_callable.py:\d+\)"),
         (CallableReward(fill, needs_clean=True).load, "score_clean", r"reward CallableReward \(test_callable.py:\d+\)"),
         (lambda policy: Darker(), "score", "reward Darker"),
-        (lambda policy: Darker(), "score_clean", r"Darker\.score_clean"),
+        (lambda policy: Darker(), "score_clean", "reward Darker"),
     ],
 )
 def test_a_reward_that_changes_what_is_trained_on_is_refused(load: Any, method: str, name: str, policy: Policy) -> None:
@@ -99,7 +99,7 @@ def test_a_reward_that_changes_what_is_trained_on_is_refused(load: Any, method: 
             if method == "score":
                 reward(states, reward.encode_prompts(PROMPTS))
             else:
-                reward.score_clean(states.latents, states.rows, reward.encode_prompts(PROMPTS))
+                reward.begin_parts(states.latents, states.rows, reward.encode_prompts(PROMPTS))()
 
 
 @pytest.mark.parametrize("kind", ["noise", "readout"])

@@ -13,13 +13,10 @@ from latentreward.alignment import LatentReward, Policy, RewardMixture, surrogat
 from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.apps.generation import policy_of
 from latentreward.core.contracts import NoisyStates
-from latentreward.core.errors import InputError
 from latentreward.diffusion import LoRA
-from latentreward.reward import RewardModel
 from latentreward.reward.modules.training import single_optimizer
 from tests.alignment.rewards.stored import PROMPTS, states_of, tiny_policy, write_run
 from tests.marks import rotated_after
-from tests.reward.scoring.test_published import write_dina
 from tests.tiny_pipelines import pipeline_folder
 
 FROZEN_TEXT = {"text_encoder_tuning": "frozen"}
@@ -127,29 +124,6 @@ def test_an_adapter_on_other_layers_than_the_policys(tmp_path: Path) -> None:
     shared = LatentReward(str(tmp_path)).load(policy)
     assert torch.equal(scores(shared, policy), scores(own, policy))
     assert torch.equal(outputs(policy), before)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("bases_here")
-def test_a_damaged_adapter_is_not_shared(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "lrm", "sd15", **SMALL)
-    RewardModel.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "model")
-    weights = tmp_path / "model" / "adapter" / "adapter_model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(InputError, match=r"adapter_model\.safetensors is damaged"):
-        LatentReward(str(tmp_path / "model")).load(tiny_policy("sd15"))
-
-
-@pytest.mark.slow
-def test_the_published_layout_of_dina_lrm_shares_too(tmp_path: Path) -> None:
-    write_dina(tmp_path)
-    policy = tiny_policy("sd35", t5_length=256)
-    own = LatentReward(str(tmp_path), share="never").load(policy)
-    size = elements(policy)
-    shared = LatentReward(str(tmp_path)).load(policy)
-    assert torch.equal(scores(shared, policy), scores(own, policy))
-    assert elements(policy, shared) == size + elements(shared.model.head)
 
 
 @pytest.mark.parametrize(

@@ -58,20 +58,6 @@ def test_going_on_from_the_best_or_the_worst(how: Any, extreme: Callable[..., Te
         assert torch.equal(after, step.candidates[extreme(step.scores, dim=0), torch.arange(3)])
 
 
-def test_choices_do_not_look_at_scores() -> None:
-    policy, sampler = parts("sd15")
-
-    class Opposite(Brightness):
-        def score(self, states: Any, encoded: Tensor) -> Tensor:
-            return -super().score(states, encoded)
-
-    one, two = (
-        roll_out(policy, sampler, reward, PROMPTS, Branching(3), STEPS, 1.0, seed=0)[1]
-        for reward in (Brightness(), Opposite())
-    )
-    assert torch.equal(one, two)
-
-
 @both_families
 @pytest.mark.parametrize("needs_clean", [False, True])
 def test_outside_the_window_nothing_is_scored(name: str, needs_clean: bool) -> None:

@@ -80,12 +80,6 @@ def test_a_perfect_network_keeps_the_marginals(kind: str, eta: float) -> None:
         torch.testing.assert_close(following.var(dim=-1), (1 - alpha).expand(1, 4), rtol=0.05, atol=0)
 
 
-def test_eta_scales_the_noise() -> None:
-    full, half = DDIMSampler(CONFIG, 20, 1.0), DDIMSampler(CONFIG, 20, 0.5)
-    torch.testing.assert_close(half.noise_std, 0.5 * full.noise_std)
-    assert not DDIMSampler(CONFIG, 20, 0.0).noise_std.any()
-
-
 @pytest.mark.parametrize("config", [{"set_alpha_to_one": True}, {"steps_offset": 0}])
 def test_last_step_may_have_no_noise(config: dict[str, Any]) -> None:
     std = DDIMSampler(CONFIG | config, 20).noise_std
@@ -114,19 +108,6 @@ def test_float32_whatever_comes_in() -> None:
         assert sampler.clean(latents, output, timesteps).dtype == torch.float32
     assert found.mean.dtype == torch.float32
     assert torch.equal(found.mean, expected.mean)
-
-
-def test_five_dimensional_latents() -> None:
-    sampler = DDIMSampler(CONFIG, 20)
-    latents = torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
-    transition = sampler.transition(latents, latents, sampler.timesteps[:2])
-    assert transition.mean.shape == latents.shape
-    assert transition.log_prob(latents.expand(6, *latents.shape)).shape == (6, 2)
-
-
-def test_next_timestep() -> None:
-    sampler = DDIMSampler(CONFIG, 20)
-    assert [sampler.next_timestep(index) for index in (0, 18, 19)] == [901.0, 1.0, 0.0]
 
 
 def test_timesteps_of_another_schedule_are_refused() -> None:

@@ -73,16 +73,6 @@ def test_steps_without_noise_do_not_count(kind: type[ScheduledThreshold]) -> Non
     assert kind(0.2, 0.6).threshold(18, silent_at_the_end) == pytest.approx(0.2)
 
 
-def test_sigma_threshold_by_hand(sampler: DDIMSampler) -> None:
-    std = sampler.noise_std.tolist()
-    fraction = (std[7] - std[19]) / (std[0] - std[19])
-    assert SigmaThreshold(0.35, 0.5).threshold(7, sampler) == pytest.approx(0.35 + 0.15 * fraction, rel=1e-5)
-
-
-def test_one_step_takes_the_low_threshold() -> None:
-    assert SigmaThreshold(0.2, 0.6).threshold(0, FlowSDESampler(*static_levels({"shift": 3.0}, 1))) == 0.2
-
-
 @pytest.mark.parametrize(("quantile", "kept"), [(0.0, 40), (0.5, 20), (0.75, 10), (1.0, 1)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0])
 def test_quantile_keeps_a_share_at_any_scale(quantile: float, kept: int, scale: float, sampler: DDIMSampler) -> None:

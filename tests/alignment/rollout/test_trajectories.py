@@ -18,7 +18,6 @@ from latentreward.alignment import (
     score_finished,
 )
 from latentreward.core.contracts import PromptBatch
-from latentreward.core.errors import InputError
 from latentreward.diffusion.backbones.loading import tiny_pipeline
 from tests.alignment.rollout.tiny_rollout import PROMPTS, tiny_policy
 from tests.marks import rotated_after, slow_after
@@ -125,14 +124,6 @@ def test_reference_samples_come_from_the_bare_network() -> None:
     assert not torch.allclose(after, before, atol=0.01)
     assert torch.equal(sample_latents(policy, PROMPTS, STEPS, 3.0, seed=0, reference=True), before)
     assert torch.equal(sample_latents(policy, PROMPTS, STEPS, 3.0, seed=0), after)
-
-
-def test_other_sizes() -> None:
-    policy = tiny_policy("sd_tiny")
-    sampling = Sampling(2, height=48, width=32)
-    assert sample_latents(policy, PROMPTS, sampling, 1.0, seed=0).shape == (3, 4, 12, 8)
-    with pytest.raises(InputError, match="height=50"):
-        sample_latents(policy, PROMPTS, Sampling(2, height=50), 1.0, seed=0)
 
 
 class Noise:

@@ -86,7 +86,7 @@ def refusal(capsys: pytest.CaptureFixture[str], images: str, output: str, model:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", slow_after(1, ["csv", "jsonl", "parquet"]))
+@pytest.mark.parametrize("suffix", slow_after(1, ["csv", "parquet"]))
 def test_scores_are_the_model_s_own(here: Path, dina: str, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = write_pictures(here / "pics", 13)
     table = score("pics", f"out/scores.{suffix}", dina, "--batch_size=3", "--flush_every=6")

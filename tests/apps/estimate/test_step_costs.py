@@ -32,11 +32,16 @@ from latentreward.alignment import (
     TrajectoryGRPOModule,
 )
 from latentreward.apps.estimate.batches import prompt_batch
-from latentreward.apps.estimate.shapes import IN_FLOAT32, SavedTensors, ShapesOnly, gpu_autocast
+from latentreward.apps.estimate.shapes import (
+    IN_FLOAT32,
+    SavedTensors,
+    ShapesOnly,
+    complete_flop_formulas,
+    gpu_autocast,
+)
 from latentreward.apps.estimate.step_costs import StepCosts, step_costs
 from latentreward.apps.estimate.unread import UnreadReward
 from latentreward.core.contracts import PromptBatch, take_rows
-from latentreward.core.operator_work import complete_flop_formulas
 from latentreward.diffusion import LoRA
 from latentreward.reward import StepAwareScorer
 from latentreward.reward.modules.training import stored_parts

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from peft import LoraConfig
 
 from latentreward.apps.generation import StepSearch, policy_of
+from latentreward.apps.generation.step_search import levels_of
 from latentreward.core.errors import InputError
 from latentreward.diffusion.backbones.loading import tiny_pipeline
 from latentreward.tinyworld.sampling import load_pipeline
@@ -31,43 +32,46 @@ def pipeline_of(name: str) -> Any:
     return pipeline
 
 
-def generate(name: str, arguments: dict[str, Any], guidance_scale: float = 3.0, steps: int = 6) -> torch.Tensor:
+def latents_of(name: str) -> torch.Tensor:
+    shape = policy_of(pipeline_of(name)).latent_shape()
+    return torch.randn(len(PROMPTS), *shape, generator=torch.Generator().manual_seed(0))
+
+
+def generate(name: str, search: Any, number: int = 2, steps: int = 6) -> torch.Tensor:
     options = {"max_sequence_length": 0} if name.startswith("sd35") else {}
+    latents = latents_of(name)[:number]
     return pipeline_of(name)(
-        PROMPTS, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="latent", **options, **arguments
-    ).images
+        PROMPTS[:number], num_inference_steps=steps, guidance_scale=3.0, output_type="latent", latents=latents,
+        callback_on_step_end=search, **options,
+    ).images  # fmt: skip
 
 
-def search_of(name: str, reward: MeanLatent, **options: Any) -> StepSearch:
-    return StepSearch(policy_of(pipeline_of(name)), reward, PROMPTS, **options)
+def search_of(name: str, reward: MeanLatent, number: int = 2, **options: Any) -> StepSearch:
+    return StepSearch(policy_of(pipeline_of(name)), reward, PROMPTS[:number], latents_of(name)[:number], **options)
 
 
 @pytest.mark.parametrize("name", rotated_after(2, FAMILIES))
-def test_search_raises_the_reward_above_plain_sampling(name: str) -> None:
-    reward = MeanLatent()
-    search = search_of(name, reward, num_candidates=6)
-    found = generate(name, search.pipeline_arguments())
-    best = torch.stack([scores.max(dim=0).values - scores.mean(dim=0) for scores in search.scores])
-    assert (best > 0).all()
-    arguments = search.pipeline_arguments()
-    del arguments["callback_on_step_end"]
-    plain = generate(name, arguments)
-    assert found.mean() > plain.mean() + 0.01
+def test_the_pipeline_goes_on_from_the_best_candidate(name: str) -> None:
+    search = search_of(name, MeanLatent(), num_candidates=6)
+
+    def watched(pipeline: Any, index: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        made = search(pipeline, index, timestep, inputs)
+        if len(search.scores) == index + 1:
+            states = made["latents"] * levels_of(pipeline.scheduler, float(timestep)).next_scale
+            torch.testing.assert_close(states.flatten(1).mean(dim=1), search.scores[index].max(dim=0).values)
+        return made
+
+    generate(name, watched)
     assert len(search.scores) == (6 if name == "sd_tiny" else 5)  # the others' last step leads to a clean state
+    assert all((scores.std(dim=0) > 0).all() for scores in search.scores)
 
 
 @pytest.mark.slow
 def test_equal_seeds_give_equal_pictures_and_batches_do_not_matter() -> None:
-    reward = MeanLatent()
-    both = generate("sd_tiny", search_of("sd_tiny", reward, seed=1).pipeline_arguments())
-    again = generate("sd_tiny", search_of("sd_tiny", reward, seed=1).pipeline_arguments())
-    other = generate("sd_tiny", search_of("sd_tiny", reward, seed=2).pipeline_arguments())
+    both, again, other = (generate("sd_tiny", search_of("sd_tiny", MeanLatent(), seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(both, again)
     assert not torch.allclose(both, other, atol=0.1)
-    alone = StepSearch(policy_of(pipeline_of("sd_tiny")), reward, PROMPTS[:1], seed=1)
-    first = pipeline_of("sd_tiny")(
-        PROMPTS[0], num_inference_steps=6, guidance_scale=3.0, output_type="latent", **alone.pipeline_arguments()
-    ).images
+    first = generate("sd_tiny", search_of("sd_tiny", MeanLatent(), number=1, seed=1), number=1)
     torch.testing.assert_close(first, both[:1], atol=1e-3, rtol=1e-3)
 
 

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -319,19 +318,6 @@ def test_broken_http_is_answered_with_a_400(address: str, sent: bytes) -> None:
     answers = raw(address, sent, b"", pause=0.1)
     assert b" 400 " in answers.splitlines()[0] and answers.count(b"HTTP/1.1") == 1
     assert httpx.get(f"{address}/healthz").status_code == 200
-
-
-def test_connections_that_idle_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "IDLE_SECONDS", 1)
-    monkeypatch.setattr(app, "CONNECTIONS", 32)
-    with serving(tiny_reward(), queue=8) as (address, _), ExitStack() as stack:
-        place = address.removeprefix("http://").split(":")
-        for _ in range(40):
-            stack.enter_context(socket.create_connection((place[0], int(place[1]))))
-        began = time.monotonic()
-        while httpx.get(f"{address}/healthz").status_code == 503:
-            assert time.monotonic() < began + 60
-            time.sleep(0.05)
 
 
 def test_decoding_ends_at_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:

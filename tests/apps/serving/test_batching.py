@@ -124,7 +124,7 @@ def test_a_full_queue_refuses_and_tells_when_to_come_back() -> None:
         await asyncio.sleep(0.01)
         with pytest.raises(RequestError, match="7 of 10 places in the queue are taken") as raised:
             await batcher.score([Number(0)] * 4)
-        assert raised.value.status == 503 and int(raised.value.headers["Retry-After"]) >= 1
+        assert raised.value.status_code == 503 and int(raised.value.headers["Retry-After"]) >= 1
         third = asked(batcher, 1, 2, 3)
         await freed(model, first, waiting, third)
 
@@ -140,7 +140,7 @@ def test_a_request_that_would_wait_too_long_is_refused_at_once() -> None:
         await asyncio.sleep(0.01)
         with pytest.raises(RequestError, match="8 rows are ahead, which take some 80 seconds") as raised:
             await batcher.score([Number(0)] * 8)
-        assert (raised.value.status, raised.value.headers) == (503, {"Retry-After": "20"})
+        assert (raised.value.status_code, raised.value.headers) == (503, {"Retry-After": "20"})
         short = asked(batcher, 5)  # its turn comes before that of the last rows
         await freed(model, first, long, short)
 

@@ -255,7 +255,7 @@ def test_latents_of_sources_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(RequestError) as caught:
         parse_latents(body_of({"latents": latents(1), **sources}, TEXT), replace(served[1].accepted, **changes))
-    assert caught.value.status in (400, 413, 422) and key in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.status_code in (400, 413, 422) and key in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ def test_bad_requests_are_refused_in_one_line(body: bytes, key: str, status: int
     rows_of_unequal = b"[2," in body[:200]
     with pytest.raises(RequestError) as caught:
         parse_request(body, UNEQUAL if rows_of_unequal else ACCEPTED)
-    assert (caught.value.status, key in str(caught.value)) == (status, True), str(caught.value)
+    assert (caught.value.status_code, key in str(caught.value)) == (status, True), str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
@@ -226,7 +226,7 @@ def test_bad_latents_with_prompts_are_refused_in_one_line(body: bytes, key: str,
     states = b'"timesteps"' in body
     with pytest.raises(RequestError) as caught:
         parse_states(body, ACCEPTED, PROCESS) if states else parse_latents(body, ACCEPTED)
-    assert (caught.value.status, key in str(caught.value)) == (status, True), str(caught.value)
+    assert (caught.value.status_code, key in str(caught.value)) == (status, True), str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
@@ -267,7 +267,7 @@ def test_hostile_headers_are_refused_in_one_short_line_and_little_memory(body: b
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(RequestError) as caught:
         ACCEPTED.read(body, 2**20, "latents=B C h w, u=B")
-    assert caught.value.status == 400 and "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    assert caught.value.status_code == 400 and "\n" not in str(caught.value) and len(str(caught.value)) < 300
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 48 * 1024  # KiB
 
 
@@ -334,4 +334,4 @@ def test_models_that_pool_tokens_take_a_mask_in_place_of_the_pooled_vector() -> 
     ):
         with pytest.raises(RequestError, match=message) as caught:
             parse_request(save(tensors), accepted)
-        assert caught.value.status == status
+        assert caught.value.status_code == status

@@ -158,13 +158,6 @@ def test_another_account_of_this_machine_does_not_know_the_address(server: Ratin
     assert not (server.folder / RATINGS).exists()
 
 
-def test_no_page_elsewhere_shows_this_one_or_its_pictures(server: RatingServer) -> None:
-    for path in ("/", "/picture/0"):
-        with urllib.request.urlopen(server.url + path.removeprefix("/"), timeout=300) as reply:
-            assert reply.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
-            assert reply.headers["Cross-Origin-Resource-Policy"] == "same-origin"
-
-
 def test_a_full_disk_keeps_earlier_ratings(server: RatingServer) -> None:
     answer = {**json.loads(ask(server, "/state")[1])["pair"], "answer": "a"}
     ask(server, "/rate", answer)

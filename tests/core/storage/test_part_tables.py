@@ -1,11 +1,9 @@
 """A table in parts: whole or absent, refused if it belongs to another run, put together at the end."""
 
-import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
-import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 import pytest
 
@@ -28,11 +26,11 @@ def fill(output: Path, rows: int, length: int, spec: dict = SPEC) -> None:
         files.finish()
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
 def test_whole_table(tmp_path: Path, suffix: str) -> None:
     output = tmp_path / "new folder" / f"scores{suffix}"
     fill(output, rows=10, length=4)
-    read = {".parquet": pq.read_table, ".csv": pa_csv.read_csv, ".jsonl": pa_json.read_json}[suffix](output)
+    read = {".parquet": pq.read_table, ".csv": pa_csv.read_csv}[suffix](output)
     assert read.to_pydict() == table(range(10)).to_pydict()
     assert sorted(path.name for path in output.parent.iterdir()) == [output.name, f"{output.name}.json"]
     with PartFiles(output, SPEC, 10) as files:
@@ -71,7 +69,7 @@ def test_a_file_of_someone_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is there already"):
         fill(output, 4, 2)
     assert output.read_text() == "mine"
-    with pytest.raises(InputError, match=r"it must end in \.parquet, \.csv or \.jsonl"):
+    with pytest.raises(InputError, match=r"it must end in \.parquet or \.csv"):
         fill(tmp_path / "scores.txt", 4, 2)
 
 
@@ -133,16 +131,3 @@ def test_a_part_of_rows_that_the_table_has_not_is_refused_before_work(tmp_path: 
     foreign.unlink()
     fill(output, 4, 2)
     assert pa_csv.read_csv(output).to_pydict() == table(range(4)).to_pydict()
-
-
-def test_json_lines_hold_what_json_can(tmp_path: Path) -> None:
-    output, names = tmp_path / "scores.jsonl", ["one", 'two "\n\u2028\u202e', None, ""]
-    scores = pa.array([0.1, float("nan"), None, float("inf")], pa.float32())
-    with PartFiles(output, SPEC, 4) as files:
-        files.write(range(4), pa.table({"name": names, "score": scores, "width": [1, 2, 3, None]}))
-        files.finish()
-    lines = output.read_text().split("\n")
-    assert lines[0] == '{"name": "one", "score": 0.1, "width": 1}'
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines[:-1]]
-    assert [row["name"] for row in rows] == names
-    assert [row["score"] for row in rows] == [0.1, None, None, None]

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
+from datasets import Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
 from PIL import Image as Pictures
 
 from latentreward.core.contracts import sources_of
@@ -43,13 +43,11 @@ def contents(reader: DatasetPairReader) -> list[tuple[str, bytes, bytes, float |
 
 
 def test_every_source_gives_the_same_rows(dataset, rows, tmp_path) -> None:
-    dataset.save_to_disk(tmp_path / "saved")
-    DatasetDict(train=dataset, val=dataset.select([0])).save_to_disk(tmp_path / "splits")
     (tmp_path / "plain" / "data").mkdir(parents=True)
     dataset.to_parquet(tmp_path / "plain" / "train.parquet")
     dataset.to_parquet(tmp_path / "plain" / "data" / "val-00000-of-00001.parquet")
     places = [dataset, DatasetDict(train=dataset), dataset.with_format("numpy")]
-    places += [str(tmp_path / name) for name in ("saved", "splits", "plain", "plain/train.parquet")]
+    places += [str(tmp_path / name) for name in ("plain", "plain/train.parquet")]
     expected = [*zip(rows["prompt"], rows["chosen"], rows["rejected"], [1.0] * 5, strict=True)]
     for place in places:
         reader = DatasetPairReader(place, randomise_sides=False)
@@ -58,10 +56,9 @@ def test_every_source_gives_the_same_rows(dataset, rows, tmp_path) -> None:
         assert reader.facts()["confidence"] == [0.5, 1.0, None, None, None]
         assert reader.remarks["confidence not readable"] == 2
         assert PairDataset(reader, LOADER)[4].pixels_a.shape == (3, 8, 8)
-    assert DatasetPairReader(str(tmp_path / "splits")).pair_ids()[4] == "train:4"
+    assert DatasetPairReader(dataset).pair_ids()[4] == "train:4"
     assert DatasetPairReader(str(tmp_path / "plain")).pair_ids()[4] == "train.parquet:4"
     assert len(DatasetPairReader(str(tmp_path / "plain"), "val")) == 5
-    assert len(DatasetPairReader(str(tmp_path / "splits"), "val")) == 1
 
 
 def test_a_pattern_of_files_is_their_rows_in_the_order_of_names(dataset, tmp_path) -> None:
@@ -102,19 +99,6 @@ def test_columns_of_other_names(dataset) -> None:
     assert (reader[1].pair_id, reader[1].image_a.image_key, len(reader[1].image_b.image_key)) == ("b", "b", 32)
     (remark,) = [one for one in DatasetPairReader(table, columns=names).remarks if one.startswith("unlabelled")]
     assert "no column label among caption, jpg_0" in remark
-
-
-def test_a_label_of_a_class_counts_by_its_name(dataset, tmp_path) -> None:
-    """The number of the class a is 0, which as a label would say that b is preferred."""
-    table = dataset.rename_columns({"chosen": "image_a", "rejected": "image_b"}).add_column("label", [0, 1, 2, -1, 0])
-    table = table.cast_column("label", ClassLabel(names=["a", "b", "tie"]))
-    table.to_parquet(tmp_path / "train.parquet")
-    for source in (table, tmp_path):
-        reader = DatasetPairReader(source)
-        assert [reader[n].label_a for n in range(5)] == [1.0, 0.0, 0.5, None, 1.0]
-    other = table.cast_column("label", ClassLabel(names=["left", "right", "both"]))
-    with pytest.raises(InputError, match=r"train:0: label is 'left', neither in \[0, 1\] nor a, b or tie"):
-        DatasetPairReader(other)
 
 
 def test_decimal_labels_are_numbers_and_a_split_without_rows_tells_why(dataset, tmp_path) -> None:
@@ -265,7 +249,6 @@ def test_paths_of_pictures_to_edit_lie_in_the_root(rows, tmp_path) -> None:
 
 
 def test_sources_that_have_no_such_rows(dataset, tmp_path) -> None:
-    DatasetDict(train=dataset).save_to_disk(tmp_path / "splits")
     dataset.to_parquet(tmp_path / "train.parquet")
     dataset.to_parquet(tmp_path / "train-00000-of-00001.parquet")
     cases = [
@@ -276,23 +259,6 @@ def test_sources_that_have_no_such_rows(dataset, tmp_path) -> None:
         with pytest.raises(InputError, match=message) as error:
             DatasetPairReader(source)
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"split: no 'test' in .*splits; it has train"):
-        DatasetPairReader(str(tmp_path / "splits"), "test")
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "no json", "other json", "deep json", "missing"])
-def test_damaged_folders_are_one_line(dataset, tmp_path, damage) -> None:
-    dataset.save_to_disk(tmp_path / "saved")
-    arrow, state = tmp_path / "saved" / "data-00000-of-00001.arrow", tmp_path / "saved" / "state.json"
-    if damage == "missing":
-        arrow.unlink()
-    elif damage in ("cut", "empty"):
-        arrow.write_bytes(arrow.read_bytes()[: 1500 if damage == "cut" else 0])
-    else:
-        state.write_text({"no json": "{", "other json": "[]", "deep json": "[" * 100_000}[damage])
-    with pytest.raises(InputError, match=r"saved.*damaged .*; write it again with save_to_disk") as error:
-        DatasetPairReader(str(tmp_path / "saved"))
-    assert "\n" not in str(error.value)
 
 
 def not_utf8(length: int) -> pa.Array:
@@ -337,15 +303,6 @@ def test_the_text_beside_the_bytes_of_an_image_may_be_damaged(rows, tmp_path, me
     assert reader[1].image_a.data == rows["chosen"][1]
 
 
-def test_a_folder_of_a_stranger_names_no_files_outside(dataset, tmp_path) -> None:
-    for name in ("saved", "other"):
-        dataset.save_to_disk(tmp_path / name)
-    state = tmp_path / "saved" / "state.json"
-    state.write_text(state.read_text().replace("data-0", "../other/data-0"))
-    with pytest.raises(InputError, match=r"\.\./other/data-00000-of-00001\.arrow leads out of .*saved"):
-        DatasetPairReader(str(tmp_path / "saved"))
-
-
 def test_a_parquet_of_a_stranger_names_no_files_elsewhere(tmp_path, jpeg) -> None:
     """The struct of an image may hold a path in place of bytes; in a data set made in this process, any path."""
     (tmp_path / "secret.jpg").write_bytes(jpeg())
@@ -357,14 +314,3 @@ def test_a_parquet_of_a_stranger_names_no_files_elsewhere(tmp_path, jpeg) -> Non
         PairDataset(DatasetPairReader(str(tmp_path / "set")), LOADER)[0]
     own = Dataset.from_dict({"prompt": ["x"], "chosen": [image], "rejected": [image], "confidence": [None]}, FEATURES)
     assert PairDataset(DatasetPairReader(own), LOADER)[0].pixels_a.shape == (3, 8, 8)
-
-
-def test_formats_are_recognised(dataset, tmp_path) -> None:
-    DatasetDict(val=dataset, train=dataset).save_to_disk(tmp_path / "splits")
-    (tmp_path / "plain").mkdir()
-    dataset.to_parquet(tmp_path / "plain" / "train.parquet")
-    dataset.remove_columns("prompt").to_parquet(tmp_path / "plain" / "other.parquet")
-    for place, names in (("splits", ["train", "val"]), ("plain", ["train"]), ("plain/train.parquet", ["train"])):
-        found = recognise(str(tmp_path / place))
-        assert list(found) == names
-        assert {type(build()).__name__ for build in found.values()} == {"DatasetPairReader"}

@@ -216,12 +216,6 @@ def test_remarks(write, changes, remark) -> None:
     assert reader[0].votes is reader[0].confidence is None
 
 
-def test_root_of_its_own(write, tmp_path) -> None:
-    file = write(PLAIN, folder="elsewhere")
-    reader = JSONLPairReader(file, root=str(tmp_path / "elsewhere"))
-    assert isinstance(PairDataset(reader, PixelLoader(8, 8))[0], LoadedPair)
-
-
 def test_byte_order_mark_and_surrogates(write) -> None:
     file = write('\ufeff{"prompt": "\\ud800x", "image_a": "a", "image_b": "b", "label": 1.0}')
     assert JSONLPairReader(file).prompts() == ["?x"]

@@ -134,9 +134,3 @@ def test_not_a_tar(write_tar, sample, tmp_path) -> None:
         PickAPicTarReader(str(tmp_path))
     with pytest.raises(InputError, match=r"root: no samples with jpg_0.jpg"):
         PickAPicTarReader(str(write_tar("only.tar", {"other.txt": "x"})))
-
-
-def test_a_split_may_have_its_own_folder(write_tar, sample) -> None:
-    path = write_tar("validation/00000.tar", sample(0))
-    reader = PickAPicTarReader(str(path.parent.parent), "validation")
-    assert (len(reader), reader[0].split) == (1, "validation")

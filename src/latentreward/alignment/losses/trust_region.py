@@ -26,16 +26,11 @@ class TrustRegion(Part):
     """Base class of :class:`RatioRule`, :class:`KLGate` and :class:`Penalty`, from which rules derive.
 
     A module takes one rule or a list, with at most one of each kind.
-
-    Attributes:
-        kind: What the rule changes: ``ratio`` (replaces clipping), ``gate`` (selects the samples that get the KL term)
-            or ``penalty`` (adds a term).
     """
 
-    @property
-    @abstractmethod
-    def kind(self) -> str:  # abstract, so that the base class alone is refused
-        """What the rule changes."""
+    # What the rule changes: ``ratio`` (replaces clipping), ``gate`` (selects the samples that get the KL term) or
+    # ``penalty`` (adds a term).
+    kind = ""
 
     def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
         """Raise InputError, before anything is loaded, if the rule does not go with loss and reward.

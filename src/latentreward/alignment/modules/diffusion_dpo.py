@@ -24,7 +24,7 @@ from latentreward.reward import (
     gather_with_grad,
     weighted_mean,
 )
-from latentreward.reward.modules.reward import EncodedPairs, PairDraws, Posterior, latents_of, snap_timesteps
+from latentreward.reward.modules.reward import EncodedPairs, PairDraws, latents_of, snap_timesteps
 
 
 class ImplicitPairs(NamedTuple):
@@ -45,20 +45,16 @@ class DiffusionDPOModule(AlignmentModule):
     rows kept in place of unusable ones). A soft label y with margin m gives −y log σ(m) − (1 − y) log σ(−m).
 
     Args:
-        policy: The generator.
         beta: β of :func:`~latentreward.alignment.implicit_rewards`.
         levels: Sampler of a training pair's timestep; None samples uniformly from 0, 1, …, 999, as the released code
             does. Flow matching uses the nearest timestep of its table.
-        posterior: Whether the VAE's latents of pixels are a ``sample`` of its posterior, new for each image and epoch,
-            or the posterior's ``mode``.
         eval_timesteps: Timesteps at which validation compares every pair, with the same noise in each epoch.
         linear: Linear-DPO's loss in place of the sigmoid; see :mod:`latentreward.alignment.losses.dpo`.
         reference: How slowly a moving average of the policy follows it, one move at each optimiser step. The average
             is then the reference, as in Linear-DPO; None keeps the network without its adapter.
         prior_noise: Add to each image the noise from which ``latentreward generate`` made it, as PNAPO
             (arXiv:2605.09433) does, instead of a random one. For flows, and pictures of nearly this policy.
-        options: See :class:`AlignmentModule`. Training uses no classifier-free guidance, as in the paper;
-            ``guidance_scale`` is for callbacks that sample, and for networks that take it as an input (FLUX.1-dev).
+        options: See :class:`AlignmentModule`. Training uses no classifier-free guidance, as in the paper.
     """
 
     def __init__(
@@ -66,7 +62,6 @@ class DiffusionDPOModule(AlignmentModule):
         policy: PolicySource,
         beta: float = 5000.0,
         levels: LevelSampler | None = None,
-        posterior: Posterior = "sample",
         eval_timesteps: Sequence[float] = (101, 301, 501, 701, 901),
         linear: LinearDPO | None = None,
         reference: DecayRamp | None = None,
@@ -81,7 +76,7 @@ class DiffusionDPOModule(AlignmentModule):
                 f"prior_noise: {family.title} is no flow, whose noise lies on one line with its picture; leave it out"
             )
         super().__init__(policy, None, **options)
-        self.beta, self.posterior, self.prior_noise = beta, posterior, prior_noise
+        self.beta, self.prior_noise = beta, prior_noise
         self.levels = levels or TimestepGrid(0, 999, 1)
         self.loss = BradleyTerryLoss()
         self.eval_timesteps = snap_timesteps(self.policy.noise_process, eval_timesteps)
@@ -102,7 +97,7 @@ class DiffusionDPOModule(AlignmentModule):
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws) -> EncodedPairs:
         """Encode images and prompts, and draw the noise: the same for both images of a pair, or each one's own."""
-        latents = latents_of(self.policy, batch, draws, self.posterior)
+        latents = latents_of(self.policy, batch, draws, "sample")
         conditioning = self.policy.conditioning_of(batch)
         shape = tuple(latents.shape[1:])
         noise = prior_noises(batch, shape) if self.prior_noise else draws.normal("noise", shape, per_image=False)

@@ -46,8 +46,6 @@ class ForwardProcessModule(AlignmentModule):
     """Base of the modules that learn from finished samples, with a copy of the adapter that samples.
 
     Args:
-        policy: The generator: a rectified flow, unless :attr:`flows_only` is False.
-        reward: Source of a reward that scores finished latents.
         copies: How each copy of the adapter follows the policy, by name.
         sampling: Sampler settings of rollouts, without noise; None takes the method's number of steps: AWM 14, the
             others 10.
@@ -56,12 +54,9 @@ class ForwardProcessModule(AlignmentModule):
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         advantage: Rule that turns rewards into advantages; None divides by the spread of all rewards of a rollout.
         trust_region: A :class:`~latentreward.alignment.Penalty`, or None. The other rules need a sampler's steps.
-        prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; a reward on a server scores
-            them while the next are sampled. None takes all.
-        pruning: How many candidates of a prompt are sampled, of which a latent reward picks the ``num_samples`` that
-            are finished. None finishes all samples.
-        options: See :class:`~latentreward.alignment.AlignmentModule`. Neither sampling nor training uses
-            classifier-free guidance.
+        prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; None takes all.
+        pruning: How many candidates of a prompt are sampled, of which a latent reward picks those that are finished.
+        options: See :class:`~latentreward.alignment.AlignmentModule`. There is no classifier-free guidance.
 
     Attributes:
         experience: :class:`~latentreward.core.contracts.RenoisedGroups` for a method whose rows hold all samples of a
@@ -140,7 +135,7 @@ class ForwardProcessModule(AlignmentModule):
         self.reward_sigmas, self.advantage = tuple(reward_sigmas), advantage or GroupAdvantage("all")
         self.guard, self.prompts_at_once = trust_region, prompts_at_once
         levels = len(reward_sigmas) if reward.uses_sigmas else 1
-        self.finished = FinishedSamples(num_samples, levels, pruning)
+        self.rollout = FinishedSamples(num_samples, levels, pruning)
         self.copies = [MovingCopy(self.policy, name, ramp) for name, ramp in copies.items()]
         self.followed = 0
         self._warned = False
@@ -157,21 +152,21 @@ class ForwardProcessModule(AlignmentModule):
 
     def make_experience(self, prompts: PromptBatch) -> SampledStates | None:
         self.move_copies()
-        self.finished.begin()
+        self.rollout.begin()
         sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
             with self.policy.adapters.use(OLD):
-                trajectories, finished = self.finished.sample(self, part, self.sampler)
+                trajectories, finished = self.rollout.sample(self, part, self.sampler)
             sampled.append(trajectories.finished.clone())  # a view would keep the states of all steps in memory
             del trajectories
             # A reward on a server scores these samples while the next are drawn.
             pending.append(begin_finished(self.reward, sampled[-1], finished, self.seed, self.reward_sigmas))
         latents = torch.cat(sampled)
-        prompts = self.finished.prompts
+        prompts = self.rollout.prompts
         rewards = self.reward.mix(torch.cat([wait() for wait in pending]), rows_of(prompts, latents))
         rewards = rewards.view(len(prompts), self.num_samples)
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
-        advantage = self.finished.advantages(self, rewards, self.advantage)
+        advantage = self.rollout.advantages(self, rewards, self.advantage)
         learned = (advantage.abs() > LEAST_ADVANTAGE).any()
         if not self.of_all_ranks(learned[None]).any():  # equal samples count beside others
             return None
@@ -179,9 +174,14 @@ class ForwardProcessModule(AlignmentModule):
         if self.experience is RenoisedGroups:
             samples = join_rows(self._rows_of(prompts, latents.unflatten(0, advantage.shape), advantage))
         else:
-            samples = join_rows(self._rows_of(self.finished.samples, latents, advantage.flatten()))
+            samples = join_rows(self._rows_of(self.rollout.samples, latents, advantage.flatten()))
+        self._warn_of_leftovers(len(samples))
+        return samples
+
+    def _warn_of_leftovers(self, rows: int) -> None:
+        """Warn once of rows of a rollout that no whole number of optimiser steps takes."""
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
-        rows, step = len(samples), size and size * self.trainer.accumulate_grad_batches
+        step = size and size * self.trainer.accumulate_grad_batches
         if step and rows % step and step % rows and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -189,7 +189,6 @@ class ForwardProcessModule(AlignmentModule):
                 "trainer.accumulate_grad_batches): rows that are left over are learned from after the adapter 'old' "
                 "has moved on; choose a divisor"
             )
-        return samples
 
     def move_copies(self) -> None:
         """Let the copies follow the policy, once after each optimiser step."""

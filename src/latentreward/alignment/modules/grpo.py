@@ -58,12 +58,9 @@ class GRPOModule(AlignmentModule):
     Log-probabilities are means over latent elements, as in Flow-GRPO.
 
     Args:
-        policy: The generator.
-        reward: Source of the reward.
         sampling: Sampler settings of rollouts; the sampler's noise is the exploration.
         loss: Clip range ε, weight of the KL divergence from the reference, bound of advantages.
-        options: See :class:`~latentreward.alignment.AlignmentModule`; guidance applies in sampling and in
-            training.
+        options: See :class:`~latentreward.alignment.AlignmentModule`.
     """
 
     experience = StepSamples
@@ -142,7 +139,6 @@ class StepwiseGRPOModule(GRPOModule):
     Step-GRPO of DRM, arXiv:2605.25661). States whose candidates all score equally are left out.
 
     Args:
-        policy: The generator.
         reward: Source of a reward that scores noisy states.
         candidates: Number of candidates K, timestep window, and the candidate with which a rollout goes on.
     """
@@ -192,28 +188,23 @@ class TrajectoryGRPOModule(GRPOModule):
     (arXiv:2305.13301) does.
 
     Args:
-        policy: The generator.
         reward: Source of a reward that scores finished latents.
         num_trajectories: Trajectories K per prompt.
-        low: Lowest timestep of the steps that are trained on.
-        high: Highest timestep of the steps that are trained on. Steps outside are sampled, but not trained on.
+        low: Lowest timestep of the steps that are trained on; others are sampled alone.
+        high: Highest timestep of these steps.
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
-        global_std: Divide advantages by the standard deviation of all rewards of a rollout, over all ranks, instead of
-            the prompt's own (Flow-GRPO's setting).
         loss: See :class:`GRPOModule`. :class:`~latentreward.alignment.OutcomeProcessLoss` takes the advantages of the
             finished sample and of ``credit`` as two terms.
         reward_guidance: Guidance of the rollouts by the reward's gradient (Euphonium, arXiv:2602.04928).
-        advantage: Rule that turns rewards into advantages; None is a :class:`~latentreward.alignment.GroupAdvantage` as
-            ``global_std`` says.
+        advantage: Rule that turns rewards into advantages; None is a :class:`~latentreward.alignment.GroupAdvantage`
+            that divides by the spread of all rewards of a rollout, over all ranks (Flow-GRPO's setting).
         credit: Rule that gives each step a reward of its own, from the reward of each state at the state's own noise
             level, and of the finished latents at the least of ``reward_sigmas``. None gives every step the reward of
             its finished image.
         window: Rule that chooses the steps with noise of each rollout; the others are not trained on.
         trust_region: Rule, or a list of rules, that keeps the policy near the one that sampled, or near the reference.
-        prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; a reward on a server scores
-            them while the next are sampled. None takes all.
-        pruning: How many candidates of a prompt are sampled, of which a latent reward picks the ``num_trajectories``
-            that are finished. None finishes all.
+        prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; None takes all.
+        pruning: How many candidates of a prompt are sampled, of which a latent reward picks those that are finished.
     """
 
     def __init__(
@@ -225,7 +216,6 @@ class TrajectoryGRPOModule(GRPOModule):
         low: float = 0.0,
         high: float = 1000.0,
         reward_sigmas: Sequence[float] = (0.4,),
-        global_std: bool = True,
         loss: ClippedPolicyLoss | None = None,
         reward_guidance: RewardGuidance | None = None,
         advantage: Advantage | None = None,
@@ -282,9 +272,9 @@ class TrajectoryGRPOModule(GRPOModule):
         self.num_trajectories, self.reward_sigmas = num_trajectories, tuple(reward_sigmas)
         self.prompts_at_once, self.rules = prompts_at_once, rules
         levels = len(reward_sigmas) if reward.uses_sigmas else 1
-        self.finished = FinishedSamples(num_trajectories, levels, pruning)
+        self.rollout = FinishedSamples(num_trajectories, levels, pruning)
         self.reward_guidance, self.credit, self.window = reward_guidance, credit, window
-        self.advantage = (advantage or GroupAdvantage("all" if global_std else "group")).weighing(reward.part_weights)
+        self.advantage = (advantage or GroupAdvantage("all")).weighing(reward.part_weights)
         self.part_signs = [-1.0 if weight < 0 else 1.0 for weight in reward.part_weights]
         self.trained_steps = steps
         if window is not None:
@@ -329,18 +319,18 @@ class TrajectoryGRPOModule(GRPOModule):
             start = self.window.start(len(steps), iteration, pair_generator(self.seed, "window", iteration, ""))
             steps = steps[start : start + self.window.size]
             sampler = WindowedSampler(self.sampler, self.plain_sampler, steps)
-        self.finished.begin()
+        self.rollout.begin()
         sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
             guided = sampler
             if self.reward_guidance is not None:
                 encoded = self.reward.encode_prompts(part.times(self.num_trajectories).prompts)
                 guided = GuidedSampler(sampler, self.reward_guidance, self.reward, encoded)
-            taken, finished = self.finished.sample(self, part, guided, keep_means="ratio" in self.rules)
+            taken, finished = self.rollout.sample(self, part, guided, keep_means="ratio" in self.rules)
             sampled.append(taken)
             # A reward on a server scores these samples while the next are drawn.
             pending.append(begin_finished(self.reward, taken.finished, finished, self.seed, self.reward_sigmas))
-        trajectories, prompts, repeated = Trajectories.join(sampled), self.finished.prompts, self.finished.samples
+        trajectories, prompts, repeated = Trajectories.join(sampled), self.rollout.prompts, self.rollout.samples
         latents = trajectories.finished
         scores = {}
         if self.gate is not None and self.gate.takes == "levels":
@@ -357,7 +347,7 @@ class TrajectoryGRPOModule(GRPOModule):
             areas = F.adaptive_avg_pool2d(latents.float().flatten(1, -3), 4)
             features = areas.flatten(1).unflatten(0, rewards.shape)
         given = parts if self.advantage.takes_parts else rewards
-        outcome = self.finished.advantages(self, given, self.advantage, features)
+        outcome = self.rollout.advantages(self, given, self.advantage, features)
         outcome = outcome[..., None].expand(*rewards.shape, len(steps))
         process = None
         if self.credit is not None:

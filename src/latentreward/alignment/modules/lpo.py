@@ -23,7 +23,6 @@ class LPOModule(AlignmentModule):
     ``train/implicit_accuracy``, ``train/margin``, ``train/clamped``.
 
     Args:
-        policy: The generator.
         reward: Source of the reward, which scores the candidates.
         selection: Rule that keeps pairs; None takes LPO's thresholds for SD1.5.
         sampling: Sampler settings of the rollouts, also used in training; None takes LPO's 20 DDIM steps with eta 1.

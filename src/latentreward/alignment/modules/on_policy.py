@@ -174,11 +174,9 @@ class OnPolicyDistillationModule(AlignmentModule):
     :class:`~latentreward.alignment.OnPolicyLoss`; logs ``train/loss``.
 
     Args:
-        policy: The generator.
         teachers: At least one :class:`Teacher`.
         sampling: Sampler settings of rollouts; None takes 10 steps without noise.
         steps: Choice of the sampler's steps whose states are learned from, for each sample; None takes all.
-        loss: See :class:`~latentreward.alignment.OnPolicyLoss`.
         prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory. None takes all.
         guidance_scale: Guidance scale of the policy, in sampling and training; None switches guidance off.
     """

@@ -68,7 +68,6 @@ class DiffusionOPSDModule(ForwardProcessModule):
     ``train/loss``, ``train/kl`` and ``train/reward``, that of the prediction.
 
     Args:
-        policy: The generator, of any family.
         reward: Source of a differentiable reward that judges each sample by itself.
         query_sigma: Noise level of the states, in (0, 1) and among those of the sampler's steps. Published: 0.278 for
             SD3.5-M, with pixel rewards.

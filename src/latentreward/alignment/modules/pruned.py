@@ -1,7 +1,5 @@
 """Samples of a module that learns from finished samples, perhaps pruned: sampling, advantages, and what they cost."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -34,7 +32,7 @@ class FinishedSamples:
         self, module: AlignmentModule, prompts: PromptBatch, sampler: StepSampler, keep_means: bool = False
     ) -> tuple[Trajectories, PromptBatch]:
         """Sample a batch of prompts; also return the prompts of which K samples were finished."""
-        settings: tuple[Any, ...] = (module.sampling, module.guidance_scale, module.seed)
+        settings = (module.sampling, module.guidance_scale, module.seed)
         if (pruning := self.pruning) is None:
             names = prompts.times(self.count)
             self.prompts, self.samples = self.prompts + prompts, self.samples + names
@@ -57,7 +55,7 @@ class FinishedSamples:
             return rows[there].flatten()
 
         prune = pruning.after_steps, choose
-        taken, rows = sample_pruned(module.policy, sampler, names, *settings, prune, keep_means)
+        taken, rows = sample_pruned(module.policy, sampler, names, *settings, prune=prune, keep_means=keep_means)
         finished = prompts.select(self._batches[-1][2].nonzero().flatten().tolist())
         self.prompts, self.samples = self.prompts + finished, self.samples + names.select(rows.tolist())
         return taken, finished

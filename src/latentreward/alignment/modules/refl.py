@@ -85,8 +85,6 @@ class ReFLModule(AlignmentModule):
     maximised this directly is soon exploited: use ``kl_weight`` or ``pretraining_weight``, and ``HackingMonitor``.
 
     Args:
-        policy: The generator.
-        reward: Source of a differentiable reward.
         sampling: Steps and noise of the sampler. ReFL: 40 steps of DDPM (``eta: 1``).
         stop_range: Range [low, high] of the number of steps that are left when the sampler stops, sampled uniformly for
             each batch, equal on all ranks. ReFL: [1, 10] of 40. [1, 1] finishes the samples, as DRaFT

@@ -81,7 +81,8 @@ class Reward(nn.Module, Part):
         They are those of each reward of a mixture, not weighted. Only a reward with :attr:`answers_later` works in the
         meantime. The functions are to be called in the order of the calls of this method.
         """
-        parts = self.score_clean(latents, rows, encoded, noise, sigmas)[:, None]
+        with unchanged(f"reward {self.name or type(self).__name__}", latents):
+            parts = self.score_clean(latents, rows, encoded, noise, sigmas)[:, None]
         return lambda: parts
 
     def mix(self, parts: Tensor, rows: Tensor) -> Tensor:

@@ -179,8 +179,8 @@ class RemoteLatentReward(RemoteReward):
 
     def __init__(self, source: HTTPReward, policy: Policy, served: ServedReward | None) -> None:
         super().__init__()
-        self.sigma = source.schema.sigma
-        self.latents = RemoteLatents(source.server, source.schema, source.batch_size, served)
+        schema: Any = source.schema
+        self.sigma, self.latents = schema.sigma, RemoteLatents(source.server, schema, source.batch_size, served)
         self.__dict__["policy"] = policy  # not as a submodule: the LightningModule registers the policy already
 
     @torch.no_grad()

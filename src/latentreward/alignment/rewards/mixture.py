@@ -59,14 +59,17 @@ class RewardMixture(RewardSource):
 
     @property
     def parts(self) -> int:  # type: ignore[override]  # no attribute: recorded settings hold those
+        """Number of rewards."""
         return len(self.rewards)
 
     @property
     def part_weights(self) -> Sequence[float]:  # type: ignore[override]
+        """Weights of the rewards."""
         return self.weights
 
     @property
     def uses_sigmas(self) -> bool:  # type: ignore[override]
+        """Whether one of the rewards scores finished latents at noise levels."""
         return any(reward.uses_sigmas for reward in self.rewards)
 
     def latent_space(self) -> LatentSpace | None:

@@ -1,6 +1,5 @@
 """``latentreward evaluate-policy``: score pictures of one or two generators, made from the same prompts and noise."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -215,8 +214,6 @@ def _prompt_rows(prompts: str | None, found: Mapping[str, Sequence[PromptRow]]) 
 
 def _notes(rows: Sequence[PromptRow], policies: Mapping[str, samples.JudgedPolicy], sampling: Sampling) -> list[str]:
     notes = []
-    if repeated := sum(number - 1 for number in Counter(row.prompt for row in rows).values()):
-        notes.append(f"{repeated} prompts repeat an earlier prompt; each one gets its own pictures.")
     if long := sum(len(row.prompt.split()) > CLIP_WORDS for row in rows):
         notes.append(f"{long} prompts have more than {CLIP_WORDS} words: CLIP text encoders and CLIP scorers cut them.")
     if len(policies) > 1 and any(judged.images is not None for judged in policies.values()):

@@ -66,7 +66,7 @@ def score(
     Args:
         images: Folder, glob pattern such as 'pics/**/*.png', or list that ends in .jsonl or .csv. The prompts of a
             folder come from NAME.txt beside NAME.png, or from metadata.jsonl, metadata.csv or captions.jsonl in it.
-        output: File to write: .csv, .jsonl or .parquet.
+        output: File to write: .csv or .parquet.
         model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run.
         prompt: One prompt for all images.
         noise: Noise that is added to images before scoring.

@@ -58,9 +58,8 @@ class Estimate:
             at_once = " or --model.prompts_at_once" if "prompts_at_once" in self.settings.model.init_args else ""
             return f"take a smaller --data.prompts_per_rollout{at_once}"
         if costs.peak == costs.batch_peak and costs.saved > costs.peak / 4:
-            return (
-                "take a smaller --data.batch_size and more --trainer.accumulate_grad_batches, or gradient_checkpointing"
-            )
+            more = "more --trainer.accumulate_grad_batches, or gradient_checkpointing"
+            return f"take a smaller --data.batch_size and {more}"
         return "store frozen weights in bfloat16 (frozen_dtype) or quantised (quantization), or train a lora"
 
     def as_text(self) -> str:
@@ -136,7 +135,6 @@ def unread_module(
     try:
         module.trainer = Trainer(
             accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
-            gradient_clip_val=settings.trainer.gradient_clip_val,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
     finally:
@@ -147,9 +145,8 @@ def unread_module(
 
 def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu: bool) -> list[str]:
     """Return lines on what the tables assume."""
-    trainer = settings.trainer
-    device = "a GPU" if gpu else "the CPU"
-    data, name = settings.data.init_args, settings.model.class_path.rpartition(".")[2]
+    trainer, data = settings.trainer, settings.data.init_args
+    name, device = settings.model.class_path.rpartition(".")[2], "a GPU" if gpu else "the CPU"
     notes = [f"{name} on {device}, precision {trainer.precision or '32-true'}."]
     sampling = settings.model.init_args.get("sampling") or {}
     given = data.get("size") or (sampling.get("height"), sampling.get("width"))

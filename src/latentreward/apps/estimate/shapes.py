@@ -15,14 +15,31 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from latentreward.core.operator_work import complete_flop_formulas, flops_of
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 CPU = torch.device("cpu")
 NUMBERS = {torch.bool: True, torch.float32: 1.0, torch.float64: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 """Dtype → value that ``item()`` of a stand-in returns; 0 for other dtypes."""
 INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 """Operations with a list of index tensors as second argument."""
+
+
+def complete_flop_formulas() -> None:
+    """Let torch count FLOPs that ``FlopCounterMode`` leaves out in torch 2.13: attention on CPUs, sums in place."""
+    aten = torch.ops.aten
+    if aten.addmm_ not in flop_registry:
+        register_flop_formula(aten.addmm_, get_raw=True)(flop_registry[aten.addmm])
+    for suffix in ("", "_backward"):
+        on_cpu = getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{suffix}")
+        if on_cpu not in flop_registry:
+            formula = flop_registry[getattr(aten, f"_scaled_dot_product_flash_attention{suffix}")]
+            register_flop_formula(on_cpu, get_raw=True)(formula)
+
+
+def flops_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:
+    """Return the FLOPs of one call of an operator, by the formulas of ``FlopCounterMode``."""
+    formula = flop_registry.get(getattr(func, "_overloadpacket", func))
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
 class LiveBytes:

@@ -126,24 +126,25 @@ def levels_of(scheduler: SchedulerMixin, timestep: float) -> Levels:
 class StepSearch:
     """A ``callback_on_step_end`` of a diffusers pipeline that keeps the best of K candidates at each step of a window.
 
-    The pipeline's scheduler takes a deterministic step. Within the window the callback recovers the network's
-    prediction from this step, draws K candidates from the stochastic step with the same marginals
-    (:meth:`Levels.ancestral`), scores the candidates, and gives the best one back to the pipeline. The last step, which
-    leads to clean latents, and steps outside the window stay deterministic. ::
+    The pipeline's scheduler takes a deterministic step (leave the pipeline's own ``eta`` at 0). Within the window the
+    callback recovers the network's prediction from this step, draws K candidates from the stochastic step with the same
+    marginals (:meth:`Levels.ancestral`), scores the candidates, and gives the best one back to the pipeline. The last
+    step, which leads to clean latents, and steps outside the window stay deterministic. ::
 
         policy = policy_of(pipeline)
         reward = LatentReward("reward.ckpt").load(policy)
-        search = StepSearch(policy, reward, prompts, num_candidates=8)
-        images = pipeline(prompts, **search.pipeline_arguments()).images
+        latents = torch.randn(len(prompts), *policy.latent_shape())
+        search = StepSearch(policy, reward, prompts, latents, num_candidates=8)
+        images = pipeline(prompts, latents=latents, callback_on_step_end=search).images
 
     Args:
-        policy: The pipeline, wrapped by :func:`~latentreward.apps.generation.policy_of`; its own ``eta`` is 0.
+        policy: The pipeline, wrapped by :func:`~latentreward.apps.generation.policy_of`.
         reward: Reward of noisy latents.
         prompts: One prompt per image.
+        latents: Initial latents that the pipeline gets too; without them the first step is not searched.
         eta: Scale η of the noise of a searched step, in (0, 1], as in DDIM; 1 is ancestral sampling, the posterior of
             the forward process.
-        seed: Seed of all random numbers. The noise of an image depends on the seed, the index of the image in
-            ``prompts`` and the image's prompt, not on other prompts.
+        seed: Seed of all candidates. They depend on the seed, the index of the image in ``prompts`` and its prompt.
         options: Fields of :class:`~latentreward.apps.generation.search.Candidates`.
 
     Attributes:
@@ -155,6 +156,7 @@ class StepSearch:
         policy: Policy,
         reward: Reward,
         prompts: Sequence[str],
+        latents: Tensor | None = None,
         eta: float = 1.0,
         seed: int = 0,
         **options: Any,
@@ -163,58 +165,38 @@ class StepSearch:
         if not policy.family.plain_states or reward.needs_clean:
             what = "scores finished pictures" if policy.family.plain_states else f"{policy.family.title}'s pipeline"
             raise InputError(f"StepSearch cannot read this: {what}; use `latentreward generate` with a reward")
-        self.policy, self.reward, self.prompts = policy, reward, tuple(prompts)
+        self.reward, self.prompts, self.latents = reward, tuple(prompts), latents
         self.candidates, self.eta, self.seed = Candidates(**options), eta, seed
         self.scores: list[Tensor] = []
         with torch.no_grad():
             self._encoded = reward.encode_prompts(self.prompts)
-        self._initial: Tensor | None = None
-        self._latents: Tensor | None = None
-
-    def pipeline_arguments(self, height: int | None = None, width: int | None = None) -> dict[str, Any]:
-        """Return the arguments for the pipeline's call besides the prompts: initial latents, size and this callback.
-
-        ``height`` and ``width`` are in pixels; None takes the network's native ones.
-        """
-        shape = self.policy.latent_shape(height, width)
-        noise = [self._noise("initial", index, (1, *shape))[0] for index in range(len(self.prompts))]
-        self._initial = torch.stack(noise)  # without it, the first step could not be searched
-        downscale = self.policy.latent_space.downscale
-        size = {"height": shape[-2] * downscale, "width": shape[-1] * downscale}
-        return {"latents": self._initial.clone(), **size, "callback_on_step_end": self}
+        self._before: Tensor | None = None  # states after the step before this one
 
     @torch.no_grad()
     def __call__(
         self, pipeline: DiffusionPipeline, step_index: int, timestep: Tensor, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Replace the states after a step, ``callback_kwargs["latents"]``, by the best candidates."""
-        latents = callback_kwargs["latents"]
+        latents, before = callback_kwargs["latents"], self._before
         if len(latents) != len(self.prompts):
             raise InputError(f"the pipeline makes {len(latents)} images; the search got {len(self.prompts)} prompts")
         if step_index == 0:
-            self.scores = []
             scale = float(getattr(pipeline.scheduler, "init_noise_sigma", 1.0))
-            self._latents = None if self._initial is None else self._initial.to(latents.device) * scale
-            self._initial = None
+            self.scores, before = [], None if self.latents is None else self.latents.to(latents) * scale
         levels = levels_of(pipeline.scheduler, float(timestep))
         inside = inside_window(levels.timestep, self.candidates.low, self.candidates.high) and levels.next_noise > 0
-        if inside and self._latents is not None:
-            step = levels.ancestral(self._latents, latents, self.eta)
-            count, shape = self.candidates.num_candidates, latents.shape[1:]
-            drawn = [self._noise(f"{levels.timestep:g}", index, (count, *shape)) for index in range(len(latents))]
-            candidates = step.sample(torch.stack(drawn, dim=1).to(latents.device)).to(latents.dtype)
+        if inside and before is not None:
+            count, shape, name = self.candidates.num_candidates, latents.shape[1:], f"step_search/{levels.timestep:g}"
+            generators = (pair_generator(self.seed, name, 0, f"{n}/{one}") for n, one in enumerate(self.prompts))
+            drawn = torch.stack([torch.randn((count, *shape), generator=one) for one in generators], dim=1)
+            candidates = levels.ancestral(before, latents, self.eta).sample(drawn.to(latents.device)).to(latents.dtype)
             states = (candidates.float() * levels.next_scale).flatten(0, 1)
             scored_at = levels.timestep if self.candidates.score_at == "step" else levels.next_timestep
             images = torch.arange(len(latents), device=latents.device)
             timesteps = torch.full((len(states),), scored_at, device=latents.device)
-            scores = self.reward(NoisyStates(states, timesteps, images.repeat(count), None), self._encoded).view(
-                count, -1
-            )
+            noisy = NoisyStates(states, timesteps, images.repeat(count), None)
+            scores = self.reward(noisy, self._encoded).view(count, -1)
             self.scores.append(scores.cpu())
             latents = candidates[scores.argmax(dim=0), images]
-        self._latents = latents
+        self._before = latents
         return {"latents": latents}
-
-    def _noise(self, purpose: str, index: int, shape: Sequence[int]) -> Tensor:
-        name = f"{index}/{self.prompts[index]}"
-        return torch.randn(tuple(shape), generator=pair_generator(self.seed, f"step_search/{purpose}", 0, name))

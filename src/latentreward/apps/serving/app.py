@@ -128,7 +128,7 @@ def create_app(service: ScoringService) -> FastAPI:
         for model in service.models.values():
             model.task = asyncio.create_task(model.batcher.run())
         yield
-        tasks = [model.task for model in service.models.values()]
+        tasks = [model.task for model in service.models.values() if model.task]
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
@@ -140,14 +140,11 @@ def create_app(service: ScoringService) -> FastAPI:
     for router in routers:
         app.include_router(router)
         app.include_router(router, prefix="/rewards/{reward}")
-    paths = {route.path for router in (general, *routers) for route in router.routes}
+    paths = {str(getattr(route, "path", "")) for router in (general, *routers) for route in router.routes}
 
     @app.exception_handler(RequestError)
-    async def refuse(request: Request, error: RequestError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, error.status, error.headers)
-
     @app.exception_handler(HTTPException)
-    async def tell(request: Request, error: HTTPException) -> JSONResponse:
+    async def tell(request: Request, error: RequestError | HTTPException) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
 
     @app.exception_handler(Exception)  # uvicorn prints the traceback

@@ -25,8 +25,9 @@ class RequestError(InputError):
     """An error answered as ``{"error": message}`` with an HTTP status, and perhaps the header ``Retry-After``."""
 
     def __init__(self, message: str, status: int = 400, retry_after: int | None = None) -> None:
-        super().__init__(printable(" ".join(message.split())))  # it may repeat what a stranger sent
-        self.status, self.headers = status, None if retry_after is None else {"Retry-After": str(retry_after)}
+        self.detail = printable(" ".join(message.split()))  # it may repeat what a stranger sent
+        self.status_code, self.headers = status, None if retry_after is None else {"Retry-After": str(retry_after)}
+        super().__init__(self.detail)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +142,10 @@ class Batcher:
     def busy_seconds(self) -> float:
         """Seconds since the current pass started; 0 if the thread is free."""
         return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
+
+    def count(self) -> int:
+        """Return the number of waiting rows."""
+        return len(self.waiting)
 
     def require_room(self, rows: int) -> None:
         """Raise RequestError (503) if the queue has no room for so many rows, or they would wait too long for it."""

@@ -69,15 +69,17 @@ class Memory:
                 raise RequestError("requests of this size fill the server's memory just now; try later", 503, 1)
             mine, self.held = mine + size, self.held + size
 
+        def check_length(length: int) -> None:
+            check_limit("the body: bytes", length, settings.max_body, "send less, or raise --max_body_mb")
+
         given = request.headers.get("content-type", "").lower().partition(";")[0].strip()
         if given != kind or request.headers.get("content-encoding", "identity") != "identity":
             raise RequestError(f"content-type is {given[:40]!r}; send {kind}, and no content-encoding", 415)
-        lengths = "the body: bytes", settings.max_body, "send less, or raise --max_body_mb"
         try:
             async with asyncio.timeout(settings.timeout):
-                check_limit(lengths[0], int(request.headers.get("content-length", "0")), *lengths[1:])
+                check_length(int(request.headers.get("content-length", "0")))
                 async for chunk in request.stream():
-                    check_limit(lengths[0], len(body) + len(chunk), *lengths[1:])
+                    check_length(len(body) + len(chunk))
                     take(len(chunk))
                     body += chunk
             # What parsing takes beside the body. A text is decoded to up to 4 bytes for each character, and halves to
@@ -380,7 +382,7 @@ def images_of(prompts: Sequence[str], images: Sequence[str], sources: Sequence[S
             raise RequestError(f"{place} is no base64") from error
 
     refs = [[source_ref(file(one, "a source image"), place) for place, one in enumerate(row)] for row in sources]
-    texts = zip(prompts, refs or [()] * len(prompts), strict=True)
+    texts = zip(prompts, refs or [[]] * len(prompts), strict=True)
     named = [EditPrompt(text, row) if row else text for text, row in texts]
     return [(text, file(images[number], f"image {number}")) for number, text in enumerate(named)]
 

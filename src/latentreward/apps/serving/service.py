@@ -151,7 +151,7 @@ class ScoringService:
         }
         for name, model in self.models.items():
             model.batcher.observe = passes.labels(name).observe
-            waiting.labels(name).set_function(lambda queue=model.batcher: len(queue.waiting))
+            waiting.labels(name).set_function(model.batcher.count)
 
     @property
     def default(self) -> ServedModel:

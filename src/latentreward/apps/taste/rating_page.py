@@ -25,15 +25,8 @@ HOST = "127.0.0.1"
 SIDE, QUALITY = 1024, 90  # longest side in pixels, and JPEG quality, of a picture on the page
 MOST_BYTES = 16 * 1024  # longest body of a request
 JSON = "application/json"
-HEADERS = {
-    "Cache-Control": "no-store",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    # A page elsewhere could lay this one under its own buttons, or show the pictures, without asking with a script.
-    "Content-Security-Policy": "frame-ancestors 'none'",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-"""Headers of every answer."""
+HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+"""Headers of every answer; the address, which holds the token, is told to no page elsewhere."""
 
 
 class RatingServer(ThreadingHTTPServer):

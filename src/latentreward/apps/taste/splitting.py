@@ -55,7 +55,7 @@ def split(found: Collection, most: int, seed: int) -> Split:
         wanted = np.diff(np.round(np.cumsum(SHARES) * most).astype(int), prepend=0)
         places = [np.sort(rng.permutation(some)[:count]) for some, count in zip(places, wanted, strict=True)]
         how += f"; {sum(map(len, places))} of {len(pairs)} drawn"
-    parts = {name: [pairs[place] for place in some] for name, some in zip(PARTS, places, strict=True)}
+    parts = {name: [pairs[place] for place in some.tolist()] for name, some in zip(PARTS, places, strict=True)}
     for name, some in parts.items():
         ties = sum(pair.label == 0.5 for pair in some)
         if len(some) - ties < LEAST_PAIRS:

@@ -112,7 +112,7 @@ class PartFiles:
 
     def __enter__(self) -> Self:
         if self.output.suffix not in WRITERS:  # not before: each rank makes the object, and the first one enters it
-            raise InputError(f"output is {self.output}; it must end in .parquet, .csv or .jsonl")
+            raise InputError(f"output is {self.output}; it must end in .parquet or .csv")
         if self.finished():
             return self
         refuse_link(self.folder)
@@ -196,36 +196,9 @@ class PartFiles:
         shutil.rmtree(self.folder)
 
 
-class JSONLinesWriter:
-    """Writer of tables of one schema to a file of JSON lines; null, NaN and infinite values become null."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._file, self._schema = path.open("w", encoding="utf-8"), schema
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._file.close()
-
-    def write_table(self, table: pa.Table) -> None:
-        """Append the rows of a table to the file."""
-        columns = []
-        for name in self._schema.names:
-            column = table.column(name)
-            values = column.to_pylist()
-            if pa.types.is_floating(column.type):  # a float32 or float16 with no more digits than its type has
-                kind = column.type.to_pandas_dtype()
-                values = [None if x is None or not np.isfinite(x) else float(str(kind(x))) for x in values]
-            columns.append(values)
-        for row in zip(*columns, strict=True):
-            self._file.write(json.dumps(dict(zip(self._schema.names, row, strict=True)), ensure_ascii=False) + "\n")
-
-
 WRITERS: dict[str, Callable[[Path, pa.Schema], Any]] = {
     ".parquet": partial(pq.ParquetWriter, write_page_checksum=True),
     ".csv": pa_csv.CSVWriter,
-    ".jsonl": JSONLinesWriter,
 }
 """File name extension → class that writes such a table."""
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from annotated_types import Interval
 from torch import Tensor
 
@@ -52,72 +50,19 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int, int]:
     return checked(dict[str, Entry], header, "its header"), 8 + length, size
 
 
-ALIGNMENT = 64  # bytes to which PyTorch aligns its own memory; CPU kernels round differently at other addresses
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Place of a tensor's values in a file."""
-
-    path: Path  # Safetensors file
-    offset: int  # Byte at which the values begin
-    dtype: torch.dtype  # Type of the values
-    shape: torch.Size  # Shape of the tensor
-
-    def read(self) -> Tensor:
-        """Read the values into new memory; unlike a copy of the mapped tensor, this maps no page of the file."""
-        tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")
-        if tensor.numel():
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.offset)
-                values = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-                while values:
-                    if not (count := file.readinto(values)):
-                        raise InputError(f"cannot load {self.path}: the file ends too early; download it again")
-                    values = values[count:]
-        return tensor
-
-
-@dataclass(frozen=True)
-class MappedWeights:
-    """Tensors of a model's safetensors files, mapped into memory."""
-
-    tensors: dict[str, Tensor]  # Name → tensor whose values are read from the disk when they are used
-    places: dict[int, StoredTensor]  # Address of a tensor's values → their place in the files
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating point type that most bytes of the files have."""
-        sizes: Counter[torch.dtype] = Counter()
-        for tensor in self.tensors.values():
-            if tensor.is_floating_point():
-                sizes[tensor.dtype] += tensor.nbytes
-        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
-
-    def read(self, name: str) -> Tensor | None:
-        """Read one tensor into new memory; return None if the files hold no tensor of that name."""
-        tensor = self.tensors.get(name)
-        return None if tensor is None else self.places[tensor.data_ptr()].read()
-
-
-def map_weights(paths: Iterable[Path]) -> MappedWeights:
-    """Map safetensors files into memory; raises InputError if one is missing or damaged."""
+def map_weights(paths: Iterable[Path]) -> dict[str, Tensor]:
+    """Map the tensors of safetensors files into memory, where they are read when they are used."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    weights = MappedWeights({}, {})
+    tensors: dict[str, Tensor] = {}
     for path in paths:
         try:
-            entries, start, _ = read_header(path)
-            mapped = load_file(path)
+            read_header(path)  # which trusts no length
+            tensors |= load_file(path)
         except (SafetensorError, ValueError, OSError, RecursionError) as error:
             raise InputError(f"cannot load {path}: {first_line(error)}; download it again") from error
-        for name, tensor in mapped.items():
-            if tensor.numel():
-                place = StoredTensor(path, start + entries[name].data_offsets[0], tensor.dtype, tensor.shape)
-                weights.places[tensor.data_ptr()] = place
-        weights.tensors.update(mapped)
-    return weights
+    return tensors
 
 
 def find_weights(

@@ -35,6 +35,7 @@ GROUPS = ("tag", "Category")
 """Names of the column with the group of a prompt: GenEval's and PartiPrompts'."""
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 COMMENT = re.compile(r"#(\s|$)")
+OPTION = re.compile(r" --[a-z]\w*(?=\s|$)")  # in sd-scripts' and Midjourney's prompts, such as --w of --w 512
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
@@ -127,6 +128,9 @@ def _read(file: Path) -> Iterator[Any]:
         if comments := [number for number, line in lines.items() if COMMENT.match(line)]:
             logger.warning("%s: %d comments (#) are left out, the first is line %d", file, len(comments), comments[0])
             lines |= dict.fromkeys(comments, "")
+        if options := [(number, found[0]) for number, line in lines.items() if (found := OPTION.search(line))]:
+            told = "%s: %d lines have options, the first is line %d with%s: they are read as a part of the prompt"
+            logger.warning(told, file, len(options), *options[0])
         yield from lines.values()
     else:
         for number, value, problem in read_rows(file, "give a list of prompts, or one as 'prompts'", _as_list):

@@ -161,10 +161,9 @@ class PairReader(Part):
 
     @cached_property
     def image_digest(self) -> str:
-        """Number of rows, and a hash of names and sizes in bytes of the images of some, spread over the data.
+        """Number of rows, and a hash of names and sizes of some images, by which scores of others are recognised.
 
-        Stored scores of other images are recognised by it. Where images are files, up to ``FILE_ROWS`` rows count; else
-        ``TABLE_ROWS``, since a row of a table is read with its bytes.
+        Where images are files, up to ``FILE_ROWS`` rows count; else ``TABLE_ROWS``, which are read with their bytes.
         """
         images = self._spread_images(TABLE_ROWS)
         if all(image.path is not None for image in images):

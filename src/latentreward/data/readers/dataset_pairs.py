@@ -13,22 +13,13 @@ from latentreward.core.errors import InputError, did_you_mean, quoted
 from latentreward.core.storage.user_files import find_files
 from latentreward.data.readers.base import Sources
 from latentreward.data.readers.json_rows import SOURCES, edit_problem, edit_remark, find_edit_source
-from latentreward.data.readers.pair_rows import (
-    BY_LABEL,
-    MODELS,
-    NO_LABEL,
-    NOISES,
-    WINNER_FIRST,
-    PairRowParser,
-)
+from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, NOISES, WINNER_FIRST, PairRowParser
 from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     Source,
-    class_names,
     element_type,
     find_list,
     holds_images,
-    name_class,
     open_table,
     plain_type,
     read_list,
@@ -65,22 +56,19 @@ class DatasetPairReader(RowReader):
 
     Images are paths, relative to ``root``; in parquet and ``datasets`` also bytes, or structs with ``bytes`` or
     ``path`` as ``datasets`` writes them for its feature ``Image``. An image in bytes without a name is named by a hash.
-    A label with the feature ``ClassLabel`` counts by the name of its class.
-
     A row is also bad if its label or weight is out of range, an image has more than a billion votes, its ``pair_id``
     occurred before, or it has more than 16 pictures to edit or one in another field. Unreadable ``votes`` and
-    ``confidence`` are ignored. The constructor reads all these columns but the images. No code of a data set is run.
+    ``confidence`` are ignored. No code of a data set is run.
 
     Args:
         source: File ``.jsonl``, ``.json`` (a list), ``.csv``, ``.tsv`` or ``.parquet``, or a pattern of parquet files;
             folder that holds such a file of the split, such as ``train.csv``, or ``{split}-*.parquet``, the latter also
-            in ``data/``; folder that ``save_to_disk`` wrote; otherwise the id of a hub data set of parquet files, which
-            is then downloaded. From Python also a ``Dataset`` or ``DatasetDict``.
+            in ``data/``; otherwise the id of a hub data set of parquet files, which is then downloaded. From Python
+            also a ``Dataset`` or ``DatasetDict``.
         split: Name of the split.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         config: Name of the configuration, where the hub data set has several.
-        columns: Names of the columns where they differ, by the names above, e.g. ``{prompt: caption, image_a: jpg_0,
-            image_b: jpg_1, label: label_0}``.
+        columns: Names of the columns where they differ, e.g. ``{prompt: caption, image_a: jpg_0, image_b: jpg_1}``.
         labels: Meaning of each label of the table, ``a``, ``b``, ``tie`` or a probability: ``{left: a, right: b}``.
             Needed for whole numbers, which many programs count the winner by: ``{0: a, 1: b}``, or ``{1: a, 0: b}``.
         root: Folder that paths are relative to and that the files must lie in; by default the folder of ``source``.
@@ -201,7 +189,6 @@ class OwnColumns:
         self.of = choose_columns(schema, named, place, sources)
         self.images = WINNER_FIRST if WINNER_FIRST[0] in self.of else BY_LABEL
         self.embedded: set[str] = set()
-        self._classes = class_names(schema, self.of.get("label", ""))
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row by field."""
@@ -211,7 +198,7 @@ class OwnColumns:
             row |= dict(zip(self.images, keys, strict=True))
         if SOURCES[0] in self.embedded:
             row[SOURCES[0]] = source_keys
-        return row if self._classes is None else {**row, "label": name_class(self._classes, row["label"])}
+        return row
 
 
 def check_columns(named: Mapping[str, str], names: Collection[str], place: str) -> None:

@@ -41,17 +41,13 @@ class FolderPairReader(RowReader):
 
     A name is the path below ``chosen/`` or ``rejected/`` without suffix: ``chosen/cats/1.jpg`` and
     ``rejected/cats/1.png`` are the pair ``cats/1``. Files that are not images are ignored; images of ``UNREAD`` kinds
-    are counted in a warning. The caption of ``cats/1`` comes from
+    are counted in a warning. The caption of ``cats/1`` comes from ``captions.jsonl``, with lines
+    ``{"name": "cats/1", "prompt": "a cat"}``; without that file from ``captions/cats/1.txt``, else from
+    ``chosen/cats/1.txt``, read whole without one line break at the end. If there is a folder ``source/``, the pair's
+    images are edits of its picture ``source/cats/1.jpg``, and the caption is the instruction.
 
-    1. ``captions.jsonl`` with lines ``{"name": "cats/1", "prompt": "a cat"}``; if it exists, 2 and 3 are ignored;
-    2. ``captions/cats/1.txt``;
-    3. ``chosen/cats/1.txt``.
-
-    If there is a folder ``source/``, the pair's images are edits of its picture ``source/cats/1.jpg``, and the caption
-    is the instruction; for edits of several pictures, write JSON lines.
-
-    A text file is read whole, without one line break at its end. A name is bad if it has no image or several in one of
-    these folders, no caption, or unlike ones in ``captions.jsonl``; so is a line there without ``name`` and ``prompt``.
+    A name is bad if it has no image or several in one of these folders, no caption, or unlike ones in
+    ``captions.jsonl``; so is a line there without ``name`` and ``prompt``.
 
     Args:
         root: Folder with ``chosen/`` and ``rejected/``, or with one subfolder per split that holds both. Images outside

@@ -67,16 +67,21 @@ HPDV3 = {
 
 
 def fill_from_table(
-    reader: RowReader, table: SplitTable, columns: Columns, images: Sequence[str], parser: PairRowParser, **kept: Any
+    reader: RowReader,
+    table: SplitTable,
+    columns: Columns,
+    images: Sequence[str],
+    parser: PairRowParser,
+    memory_map: bool = False,
+    **facts: pa.DataType,
 ) -> None:
-    """Give a reader the pairs of a published table, and let it find its images there; ``kept`` are facts by type."""
-    memory_map = kept.pop("memory_map")
+    """Give a reader the pairs of a published table with its own ``facts``, and let it find its images there."""
     table.check_images(images, HINT)
     rows = table.records(columns, HINT)
     if images:
         table.open_images(images, memory_map)
         reader.images_in = table, images
-    reader.fill(rows, table.name, f"split: {table.name} has no rows left; check the files", parser, kept)
+    reader.fill(rows, table.name, f"split: {table.name} has no rows left; check the files", parser, facts)
 
 
 class PickAPicReader(RowReader):
@@ -123,7 +128,7 @@ class PickAPicReader(RowReader):
         table = open_table(self, source, split, revision)
         table.check_images(columns, HINT, WITHOUT_IMAGES)
         parser = PairRowParser(self, self._pairs, columns={"prompt": "caption"}, sources=None)
-        fill_from_table(self, table, PICKAPIC, columns, parser, memory_map=memory_map, label_0=pa.float64())
+        fill_from_table(self, table, PICKAPIC, columns, parser, memory_map, label_0=pa.float64())
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
         uids = row["image_0_uid"], row["image_1_uid"]
@@ -165,7 +170,7 @@ class GenAIBenchReader(RowReader):
         super().__init__("genai_bench_tiger", split, **options)
         table = open_table(self, source, split, revision, "image_generation")
         parser = PairRowParser(self, self._pairs, sources=None)
-        fill_from_table(self, table, GENAI, ("left_image", "right_image"), parser, memory_map=False, vote=TEXT)
+        fill_from_table(self, table, GENAI, ("left_image", "right_image"), parser, vote=TEXT)
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
         if (vote := row["vote_type"]) not in VOTES:
@@ -211,7 +216,7 @@ class GenAIBenchCMUReader(RowReader):
         columns = {"Index": TEXT, "Prompt": LONG, "HumanRatings": None}
         columns |= {"Tags": None} if "Tags" in schema.names else {}
         parser = PairRowParser(self, self._pairs, columns={"prompt": "Prompt"}, sources=None)
-        fill_from_table(self, table, columns, self.models, parser, memory_map=memory_map, tags=pa.list_(TEXT))
+        fill_from_table(self, table, columns, self.models, parser, memory_map, tags=pa.list_(TEXT))
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         table, _ = self.images_in  # type: ignore[misc]

@@ -31,16 +31,13 @@ class RowReader(PairReader):
     """Base of readers that keep a table with a row per pair; a subclass sets it and finds the images of a row.
 
     The table has the columns ``pair_id``, ``prompt`` (null for an empty one) and ``label``, the probability that the
-    image that the file names first is preferred (null without label). Further columns as they are published:
-    ``weight`` (null for 1), ``group_id``, ``split`` of single rows, those of ``FACTS``, ``group``, if rows depend on
-    each other by more than their prompt, ``sources``, the paths or names of the pictures that a row's images are edits
-    of, ``noise_a`` and ``noise_b``, the names of the noises that the images were generated from, and what
-    :meth:`find_images` needs.
+    image that the file names first is preferred (null without label), further ones of ``pair_rows.INDEX`` and ``FACTS``
+    as they are published, and what :meth:`find_images` needs.
 
     A row is bad, and falls under ``on_error``, if it is no object, its prompt is no text or too long, or a field is not
-    as the format says. Of files, a path that is missing or leads out of their folder raises InputError in the
-    constructor under ``on_error: raise``; otherwise the problem is found when the image is decoded, as is a missing
-    file. Under ``skip`` and ``placeholder``, a split is read without its missing files. Ties and copies are kept.
+    as the format says. A path that is missing or leads out of its folder raises InputError in the constructor under
+    ``on_error: raise``; otherwise the problem is found when the image is decoded, as is a missing file. Under ``skip``
+    and ``placeholder``, a split is read without its missing files. Ties and copies are kept.
 
     Args:
         source: Name of the data set.

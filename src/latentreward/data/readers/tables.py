@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.storage.hub import is_hub_id
-from latentreward.core.storage.user_files import escapes, find_files, split_pattern, whole_file
+from latentreward.core.storage.user_files import find_files, split_pattern, whole_file
 from latentreward.data.image_lists import read_rows
 from latentreward.data.images import ImageError
 from latentreward.data.readers.json_rows import ARRAY_REMEDY, as_object
@@ -46,13 +46,10 @@ KEPT_BYTES = 64 * 2**20
 LARGE_ROW_GROUP = 64 * 2**20
 """Bytes of a row group above which reading rows in random order is slow."""
 HINT = "give the published files, or read your own by DatasetPairReader"
-SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
-"""Files by which ``save_to_disk`` marks the folder of a data set, and the folder of several splits."""
-SAVE_AGAIN = "write it again with save_to_disk"
 LISTS = (".json", ".jsonl", ".csv", ".tsv")
 """Suffixes of tables of text; :func:`read_list` reads them."""
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException)
-"""Exceptions that ``datasets`` raises on a damaged folder."""
+"""Exceptions that ``datasets`` raises on damaged files."""
 
 
 @dataclass(frozen=True)
@@ -408,7 +405,7 @@ class _DatasetTable(SplitTable):
         try:
             table = self._rows.select_columns(list(columns))[:].select(list(columns))
         except DAMAGE as error:
-            raise InputError(f"{self._place}: damaged ({first_line(error)}); {SAVE_AGAIN}") from error
+            raise InputError(f"{self._place}: damaged ({first_line(error)}); make it anew") from error
         return cast_columns(table, columns, self._place, hint).combine_chunks()
 
     def row_names(self) -> Iterator[str]:
@@ -425,33 +422,14 @@ class _DatasetTable(SplitTable):
 def open_table(
     reader: RowReader, source: Source, split: str, revision: str | None = None, config: str | None = None
 ) -> SplitTable:
-    """Find the table of a split: a ``Dataset``, a ``DatasetDict`` with it, a folder of ``save_to_disk``, or parquet."""
+    """Find the table of a split: a ``Dataset``, a ``DatasetDict`` with it, or parquet files."""
     set_folder(reader, source)
-    table = _find_table(reader, source, split, revision, config)
+    if isinstance(source, str | os.PathLike):
+        table = SplitTable(find_parts(reader, str(source), split, revision, config))
+    else:
+        table = _DatasetTable(_choose_split(source, split), split, f"source ({type(source).__name__})")
     table.name = f"{source_name(source)} {split}"
     return table
-
-
-def _find_table(reader: RowReader, source: Source, split: str, revision: str | None, config: str | None) -> SplitTable:
-    if not isinstance(source, str | os.PathLike):
-        return _DatasetTable(_choose_split(source, split), split, f"source ({type(source).__name__})")
-    place = next((place for place in (Path(source), Path(source, split)) if (place / SAVED).is_file()), None)
-    if place is None and Path(source, SAVED_SPLITS).is_file():
-        names = ", ".join(saved_splits(Path(source))) or "none"
-        raise InputError(f"split: no {split!r} in {source}; it has {names}")
-    if place is None:
-        return SplitTable(find_parts(reader, str(source), split, revision, config))
-    from datasets import Dataset  # slow to import
-
-    try:  # no code of the folder runs, and no file outside it is read
-        reader.check_inside(source, place / SAVED)
-        files = [file["filename"] for file in json.loads((place / SAVED).read_bytes())["_data_files"]]
-        reader.check_inside(source, *(place / name for name in files))
-        return _DatasetTable(Dataset.load_from_disk(str(place)), split, str(place))
-    except InputError:
-        raise
-    except DAMAGE as error:
-        raise InputError(f"source: {place} is damaged ({first_line(error)}); {SAVE_AGAIN}") from error
 
 
 def _choose_split(source: Any, split: str) -> "Dataset":
@@ -509,15 +487,6 @@ def source_name(source: Source) -> str:
     return str(source) if isinstance(source, str | os.PathLike) else f"a {type(source).__name__}"
 
 
-def saved_splits(folder: Path) -> list[str]:
-    """Return the names of the splits that ``save_to_disk`` wrote into a folder."""
-    try:
-        names = json.loads((folder / SAVED_SPLITS).read_bytes())["splits"]
-        return [name for name in names if not escapes(name) and (folder / name / SAVED).is_file()]
-    except DAMAGE as error:
-        raise InputError(f"{folder / SAVED_SPLITS}: not a list of splits; {SAVE_AGAIN}") from error
-
-
 def element_type(kind: pa.DataType) -> pa.DataType:
     """Return the type of the elements of lists, and any other type as it is."""
     listed = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -530,19 +499,3 @@ def holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def class_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """Return the names of the classes that a column's numbers stand for, as ``datasets`` records them; None without."""
-    try:
-        kind = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
-        return [str(name) for name in kind["names"]] if kind["_type"] == "ClassLabel" else None
-    except DAMAGE:
-        return None
-
-
-def name_class(classes: Sequence[str] | None, value: Any) -> Any:
-    """Return the name of a class for its number, None for one without class; without classes, the value as it is."""
-    if classes is None or not isinstance(value, int):
-        return value
-    return classes[value] if 0 <= value < len(classes) else None

@@ -186,7 +186,7 @@ class PipelineSource:
         self._require(part)
         place = {"subfolder": part, "revision": self.revision, "variant": self.variant}
         weights = map_weights(find_weights(self.configs, "diffusion_pytorch_model", **place))
-        found = [weights.read(name) for name in names]
+        found = [weights[name].clone() if name in weights else None for name in names]
         for name, tensor in zip(names, found, strict=True):
             if tensor is None:
                 raise InputError(f"source={self.source!r}: {part} has no weight {name}; download {part} again")

@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from latentreward.core.errors import InputError, first_line
-from latentreward.core.storage.weight_files import MappedWeights, map_weights
+from latentreward.core.storage.weight_files import map_weights
 
 ANOTHER_PROCESS = ("v_pred", "ztsnr", "edm_vpred.sigma_max")
 """Tensors by which checkpoints of SDXL say that their noise process is not SDXL's, as ComfyUI's ``supported_models.py``
@@ -28,7 +30,7 @@ def find_configs(path: Path) -> str:
         )
     if (path.with_suffix("") / "model_index.json").is_file():
         return str(path.with_suffix(""))
-    tensors = map_weights([path]).tensors
+    tensors = map_weights([path])
     try:
         kind = single_file_utils.infer_diffusers_model_type(tensors)
         configs = str(single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
@@ -49,12 +51,11 @@ def find_configs(path: Path) -> str:
     return configs
 
 
-def weights_of_part(path: Path, family: type[Any], config: Any, source: str, part: str) -> MappedWeights | None:
+def weights_of_part(path: Path, family: type[Any], config: Any, source: str, part: str) -> dict[str, Tensor] | None:
     """Map the weights of one part of a single-file checkpoint, renamed as in diffusers; None if it has none of them."""
     from diffusers.loaders import single_file_model, single_file_utils
 
-    stored = map_weights([path])
-    tensors = dict(stored.tensors)  # the converters take tensors out
+    tensors = map_weights([path])
     try:
         if rules := single_file_model.SINGLE_FILE_LOADABLE_CLASSES.get(family.__name__):
             found = rules["checkpoint_mapping_fn"](checkpoint=tensors, config=config)
@@ -70,4 +71,4 @@ def weights_of_part(path: Path, family: type[Any], config: Any, source: str, par
             f"give the configs of this model in {path.with_suffix('')}/, or convert the file (docs/faq.md)"
         ) from error
     found = {name: tensor for name, tensor in found.items() if not tensor.is_meta}
-    return MappedWeights(found, stored.places) if found else None
+    return found or None

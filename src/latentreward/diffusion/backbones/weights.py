@@ -7,6 +7,7 @@ straight into its final type. A weight that needs no conversion stays mapped, an
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -22,13 +23,7 @@ from torch import Tensor, nn
 from latentreward.core.checkpoints.base_weights import keep_sample, sample
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.storage.json_files import read_config
-from latentreward.core.storage.weight_files import (
-    ALIGNMENT,
-    MappedWeights,
-    StoredTensor,
-    find_weights,
-    map_weights,
-)
+from latentreward.core.storage.weight_files import find_weights, map_weights
 
 Quantization = Literal["int8", "bnb_int8", "nf4"]
 LIBRARIES = {"int8": "torchao", "bnb_int8": "bitsandbytes", "nf4": "bitsandbytes"}
@@ -122,8 +117,7 @@ SPARE = "lm_head.weight"
 """Tensor of language models that text encoders do not need; transformers leaves it out too."""
 COUNTED = (".position_ids", ".num_batches_tracked")
 """Ends of the names of tensors that may be integers: of old CLIP files, and of batch norms, as FLUX.2's VAE has one."""
-PLACES = "_stored_places"
-"""Name of the attribute in which a mapped model keeps the places of its values; :func:`settle` removes it."""
+ALIGNMENT = 64  # bytes to which PyTorch aligns its own memory; CPU kernels round differently at other addresses
 _postponed: ContextVar[list[Callable[[], None]] | None] = ContextVar("postponed", default=None)
 _unread: ContextVar[dict[int, Reading] | None] = ContextVar("unread", default=None)
 _undrawn: ContextVar[bool] = ContextVar("undrawn", default=False)
@@ -133,22 +127,7 @@ class Reading(NamedTuple):
     """Weight that :func:`settle` has listed."""
 
     tensor: Tensor  # the weight
-    place: StoredTensor | None  # place of its values if they are mapped
     wanted: torch.dtype  # type in which it is to be stored
-    state: tuple[int, int]  # :func:`state_of` the weight when it was listed
-
-    @property
-    def mapped(self) -> bool:
-        """Whether the weight still has the values of its place; changes through ``.data`` in place are not seen."""
-        place, tensor = self.place, self.tensor
-        if place is None or tensor.device.type != "cpu" or state_of(tensor) != self.state:
-            return False
-        return (place.shape, place.dtype) == (tensor.shape, tensor.dtype)
-
-
-def state_of(tensor: Tensor) -> tuple[int, int]:
-    """Return the address of a tensor's values, 0 on the meta device, and the number of its changes in place, if any."""
-    return 0 if tensor.is_meta else tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
@@ -209,7 +188,7 @@ def map_model(
         weights = weights_of_part(checkpoint, family, config, source, place["subfolder"])
         where = where if weights is None else f"{place['subfolder']} of {checkpoint}"
     weights = weights or map_weights(find_weights(source, stem, variant=variant, **place))
-    for name, tensor in weights.tensors.items():
+    for name, tensor in weights.items():
         if not tensor.is_floating_point() and not name.endswith(COUNTED):
             raise InputError(
                 f"cannot load {where}: tensor {name} has type {str(tensor.dtype).removeprefix('torch.')}; get files "
@@ -217,9 +196,9 @@ def map_model(
             )
     with loading(where):
         if of_diffusers:
-            model, report = _fill_network(family, config, {**weights.tensors})
+            model, report = _fill_network(family, config, {**weights})
         else:
-            model, report = _fill_encoder(family, config, {**weights.tensors}, weights.dtype)
+            model, report = _fill_encoder(family, config, {**weights}, main_dtype(weights))
     for kind in refused:
         spare = {SPARE} if kind == "unexpected" else set()
         names = sorted(name for name in report[kind] - spare if not name.endswith(COUNTED))
@@ -231,7 +210,6 @@ def map_model(
             raise InputError(f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); {remedy}")
     if of_diffusers:
         model.register_to_config(_name_or_path=source)
-    setattr(model, PLACES, weights.places)
     return model.eval()
 
 
@@ -282,6 +260,15 @@ def _fill_encoder(
     }
 
 
+def main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the floating point type that most bytes of a model's files have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] += tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
 @contextmanager
 def without_float32_layers(family: type[Any]) -> Iterator[None]:
     """Make transformers keep all layers in the type of the files: of T5 in float16 it would convert some to float32."""
@@ -294,13 +281,6 @@ def without_float32_layers(family: type[Any]) -> Iterator[None]:
     finally:
         for kind, value in kept.items():
             setattr(kind, name, value)
-
-
-def part_of(model: Any, name: str) -> Any:
-    """Return the part ``name`` of a mapped model for :func:`settle`, without the rest, whose weights are never read."""
-    part = model.get_submodule(name)
-    part.__dict__[PLACES] = model.__dict__.pop(PLACES, {})
-    return part
 
 
 def settle(
@@ -322,37 +302,25 @@ def settle(
     if waiting is not None:
         waiting.append(partial(settle, network, dtype, trained, float32_parts))
         return
-    places: dict[int, StoredTensor] = {}
-    for module in network.modules():
-        places |= module.__dict__.pop(PLACES, {})
-    listed: list[Reading] = []
+    unread, listed = _unread.get(), list[Reading]()
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         wanted = (dtype if frozen else trained or dtype) if tensor.is_floating_point() else tensor.dtype
         if frozen and not set(float32_parts).isdisjoint(name.split(".")):
             wanted = torch.float32
-        state = state_of(tensor)
-        listed.append(Reading(tensor, places.get(state[0]), wanted, state))
-    unread = _unread.get()
+        listed.append(Reading(tensor, wanted))
     if unread is None:
         read_weights(listed)
-        return
-    for reading in listed:
-        first = unread.get(id(reading.tensor), reading)  # which knows the place; the last one knows the type
-        unread[id(reading.tensor)] = first._replace(wanted=reading.wanted)
+    else:
+        unread |= {id(reading.tensor): reading for reading in listed}  # the last type counts
 
 
 def read_weights(listed: Iterable[Reading]) -> None:
     """Store listed weights in their types, in place; see :func:`settle`."""
-    for reading in listed:
-        tensor, place, wanted = reading[:3]
+    for tensor, wanted in listed:
         # The address in a mapped file depends on the length of its header, and CPU kernels round differently at
         # addresses that are not aligned.
-        if tensor.dtype == wanted and (tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0):
-            continue
-        if place is not None and reading.mapped:
-            tensor.data = place.read().to(wanted)
-        else:
+        if tensor.dtype != wanted or not (tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0):
             tensor.data = tensor.data.to(wanted, copy=True)
 
 
@@ -360,7 +328,7 @@ def read_weights(listed: Iterable[Reading]) -> None:
 def settling_later(undrawn: bool = False) -> Iterator[None]:
     """Postpone :func:`settle` to the end of the block: pretrained weights that are replaced inside it are never read.
 
-    With ``undrawn`` models with initial weights stay on the meta device, and all must be replaced by :func:`fill`.
+    With ``undrawn`` models with initial weights stay on the meta device, and all must be replaced by :func:`assign`.
     """
     waiting: list[Callable[[], None]] = []
     tokens = _postponed.set(waiting), _undrawn.set(undrawn)
@@ -394,13 +362,6 @@ def reading_later() -> Iterator[dict[int, Reading]]:
         yield listed
     finally:
         _unread.reset(token)
-
-
-def fill(module: nn.Module, weights: MappedWeights) -> None:
-    """Replace weights of ``module`` by mapped ones of the same names and shapes; :func:`settle` must follow."""
-    assign(module, weights.tensors)
-    for part in (module, *module.children()):  # of which settle gets one
-        part.__dict__[PLACES] = part.__dict__.get(PLACES, {}) | weights.places
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -363,7 +363,8 @@ class CachedPreferenceDataModule(PairLoaders):
         self.datasets = {}
         for name, reader in pairs.items():
             rows = kept.get(name, np.arange(len(reader)))
-            values = None if targets is None else targets.values(name, reader)[rows]
+            values = None if targets is None else targets.values(name, reader)  # None where a split has no given values
+            values = None if values is None else values[rows]
             self.datasets[name] = CachedPairDataset(reader.index, reader.rows[rows], self.cached_text, values)
 
     def _check_alike(self, first: CacheIndex, other: CacheIndex) -> None:

@@ -199,8 +199,8 @@ class Plan:
             raise InputError(f"reader: none of its rows can be cached ({reasons or 'it has none'}); check images")
         tables = {name: _parquet(self.rows[name], schema) for name, schema in SCHEMAS.items()}
         digests = {name: sha256(content).hexdigest() for name, content in tables.items()}
-        counts = (len(rows) for rows in self.rows.values())
-        return CachePlan(self.spec, describe_data(reader), digests, *counts, dict(dropped)), tables
+        pairs, images, prompts = (len(rows) for rows in self.rows.values())
+        return CachePlan(self.spec, describe_data(reader), digests, pairs, images, prompts, dict(dropped)), tables
 
 
 def _parquet(rows: list[tuple[Any, ...]], schema: dict[str, pa.DataType]) -> bytes:

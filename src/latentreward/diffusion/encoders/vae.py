@@ -188,9 +188,9 @@ class PatchedLatentEncoder(LatentEncoder):
         return F.pixel_shuffle(noise, 2)
 
     @staticmethod
-    def arranged(statistics: Tensor) -> Tensor:
+    def arranged(features: Tensor) -> Tensor:
         """Bring statistics of the VAE's batch norm into the order of the latents' channels."""
-        return statistics
+        return features
 
     @classmethod
     def space_in(cls, pipeline: Any) -> LatentSpace:

@@ -151,12 +151,13 @@ class Family(Part):
     def check_flow(self) -> None:
         """Check :attr:`flow` of a family of one's own by the scheduler: a wrong one would train in silence."""
         config = self.pipeline.config("scheduler") if self.pipeline.has("scheduler") else {}
-        process, name = self.noise_process, f"family: {type(self).__name__}.flow is {self.flow}"
+        name = f"family: {type(self).__name__}.flow is {self.flow}"
         if not fits_kind(config, self.flow):
             told = f"is not so of a network with a {config.get('_class_name')} ({self.named('scheduler')})"
             raise InputError(f"{name}, which {told}; set flow = {not self.flow}")
-        if isinstance(process, FlowMatching) != self.flow:
-            raise InputError(f"{name}, which contradicts noise_process, a {type(process).__name__}; change one of them")
+        if isinstance(self.noise_process, FlowMatching) != self.flow:
+            process = type(self.noise_process).__name__
+            raise InputError(f"{name}, which contradicts noise_process, a {process}; change one of the two")
 
     def assumption(self) -> str | None:
         """Return what is assumed about the variant where the configs do not tell, for a line of the run's output."""
@@ -186,16 +187,6 @@ class Family(Part):
     def model(self) -> str:
         """Name of the model within the family, such as ``SDXL``."""
         return self.title
-
-    @property
-    def usual_reward(self) -> str:
-        """NAME of ``configs/model/NAME.yaml``: the reward usually trained for this model."""
-        return f"dina_lrm_{self.name}"
-
-    @property
-    def usual_reward_is_own(self) -> bool:
-        """Whether :attr:`usual_reward` is built on this model's own network; otherwise on that of another model."""
-        return True
 
     # Latents
 

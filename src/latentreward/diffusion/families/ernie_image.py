@@ -9,7 +9,6 @@ from torch import Tensor
 
 from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.registry import register_backbone
-from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import LanguageModelEncoder, PromptEncoder, without_last_layer
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
@@ -53,7 +52,7 @@ class ErnieImage(FlowFamily):
     def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Mistral3Model
 
-        model = without_last_layer(part_of(load(Mistral3Model, "text_encoder"), "language_model"))
+        model = without_last_layer(load(Mistral3Model, "text_encoder").get_submodule("language_model"))
         return ErnieImagePromptEncoder(model, self.pipeline.tokenizer("tokenizer"), TEXT_LENGTH)
 
     # Network

@@ -154,7 +154,7 @@ class FlowFamily(Family):
 
     def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         """Make the prompt encoder with parts that ``load(class, name)`` loads, for ``length`` tokens of T5 if any."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no prompt_encoder")
 
     def chat_tokenizer(self) -> Any:
         """Load the pipeline's tokenizer, whose chat template the prompts get."""
@@ -317,9 +317,10 @@ class FlowFamily(Family):
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """Return the names of submodules of block ``number`` that its tokens, if read as given, do not depend on."""
-        if len(self.lists) > 1 and number > self.dual_blocks:
-            return ()
-        return *(() if text else self.text_output), *(() if visual else self.visual_output)
+        names = *(() if text else self.text_output), *(() if visual else self.visual_output)
+        # Blocks of a later list take text and picture together, and have submodules of the same names.
+        joint = names and len(self.lists) > 1 and number > self.dual_blocks
+        return () if joint else names
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """Return names of modules and weights outside blocks that taps up to block ``number`` do not depend on."""

@@ -19,7 +19,6 @@ from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.core.storage.json_files import entries
-from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import PromptEncoder, first_layers, masked_ids, token_ids
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.flow import FlowFamily
@@ -110,7 +109,7 @@ class HiDream(FlowFamily):
         kinds = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel, LlamaForCausalLM)
         ends = ("", "_2", "_3", "_4")
         models = [load(kind, f"text_encoder{end}") for kind, end in zip(kinds, ends, strict=True)]
-        models[3] = first_layers(part_of(models[3], "model"), max(self.layers) + 1)
+        models[3] = first_layers(models[3].get_submodule("model"), max(self.layers) + 1)
         tokenizers = [self.pipeline.tokenizer(f"tokenizer{end}") for end in ends]
         tokenizers[3].pad_token = tokenizers[3].eos_token
         return HiDreamPromptEncoder(models, tokenizers, length, sorted({*self.layers}))

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
-from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import LanguageModelEncoder, PromptEncoder, first_layers
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
@@ -32,9 +31,9 @@ SPREAD = 1.5  # standard deviation of the logits of the noise levels
 LEAST, MOST = (1 / (1 + math.exp(logit)) for logit in (7.5, -9.0))  # noise levels, but for the last one, which is 0
 
 
-def by_channel(values: Tensor) -> Tensor:
-    """Bring the features of 2×2 patches, in the last axis, from the network's order (dy, dx, c) into (c, dy, dx)."""
-    return values.unflatten(-1, (4, -1)).mT.flatten(-2)
+def by_channel(features: Tensor) -> Tensor:
+    """Bring features of 2×2 patches, in the last axis, from the network's order (dy, dx, c) into (c, dy, dx)."""
+    return features.unflatten(-1, (4, -1)).mT.flatten(-2)
 
 
 class Ideogram4LatentEncoder(PatchedLatentEncoder):
@@ -78,7 +77,7 @@ class Ideogram4(FlowFamily):
     def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen3VLModel
 
-        model = part_of(load(Qwen3VLModel, "text_encoder"), "language_model")
+        model = load(Qwen3VLModel, "text_encoder").get_submodule("language_model")
         return Ideogram4PromptEncoder(first_layers(model, LAYERS[-1] + 1), self.chat_tokenizer(), TEXT_LENGTH)
 
     # Noise

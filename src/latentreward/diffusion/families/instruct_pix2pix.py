@@ -36,10 +36,6 @@ class InstructPix2Pix(StableDiffusion):
     def model(self) -> str:
         return f"InstructPix2Pix-{super().model}"
 
-    @property
-    def usual_reward(self) -> str:
-        return f"lrm_ip2p_{'sdxl' if self.is_xl else 'sd15'}"
-
     def source_size(self, height: int, width: int) -> SourceSize:
         """See :meth:`Family.source_size`; each side down to a multiple of the VAE's."""
         step = self.side_multiple

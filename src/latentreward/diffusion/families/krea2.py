@@ -15,7 +15,6 @@ from torch import Tensor
 from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.registry import register_backbone
 from latentreward.core.storage.json_files import entries
-from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import PromptEncoder, first_layers
 from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
@@ -74,7 +73,7 @@ class Krea2(FlowFamily):
     def prompt_encoder(self, load: Any, length: int) -> PromptEncoder:
         from transformers import Qwen2Tokenizer, Qwen3VLModel
 
-        model = part_of(load(Qwen3VLModel, "text_encoder"), "language_model")
+        model = load(Qwen3VLModel, "text_encoder").get_submodule("language_model")
         tokenizer = self.pipeline.tokenizer("tokenizer", Qwen2Tokenizer)
         return Krea2PromptEncoder(first_layers(model, max(self.layers)), tokenizer, self.layers)
 

@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import pad_sequence
 from latentreward.core.contracts import Conditioning, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
-from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
@@ -80,7 +79,7 @@ class QwenImage(FlowFamily):
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         whole = load(Qwen2_5_VLForConditionalGeneration, "text_encoder")
-        return QwenImagePromptEncoder(part_of(whole, "model.language_model"), self.tokenizer)
+        return QwenImagePromptEncoder(whole.get_submodule("model.language_model"), self.tokenizer)
 
     # Guidance
 

@@ -20,7 +20,6 @@ from torch.nn.utils.rnn import pad_sequence
 from latentreward.core.contracts import Conditioning, ImageRef, PathText, sources_of
 from latentreward.core.errors import InputError, errors_at, quoted
 from latentreward.core.registry import register_backbone
-from latentreward.diffusion.backbones.weights import part_of
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.vae import SourceSize, picture_sides, resized_picture
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
@@ -95,7 +94,7 @@ class QwenImageEdit(QwenImage):
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         whole = load(Qwen2_5_VLForConditionalGeneration, "text_encoder")
-        return QwenImageEditPromptEncoder(part_of(whole, "model"), self.tokenizer, self.seen)
+        return QwenImageEditPromptEncoder(whole.get_submodule("model"), self.tokenizer, self.seen)
 
 
 def sides(area: float, height: int, width: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from latentreward.core.contracts import Conditioning, Features, FeatureSpec, Lat
 from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.backbones.base import DiffusionBackbone, FirstBlocks, check_taps, recorded
-from latentreward.diffusion.backbones.loading import SHIPPED, check_channels, check_sample_size, tiny_pipeline
+from latentreward.diffusion.backbones.loading import check_channels, check_sample_size, tiny_pipeline
 from latentreward.diffusion.backbones.tuning import Tuning, freeze
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.families.backbone import BackboneOptions
@@ -60,17 +60,6 @@ class StableDiffusion(Family):
     @property
     def model(self) -> str:
         return unet_family(self.config)
-
-    @property
-    def usual_reward(self) -> str:
-        """See :attr:`Family.usual_reward`; LPO steers SD2.1 with the reward of SD1.5, which has the same VAE."""
-        if self.pipeline.named in SHIPPED:
-            return "lrm_tiny"
-        return "lrm_sdxl" if self.is_xl else "lrm_sd15"
-
-    @property
-    def usual_reward_is_own(self) -> bool:
-        return self.model != "SD2.1"
 
     @property
     def is_xl(self) -> bool:

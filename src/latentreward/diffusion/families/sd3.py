@@ -93,14 +93,6 @@ class StableDiffusion3(Family):
         return self.config.get("num_layers") == 38
 
     @property
-    def usual_reward(self) -> str:
-        if self.pipeline.named in SHIPPED:
-            return "dina_lrm_tiny"
-        if self.is_large:
-            return "dina_lrm_sd35_large"
-        return "dina_lrm_sd35" if self.config.get("qk_norm") else "lrm_sd3"
-
-    @property
     def native_size(self) -> tuple[int, int]:
         side = self.entry(self.part, "sample_size", int) * self.latent_space.downscale
         return side, side

@@ -142,7 +142,7 @@ def clip_text_projection(source: str) -> Tensor:
                 raise InputError("no file named config.json; get the files again")  # transformers takes its defaults
             config = CLIPTextConfig.from_pretrained(source, local_files_only=local)
             return torch.empty(config.projection_dim, config.hidden_size)
-        weight = map_weights(find_weights(source, local_files_only=local)).read("text_projection.weight")
+        weight = map_weights(find_weights(source, local_files_only=local)).get("text_projection.weight")
     if weight is None or weight.ndim != 2:
         raise InputError(f"text_projection_source={source!r} holds no text_projection.weight; give a whole CLIP model")
-    return weight.float()
+    return weight.to(torch.float32, copy=True)

@@ -223,12 +223,12 @@ class Connection:
             raise Unavailable(f"no answer within timeout_s={self.server.timeout_s:g} seconds") from error
         except httpx.TransportError as error:
             raise Unavailable(printable(first_line(error))[:SHOWN]) from error
-        found: Any = body.decode("utf-8", "replace")
+        text = body.decode("utf-8", "replace")
         try:
-            found, problem = json.loads(found), None
+            found, problem = without(token, json.loads(text)), None  # so that no later message can show it
         except (ValueError, RecursionError) as error:
-            problem = error
-        told = found = without(token, found)  # so that no later message can show it
+            found, problem = without(token, text), error
+        told: Any = found
         if isinstance(found, dict):
             told = next((found[name] for name in ("error", "detail", "message") if name in found), found)
         words, status = printable(" ".join(str(told).split()))[:SHOWN] or "(no text)", reply.status_code
@@ -292,8 +292,8 @@ class RemoteScores(ABC, Generic[Row]):
             found: dict[str, float] = {}
             try:
                 for batch, future in asked:
-                    scores = self._checked(*self.connection.result(future), len(batch))
-                    found |= zip(batch, scores, strict=True)
+                    scores, model = self.connection.result(future)
+                    found |= zip(batch, self._checked(scores, model, len(batch)), strict=True)
             except BaseException:
                 for _, future in asked:
                     future.cancel()
@@ -352,7 +352,7 @@ class RemoteLatents(RemoteScores[LatentRow]):
 
     def __init__(self, server: RemoteServer, schema: Schema, batch_size: int, reward: ServedReward | None) -> None:
         super().__init__(server, schema, batch_size)
-        self.reward, self.model = reward, reward and reward.model
+        self.reward, self.model = reward, reward.model if reward else None
 
     def begin(self, rows: Sequence[LatentRow], texts: Sequence[str]) -> PendingScores:
         """Ask for the scores of N rows with latents of one shape, whose prompts are ``texts``; see ``begin_rows``."""

@@ -244,8 +244,8 @@ class UniRL(ImageSchema):
 
     def _score(self, result: Mapping[str, Mapping[str, Any]]) -> Any:
         metrics = result.get(self.reward, {})
-        name = next(iter(metrics)) if self.metric is None and len(metrics) == 1 else self.metric
-        if name not in metrics:
+        name = self.metric or (next(iter(metrics)) if len(metrics) == 1 else None)
+        if name is None or name not in metrics:
             raise InputError(f"schema has reward={self.reward}, metric={self.metric}, and the answer {shown(result)}")
         return metrics[name]
 

@@ -272,7 +272,7 @@ def images_identity(listed: ImageList, with_files: bool = True) -> str:
 
 
 def read_scores(path: Path) -> pa.Table:
-    """Read a ``.csv``, ``.jsonl`` or ``.parquet`` file of scores.
+    """Read a ``.csv`` or ``.parquet`` file of scores.
 
     Columns in :data:`TEXTS` are strings, columns in :data:`SIDES` are int32, all others are float32.
     """

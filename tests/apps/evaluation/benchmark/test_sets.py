@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,7 +12,7 @@ from jsonargparse import ArgumentParser
 from latentreward.apps.evaluation.benchmark import sets
 from latentreward.apps.evaluation.benchmark.base import Benchmark
 from latentreward.apps.evaluation.benchmark.evaluate import LOOKED_INTO
-from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, judge
+from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS
 from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
 from latentreward.core.errors import InputError
 from latentreward.reward import CallableScorer
@@ -113,19 +112,7 @@ def test_own_pairs_from_a_file_and_a_folder(own_pairs) -> None:
     assert len(recognise_benchmark(str(folder)).readers()["all"]) == 1
 
 
-def test_missing_images_are_left_out_and_counted(tmp_path) -> None:
-    shutil.copytree(COMMITTED / "hpdv3", root := tmp_path / "hpdv3")
-    whole = scores(recognise_benchmark(str(root)))["test"]
-    row = json.loads((root / "test.json").read_text())[0]
-    (root / row["path1"]).unlink()
-    (root / row["path2"]).write_bytes(b"\x00 no image")
-    benchmark = recognise_benchmark(str(root))
-    pairs = scores(benchmark)["test"]
-    lost = np.isnan(pairs.first + pairs.second)
-    np.testing.assert_array_equal((pairs.first - pairs.second)[~lost], (whole.first - whole.second)[~lost])
-    result = judge("hpdv3", pairs).result()
-    assert sum(result["excluded"].values()) == lost.sum() >= 1
-    assert set(result["excluded"]) <= {"missing file", "unknown image format"}
+def test_a_folder_without_the_file_of_a_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no file .*test\.json"):
         sets.HPDv3Benchmark(str(tmp_path)).readers()
 

@@ -46,7 +46,7 @@ class BenchmarkPairs:
     """Pairs of one split with the scores of one scorer."""
 
     scorer: str  # name of the scorer
-    pair_ids: tuple[str, ...]  # N unique names of the pairs
+    pair_ids: tuple[str, ...]  # N unique names
     prompts: tuple[str, ...]  # N raw prompts
     groups: tuple[str, ...]  # N names of prompt groups; pairs of one group are resampled together
     labels: np.ndarray  # ``(N,)`` probability that image a is preferred; NaN without a label
@@ -58,9 +58,7 @@ class BenchmarkPairs:
     first_images: tuple[str, ...] = ()  # N keys of the images a, by which recurring images are recognised; may be empty
     second_images: tuple[str, ...] = ()  # N keys of the images b; may be empty
     benchmark: str = ""  # data set and split in reports, e.g. ``hpdv3 test``
-    # Temperature of the scorer's win probability σ(gap / temperature) in PickScore's protocol, the only protocol that
-    # reads it; None has the protocol fit it
-    temperature: float | None = 1.0
+    temperature: float | None = 1.0  # of the scorer, which only PickScore's protocol reads; None has it fitted
 
     @property
     def gap(self) -> np.ndarray:

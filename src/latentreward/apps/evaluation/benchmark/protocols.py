@@ -73,10 +73,8 @@ Credit = tuple[np.ndarray, np.ndarray, dict[str, Any]]
 class Protocol:
     """Rule of evaluation."""
 
-    # One line for reports: which pairs count, how labelled ties and equal scores count, whose code the protocol follows
-    summary: str
-    # Function ``(pairs, fitting)`` that returns credit, reasons and details
-    judge: Callable[[BenchmarkPairs, BenchmarkPairs | None], Credit]
+    summary: str  # for reports: which pairs count, how labelled ties and equal scores count, whose code it follows
+    judge: Callable[[BenchmarkPairs, BenchmarkPairs | None], Credit]  # of pairs and those of the fitting split
     macro: bool = False  # whether all prompt groups have the same weight; otherwise all pairs have the same weight
 
 
@@ -158,27 +156,20 @@ def judge_pickscore(pairs: BenchmarkPairs, fitting: BenchmarkPairs | None) -> Cr
     with the highest mean credit on the fitting split. All rows count, as in the released code: ``label_0`` = ½ means a
     tie, 1 the first image, and any other value, null included, the second image.
 
-    The details are ``threshold``, ``temperature``, ``credit_by_threshold`` (on the fitting split) and
-    ``credit_without_threshold`` (on the evaluated split).
-
-    Args:
-        pairs: Scored pairs of the split that is evaluated. ``columns["label_0"]`` holds the published labels; without
-            that column ``labels`` are used. ``temperature`` is T: 1 for scores that are logits, such as PickScore's;
-            None fits T on the fitting split.
-        fitting: Scored pairs of the fitting split.
+    ``columns["label_0"]`` holds the published labels; without that column ``labels`` are used. ``temperature`` is T: 1
+    for scores that are logits, such as PickScore's; None fits T on the fitting split. The details are ``threshold``,
+    ``temperature``, ``credit_by_threshold`` (on the fitting split) and ``credit_without_threshold``.
     """
     if fitting is None:
         raise InputError(
             "protocol pickapic/pickscore fits a threshold on validation_unique; score that split as well, or leave "
             "pickapic/pickscore out"
         )
-    fitted = ~np.isnan(fitting.gap)
-    temperature = pairs.temperature
+    fitted, temperature = ~np.isnan(fitting.gap), pairs.temperature
     if temperature is None:
         temperature = fit_temperature(fitting.gap[fitted], fitting.labels[fitted])
-    curve = (
-        [float(credit_at(fitting, temperature, theta)[fitted].mean()) for theta in THRESHOLDS] if fitted.any() else []
-    )
+    thresholds = THRESHOLDS.tolist() if fitted.any() else []
+    curve = [float(credit_at(fitting, temperature, theta)[fitted].mean()) for theta in thresholds]
     threshold = float(THRESHOLDS[int(np.argmax(curve))]) if curve else 0.0
     scored = ~np.isnan(pairs.gap)
     plain = credit_at(pairs, temperature, 0.0)[scored]

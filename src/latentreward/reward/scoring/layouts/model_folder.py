@@ -38,7 +38,7 @@ from latentreward.data.clips import check_clips
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
 from latentreward.diffusion import DiffusionBackbone
-from latentreward.diffusion.backbones.weights import fill, settling_later
+from latentreward.diffusion.backbones.weights import assign, settling_later
 from latentreward.reward.heads.base import RewardHead
 from latentreward.reward.scoring.files import WEIGHTS as ADAPTER_WEIGHTS
 from latentreward.reward.scoring.files import (
@@ -276,8 +276,8 @@ class PretrainedReward(StoredReward):
             model = kind(backbone, self.head(backbone))
             if self.recipe.own:
                 weights = map_weights([path := self._intact(BACKBONE)])
-                compare_tensors(dict(own_weights(backbone, self.recipe.own)), weights.tensors, path)
-                fill(backbone, weights)
+                compare_tensors(dict(own_weights(backbone, self.recipe.own)), weights, path)
+                assign(backbone, weights)
         self._check_base(backbone)
         for name, file in adapters.items():
             network = backbone.get_submodule(name)
