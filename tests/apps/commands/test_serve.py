@@ -47,7 +47,6 @@ def test_a_missing_extra_names_its_cure(capsys: pytest.CaptureFixture[str], monk
         (["--max_body_mb=.inf"], "max_body_mb: inf is not finite"),
         (["--max_body_mb=.nan"], "max_body_mb: nan is not finite"),
         (["--timeout=.inf"], "timeout: inf is not finite"),
-        (["--max_pass_s=1"], "there is no serve --max_pass_s any more; set --batch_size"),
         (["--token_file=nowhere.txt"], "token_file=nowhere.txt cannot be read"),
         (["--port=0"], "no-such-model"),
     ],
