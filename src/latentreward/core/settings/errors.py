@@ -186,7 +186,9 @@ def check_ranges(settings: Any) -> None:
         relation, least = bound.split()
         below = value < float(least) or (relation == ">" and value == float(least))
         most = 2**63 - 1 if "seed" in last else LARGEST
-        if not math.isfinite(value) or below or value > most:
+        if not math.isfinite(value):
+            raise InputError(f"{name}: {value} is not finite; give a finite number")
+        if below or value > most:
             raise InputError(f"{name}: {value} must be {bound} and <= {most}; give such a number")
 
 
