@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from latentreward.callbacks.trainable import TrainableCheckpoint
+from latentreward.callbacks.checkpoints import TrainableCheckpoint
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -33,16 +33,13 @@ KEPT = "free some space, or set EncodeOnce's folder"  # remedy in messages about
 class EncodeOnce(Callback):
     """Callback that encodes all prompts before the first step, and frees the text encoders of policy and reward.
 
-    A reward that trains on cached prompts (``latentreward cache`` with ``encoder.text``) needs no text encoder from the
-    first step on; for it nothing is encoded.
+    For a reward that trains on cached prompts (``latentreward cache`` with ``encoder.text``) nothing is encoded.
 
     Encoded prompts lie in a file without a name, which the ranks of a machine write together and map: the disk holds it
     until the run ends or is killed. A row takes 1.7 MB for SD3.5 with 128 T5 tokens in bfloat16, and 0.1 MB
-    for SD1.5. T5 then no longer takes 9.5 GB of each GPU. A resumed run encodes again. The encoded prompts are those of
-    ``data.prompts``, those of callbacks with ``prompts`` (``SampleGrid``, ``HackingMonitor``, ``CollapseGuard``), and
-    the empty prompt, where a text encoder sees pictures one with those of each edit.
-    Results equal those without this callback, except in the last bits, because prompts are encoded in batches. Prompts
-    of a batch have equally many tokens.
+    for SD1.5. T5 then no longer takes 9.5 GB of each GPU. The encoded prompts are those of ``data.prompts``, those of
+    callbacks with ``prompts``, and the empty prompt, where a text encoder sees pictures one with those of each edit.
+    Results equal those without this callback, except in the last bits, because prompts are encoded in batches.
 
     Args:
         folder: Folder for the file while it is written; null takes the run's ``trainer.default_root_dir``.

@@ -26,13 +26,8 @@ class ExactResume(Callback):
       example) are seeded from seed, epoch, optimiser step, batch and rank. Their states need not be saved.
     - Gradient accumulation: a checkpoint written between two optimiser steps holds no gradients. Its counters are set
       back to the last optimiser step, and the resumed run repeats the batches after that step.
-    - Validation: after a checkpoint written just before a validation, the resumed run validates first. Lightning would
-      skip that validation.
-    - End of an epoch, with ``max_steps``: the resumed run begins the next epoch. Lightning would count the finished
-      epoch twice and so skip one.
-    - Loader state at the end of an epoch: it is loaded, since it may hold rows for the next epoch. Lightning drops it.
-    - Last batch of an epoch: after a checkpoint written there, the next epoch is counted. Lightning would not count it,
-      and checkpoints of the resumed run would resume at the wrong batch.
+    - Validation: after a checkpoint written just before one, the resumed run validates first; Lightning would skip it.
+    - Epochs: the next one begins where it would have, at the right batch, also with rows that the loader has left.
     - Other batch size or world size: Lightning's batch counter is converted to batches of the new size.
     - Classes of the user's own, whose state no checkpoint could give back, are refused before the first step.
 

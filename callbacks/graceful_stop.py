@@ -4,7 +4,6 @@ import atexit
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -17,12 +16,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from latentreward.core.errors import check_at_least_one, first_line
-from latentreward.core.interrupts import INTERRUPTED, TERMINATED, kill_started_ranks, stop_asked
+from latentreward.core.interrupts import INTERRUPTED, TERMINATED, stop_asked
 from latentreward.data.loading import WORKER_REMEDY, WorkerLoader
 from latentreward.reward import RemoteError
 
@@ -76,15 +76,11 @@ class GracefulStop(Callback):
     ``--ckpt_path last`` finds either. The command line adds this callback to every fit.
 
     A wait for a reward server ends at once, in the middle of a rollout. Ranks that Lightning has started get the signal
-    of the process that started them, but for SIGINT, which a terminal sends to all of them.
+    of the process that started them, but for SIGINT, which a terminal sends to all of them. If another rank has exited
+    or does not answer, ``fit`` raises TimeoutError, and ranks that this process started are killed.
 
     Args:
         every_n_batches: Check for signals after every n-th batch; each check is a small exchange between processes.
-
-    Raises:
-        InputError: If ``every_n_batches`` is below 1.
-        TimeoutError: In ``fit``, if another rank has exited or does not answer; ranks that this process started are
-            killed.
 
     Note:
         This callback replaces Lightning's signal handlers. Those broadcast from inside the handler, which hangs unless
@@ -184,7 +180,7 @@ class GracefulStop(Callback):
             trainer.save_checkpoint(path, weights_only=False)  # with None Lightning prints a line
             exception.resume = f"saved optimiser step {trainer.global_step}; go on with --ckpt_path {path}"
         if isinstance(exception, RuntimeError) and trainer.world_size > 1 and SILENT_RANK.search(str(exception)):
-            kill_started_ranks(trainer)
+            kill_started_ranks(trainer.strategy.launcher)
             limit = getattr(trainer.strategy, "_timeout", None)
             raise TimeoutError(
                 f"another rank is gone, or has not answered rank {trainer.global_rank} for {limit} (--rank_timeout_s): "
@@ -253,18 +249,27 @@ def fallback_folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / "checkpoints"
 
 
+def kill_started_ranks(launcher: Any) -> None:
+    """Kill the ranks that this process started through Lightning, whose observer would kill this process too."""
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        ranks, launcher.procs[:] = [*launcher.procs], []  # the observer shares the list
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
 def requeue() -> None:
     """Ask SLURM to requeue this job, and log a warning if that fails."""
     job = os.environ.get("SLURM_JOB_ID", "")
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    program = shutil.which("scontrol")
-    if program is None:
-        logger.warning("scontrol is not in PATH: job %s was not requeued", job)
-        return
-    done = subprocess.run([program, "requeue", job], capture_output=True, text=True, check=False)
-    if done.returncode:
-        logger.warning("scontrol requeue %s failed with status %d: %s", job, done.returncode, done.stderr.strip())
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        problem = f"status {done.returncode}: {done.stderr.strip()}" if done.returncode else ""
+    except OSError as error:  # no scontrol in PATH
+        problem = str(error)
+    if problem:
+        logger.warning("scontrol requeue %s failed (%s)", job, problem)
 
 
 def silence_lost_terminal() -> None:

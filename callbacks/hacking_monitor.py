@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from latentreward.callbacks.checkpoints import LastCheckpoint
 from latentreward.callbacks.graceful_stop import GracefulStop, checkpoint_path
-from latentreward.callbacks.last_checkpoint import LastCheckpoint
 from latentreward.callbacks.prompt_monitor import SEED, PromptMonitor, log_now
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint

@@ -1,6 +1,6 @@
 """Callback that ends a run before a NaN reaches the weights or a checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,13 +15,10 @@ from latentreward.core.errors import InputError, check_at_least_one
 class NaNGuard(Callback):
     """Callback that ends the run at the first loss that is not finite, before the backward pass.
 
-    The error names the optimiser step and the batch's rows: pairs of a data set, or prompts with the timesteps of their
-    rollouts.
-
-    Weights and optimiser keep their last good state, so the last checkpoint can be resumed. An optimiser step after a
-    finite loss may still make a weight infinite or NaN. So the trained weights, their average and the optimiser's
-    state are checked on all processes before each checkpoint is written; a value that is not finite ends the run, and
-    that checkpoint is not written. The command line adds this callback to every run.
+    The error names the optimiser step and the batch's rows: pairs of a data set, or prompts with their timesteps.
+    Weights and optimiser keep their last good state. An optimiser step after a finite loss may still make a weight
+    infinite or NaN: the trained weights, their average and the optimiser's state are checked on all processes before
+    each checkpoint, which is not written if a value is not finite. The command line adds this callback to every run.
 
     Args:
         every_n_batches: Check the loss of every n-th batch; each check waits for the device.
@@ -37,19 +34,14 @@ class NaNGuard(Callback):
         self._batch_idx = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Wrap the strategy's ``save_checkpoint`` so that values are checked before a checkpoint is written.
-
-        Lightning calls that method on all processes for every checkpoint, but skips the callbacks' hook
-        ``on_save_checkpoint`` for checkpoints with ``save_weights_only``.
-        """
+        # Lightning skips the hook `on_save_checkpoint` for checkpoints with `save_weights_only`.
         wrap_saving(trainer.strategy, save_finite, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         vars(trainer.strategy).pop("save_checkpoint", None)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember the batch, so that an error can name its rows."""
-        self._batch, self._batch_idx = batch, batch_idx
+        self._batch, self._batch_idx = batch, batch_idx  # so that an error can name its rows
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._batch_idx % self.every_n_batches or torch.isfinite(loss).all():
@@ -95,15 +87,9 @@ def rows_of(batch: Any) -> str:
     if isinstance(batch, Mapping):
         return " and ".join(map(rows_of, batch.values()))
     pairs, prompts = getattr(batch, "pair_ids", ()), getattr(batch, "prompts", ())
-    if pairs or not isinstance(prompts, tuple):
-        return f"pairs {listed(pairs)}"
-    timesteps = getattr(batch, "timesteps", None)
-    if timesteps is None:
-        return f"prompts {listed([repr(prompt) for prompt in prompts])}"
-    texts = [f"{prompt!r} (t = {t:g})" for prompt, t in zip(prompts, timesteps.tolist(), strict=True)]
-    return f"prompts {listed(texts)}"
-
-
-def listed(names: Sequence[str], shown: int = 8) -> str:
-    """Join the first ``shown`` names, and say how many more there are."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    kind, names = "pairs", list(pairs)
+    if not pairs and isinstance(prompts, tuple):
+        kind, timesteps = "prompts", getattr(batch, "timesteps", None)
+        times = [""] * len(prompts) if timesteps is None else [f" (t = {t:g})" for t in timesteps.tolist()]
+        names = [f"{prompt!r}{time}" for prompt, time in zip(prompts, times, strict=True)]
+    return f"{kind} {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -47,14 +47,10 @@ class ScoredPairGrid(Callback):
     """Callback that draws validation pairs with their scores, and by how much the model errs.
 
     The picture is the image ``val/pairs`` in TensorBoard and ``scored_pairs.png`` in the run's log folder; with
-    ``shown: worst`` they are ``val/worst_pairs`` and ``worst_pairs.png``; of a second run in the folder
-    ``scored_pairs-v1.png``. Each cell shows a pair: the preferred image
+    ``shown: worst`` they are ``val/worst_pairs`` and ``worst_pairs.png``. Each cell shows a pair: the preferred image
     on the left, the prompt above, and the scores at the first evaluation level below. Pictures that were edited stand
     before both. The frame is green where the model ranks the pair as its label does, red where it does not, grey for a
-    tie. Pairs of all ranks are considered.
-    Latents are decoded by the model's VAE, a pair at a time. If pairs cannot be drawn, one warning says why and the
-    callback does nothing: for latents if there is no VAE, for latents under FSDP (which shards the VAE), and for
-    modules that score no pairs.
+    tie. Pairs of all ranks are considered. If pairs cannot be drawn, one warning says why.
 
     Args:
         num_pairs: Pairs in the picture.
@@ -146,11 +142,10 @@ class FoundPair(NamedTuple):
     """Pair that may be drawn."""
 
     key: tuple[float, str]  # Place among the pairs of all ranks
-    prompt: str  # Prompt
+    prompt: str
     scores: list[float]  # Scores of the preferred and of the other image
     label: float  # Probability that the preferred image wins; ½ for a tie
-    # Pictures that were edited and both images as they are drawn, or latents ``(1, C, ...)`` of each of the former and
-    # ``(2, C, ...)`` of the latter on the CPU
+    # As drawn, or latents on the CPU: ``(1, C, ...)`` of each picture that was edited, ``(2, C, ...)`` of both images
     images: list[Image.Image] | tuple[Tensor, ...]
 
 

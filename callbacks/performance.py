@@ -1,5 +1,6 @@
-"""Callbacks of speed and size: faster steps, with seconds of their phases in the log, and a line of parameters."""
+"""Callback of speed: faster steps, with seconds of their phases in the log."""
 
+import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
@@ -8,16 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.utilities.model_summary import get_human_readable_count
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from latentreward.alignment import Policy
 from latentreward.core.checkpoints.base_weights import is_quantized
 from latentreward.core.errors import InputError
-from latentreward.core.running import LISTENER, PHASES, Phases
+from latentreward.core.running import LISTENER, PHASES
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.compilation import compile_blocks, uncompile_blocks
 from latentreward.diffusion.encoders.vae import LatentEncoder
@@ -156,20 +155,16 @@ class Mark(NamedTuple):
     ends_step: bool
 
 
-class StepTimes(Phases):
+class StepTimes:
     """Seconds by phase of training steps, from the beginning of a run.
 
     On a CUDA device each change of phase records an event, which costs some microseconds. Events are read when the
     card has passed them, so that nothing waits for the card. Elsewhere the host's clock is read. The phases follow each
     other without a gap: together they take the time of the steps, validations and checkpoints left out.
-
-    Attributes:
-        seconds: Seconds by phase of the optimiser steps that have ended since :meth:`restart`.
-        steps: Number of these steps.
     """
 
     def __init__(self, cuda: bool) -> None:
-        super().__init__("log")
+        self.open, self.pid = ["log"], os.getpid()  # phases, of which the innermost counts
         self.cuda, self.paused = cuda, False
         self._marks: deque[Mark] = deque()
         self._present: defaultdict[str, float] = defaultdict(float)  # seconds of the step that has not ended
@@ -178,16 +173,18 @@ class StepTimes(Phases):
 
     def restart(self) -> None:
         """Forget the steps that have ended."""
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by phase, of the steps that have ended since then
         self.steps = 0
 
     def begin(self, name: str) -> None:
-        super().begin(name)
+        """Begin a phase within the present one."""
+        self.open.append(name)
         self._mark()
 
     def end(self) -> None:
+        """End the innermost phase."""
         if len(self.open) > 1:  # else of an action that began before the measurement
-            super().end()
+            self.open.pop()
             self._mark()
 
     def pause(self, paused: bool) -> None:
@@ -262,37 +259,3 @@ def unlisten(profiler: Profiler) -> None:
     LISTENER.set(None)
     for name in ("start", "stop"):
         vars(profiler).pop(name, None)
-
-
-class ParameterSummary(ModelSummary):
-    """Callback that prints one line: the number of parameters of each part of the model, and how many are trainable.
-
-    The line replaces Lightning's table, whose FLOPs are 0 without an ``example_input_array``. The command line adds
-    this callback to every fit, unless ``trainer.callbacks`` has a ``ModelSummary`` or ``trainer.enable_model_summary``
-    is false.
-
-    Args:
-        max_depth: Levels of nested modules to list; 0 switches the line off.
-
-    Example:
-        ``--trainer.callbacks+=ParameterSummary --trainer.callbacks.max_depth=2``
-    """
-
-    def __init__(self, max_depth: int = 1) -> None:
-        super().__init__(max_depth)
-
-    @staticmethod
-    def summarize(
-        summary_data: list[tuple[str, list[str]]],
-        total_parameters: int,
-        trainable_parameters: int,
-        model_size: float,
-        *_: Any,
-        **__: Any,
-    ) -> None:
-        """Print the line on rank 0; Lightning's ``ModelSummary`` calls this method with the columns of its table."""
-        columns = dict(summary_data)
-        rows = zip(columns["Name"], columns["Type"], columns["Params"], strict=True)
-        parts = [f"{name} ({kind}) {number.strip()}" for name, kind, number in rows if number.strip() != "0"]
-        trained, total = (get_human_readable_count(n).strip() for n in (trainable_parameters, total_parameters))
-        rank_zero_info(f"parameters: {', '.join(parts)}; {trained} of {total} train; {model_size:,.0f} MB")

@@ -1,9 +1,10 @@
-"""Callbacks that sample the policy at fixed prompts: pictures, and their change from reference or source."""
+"""Callbacks that sample the policy at fixed prompts: pictures of them, and whether they become blank or alike."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,15 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.alignment import AlignmentModule, Sampling, sample_latents
-from latentreward.alignment.rewards.unchanged import unchanged_region_change
-from latentreward.core.contracts import PathText, PromptBatch, sources_of
-from latentreward.core.errors import InputError, check_at_least_one, check_range
+from latentreward.core.contracts import PathText, PromptBatch, RolloutStatistics, sources_of
+from latentreward.core.errors import InputError, check_at_least_one, check_choices, check_range
 from latentreward.core.reports.drawing import PLAIN, draw_pair, strip, tile, to_image, to_images
-from latentreward.core.running import evaluating, pair_generator
+from latentreward.core.running import evaluating
 from latentreward.core.storage.durable import replacing
 from latentreward.data.alignment.prompt_files import read_prompts
 
+logger = logging.getLogger(__name__)
+
 SEED = 0  # seed of the initial and the sampler's noise, equal in every run so that pictures of two runs can be compared
+
+FLAT = 0.02  # standard deviation of pixels in [-1, 1] below which a picture counts as blank: about 3 of 256 grey levels
 
 
 class PromptMonitor(Callback, ABC):
@@ -213,113 +217,104 @@ def to_bytes(pixels: Tensor, size: int) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(strip(to_images(one, size)))) for one in pixels])
 
 
-class SourceChange(PromptMonitor):
-    """Callback that logs how far an editor's results lie from the pictures that it edits.
+class CollapseGuard(PromptMonitor):
+    """Callback that ends a run, or warns, when the policy's samples become blank or all alike.
 
-    ``edits/change`` is the root mean square difference of the latents from those of the first picture.
-    ``edits/unchanged_region`` is that of the ``share`` of the places that changed least, see
-    :func:`~latentreward.alignment.rewards.unchanged.unchanged_region_change`; a rise means that edits do more than they
-    are asked to, which a reward can be hacked by. A fall of both to 0 means that pictures are no longer edited. Values
-    of the reference are logged before the first step.
+    Each measurement samples fixed prompts, and compares three logged values with the reference's from the same noise:
 
-    Args:
-        prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; each edits a picture.
-        share: Share of the places that an edit may be expected to leave alone.
+    - ``collapse/contrast``: standard deviation over the pixels of a picture, averaged over pictures;
+    - ``collapse/diversity``: standard deviation of a pixel over the pictures of one prompt (root mean square);
+    - ``collapse/not_flat``: share of pictures that are not of a single colour (all black, for example).
 
-    Example:
-        ``--trainer.callbacks+=SourceChange --trainer.callbacks.prompts=edits.jsonl``
-    """
-
-    def __init__(
-        self,
-        prompts: Sequence[str] | PathText,
-        num_prompts: int = 32,
-        every_n_steps: int = 100,
-        share: float = 0.5,
-        **options: Any,
-    ) -> None:
-        super().__init__(prompts, num_prompts, every_n_steps, **options)
-        check_range("(0, 1]", **{"SourceChange.share": share})
-        if (plain := next((prompt for prompt in self.prompts if not sources_of(prompt)), None)) is not None:
-            raise InputError(
-                f"SourceChange: the prompt {plain[:60]!r} edits no picture; give prompts with source_images"
-            )
-        self.region = share
-
-    def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        self._measure(trainer, pl_module, reference=True)
-
-    def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        self._measure(trainer, pl_module, reference=False)
-
-    def _measure(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> None:
-        encoder, rows = pl_module.policy.source_encoder, []
-        if encoder is None:
-            raise InputError("SourceChange measures edits, but the policy makes pictures from text alone; leave it out")
-        for batch, latents in self.latents(trainer, pl_module, reference):
-            sampling = self.sampling_of(pl_module)
-            with pl_module.policy.editing_at(sampling.height, sampling.width):
-                source = encoder(batch.prompts)[0].to(latents)
-            changes = [unchanged_region_change(latents, source, share) for share in (1.0, self.region)]
-            rows.append(torch.stack(changes, dim=1))
-        change, region = self.gather(trainer, torch.cat(rows)).flatten(0, 1).double().mean(dim=0).tolist()
-        log_now(trainer, pl_module, {"edits/change": change, "edits/unchanged_region": region})
-
-
-class ReferenceDrift(PromptMonitor):
-    """Callback that logs the mean squared difference between the predictions of policy and reference.
-
-    The value at each noise level is logged as ``drift/sigma_{level}``. Both networks predict, without guidance, from
-    the same noisy latents: samples of the reference for fixed prompts, with fixed noise added at each level. The drift
-    is 0 at the start. ``drift/mean`` is the mean over levels; a sudden rise often comes before the pictures visibly
-    change.
+    For modules that learn from their own rollouts there is a fourth value, ``collapse/score_spread``: the standard
+    deviation of the rewards among the candidates of one prompt in the last rollout. It is compared with the first
+    rollout's. If all candidates score alike, the policy has nothing left to learn from. Samples that are not finite
+    end the run under either ``action``.
 
     Args:
-        sigmas: Noise levels in (0, 1]; for each, the nearest level of the policy's noise process is used.
-        options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; ``sampling`` is that of the
-            reference's samples.
+        least: Fraction of its first value, in (0, 1), below which a value counts as collapsed.
+        action: ``stop`` raises InputError, and earlier checkpoints stay; ``warn`` logs a warning and goes on.
+        images_per_prompt: Pictures per prompt, at least 2.
+        options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
 
     Example:
-        ``--trainer.callbacks+=ReferenceDrift --trainer.callbacks.prompts=prompts.txt``
+        ``--trainer.callbacks+=CollapseGuard --trainer.callbacks.prompts=prompts.txt``
     """
 
     def __init__(
         self,
         prompts: Sequence[str] | PathText,
         num_prompts: int = 8,
-        every_n_steps: int = 100,
-        sigmas: Sequence[float] = (0.2, 0.5, 0.8),
+        least: float = 0.3,
+        action: Literal["stop", "warn"] = "stop",
+        images_per_prompt: int = 4,
         **options: Any,
     ) -> None:
-        super().__init__(prompts, num_prompts, every_n_steps, images_per_prompt=1, **options)
-        if not sigmas or len(set(sigmas)) < len(sigmas) or not all(0.0 < sigma <= 1.0 for sigma in sigmas):
-            raise InputError(
-                f"sigmas={tuple(sigmas)} of ReferenceDrift must be one or more levels in (0, 1], each once"
-            )
-        self.sigmas = tuple(sigmas)
-        self._states: list[tuple[PromptBatch, Tensor, Tensor, Tensor]] = []
+        super().__init__(prompts, num_prompts, images_per_prompt=images_per_prompt, **options)
+        check_range("[2, inf)", "CollapseGuard compares them", images_per_prompt=images_per_prompt)
+        check_choices(CollapseGuard, action=action)
+        check_range("(0, 1)", least=least)
+        self.least, self.action = least, action
+        self._start: dict[str, float] = {}
+        self._first_spread: float | None = None
 
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        policy, self._states = pl_module.policy, []
-        for batch, latents in self.latents(trainer, pl_module, reference=True):
-            generators = [pair_generator(SEED, "drift noise", 0, key) for key in batch.keys]
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-            for timestep in policy.noise_process.timesteps_at(torch.tensor(self.sigmas)):
-                timesteps = timestep.expand(len(batch)).to(latents.device)
-                noisy = policy.noise_process.add_noise(latents.float(), noise.to(latents.device), timesteps)
-                with policy.reference():
-                    predicted = policy.predict(noisy, timesteps, policy.encode_prompts(batch.prompts))
-                # On the CPU: the states wait for hours and would take the memory of training.
-                self._states.append((batch, timesteps.cpu(), noisy.cpu(), predicted.float().cpu()))
+        self._start = self._measure(trainer, pl_module, reference=True)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._first_spread is None:
+            self._first_spread = score_spread(pl_module)
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        policy, device = pl_module.policy, pl_module.device
-        errors: list[list[Tensor]] = [[] for _ in self.sigmas]
-        for index, (batch, timesteps, noisy, reference) in enumerate(self._states):
-            now = policy.predict(noisy.to(device), timesteps.to(device), policy.encode_prompts(batch.prompts))
-            error = (now.float() - reference.to(device)).square().flatten(1).mean(dim=1)
-            errors[index % len(self.sigmas)].append(error)
-        rows = torch.stack([torch.cat(level) for level in errors], dim=1)
-        drifts = self.gather(trainer, rows).flatten(0, 1).mean(dim=0)
-        values = {f"drift/sigma_{sigma:g}": drift for sigma, drift in zip(self.sigmas, drifts.tolist(), strict=True)}
-        log_now(trainer, pl_module, {**values, "drift/mean": drifts.mean().item()})
+        now, start = self._measure(trainer, pl_module, reference=False), dict(self._start)
+        spread = score_spread(pl_module)
+        if spread is not None and self._first_spread is not None:
+            now["score_spread"], start["score_spread"] = spread, self._first_spread
+        log_now(trainer, pl_module, {f"collapse/{name}": value for name, value in now.items()})
+        problems = [
+            f"{name.replace('_', ' ')} is {value:.3g}, against {start[name]:.3g} at first"
+            for name, value in now.items()
+            if value < self.least * start[name]
+        ]
+        if not problems:
+            return
+        message = f"optimiser step {trainer.global_step}: {', '.join(problems)}"
+        if self.action == "stop":
+            raise InputError(
+                f"{message}: the policy collapses; go back to an earlier checkpoint, with a lower learning rate or a "
+                "greater kl_weight"
+            )
+        if trainer.is_global_zero:
+            logger.warning(message)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first_spread": self._first_spread}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._first_spread = state_dict["first_spread"]
+
+    def _measure(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> dict[str, float]:
+        pixels = [made.clamp(-1, 1) for _, _, made in self.pictures(trainer, pl_module, reference)]
+        # In half precision: pictures of all ranks travel, and 11 bits are more than a picture has.
+        return collapse_figures(self.gather(trainer, torch.cat(pixels).half()).float())
+
+
+def score_spread(pl_module: LightningModule) -> float | None:
+    """Return the last rollout's standard deviation of scores among one prompt's candidates, averaged over prompts.
+
+    None without a rollout.
+    """
+    statistics: RolloutStatistics | None = getattr(pl_module, "rollout_statistics", None)
+    if statistics is None or not statistics.scores.numel():
+        return None
+    return statistics.scores.float().std(dim=1).mean().item()
+
+
+def collapse_figures(pixels: Tensor) -> dict[str, float]:
+    """Compute contrast, diversity and share of non-blank pictures from pixels ``(P, images, 3, H, W)`` in [-1, 1]."""
+    contrast = pixels.flatten(2).std(dim=2)
+    return {
+        "contrast": contrast.mean().item(),
+        "diversity": pixels.var(dim=1).mean().sqrt().item(),
+        "not_flat": (contrast > FLAT).float().mean().item(),
+    }

@@ -30,7 +30,6 @@ BY_LEVELS = "--model.reward=tests.alignment.modules.simple_reward.OtherChannelsR
 QUICK = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=2")
 GUARDS = (
     "trainer:\n  callbacks+:\n"
-    "    - {class_path: ReferenceDrift, init_args: {prompts: [a red circle], every_n_steps: 1}}\n"
     "    - {class_path: CollapseGuard, init_args: {prompts: [a red circle], every_n_steps: 1, least: 0.01}}\n"
     "    - {class_path: SampleGrid, init_args: {prompts: '${oc.env:PROMPTS}', every_n_steps: 2}}\n"
 )

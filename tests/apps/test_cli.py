@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from latentreward.callbacks import ParameterSummary, RunProgress
+from latentreward.callbacks import RunProgress
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichModelSummary, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
 import latentreward
-from latentreward.apps.cli import REMOVED, main
+from latentreward.apps.cli import main
 from latentreward.core.errors import NO_GPU, InputError, one_line
 from latentreward.core.storage.durable import locked
 from latentreward.reward.scoring.files import settings_beside
@@ -387,7 +387,7 @@ def test_packaged_trainers_are_found_from_any_folder_and_keep_last_ckpt(
 
 
 @pytest.mark.slow
-def test_saved_config_reproduces_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_saved_config_reproduces_the_run(folder: Path) -> None:
     main(
         [*FIT, "--trainer.callbacks=plugin.Note", "--trainer.callbacks.text=option", "--trainer.default_root_dir=first"]
     )
@@ -399,9 +399,10 @@ def test_saved_config_reproduces_the_run(folder: Path, capsys: pytest.CaptureFix
     again = yaml.safe_load((folder / "again" / "config.yaml").read_text())
     assert again["trainer"].pop("default_root_dir") == "again"
     assert again == {**saved, "trainer": {key: saved["trainer"][key] for key in again["trainer"]}}
-    assert notes(settings(capsys, "--config=first/config.yaml")) == notes(saved)  # equal callbacks are one
     lines = (folder / "notes.txt").read_text().splitlines()
     assert lines[:3] == lines[3:6]
+    main([*FIT, "--config=first/config.yaml", "--trainer.default_root_dir=both"])
+    assert notes(yaml.safe_load((folder / "both" / "config.yaml").read_text())) == notes(saved)  # equal ones are one
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
@@ -433,7 +434,7 @@ def test_one_fit_in_a_folder_at_a_time(folder: Path, capsys: pytest.CaptureFixtu
         before = sorted((folder / "taken").iterdir())
         line = error_line(capsys, *FIT, "--trainer.default_root_dir=taken")
         logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=taken", "--trainer.logger.name="]
-        logged = error_line(capsys, *FIT, *logger, "--trainer.logger.version=")
+        logged = error_line(capsys, *FIT, *logger, "--trainer.logger.version=", "--trainer.default_root_dir=null")
         assert sorted((folder / "taken").iterdir()) == before
         main([*FIT, "--trainer.default_root_dir=free"])
     assert line.startswith("trainer.default_root_dir: taken is being written by another run (process ")
@@ -471,14 +472,14 @@ def test_other_subcommands_take_the_saved_config_of_fit(command: str, folder: Pa
 
 # ---- what a run prints and leaves
 
-SHOWN = ["--trainer.enable_progress_bar=null", "--trainer.enable_model_summary=null"]
+SHOWN = ["--trainer.enable_progress_bar=null"]
 
 
 @pytest.mark.slow
 def test_a_resumed_fit_prints_what_tells_a_user_something(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """Device, settings, checkpoint, parameters, progress and why it ended: all that it prints, logs and warns of."""
+    """Device, settings, checkpoint, progress and why it ended: all that it prints, logs and warns of."""
     options = [*FIT, *SHOWN, "--trainer.log_every_n_steps=1", "--trainer.default_root_dir=plain"]
     options += ["--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint"]
     options += ["--trainer.callbacks.save_last=true", "--trainer.max_steps"]
@@ -489,7 +490,6 @@ def test_a_resumed_fit_prints_what_tells_a_user_something(
     assert [one for one in caplog.messages if not one.startswith("HTTP")] == [
         "GPU available: False, used: False",
         "Restoring states from the checkpoint path at plain/checkpoints/last.ckpt",
-        "parameters: head (DeepHead) 2; 2 of 2 train; 0 MB",
         "`Trainer.fit` stopped: `max_steps=6` reached.",
     ]
     printed = capsys.readouterr()
@@ -509,19 +509,17 @@ def test_a_resumed_fit_prints_what_tells_a_user_something(
     ("options", "kinds"),
     [
         (["--trainer.enable_progress_bar=true"], [RunProgress]),
-        (["--trainer.enable_model_summary=true"], [ParameterSummary]),
-        (["--trainer.callbacks+=TQDMProgressBar", *SHOWN], [TQDMProgressBar, ParameterSummary]),
-        (["--trainer.callbacks+=RichModelSummary", *SHOWN], [RichModelSummary, RunProgress]),
+        (["--trainer.callbacks+=TQDMProgressBar", *SHOWN], [TQDMProgressBar]),
         ([], []),
     ],
 )
-def test_progress_and_summary_are_ours_unless_the_settings_have_others(
+def test_progress_is_ours_unless_the_settings_have_another(
     options: list[str], kinds: list[type[Callback]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainers: list[Trainer] = []
     monkeypatch.setattr(Trainer, "fit", lambda trainer, *_, **__: trainers.append(trainer))
     main([*FIT, *options])
-    found = [callback for callback in trainers[0].callbacks if isinstance(callback, (ProgressBar, ModelSummary))]
+    found = [callback for callback in trainers[0].callbacks if isinstance(callback, ProgressBar)]
     assert list(map(type, found)) == kinds
 
 
@@ -649,20 +647,3 @@ def test_bugs_and_debug_keep_the_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("latentreward.apps.commands.configs.shipped_configs", None)
     with pytest.raises(TypeError):
         main(["configs"])
-
-
-@pytest.mark.parametrize("name", REMOVED)
-def test_what_was_removed_names_what_to_use_instead(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["fit", f"{name}=x"] if name.startswith("--") else [*name.split(), "--help"]
-    assert error_line(capsys, *arguments) == f"there is no {name} any more; {REMOVED[name]}"
-
-
-@pytest.mark.slow
-def test_callbacks_of_a_clone_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Path.cwd() / "model.yaml"
-    monkeypatch.chdir(SOURCE.parent)
-    arguments = ["fit", f"--config={model}", "--trainer.callbacks=callbacks.TrainableEMA"]
-    monkeypatch.syspath_prepend(model.parent)
-    result = finish(arguments)
-    line = "trainer.callbacks: no module 'callbacks'; say latentreward.callbacks"
-    assert result.stderr == f"latentreward: error: {line}\n"

@@ -12,7 +12,6 @@ from latentreward.callbacks import (
     NaNGuard,
     NoiseBandAccuracy,
     PairScoreWriter,
-    ParameterSummary,
     ResumedSettings,
     ScoredPairGrid,
     TrainableCheckpoint,
@@ -343,12 +342,6 @@ def test_grid_says_once_that_there_is_no_vae(module, batches, loader, make_train
     said = [line for line in caplog.messages if "ScoredPairGrid" in line]
     assert said == ["ScoredPairGrid draws nothing: the data are latents, and the model has no VAE to decode them"]
     assert not (tmp_path / "scored_pairs.png").exists()
-
-
-def test_parameters_are_told_in_one_line(module, batches, loader, make_trainer, caplog):
-    make_trainer(callbacks=[ParameterSummary()]).fit(module, loader(batches[:1]))
-    (line,) = [line for line in caplog.messages if line.startswith("parameters: ")]
-    assert re.fullmatch(r"parameters: model \(RewardModel\) (\S+ M); \d+ K of \1 train; \d+ MB", line)
 
 
 def test_predictions_are_complete_and_never_overwritten_by_accident(module, batches, loader, make_trainer, tmp_path):

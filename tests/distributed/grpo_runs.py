@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latentreward.callbacks import CollapseGuard, HackingMonitor, ReferenceDrift, SampleGrid, TimestepBands
+from latentreward.callbacks import CollapseGuard, HackingMonitor, SampleGrid, TimestepBands
 from lightning.pytorch import Trainer
 from PIL import Image
 from torch import Tensor
@@ -126,7 +126,7 @@ CASES = [
     ("opd", "sd35_tiny"),
     ("opsd", "sd35_tiny"),
 ]
-METRICS = ("hacking/held_out", "hacking/reward_change", "drift/mean", "collapse/diversity", "rollout/gap_50_t_0_1000")
+METRICS = ("hacking/held_out", "hacking/reward_change", "collapse/diversity", "rollout/gap_50_t_0_1000")
 
 
 def redness(prompts: Any, images: list[Image.Image]) -> Tensor:
@@ -147,7 +147,6 @@ def train(method: str, pipeline: str, strategy: Any, world_size: int, folder: Pa
     """Weights and last metrics after three steps."""
     monitors = [
         SampleGrid(PROMPTS, every_n_steps=2, image_size=32),
-        ReferenceDrift(PROMPTS, every_n_steps=3, batch_size=2),
         HackingMonitor(PROMPTS, CallableScorer(redness, name="redness"), every_n_steps=3, action="warn"),
         CollapseGuard(PROMPTS, every_n_steps=3, images_per_prompt=2, least=0.01),
         TimestepBands((0, 1000)),

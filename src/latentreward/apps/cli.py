@@ -50,21 +50,6 @@ COMMANDS = {
     "serve": "answer HTTP requests for scores of latents or images",
 }
 """Subcommand → one line of help."""
-REMOVED = {
-    "--restrict-imports": "run only YAML files that you have read, and those of others in a container (SECURITY.md)",
-    "--allow-programs": "run only YAML files that you have read, and those of others in a container (SECURITY.md)",
-    "reproduce": "say python -m tools.reproduce, in a clone of the repository",
-    "inspect --scores": "read the data by --reader FilteredReader: what it drops is counted by reason",
-    "cache --images.cross_bucket": "pairs of two buckets come to the bucket of their mean size",
-    "inspect --buckets": "latentreward cache sorts images into buckets (images.buckets)",
-    "inspect --hash_images": "splits are compared by their prompts",
-    "evaluate-policy --policy.table": "write images.csv or images.jsonl into the folder of images",
-    "evaluate-policy --against.table": "write images.csv or images.jsonl into the folder of images",
-    "serve --max_pass_s": "set --batch_size to the rows that a forward pass may take",
-    "pilot": "run cache, fit, benchmark, fit and evaluate-policy (docs/recipes.md, one card of 24 GB), or taste",
-    "ui": "score --gallery writes a page of scores, and taste --rate opens one to rate pictures",
-}
-"""Command, option of all commands, or command and its option, that there is no more → what to use instead."""
 TRAINER = ("fit", "validate", "test", "predict")
 """Subcommands that run a Lightning trainer; one module has them all."""
 
@@ -138,7 +123,7 @@ def failures_told(debug: bool = False, alone: bool = True) -> Iterator[None]:
 
 
 def module_of(command: str) -> str:
-    """Return the name of the module whose function ``run`` takes a subcommand's name and the arguments after it."""
+    """Return the name of the module with a subcommand's function ``run(command, arguments)``."""
     return f"latentreward.apps.commands.{'fit' if command in TRAINER else command.replace('-', '_')}"
 
 
@@ -161,10 +146,6 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
     if "--version" in arguments:
         print(f"latentreward {__version__}")
         return
-    options = [one.partition("=")[0] for one in arguments if one.startswith("--")]
-    for name in (*arguments[:1], *options, *(f"{arguments[0]} {option}" for option in options)):
-        if name in REMOVED:
-            raise InputError(f"there is no {name} any more; {REMOVED[name]}")
     if not arguments or arguments[0] not in COMMANDS:
         problem = f"unknown command {arguments[0]!r}" if arguments else "no command"
         raise InputError(f"{problem}{did_you_mean(arguments[0] if arguments else '', COMMANDS)}")

@@ -26,18 +26,12 @@ class Interval(NamedTuple):
     """Number with the ends of its 95 % interval.
 
     Value and ends are NaN without any group. The ends are NaN with one group, which shows no spread.
-
-    Attributes:
-        value: Number computed from all groups.
-        low: Lower end.
-        high: Upper end.
-        groups: Number of groups that were resampled; None if unknown.
     """
 
     value: float
     low: float
     high: float
-    groups: int | None = None
+    groups: int | None = None  # that were resampled; None if unknown
 
     @property
     def few(self) -> bool:
@@ -74,11 +68,7 @@ def two_folds(groups: Sequence[str] | np.ndarray) -> np.ndarray:
 
 
 def group_sums(groups: Sequence[str] | np.ndarray, *columns: np.ndarray) -> np.ndarray:
-    """Sum K columns ``(N,)`` over the rows of each group, named by ``groups``.
-
-    Returns:
-        ``(G, K)`` float64, groups in the order of their names.
-    """
+    """Sum K columns ``(N,)`` over the rows of each group: ``(G, K)`` float64, in the order of the groups' names."""
     codes = group_codes(groups)
     number = codes.max(initial=-1) + 1
     return np.stack([np.bincount(codes, column, number) for column in columns], axis=1)
@@ -119,9 +109,8 @@ def clustered_interval(
 def clustered_accuracy(sums: np.ndarray) -> Interval:
     """Compute the share of right answers and its 95 % interval over groups.
 
-    The interval is that of :func:`clustered_interval`, unless all groups have the same share, e.g. all answers are
-    right. Resampling equal groups shows no spread, so the ends are then those of :func:`wilson_ends`. ``sums``
-    ``(G, 2)`` are those of credit, from 0 to 1 for each answer, and of answers.
+    Resampling groups of equal share, e.g. where all answers are right, shows no spread: the ends are then those of
+    :func:`wilson_ends`. ``sums`` ``(G, 2)`` are those of credit, from 0 to 1 for each answer, and of answers.
     """
     estimate = clustered_interval(sums)
     if len(sums) < 2 or np.ptp(ratio(sums)) > 0:
@@ -137,9 +126,7 @@ def wilson_ends(share: float, count: float) -> tuple[float, float]:
 
     Brown, Cai and DasGupta (2001, doi:10.1214/ss/1009213286) recommend the interval for small n.
 
-    Args:
-        share: Share p of successes, in [0, 1].
-        count: Number n of independent trials, or of as many as trials that depend on each other are worth.
+    The count n is of independent trials, or of as many as trials that depend on each other are worth.
     """
     z = NormalDist().inv_cdf(ENDS[1])
     centre, spread = share + z**2 / (2 * count), z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
@@ -157,10 +144,7 @@ def percentile_ends(values: np.ndarray) -> tuple[float, float]:
 
 
 def resample_sums(sums: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Draw G of G groups with replacement, repeatedly, and return the total sums of each resample.
-
-    ``sums`` ``(G, K)`` are those of each group; the result is ``(resamples, K)`` float64.
-    """
+    """Draw G of G groups ``(G, K)`` with replacement, repeatedly; return total sums ``(resamples, K)`` float64."""
     rng = np.random.default_rng(seed)
     sums = np.asarray(sums, dtype=np.float64)
     kinds, counts = np.unique(sums, axis=0, return_counts=True)
@@ -191,10 +175,7 @@ def clustered_mean(values: np.ndarray, groups: Sequence[str] | np.ndarray) -> In
 
 
 def bootstrap_interval(differences: Sequence[np.ndarray]) -> Interval:
-    """Compute the mean of paired differences and its 95 % interval by resampling runs, and prompts within each run.
-
-    There is one ``(N,)`` array per run (training seed); with one run only prompts are resampled.
-    """
+    """Compute the mean of paired differences ``(N,)`` of each run, resampling runs, and prompts within each run."""
     rng = np.random.default_rng(0)
     runs = np.stack(differences)
     drawn = rng.integers(len(runs), size=(RESAMPLES, len(runs)))

@@ -1,7 +1,7 @@
 """Handling of Ctrl-C and SIGTERM.
 
 While modules are imported, Ctrl-C ends the process at once. Later, both end a command with a message about what is
-kept. Inside :func:`interrupts_held`, both wait until a write is complete. :func:`kill_started_ranks` ends other ranks.
+kept. Inside :func:`interrupts_held`, both wait until a write is complete.
 """
 
 import os
@@ -11,14 +11,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from subprocess import Popen
-
-    from lightning.fabric.strategies import Strategy as FabricStrategy
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.strategies import Strategy
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
@@ -54,10 +46,7 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
-    """Return the Ctrl-C or SIGTERM behind ``error``, or None if there is none.
-
-    ``error`` may be that interrupt itself, or the SystemExit into which Lightning turned it.
-    """
+    """Return the Ctrl-C or SIGTERM that ``error`` is, or that Lightning turned into this SystemExit; else None."""
     found = error.__context__ if isinstance(error, SystemExit) else error
     return found if isinstance(found, KeyboardInterrupt) else None
 
@@ -121,27 +110,3 @@ def tell_interrupt(stop: KeyboardInterrupt) -> None:
     if int(os.environ.get("LOCAL_RANK") or 0) == 0:
         by, kept = "SIGTERM" if isinstance(stop, Terminated) else "Ctrl-C", str(stop)
         print(f"latentreward: stopped by {by}{kept and '; '}{kept}", file=sys.stderr, flush=True)
-
-
-def kill_started_ranks(trainer: "Trainer") -> bool:
-    """Kill the ranks that this process started through Lightning, and return whether there were any."""
-    ranks = take_started_ranks(trainer.strategy)
-    for rank in ranks:
-        rank.kill()
-        rank.wait()
-    return bool(ranks)
-
-
-def take_started_ranks(strategy: "Strategy | FabricStrategy") -> "list[Popen[bytes]]":
-    """Return the ranks that this process started through Lightning, which watches them no longer.
-
-    Lightning's observer of these processes kills this process too when one has died.
-    """
-    from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as FabricLauncher
-    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher  # imports torch
-
-    launcher = strategy.launcher
-    if not isinstance(launcher, FabricLauncher | _SubprocessScriptLauncher):
-        return []
-    ranks, launcher.procs[:] = [*launcher.procs], []  # the observer shares the list
-    return ranks

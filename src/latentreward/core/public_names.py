@@ -5,7 +5,6 @@ Settings may name a class without its module. jsonargparse finds such a class on
 """
 
 import ast
-import logging
 import re
 from collections.abc import Callable
 from functools import cache
@@ -17,17 +16,9 @@ from typing import Any
 from latentreward.core import registry
 from latentreward.core.registry import backbone_names
 
-logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parents[1]
 FACES = ("data", "diffusion", "reward", "alignment", "tinyworld", "apps/generation", "apps/evaluation/benchmark")
 """Folders whose ``__init__.pyi`` lists what they hand out."""
-MOVED = {
-    "core": "checkpoints construction contracts devices errors ranks reports settings storage",
-    "diffusion": "backbones cache encoders families noise",
-    "reward": "heads losses metrics modules remote scorers scoring",
-    "alignment": "export policies rewards rollout",
-}
-"""Room -> folders and files that lay at the top of the package before there were rooms."""
 
 
 @cache
@@ -66,17 +57,6 @@ def forwarding(package: str) -> Callable[[str], Any]:
     return find
 
 
-def renewed(text: str) -> str:
-    """Replace dotted paths from before there were rooms by today's in a YAML text or an argument; each is told."""
-
-    def replaced(found: re.Match[str]) -> str:
-        if (new := new_path(found[0])) != found[0]:
-            logger.warning("%s has moved; say %s", found[0], new)
-        return new
-
-    return re.sub(r"(?<![\w./-])latentreward(?:\.\w++)++(?![/-])", replaced, text)
-
-
 def import_said(text: str) -> None:
     """Import the public classes whose names stand in ``text``."""
     for name in set(re.findall(r"\b[A-Z]\w+", text)) & public_names().keys():
@@ -87,15 +67,3 @@ def import_all() -> None:
     """Import all public classes, for lists of choices."""
     for module in {*public_names().values()}:
         import_module(module)
-
-
-def new_path(path: str) -> str:
-    """Return today's path of a class or module that lay elsewhere, also in another file of its room; others stay."""
-    first, (module, _, last) = path.split(".")[1], path.rpartition(".")
-    room = next((room for room, moved in MOVED.items() if first in moved.split()), None)
-    if room is None:
-        lies = f"{public_names().get(last, module)}."  # a name of a room is found by itself, whatever file held it
-        return path if lies.startswith(f"{module}.") else public_path(last)
-    if last in backbone_names():
-        return backbone_names()[last]
-    return public_path(last) if last in public_names() else path.replace(f".{first}", f".{room}.{first}", 1)

@@ -83,15 +83,10 @@ def import_class(setting: str, path: str, base: type[Kind]) -> type[Kind]:
 
 @dataclass(frozen=True)
 class Construction:
-    """A call of a class or function, recorded as values that JSON can hold.
-
-    Attributes:
-        class_path: Import path of the class or function that was called.
-        init_args: Arguments by name, in JSON types: tuples became lists, dataclasses became mappings.
-    """
+    """A call of a class or function, recorded as values that JSON can hold."""
 
     class_path: str
-    init_args: dict[str, Any]
+    init_args: dict[str, Any]  # in JSON types: tuples became lists, dataclasses became mappings
 
     @classmethod
     def of(
@@ -99,12 +94,7 @@ class Construction:
     ) -> Self | None:
         """Record the call ``target(*args, **kwargs)``; return None if an argument cannot be written as JSON.
 
-        Args:
-            target: Class or function.
-            args: Positional arguments.
-            kwargs: Named arguments.
-            skip: Number of leading parameters to leave out because they are not settings, e.g. 1 for a head, whose
-                first parameter is the feature spec.
+        The first ``skip`` parameters are no settings, such as a head's first, the feature spec.
         """
         function, first = (target.__init__, (None,)) if isinstance(target, type) else (target, ())  # type: ignore[misc]
         taken = signature(function)
@@ -162,8 +152,6 @@ def backbone_names() -> dict[str, str]:
 
 def factory_of(name: str) -> Any:
     """Import and return the factory registered as ``name``; raise InputError if there is none."""
-    from importlib import import_module
-
     if name not in _PATHS:
         raise InputError(f"unknown backbone {name!r}{did_you_mean(name, _PATHS)}")
     module, function = _PATHS[name].rsplit(".", 1)

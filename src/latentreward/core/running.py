@@ -41,27 +41,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 PHASES = ("data_wait", "encode", "rollout", "reward", "forward", "backward", "optimizer", "ema", "log")
 """Names of the phases, in the order of tables."""
-LISTENER: "ContextVar[Phases | None]" = ContextVar("LISTENER", default=None)
-"""Phases of this thread's run; None tells nothing apart. Threads of a server or of a backward pass have none."""
-
-
-class Phases:
-    """Phases that are open, of which the innermost counts.
-
-    Args:
-        outermost: Phase of what is in no other.
-    """
-
-    def __init__(self, outermost: str) -> None:
-        self.open, self.pid = [outermost], os.getpid()
-
-    def begin(self, name: str) -> None:
-        """Begin a phase within the present one."""
-        self.open.append(name)
-
-    def end(self) -> None:
-        """End the innermost phase."""
-        self.open.pop()
+LISTENER: ContextVar[Any] = ContextVar("LISTENER", default=None)
+"""The ``StepTimes`` of this thread's run; None tells nothing apart, as in threads of a server or a backward pass."""
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(capsys: pytest.CaptureF
 @pytest.mark.parametrize("option", ["--host=no.such.host.invalid", "--port=70000", "--port=-1"])
 def test_impossible_addresses(capsys: pytest.CaptureFixture[str], option: str) -> None:
     error = error_of(capsys, "no-such-model", option)
-    assert ("cannot serve at" in error or "port: " in error) and error.count("\n") == 1
+    assert ("cannot serve at" in error or "port" in error) and error.count("\n") == 1
 
 
 def test_a_missing_extra_names_its_cure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,6 @@ def test_a_missing_extra_names_its_cure(capsys: pytest.CaptureFixture[str], monk
         (["--max_body_mb=.inf"], "max_body_mb: inf is not finite"),
         (["--max_body_mb=.nan"], "max_body_mb: nan is not finite"),
         (["--timeout=.inf"], "timeout: inf is not finite"),
-        (["--max_pass_s=1"], "there is no serve --max_pass_s any more; set --batch_size"),
         (["--token_file=nowhere.txt"], "token_file=nowhere.txt cannot be read"),
         (["--port=0"], "no-such-model"),
     ],

@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from latentreward.apps.cli import COMMANDS, main
-from tests.core.settings.test_refusals import refusal
 
 SPELLINGS = {
     "--{}": True,
@@ -62,7 +61,3 @@ def test_values_without_a_name_may_follow_options(arguments: str, capsys, tmp_pa
 def test_help_of_a_class_inside_a_class(capsys) -> None:
     asked = "--data.train.help", "JSONLPairReader"
     assert "--train.columns" in printed(capsys, "fit", "--data", "PreferenceDataModule", *asked)
-    assert "--data CLASS --data.train.help JSONLPairReader" in refusal(capsys, "fit", *asked)
-    line = refusal(capsys, "fit", "--config=configs/data/jsonl.yaml", asked[0])
-    assert line == "--data.train.help has no value; write --data.train.help=CLASS"
-    assert refusal(capsys, "score", "--nothing.help=X").startswith("unrecognized arguments: --nothing.help=X; choose")

@@ -70,7 +70,7 @@ LINE = next(number for number, line in enumerate(Path(__file__).read_text().spli
     ("text", "message"),
     [
         (f"loss: {HERE}.Half", "loss: Half lacks win_probability"),
-        (f"loss: {HERE}.Failing", f"loss: {HERE}.Failing stopped: 'a' (KeyError, test_own_classes.py:{LINE}"),
+        (f"loss: {HERE}.Failing", f"{HERE}.Failing stopped: 'a' (KeyError, test_own_classes.py:{LINE}"),
         (
             f"metrics: [{{class_path: {HERE}.Largest, init_args: {{power: 2}}}}]",
             "metrics: scale is missing",

@@ -42,8 +42,7 @@ def test_a_secret_is_used_and_not_saved(tmp_path: Path, monkeypatch: pytest.Monk
     assert "prefix: plain" in config.read_text()
     monkeypatch.delenv("MY_TOKEN")
     line = refusal(capsys, "fit", f"--config={config}")
-    assert "logger[0].name: the environment variable MY_TOKEN, which " in line
-    assert "config.yaml refers to, is not set; say MY_TOKEN=VALUE latentreward ..." in line
+    assert "logger[0].name: the environment variable MY_TOKEN is not set; say MY_TOKEN=VALUE" in line
     main(["validate", f"--config={config}", "--trainer.logger=false", "--trainer.limit_val_batches=1"])
     assert isinstance(RewardModel.from_pretrained(folder), RewardModel)
 

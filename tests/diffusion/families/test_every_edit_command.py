@@ -121,7 +121,6 @@ def align(twin: Twin) -> None:
     data = {"prompts": "edits/prompts.jsonl", "batch_size": 2, "prompts_per_rollout": 2, "batches_per_epoch": 2}
     callbacks = [
         {"class_path": "SampleGrid", "init_args": shown},
-        {"class_path": "SourceChange", "init_args": shown},
         {"class_path": "HackingMonitor", "init_args": {**shown, "held_out": RED, "action": "warn"}},
         "PolicyLoRA",
         "EncodeOnce",

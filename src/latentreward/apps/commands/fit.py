@@ -282,7 +282,7 @@ class TrainingCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer, with :class:`RunProgress` and :class:`ParameterSummary` in place of Lightning's own.
+        """Make the trainer, with :class:`RunProgress` in place of Lightning's own bar.
 
         ``test`` gets an :class:`AccuracyInterval`. Without a logger, ``LearningRateMonitor`` is left out.
         ``default_root_dir`` becomes the run's folder, where Lightning looks for ``hpc`` and :class:`GracefulStop` saves
@@ -294,14 +294,10 @@ class TrainingCLI(LightningCLI):
         given = settings["callbacks"] or []
         given = given if isinstance(given, list) else [given]
         added: list[theirs.Callback] = []
-        for flag, kind, replacement in (
-            ("enable_progress_bar", theirs.ProgressBar, ours.RunProgress),
-            ("enable_model_summary", theirs.ModelSummary, ours.ParameterSummary),
-        ):
-            off = settings[flag] is False or settings["barebones"]
-            if not off and not any(isinstance(callback, kind) for callback in given):
-                kwargs[flag] = False
-                added.append(replacement())
+        off = settings["enable_progress_bar"] is False or settings["barebones"]
+        if not off and not any(isinstance(callback, theirs.ProgressBar) for callback in given):
+            kwargs["enable_progress_bar"] = False
+            added.append(ours.RunProgress())
         if self.command == "test" and not any(isinstance(callback, ours.AccuracyInterval) for callback in given):
             added.append(ours.AccuracyInterval())
         csv_logs.ExperimentWriter = fit_folder.MetricsWriter  # type: ignore[misc]  # CSVLogger has no setting for it

@@ -5,13 +5,10 @@ Lightning is imported only by commands whose settings may name classes, because 
 
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
-from importlib.util import find_spec
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from latentreward.core.errors import InputError, one_line, where
-from latentreward.core.public_names import import_all, import_said, renewed
+from latentreward.core.public_names import import_all, import_said
 from latentreward.core.registry import MODULE_FOLDERS, backbone_names, find_modules_here, within
-from latentreward.core.settings.errors import NAMED_IN, UNSET, check_ranges, leaves, summarise, unknown_setting_hint
+from latentreward.core.settings.errors import UNSET, check_ranges, leaves, summarise, unknown_setting_hint
 from latentreward.core.settings.rewriting import (
     as_text,
     check_yaml,
@@ -53,8 +50,6 @@ class ConfigFile(ActionConfigFile):
         if Path(path).is_file():
             text = Path(path).read_text(errors="replace")
             MODULE_FOLDERS.append(str(Path(path).resolve().parent))
-            variables = re.findall(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)", with_variables(text))
-            NAMED_IN.update(dict.fromkeys(variables, values))
             if all(re.fullmatch(r"\s*(#.*|---|\.\.\.)?", line) for line in text.splitlines()):
                 return  # comments alone, which jsonargparse refuses
         try:
@@ -67,23 +62,16 @@ VALIDATING = ContextVar("VALIDATING", default=False)
 """True while a parser validates: a parser of a nested class or section then skips the checks of the outer one."""
 
 
-INSTANTIATED: ContextVar[Namespace | None] = ContextVar("INSTANTIATED", default=None)
-"""All settings while their classes are constructed."""
-
-
 def constructed(kind: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
-    """Construct a class among the settings; the InputError about a user's own names setting, error, file and line."""
+    """Construct a class among the settings; the InputError about a user's own names class, error, file and line."""
     try:
         return kind(*args, **options)
     except Exception as error:
         path = f"{kind.__module__}.{kind.__qualname__}"
         if isinstance(error, InputError) or within(path, LIBRARIES):
             raise
-        settings = INSTANTIATED.get()
-        named = (name for name, value in leaves(settings) if value == path and name.endswith(".class_path"))
-        place = re.sub(TRAINER_COMMAND, "", next(named, "").removesuffix(".class_path"))
         at = where(error) or f" ({type(error).__name__}; --debug shows the traceback)"
-        raise InputError(f"{place}{place and ': '}{path} stopped: {one_line(error)}{at}") from error
+        raise InputError(f"{path} stopped: {one_line(error)}{at}") from error
 
 
 class SettingsParser(ArgumentParser):
@@ -100,16 +88,6 @@ class SettingsParser(ArgumentParser):
                 action.nargs, action.const = "?", True
         if args is not None and not self.exit_on_error:  # jsonargparse parses a class's own settings again, as texts
             args = [re.sub(r"=None$", "=null", argument) for argument in args]
-        elif args is not None and self._subcommands_action is None:
-            # An argument of a nested class needs a value: whether it is a flag, only the class states, by its type.
-            for option, following in zip_longest(args, args[1:], fillvalue="--"):
-                owner = re.fullmatch(r"(--\w+)(\.\w+)*\.(\w+)", option)
-                known = self._option_string_actions
-                if owner is None or owner[1] not in known or option in known:
-                    continue
-                if following.startswith("--"):
-                    value = "CLASS" if owner[3] == "help" else "VALUE, which is true or false for a flag"
-                    raise InputError(f"{option} has no value; write {option}={value}")
         return super().parse_args(args, *more, **options)
 
     @override
@@ -169,14 +147,8 @@ class SettingsParser(ArgumentParser):
 
     @override
     def instantiate(self, namespace: Namespace, *more: Any, **options: Any) -> Any:
-        if INSTANTIATED.get() is not None:  # by the parser of a class among the settings
-            return super().instantiate(with_secrets(namespace), *more, **options)
-        token = INSTANTIATED.set(namespace)
         options["instantiators"] = [*options.get("instantiators", ()), (constructed, object, True)]
-        try:
-            return super().instantiate(with_secrets(namespace), *more, **options)
-        finally:
-            INSTANTIATED.reset(token)
+        return super().instantiate(with_secrets(namespace), *more, **options)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -254,7 +226,6 @@ def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
 
     @wraps(load)
     def load_rewritten(text: str) -> Any:
-        text = renewed(text)
         check_yaml(text)
         settings = rewrite_settings(load(with_variables(text)), short_names)  # before it makes names relative
         NULLS.extend(re.findall(r"None|null|\$\{(?!oc\.env:)", repr(settings)))
@@ -286,9 +257,6 @@ def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> None:
     the current folder or beside the settings.
     """
     if classes:
-        if Path("callbacks").resolve() == Path(str(find_spec("latentreward.callbacks").origin)).parent:  # type: ignore[union-attr]
-            # In a clone of the repository, `callbacks` would be a second copy.
-            sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]
         if any(re.fullmatch(r"-h|--(.+\.)?help(=.*)?", argument) for argument in arguments):
             import_all()  # help lists the classes that a setting takes
         import_said(" ".join(arguments))
@@ -296,7 +264,6 @@ def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> None:
     OmegaConf.register_resolver("setting", resolve_setting, replace=True)
     OmegaConf.register_resolver("secret", kept_secret, replace=True)
     MODULE_FOLDERS[:] = [str(Path.cwd())]  # jsonargparse changes it as it reads a file
-    NAMED_IN.clear()
     NULLS[:] = [argument for argument in arguments if "null" in argument]
     install_loader(backbone_names(), classes)
 

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
-from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -17,7 +16,6 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 
 from latentreward.core.errors import InputError, did_you_mean
-from latentreward.core.public_names import renewed
 
 LARGEST = 100_000  # largest number of values in one YAML text after its aliases are expanded
 DEEPEST = 100  # largest number of levels of nested lists and mappings
@@ -29,31 +27,28 @@ def check_yaml(text: str) -> None:
 
     PyYAML silently keeps the last of two equal keys. Aliases let a short text of a stranger fill the memory.
     """
-    _count(yaml.compose(text, Loader=LOADER), {}, 0)
+    left = iter(range(LARGEST))
 
-
-def _count(node: Any, sizes: dict[int, int], level: int) -> int:
-    """Count the values of ``node`` with its aliases expanded; ``sizes`` holds the counts by ``id``."""
-    if not isinstance(node, yaml.CollectionNode) or id(node) in sizes:
-        return sizes.get(id(node), 1)
-    if level == DEEPEST:
-        raise yaml.YAMLError(f"more than {DEEPEST} lists and mappings inside each other; write a flatter file")
-    sizes[id(node)] = LARGEST  # for an alias inside the value that it repeats
-    children = node.value
-    if isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                first = f"{key.value!r} is given twice, first in line {lines[key.value]}"
-                raise yaml.YAMLError(f"line {line}: {first}; keep one of them")
-            lines[key.value] = line
-        children = chain(*node.value)
-    sizes[id(node)] = 1 + sum(_count(child, sizes, level + 1) for child in children)
-    if sizes[id(node)] > LARGEST:
+    def visit(node: Any, level: int) -> None:
         line = node.start_mark.line + 1
-        raise yaml.YAMLError(f"line {line}: more than {LARGEST} values once aliases are replaced; write fewer")
-    return sizes[id(node)]
+        if level > DEEPEST or next(left, None) is None:
+            raise yaml.YAMLError(f"line {line}: more than {LARGEST} values, or {DEEPEST} levels; write a smaller file")
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"line {line}: {key.value!r} is given twice; keep one of them")
+                seen.add(key.value)
+            for pair in node.value:
+                for child in pair:
+                    visit(child, level + 1)
+        elif isinstance(node, yaml.SequenceNode):
+            for child in node.value:
+                visit(child, level + 1)
+
+    if (root := yaml.compose(text, Loader=LOADER)) is not None:
+        visit(root, 0)
 
 
 SECTIONS = ("trainer", "nan_guard", "exact_resume", "graceful_stop", "performance", "predictions")
@@ -180,7 +175,7 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
     interpolations: the subcommand with a dot, such as ``fit.``, or nothing.
     """
     rewritten: list[str] = []
-    arguments = [ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(renewed(argument))) for argument in arguments]
+    arguments = [ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(argument)) for argument in arguments]
     while arguments:
         argument = arguments.pop(0)
         option, equals, value = argument.partition("=")

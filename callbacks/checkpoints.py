@@ -1,17 +1,81 @@
-"""Callbacks for what trains: a moving average of its weights, and checkpoints without the frozen ones."""
+"""Callbacks on checkpoints: what is written when, without frozen weights, with an average, and beside it the LoRA."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from latentreward.callbacks.resumed_settings import output_path
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+from typing_extensions import override
 
+from latentreward.alignment import AlignmentModule, TrainedLoRA
+from latentreward.core.checkpoints.files import wrap_saving
 from latentreward.core.checkpoints.shards import check_weights, frozen_names, placed_like, whole_tensor
-from latentreward.core.errors import InputError, check_range
+from latentreward.core.contracts import PathText
+from latentreward.core.errors import InputError, check_at_least_one, check_range, errors_at
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Callback that writes ``last.ckpt`` every n optimiser steps, at the end of each epoch, and at the end of the run.
+
+    Each save replaces the file of the one before, and no state is written twice. A new run in a folder that has the
+    ``last.ckpt`` of an earlier run writes ``last-v1.ckpt``, and so on.
+
+    ``ModelCheckpoint(save_last=True)`` writes each state to two files. With ``every_n_train_steps`` it leaves out the
+    end of the run.
+
+    Args:
+        every_n_train_steps: Largest number of optimiser steps that a kill or a power cut may lose.
+        dirpath: Folder; None takes ``checkpoints`` in the logger's folder.
+
+    Example:
+        ``--trainer.callbacks+=LastCheckpoint --trainer.callbacks.every_n_train_steps=250``
+    """
+
+    def __init__(self, every_n_train_steps: int = 100, dirpath: PathText | None = None) -> None:
+        check_at_least_one(every_n_train_steps=every_n_train_steps)
+        super().__init__(dirpath, save_top_k=0, save_last=True, every_n_train_steps=every_n_train_steps)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Key without ``every_n_train_steps``, so that a run resumed with another interval goes on in its file."""
+        return type(self).__qualname__
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Save after every n-th optimiser step, and when the run ends within an epoch.
+
+        From there a run with a raised limit takes the other batches of that epoch; from Lightning's later hooks it
+        would begin the next epoch. After the last batch of an epoch, :meth:`on_train_epoch_end` saves. Nothing is saved
+        between optimiser steps: accumulated gradients would be lost.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        if loop.batch_progress.is_last_batch or loop._should_accumulate():
+            return
+        if loop._is_training_done or loop.done:  # in the first batch of a resumed run, `done` waits for a validation
+            self._save(trainer)
+        else:
+            super().on_train_batch_end(trainer, pl_module, *args)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save at the end of an epoch, and if the run ends where :meth:`on_train_batch_end` cannot save."""
+        self._save(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing; Lightning would save here even under ``fast_dev_run``."""
+
+    def _save(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class TrainableCheckpoint(Callback):
@@ -19,9 +83,8 @@ class TrainableCheckpoint(Callback):
 
     Frozen weights are loaded from the backbone's ``source`` again, so a DiNa-LRM on SD3.5-Medium takes some hundred MB
     instead of 20 GB. A reward module records which base its weights belong to, and refuses a checkpoint of another
-    base. The callback works with any ``ModelCheckpoint``, on one or several devices, with single-file and sharded
-    checkpoints. During a run the module's ``state_dict()`` holds only the trainable weights, so that frozen weights
-    are not even gathered.
+    base. During a run the module's ``state_dict()`` holds only the trainable weights, so that frozen weights are not
+    even gathered.
 
     Example:
         ``--trainer.callbacks+=TrainableCheckpoint``
@@ -53,17 +116,15 @@ def drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, loca
 
 
 class TrainableEMA(Callback):
-    """Callback that keeps an exponential moving average of the trainable parameters, in float32.
-
-    Validation, test and prediction use the average.
+    """Callback that keeps an exponential moving average of the trainable parameters, in float32, for validation.
 
     ``average ← decay · average + (1 − decay) · weights`` after each optimiser step. Training uses the raw weights,
     which are restored before a checkpoint is written. The average is saved in the checkpoint, in this callback's state,
     so a resumed run equals an uninterrupted one. ``latentreward consolidate --average=true`` writes a checkpoint whose
     weights are the average.
 
-    Where weights are sharded (FSDP2), the average is sharded too. Rank 0 saves the whole average, in single-file and
-    sharded checkpoints alike, so that it can be loaded on any number of devices.
+    Where weights are sharded (FSDP2), the average is sharded too. Rank 0 saves the whole average, so that it can be
+    loaded on any number of devices.
 
     Args:
         decay: In [0, 1); DiNa-LRM's config has 0.995 (arXiv:2602.11146; its released code never applied it).
@@ -163,3 +224,64 @@ class TrainableEMA(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.average, self.updates = dict(state_dict["average"]), state_dict["updates"]
+
+
+class PolicyLoRA(Callback):
+    """Callback that writes the policy's adapter as a LoRA with each checkpoint and at the end of training.
+
+    The folder ``lora`` of the run's log folder holds the newest LoRA, or ``lora-v1`` if an earlier run wrote ``lora``.
+    ``pipeline.load_lora_weights`` of diffusers loads it, or peft where diffusers has no LoRA loader for the family. The
+    file is replaced at once, so a reader always finds a complete one. The LoRA holds the trained weights, not the
+    average of ``TrainableEMA``; for the average, run ``latentreward consolidate --average=true`` and then
+    ``latentreward export``.
+
+    Args:
+        folder: Folder to write to; None takes ``lora`` in the run's log folder.
+
+    Example:
+        ``--trainer.callbacks+=PolicyLoRA``
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.output_name = Path("lora") if folder is None else folder.absolute()
+        self._written: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the LoRA after each checkpoint, so that a kill leaves none that is ahead of the checkpoints.
+
+        Lightning has no hook after a checkpoint, so the strategy's method that writes it is wrapped.
+        """
+        if not isinstance(pl_module, AlignmentModule):
+            raise InputError(f"PolicyLoRA: a {type(pl_module).__name__} has no policy; use it in alignment alone")
+        wrap_saving(trainer.strategy, save_both, self, trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the strategy its own method back."""
+        vars(trainer.strategy).pop("save_checkpoint", None)
+
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the LoRA of the present weights; collective."""
+        folder = output_path(trainer, self.output_name)  # a collective call
+        with errors_at(f"optimiser step {trainer.global_step}: "):
+            lora = TrainedLoRA.of_policy(pl_module.policy)
+        if trainer.is_global_zero:
+            lora.write(folder)
+        self._written = trainer.global_step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the LoRA of the checkpoint that a run is resumed from, which a kill may have left without its own."""
+        if trainer.ckpt_path:
+            self.write(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the LoRA at the end, also of a run that was complete, unless one of this optimiser step is written."""
+        if self._written != trainer.global_step:
+            self.write(trainer, pl_module)
+
+
+def save_both(
+    callback: PolicyLoRA, trainer: Trainer, pl_module: LightningModule, save: Any, *args: Any, **options: Any
+) -> None:
+    """Write a checkpoint by ``save``, and then the LoRA."""
+    save(*args, **options)
+    callback.write(trainer, pl_module)
