@@ -225,7 +225,7 @@ class ResumedSettings(Callback):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch expects steps of the optimiser in between
                 for _ in range(steps):
-                    config.scheduler.step()
+                    config.scheduler.step()  # type: ignore[call-arg]  # ReduceLROnPlateau is refused
         if "schedule" in self.override:
             tell(trainer, f"model.lr_scheduler is the given one, placed at step {trainer.global_step}")
 
