@@ -204,7 +204,9 @@ def test_a_git_lfs_pointer_is_told_by_name(tmp_path: Path, name: str, read: Call
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["s:1.csv", "s:1.parquet", "hf:1.parquet", "file:x.csv", "s3:x.jsonl", "a::b.parquet"])
+@pytest.mark.parametrize(
+    "name", ["s:1.csv", "s:1.parquet", "hf:1.parquet", "file:x.csv", "s3:x.parquet", "a::b.parquet"]
+)
 def test_a_name_with_a_colon_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     table = pa.table({"image": ["a", "b"], "score": pa.array([1.0, 2.0], pa.float32())})

@@ -1,7 +1,7 @@
 """Process of one step: runs the command line, or a module, and records processor time and imported source files.
 
-``python -m tools.reproduction.process RECORD MODULE ARGUMENT...``; an empty MODULE stands for the command line
-of ``latentreward``. The record is written only if the command succeeds.
+``python -m tools.reproduction.process PID RECORD MODULE ARGUMENT...``; an empty MODULE stands for the command line of
+``latentreward``. The record is written only if the command succeeds, and the process ends with PID, which started it.
 """
 
 import json
@@ -19,8 +19,8 @@ OURS = ("latentreward", "tools")
 
 def main() -> None:
     """Run the process."""
-    record, module, *arguments = sys.argv[1:]
-    Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    parent, record, module, *arguments = sys.argv[1:]
+    Thread(target=end_with, args=(int(parent),), daemon=True).start()
     sys.argv = [module or "latentreward", *arguments]
     try:
         runpy.run_module(module or "latentreward", run_name="__main__", alter_sys=True)

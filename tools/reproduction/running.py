@@ -80,7 +80,8 @@ class StepRunner:
         with log.open("a") as stream:
             stream.write(f"$ {task.module or 'latentreward'} {' '.join(arguments)}\n")
             stream.flush()
-            command = [sys.executable, "-m", process.__name__, str(folder / TOLD), task.module, *arguments]
+            told = str(folder / TOLD)
+            command = [sys.executable, "-m", process.__name__, str(os.getpid()), told, task.module, *arguments]
             code = self._call(task, command, stream.fileno())
         if code:
             last = log.read_text(errors="replace").strip().splitlines()[-1]

@@ -193,7 +193,7 @@ def test_ctrl_c_leaves_a_whole_folder_or_none(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch_size=0"], "batch_size: 0 is outside"),
+        (["--batch_size=0"], "batch_size: 0 must be"),
         (["--reference.images=none"], "none"),
         (["--reference.images={few}"], "has 3 images with prompts; a calibration needs at least 20"),
         (["--reference.images={few}", "--reference.limit=5"], "reference.limit=5 must be at least 20"),

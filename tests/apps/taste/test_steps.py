@@ -33,9 +33,12 @@ def test_finished_steps_stay_and_stopped_ones_go_on(
 
 
 def test_a_step_ends_with_the_command_that_was_killed() -> None:
-    wait = "import os; from latentreward.apps.taste import steps; print(1, flush=True); steps.end_with(os.getppid())"
-    killed = "import subprocess, sys; subprocess.run(sys.argv[1:])"
-    command = subprocess.Popen([sys.executable, "-c", killed, sys.executable, "-c", wait], stdout=subprocess.PIPE)
+    """Also with one that is killed while the step starts."""
+    wait = (
+        "import sys; from latentreward.apps.taste import steps; print(1, flush=True); steps.end_with(int(sys.argv[1]))"
+    )
+    killed = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], str(os.getpid())])"
+    command = subprocess.Popen([sys.executable, "-c", killed, wait], stdout=subprocess.PIPE)
     assert command.stdout is not None and command.stdout.readline() == b"1\n"
     command.kill()
     assert command.stdout.read() == b""  # waits until the step has ended, too: it holds the pipe

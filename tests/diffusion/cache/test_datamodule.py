@@ -139,7 +139,7 @@ def test_text_encoders_are_freed_where_prompts_are_cached(method: str, world: Pa
 
 
 def dpo() -> DiffusionDPOModule:
-    return DiffusionDPOModule(PolicySource("sd35_tiny"), posterior="mode", seed=0)
+    return DiffusionDPOModule(PolicySource("sd35_tiny"), seed=0)
 
 
 @pytest.mark.slow

@@ -157,8 +157,9 @@ def test_an_interrupt_ends_the_processes_and_keeps_what_is_done(tmp_path: Path) 
 
 
 def test_a_step_ends_with_the_command_that_was_killed(tmp_path: Path) -> None:
-    step = [sys.executable, "-m", "tools.reproduction.process", str(tmp_path / "record"), MODULE, "wait", "."]
-    killed = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+    step = [str(tmp_path / "record"), MODULE, "wait", "."]
+    program = "[sys.executable, '-m', 'tools.reproduction.process', str(os.getpid()), *sys.argv[1:]]"
+    killed = f"import os, subprocess, sys; subprocess.run({program})"
     command = subprocess.Popen([sys.executable, "-c", killed, *step], stdout=subprocess.PIPE, text=True)
     assert command.stdout is not None
     assert command.stdout.readline() == "toy step wait\n"

@@ -1,7 +1,7 @@
 """Steps of the command: each is a process of its own, whose output is kept as long as its arguments are the same.
 
-``python -m latentreward.apps.taste.steps ARGUMENT...`` is the command line of ``latentreward`` that ends with the
-process that started it.
+``python -m latentreward.apps.taste.steps PID ARGUMENT...`` is the command line of ``latentreward`` that ends with the
+process PID, which started it.
 """
 
 import os
@@ -68,7 +68,7 @@ class Step:
 
 def call(step: Step, log: IO[str]) -> int:
     """Run a step's process, tell its progress, and return its exit status."""
-    command = [sys.executable, "-m", __name__, *step.arguments]
+    command = [sys.executable, "-m", __name__, str(os.getpid()), *step.arguments]
     running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     shown = progress(Path(log.name))
     try:
@@ -99,6 +99,6 @@ def end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-    sys.argv[0] = "latentreward"
+    Thread(target=end_with, args=(int(sys.argv[1]),), daemon=True).start()
+    sys.argv[:2] = ["latentreward"]
     runpy.run_module("latentreward", run_name="__main__", alter_sys=True)

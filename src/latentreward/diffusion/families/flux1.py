@@ -146,6 +146,7 @@ class Flux1(FlowFamily):
         dtype, grids = network.x_embedder.weight.dtype, self.grids(latents, conditioning)
         text = conditioning.prompt_embeds.to(dtype)
         text_ids, image_ids = positions(text.shape[1], grids, latents.device)
+        scale = self.default_guidance if guidance is None else guidance
         output = network(
             hidden_states=self.sequence(latents, conditioning).to(dtype),
             encoder_hidden_states=text,
@@ -153,7 +154,7 @@ class Flux1(FlowFamily):
             timestep=sigma,
             img_ids=image_ids,
             txt_ids=text_ids,
-            guidance=torch.full_like(sigma, guidance) if self.takes_guidance else None,
+            guidance=torch.full_like(sigma, scale) if self.takes_guidance and scale is not None else None,
         ).sample
         return self.unpack(output, grids[0])
 
