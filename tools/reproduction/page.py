@@ -13,7 +13,7 @@ from latentreward.core.storage.durable import write_file
 from tools.reproduction.answers import PLOT, Asked, answers_figure, answers_page, read_questions
 from tools.reproduction.results import Result, judge_claim, read_results
 from tools.reproduction.rows import LEAST_SEEDS, MARGINS, MOST_SEEDS, WHOLE, Claim, Paper, Row
-from tools.reproduction.verdicts import FARTHEST, FIRST_LEVEL, LEVELS, RATE, Verdict, Word, with_discoveries
+from tools.reproduction.verdicts import FARTHEST, FIRST_LEVEL, LEVELS, ONCE_LEVEL, RATE, Verdict, Word, with_discoveries
 from tools.reproduction.written import LATE, Commits, compared, in_full, update_commits
 
 INTRODUCTION = Path(__file__).with_name("introduction.md").read_text(encoding="utf-8")
@@ -99,6 +99,7 @@ def introduction() -> str:
     margins = "\n".join(f"- {one.of}: {one.size:g}, {one.why}." for one in MARGINS.values())
     numbers = {
         "first look": f"{1 - FIRST_LEVEL:.0%}",
+        "once": f"{1 - ONCE_LEVEL:.0%}",
         "first level": f"{1 - LEVELS[0]:.2%}",
         "last level": f"{1 - LEVELS[-1]:.2%}",
         "rate": f"{RATE:.0%}",
@@ -191,6 +192,8 @@ def _word(claim: Claim, row: Row, verdict: Verdict) -> str:
     if verdict.word == "not measured":
         return verdict.word
     if verdict.word == "open":
+        if row.once:
+            return "open; it is judged once"
         if verdict.needed is None:
             return f"open; more than {FARTHEST} repetitions, or more items"
         beyond = verdict.counts + verdict.needed > MOST_SEEDS

@@ -54,6 +54,8 @@ class Planner:
         seconds = sum(cost for task, cost in costs.items() if not self.done(task))
         if len(results) < row.seeds:
             return Choice(row, seed, seconds, float("inf"))
+        if row.once:
+            return None
         least = len([one for one in results if one >= WHOLE]) + any(one < WHOLE for one in results)
         rates = [
             sum(chance(sample, margin, number) for sample, margin in self._open_claims(row, results))

@@ -90,7 +90,8 @@ def _check(result: Result, row: Row, path: Path) -> None:
 def sample_of(claim: Claim, results: Mapping[int, Result], row: Row) -> Sample | None:
     """Take the differences of a claim's sides from the results of a row's seeds; None with too few of them.
 
-    Once there are whole repetitions, the seeds that share their training pairs count as one, by their mean.
+    Once there are whole repetitions, the seeds that share their training pairs count as one, by their mean. A row that
+    is judged once has no sample before its last repetition.
 
     Raises:
         InputError: If the two sides, or the seeds, were measured on different items.
@@ -106,6 +107,8 @@ def sample_of(claim: Claim, results: Mapping[int, Result], row: Row) -> Sample |
         raise InputError(f"{row.name}: its seeds were measured on different items; measure them again with --stale")
     shared = [values for seed, values in differences.items() if seed < WHOLE]
     whole = [values for seed, values in differences.items() if seed >= WHOLE]
+    if row.once:
+        return Sample(np.stack(whole), once=True) if len(whole) == row.seeds else None
     together = [np.mean(shared, axis=0)] if shared else []
     if len(together) + len(whole) >= LEAST_SEEDS:
         return Sample(np.stack([*together, *whole]), looked=bool(shared))

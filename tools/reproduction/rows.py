@@ -164,6 +164,7 @@ class Row:
     miniature_of: Sequence[str] = ()  # full-size configs that the arms stand for
     result: str = ""  # what came out, in words, and why if known; empty before the measurement
     seeds: int = 3  # planned first, more may follow by `--budget`; without claims one is enough
+    once: bool = False  # whether claims are judged once, at `seeds` whole repetitions, after another row's first look
     rewards: Sequence[str] = ()  # steps that train rewards; the page has their processor time in a column of its own
     steps: Mapping[str, RowStep] = field(default_factory=dict)  # of this row alone, in addition to the shared ones
     world: Literal["", "emoji"] = ""  # pictures in place of the drawn shapes; steps of its file replace shared ones

@@ -26,6 +26,8 @@ doi:10.1093/biomet/74.1.149), and the first look of a row with 2 %. The levels o
 That there is no difference is said by two one-sided tests at the same level (Schuirmann 1987, doi:10.1007/BF01068419):
 a true difference of the margin or more lies on one side, so only one of them can err.
 """
+ONCE_LEVEL = 0.03
+"""Two-sided level of a single look at whole repetitions, with the error that a first look left of 5 %."""
 SHRINKS = 0.94
 """Exponent of a p value: a look's p value divided by its level is below u, at any look, with probability 5 % · u^0.94.
 
@@ -45,10 +47,13 @@ class Sample:
     differences: np.ndarray  # ``(repetitions, items)`` float64
     whole: bool = True  # whether repetitions have training pairs of their own; otherwise all have the same
     looked: bool = True  # whether whole repetitions follow seeds that were judged before them
+    once: bool = False  # whether whole repetitions are judged at this look alone
 
     @property
     def level(self) -> float:
         """Two-sided level of the intervals."""
+        if self.once:
+            return ONCE_LEVEL
         return level(len(self.differences), self.looked) if self.whole else FIRST_LEVEL
 
     @cached_property
@@ -103,7 +108,7 @@ class Sample:
     def needed(self, margin: float) -> int | None:
         """Return how many further whole repetitions would decide the claim if mean and spread stayed; None if many."""
         now, mean = self.counts, abs(float(self.means.mean()))
-        for number in () if self.alike else range(max(now + 1, LEAST_SEEDS), FARTHEST + 1):
+        for number in () if self.alike or self.once else range(max(now + 1, LEAST_SEEDS), FARTHEST + 1):
             if mean > self.half_width(number) or mean + self.half_width(number, sides=1) < margin:
                 return number - now
         return None

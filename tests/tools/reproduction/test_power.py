@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tools.reproduction.power import SHARED, decide, simulate
+from tools.reproduction.power import ONCE, SHARED, decide, simulate
 from tools.reproduction.rows import MOST_SEEDS
 from tools.reproduction.verdicts import Sample, judge
 
@@ -30,3 +30,12 @@ def test_simulated_claims_are_judged_as_measured_ones(shared: int) -> None:
         together = [value[:shared].mean(), *value[shared:]] if shared else [*value]
         seen = value[:shared] if count == 1 else np.array(together[:count])
         assert judge(Sample(np.repeat(seen[:, None], 20, axis=1), count > 1, shared > 0), 1.0).word == word
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 3.0])
+def test_a_first_look_and_one_more_err_in_five_of_a_hundred(kind: str, ratio: float) -> None:
+    words, _ = simulate(kind, 0.0, ratio, once=ONCE)
+    assert np.mean(np.isin(words, ["holds", "does not hold"])) <= 0.06
+    words, _ = simulate(kind, 1.0, ratio, once=ONCE)
+    assert np.mean(np.isin(words, ["no difference", "does not hold"])) <= 0.06
