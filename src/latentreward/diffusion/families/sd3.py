@@ -115,14 +115,8 @@ class StableDiffusion3(Family):
         """
         shipped = self.pipeline.named in SHIPPED
         length = (0 if shipped else 256) if t5_length is None else t5_length
-        encoder: PromptEncoder = self.pipeline.sd3_prompts(
-            self.entry(self.part, "joint_attention_dim", int), length, load_t5, mapped=True
-        )
-        if encoder.pooled_dim != (taken := self.entry(self.part, "pooled_projection_dim", int)):
-            raise InputError(
-                f"source={self.pipeline.source!r}: the text encoders' pooled vector is {encoder.pooled_dim} wide, but "
-                f"the transformer takes {taken}; network and text encoders must come from one pipeline"
-            )
+        width = self.entry(self.part, "joint_attention_dim", int)
+        encoder: PromptEncoder = self.pipeline.sd3_prompts(width, length, load_t5, mapped=True)
         return encoder
 
     @cached_property
