@@ -19,7 +19,7 @@ BY_FAMILY = {twin.family: twin for twin in TWINS.values()}
 SPACES = {
     **dict.fromkeys(("flux1", "flux1_kontext", "z_image", "lumina2", "chroma", "hidream"), "FLUX.1"),
     **dict.fromkeys(("qwen_image", "wan21", "krea2"), "Wan"),
-    **dict.fromkeys(("flux2_klein", "ernie_image", "ideogram4"), "FLUX.2"),
+    **dict.fromkeys(("flux2_klein", "ernie_image"), "FLUX.2"),
 }
 """Families that share a space, by families' names; any other has its own."""
 
@@ -55,7 +55,6 @@ def test_a_cache_of_another_space_is_refused() -> None:
         ("flux1", "chroma"),
         ("flux1", "hidream"),
         ("flux2_klein", "ernie_image"),
-        ("flux2_klein", "ideogram4"),
         ("wan21", "krea2"),
     ],
 )
