@@ -65,13 +65,6 @@ def test_text_fingerprint_tells_the_tokenizer_and_the_length() -> None:
     assert text_fingerprint(sd3.sd3_prompts(48, 8)) != text_fingerprint(sd3.sd3_prompts(48, 16))
 
 
-def test_text_fingerprint_tells_how_pictures_are_read() -> None:
-    encoder = PipelineSource(pipeline_folder("sd15")).clip_prompts()
-    before = text_fingerprint(encoder)
-    encoder.picture_settings = {"max_pixels": 384**2}
-    assert text_fingerprint(encoder) != before
-
-
 def test_text_fingerprint_tells_the_template_of_a_language_model() -> None:
     encoder = TWINS["z_image"].source().resolve_family().load_prompt_encoder()
     before = text_fingerprint(encoder)
