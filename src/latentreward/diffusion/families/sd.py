@@ -108,8 +108,8 @@ class StableDiffusion(Family):
     def lora_loader(self) -> str:
         return f"StableDiffusion{'XL' if self.is_xl else ''}LoraLoaderMixin"
 
-    def kohya_layers(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[Pair | None]]:
-        return {layer: [pair] for layer, pair in layers.items()}
+    def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, Pair]:
+        return dict(layers)
 
 
 class SDUNetBackbone(DiffusionBackbone):

@@ -123,8 +123,8 @@ class Wan21(FlowFamily):
 
     # Adapters
 
-    def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
-        return {own_name(layer): [pair] for layer, pair in layers.items()}
+    def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, Pair]:
+        return {own_name(layer): pair for layer, pair in layers.items()}
 
 
 def own_name(layer: str) -> str:
