@@ -1,4 +1,4 @@
-"""Qwen3-VL, the text encoder of Krea 2, in small."""
+"""Qwen3-VL, the text encoder of Krea 2 and Ideogram 4, in small."""
 
 from transformers import Qwen3VLConfig, Qwen3VLModel
 

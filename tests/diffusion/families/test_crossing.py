@@ -17,7 +17,7 @@ BY_FAMILY = {twin.family: twin for twin in TWINS.values()}
 SPACES = {
     **dict.fromkeys(("flux1", "flux1_kontext", "z_image", "lumina2", "chroma", "hidream"), "FLUX.1"),
     **dict.fromkeys(("qwen_image", "wan21", "krea2"), "Wan"),
-    **dict.fromkeys(("flux2_klein", "ernie_image"), "FLUX.2"),
+    **dict.fromkeys(("flux2_klein", "ernie_image", "ideogram4"), "FLUX.2"),
 }
 """Families that share a space, by families' names; any other has its own."""
 
@@ -46,6 +46,7 @@ def test_families_share_the_spaces_of_their_vaes() -> None:
         ("flux1", "chroma"),
         ("flux1", "hidream"),
         ("flux2_klein", "ernie_image"),
+        ("flux2_klein", "ideogram4"),
         ("wan21", "krea2"),
     ],
 )

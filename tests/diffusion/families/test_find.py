@@ -53,7 +53,7 @@ def test_each_pipeline_of_diffusers_with_a_known_network_is_refused_or_taken() -
              "ZImageInpaintPipeline", "QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline",
              "Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "WanPipeline", "WanVideoToVideoPipeline",
              "Lumina2Pipeline", "ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline",
-             "ErnieImagePipeline", "Krea2Pipeline", "FluxKontextPipeline",
+             "ErnieImagePipeline", "Ideogram4Pipeline", "Krea2Pipeline", "FluxKontextPipeline",
              "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "HiDreamImagePipeline"}  # fmt: skip
     flows = [kind for kind in families().values() if kind.flow and kind.name != "sd3"]
     networks = tuple(kind.network_class for kind in flows)

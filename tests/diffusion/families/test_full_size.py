@@ -31,6 +31,7 @@ BILLIONS = {
     "black-forest-labs/FLUX.2-klein-base-9B": ("flux2_klein", 32, 9.079, 5.555, 4.464),
     "lodestones/Chroma1-HD": ("chroma", 57, 8.900, 5.728, 4.595),
     "baidu/ERNIE-Image": ("ernie_image", 36, 8.033, 4.073, 2.765),
+    "ideogram-ai/ideogram-4-nf4-diffusers": ("ideogram4", 34, 9.279, 4.784, 3.462),
     "krea/Krea-2-Raw": ("krea2", 28, 12.820, 6.741, 5.005),
     "Alpha-VLLM/Lumina-Image-2.0": ("lumina2", 26, 2.610, 1.472, 1.123),
     "stabilityai/stable-diffusion-3.5-large": ("sd35_large", 38, 8.057, 4.075, 2.797),

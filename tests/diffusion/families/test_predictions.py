@@ -7,6 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
 from torch import Tensor
 
 from latentreward.alignment import Branching, Sampling
@@ -54,7 +55,7 @@ def test_levels_run_from_the_noisiest_to_zero(twin: Twin) -> None:
 @every_twin
 @pytest.mark.parametrize("steps", [10, 40])
 def test_noise_keeps_the_spread_of_the_states(twin: Twin, steps: int) -> None:
-    """At native size."""
+    """At native size: for pictures as small as twins', Ideogram 4's first step goes down to a level of a third."""
     family = twin.source().resolve_family()
     made = Sampling(steps, noise_level=0.7).sampler(family)
     sigmas = family.noise_process.sigma(made.timesteps)
@@ -123,3 +124,9 @@ def test_guidance_is_checked_and_off_where_the_pipelines_is(name: str) -> None:
     assert family.needs_uncond(off + 1) != embedded
     with pytest.raises(InputError, match=f"guidance_scale={wrong:g}"):
         family.guidance(wrong)
+@pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 12), ((2048, 1024), 1), ((256, 256), 48)])
+def test_levels_of_ideogram4_are_those_of_its_pipeline(size: tuple[int, int], steps: int) -> None:
+    family = TWINS["ideogram4"].source().resolve_family()
+    want = _logit_normal_sigmas(steps, _resolution_aware_mu(*size, base_mu=0.0), std=1.5)
+    found = family.levels(steps, family.latent_shape(*size))[1]
+    torch.testing.assert_close(found, torch.cat([want, torch.zeros(1)]), rtol=0, atol=1e-7)

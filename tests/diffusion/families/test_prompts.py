@@ -38,7 +38,7 @@ def test_a_prompt_beyond_the_limit_is_told_once(source: Any, options: Any, caplo
     assert caplog.text.count(f"of which {read} are read") == 1
 
 
-LAYERS = {"z_image": 2, "lumina2": 2, "ernie_image": 2, "krea2": 3, "klein_base": 27}
+LAYERS = {"z_image": 2, "lumina2": 2, "ernie_image": 2, "krea2": 3, "ideogram4": 36, "klein_base": 27}
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -51,7 +51,7 @@ def test_layers_of_the_text_encoder_that_are_not_read_are_not_kept(name: str) ->
 
 
 WIDTHS = ("joint_attention_dim", "cap_feat_dim", "text_dim", "text_in_dim", "text_hidden_dim", "pooled_projection_dim")
-WIDTHS += ("text_emb_dim",)
+WIDTHS += ("text_emb_dim", "llm_features_dim")
 
 
 @pytest.mark.parametrize(("twin", "number"), [*((twin, 0) for twin in TOLD), (TWINS["flux1_dev"], 1)])

@@ -221,7 +221,7 @@ class FlowSDESampler(StepSampler):
         x\bigl(1 + \tfrac{w^2}{2\sigma} d\bigr) + v\bigl(1 + \tfrac{w^2 (1 - \sigma)}{2\sigma}\bigr) d,\; w^2 |d|\Bigr).
 
     For ``flow``, the denominator 1 − σ uses the next level where σ = 1, as in Flow-GRPO's code; likewise where 1 − σ is
-    less than a hundredth of the step, as at first levels that stand for 1 (UniPC's 1 − 10⁻⁶).
+    less than a hundredth of the step, as at first levels that stand for 1 (UniPC's 1 − 10⁻⁶, Ideogram 4's 1 − 10⁻⁴).
     The equation has the flow's marginals, its published steps only for small d: with a perfect prediction, a = 0.7,
     shift 3 and 10 to 40 steps, the noise's standard deviation is up to 6 % above σ', in the last steps 20 % and more.
     a = 0 gives Euler's step.

@@ -187,6 +187,11 @@ class PatchedLatentEncoder(LatentEncoder):
     def unpacked(self, noise: Tensor) -> Tensor:
         return F.pixel_shuffle(noise, 2)
 
+    @staticmethod
+    def arranged(features: Tensor) -> Tensor:
+        """Bring statistics of the VAE's batch norm into the order of the latents' channels."""
+        return features
+
     @classmethod
     def space_in(cls, pipeline: Any) -> LatentSpace:
         config, name = pipeline.config("vae"), f"source={pipeline.source!r}: vae"
@@ -194,12 +199,13 @@ class PatchedLatentEncoder(LatentEncoder):
         halvings = len(entries(config, "block_out_channels", int, name))
         eps = float(entry(config, "batch_norm_eps", float, name, 1e-4))
         read = pipeline.tensors("vae", ["bn.running_mean", "bn.running_var"])
-        values = [one.detach().to("cpu", torch.float32).contiguous().numpy() for one in read]
+        values = [cls.arranged(one.detach()).to("cpu", torch.float32).contiguous().numpy() for one in read]
         return LatentSpace(channels, 2**halvings, statistics=digest([*values, repr(eps)]))
 
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
         norm = self.vae.bn
-        mean, variance = (value.to(like).view(1, -1, 1, 1) for value in (norm.running_mean, norm.running_var))
+        read = (self.arranged(value) for value in (norm.running_mean, norm.running_var))
+        mean, variance = (value.to(like).view(1, -1, 1, 1) for value in read)
         return mean, (variance + self.vae.config.batch_norm_eps).sqrt()
 
     def scale(self, sample: Tensor) -> Tensor:

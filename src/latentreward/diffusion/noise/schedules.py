@@ -128,13 +128,16 @@ def unipc_clock(config: Mapping[str, Any], sigma: Tensor) -> Tensor:
     return (times + 1e-4).floor() if config.get("_class_name") == UNIPC else times
 
 
-def shifted_levels(config: Mapping[str, Any], num_inference_steps: int, mu: float | None) -> tuple[Tensor, Tensor]:
+def shifted_levels(
+    config: Mapping[str, Any], num_inference_steps: int, mu: float | None, sigmas: Any = None
+) -> tuple[Tensor, Tensor]:
     """Return the levels of a pipeline that passes noise levels to a ``FlowMatchEulerDiscreteScheduler``.
 
     Args:
         config: The pipeline's saved scheduler config.
         num_inference_steps: Number of steps n.
         mu: Logarithm of the shift, used with ``use_dynamic_shifting``; None for pipelines with a static shift.
+        sigmas: NumPy array ``(n,)`` of the levels before the shift; None takes 1, …, 2/n, 1/n.
     """
     import numpy as np
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -144,7 +147,8 @@ def shifted_levels(config: Mapping[str, Any], num_inference_steps: int, mu: floa
     if (count := entry(config, "num_train_timesteps", int, NAME, default=1000)) != 1000:
         raise InputError(f"{NAME} has num_train_timesteps={count}, but networks take 1000·σ; set it to 1000")
     check_range("[1, 1000]", LEVELS, num_inference_steps=num_inference_steps)
-    sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+    if sigmas is None:
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
     return _levels(make_scheduler(FlowMatchEulerDiscreteScheduler, config, num_inference_steps, sigmas=sigmas, mu=mu))
 
 
