@@ -10,7 +10,7 @@ from latentreward.apps.cli import main
 from latentreward.tinyworld.writers import write_pickapic
 from tests.core.settings.test_refusals import refusal
 from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
-from tests.diffusion.families.test_every_edit_command import write_edits
+from tests.diffusion.families.test_every_command import write_edits
 from tests.diffusion.families.twins import TWINS
 from tests.marks import release_after, rotated_after
 from tests.test_recipes import parse

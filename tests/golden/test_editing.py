@@ -15,7 +15,7 @@ from latentreward.alignment import Policy
 from latentreward.core.contracts import Conditioning
 from latentreward.core.errors import InputError
 from latentreward.diffusion import FamilyBackbone, FlowFamily, SDUNetBackbone
-from latentreward.diffusion.families.flux1_kontext import Flux1Kontext
+from latentreward.diffusion.families.flux1 import Flux1Kontext
 from latentreward.diffusion.families.flux2_klein import Flux2Klein
 from latentreward.diffusion.families.instruct_pix2pix import InstructPix2Pix
 from latentreward.diffusion.families.qwen_image_edit import QwenImageEdit

@@ -9,7 +9,6 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from latentreward.alignment import (
@@ -28,7 +27,6 @@ from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.diffusion import LoRA
 from latentreward.diffusion.backbones.loading import PipelineSource
-from tests.alignment.export.mmdit import updates_of_sd3
 from tests.alignment.policies.alignment import perturbed, prediction, tiny_source
 from tests.marks import rotated_after
 from tests.tiny_pipelines import pipeline_folder
@@ -95,19 +93,13 @@ def test_diffusers_loads_the_lora(trained: tuple[Policy, str], tmp_path: Path) -
 
 def test_kohya_file_has_the_same_update(trained: tuple[Policy, str], tmp_path: Path) -> None:
     policy, name = trained
+    if policy.family.name == "sd3":
+        pytest.skip("it has no names in this format")
     expected, lora = prediction(policy), TrainedLoRA.of_policy(policy)
     write_kohya(lora, tmp_path)
     pipeline = load(pipeline_folder(name))
-    if lora.family.part == "unet":
-        pipeline.load_lora_weights(tmp_path, weight_name=FILE)
-    else:
-        add_updates(pipeline.transformer, updates_of_sd3(pipeline.transformer, load_file(tmp_path / FILE)))
+    pipeline.load_lora_weights(tmp_path, weight_name=FILE)
     torch.testing.assert_close(with_network(policy, pipeline, lora.family.part), expected)
-
-
-def add_updates(network: torch.nn.Module, updates: dict[str, Tensor]) -> None:
-    for name, weight in network.named_parameters():
-        weight.data += updates[name]
 
 
 def test_merged_pipeline_needs_no_lora(trained: tuple[Policy, str], tmp_path: Path) -> None:

@@ -177,14 +177,6 @@ def test_pictures_as_the_pipeline_sizes_them_must_be_alike_in_a_batch(tmp_path: 
     assert torch.equal(*both)
 
 
-def test_unlike_sizes_by_the_pipeline_are_refused_before_a_rollout(tmp_path: Path) -> None:
-    said = r"data\.prompts: source_size: pipeline makes '0-0\.png' 64×72 and '1-0\.png' 64×88 pixels; .* set policy\.so"
-    module = ROLLED["lpo"](KLEIN, KLEIN.source(source_size="pipeline"))
-    with pytest.raises(InputError, match=said):
-        trained(module, tmp_path, edits(tmp_path))
-    module.policy.source_encoder.check_sizes(edits(tmp_path)[:1] * 2, "data.prompts")
-
-
 def test_pictures_get_the_size_of_those_that_are_made(tmp_path: Path) -> None:
     """Also without a run: the native size when a policy is loaded, then that of what is sampled."""
     policy, prompts = KLEIN.source().load().eval(), PromptBatch(edits(tmp_path)[:2], ("a", "b"))

@@ -12,6 +12,7 @@ from latentreward.core.contracts import Conditioning, Features
 from latentreward.core.errors import InputError
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.loading import load_weights
+from latentreward.reward import DRMHead
 from tests.diffusion.backbones.networks import DITS, inputs_of, network_of, tiny_backbone
 from tests.marks import rotated_after
 from tests.tiny_pipelines import LATENTS, PIXELS, pipeline_folder
@@ -39,7 +40,7 @@ def unet_oracle(name: str, latents: Tensor, timesteps: Tensor, conditioning: Con
     if name == "sdxl":
         record(unet.add_embedding, seen, "aug")
     with torch.no_grad():
-        unet(latents, timesteps, conditioning.prompt_embeds, added_cond_kwargs=added)
+        seen["output"] = unet(latents, timesteps, conditioning.prompt_embeds, added_cond_kwargs=added).sample
     seen["temb"] = seen["temb"] + seen.pop("aug", 0)
     return {key: value[0] if isinstance(value, tuple) else value for key, value in seen.items()}
 
@@ -54,9 +55,9 @@ def dit_oracle(name: str, latents: Tensor, timesteps: Tensor, conditioning: Cond
     for number, block in enumerate(dit.transformer_blocks, start=1):
         record(block, seen, number)
     with torch.no_grad():
-        dit(latents, conditioning.prompt_embeds, conditioning.pooled_prompt_embeds, timesteps)
+        output = dit(latents, conditioning.prompt_embeds, conditioning.pooled_prompt_embeds, timesteps).sample
     taps = {number: (seen[number][1], seen[number][0]) for number in range(1, len(dit.transformer_blocks) + 1)}
-    return {0: (seen["visual"], seen["text"]), "temb": seen["temb"], **taps}
+    return {0: (seen["visual"], seen["text"]), "temb": seen["temb"], "output": output, **taps}
 
 
 def exact(actual: Tensor, expected: Tensor) -> None:
@@ -108,6 +109,27 @@ def test_dit_features_equal_hooks(name: str, visual: tuple[int, ...], text: tupl
     exact(features.temb, expected["temb"])
     exact(features.pooled_text, conditioning.pooled_prompt_embeds)
     check_against_spec(backbone, features)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd15_four_levels", "sdxl", *DITS])
+def test_the_output_map_is_the_networks_prediction(name: str) -> None:
+    taps = {"visual_taps": (4,), "text_taps": ()} if name in DITS else {"visual_taps": (1,)}  # of a transformer the end
+    backbone = tiny_backbone(name, output_map=True, tuning="frozen", **taps)
+    inputs = inputs_of(backbone, shape=(LATENTS, LATENTS + 2))
+    with torch.no_grad():
+        exact(backbone(*inputs).output, (dit_oracle if name in DITS else unet_oracle)(name, *inputs)["output"])
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd35"])
+def test_every_trained_weight_has_a_gradient_through_the_output_map(name: str) -> None:
+    options = {"visual_taps": (2,), "text_taps": ()} if name == "sd35" else {}
+    backbone = tiny_backbone(name, output_map=True, tuning="full", **options)
+    head = DRMHead(backbone.feature_spec, widths=(8,), groups=4)
+    backbone.drop_text_taps()
+    backbone.drop_time_embedding()
+    head(backbone(*inputs_of(backbone))).sum().backward()
+    weights = network_of(backbone).named_parameters()
+    assert not [key for key, weight in weights if weight.requires_grad and weight.grad is None]
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])

@@ -80,13 +80,7 @@ def own_unet(source: str, process: NoiseProcess | None = None) -> SDUNetBackbone
     return finish(backbone, backbone.unet)
 
 
-class OwnProcess(FlowMatching):
-    """A flow of the user's."""
-
-
-@pytest.mark.parametrize(
-    "process", [FlowMatching(), ContinuousFlow(), OwnProcess()], ids=lambda made: type(made).__name__
-)
+@pytest.mark.parametrize("process", [FlowMatching(), ContinuousFlow()], ids=lambda made: type(made).__name__)
 def test_a_flows_noise_on_a_network_of_another_process_is_refused(process: NoiseProcess) -> None:
     folder = pipeline_folder("sd15")
     with pytest.raises(

@@ -16,7 +16,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 from latentreward.alignment import PolicySource
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
-from latentreward.core.storage.weight_files import find_weights, map_weights
 from latentreward.diffusion import LoRA
 from latentreward.diffusion.backbones.weights import (
     assign,
@@ -27,8 +26,6 @@ from latentreward.diffusion.backbones.weights import (
     settle,
     settling_later,
 )
-from latentreward.reward.heads.clip_projection import clip_text_projection
-from tests.diffusion.backbones.networks import FACTORIES
 from tests.tiny_pipelines import pipeline_folder
 
 PARTS = [
@@ -113,20 +110,6 @@ def test_a_file_of_several_types(name: str, part: str, family: Any, wanted: torc
     assert equal(ours, theirs.to(wanted))
 
 
-@pytest.mark.parametrize("size", ["20KB", "1GB"])
-def test_a_cached_model_without_network(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a hub id, in shards or not; the tests run with HF_HUB_OFFLINE."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    commit, model = "0" * 40, tmp_path / "models--owner--sharded"
-    (model / "refs").mkdir(parents=True)
-    (model / "refs" / "main").write_text(commit)
-    network = UNet2DConditionModel.from_pretrained(pipeline_folder("sd15"), subfolder="unet")
-    network.save_pretrained(model / "snapshots" / commit / "unet", max_shard_size=size)
-    paths = find_weights("owner/sharded", "diffusion_pytorch_model", "unet")
-    assert (len(paths) > 1) == (size == "20KB")
-    assert map_weights(paths).keys() == network.state_dict().keys()
-
-
 def test_attention_of_old_vaes(tmp_path: Path) -> None:
     """The names in SD1.5's published VAE."""
     tensors = copied("sd15", "vae", tmp_path, torch.float32)
@@ -154,21 +137,6 @@ def test_a_file_without_alignment_is_read(tmp_path: Path) -> None:
         )
         ours = load_weights(UNet2DConditionModel, str(tmp_path), subfolder="unet")
         assert equal(ours, load_weights(UNet2DConditionModel, pipeline_folder("sd15"), subfolder="unet"))
-
-
-@pytest.mark.parametrize("name", ["sd15", "sd35"])
-def test_frozen_weights_go_straight_to_bfloat16(name: str) -> None:
-    backbone = create_backbone(
-        FACTORIES[name],
-        source=pipeline_folder(name),
-        tuning="lora",
-        **({"visual_taps": (1,), "text_taps": (1,)} if name == "sd35" else {}),
-        lora=LoRA(rank=2, alpha=2.0),
-        text_encoder_tuning="frozen",
-        frozen_dtype="bfloat16",
-    )
-    for parameter in (*backbone.get_submodule(backbone.network_name).parameters(), *backbone.text_encoder.parameters()):
-        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
@@ -211,23 +179,6 @@ def test_weights_that_are_read_later_have_the_last_type() -> None:
     expected = load_weights(UNet2DConditionModel, pipeline_folder("sd15"), subfolder="unet", torch_dtype=torch.bfloat16)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(network.state_dict()[name], tensor), name
-
-
-def test_one_matrix_of_a_clip_model_is_read() -> None:
-    source = Path(pipeline_folder("sdxl")) / "text_encoder_2"
-    weight = clip_text_projection(str(source))
-    assert torch.equal(weight, CLIPTextModelWithProjection.from_pretrained(source).text_projection.weight)
-    with pytest.raises(InputError, match=r"holds no text_projection\.weight; give a whole CLIP model"):
-        clip_text_projection(str(Path(pipeline_folder("sd15")) / "text_encoder"))
-    with pytest.raises(InputError, match=r"^text_projection_source='\S+vae': .*no file named model\.safetensors"):
-        clip_text_projection(str(Path(pipeline_folder("sd15")) / "vae"))
-
-
-def test_a_model_in_memory_is_settled_too() -> None:
-    network = nn.Linear(3, 3)
-    network.bias.requires_grad_(False)
-    settle(network, torch.bfloat16, torch.float32)
-    assert (network.weight.dtype, network.bias.dtype) == (torch.float32, torch.bfloat16)
 
 
 def test_on_the_meta_device_configs_alone_are_read(tmp_path: Path) -> None:

@@ -149,17 +149,6 @@ def test_a_policy_learns_from_the_cache_as_from_images(world: Path) -> None:
     torch.testing.assert_close(torch.tensor(got.values), torch.tensor(wanted.values), rtol=1e-4, atol=1e-4)
 
 
-def test_a_cache_of_another_space_or_vae_is_refused_for_a_policy(world: Path, tmp_path: Path) -> None:
-    folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
-    with pytest.raises(InputError, match="the cache holds latents of the space"):
-        fit(dpo(), cached(folder))
-    module = dpo()
-    with torch.no_grad():
-        next(module.policy.vae.vae.encoder.parameters()).mul_(1.5)
-    with pytest.raises(InputError, match="the cache was written with VAE"):
-        fit(module, cached(world / "train"))
-
-
 def test_another_vae_and_another_text_encoder_of_the_same_shape_are_refused(world: Path) -> None:
     module = dina()
     with torch.no_grad():

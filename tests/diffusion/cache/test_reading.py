@@ -13,7 +13,7 @@ from latentreward.core.contracts import ImageRef, PreferencePair
 from latentreward.core.errors import InputError
 from latentreward.data import LoadedPair, collate_pairs
 from latentreward.diffusion.cache.datamodule import CachedPairDataset, CachedPairs, CacheIndex
-from latentreward.diffusion.cache.store import IMAGES, OLD_SPEC, PAIRS, SPEC, read_plan
+from latentreward.diffusion.cache.store import IMAGES, PAIRS, SPEC, read_plan
 from tests.diffusion.cache.written_caches import SPACE, latents_of, spec, text_of, write_cache
 
 LABELS = [1.0, 0.0, 0.5, None, 0.3]
@@ -114,7 +114,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda cache: (cache / SPEC).write_text((cache / SPEC).read_text().replace('"version": 2', '"version": 3')),
         SPEC,
     ),
-    "earlier": (lambda cache: (cache / SPEC).rename(cache / OLD_SPEC), "encode again with `latentreward cache`"),
     "no cache": (lambda cache: (cache / SPEC).unlink(), SPEC),
 }
 

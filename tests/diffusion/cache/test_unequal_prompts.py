@@ -1,26 +1,21 @@
 """Caches of prompts with unequal numbers of tokens, without a pooled vector, and of latents with a time axis."""
 
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from latentreward.apps.cli import main
-from latentreward.core.contracts import ImageRef, PreferencePair
-from latentreward.core.errors import InputError
+from latentreward.core.contracts import ImageRef
 from latentreward.core.running import pair_generator
-from latentreward.data import ImageError, PixelLoader
+from latentreward.data import PixelLoader
 from latentreward.diffusion.cache.datamodule import CachedPairDataset, CachedPairs, CacheIndex
-from latentreward.diffusion.cache.sources import ImageSettings, PublishedLatents
-from latentreward.diffusion.cache.store import IMAGES, PROMPTS, CacheSpec, read_plan
-from latentreward.diffusion.cache.writing import RowScan
+from latentreward.diffusion.cache.store import IMAGES, PROMPTS, read_plan
 from tests.diffusion.cache.writing import row, stored, table, write_image, write_rows
 from tests.diffusion.families.twins import QUICK, TWINS
 from tests.marks import rotated_after
-from tests.unequal_prompts import MOST, SPACE, clip_encoder, letter_states
+from tests.unequal_prompts import MOST, clip_encoder, letter_states
 
 PROMPT_TEXTS = ("a cat", "", "two dogs, and much more than fits", "dog", "a", "bird", "owl")
 OPTIONS = (
@@ -92,29 +87,3 @@ def test_tokenisation_tells_the_lengths_of_a_family_s_prompts(twin: str) -> None
     lengths = [encoded.prompt_embeds.shape[1]] * 4 if not encoder.masked else encoded.prompt_mask.sum(dim=1).tolist()
     assert encoder.count_tokens(texts) == lengths
     assert max(lengths) <= encoder.num_tokens
-
-
-@pytest.mark.parametrize(
-    ("shape", "problem"),
-    [
-        ((4, 1, 8, 12), ""),
-        ((4, 2, 8, 12), "but the latent space has"),
-        ((3, 1, 8, 12), "but the latent space has"),
-        ((4, 8, 12), r"is not a \(C, T, h, w\) array"),
-    ],
-)
-def test_published_latents_have_the_shape_of_their_space(shape: tuple[int, ...], problem: str) -> None:
-    stream = BytesIO()
-    np.save(stream, np.zeros(shape, np.float16))
-    image = ImageRef("a", data=stream.getvalue(), holds="latents")
-    reader = type("Reader", (list,), {"on_error": "raise", "exif": "ignore"})(
-        [PreferencePair("pair", "a cat", image, image, 1.0)]
-    )
-    images = ImageSettings(size=(16, 24))
-    spec = CacheSpec(SPACE, None, None, "published", None, None, 4, images, "float16")
-    scan = RowScan(reader, spec, PublishedLatents(SPACE))
-    if problem:
-        with pytest.raises((ImageError, InputError), match=problem):
-            scan[0]
-    else:
-        assert scan[0][2] == ((16, 24), (16, 24))

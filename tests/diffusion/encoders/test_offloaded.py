@@ -1,21 +1,16 @@
 """Text encoders that are on the device only while they encode."""
 
-from functools import partial
-
 import pytest
 import torch
 
-from latentreward.alignment import PolicySource
 from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.apps.generation import trained_policy
 from latentreward.core.contracts import Conditioning
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.stored_prompts import OffloadedEncoder
-from latentreward.diffusion.families import qwen_image_edit
-from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, edit_prompt
+from latentreward.reward import GatedQFormerHead
 from latentreward.reward.scoring.reward_model import RewardModel
-from tests.diffusion.families.made_qwen_image_edit import picture, qwen_image_edit_folder
 from tests.diffusion.families.twins import TWINS
 
 PROMPTS = [f"{number} dogs on a hill" * (1 + number % 2) for number in range(7)]
@@ -59,28 +54,3 @@ def test_policy_and_reward_go_on_sharing_an_encoder_and_nothing_moves_on_a_cpu()
     assert isinstance(policy.text_encoder, OffloadedEncoder)
     assert scorer.model.backbone.text_encoder is policy.text_encoder
     assert next(encoder.parameters()).device.type == "cpu"
-
-
-@pytest.mark.slow
-def test_empty_prompts_of_edits_are_encoded_ahead_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qwen_image_edit, "SEEN_AREA", 32 * 48)
-    policy = PolicySource(qwen_image_edit_folder()).load()
-    policy.edit_at(32, 48)
-    backbone = create_backbone("qwen_image_edit", source=qwen_image_edit_folder(), visual_taps=[1], text_taps=[1])
-    backbone.text_encoder, encoder = policy.text_encoder, policy.text_encoder
-    head = CLIPProjectionHead(backbone.feature_spec, guidance=3.0)
-    scorer = LatentScorer(RewardModel(backbone, head), policy.noise_process, policy=policy)
-    here = partial(OffloadedEncoder, ahead=6)
-    monkeypatch.setattr(
-        trained_policy, "OffloadedEncoder", lambda one, prompts, _: here(one, prompts, torch.device("cpu"))
-    )
-    prompts = [edit_prompt("make it red", picture(32, 48, number)) for number in range(3)]
-    trained_policy.offload_text_encoders(policy, scorer, prompts, torch.device("meta"))
-    moves, to = [], PromptEncoder.to
-    monkeypatch.setattr(type(encoder), "to", lambda self, device: moves.append(device) or to(self, device))
-    for prompt in prompts:
-        policy.encode_prompts([prompt])
-        policy.encode_uncond([prompt])
-        scorer.encode_prompts([prompt])
-        assert len(policy.text_encoder._rows) <= 6 + 2
-    assert len(moves) == 2 * 2  # there and back, once for a group

@@ -11,13 +11,9 @@ CHANNELS = 4
 
 def flux2_vae() -> AutoencoderKLFlux2:
     vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=CHANNELS,
-        norm_num_groups=4,
-        sample_size=PIXELS,
-    )
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=CHANNELS, norm_num_groups=4, sample_size=PIXELS,
+    )  # fmt: skip
     mean, variance = statistics()
     vae.bn.running_mean.copy_(mean)
     vae.bn.running_var.copy_(variance)

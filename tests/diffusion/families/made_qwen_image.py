@@ -41,16 +41,10 @@ def tokenizer(
 def text_encoder(rows: int) -> Qwen2_5_VLForConditionalGeneration:
     """A language model of two layers, and a vision tower that must never be read."""
     text = {
-        "vocab_size": rows,
-        "hidden_size": 24,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 128000,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]},
-        "rope_theta": 1000000.0,
-    }
+        "vocab_size": rows, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128000,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}, "rope_theta": 1000000.0,
+    }  # fmt: skip
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24}
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
@@ -69,14 +63,9 @@ def transformer(**options: Any) -> QwenImageTransformer2DModel:
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
     """The settings of the published scheduler."""
     return FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=0.9,
-        base_image_seq_len=256,
-        max_image_seq_len=8192,
-        shift_terminal=0.02,
-        time_shift_type="exponential",
-    )
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192,
+        shift_terminal=0.02, time_shift_type="exponential",
+    )  # fmt: skip
 
 
 def qwen_image(**options: Any) -> DiffusionPipeline:

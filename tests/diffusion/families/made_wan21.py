@@ -25,14 +25,9 @@ def vae(kind: type = AutoencoderKLWan, **options: Any) -> Any:
 
 def transformer(**options: Any) -> WanTransformer3DModel:
     settings: Mapping[str, Any] = {
-        "num_attention_heads": 2,
-        "attention_head_dim": WIDTH // 2,
-        "text_dim": 24,
-        "freq_dim": 16,
-        "ffn_dim": 48,
-        "num_layers": 4,
-        "rope_max_seq_len": 64,
-    }
+        "num_attention_heads": 2, "attention_head_dim": WIDTH // 2, "text_dim": 24, "freq_dim": 16, "ffn_dim": 48,
+        "num_layers": 4, "rope_max_seq_len": 64,
+    }  # fmt: skip
     return WanTransformer3DModel(**{**settings, **options})
 
 
@@ -43,10 +38,6 @@ def text_encoder(rows: int) -> UMT5EncoderModel:
 def wan21(scheduler: Any = None, **index: Any) -> DiffusionPipeline:
     tokenizer = t5_tokenizer()
     return WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder(len(tokenizer)),
-        vae=vae(),
-        scheduler=scheduler or unipc(),
-        transformer=transformer(),
-        **index,
-    )
+        tokenizer=tokenizer, text_encoder=text_encoder(len(tokenizer)), vae=vae(), scheduler=scheduler or unipc(),
+        transformer=transformer(), **index,
+    )  # fmt: skip

@@ -1,27 +1,19 @@
-"""Families outside the package, as their authors would write them, each with a tiny pipeline.
-
-SANA is a flow with linear attention and a deterministic VAE that divides sides by 32. PixArt-Sigma predicts noise.
-"""
+"""A family outside the package, as its author would write it, with a tiny pipeline: PixArt-Sigma predicts noise."""
 
 import torch
 from diffusers import (
     AutoencoderDC,
     DDIMScheduler,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
-    SanaPipeline,
-    SanaTransformer2DModel,
 )
-from transformers import Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
-from latentreward.core.contracts import Conditioning, LatentSpace
+from latentreward.core.contracts import Conditioning
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion import FamilyBackbone, FlowFamily, load_family_backbone
-from latentreward.diffusion.encoders.prompts import LanguageModelEncoder, PromptEncoder
-from latentreward.diffusion.encoders.vae import LatentEncoder
-from latentreward.diffusion.noise.schedules import static_levels
+from latentreward.diffusion.encoders.prompts import PromptEncoder
 from tests.tiny_pipelines import t5_tokenizer, vae
 
 
@@ -47,51 +39,6 @@ class T5Prompts(PromptEncoder):
     def encode_ids(self, *ids):
         states = self.text_encoder(input_ids=ids[0], attention_mask=ids[1]).last_hidden_state
         return Conditioning(states, prompt_mask=ids[1].bool())
-
-
-class DCEncoder(LatentEncoder):
-    """AutoencoderDC, whose latents are not random."""
-
-    @classmethod
-    def space_of(cls, vae_config, name="the VAE's config"):
-        downscale = 2 ** (len(vae_config["encoder_block_out_channels"]) - 1)
-        return LatentSpace(vae_config["latent_channels"], downscale, float(vae_config["scaling_factor"]))
-
-    def encode(self, pixels, noise=None, *, differentiable=False):
-        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            return self.scale(self.vae.encode(pixels.to(self.vae.dtype)).latent.float())
-
-
-class Gemma(LanguageModelEncoder):
-    """Gemma's last states of a prompt, without SANA's instruction."""
-
-    def text(self, prompt):
-        return prompt
-
-
-class Sana(FlowFamily):
-    """Family of SANA: linear attention over tokens of 32 × 32 pixels."""
-
-    name, title = "sana", "SANA"
-    network_class = "SanaTransformer2DModel"
-    block_classes = ("SanaTransformerBlock",)
-    lists = ("transformer_blocks",)
-    lora_loader = "SanaLoraLoaderMixin"
-    lora_targets, time_embedding = ("to_q", "to_k", "to_v"), ("time_embed",)
-    vae_class, latent_encoder = "AutoencoderDC", DCEncoder
-    text_field, packing, default_guidance, constant_text = "caption_channels", 1, 4.5, True
-
-    def load_prompt_encoder(self, t5_length=None, load_t5=True, pretrained=True):
-        text = self.pipeline.load(Gemma2Model, "text_encoder", pretrained)
-        return self.fitting(Gemma(text, self.pipeline.tokenizer("tokenizer"), 300))
-
-    def levels(self, num_inference_steps, shape):
-        return static_levels(self.pipeline.config("scheduler"), num_inference_steps)
-
-    def velocity(self, network, latents, sigma, conditioning, guidance):
-        dtype = network.patch_embed.proj.weight.dtype
-        given = conditioning.prompt_embeds.to(dtype), sigma.to(dtype) * 1000
-        return network(latents.to(dtype), *given, encoder_attention_mask=conditioning.prompt_mask).sample
 
 
 class PixArt(FlowFamily):
@@ -127,20 +74,6 @@ def sana_vae() -> AutoencoderDC:
     return AutoencoderDC(
         **sides, encoder_qkv_multiscales=((),) * 6, decoder_qkv_multiscales=((),) * 6, scaling_factor=0.41407
     )
-
-
-def sana_pipeline() -> DiffusionPipeline:
-    network = SanaTransformer2DModel(
-        in_channels=32, out_channels=32, num_attention_heads=4, attention_head_dim=8, num_layers=4,
-        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=32,
-        sample_size=32,
-    )  # fmt: skip
-    text = Gemma2Config(
-        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16,
-    )  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return SanaPipeline(t5_tokenizer(), Gemma2Model(text).eval(), sana_vae(), network, scheduler)
 
 
 def pixart_pipeline() -> DiffusionPipeline:

@@ -28,14 +28,9 @@ def qwen_tokenizer(**options: str) -> Qwen2Tokenizer:
 
 def qwen_config(tokenizer: Qwen2Tokenizer, **options: Any) -> Qwen3Config:
     settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-    }
+        "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    }  # fmt: skip
     return Qwen3Config(**{**settings, **options})
 
 

@@ -140,17 +140,6 @@ def test_bfloat16_does_not_join_noise_levels(twin: Twin) -> None:
 
 
 @every_network
-def test_the_meta_device_shows_widths_and_space(twin: Twin) -> None:
-    with torch.device("meta"):
-        model = Scorer(twin, "q_former")
-    real = Scorer(twin, "q_former")
-    assert model.backbone.feature_spec == real.backbone.feature_spec
-    assert model.backbone.latent_space == real.backbone.latent_space
-    assert all(weight.is_meta for weight in model.backbone.transformer.parameters())
-    assert model.backbone.noise_process.timesteps.device.type == "cpu"
-
-
-@every_network
 def test_widths_are_known_without_a_text_encoder(twin: Twin) -> None:
     """The first pass compares the features with what is promised."""
     backbone = create_backbone(twin.backbone, source=twin.folder, visual_taps=[1], text_taps=[1], tuning="frozen")

@@ -1,7 +1,6 @@
 """Clips on Wan's twin: rewards train on pairs of clips, methods on their latents, and commands take or refuse them."""
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,7 @@ def test_clips_are_refused_where_images_are_taken(tmp_path: Path) -> None:
 @pytest.mark.rotated
 @pytest.mark.slow
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Cache, fit, score, publish, align and generate clips."""
+    """Cache, fit, publish and score clips."""
     monkeypatch.chdir(tmp_path)
     file = pairs(Path("pairs"))
     reader = {"class_path": "latentreward.data.JSONLPairReader", "init_args": {"file": file}}
@@ -182,28 +181,3 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit):
         main(["serve", "published", base, "--port=0", "--device=cpu"])
     assert "was trained on clips of 5 frames, but serve takes images" in capsys.readouterr().err
-    sampling = {"num_inference_steps": 2, "height": SIZE, "width": SIZE, "frames": FRAMES}
-    stored = {"class_path": "LatentReward", "init_args": {"path": "published", "base": WAN.folder}}
-    policy = {"source": WAN.folder, "lora": {"rank": 2, "alpha": 4}}
-    grid = {"class_path": "SampleGrid", "init_args": {"prompts": list(PROMPTS), "every_n_steps": 1}}
-    arguments = {"policy": policy, "reward": stored, "sampling": {**sampling, "num_inference_steps": 3},
-                 "candidates": {"num_candidates": 2}, "selection": "QuantileThreshold"}  # fmt: skip
-    data = {"captions": 8, "batch_size": 2, "prompts_per_rollout": 2, "batches_per_epoch": 2}
-    run("fit", {"model": {"class_path": "latentreward.alignment.LPOModule", "init_args": arguments},
-                "data": {"class_path": "latentreward.tinyworld.TinyWorldPromptDataModule", "init_args": data},
-                "trainer": {**trainer, "default_root_dir": "aligned", "callbacks": [*keep, grid]}})  # fmt: skip
-    with Image.open(next(Path("aligned").rglob("samples/step_000001.png"))) as picture:
-        assert picture.width > 2 * 4 * 128
-    Path("prompts.txt").write_text("\n".join(PROMPTS))
-    checkpoint = next(Path("aligned").rglob("last.ckpt"))
-    options = [f"--sampling.{name}={value}" for name, value in sampling.items()]
-    reward = f"--reward={json.dumps(stored)}"
-    main(["generate", "prompts.txt", "made", f"--checkpoint={checkpoint}", *options, "--best_of=2", reward])
-    for clip in sorted(Path("made").glob("0*.webp")):
-        assert Image.open(clip).n_frames == FRAMES and Image.open(clip).size == (SIZE, SIZE)
-    assert len(list(Path("made").glob("0*.webp"))) == len(PROMPTS)
-    with pytest.raises(SystemExit):
-        main(["evaluate-policy", "judged", "--prompts=prompts.txt", f"--policy.pipeline.source={WAN.folder}", *options,
-              '--scorers=[{"class_path": "latentreward.reward.CallableScorer", "init_args": {"function": '
-              '"tests.apps.evaluation.policy.toy_scorers.redness", "name": "red"}}]', "--device=cpu"])  # fmt: skip
-    assert "sampling.frames=5: evaluate-policy takes images, not clips; set it to 1" in capsys.readouterr().err

@@ -10,24 +10,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentreward.core.errors import InputError
-from tests.diffusion.families.twins import Twin, one_per_family
+from tests.diffusion.families.twins import one_per_family
 
 FIRST = one_per_family()[0]
 """What loads weights is the same for all families."""
-MISSING = [(FIRST, "scheduler"), (FIRST, "vae"), *((twin, "text_encoder") for twin in one_per_family())]
 
 
-@pytest.mark.parametrize(("twin", "part"), MISSING, ids=lambda value: getattr(value, "family", value))
-def test_a_missing_part_is_named(twin: Twin, part: str, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    copytree(twin.folder, copy)
+@pytest.mark.parametrize("part", ["scheduler", "vae", "text_encoder"])
+def test_a_missing_part_is_named(part: str, tmp_path: Path) -> None:
+    copy = Path(copytree(FIRST.folder, tmp_path / "copy"))
     rmtree(copy / part)
     index = json.loads((copy / "model_index.json").read_text())
     del index[part]
     (copy / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=part) as caught:
-        policy = replace(twin.source(), source=str(copy)).load()
-        policy.family.levels(4, policy.latent_shape(*twin.size))
+        policy = replace(FIRST.source(), source=str(copy)).load()
+        policy.family.levels(4, policy.latent_shape(*FIRST.size))
     assert "\n" not in str(caught.value)
 
 

@@ -11,7 +11,7 @@ from latentreward.core.contracts import EditPrompt, ImageRef, PromptBatch
 from latentreward.data import decode_image
 from latentreward.data.images import png
 from latentreward.diffusion import LoRA
-from latentreward.diffusion.families import flux1_kontext
+from latentreward.diffusion.families import flux1
 from tests.alignment.policies.alignment import perturbed
 from tests.diffusion.families.made_qwen_image_edit import picture
 from tests.diffusion.families.test_parity import STEPS, assert_near
@@ -37,7 +37,7 @@ def edits(count: int, sizes: tuple[tuple[int, int], ...] = SIZES) -> tuple[EditP
 )
 def test_latents_and_lora_files(name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of unlike lengths in one batch, with pictures of unlike sizes, equal single runs of the pipeline."""
-    monkeypatch.setattr(flux1_kontext, "SIZES", FEW)  # else pictures have about 1024² pixels
+    monkeypatch.setattr(flux1, "SOURCE_SIZES", FEW)  # else pictures have about 1024² pixels
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", FEW)
     twin = TWINS[name]
     policy, (height, width) = perturbed(twin.source(lora=LoRA(2, 5.0), source_size="pipeline").load()).eval(), twin.size

@@ -1,44 +1,20 @@
 """FLUX.2-klein: latents of the VAE, levels, text encoder, guidance, joint sequences, and what is refused."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
-import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentreward.core.errors import InputError
-from latentreward.diffusion import find_family
 from latentreward.diffusion.encoders.vae import PatchedLatentEncoder
 from latentreward.diffusion.families.flux2_klein import Flux2Klein
-from latentreward.diffusion.noise.schedules import EULER
 from tests.diffusion.families.flux2_vae import CHANNELS, statistics
-from tests.diffusion.families.made_configs import MadeConfigs
 from tests.diffusion.families.twins import TWINS, noise_for
 
 BASE, DISTILLED = TWINS["klein_base"], TWINS["klein_distilled"]
-DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
-VAE = {"latent_channels": 32, "block_out_channels": (128, 256, 512, 512), "batch_norm_eps": 1e-4}
-
-
-class WithStatistics(MadeConfigs):
-    """Configs of FLUX.2-klein, and the two tensors of its VAE that are read."""
-
-    def tensors(self, part: str, names: Any) -> list[Tensor]:
-        assert (part, list(names)) == ("vae", ["bn.running_mean", "bn.running_var"])
-        return [torch.zeros(128), torch.ones(128)]
-
-
-def family(index: Mapping[str, Any] | None = None, **network: Any) -> Any:
-    transformer = {"_class_name": "Flux2Transformer2DModel", "in_channels": 128, "guidance_embeds": False, **network}
-    parts = {"transformer": transformer, "vae": VAE, "scheduler": {"_class_name": EULER, **DYNAMIC}}
-    return find_family(WithStatistics(parts, **{"_class_name": "Flux2KleinPipeline", **(index or {})}))
 
 
 def copied(folder: Path, twin: Any = BASE) -> Flux2Klein:
@@ -51,9 +27,6 @@ def copied(folder: Path, twin: Any = BASE) -> Flux2Klein:
 
 def pixels(seed: int = 0) -> Tensor:
     return 2 * torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(seed)) - 1
-
-
-# Latents
 
 
 def test_encoded_images_equal_the_pipelines() -> None:
@@ -105,25 +78,3 @@ def test_space_is_told_by_the_statistics_and_epsilon(tmp_path: Path) -> None:
 def copied_again(found: Flux2Klein) -> Any:
     """The family of the same folder, read anew."""
     return BASE.source(source=found.pipeline.source).resolve_family()
-
-
-@pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 28), ((512, 768), 4), ((2048, 1024), 4)])
-def test_levels_equal_those_of_the_pipeline(size: tuple[int, int], steps: int) -> None:
-    found, scheduler = family(), FlowMatchEulerDiscreteScheduler(**DYNAMIC)
-    mu = compute_empirical_mu(size[0] // 16 * (size[1] // 16), steps)
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).numpy(), mu=mu)
-    torch.testing.assert_close(found.levels(steps, found.latent_shape(*size))[1], scheduler.sigmas)
-
-
-def test_distilled_models_take_no_guidance() -> None:
-    base, distilled = family({"is_distilled": False}), family({"is_distilled": True})
-    assert (base.guidance(None), base.needs_uncond(4.0), base.needs_uncond(1.0)) == (4.0, True, False)
-    assert (distilled.guidance(None), distilled.needs_uncond(None)) == (None, False)
-    with pytest.raises(InputError, match=r"FLUX.2-klein \(distilled\) was distilled to sample without guidance"):
-        distilled.guidance(4.0)
-
-
-# Text
-
-
-# Network

@@ -11,7 +11,6 @@ import torch
 
 from latentreward.alignment import PolicySource
 from latentreward.apps.estimate.pipelines import HUB_IDS, PIPELINES, write_pipelines
-from latentreward.core.contracts import LatentSpace
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion import Family
 from tests.marks import rotated_after
@@ -52,7 +51,6 @@ def billions(network: torch.nn.Module) -> float:
 
 
 pytestmark = pytest.mark.slow
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 # Computed by `latentreward fit --estimate`: peak in GB and TFLOP of an optimiser step, of the reward and of LPO. One of
@@ -85,18 +83,6 @@ def test_first_blocks(model: str) -> None:
         if name == "sd35_large":  # keeps its output layers, as all backbones of SD3
             found -= sum(billions(backbone.transformer.get_submodule(part)) for part in ("norm_out", "proj_out"))
         assert found == pytest.approx(wanted, abs=0.0006)
-
-
-@pytest.mark.usefixtures("on_the_meta_device")
-@pytest.mark.parametrize(
-    ("model", "space"),
-    [
-        ("black-forest-labs/FLUX.1-dev", LatentSpace(16, 8, 0.3611, 0.1159)),
-        ("stabilityai/stable-diffusion-3.5-large", LatentSpace(16, 8, 1.5305, 0.0609)),
-    ],
-)
-def test_spaces(model: str, space: LatentSpace) -> None:
-    assert PolicySource(folder_of(model)).latent_space() == space
 
 
 @pytest.mark.usefixtures("on_the_meta_device")

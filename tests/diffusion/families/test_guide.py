@@ -4,29 +4,25 @@ import importlib
 import re
 import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from lightning.pytorch import LightningModule
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from latentreward.alignment import PolicySource, Sampling, sample_latents
 from latentreward.apps.cli import main
-from latentreward.apps.commands.fit import Parser
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
-from latentreward.core.settings.functions import MODE, prepare_parsing
 from latentreward.diffusion.cache.store import read_plan
 from latentreward.reward import GatedQFormerHead, RewardModel, edit_prompt
 from tests.diffusion.cache.writing import SETTINGS, SQUARE, write_data
 from tests.diffusion.families.own_families import sana_vae
-from tests.diffusion.families.twins import PROMPTS, TWINS, GivenNoise, noise_for
+from tests.diffusion.families.twins import PROMPTS, GivenNoise, noise_for
 from tests.processes import finish
 from tests.tiny_pipelines import pipeline_folder, randomise, vae
 
@@ -100,39 +96,6 @@ def test_its_editor_is_led_by_the_picture(folder: Path) -> None:
         assert abs(scores[0] - scores[1]) < 1e-6 < abs(scores[0] - scores[2])
         with pytest.raises(InputError, match=r"^reward: it takes 1 picture to edit, and a prompt edits 0"):
             model.score_latents(["make it blue"], latents[:1])
-
-
-LEFT = """
-class Left(AuraFlowPrompts):
-    masked = True
-
-    def tokenize(self, prompts):
-        made = self.tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
-        return made.input_ids, made.attention_mask
-
-    def encode_ids(self, *ids):
-        states = self.text_encoder(input_ids=ids[0], attention_mask=ids[1]).last_hidden_state
-        return Conditioning(states, prompt_mask=ids[1].bool())
-"""
-
-
-def test_its_check_refuses_padding_before_a_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (folder / "aura_flow.py").read_text().replace("return AuraFlowPrompts(", "return Left(")
-    (folder / "aura_flow.py").write_text(text + LEFT)
-    monkeypatch.delitem(sys.modules, "aura_flow", raising=False)
-    with pytest.raises(InputError, match=r"Left.encode_ids returned prompt_mask with \[4, 39\] tokens; .* come first"):
-        runpy.run_path(str(folder / "check_aura_flow.py"))
-
-
-@pytest.mark.slow
-def test_an_lrm_on_flux1_is_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLUX1_PATH", TWINS["flux1_dev"].folder)
-    prepare_parsing([], classes=True)
-    parser = Parser(parser_mode=MODE)
-    parser.add_subclass_arguments(LightningModule, "model")
-    text = (folder / "lrm_flux1.yaml").read_text().partition("trainer:")[0]
-    module = parser.instantiate(parser.parse_string(text.replace("[19, 28]", "[2, 4]"))).model
-    assert type(module.model.head).__name__ == "CLIPProjectionHead" and module.model.backbone.visual_taps == (2, 4)
 
 
 def test_its_encoder_of_another_vae_scales_as_the_config_says(folder: Path) -> None:

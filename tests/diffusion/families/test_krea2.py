@@ -12,7 +12,7 @@ from latentreward.core.errors import InputError
 from latentreward.diffusion.families.krea2 import LAYERS
 from tests.diffusion.families.twins import PROMPTS, TWINS
 
-TWIN, TURBO = TWINS["krea2"], TWINS["krea2_turbo"]
+TWIN = TWINS["krea2"]
 LONG = "two dogs on a hill " * 300
 
 
@@ -47,13 +47,3 @@ def test_layers_are_those_of_the_published_model_where_none_are_named(tmp_path: 
     assert family.layers == LAYERS and len(LAYERS) == 12
     with pytest.raises(InputError, match="of a text encoder is read, but this one has 4"):
         family.load_prompt_encoder()
-
-
-def test_guidance_is_off_at_zero_and_turbo_takes_none() -> None:
-    raw, turbo = (twin.source().resolve_family() for twin in (TWIN, TURBO))
-    assert (raw.guidance(None), turbo.guidance(None)) == (4.5, None)
-    assert raw.needs_uncond(1.0) and not raw.needs_uncond(0.0)
-    one, two = torch.ones(1), torch.full((1,), 3.0)
-    assert raw.guide(two, one, 4.5).item() == 12.0
-    with pytest.raises(InputError, match=r"guidance_scale=4.5, but Krea 2 Turbo was distilled to sample without"):
-        turbo.guidance(4.5)

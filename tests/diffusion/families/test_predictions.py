@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
 from torch import Tensor
 
@@ -74,13 +75,15 @@ def test_timesteps_of_a_continuous_flow_are_not_rounded_to_a_table() -> None:
         assert ContinuousFlow().timesteps.device.type == "cpu"
 
 
-MU: dict[str, Callable[[int], float]] = {
-    **dict.fromkeys(("flux1_dev", "flux1_schnell", "chroma"), calculate_shift),
-    **dict.fromkeys(("z_image", "z_image_turbo", "ernie_image", "lumina2"), lambda tokens: 0.7),  # not read
-    "krea2": lambda tokens: 0.5 + 0.65 * (tokens - 256) / (6400 - 256),
-    "krea2_turbo": lambda tokens: 1.15,
+MU: dict[str, Callable[[int, int], float]] = {
+    **dict.fromkeys(("flux1_dev", "flux1_schnell", "chroma"), lambda tokens, steps: calculate_shift(tokens)),
+    **dict.fromkeys(("z_image", "z_image_turbo", "ernie_image", "lumina2"), lambda tokens, steps: 0.7),  # not read
+    "krea2": lambda tokens, steps: 0.5 + 0.65 * (tokens - 256) / (6400 - 256),
+    "krea2_turbo": lambda tokens, steps: 1.15,
+    "klein_base": compute_empirical_mu,
+    "qwen_image": lambda tokens, steps: calculate_shift(tokens, 256, 8192, 0.5, 0.9),
 }
-"""The shift of diffusers' pipelines, by tokens of the picture."""
+"""The shift of diffusers' pipelines, by tokens of the picture and steps."""
 
 
 @pytest.mark.parametrize("name", MU)
@@ -89,13 +92,38 @@ def test_levels_are_those_of_the_pipeline_at_any_size(name: str, size: tuple[int
     source = TWINS[name].source()
     family = source.resolve_family()
     scheduler = FlowMatchEulerDiscreteScheduler(**source.pipeline().config("scheduler"))
-    mu = MU[name](size[0] // 16 * (size[1] // 16))
+    scale = family.latent_space.downscale * family.packing  # pixels of a token; of FLUX.2's twin 4
+    mu = MU[name](size[0] // scale * (size[1] // scale), steps)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).numpy(), mu=mu)
     timesteps, sigmas = family.levels(steps, family.latent_shape(*size))
     torch.testing.assert_close(sigmas, scheduler.sigmas, rtol=0, atol=1e-6)
     torch.testing.assert_close(timesteps, scheduler.timesteps, rtol=0, atol=1e-3)
 
 
+GUIDANCE: dict[str, tuple[float | None, float, float]] = {
+    "flux1_dev": (3.5, 1.0, -1.0),
+    "flux1_schnell": (None, 1.0, 3.5),
+    "klein_base": (4.0, 1.0, 0.5),
+    "klein_distilled": (None, 1.0, 4.0),
+    "krea2": (4.5, 0.0, -1.0),
+    "krea2_turbo": (None, 0.0, 4.5),
+    "z_image": (5.0, 0.0, -1.0),
+    "z_image_turbo": (None, 0.0, 4.0),
+    "lumina2": (4.0, 1.0, 0.0),
+    "wan21": (5.0, 1.0, 0.0),
+}
+"""The family's own scale, the one that is off, and one that is refused."""
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_guidance_is_checked_and_off_where_the_pipelines_is(name: str) -> None:
+    family, (own, off, wrong) = TWINS[name].source().resolve_family(), GUIDANCE[name]
+    assert (family.guidance(None), family.guidance(off)) == (own, off)
+    embedded = name.startswith("flux1")  # dev's network takes it as an input
+    assert family.needs_uncond(own) == (own is not None and not embedded) and not family.needs_uncond(off)
+    assert family.needs_uncond(off + 1) != embedded
+    with pytest.raises(InputError, match=f"guidance_scale={wrong:g}"):
+        family.guidance(wrong)
 @pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 12), ((2048, 1024), 1), ((256, 256), 48)])
 def test_levels_of_ideogram4_are_those_of_its_pipeline(size: tuple[int, int], steps: int) -> None:
     family = TWINS["ideogram4"].source().resolve_family()

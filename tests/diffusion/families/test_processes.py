@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from latentreward.alignment import LatentReward, Sampling, load_policy
+from latentreward.alignment import LatentReward, Sampling
 from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.core.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.core.contracts import NoisyStates
@@ -20,7 +20,6 @@ from latentreward.reward.modules.sharding import shard_policy, shard_scorers
 from tests.alignment.modules.lpo_runs import saved_run
 from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 from tests.distributed.ranks import on_ranks
-from tests.processes import Forked
 
 pytestmark = pytest.mark.slow
 FAMILIES = ("z_image", "wan21")
@@ -118,23 +117,3 @@ def test_a_reward_on_a_sharded_policys_network_scores_as_before(tmp_path: Path) 
     for rank in on_ranks("tests.diffusion.families.test_processes:scores_of_shared_rewards", tmp_path):
         for name, (before, after) in rank.items():
             torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def predict(checkpoint: str, name: str, output: str) -> None:
-    """What a user does in another process: load the policy of a run, and predict."""
-    policy = load_policy(checkpoint)
-    latents = noise_for(policy.latent_shape(*TWINS[name].size))
-    with torch.no_grad():
-        made = policy.predict(latents, torch.tensor([200.0, 700.0]), policy.encode_prompts(PROMPTS))
-    torch.save(made, output)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_new_process_loads_the_policy_of_a_run(name: str, one: Any, tmp_path: Path) -> None:
-    checkpoint, outputs = one[0] / name / "step=6.ckpt", [tmp_path / "here.pt", tmp_path / "there.pt"]
-    predict(str(checkpoint), name, str(outputs[0]))
-    other = Forked(predict, [str(checkpoint), name, str(outputs[1])])
-    _, errors = other.communicate(300)
-    assert other.returncode == 0, errors[-2000:]
-    here, there = (torch.load(path, weights_only=True) for path in outputs)
-    torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-6)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from latentreward.callbacks import TrainableCheckpoint
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
 from torch import nn
@@ -21,7 +20,6 @@ from latentreward.core.checkpoints.shards import frozen_names, read_checkpoint
 from latentreward.core.errors import InputError
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion import LoRA
-from latentreward.diffusion.backbones.weights import is_frozen_linear
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead, RewardModel
 from latentreward.reward.modules.sharding import check_axes
 from latentreward.reward.modules.training import frozen_values
@@ -81,18 +79,17 @@ def test_adapters_train_on_a_quantised_base(twin: Twin) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kind", "tolerance"), [("bnb_int8", 0.1), ("nf4", 0.3)])
 @some
-def test_bitsandbytes_predicts_near_bfloat16_and_trains_adapters(twin: Twin, kind: str, tolerance: float) -> None:
+def test_bitsandbytes_predicts_near_bfloat16_and_trains_adapters(twin: Twin) -> None:
     outputs = []
-    for quantization in (None, kind):
+    for quantization in (None, "nf4"):
         policy = policy_of(twin, quantization).to("cuda")
         latents = noise_for(policy.latent_shape(*twin.size)).cuda()
         with torch.autocast("cuda", torch.bfloat16):
             encoded = policy.encode_prompts(PROMPTS)
             outputs.append(policy.predict(latents, torch.tensor([300.0, 800.0]).cuda(), encoded).float())
     want, found = outputs
-    assert 0 < (found - want).norm() / want.norm() < tolerance
+    assert 0 < (found - want).norm() / want.norm() < 0.3
     found.square().mean().backward()
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained)
@@ -116,9 +113,8 @@ def test_a_base_record_and_a_digest_leave_no_quantised_values_unseen() -> None:
 
 def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     twin = FAMILIES[0]
-    for options, message in (({"tuning": "full", "quantization": "int8"}, "quantised weights cannot train"),):
-        with pytest.raises(InputError, match=message):
-            create_backbone(twin.backbone, source=twin.folder, **options)
+    with pytest.raises(InputError, match="quantised weights cannot train"):
+        create_backbone(twin.backbone, source=twin.folder, tuning="full", quantization="int8")
     with pytest.raises(InputError, match="is quantised, which FSDP2 cannot shard"):
         check_axes(policy_of(twin, "int8"))
     module = reward_module(twin)
@@ -126,9 +122,8 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module.trainer._accelerator_connector.strategy = FSDPStrategy()  # Lightning makes it on GPUs only
     with pytest.raises(InputError, match=r"weight is quantised, which FSDP1 cannot shard; use ddp, or no quantization"):
         module.setup("fit")
-    for kind in ("nf4", "bnb_int8"):
-        with pytest.raises(InputError, match=rf"quantization={kind} .*(needs a GPU|pip install latentreward\[quant\])"):
-            policy_of(twin, kind)
+    with pytest.raises(InputError, match=r"quantization=nf4 .*(needs a GPU|pip install latentreward\[quant\])"):
+        policy_of(twin, "nf4")
     monkeypatch.setattr("latentreward.diffusion.backbones.weights.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"quantization=int8 needs torchao; pip install latentreward\[quant\]"):
         policy_of(twin, "int8")
@@ -185,42 +180,6 @@ class LibraryLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in ("SCB", "weight_format", "weight.absmax", "weight.quant_map"):
             destination[prefix + name] = torch.ones(3)
-
-
-def with_library_layers(module: DiNaLRMModule) -> DiNaLRMModule:
-    for block in module.model.backbone.blocks():
-        for name, layer in [*block.named_modules()]:
-            if is_frozen_linear(name, layer):
-                owner, _, last = name.rpartition(".")
-                new = LibraryLinear(layer.in_features, layer.out_features, layer.bias is not None)
-                new.weight, new.bias = LibraryWeight(layer.weight.data, requires_grad=False), layer.bias
-                keep_sample(new, sample(layer.weight.detach()))
-                setattr(block.get_submodule(owner), last, new)
-    return module
-
-
-@pytest.mark.slow
-def test_what_a_library_adds_to_a_state_dict_stays_out_of_checkpoints(tmp_path: Path) -> None:
-    twin = FAMILIES[0]
-    module = with_library_layers(reward_module(twin, None))
-    assert any(name.endswith(".SCB") for name in module.state_dict())
-    data = DataLoader([pairs(module.model.backbone.family, twin)] * 3, batch_size=None)
-    trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
-    for small in (True, False):
-        saver = ModelCheckpoint(tmp_path, f"{small}", enable_version_counter=False)
-        options = {"max_steps": 2, "precision": "bf16-mixed", "enable_checkpointing": True}
-        trainer = make_trainer(tmp_path, callbacks=[saver], **options)
-        if not small:
-            trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, TrainableCheckpoint)]
-        trainer.fit(module, data)
-        path = tmp_path / f"{small}.ckpt"
-        saved = read_checkpoint(path)["state_dict"].keys()
-        assert saved == trained if small else saved > trained
-        assert not saved & quantized_names(module)
-        for other in (module, with_library_layers(reward_module(twin, None))):
-            trainer.validate(other, data, ckpt_path=path, verbose=False)
-        built = {"backbone": module.model.backbone, "head": lambda spec: module.model.head}
-        DiNaLRMModule.load_from_checkpoint(path, **built, optimizer=sgd)
 
 
 def test_a_bias_that_trains_is_saved_and_a_base_record_is_of_the_files_weights() -> None:

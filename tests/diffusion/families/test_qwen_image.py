@@ -3,61 +3,18 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
-from safetensors.torch import load_file, save_file
 
 from latentreward.alignment import PolicySource
 from latentreward.core.contracts import Conditioning
-from latentreward.core.errors import InputError
-from latentreward.diffusion import find_family
 from latentreward.diffusion.families.qwen_image import (
     TEMPLATE,
-    QwenImage,
     prefix_length,
 )
-from latentreward.diffusion.noise.schedules import EULER
-from tests.diffusion.families.made_configs import MadeConfigs
-from tests.diffusion.families.made_qwen_image import scheduler, tokenizer, transformer
-from tests.diffusion.families.made_wan21 import vae
+from tests.diffusion.families.made_qwen_image import tokenizer
 from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
-
-
-def configs(**network: Any) -> MadeConfigs:
-    parts = {
-        "transformer": {**transformer().config, "_class_name": "QwenImageTransformer2DModel", **network},
-        "vae": dict(vae().config),
-        "scheduler": {**scheduler().config, "_class_name": EULER},
-    }
-    return MadeConfigs(parts, _class_name="QwenImagePipeline")
-
-
-@pytest.mark.parametrize("field", ["use_layer3d_rope", "use_additional_t_cond", "guidance_embeds"])
-def test_other_networks_are_refused_by_name(field: str) -> None:
-    assert isinstance(find_family(configs()), QwenImage)
-    with pytest.raises(InputError, match=f"{field}=true"):
-        find_family(configs(**{field: True}))
-    for channels in (48, 65):
-        with pytest.raises(InputError, match=f"takes {channels} channels, .*4 positions to a token"):
-            find_family(configs(in_channels=channels))
-
-
-@pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 50), ((1328, 1328), 20), ((512, 768), 8)])
-def test_levels_are_those_of_the_pipeline(size: tuple[int, int], steps: int) -> None:
-    family, made = QwenImage(configs()), scheduler()
-    shape = family.latent_shape(*size)
-    length = size[0] // 16 * (size[1] // 16)
-    mu = calculate_shift(length, 256, 8192, 0.5, 0.9)
-    assert family.mu(steps, shape) == pytest.approx(mu)
-    made.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    timesteps, sigmas = family.levels(steps, shape)
-    assert torch.equal(timesteps, made.timesteps)
-    assert torch.equal(sigmas, made.sigmas)
-    assert sigmas[-2].item() == pytest.approx(0.02)
 
 
 def test_the_templates_prefix_is_counted_with_the_tokenizer() -> None:
@@ -82,28 +39,6 @@ def test_a_prompt_has_at_most_512_tokens_and_states_that_later_ones_do_not_chang
     assert not found.prompt_embeds[1, mask[1] == 0].any()
 
 
-@pytest.mark.parametrize("names", ["model.language_model", "model"])
-def test_only_the_language_model_is_kept(names: str, tmp_path: Path) -> None:
-    """Under the names of files that are written now, and of those that were published."""
-    twin = TWINS["qwen_image"]
-    want = twin.source().load().text_encoder
-    folder = tmp_path / "pipeline"
-    shutil.copytree(twin.folder, folder)
-    file = folder / "text_encoder" / "model.safetensors"
-    old = "model." if names == "model" else "model.language_model."
-    weights = {}
-    for name, weight in load_file(file).items():
-        short = name.replace("model.language_model.", "").replace("model.visual.", "visual.").removeprefix("model.")
-        visual, head = short.startswith("visual."), short == "lm_head.weight"
-        prefix = ("" if names == "model" else "model.") if visual else "" if head else old
-        weights[prefix + short] = weight
-    save_file(weights, file, {"format": "pt"})
-    encoder = PolicySource(str(folder)).load().text_encoder
-    assert want is not None and encoder is not None
-    assert {name.split(".")[1] for name, _ in encoder.named_parameters()} == {"embed_tokens", "layers", "norm"}
-    assert torch.equal(encoder(PROMPTS).prompt_embeds, want(PROMPTS).prompt_embeds)
-
-
 @pytest.mark.parametrize("form", ["nested", "flat", "both"])
 def test_the_text_encoders_config_is_read_in_each_published_form(form: str, tmp_path: Path) -> None:
     """Published files have the language model's 128000 positions in ``text_config``, beside it, or in both places."""
@@ -121,7 +56,7 @@ def test_the_text_encoders_config_is_read_in_each_published_form(form: str, tmp_
 
 
 def test_guidance_keeps_the_norm_of_each_token() -> None:
-    family = QwenImage(configs())
+    family = TWINS["qwen_image"].source().resolve_family()
     prompt, without = (noise_for((16, 2, 4, 6), 2, seed) for seed in (0, 1))
     guided = family.guide(prompt, without, 4.0)
     tokens, wanted, plain = (family.pack(values) for values in (guided, prompt, without + 4.0 * (prompt - without)))

@@ -155,8 +155,3 @@ def test_a_trusted_family_does_not_lie_beside_the_model(
         assert torch.equal(score(load(copy, trust_remote_code=True)), score(trained.model))
     finally:
         sys.modules.pop("own_family", None)
-
-
-def test_families_of_the_package_need_no_trust(stored: Path, trained: DiNaLRMModule, tmp_path: Path) -> None:
-    copy = with_family(stored, "model", "latentreward.diffusion.families.lumina2.Lumina2", tmp_path)
-    assert torch.equal(score(load(copy)), score(trained.model))

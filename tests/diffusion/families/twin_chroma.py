@@ -22,18 +22,11 @@ def pipeline() -> DiffusionPipeline:
         ),
         tokenizer=words,
         transformer=ChromaTransformer2DModel(
-            in_channels=4 * CHANNELS,
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=12,
-            num_attention_heads=2,
-            joint_attention_dim=3 * WIDTH,
-            axes_dims_rope=(4, 4, 4),
-            approximator_num_channels=16,
-            approximator_hidden_dim=32,
-            approximator_layers=2,
+            in_channels=4 * CHANNELS, num_layers=2, num_single_layers=2, attention_head_dim=12, num_attention_heads=2,
+            joint_attention_dim=3 * WIDTH, axes_dims_rope=(4, 4, 4), approximator_num_channels=16,
+            approximator_hidden_dim=32, approximator_layers=2,
         ),
-    )
+    )  # fmt: skip
 
 
 def mask_padding(pipeline: Any) -> None:

@@ -37,15 +37,9 @@ def mistral(tokenizer: PreTrainedTokenizerFast) -> Mistral3Model:
 
 def transformer() -> ErnieImageTransformer2DModel:
     network = ErnieImageTransformer2DModel(
-        hidden_size=24,
-        num_attention_heads=2,
-        num_layers=4,
-        ffn_hidden_size=32,
-        in_channels=4 * CHANNELS,
-        out_channels=4 * CHANNELS,
-        text_in_dim=WIDTH,
-        rope_axes_dim=(4, 4, 4),
-    )
+        hidden_size=24, num_attention_heads=2, num_layers=4, ffn_hidden_size=32, in_channels=4 * CHANNELS,
+        out_channels=4 * CHANNELS, text_in_dim=WIDTH, rope_axes_dim=(4, 4, 4),
+    )  # fmt: skip
     for layer in (network.adaLN_modulation[-1], network.final_linear):  # zeros at the start
         torch.nn.init.normal_(layer.weight, std=0.2)
     return network

@@ -29,23 +29,13 @@ def flux1(dev: bool) -> DiffusionPipeline:
     )
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**shift, base_image_seq_len=256, max_image_seq_len=4096),
-        vae=flux_vae(),
-        text_encoder=CLIPTextModel(clip_config(tokenizer)),
-        tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(t5),
-        tokenizer_2=words,
+        vae=flux_vae(), text_encoder=CLIPTextModel(clip_config(tokenizer)), tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5), tokenizer_2=words,
         transformer=FluxTransformer2DModel(
-            in_channels=4 * CHANNELS,
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=12,
-            num_attention_heads=2,
-            joint_attention_dim=3 * WIDTH,
-            pooled_projection_dim=WIDTH,
-            guidance_embeds=dev,
-            axes_dims_rope=(4, 4, 4),
+            in_channels=4 * CHANNELS, num_layers=2, num_single_layers=2, attention_head_dim=12, num_attention_heads=2,
+            joint_attention_dim=3 * WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=dev, axes_dims_rope=(4, 4, 4),
         ),
-    )
+    )  # fmt: skip
 
 
 def packed(latents: Tensor, size: tuple[int, int]) -> Tensor:

@@ -16,22 +16,14 @@ def klein(distilled: bool, layers: int, padding_side: str) -> DiffusionPipeline:
     more = {"num_hidden_layers": layers, "max_position_embeddings": 40960, "tie_word_embeddings": True}
     text = qwen_config(tokenizer, **more)
     return Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=flux2_vae(),
-        text_encoder=Qwen3ForCausalLM(text),
-        tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae=flux2_vae(),
+        text_encoder=Qwen3ForCausalLM(text), tokenizer=tokenizer,
         transformer=Flux2Transformer2DModel(
-            in_channels=4 * CHANNELS,
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=3 * WIDTH,
-            axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=False,
+            in_channels=4 * CHANNELS, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=3 * WIDTH, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
         ),
         is_distilled=distilled,
-    )
+    )  # fmt: skip
 
 
 def normalised(latents: Tensor, size: tuple[int, int]) -> Tensor:

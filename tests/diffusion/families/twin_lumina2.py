@@ -17,32 +17,18 @@ def gemma_tokenizer(**options: str) -> GemmaTokenizer:
 
 def gemma(tokenizer: GemmaTokenizer) -> Gemma2Model:
     config = Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-    )
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8,
+    )  # fmt: skip
     return Gemma2Model(config)
 
 
 def pipeline() -> DiffusionPipeline:
     tokenizer = gemma_tokenizer()
     transformer = Lumina2Transformer2DModel(
-        in_channels=16,
-        hidden_size=24,
-        num_layers=4,
-        num_refiner_layers=2,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=8,
-        axes_dim_rope=(4, 4, 4),
-        axes_lens=(300, 64, 64),
-        cap_feat_dim=WIDTH,
-    )
+        in_channels=16, hidden_size=24, num_layers=4, num_refiner_layers=2, num_attention_heads=2, num_kv_heads=1,
+        multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(300, 64, 64), cap_feat_dim=WIDTH,
+    )  # fmt: skip
     return Lumina2Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),

@@ -38,12 +38,7 @@ CALL = {"num_frames": 1, "guidance_scale": 5.0}
 TWINS = [
     WanTwin("wan21", "wan21", wan21, call=CALL, backbone="wan21"),
     WanTwin(
-        "wan21_euler",
-        "wan21",
-        lambda: wan21(FlowMatchEulerDiscreteScheduler(shift=5.0)),
-        call={**CALL, "guidance_scale": 1.0},
-        guidance=1.0,
-        backbone="wan21",
-        same_network=True,
+        "wan21_euler", "wan21", lambda: wan21(FlowMatchEulerDiscreteScheduler(shift=5.0)),
+        call={**CALL, "guidance_scale": 1.0}, guidance=1.0, backbone="wan21", same_network=True,
     ),
-]
+]  # fmt: skip

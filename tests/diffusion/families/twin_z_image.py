@@ -11,16 +11,9 @@ from tests.tiny_pipelines import WIDTH
 
 def transformer() -> ZImageTransformer2DModel:
     network = ZImageTransformer2DModel(
-        in_channels=16,
-        dim=24,
-        n_layers=4,
-        n_refiner_layers=2,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=WIDTH,
-        axes_dims=[4, 4, 4],
-        axes_lens=[1024, 64, 64],
-    )
+        in_channels=16, dim=24, n_layers=4, n_refiner_layers=2, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
+        axes_dims=[4, 4, 4], axes_lens=[1024, 64, 64],
+    )  # fmt: skip
     for token in (network.x_pad_token, network.cap_pad_token):  # zeros at the start
         torch.nn.init.normal_(token)
     return network

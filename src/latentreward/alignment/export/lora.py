@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,27 +120,17 @@ def sort_metadata(path: Path) -> None:
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
-def join(parts: Sequence[Pair | None]) -> Pair:
-    """Join the adapters of a layer's parts, whose outputs are concatenated, to one A and one B."""
-    given = [part for part in parts if part is not None]
-    if len(parts) == 1:
-        return given[0]
-    untrained = given[0][1].new_zeros(len(given[0][1]), 0)
-    ups = [untrained if part is None else part[1] for part in parts]
-    return torch.cat([down for down, _ in given]), torch.block_diag(*ups)
-
-
 def write_kohya(lora: TrainedLoRA, folder: Path) -> Path:
     """Write :data:`KOHYA_FILE` into ``folder`` atomically, and return its path.
 
-    diffusers' own ``convert_state_dict_to_kohya`` has no names for SD3 and Wan.
+    diffusers' own ``convert_state_dict_to_kohya`` has no names for Wan.
     """
     weights: dict[str, Tensor] = {}
-    for name, parts in lora.family.kohya_layers(lora.pairs).items():  # before the folder is made: it may have no names
-        key, (down, up) = KOHYA_PREFIX + name.replace(".", "_"), join(parts)
-        alpha = float(lora.settings.alpha) * sum(part is not None for part in parts)
+    named = lora.family.kohya_layers(lora.pairs)  # before the folder is made: it may have no names
+    for name, (down, up) in named.items():
+        key = KOHYA_PREFIX + name.replace(".", "_")
         weights |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-        weights[f"{key}.alpha"] = torch.tensor(alpha, dtype=down.dtype)
+        weights[f"{key}.alpha"] = torch.tensor(float(lora.settings.alpha), dtype=down.dtype)
     metadata = {
         "format": "pt",
         "ss_network_module": lora.family.kohya_module,

@@ -124,10 +124,6 @@ class AlignmentModule(LightningModule):
         self.policy.edit_at(self.sampling.height, self.sampling.width)
         if prompts := prompts_of(self.trainer):
             self.policy.family.check_prompts(prompts, "data.prompts")
-            # Rows of a rollout are joined; without one, prompts may come one at a time.
-            alone = self.experience is None and getattr(self.trainer.datamodule, "batch_size", 1) == 1  # type: ignore[attr-defined]
-            if (encoder := self.policy.source_encoder) is not None and not alone:
-                encoder.check_sizes(prompts, "data.prompts")
             if self.reward is not None:
                 self.reward.check_prompts(prompts)
         for scorer in self._reward_parts(LatentScorer):

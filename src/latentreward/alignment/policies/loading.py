@@ -34,8 +34,8 @@ class PolicySource:
         load_t5: False does not load T5 (SD3): saves 9.5 GB in bfloat16, at some loss for long prompts.
         t5_length: T5 tokens per prompt (SD3, FLUX.1, Wan); zeros stand for SD3's if T5 is not loaded. None takes the
             family's own number: 256 for SD3, 0 for a shipped pipeline.
-        quantization: Storage of the frozen linear layers of the network's blocks: ``int8`` (torchao), ``bnb_int8`` or
-            ``nf4`` (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
+        quantization: Storage of the frozen linear layers of the network's blocks: ``int8`` (torchao) or ``nf4``
+            (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
         source_size: Size of the pictures that an editor edits: ``made`` resizes each, around its centre, to the size of
             the pictures that are made, before any to the native size; ``pipeline`` as the pipeline does, which can
             differ from picture to picture.

@@ -25,8 +25,8 @@ from latentreward.core.errors import InputError, first_line
 from latentreward.core.storage.json_files import read_config
 from latentreward.core.storage.weight_files import find_weights, map_weights
 
-Quantization = Literal["int8", "bnb_int8", "nf4"]
-LIBRARIES = {"int8": "torchao", "bnb_int8": "bitsandbytes", "nf4": "bitsandbytes"}
+Quantization = Literal["int8", "nf4"]
+LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}
 """Kind of quantisation → library that stores the weights."""
 PLANNED = "planned_quantization"
 """Attribute of a layer on the meta device: kind of quantisation that it would get."""
@@ -42,8 +42,8 @@ def check_quantization(kind: str | None, tuning: str) -> None:
         return
     if find_spec(LIBRARIES[kind]) is None:
         raise InputError(f"quantization={kind} needs {LIBRARIES[kind]}; pip install latentreward[quant]")
-    if LIBRARIES[kind] == "bitsandbytes" and not torch.cuda.is_available():
-        raise InputError(f"quantization={kind} (bitsandbytes) needs a GPU; use int8 (torchao) on a CPU")
+    if kind == "nf4" and not torch.cuda.is_available():
+        raise InputError("quantization=nf4 (bitsandbytes) needs a GPU; use int8 (torchao) on a CPU")
 
 
 def quantize(blocks: Iterable[nn.Module], kind: str) -> None:
@@ -63,7 +63,7 @@ def quantize(blocks: Iterable[nn.Module], kind: str) -> None:
 
                 quantize_(layer, Int8WeightOnlyConfig())
             else:
-                block.set_submodule(name, _to_bitsandbytes(layer, kind))
+                block.set_submodule(name, _to_nf4(layer))
             keep_sample(block.get_submodule(name), values)
 
 
@@ -78,21 +78,16 @@ def stored_bytes(layer: nn.Linear, kind: str) -> int:
     if kind == "nf4":  # a scale of one byte for 64 numbers, and one of four bytes for 256 of these
         scales = ceil(numbers / 64)
         return ceil(numbers / 2) + scales + 4 * ceil(scales / 256)
-    return numbers + (5 if kind == "int8" else 4) * rows  # a float32 scale for each row, in torchao with a zero point
+    return numbers + 5 * rows  # a float32 scale and a zero point for each row
 
 
-def _to_bitsandbytes(layer: Any, kind: str) -> Any:
+def _to_nf4(layer: Any) -> Any:
     """Return the layer as one of bitsandbytes, which quantises its weights on the way to the GPU."""
     import bitsandbytes
 
     sizes = layer.in_features, layer.out_features, layer.bias is not None
-    new: Any
-    if kind == "nf4":
-        new = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.bfloat16, quant_type="nf4")
-        new.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
-    else:
-        new = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-        new.weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    new: Any = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.bfloat16, quant_type="nf4")
+    new.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
     new.bias = layer.bias
     return new.requires_grad_(False)
 
@@ -183,7 +178,7 @@ def map_model(
     stem = "diffusion_pytorch_model" if of_diffusers else "model"
     weights = None
     if checkpoint is not None:
-        from latentreward.diffusion.backbones.single_file import weights_of_part  # few sources are single files
+        from latentreward.diffusion.backbones.loading import weights_of_part  # which imports this module
 
         weights = weights_of_part(checkpoint, family, config, source, place["subfolder"])
         where = where if weights is None else f"{place['subfolder']} of {checkpoint}"

@@ -390,7 +390,13 @@ class CachedPreferenceDataModule(PairLoaders):
         if reader is None:
             return
         check_backbone(self.spec, reader, self.cached_text)
-        self.check_sources(getattr(reader, "family", reader).sources)
+        taken = getattr(reader, "family", reader).sources
+        for index in {id(one.index): one.index for one in self.datasets.values()}.values():
+            counts = np.diff(index.source_ends)
+            for number in (int(counts.min()), int(counts.max())):  # not every network looks at them itself
+                if wanted := sources_wanted(number, taken):
+                    told = f"pairs in the cache {index.folder} have {number} sources, but the model's network takes"
+                    raise InputError(f"{told} {wanted}; write a cache of other pairs, or give another network")
         if reader.text_encoder is None or not reader.text_encoder.sees_sources:
             return
         # Of the pictures the cache holds latents alone, and of the empty prompt none with pictures.
@@ -403,18 +409,6 @@ class CachedPreferenceDataModule(PairLoaders):
         if lacks:
             reads = "the model's text encoder reads the pictures to edit too"
             raise InputError(f"{reads}; {lacks}, or train from the images")
-
-    def check_sources(self, taken: tuple[int, int | None]) -> None:
-        """Raise InputError if a cache's pairs are edits of fewer or more pictures than the network takes."""
-        for index in {id(one.index): one.index for one in self.datasets.values()}.values():
-            counts = np.diff(index.source_ends)
-            few, many = int(counts.min()), int(counts.max())
-            if wanted := sources_wanted(few, taken) or sources_wanted(many, taken):
-                held = f"{few}" if few == many else f"{few} to {many}"
-                takes = "makes pictures from text alone"
-                takes = takes if wanted == "0" else f"takes {wanted} (source_images of pairs)"
-                told = f"the pairs in the cache {index.folder} have {held} sources, but the model's network {takes}"
-                raise InputError(f"{told}; write a cache of other pairs, or give another network")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training loader; in each step, all ranks get the same number of pairs of one size."""

@@ -39,7 +39,7 @@ from latentreward.core.storage.json_files import checked, read_config
 from latentreward.data.images import ExifOrientation
 from latentreward.diffusion.cache.sources import CacheDtype, ImageSettings, TextSpec
 
-SPEC, OLD_SPEC = "spec.json", "plan.json"
+SPEC = "spec.json"
 PAIRS, IMAGES, PROMPTS = TABLES = "pairs.parquet", "images.parquet", "prompts.parquet"
 LATENTS, EMBEDS, POOLED, LENGTHS = "latents", "prompt_embeds", "pooled_prompt_embeds", "prompt_lengths"
 AGAIN = "encode again with `latentreward cache`"
@@ -98,9 +98,7 @@ def read_plan(folder: Path) -> CachePlan:
     """Read ``spec.json`` of a cache; raises InputError if it is missing, damaged or of an earlier version."""
     path = folder / SPEC
     if not path.is_file():
-        told = f"is a cache of an earlier version; {AGAIN}, to another folder"
-        none = f"is not a cache: it has no {SPEC}; run `latentreward cache` or check the path"
-        raise InputError(f"{folder} {told if (folder / OLD_SPEC).is_file() else none}")
+        raise InputError(f"{folder} is not a cache: it has no {SPEC}; run `latentreward cache` or check the path")
     plan: CachePlan = checked(CachePlan, read_config(path, remedy=AGAIN), f"{path}: ", f"; {AGAIN}")
     return plan
 

@@ -218,7 +218,7 @@ def prepare_cache(
     with write_errors_named(folder, KEPT):
         remove_temporary(folder)
         begun, problems = None, list[str]()
-        if (folder / SPEC).exists() or (folder / store.OLD_SPEC).exists():
+        if (folder / SPEC).exists():
             begun = store.read_plan(folder)
             then, now = asdict(begun.spec) | {"data": begun.data}, asdict(spec) | {"data": describe_data(reader)}
             if difference := first_difference(then, now):

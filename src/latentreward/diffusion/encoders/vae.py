@@ -278,22 +278,6 @@ class SourceEncoder:
         """Resize every picture, around its centre, to ``height`` × ``width`` pixels."""
         self.loader = PixelLoader(height, width, "center_crop", exif="apply")
 
-    def check_sizes(self, prompts: Sequence[str], setting: str) -> None:
-        """Raise InputError if pictures at one place of prompts of a ``setting`` are resized to unlike sizes."""
-        if self.loader is not None:
-            return
-        for images in zip(*map(sources_of, prompts), strict=True):
-            found: dict[tuple[int, int], str] = {}
-            for image in images:
-                resized, cropped = self.size(*picture_sides(image))
-                found.setdefault(cropped or resized, image.image_key)
-            if len(found) > 1:
-                two = [f"{name!r} {height}×{width}" for (height, width), name in found.items()][:2]
-                raise InputError(
-                    f"{setting}: source_size: pipeline makes {' and '.join(two)} pixels; rows of a batch have one "
-                    "size: set policy.source_size: made, or give pictures of one size"
-                )
-
     def pixels(self, image: ImageRef) -> Tensor:
         """Decode and resize a picture to pixels ``(3, H, W)`` in [-1, 1]."""
         if self.loader is not None:

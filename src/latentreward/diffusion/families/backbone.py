@@ -141,8 +141,8 @@ class BackboneOptions:
         gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
         attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own. Networks
             that call PyTorch's attention themselves (U-Nets, SD3) have no other.
-        quantization: Storage of the frozen linear layers of the blocks: ``int8`` (torchao), ``bnb_int8`` or ``nf4``
-            (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
+        quantization: Storage of the frozen linear layers of the blocks: ``int8`` (torchao) or ``nf4`` (bitsandbytes,
+            on a GPU). None keeps ``frozen_dtype``.
     """
 
     revision: str | None = None

@@ -405,12 +405,8 @@ class Family(Part):
         """Class in ``diffusers.loaders`` that reads and writes LoRA files of the family; None if there is none."""
         return None
 
-    def kohya_layers(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[Pair | None]]:
-        """Group adapters by the layers' names in the programs that read kohya's format.
-
-        Returns:
-            For each layer the A and B of its parts in order; a part without a trained adapter is None.
-        """
+    def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, Pair]:
+        """Return adapters by the layers' names in the programs that read kohya's format."""
         other = "peft" if self.lora_loader is None else "diffusers"
         raise InputError(
             f"format=kohya has no names for {self.title}; use format={other} or merged; docs/families.md tells which "

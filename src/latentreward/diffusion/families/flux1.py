@@ -19,6 +19,7 @@ from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.backbones.tuning import ATTENTION
 from latentreward.diffusion.encoders.prompts import PromptEncoder, masked_ids, token_ids
+from latentreward.diffusion.encoders.vae import SourceSize
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.diffusion.families.base import PipelineConfigs
 from latentreward.diffusion.families.flow import FlowFamily
@@ -30,6 +31,12 @@ EDITOR = "FluxKontextPipeline"  # class of FLUX.1-Kontext's pipeline
 TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
 VISUAL_OUTPUT = ("attn.to_q", "attn.norm_q", "attn.to_out", "ff")
 """Submodules of a dual block of FLUX.1 or FLUX.2 that only its text output, or only its visual output, depends on."""
+SOURCE_SIZES = (
+    *((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104)),
+    (1024, 1024),
+    *((1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672)),
+)
+"""(width, height) in pixels of the sources that FLUX.1-Kontext was trained on."""
 MOST_TOKENS = 512  # largest number of T5 tokens per prompt that FLUX.1's pipeline takes
 
 
@@ -159,6 +166,33 @@ class Flux1(FlowFamily):
         return self.unpack(output, grids[0])
 
 
+class Flux1Kontext(Flux1):
+    """Family of FLUX.1-Kontext-dev: as FLUX.1-dev, trained to edit, with one source or none.
+
+    The source's tokens follow those of the picture that is made. They are clean at every noise level, and told apart by
+    the first coordinate of their positions. Without a source the network makes pictures from text.
+    """
+
+    name = "flux1_kontext"
+    title = "FLUX.1-Kontext"
+    sources = (0, 1)
+
+    @property
+    def model(self) -> str:
+        return "FLUX.1-Kontext-dev"
+
+    def source_size(self, height: int, width: int) -> SourceSize:
+        """See :meth:`Family.source_size`; that of :data:`SOURCE_SIZES` with the nearest aspect, which is not kept."""
+        aspect = (width // self.side_multiple) / (height // self.side_multiple)
+        columns, rows = min(SOURCE_SIZES, key=lambda size: (abs(aspect - size[0] / size[1]), size))
+        return SourceSize((rows, columns))
+
+    @property
+    def default_guidance(self) -> float | None:
+        """See :attr:`Family.default_guidance`; that of the model's card."""
+        return 2.5
+
+
 def positions(length: int, grids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the positions ``(n, 3)`` of tokens: all 0 for text, (k, row, column) for picture k; 0 is the one made."""
     return torch.zeros(length, 3, device=device), picture_positions(grids, device)
@@ -177,3 +211,9 @@ def picture_positions(grids: Sequence[Sequence[int]], device: torch.device, step
 def flux1(source: PathText, **options: Any) -> FamilyBackbone:
     """Load the first blocks of FLUX.1-dev (FLUX.1 [dev] Non-Commercial License) or FLUX.1-schnell (Apache-2.0)."""
     return load_family_backbone(source, "flux1", **options)
+
+
+@register_backbone
+def flux1_kontext(source: PathText, **options: Any) -> FamilyBackbone:
+    """Load the first blocks of FLUX.1-Kontext-dev (FLUX.1 [dev] Non-Commercial License)."""
+    return load_family_backbone(source, "flux1_kontext", **options)

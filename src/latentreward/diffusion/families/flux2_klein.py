@@ -44,7 +44,7 @@ class Flux2KleinPromptEncoder(PromptEncoder):
 
     pools_tokens = True
 
-    def __init__(self, text_encoder: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(self, text_encoder: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         model: Any = text_encoder.model
         first_layers(model, LAYERS[-1])
@@ -54,8 +54,6 @@ class Flux2KleinPromptEncoder(PromptEncoder):
         self.token_dim = self.pooled_dim = len(LAYERS) * text_encoder.config.hidden_size
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        if self.tokenizer is None:
-            raise InputError("prompts were given as text, but there is no tokenizer; load it with its base pipeline")
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         texts: Any = [self.tokenizer.apply_chat_template(turn, **template) for turn in turns]
@@ -95,14 +93,6 @@ class Flux2Klein(FlowFamily):
     modulation = ("double_stream_modulation_img", "double_stream_modulation_txt")
     text_output, visual_output = TEXT_OUTPUT, VISUAL_OUTPUT
 
-    def check(self) -> None:
-        if self.config.get("guidance_embeds", True):
-            raise InputError(
-                f"source={self.pipeline.source!r} is FLUX.2-dev, whose text path (Mistral, 24 billion parameters) is "
-                "not supported; use FLUX.2-klein"
-            )
-        super().check()
-
     @property
     def model(self) -> str:
         return f"{self.title} (distilled)" if self.distilled else f"{self.title} (base)"
@@ -113,10 +103,8 @@ class Flux2Klein(FlowFamily):
         """See :meth:`Family.source_size`; pictures of up to 1024² pixels keep their size, and all are cropped."""
         longer, shorter = max(height, width), min(height, width)
         if shorter < 64 or longer > 8 * shorter:
-            raise InputError(
-                f"a source of {width} × {height} pixels: {self.title} takes sides of at least 64 pixels, the longer at "
-                "most 8 times the shorter; crop the picture"
-            )
+            told = "takes sides of at least 64 pixels, the longer at most 8 times the shorter; crop the picture"
+            raise InputError(f"a source of {width} × {height} pixels: {self.title} {told}")
         scale = min(1.0, math.sqrt(1024 * 1024 / (width * height)))
         rows, columns = int(height * scale), int(width * scale)
         return SourceSize((rows, columns), (rows - rows % self.side_multiple, columns - columns % self.side_multiple))

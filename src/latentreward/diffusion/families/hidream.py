@@ -50,15 +50,6 @@ class HiDream(FlowFamily):
     text_output = ("block.attn1.to_q_t", "block.attn1.q_rms_norm_t", "block.attn1.to_out_t", "block.ff_t")
     visual_output = ("block.attn1.to_q", "block.attn1.q_rms_norm", "block.attn1.to_out", "block.ff_i")
 
-    def check(self) -> None:
-        super().check()
-        blocks = sum(self.entry(self.part, name, int) for name in ("num_layers", "num_single_layers"))
-        if len(self.layers) != blocks or len(self.widths) != 2:
-            raise InputError(
-                f"{self.named(self.part)} has llama_layers={list(self.layers)} and caption_channels={list(self.widths)}"
-                f", which must name a layer for each of {blocks} blocks and two widths; get the pipeline as published"
-            )
-
     # Latents
 
     def latent_shape(self, height: int | None = None, width: int | None = None, frames: int = 1) -> tuple[int, ...]:

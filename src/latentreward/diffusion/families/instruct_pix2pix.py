@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from latentreward.core.contracts import Conditioning, PathText
-from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.encoders.vae import SourceSize
 from latentreward.diffusion.families.sd import SDUNetBackbone, StableDiffusion, load_sd
@@ -39,8 +38,6 @@ class InstructPix2Pix(StableDiffusion):
     def source_size(self, height: int, width: int) -> SourceSize:
         """See :meth:`Family.source_size`; each side down to a multiple of the VAE's."""
         step = self.side_multiple
-        if min(height, width) < step:
-            raise InputError(f"a picture to edit has {height} × {width} pixels; give one with sides of at least {step}")
         return SourceSize((height // step * step, width // step * step))
 
     def guided_prompts(self, conditioning: Conditioning, uncond: Conditioning) -> list[Conditioning]:

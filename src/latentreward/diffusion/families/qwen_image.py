@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from latentreward.core.contracts import Conditioning, PathText
-from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.vae import ChannelLatentEncoder
@@ -56,15 +55,6 @@ class QwenImage(FlowFamily):
             return False
         zero_time = bool(pipeline.config(cls.part).get("zero_cond_t"))
         return (zero_time or pipeline.index.get("_class_name") in EDITORS) == (cls.sources != (0, 0))
-
-    def check(self) -> None:
-        for field in ("use_layer3d_rope", "use_additional_t_cond", "guidance_embeds"):  # as Qwen-Image-Layered has them
-            if self.config.get(field):
-                raise InputError(
-                    f"source={self.pipeline.source!r} has {field}=true, which no Qwen-Image of one picture has; "
-                    "use Qwen-Image or Qwen-Image-2512"
-                )
-        super().check()
 
     # Text
 

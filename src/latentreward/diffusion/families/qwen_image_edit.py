@@ -180,19 +180,7 @@ class QwenImageEditPromptEncoder(PromptEncoder):
         self.token_dim = text_encoder.config.text_config.hidden_size
         self.num_tokens, self.picture_settings = seen.most_tokens, seen.settings
         self.dropped_tokens = prefix_length(tokenizer, TEMPLATE)
-        self.picture_token, vision = text_encoder.config.image_token_id, text_encoder.config.vision_config
-        if tokenizer.convert_tokens_to_ids(PAD) != self.picture_token:
-            raise InputError(
-                f"tokenizer: {PAD} is not the token {self.picture_token} that text_encoder takes for pictures; take "
-                "both from one pipeline"
-            )
-        processor = seen.processor
-        own = processor.patch_size, processor.temporal_patch_size, processor.merge_size
-        if own != (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size):
-            raise InputError(
-                f"processor: it makes patches of {own[0]} pixels, {own[1]} times, {own[2]}×{own[2]} to a token, and "
-                "text_encoder takes others; take both from one pipeline"
-            )
+        self.picture_token = text_encoder.config.image_token_id
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """See :meth:`PromptEncoder.tokenize`; ids and mask of prompts in their template, padded at the end.

@@ -48,13 +48,6 @@ class StableDiffusion(Family):
         return pipeline.has("unet") and (pipeline.index.get("_class_name") in EDITORS) == bool(cls.sources[1])
 
     def check(self) -> None:
-        found = self.config.get("_class_name", self.network_class)
-        if found != self.network_class:
-            raise InputError(
-                f"source={self.pipeline.source!r} has a {found} as unet; this family needs a {self.network_class}, as "
-                "SD1.5, SD2.1 and SDXL have it"
-            )
-        check_undistilled(self.pipeline.source, self.config)
         check_channels(self.pipeline.source, "unet", self.config, self.latent_space, 1 + self.sources[0])
 
     @property
@@ -76,12 +69,6 @@ class StableDiffusion(Family):
     ) -> PromptEncoder:
         two = self.pipeline.has("text_encoder_2")
         encoder: PromptEncoder = (self.pipeline.sdxl_prompts if two else self.pipeline.clip_prompts)(pretrained, True)
-        has_unet = self.pipeline.has(self.part)  # a cache is written without one
-        if has_unet and encoder.token_dim != (taken := self.config.get("cross_attention_dim", 1280)):
-            raise InputError(
-                f"source={self.pipeline.source!r}: the text encoder is {encoder.token_dim} wide, but the U-Net takes "
-                f"{taken}; network and text encoder must come from one pipeline"
-            )
         return encoder
 
     def encode_uncond(self, encoder: PromptEncoder) -> Conditioning:
@@ -121,8 +108,8 @@ class StableDiffusion(Family):
     def lora_loader(self) -> str:
         return f"StableDiffusion{'XL' if self.is_xl else ''}LoraLoaderMixin"
 
-    def kohya_layers(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[Pair | None]]:
-        return {layer: [pair] for layer, pair in layers.items()}
+    def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, Pair]:
+        return dict(layers)
 
 
 class SDUNetBackbone(DiffusionBackbone):
@@ -276,15 +263,6 @@ def beside_sources(unet: Any, latents: Tensor, conditioning: Conditioning, space
                 "equal; set source_size: made"
             )
     return torch.cat([latents, *(source / space.scaling_factor for source in sources)], dim=1) if sources else latents
-
-
-def check_undistilled(source: str, config: Mapping[str, Any]) -> None:
-    """Raise InputError if a U-Net takes the guidance scale as an input, as distilled ones do (LCM)."""
-    if config.get("time_cond_proj_dim") is not None:
-        raise InputError(
-            f"source={source!r} holds a U-Net with time_cond_proj_dim, distilled to few steps with guidance inside "
-            "(LCM); give the model that it was distilled from"
-        )
 
 
 def unet_family(config: dict[str, Any]) -> str:

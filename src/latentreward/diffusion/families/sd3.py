@@ -1,18 +1,11 @@
-"""Stable Diffusion 3 and 3.5.
-
-The names of layers in sd-scripts' MMDiT follow ``library/sd3_models.py`` and ``networks/lora_sd3.py`` (Apache-2.0,
-commit 48d368f); ComfyUI reads these names too. This MMDiT has one layer for queries, keys and values, where diffusers
-has three. The three adapters become one, with stacked A and block-diagonal B, as in sd-scripts'
-``LoRANetwork.state_dict`` under ``split_qkv``.
-"""
+"""Stable Diffusion 3 and 3.5."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, PathText, TapSpec
@@ -23,41 +16,12 @@ from latentreward.diffusion.backbones.loading import SHIPPED, check_channels, ch
 from latentreward.diffusion.backbones.tuning import freeze
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.families.backbone import TransformerOptions
-from latentreward.diffusion.families.base import Family, Pair, PipelineConfigs
+from latentreward.diffusion.families.base import Family, PipelineConfigs
 from latentreward.diffusion.noise.processes import NoiseProcess, process_from_scheduler
 from latentreward.diffusion.noise.schedules import FLOW_SCHEDULERS, static_levels
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
-
-LAYERS = {
-    "pos_embed.proj": "x_embedder.proj",
-    "context_embedder": "context_embedder",
-    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
-    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-    "norm_out.linear": "final_layer.adaLN_modulation.1",
-    "proj_out": "final_layer.linear",
-    "norm1.linear": "x_block.adaLN_modulation.1",
-    "norm1_context.linear": "context_block.adaLN_modulation.1",
-    "attn.to_out.0": "x_block.attn.proj",
-    "attn.to_add_out": "context_block.attn.proj",
-    "attn2.to_out.0": "x_block.attn2.proj",
-    "ff.net.0.proj": "x_block.mlp.fc1",
-    "ff.net.2": "x_block.mlp.fc2",
-    "ff_context.net.0.proj": "context_block.mlp.fc1",
-    "ff_context.net.2": "context_block.mlp.fc2",
-}
-"""Name of a layer in diffusers' SD3 transformer → its name in sd-scripts' MMDiT; within a block, without the block."""
-JOINED = {
-    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-}
-"""Name of an MMDiT layer → the layers of diffusers' SD3 transformer whose outputs, concatenated, are its output."""
-SCALE_FIRST = ("norm_out.linear", "norm1_context.linear")
-"""Layers that, if they output scale and shift only, output scale first in diffusers and shift first in the MMDiT."""
 
 
 class StableDiffusion3(Family):
@@ -70,7 +34,6 @@ class StableDiffusion3(Family):
     block_classes = ("JointTransformerBlock",)
     text_layers = ("CLIPEncoderLayer", "T5Block")
     plain_states = True
-    kohya_module = "networks.lora_sd3"
     default_guidance = 5.0  # Flow-GRPO's and this project's, instead of the pipeline's 7.0
 
     @classmethod
@@ -115,14 +78,8 @@ class StableDiffusion3(Family):
         """
         shipped = self.pipeline.named in SHIPPED
         length = (0 if shipped else 256) if t5_length is None else t5_length
-        encoder: PromptEncoder = self.pipeline.sd3_prompts(
-            self.entry(self.part, "joint_attention_dim", int), length, load_t5, mapped=True
-        )
-        if encoder.pooled_dim != (taken := self.entry(self.part, "pooled_projection_dim", int)):
-            raise InputError(
-                f"source={self.pipeline.source!r}: the text encoders' pooled vector is {encoder.pooled_dim} wide, but "
-                f"the transformer takes {taken}; network and text encoders must come from one pipeline"
-            )
+        width = self.entry(self.part, "joint_attention_dim", int)
+        encoder: PromptEncoder = self.pipeline.sd3_prompts(width, length, load_t5, mapped=True)
         return encoder
 
     @cached_property
@@ -147,27 +104,6 @@ class StableDiffusion3(Family):
 
     def blocks(self, network: Any) -> Iterator[nn.Module]:
         yield from network.transformer_blocks
-
-    def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
-        """See :meth:`Family.kohya_layers`; the layers of sd-scripts' MMDiT.
-
-        A layer that joins three of diffusers' has three parts: query, key and value.
-        """
-        found: dict[str, list[Pair | None]] = {}
-        for layer, (down, up) in layers.items():
-            block, rest = "", layer
-            if layer.startswith("transformer_blocks."):
-                _, number, rest = layer.split(".", 2)
-                block = f"joint_blocks.{number}."
-            swapped = rest in SCALE_FIRST and len(up) == 2 * down.shape[1]
-            pair = down, torch.cat(up.chunk(2)[::-1]) if swapped else up
-            joined = next((name for name, parts in JOINED.items() if rest in parts), None)
-            if joined is None:
-                found[block + LAYERS[rest]] = [pair]
-            else:
-                parts = JOINED[joined]
-                found.setdefault(block + joined, [None] * len(parts))[parts.index(rest)] = pair
-        return found
 
 
 _TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")

@@ -77,13 +77,11 @@ class Wan21(FlowFamily):
 
     def check(self) -> None:
         index, source = self.pipeline.index, self.pipeline.source
-        channels, reason = self.entry(self.part, "in_channels", int), None
+        reason = None
         if self.pipeline.has("transformer_2") or index.get("boundary_ratio") is not None:
             reason = "Wan 2.2 with two networks (A14B)"
-        elif index.get("expand_timesteps") or channels == 48:
+        elif index.get("expand_timesteps"):
             reason = "Wan 2.2 TI2V 5B, whose tokens have timesteps of their own"
-        elif channels == 36 or self.config.get("image_dim") or self.config.get("added_kv_proj_dim"):
-            reason = "an image-to-video network"
         if reason is not None:
             raise InputError(f"source={source!r} is {reason}, which is not supported; use Wan 2.1 text-to-video")
         super().check()
@@ -125,8 +123,8 @@ class Wan21(FlowFamily):
 
     # Adapters
 
-    def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
-        return {own_name(layer): [pair] for layer, pair in layers.items()}
+    def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, Pair]:
+        return {own_name(layer): pair for layer, pair in layers.items()}
 
 
 def own_name(layer: str) -> str:

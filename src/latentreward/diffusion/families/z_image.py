@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from latentreward.core.contracts import Conditioning, PathText
-from latentreward.core.errors import InputError
 from latentreward.core.registry import register_backbone
 from latentreward.diffusion.encoders.prompts import LanguageModelEncoder, PromptEncoder, without_last_layer
 from latentreward.diffusion.families.backbone import FamilyBackbone, load_family_backbone
@@ -42,14 +41,6 @@ class ZImage(FlowFamily):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     lora_loader = "ZImageLoraLoaderMixin"
     text_input = ("cap_embedder", "cap_pad_token", "context_refiner")
-
-    def check(self) -> None:
-        if self.config.get("siglip_feat_dim") is not None:
-            raise InputError(
-                f"source={self.pipeline.source!r} is a Z-Image-Omni, which takes images as conditions; use Z-Image or "
-                "Z-Image-Turbo"
-            )
-        super().check()
 
     @property
     def turbo(self) -> bool:

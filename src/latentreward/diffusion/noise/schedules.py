@@ -59,11 +59,6 @@ def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: 
     """Make a diffusers scheduler on the CPU, and set its timesteps, with ``options`` of its ``set_timesteps``."""
     for field in ("shift", "flow_shift"):
         entry(config, field, float, NAME, default=1.0)
-    if num_inference_steps == 1 and (last := entry(config, "shift_terminal", float, NAME, default=0.0)):
-        raise InputError(
-            f"num_inference_steps=1, but {NAME} has shift_terminal={last:g}, to which it stretches the levels between "
-            "the first and the last step; take at least 2 steps"
-        )
     try:
         with torch.device("cpu"):
             scheduler = family.from_config({**config, "_class_name": family.__name__})
@@ -76,6 +71,13 @@ def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: 
             f"{NAME} does not make a {family.__name__} ({first_line(error)}); get the pipeline as published"
         ) from error
     return scheduler
+
+
+def check_unset(config: Mapping[str, Any], *names: str) -> None:
+    """Raise InputError if the config sets an entry that a family's levels do not follow."""
+    for name in names:
+        if entry(config, name, bool, NAME, default=False):
+            raise InputError(f"{NAME} has {name}=true, which this family's levels do not follow; set it to false there")
 
 
 def check_levels(sigmas: Tensor) -> None:
@@ -93,9 +95,7 @@ def static_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     check_scheduler({"_class_name": EULER, **config}, FLOW_SCHEDULERS)
-    for name in ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"):
-        if entry(config, name, bool, NAME, default=False):
-            raise InputError(f"{NAME} has {name}=true, which this family's levels do not follow; set it to false there")
+    check_unset(config, "use_dynamic_shifting", "invert_sigmas", "stochastic_sampling")
     scheduler = make_scheduler(FlowMatchEulerDiscreteScheduler, config, num_inference_steps)
     return _levels(scheduler)
 
@@ -143,13 +143,9 @@ def shifted_levels(
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     check_scheduler(config, (EULER,))
-    for name in ("invert_sigmas", "stochastic_sampling"):
-        if entry(config, name, bool, NAME, default=False):
-            raise InputError(f"{NAME} has {name}=true, which is not supported; set it to false")
+    check_unset(config, "invert_sigmas", "stochastic_sampling", *(["use_dynamic_shifting"] if mu is None else []))
     if (count := entry(config, "num_train_timesteps", int, NAME, default=1000)) != 1000:
         raise InputError(f"{NAME} has num_train_timesteps={count}, but networks take 1000·σ; set it to 1000")
-    if entry(config, "use_dynamic_shifting", bool, NAME, default=False) and mu is None:
-        raise InputError(f"{NAME} has use_dynamic_shifting=true, but this family's shift is static; set it to false")
     check_range("[1, 1000]", LEVELS, num_inference_steps=num_inference_steps)
     if sigmas is None:
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
