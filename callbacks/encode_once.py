@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -149,12 +148,6 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
     places = [path.with_name(f"{path.name}-{column}") for column in range(len(samples))]
     with write_errors_named(path.parent, KEPT):
         path.parent.mkdir(parents=True, exist_ok=True)
-    size, free = len(prompts) * sum(sample.nbytes for sample in samples), shutil.disk_usage(path.parent).free
-    if not trainer.strategy.reduce_boolean_decision(size <= free, all=True):  # all ranks stop, or none
-        raise InputError(
-            f"EncodeOnce: {len(prompts)} encoded prompts take {size / 1e9:.1f} GB, and {path.parent} has "
-            f"{free / 1e9:.1f} GB left; set its folder, use fewer prompts, or leave EncodeOnce out"
-        )
     with write_errors_named(path.parent, KEPT), ExitStack() as opened:
         if rank == 0:
             for place, sample in zip(places, samples, strict=True):

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -76,7 +75,7 @@ class HackingMonitor(PromptMonitor):
 
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
         """Score the reference's samples, with which later samples are compared; clips are refused."""
-        self.sampling_of(pl_module).require_images("HackingMonitor")
+        (self.sampling or pl_module.sampling).require_images("HackingMonitor")
         self.held_out.prepare()
         self._start = self._scores(trainer, pl_module, reference=True)
 
@@ -86,11 +85,11 @@ class HackingMonitor(PromptMonitor):
         if pl_module.reward is not None:
             spread = self._start[:, 1:].std(dim=0)
             columns["reward"] = [pl_module.reward.mix_apart(scores[:, 1:], spread) for scores in measured]
-        names, changes = columns.keys(), [PairedChange.between(*scores) for scores in columns.values()]
+        names, changes = columns.keys(), [PairedChange(*scores) for scores in columns.values()]
         for name, change in zip(names, changes, strict=True):
             values = {f"hacking/{name}": change.after, f"hacking/{name}_change": change.in_standard_errors}
             log_now(trainer, pl_module, values)
-        if changes[0].in_standard_errors < -self.tolerance and all(change.rises for change in changes[1:]):
+        if changes[0].in_standard_errors < -self.tolerance and all(change.difference > 0 for change in changes[1:]):
             self._act(trainer, changes)
 
     def _act(self, trainer: Trainer, changes: "list[PairedChange]") -> None:
@@ -117,7 +116,7 @@ class HackingMonitor(PromptMonitor):
                 try:
                     columns = [self.held_out(batch.prompts, list(map(to_image, pixels)))[:, None]]
                     if pl_module.reward is not None:
-                        sampling = self.sampling_of(pl_module)
+                        sampling = self.sampling or pl_module.sampling
                         with pl_module.policy.editing_at(sampling.height, sampling.width):
                             parts = begin_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas)()
                         columns.append(parts.cpu())
@@ -128,37 +127,27 @@ class HackingMonitor(PromptMonitor):
         return self.gather(trainer, torch.cat(rows)).double().mean(dim=1)
 
 
-@dataclass(frozen=True)
 class PairedChange:
-    """Change of a mean over prompts."""
+    """Change of a mean over prompts, from scores ``(P,)`` before and after of the same P prompts.
 
-    before: float  # Mean at the start
-    after: float  # Mean now
-    standard_error: float  # Standard error of the difference, paired over prompts
-    count: int  # Number of prompts
+    Attributes:
+        after: Mean now.
+        difference: Mean now minus that at the start.
+        in_standard_errors: The difference in standard errors, paired over prompts; 0 without a difference, infinite if
+            it is equal for all prompts.
+    """
 
-    @classmethod
-    def between(cls, before: Tensor, after: Tensor) -> "PairedChange":
-        """Compute the change from scores ``(P,)`` before and after, of the same P prompts."""
-        error = (after - before).std().item() / math.sqrt(len(before))
-        return cls(before.mean().item(), after.mean().item(), error, len(before))
-
-    @property
-    def rises(self) -> bool:
-        """Tell whether the mean is above that of the start."""
-        return self.after > self.before
-
-    @property
-    def in_standard_errors(self) -> float:
-        """Return difference / standard error; 0 without a difference, infinite if it is equal for all prompts."""
-        difference = self.after - self.before
-        if self.standard_error == 0.0:
-            return math.copysign(math.inf, difference) if difference else 0.0
-        return difference / self.standard_error
+    def __init__(self, before: Tensor, after: Tensor) -> None:
+        self.before, self.after, self.count = before.mean().item(), after.mean().item(), len(before)
+        self.difference = self.after - self.before
+        error = (after - before).std().item() / math.sqrt(self.count)
+        self.in_standard_errors = self.difference / error if error else math.copysign(math.inf, self.difference)
+        if not self.difference:
+            self.in_standard_errors = 0.0
 
     def __str__(self) -> str:
         """Describe the change in words."""
-        verb = "rose" if self.rises else "fell"
+        verb = "rose" if self.difference > 0 else "fell"
         by = f"{abs(self.in_standard_errors):.1f} standard errors over {self.count} prompts"
-        size = abs(self.after - self.before)  # the means may be equal in the digits that are shown
+        size = abs(self.difference)  # the means may be equal in the digits that are shown
         return f"{verb} from {self.before:.4g} to {self.after:.4g}, by {size:.2g} ({by})"

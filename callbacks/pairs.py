@@ -1,13 +1,9 @@
 """Callbacks on scored pairs: pictures of them, a table of their scores, and the interval of a test's accuracy."""
 
 import logging
-import math
-from bisect import insort
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +14,11 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
-from torch import Tensor
 from typing_extensions import override
 
 from latentreward.core.bootstrap import clustered_accuracy
 from latentreward.core.contracts import to_float64
-from latentreward.core.errors import InputError, check_at_least_one, check_choices
+from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.core.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, strip, tile, to_images
 from latentreward.core.reports.tables import with_interval
 from latentreward.core.storage.durable import replacing, write_errors_named
@@ -35,118 +30,70 @@ from latentreward.reward.modules.reward import RewardModule
 logger = logging.getLogger(__name__)
 
 
-Shown = Literal["first", "worst"]
-NAMES: dict[Shown, tuple[str, str]] = {
-    "first": ("val/pairs", "scored_pairs.png"),
-    "worst": ("val/worst_pairs", "worst_pairs.png"),
-}
-"""Names of the picture in TensorBoard and in the run's folder; of two callbacks, each has its own."""
-
-
 class ScoredPairGrid(Callback):
-    """Callback that draws validation pairs with their scores, and by how much the model errs.
+    """Callback that draws the first validation pairs with their scores, and by how much the model errs.
 
-    The picture is the image ``val/pairs`` in TensorBoard and ``scored_pairs.png`` in the run's log folder; with
-    ``shown: worst`` they are ``val/worst_pairs`` and ``worst_pairs.png``. Each cell shows a pair: the preferred image
-    on the left, the prompt above, and the scores at the first evaluation level below. Pictures that were edited stand
-    before both. The frame is green where the model ranks the pair as its label does, red where it does not, grey for a
-    tie. Pairs of all ranks are considered. If pairs cannot be drawn, one warning says why.
+    The picture is the image ``val/pairs`` in TensorBoard and ``scored_pairs.png`` in the run's log folder. Each cell
+    shows a pair of rank 0: the preferred image on the left, the prompt above, and the scores at the first evaluation
+    level below. Pictures that were edited stand before both. The frame is green where the model ranks the pair as its
+    label does, red where it does not, grey for a tie. If pairs cannot be drawn, one warning says why.
 
     Args:
         num_pairs: Pairs in the picture.
         image_size: Longer side of a drawn image, in pixels.
         columns: Pairs side by side.
-        shown: ``first`` draws the first pairs of the validation data, the same each time; ``worst`` the pairs whose
-            rejected image is the furthest ahead of the preferred one, the largest error first.
 
     Example:
-        ``--trainer.callbacks+=ScoredPairGrid --trainer.callbacks.shown=worst``
+        ``--trainer.callbacks+=ScoredPairGrid --trainer.callbacks.num_pairs=24``
     """
 
-    def __init__(self, num_pairs: int = 12, image_size: int = 128, columns: int = 3, shown: Shown = "first") -> None:
+    output_name = "scored_pairs.png"
+
+    def __init__(self, num_pairs: int = 12, image_size: int = 128, columns: int = 3) -> None:
         check_at_least_one(num_pairs=num_pairs, image_size=image_size, columns=columns)
-        check_choices(ScoredPairGrid, shown=shown)
-        self.num_pairs, self.image_size, self.columns, self.shown = num_pairs, image_size, columns, shown
-        self.output_name = NAMES[shown][1]
-        self._found: list[FoundPair] = []
-        self._seen = 0
+        self.num_pairs, self.image_size, self.columns = num_pairs, image_size, columns
+        self._cells: list[Image.Image] = []
         self._off = False
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._found, self._seen = [], 0
+        self._cells = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        if trainer.sanity_checking or trainer.fast_dev_run or self._off:  # type: ignore[attr-defined]
+        quiet = trainer.sanity_checking or trainer.fast_dev_run or not trainer.is_global_zero  # type: ignore[attr-defined]
+        if quiet or self._off or len(self._cells) == self.num_pairs:
             return
         if problem := no_picture(trainer, pl_module, batch):
             self._off = True
-            if trainer.is_global_zero:
-                logger.warning("ScoredPairGrid draws nothing: %s", problem)
+            logger.warning("ScoredPairGrid draws nothing: %s", problem)
             return
         size = len(batch)
         rewards = torch.stack([outputs.chosen[:size], outputs.rejected[:size]], dim=1)  # of the first level
-        pairs = zip(rewards.float().reshape(size, 2, -1).mean(dim=2).tolist(), batch.label.tolist(), strict=True)
-        for row, (scores, label) in enumerate(pairs):
-            if self.shown == "first":  # ranks take the rows in turn
-                place = float(self._seen * trainer.world_size + trainer.global_rank)
+        scores = rewards.float().reshape(size, 2, -1).mean(dim=2).tolist()
+        level = next(iter(pl_module.eval_levels)).replace("sigma", "σ ").replace("t", "t ")  # type: ignore[arg-type]
+        for row in range(min(size, self.num_pairs - len(self._cells))):
+            parts = [one[row : row + 1] for one in (*batch.sources, batch.chosen, batch.rejected)]
+            if batch.latent_space is not None:
+                parts = [pl_module.latent_decoder.decode(one.to(pl_module.device)) for one in parts]  # type: ignore[operator, union-attr]
+            images = [strip(to_images(one[0], self.image_size)) for one in parts]
+            preferred, other = scores[row]
+            label, right = batch.label[row].item(), preferred > other
+            if label == 0.5:
+                colour, words = PLAIN, ("no preference", "")
             else:
-                margin = 0.0 if label == 0.5 else scores[0] - scores[1]
-                place = -math.inf if math.isnan(margin) else margin
-            key = place, batch.pair_ids[row]
-            self._seen += 1
-            if len(self._found) < self.num_pairs or key < self._found[-1].key:
-                shown = *((source,) for source in batch.sources), (batch.chosen, batch.rejected)
-                images = [torch.stack([one[row] for one in alike]) for alike in shown]
-                kept = tuple(one.cpu() for one in images) if batch.latent_space is not None else self._drawn(images)
-                insort(self._found, FoundPair(key, batch.prompts[row], scores, label, kept), key=attrgetter("key"))
-                del self._found[self.num_pairs :]
+                colour = RIGHT if right else WRONG
+                words = ("preferred", "" if right else f"errs by {other - preferred:.3f}")
+            captions = ["source"] * (len(images) - 2)
+            captions += [f"{score:+.3f} {word}" for score, word in zip(scores[row], words, strict=True)]
+            self._cells.append(draw_pair(images, captions, f"[{level}] {batch.prompts[row]}", colour))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = output_path(trainer, self.output_name)  # a collective call
-        found, self._found = self._found, []
-        # Keys travel first: pictures of pairs that are not drawn stay on their rank.
-        keys = sorted(key for rank in of_all_ranks([pair.key for pair in found]) for key in rank)[: self.num_pairs]
-        mine = [(pair.key, self._cell(pair, pl_module)) for pair in found if pair.key <= keys[-1]]
-        cells = sorted((pair for rank in of_all_ranks(mine) for pair in rank), key=itemgetter(0))[: self.num_pairs]
-        if not cells or not trainer.is_global_zero:
-            return
-        show(trainer, NAMES[self.shown][0], tile([cell for _, cell in cells], self.columns), path)
-
-    def _drawn(self, parts: Iterable[Tensor]) -> list[Image.Image]:
-        """Draw the images of batches ``(B, 3, H, W)``, or the frames of clips."""
-        return [strip(to_images(one, self.image_size)) for pixels in parts for one in pixels]
-
-    def _cell(self, pair: "FoundPair", pl_module: LightningModule) -> Image.Image:
-        images = pair.images
-        if isinstance(images, tuple):
-            decode: Callable[[Tensor], Tensor] = pl_module.latent_decoder.decode  # type: ignore[assignment, union-attr]
-            images = self._drawn(decode(one.to(pl_module.device)) for one in images)
-        preferred, other = pair.scores
-        right = preferred > other
-        if pair.label == 0.5:
-            colour, words = PLAIN, ("no preference", "")
-        else:
-            colour = RIGHT if right else WRONG
-            words = ("preferred", "" if right else f"errs by {other - preferred:.3f}")
-        captions = ["source"] * (len(images) - 2)
-        captions += [f"{score:+.3f} {word}" for score, word in zip(pair.scores, words, strict=True)]
-        level = next(iter(pl_module.eval_levels)).replace("sigma", "σ ").replace("t", "t ")  # type: ignore[arg-type]
-        return draw_pair(images, captions, f"[{level}] {pair.prompt}", colour)
-
-
-class FoundPair(NamedTuple):
-    """Pair that may be drawn."""
-
-    key: tuple[float, str]  # Place among the pairs of all ranks
-    prompt: str
-    scores: list[float]  # Scores of the preferred and of the other image
-    label: float  # Probability that the preferred image wins; ½ for a tie
-    # As drawn, or latents on the CPU: ``(1, C, ...)`` of each picture that was edited, ``(2, C, ...)`` of both images
-    images: list[Image.Image] | tuple[Tensor, ...]
+        if self._cells:
+            show(trainer, "val/pairs", tile(self._cells, self.columns), path)
 
 
 def no_picture(trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.alignment import AlignmentModule, Sampling, sample_latents
-from latentreward.core.contracts import PathText, PromptBatch, RolloutStatistics, sources_of
+from latentreward.core.contracts import PathText, PromptBatch, sources_of
 from latentreward.core.errors import InputError, check_at_least_one, check_choices, check_range
 from latentreward.core.reports.drawing import PLAIN, draw_pair, strip, tile, to_image, to_images
 from latentreward.core.running import evaluating
@@ -97,15 +97,11 @@ class PromptMonitor(Callback, ABC):
         keys = tuple(f"{picture // self.images_per_prompt}-{picture % self.images_per_prompt}" for picture in mine)
         return PromptBatch(prompts, keys).split(self.batch_size)
 
-    def sampling_of(self, pl_module: AlignmentModule) -> Sampling:
-        """Return the settings of the sampler: own ones, or those of the module's rollouts."""
-        return self.sampling or pl_module.sampling
-
     def latents(
         self, trainer: Trainer, pl_module: AlignmentModule, reference: bool
     ) -> Iterator[tuple[PromptBatch, Tensor]]:
         """Sample finished latents ``(B, C, ...)``, which must be finite, for each of this rank's batches."""
-        sampling, policy = self.sampling_of(pl_module).with_noise(), pl_module.policy
+        sampling, policy = (self.sampling or pl_module.sampling).with_noise(), pl_module.policy
         for batch in self.share(trainer):
             with policy.editing_at(sampling.height, sampling.width):
                 made = sample_latents(policy, batch, sampling, pl_module.guidance_scale, SEED, reference)
@@ -226,10 +222,7 @@ class CollapseGuard(PromptMonitor):
     - ``collapse/diversity``: standard deviation of a pixel over the pictures of one prompt (root mean square);
     - ``collapse/not_flat``: share of pictures that are not of a single colour (all black, for example).
 
-    For modules that learn from their own rollouts there is a fourth value, ``collapse/score_spread``: the standard
-    deviation of the rewards among the candidates of one prompt in the last rollout. It is compared with the first
-    rollout's. If all candidates score alike, the policy has nothing left to learn from. Samples that are not finite
-    end the run under either ``action``.
+    Samples that are not finite end the run under either ``action``.
 
     Args:
         least: Fraction of its first value, in (0, 1), below which a value counts as collapsed.
@@ -256,25 +249,17 @@ class CollapseGuard(PromptMonitor):
         check_range("(0, 1)", least=least)
         self.least, self.action = least, action
         self._start: dict[str, float] = {}
-        self._first_spread: float | None = None
 
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
         self._start = self._measure(trainer, pl_module, reference=True)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._first_spread is None:
-            self._first_spread = score_spread(pl_module)
-
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        now, start = self._measure(trainer, pl_module, reference=False), dict(self._start)
-        spread = score_spread(pl_module)
-        if spread is not None and self._first_spread is not None:
-            now["score_spread"], start["score_spread"] = spread, self._first_spread
+        now = self._measure(trainer, pl_module, reference=False)
         log_now(trainer, pl_module, {f"collapse/{name}": value for name, value in now.items()})
         problems = [
-            f"{name.replace('_', ' ')} is {value:.3g}, against {start[name]:.3g} at first"
+            f"{name.replace('_', ' ')} is {value:.3g}, against {self._start[name]:.3g} at first"
             for name, value in now.items()
-            if value < self.least * start[name]
+            if value < self.least * self._start[name]
         ]
         if not problems:
             return
@@ -287,27 +272,10 @@ class CollapseGuard(PromptMonitor):
         if trainer.is_global_zero:
             logger.warning(message)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"first_spread": self._first_spread}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._first_spread = state_dict["first_spread"]
-
     def _measure(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> dict[str, float]:
         pixels = [made.clamp(-1, 1) for _, _, made in self.pictures(trainer, pl_module, reference)]
         # In half precision: pictures of all ranks travel, and 11 bits are more than a picture has.
         return collapse_figures(self.gather(trainer, torch.cat(pixels).half()).float())
-
-
-def score_spread(pl_module: LightningModule) -> float | None:
-    """Return the last rollout's standard deviation of scores among one prompt's candidates, averaged over prompts.
-
-    None without a rollout.
-    """
-    statistics: RolloutStatistics | None = getattr(pl_module, "rollout_statistics", None)
-    if statistics is None or not statistics.scores.numel():
-        return None
-    return statistics.scores.float().std(dim=1).mean().item()
 
 
 def collapse_figures(pixels: Tensor) -> dict[str, float]:

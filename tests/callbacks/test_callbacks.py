@@ -28,7 +28,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from latentreward.core.bootstrap import clustered_accuracy
 from latentreward.core.contracts import PreferenceBatch, PromptBatch
 from latentreward.core.errors import InputError
-from latentreward.core.reports.drawing import PLAIN, WRONG, draw_pair
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead
 from tests.callbacks.small_run import SmallModule, train_loader
 from tests.callbacks.small_run import make_trainer as small_trainer
@@ -123,12 +122,6 @@ def test_noise_bands_leave_out_pairs_of_weight_0(module, batches, loader, make_t
     assert metrics["val/accuracy_sigma_0_1"].item() == pytest.approx(metrics["val/accuracy"].item())
 
 
-def test_noise_bands_are_logged_in_training_too(module, batches, loader, make_trainer):
-    trainer = make_trainer(callbacks=[NoiseBandAccuracy(edges=(0.0, 1.0))])
-    trainer.fit(module, loader(batches))
-    assert 0 <= trainer.callback_metrics["train/accuracy_sigma_0_1"].item() <= 1
-
-
 def test_nan_guard_names_prompts_and_images(batches):
     batch = {"prompts": PromptBatch(("a cat",), ("0",)), "images": batches[3]}
     assert rows_of(batch) == "prompts 'a cat' and pairs pair-3-0, pair-3-1, pair-3-2, pair-3-3"
@@ -159,25 +152,6 @@ def test_checkpoint_holds_what_trains_and_resumes_exactly(module, batches, loade
     assert all(torch.equal(before[name], value) for name, value in trained(module).items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("change", "message"), slow_after(1, [("drop", "lacks model.head"), ("add", "unknown weight model.extra")])
-)
-def test_checkpoint_of_another_model_is_refused(module, batches, loader, make_trainer, tmp_path, change, message):
-    saver = ModelCheckpoint(dirpath=tmp_path, filename="small")
-    make_trainer(callbacks=[TrainableCheckpoint(), saver], enable_checkpointing=True).fit(module, loader(batches))
-    checkpoint = torch.load(tmp_path / "small.ckpt", weights_only=True)
-    if change == "drop":
-        del checkpoint["state_dict"]["model.head.query_tokens"]
-    else:
-        checkpoint["state_dict"]["model.extra"] = torch.zeros(1)
-    torch.save(checkpoint, tmp_path / "other.ckpt")
-    with pytest.raises(InputError, match=message):
-        make_trainer(callbacks=[TrainableCheckpoint()]).validate(
-            module, loader(batches), ckpt_path=str(tmp_path / "other.ckpt"), weights_only=True, verbose=False
-        )
-
-
 @pytest.mark.parametrize("warm_up", slow_after(1, [True, False]))
 def test_ema_is_the_average_by_formula_and_serves_validation_alone(warm_up, module, batches, loader, make_trainer):
     ema, history, validated = TrainableEMA(0.5, warm_up), [trained(module)], []
@@ -204,22 +178,6 @@ def test_ema_counts_optimiser_steps_not_batches(module, batches, loader, make_tr
     ema = TrainableEMA()
     make_trainer(callbacks=[ema], accumulate_grad_batches=3).fit(module, loader(batches))
     assert ema.updates == 2
-
-
-@pytest.mark.slow
-def test_ema_of_a_resumed_run_equals_the_uninterrupted_one(module, batches, loader, make_trainer, tmp_path):
-    start = {name: value.clone() for name, value in module.state_dict().items()}
-    whole = TrainableEMA()
-    make_trainer(callbacks=[whole], max_epochs=2).fit(module, loader(batches))
-    module.load_state_dict(start)
-    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
-    make_trainer(callbacks=[TrainableEMA(), saver], enable_checkpointing=True).fit(module, loader(batches))
-    resumed = TrainableEMA()
-    make_trainer(callbacks=[resumed], max_epochs=2).fit(
-        module, loader(batches), ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True
-    )
-    assert resumed.updates == whole.updates == 12
-    assert all(torch.equal(resumed.average[name], whole.average[name]) for name in whole.average)
 
 
 def test_ema_leaves_no_average_behind_after_an_exception(module, batches, loader, make_trainer):
@@ -250,30 +208,6 @@ def test_grid_goes_to_tensorboard_and_to_a_png(module, batches, loader, make_tra
     log = EventAccumulator(str(tmp_path / "run"))
     log.Reload()
     assert log.Tags()["images"] == ["val/pairs"]
-
-
-@pytest.mark.slow
-def test_the_worst_pairs_come_first_and_say_by_how_much(module, batches, loader, make_trainer, tmp_path, monkeypatch):
-    drawn = []
-
-    def record(images, captions, prompt, colour):
-        drawn.append((captions, colour))
-        return draw_pair(images, captions, prompt, colour)
-
-    monkeypatch.setattr("latentreward.callbacks.pairs.draw_pair", record)
-    trainer = make_trainer(callbacks=[ScoredPairGrid(num_pairs=20, shown="worst")])
-    trainer.validate(module, loader(batches), verbose=False)
-    errors = [float(second.split("errs by ")[1]) if "errs" in second else 0.0 for (_, second), _ in drawn]
-    assert len(drawn) == 20 and errors[0] > 0 and errors == sorted(errors, reverse=True)
-    with torch.no_grad():
-        scored = [module.evaluation_step(batch) for batch in batches]
-    gaps = [(one.rejected - one.chosen)[: len(batch)] for one, batch in zip(scored, batches, strict=True)]
-    decided = torch.cat(gaps)[torch.cat([batch.label for batch in batches]) != 0.5]
-    assert errors[0] == pytest.approx(decided.max().item(), abs=1e-3)
-    for (first, second), colour in drawn:
-        assert ("no preference" in first) == (colour == PLAIN)
-        assert ("errs" in second) == (colour == WRONG)
-    assert (tmp_path / "worst_pairs.png").exists() and not (tmp_path / "scored_pairs.png").exists()
 
 
 def test_points_after_the_checkpoint_of_a_resumed_run_are_in_the_log_once(tmp_path):
@@ -332,16 +266,6 @@ def test_grid_shows_what_was_edited_before_both(cached, module, batches, loader,
         levels = np.array(picture)
     source, _, rejected = (levels[26:58, 8 + 40 * place : 40 + 40 * place] for place in range(3))
     assert np.array_equal(source, rejected) or np.abs(source.astype(int) - rejected).max() <= 1
-
-
-def test_grid_says_once_that_there_is_no_vae(module, batches, loader, make_trainer, tmp_path, caplog):
-    latents = [latents_of(batch, module) for batch in batches[:2]]
-    module.model.backbone.vae = None
-    trainer = make_trainer(callbacks=[ScoredPairGrid()], max_epochs=2)
-    trainer.fit(module, loader(latents), loader(latents))
-    said = [line for line in caplog.messages if "ScoredPairGrid" in line]
-    assert said == ["ScoredPairGrid draws nothing: the data are latents, and the model has no VAE to decode them"]
-    assert not (tmp_path / "scored_pairs.png").exists()
 
 
 def test_predictions_are_complete_and_never_overwritten_by_accident(module, batches, loader, make_trainer, tmp_path):

@@ -31,7 +31,6 @@ ROWS: list[tuple[Callable[[], Any], str]] = [
     (lambda: NoiseBandAccuracy(edges=(0.5, 0.2)), "edges"),
     (lambda: TrainableEMA(decay=math.nan), "decay=nan"),
     (lambda: ScoredPairGrid(num_pairs=0), "num_pairs is 0"),
-    (lambda: ScoredPairGrid(shown="wrst"), "shown='wrst'"),  # type: ignore[arg-type]
     (lambda: LastCheckpoint(0), "every_n_train_steps is 0"),
     (lambda: SampleGrid([]), "prompts of SampleGrid"),
     (lambda: SampleGrid("no/such.txt"), "SampleGrid.prompts: no/such.txt"),

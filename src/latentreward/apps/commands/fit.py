@@ -206,7 +206,7 @@ class TrainingCLI(LightningCLI):
             "--resume_override",
             type=list[Override],
             default=[],
-            help="What a resumed run takes from the settings, not the checkpoint: lr, schedule, batch_size, callbacks.",
+            help="What a resumed run takes from the settings, not the checkpoint: lr, batch_size, callbacks.",
         )
         parser.add_lightning_class_args(ours.ResumedSettings, "resumed_settings")
         parser.link_arguments("resume_override", "resumed_settings.override")
