@@ -1,8 +1,6 @@
 """The shipped configs train, evaluate and score through the command line, and say in one line what is wrong."""
 
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -50,9 +48,7 @@ EACH = [(model, ("pickapic", "hpdv3")[place % 2]) for place, model in enumerate(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "layout"), rotated_after(1, EACH, release=5))
-def test_fit_validate_test_and_predict(
-    model: str, layout: str, pairs: dict[str, Path], tmp_path: Path, caplog: Any
-) -> None:
+def test_fit_validate_test_and_predict(model: str, layout: str, pairs: dict[str, Path], tmp_path: Path) -> None:
     settings = options(model, layout, pairs, tmp_path)
     main(["fit", *settings, "--trainer.limit_val_batches=1", "--trainer.callbacks=TrainableEMA"])
     run = tmp_path / "run"
@@ -60,12 +56,7 @@ def test_fit_validate_test_and_predict(
     assert last["global_step"] == 2 and not {"vae"} & {part for key in last["state_dict"] for part in key.split(".")}
     checkpoint = f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
     for command in ("validate", "test"):
-        caplog.clear()
         main([command, f"--config={run / 'config.yaml'}", checkpoint])
-        (*_, line) = ["", *(record.message for record in caplog.records if record.message.startswith("test: "))]
-        assert bool(
-            re.search(r"\]( \(\d+ groups\))?; \d+ pairs of \d+ prompts, mean over \d+ noise levels$", line)
-        ) == (command == "test")
     scores = f"--predictions.output_dir={tmp_path / 'scores'}"
     main(["predict", f"--config={run / 'config.yaml'}", checkpoint, scores])
     table = parquet.read_table(tmp_path / "scores" / "scores_rank0.parquet").to_pydict()

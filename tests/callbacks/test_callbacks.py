@@ -1,6 +1,5 @@
 """Each callback does, on a real run, what its docstring says."""
 
-import re
 import time
 from dataclasses import replace
 
@@ -8,9 +7,7 @@ import numpy as np
 import pytest
 import torch
 from latentreward.callbacks import (
-    AccuracyInterval,
     NaNGuard,
-    NoiseBandAccuracy,
     PairScoreWriter,
     ResumedSettings,
     ScoredPairGrid,
@@ -25,7 +22,6 @@ from PIL import Image
 from pyarrow import parquet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from latentreward.core.bootstrap import clustered_accuracy
 from latentreward.core.contracts import PreferenceBatch, PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead
@@ -51,75 +47,6 @@ def test_nan_guard_names_step_and_pairs_and_saves_the_weights(module, batches, l
     after = trained(module)
     assert len(seen) == 3
     assert all(torch.equal(after[name], seen[-1][name]) for name in after)
-
-
-@pytest.mark.slow
-def test_a_test_prints_its_accuracy_with_interval_and_pairs(module, batches, loader, make_trainer, caplog):
-    caplog.set_level("INFO")
-    batches = [
-        replace(batch, prompts=("A cat", "a  cat ", "a dog", f"fox {number % 3}"))
-        for number, batch in enumerate(batches)
-    ]
-    batches[0] = replace(batches[0], weight=torch.tensor([1.0, 0.0, 1.0, 1.0]))
-    sums = {}
-
-    class Count(Callback):
-        def on_test_batch_end(self, trainer, pl_module, outputs, batch, *args):
-            for row, prompt in enumerate(("cat", "cat", "dog", batch.prompts[3]) * 2):
-                if outputs.weight[row] and outputs.label[row] != 0.5:
-                    right, number = sums.get(prompt, (0, 0))
-                    sums[prompt] = right + (outputs.chosen[row] > outputs.rejected[row]).item(), number + 1
-
-    trainer = make_trainer(callbacks=[AccuracyInterval(), Count()])
-    for _ in range(2):
-        sums.clear()
-        caplog.clear()
-        trainer.test(module, loader(batches), verbose=False)
-        (line,) = [record.message for record in caplog.records if record.message.startswith("test: ")]
-        number, pairs_told = r"([\d.]+)", r"(\d+) pairs of 4 prompts, mean over 2 noise levels$"
-        told = rf"prompts: {number} \[{number}, {number}\] \(4 groups\); {pairs_told}"
-        found = re.search(told, line)
-        value, low, high, pairs = map(float, found.groups())
-        expected = clustered_accuracy(np.array([sums[prompt] for prompt in sorted(sums)]))
-        assert (value, low, high) == pytest.approx([100 * end for end in expected[:3]], abs=0.051)
-        assert value == pytest.approx(100 * trainer.callback_metrics["test/accuracy"].item(), abs=0.051)
-        assert pairs == 17
-
-
-def test_a_test_without_a_preference_has_no_accuracy(module, batches, loader, make_trainer, caplog):
-    caplog.set_level("INFO")
-    tied = replace(batches[0], label=torch.full((4,), 0.5))
-    make_trainer(callbacks=[AccuracyInterval()]).test(module, loader([tied]), verbose=False)
-    assert "over prompts: – [–, –]; 0 pairs of 0 prompts" in caplog.text
-
-
-def test_noise_bands_agree_with_a_count_by_hand(module, batches, loader, make_trainer):
-    hits = {"low": [], "high": []}
-
-    class Count(Callback):
-        def on_validation_batch_end(self, trainer, pl_module, outputs, *args):
-            decided = outputs.label != 0.5
-            right = (outputs.chosen > outputs.rejected)[decided]
-            for name, inside in (("low", outputs.chosen_sigmas < 0.5), ("high", outputs.chosen_sigmas >= 0.5)):
-                hits[name] += right[inside[decided]].tolist()
-
-    trainer = make_trainer(callbacks=[NoiseBandAccuracy(edges=(0.0, 0.5, 1.0)), Count()])
-    trainer.validate(module, loader(batches), verbose=False)
-    assert trainer.callback_metrics["val/accuracy_sigma_0_0.5"].item() == pytest.approx(np.mean(hits["low"]))
-    assert trainer.callback_metrics["val/accuracy_sigma_0.5_1"].item() == pytest.approx(np.mean(hits["high"]))
-    assert len(hits["low"]) == len(hits["high"]) == 18
-
-
-def test_noise_bands_leave_out_pairs_of_weight_0(module, batches, loader, make_trainer):
-    with torch.no_grad():
-        scored = module.evaluation_step(batches[0])
-    right = ((scored.chosen > scored.rejected) & (scored.label != 0.5))[: len(batches[0])]
-    batch = replace(batches[0], weight=right.float())
-    trainer = make_trainer(callbacks=[NoiseBandAccuracy(edges=(0.0, 1.0))])
-    trainer.validate(module, loader([batch]), verbose=False)
-    assert 0 < right.sum() < len(right)
-    metrics = trainer.callback_metrics
-    assert metrics["val/accuracy_sigma_0_1"].item() == pytest.approx(metrics["val/accuracy"].item())
 
 
 def test_nan_guard_names_prompts_and_images(batches):
@@ -318,7 +245,7 @@ def test_scores_of_two_axes_are_their_weighted_sum(module, batches, loader, make
             assert not scored.chosen.requires_grad and not scored.rejected.requires_grad
             seen.append(scored.chosen.ndim)
 
-    trainer = make_trainer(callbacks=[NoiseBandAccuracy(), Shapes()])
+    trainer = make_trainer(callbacks=[Shapes()])
     trainer.fit(module, loader(batches[:1]), loader(batches[:1]))
     assert seen == [1]
     shown = module.predict_step(batches[0], 0)

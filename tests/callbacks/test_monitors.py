@@ -15,8 +15,7 @@ from latentreward.callbacks import (
     TimestepBands,
     TrainableEMA,
 )
-from latentreward.callbacks.hacking_monitor import PairedChange
-from latentreward.callbacks.prompt_monitor import collapse_figures
+from latentreward.callbacks.prompt_monitor import PairedChange, collapse_figures
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
