@@ -1,7 +1,9 @@
-"""Callbacks on scored pairs: pictures of them, and a table of their scores."""
+"""Callbacks on pairs: pictures of scored ones, a table of scores, and those of a policy by timesteps."""
 
 import logging
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
+from torch import Tensor
 from typing_extensions import override
 
-from latentreward.core.contracts import to_float64
+from latentreward.alignment import StepRatios
+from latentreward.core.contracts import RolloutStatistics, to_float64
 from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.core.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, strip, tile, to_images
 from latentreward.core.storage.durable import replacing, write_errors_named
+from latentreward.reward import gather_with_grad
 from latentreward.reward.modules.reward import RewardModule
 
 logger = logging.getLogger(__name__)
@@ -58,7 +63,13 @@ class ScoredPairGrid(Callback):
         quiet = trainer.sanity_checking or trainer.fast_dev_run or not trainer.is_global_zero  # type: ignore[attr-defined]
         if quiet or self._off or len(self._cells) == self.num_pairs:
             return
-        if problem := no_picture(trainer, pl_module, batch):
+        problem = "" if isinstance(pl_module, RewardModule) else f"{type(pl_module).__name__} does not score pairs"
+        if not problem and batch.latent_space is not None:
+            if pl_module.latent_decoder is None:
+                problem = "the data are latents, and the model has no VAE to decode them"
+            elif isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):  # one rank alone cannot call it
+                problem = "the data are latents, and FSDP shards the VAE that decodes them"
+        if problem:
             self._off = True
             logger.warning("ScoredPairGrid draws nothing: %s", problem)
             return
@@ -88,19 +99,6 @@ class ScoredPairGrid(Callback):
         path = output_path(trainer, self.output_name)  # a collective call
         if self._cells:
             show(trainer, "val/pairs", tile(self._cells, self.columns), path)
-
-
-def no_picture(trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:
-    """Return the reason why pairs of a batch cannot be drawn; an empty string if they can."""
-    if not isinstance(pl_module, RewardModule):
-        return f"{type(pl_module).__name__} does not score pairs"
-    if batch.latent_space is None:
-        return ""
-    if pl_module.latent_decoder is None:
-        return "the data are latents, and the model has no VAE to decode them"
-    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):  # one rank alone cannot call it
-        return "the data are latents, and FSDP shards the VAE that decodes them"
-    return ""
 
 
 class PairScoreWriter(BasePredictionWriter):
@@ -173,3 +171,61 @@ class PairScoreWriter(BasePredictionWriter):
         with suppress(Exception):
             self._open.__exit__(type(exception), exception, exception.__traceback__)
         self._writer = None
+
+
+class TimestepBands(Callback):
+    """Callback that logs rollouts and training steps by bands of the timestep; bands without rows are left out.
+
+    For each rollout of a module that learns from its own rollouts: ``rollout/kept_share_t_{low}_{high}``, the share of
+    candidate groups that are kept for training, and the quartiles of the score gaps tanh(Δ/2) between best and worst
+    candidate, ``rollout/gap_25_t_...``, ``gap_50`` and ``gap_75``, which help to choose selection thresholds. For
+    training on pairs (LPO, SPO): ``train/implicit_accuracy_t_...``, the share of pairs whose better state has gained
+    more log-probability over the reference than the worse state, and ``train/margin_t_...``, the mean difference of
+    the two gains. All are over the rows of all ranks.
+
+    Args:
+        edges: Ascending timesteps; bands are [low, high), the last one closed.
+
+    Example:
+        ``--trainer.callbacks+=TimestepBands --trainer.callbacks.edges=[0,250,500,750,1000]``
+    """
+
+    def __init__(self, edges: Sequence[float] = (0.0, 250.0, 500.0, 750.0, 1000.0)) -> None:
+        if len(edges) < 2 or list(edges) != sorted(set(edges)):
+            raise InputError(f"edges={list(edges)} of TimestepBands must be at least two ascending timesteps")
+        self.edges = tuple(edges)
+        self._seen: RolloutStatistics | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        statistics = getattr(pl_module, "rollout_statistics", None)
+        if statistics is None or statistics is self._seen:
+            return
+        self._seen, values = statistics, {}
+        for band, rows in self._bands(statistics.timesteps):
+            quartiles = statistics.gap[rows].float().flatten().quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+            values[f"rollout/kept_share_{band}"] = statistics.kept[rows].float().mean().item()
+            values |= {f"rollout/gap_{name}_{band}": value for name, value in zip((25, 50, 75), quartiles, strict=True)}
+        pl_module.log_dict(values)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        ratios = outputs.get("ratios") if isinstance(outputs, dict) else None
+        if not isinstance(ratios, StepRatios):
+            return
+        values = {}
+        # One collective call for both columns.
+        pairs = torch.stack([ratios.timesteps.to(ratios.chosen), ratios.chosen - ratios.rejected], dim=1)
+        timesteps, margins = gather_with_grad(pairs).unbind(dim=1)  # without gradient, as these have none
+        for band, rows in self._bands(timesteps):
+            values[f"train/implicit_accuracy_{band}"] = (margins[rows] > 0).float().mean()
+            values[f"train/margin_{band}"] = margins[rows].mean()
+        pl_module.log_dict(values, batch_size=len(batch))
+
+    def _bands(self, timesteps: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and row indices of each band that has rows."""
+        for low, high in pairwise(self.edges):
+            upper = timesteps <= high if high == self.edges[-1] else timesteps < high
+            rows = ((timesteps >= low) & upper).nonzero().flatten()
+            if len(rows):
+                yield f"t_{low:g}_{high:g}", rows

@@ -73,7 +73,9 @@ class ResumedSettings(Callback):
         if self._start is None:
             folder, callbacks = log_folder(trainer), trainer.callbacks  # type: ignore[attr-defined]
             names = [folder / one.output_name for one in callbacks if hasattr(one, "output_name")]
-            self._start = next(n for n in count() if not any(written(numbered(path, n)) for path in names))
+            places = ([numbered(path, number) for path in names] for number in count())  # a folder may be empty
+            taken = (any(one.is_file() or any(one.glob("*")) for one in paths) for paths in places)
+            self._start = next(number for number, used in enumerate(taken) if not used)
         return self._start
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -249,11 +251,6 @@ def output_path(trainer: Trainer, name: PathText) -> Path:
     """Return where a run writes what is called ``name`` in its folder, beside that of earlier starts; collective."""
     counts = [one.start(trainer) for one in trainer.callbacks if isinstance(one, ResumedSettings)]  # type: ignore[attr-defined]
     return numbered(log_folder(trainer) / name, sum(counts))
-
-
-def written(path: Path) -> bool:
-    """Tell whether a path is a file, or a folder that holds something."""
-    return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 
 def numbered(path: Path, number: int) -> Path:

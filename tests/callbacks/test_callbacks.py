@@ -14,7 +14,7 @@ from latentreward.callbacks import (
     TrainableCheckpoint,
     TrainableEMA,
 )
-from latentreward.callbacks.nan_guard import rows_of
+from latentreward.callbacks.checkpoints import rows_of
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
