@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from latentreward.callbacks.checkpoints import TrainableCheckpoint
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -59,8 +57,6 @@ class EncodeOnce(Callback):
                 f"EncodeOnce: {type(pl_module).__name__} trains on prompts that are not encoded yet; cache them by "
                 "`latentreward cache` with encoder.text, or leave it out"
             )
-        if isinstance(trainer.strategy, FSDPStrategy):
-            raise InputError("EncodeOnce: trainer.strategy fsdp (FSDP1) flattens the text encoders; use fsdp2 or ddp")
         if not any(isinstance(one, TrainableCheckpoint) for one in trainer.callbacks):  # type: ignore[attr-defined]
             raise InputError(
                 "EncodeOnce: without text encoders a run cannot resume from checkpoints of all weights; add "
@@ -149,12 +145,6 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
     places = [path.with_name(f"{path.name}-{column}") for column in range(len(samples))]
     with write_errors_named(path.parent, KEPT):
         path.parent.mkdir(parents=True, exist_ok=True)
-    size, free = len(prompts) * sum(sample.nbytes for sample in samples), shutil.disk_usage(path.parent).free
-    if not trainer.strategy.reduce_boolean_decision(size <= free, all=True):  # all ranks stop, or none
-        raise InputError(
-            f"EncodeOnce: {len(prompts)} encoded prompts take {size / 1e9:.1f} GB, and {path.parent} has "
-            f"{free / 1e9:.1f} GB left; set its folder, use fewer prompts, or leave EncodeOnce out"
-        )
     with write_errors_named(path.parent, KEPT), ExitStack() as opened:
         if rank == 0:
             for place, sample in zip(places, samples, strict=True):

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -71,7 +71,9 @@ class Performance(Callback):
             )
         cuda, blocks = trainer.strategy.root_device.type == "cuda", [*blocks_of(pl_module)]
         steps = float("inf") if trainer.max_steps < 0 else trainer.max_steps
-        long = steps >= worth_compiling(blocks) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        layers = any(type(block).__name__ in LAYERS for block in blocks)
+        least = WORTH_COMPILING_LAYERS if layers else WORTH_COMPILING
+        long = steps >= least and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.chosen["compile_blocks"] is None:
             self.chosen["compile_blocks"] = self.auto and cuda and bool(blocks) and not quantized and long
         if self.chosen["fused_lora"] is None:
@@ -131,11 +133,6 @@ class Performance(Callback):
         """End the measurement; Lightning calls no ``teardown`` after an error."""
         self.on_train_end(trainer, pl_module)
         self.teardown(trainer, pl_module, "fit")
-
-
-def worth_compiling(blocks: Iterable[nn.Module]) -> int:
-    """Return the number of optimiser steps from which compiled ``blocks`` take less time than eager ones."""
-    return WORTH_COMPILING_LAYERS if any(type(block).__name__ in LAYERS for block in blocks) else WORTH_COMPILING
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:

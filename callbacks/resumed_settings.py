@@ -17,23 +17,21 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-Override = Literal["lr", "schedule", "batch_size", "callbacks"]
+Override = Literal["lr", "batch_size", "callbacks"]
 """What a resumed run can take from its settings."""
 TAKEN_BY: dict[str, Override] = {
     "data.batch_size": "batch_size",
     "model.optimizer.lr": "lr",
-    "model.lr_scheduler": "schedule",
+    "model.lr_scheduler": "lr",
 }
 """Setting, or where it stands -> what takes the given value; without an entry the checkpoint's stays."""
-SAME_SCHEDULE = "give the model.lr_scheduler that it was trained with, or --resume_override=[schedule]"
-OWN_RATES = (OneCycleLR, CyclicLR)  # schedules whose own settings give the learning rates, whatever the optimiser's is
 SCHEDULE_VALUES = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 """Entries that schedules add to an optimiser's parameter groups."""
 
@@ -46,16 +44,16 @@ class ResumedSettings(Callback):
     with other checkpoints the batch size of the settings is used. The command line adds this callback to every fit.
 
     Args:
-        override: What to take from the settings instead: ``lr``, the learning rate; ``schedule``, the learning rate
-            schedule, advanced to the restored step; ``batch_size``, with which the epoch goes on after the same number
-            of pairs; ``callbacks``: states of callbacks that the run lacks are dropped.
+        override: What to take from the settings instead: ``lr``, the learning rate and its schedule, advanced to the
+            restored step; ``batch_size``, with which the epoch goes on after the same number of pairs; ``callbacks``:
+            states of callbacks that the run lacks are dropped.
 
     Attributes:
         in_force: Values of the checkpoint that replaced values of the settings, by name, such as
             ``model.optimizer.lr``.
 
     Example:
-        ``--resume_override=[lr,schedule]`` on the command line; ``Trainer(callbacks=[ResumedSettings(["lr"])])``.
+        ``--resume_override=[lr,batch_size]`` on the command line; ``Trainer(callbacks=[ResumedSettings(["lr"])])``.
     """
 
     def __init__(self, override: Sequence[Override] = ()) -> None:
@@ -75,7 +73,9 @@ class ResumedSettings(Callback):
         if self._start is None:
             folder, callbacks = log_folder(trainer), trainer.callbacks  # type: ignore[attr-defined]
             names = [folder / one.output_name for one in callbacks if hasattr(one, "output_name")]
-            self._start = next(n for n in count() if not any(written(numbered(path, n)) for path in names))
+            places = ([numbered(path, number) for path in names] for number in count())  # a folder may be empty
+            taken = (any(one.is_file() or any(one.glob("*")) for one in paths) for paths in places)
+            self._start = next(number for number, used in enumerate(taken) if not used)
         return self._start
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ class ResumedSettings(Callback):
         end = total_steps(trainer) or 0
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs if config.interval == "step"):
             if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < end:
-                override = "" if self._saved is None else " and --resume_override=[schedule]"
+                override = "" if self._saved is None else " and --resume_override=[lr]"
                 raise InputError(
                     f"model.lr_scheduler: OneCycleLR ends at total_steps={scheduler.total_steps}, before the run's "
                     f"{end} optimiser steps; give --model.lr_scheduler.total_steps {end}{override}"
@@ -153,25 +153,25 @@ class ResumedSettings(Callback):
 
     def _restore(self, trainer: Trainer, saved: Sequence[Mapping[str, Any]]) -> None:
         """Restore the schedules, or replay the given ones, and say which settings differ."""
-        replaced, configs = "schedule" in self.override, trainer.lr_scheduler_configs
+        replaced, configs = "lr" in self.override, trainer.lr_scheduler_configs
         theirs, ours = ([schedule_settings(one) for one in states] for states in (saved, self._schedules))
         if not replaced and [one.keys() for one in theirs] != [one.keys() for one in ours]:
-            raise InputError(f"the checkpoint holds the state of another learning rate schedule; {SAME_SCHEDULE}")
+            raise InputError(
+                "the checkpoint holds the state of another learning rate schedule; give the model.lr_scheduler that it "
+                "was trained with, or --resume_override=[lr]"
+            )
         # OneCycleLR and CyclicLR also change momentum or betas at each step: these values are not settings.
         cycled = any(getattr(config.scheduler, "cycle_momentum", False) for config in configs)
         told = {f"model.optimizer.{name}" for name in (("betas", "momentum") if cycled else ())}
         for name, given, before in self._compared(trainer, [] if replaced else theirs, ours):
-            if given == before or name in told:
-                continue
-            if name.startswith("model.lr_scheduler") and "lr" in self.override:
-                problem = f"resume_override=[lr]: {name} is {given}, but {before} in the checkpoint"
-                raise InputError(f"{problem}; {SAME_SCHEDULE}")
-            told.add(name)
-            self._settle(trainer, name, given, before)
-        for config, state in zip(configs, [] if replaced else saved, strict=not replaced):
-            config.scheduler.load_state_dict(state)
-        if self.override & {"lr", "schedule"}:
+            if given != before and name not in told:
+                told.add(name)
+                self._settle(trainer, name, given, before)
+        if replaced:
             self._replay(trainer, saved)
+            return
+        for config, state in zip(configs, saved, strict=True):
+            config.scheduler.load_state_dict(state)
 
     def _compared(
         self, trainer: Trainer, theirs: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]
@@ -201,32 +201,24 @@ class ResumedSettings(Callback):
         tell(trainer, line)
 
     def _replay(self, trainer: Trainer, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Step the given schedules from their first step to the restored one, from the learning rates to be used.
+        """Step the given schedules from their first step to the restored one, from the given learning rates.
 
         Stepping works for every class of schedule: many compute a learning rate from the previous one.
         """
-        own = any(isinstance(config.scheduler, OWN_RATES) for config in trainer.lr_scheduler_configs)
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
             for group, given in zip(optimizer.param_groups, groups, strict=True):
-                base = base_rate(given if own or "lr" in self.override else group)
-                factor = plain(given["lr"]) / plain(base_rate(given)) if plain(base_rate(given)) else 1.0
                 cycled = {"betas", "momentum"} if "max_momentum" in group else set()
                 for name in SCHEDULE_VALUES:
                     group.pop(name, None)
-                group |= {name: given[name] for name in given.keys() & (SCHEDULE_VALUES | cycled)}
-                group["lr"] = base * factor  # as the schedule's constructor left it
-                if "initial_lr" in given:
-                    group["initial_lr"] = base
+                group |= {name: given[name] for name in given.keys() & ({"lr"} | SCHEDULE_VALUES | cycled)}
         for number, (config, fresh) in enumerate(zip(trainer.lr_scheduler_configs, self._schedules, strict=True)):
             config.scheduler.load_state_dict(deepcopy(fresh))
-            set_base_rates(config.scheduler)
             taken = trainer.global_step if config.interval == "step" else trainer.current_epoch
             steps = saved[number]["last_epoch"] if number < len(saved) else taken // config.frequency
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch expects steps of the optimiser in between
                 for _ in range(steps):
                     config.scheduler.step()  # type: ignore[call-arg]  # ReduceLROnPlateau is refused
-        if "schedule" in self.override:
             tell(trainer, f"model.lr_scheduler is the given one, placed at step {trainer.global_step}")
 
 
@@ -259,11 +251,6 @@ def output_path(trainer: Trainer, name: PathText) -> Path:
     """Return where a run writes what is called ``name`` in its folder, beside that of earlier starts; collective."""
     counts = [one.start(trainer) for one in trainer.callbacks if isinstance(one, ResumedSettings)]  # type: ignore[attr-defined]
     return numbered(log_folder(trainer) / name, sum(counts))
-
-
-def written(path: Path) -> bool:
-    """Tell whether a path is a file, or a folder that holds something."""
-    return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 
 def numbered(path: Path, number: int) -> Path:
@@ -311,10 +298,3 @@ def setting_names(scheduler: LRScheduler) -> set[str]:
     for number, inner in enumerate(getattr(scheduler, "_schedulers", ())):
         names |= {f"schedulers.{number}.{name}" for name in setting_names(inner)}
     return names
-
-
-def set_base_rates(scheduler: LRScheduler) -> None:
-    """Set ``base_lrs`` of a schedule, and of schedules nested in it, to each group's rate before any schedule."""
-    scheduler.base_lrs = [base_rate(group) for group in scheduler.optimizer.param_groups]
-    for inner in getattr(scheduler, "_schedulers", ()):
-        set_base_rates(inner)

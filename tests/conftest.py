@@ -27,7 +27,6 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 gc.disable()  # until all is imported: looking through what stays takes a quarter of the collection's time
 
 LONGEST = [
-    "test_checkpoints_of_configs",
     "docs/test_site",
     "apps/estimate/test_estimate",
     "statistical/test_learning",
@@ -61,7 +60,6 @@ LONGEST = [
     "alignment/modules/test_forward_process",
     "callbacks/test_exact_resume",
     "apps/commands/test_benchmark",
-    "benchmarks/test_alignment",
     "reward/scoring/test_score_invariance",
     "tinyworld/test_pipelines",
     "distributed/test_alignment",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from latentreward.callbacks import CollapseGuard, ScoredPairGrid
+from latentreward.callbacks import CollapseGuard
 
 from latentreward.alignment import (
     Branching,
@@ -40,7 +40,6 @@ from latentreward.reward import LRMLoss, PairwiseAccuracy, ThurstoneLoss
         (Branching, {"continue_from": "first"}),
         (Branching, {"score_at": "steps"}),
         (TurningPointCredit, {"main": "remaining"}),
-        (ScoredPairGrid, {"shown": "last"}),
         (CollapseGuard, {"prompts": ["a cat"], "action": "halt"}),
     ],
 )

@@ -12,8 +12,7 @@ from tests.core.settings.test_refusals import refusal
 from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.diffusion.families.test_every_command import write_edits
 from tests.diffusion.families.twins import TWINS
-from tests.marks import release_after, rotated_after
-from tests.test_recipes import parse
+from tests.marks import rotated_after
 from tests.tiny_pipelines import pipeline_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -154,43 +153,3 @@ def test_every_method_on_every_policy(policy: str, method: str, tmp_path: Path, 
     (lora,) = tmp_path.glob(f"runs/{policy}/{method}/lora/*.safetensors")
     weights = load_file(lora)
     assert any(value.any() for key, value in weights.items() if "lora_B" in key or "lora.up" in key)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("policy", "method", "name", "said"),
-    release_after(
-        2,
-        [
-            ("flux1", "lpo", "flux1_schnell", "guidance_scale=3.5, but FLUX.1-schnell was distilled to sample without"),
-            ("z_image", "grpo_trajectory", "z_image_turbo", "guidance_scale=4, but Z-Image-Turbo was distilled"),
-            ("flux2_klein", "linear_dpo", "klein_distilled", "guidance_scale=4, but FLUX.2-klein (distilled) was"),
-            (
-                "krea2",
-                "refl_state",
-                "krea2_turbo",
-                "guidance_scale=4.5, but Krea 2 Turbo was distilled to sample without",
-            ),
-        ],
-    ),
-)
-def test_a_distilled_policy_takes_no_guidance(policy: str, method: str, name: str, said: str, capsys) -> None:
-    """Found before weights are loaded; without the scale the run is estimated."""
-    compose(capsys, policy, method)
-    given = arguments(policy, method, name)
-    assert said in refusal(capsys, *given, "--estimate")
-    main([*given, "--estimate", "--model.guidance_scale=null"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("policy", "method", "hardware"),
-    release_after(1, [("qwen_image", "lpo", "one_gpu"), ("sd15", "prfl", "fsdp2"), ("wan21", "linear_dpo", "cpu")]),
-)
-def test_the_files_in_order_are_the_same_run(policy: str, method: str, hardware: str, capsys) -> None:
-    compose(capsys, policy, method, hardware)
-    files = [f"configs/{file}.yaml" for file in (f"policy/{policy}", f"trainer/{hardware}", f"method/{method}")]
-    one, several = (parse(*given).config["fit"] for given in ([str(Path("run.yaml").resolve())], files))
-    for settings in (one, several):
-        settings.pop("config")  # the files' names
-    assert one == several

@@ -54,21 +54,6 @@ def test_the_same_network_trains_without_the_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_another_seed_makes_other_edits(tmp_path: Path) -> None:
-    save_pipeline(EDITORS["kontext_tiny"](), tmp_path / "editor")
-    write_edits(tmp_path / "drawn", {"train": 1, "validation": 1}, prompts=1)
-    written = []
-    for name, seed in {"one": 10, "same": 10, "other": 11}.items():
-        settings = ("--edits=2", "--pictures=2", f"--output={tmp_path / name}", f"--seed={seed}")
-        edited_pairs([str(tmp_path / "editor"), str(tmp_path / "drawn"), *settings])
-        prompts = (tmp_path / name / "edited_prompts.jsonl").read_text()
-        pictures = [path.read_bytes() for path in sorted((tmp_path / name / "edited").glob("**/*.png"))]
-        written.append((prompts, pictures, (tmp_path / name / "train.jsonl").read_text()))
-    assert written[0] == written[1]
-    assert written[0][0] != written[2][0] and written[0][1] != written[2][1] and written[0][1]
-
-
-@pytest.mark.slow
 def test_results_of_an_editor_join_the_drawn_pairs(tmp_path: Path) -> None:
     save_pipeline(EDITORS["kontext_tiny"](), tmp_path / "editor")
     write_edits(tmp_path / "drawn", {"train": 4, "validation": 2}, prompts=1)

@@ -2,19 +2,16 @@
 
 import ast
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
 from functools import cache
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.marks import rotated_after
 from tests.source_code import parsed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,40 +95,10 @@ def _all_parsed() -> None:
         parsed(path)
 
 
-def public_places(package: str) -> dict[str, str]:
-    """Name that a package exports on first use -> module that defines it, as the ``__init__.pyi`` says."""
-    stub = FILES[package].with_suffix(".pyi")
-    froms = [node for node in imports(stub) if isinstance(node, ast.ImportFrom)] if stub.is_file() else []
-    return {alias.name: f"{package}.{node.module}" for node in froms for alias in node.names}
-
-
-def imported_files(path: Path) -> set[str]:
-    """Modules of ours that a file names in its imports.
-
-    ``from latentreward.reward import LRMLoss`` names the file of that class, where ``losses`` exports it on
-    first use. Elsewhere such an import names the package's ``__init__``, and the path of a file that file alone: Python
-    also runs the ``__init__`` of every package above a file, which would make a package a circle.
-    """
-    names = set()
-    for node in imports(path, for_types=False):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        else:
-            places = public_places(str(node.module)) if node.module in FILES else {}
-            below = [places.get(alias.name, f"{node.module}.{alias.name}") for alias in node.names]
-            names |= {name if name in FILES else str(node.module) for name in below}
-    return names & FILES.keys()
-
-
 def test_the_package_imports_nothing_that_is_not_installed() -> None:
     for name, path in FILES.items():
         named = {module for node in imports(path) for module in modules_named(node)}
         assert name.startswith("tools") or not {one for one in named if one.split(".")[0] == "tools"}, name
-
-
-def test_no_file_imports_itself_in_a_circle() -> None:
-    """Imports inside functions count: they would only hide a circle."""
-    list(TopologicalSorter({name: imported_files(path) for name, path in FILES.items()}).static_order())
 
 
 def test_every_package_folder_is_listed_in_setup_cfg() -> None:
@@ -184,16 +151,3 @@ def test_each_lower_bound_is_among_the_floors() -> None:
         bound = next(one.version for one in requirement.specifier if one.operator == ">=")
         assert f"{pinned[name]}.".startswith(f"{bound}."), name
         assert requirement.specifier.contains(pinned[name]), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("module", "most"), rotated_after(1, [("reward.modules.lrm", 14_700), ("alignment.modules.lpo", 20_500)])
-)
-def test_a_method_loads_little_beside_its_own_science(module: str, most: int) -> None:
-    code = (
-        f"import sys, latentreward.{module}\n"
-        "print(*(one.__file__ for name, one in sys.modules.items() if name.startswith('latentreward.')), sep='\\n')"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert sum(len(Path(file).read_text().splitlines()) for file in run.stdout.split()) <= most

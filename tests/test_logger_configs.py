@@ -3,21 +3,10 @@
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from latentreward.apps.cli import main
-from tests.test_recipes import parse
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-WANDB = "configs/logger/wandb.yaml"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("base", ["configs/trainer/one_gpu.yaml", "configs/trainer/slurm.yaml"])
-def test_it_is_given_after_a_trainer(base: str) -> None:
-    logger = parse("configs/model/lrm_tiny.yaml", "configs/data/tinyworld_pickapic.yaml", base, WANDB).config["fit"]
-    kinds = [one["class_path"].rpartition(".")[2] for one in logger["trainer"].logger]
-    assert kinds == [TensorBoardLogger.__name__, WandbLogger.__name__]
 
 
 @pytest.mark.slow

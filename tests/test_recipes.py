@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import Namespace
-from latentreward.callbacks import LastCheckpoint
 from torch import nn
 
 from latentreward.apps.cli import main
@@ -23,7 +22,7 @@ from latentreward.core.running import pair_generator
 from latentreward.core.settings.functions import prepare_parsing
 from latentreward.core.settings.rewriting import rewrite_arguments
 from latentreward.data import PreferenceDataModule
-from latentreward.reward import BradleyTerryLoss, CLIPProjectionHead, RewardModule
+from latentreward.reward import RewardModule
 from tests.marks import rotated_after
 from tests.tiny_pipelines import pipeline_folder
 
@@ -144,21 +143,6 @@ def test_sd15_trains_down_path_mid_block_and_text_encoder() -> None:
 
 
 @pytest.mark.slow
-def test_sdxl_has_no_text_projection() -> None:
-    module = on_meta(*recipe("lrm_sdxl"))
-    assert millions(module.model.backbone.unet) == 1243.4
-    assert isinstance(module.model.head.text_projection, nn.Identity)
-    assert module.model.head.visual_projection.weight.shape == (1280, 3520)
-
-
-@pytest.mark.slow
-def test_sd3_reads_block_18() -> None:
-    backbone = on_meta(*recipe("lrm_sd3")).model.backbone
-    assert len(backbone.transformer.transformer_blocks) == 18
-    assert trained(backbone.text_encoder) == 0
-
-
-@pytest.mark.slow
 def test_dina_trains_adapters_and_head() -> None:
     module = on_meta(*recipe("dina_lrm_sd35"))
     transformer = module.model.backbone.transformer
@@ -192,22 +176,6 @@ def test_pairs_per_step_are_the_published_ones(name: str, pairs_per_step: int) -
 
 
 @pytest.mark.slow
-def test_loss_class_and_frozen_backbone_are_exchanged() -> None:
-    module = on_meta(*recipe("dina_bradley_terry_margin"), "configs/recipes/ablations/dina_frozen_backbone.yaml")
-    assert isinstance(module.loss, BradleyTerryLoss)
-    assert module.loss.margin == 1.0
-    assert trained(module) == trained(module.model.head)
-
-
-@pytest.mark.slow
-def test_without_enhancement_the_empty_prompt_is_not_read() -> None:
-    assert on_meta(*recipe("lrm_sd15")).model.head.needs_uncond
-    head = on_meta(*recipe("lrm_without_vfe")).model.head
-    assert isinstance(head, CLIPProjectionHead)
-    assert not head.needs_uncond
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     rotated_after(
@@ -229,13 +197,6 @@ def test_levels_stay_in_their_range(name: str, low: float, high: float) -> None:
     assert len(set(drawn)) > 1 or high - low < 3
 
 
-@pytest.mark.slow
-def test_of_two_last_checkpoints_the_later_files_is_taken() -> None:
-    callbacks = parse("configs/recipes/lrm_sd15.yaml", "configs/trainer/cpu.yaml").build("trainer").callbacks
-    (keeper,) = [callback for callback in callbacks if isinstance(callback, LastCheckpoint)]
-    assert keeper._every_n_train_steps == 100
-
-
 def rows(name: str, *options: str) -> int:
     """Training pairs that a recipe finds in the sample files, whose splits share prompts."""
     cli = parse(*recipe(name), options=("--data.val=null", "--data.test=null", "--data.num_workers=0", *options))
@@ -251,14 +212,6 @@ def test_filter_strategies_keep_the_sample_rows_they_should() -> None:
     for strategy, name in names.items():
         assert rows(name, f"{NO_COPY[0]}.reader{NO_COPY[1]}") == len(expected[f"strategy_{strategy}_kept_rows"])
     assert rows("lrm_without_mpcf", "".join(NO_COPY)) == 8
-
-
-@pytest.mark.slow
-def test_cached_data_replaces_the_images() -> None:
-    settings = parse(*recipe("dina_lrm_sd35_cached")).config["fit"]["data"]
-    assert settings.class_path.endswith("CachedPreferenceDataModule")
-    assert settings.init_args.train.cache == "cache/train"
-    assert settings.init_args.batch_size == 4
 
 
 @pytest.mark.slow

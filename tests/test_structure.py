@@ -62,18 +62,6 @@ def test_only_what_yaml_or_the_command_line_sets_has_many_parameters(nodes_of_fi
     assert not long
 
 
-def test_a_format_is_at_most_two_classes_below_the_public_reader(nodes_of_files: dict[Path, list[ast.AST]]) -> None:
-    """A reader with settings of its own, as that of the tiny world, may derive from a format's."""
-    nodes = (nodes for path, nodes in nodes_of_files.items() if "tinyworld" not in path.parts)
-    classes = [node for node in chain.from_iterable(nodes) if isinstance(node, ast.ClassDef)]
-    bases = {node.name: [ast.unparse(base).split("[")[0] for base in node.bases] for node in classes}
-    below = {"PairReader"}
-    for _ in range(2):
-        below |= {name for name, above in bases.items() if below.intersection(above)}
-    assert {"RowReader", "HPDv3Reader", "FilteredReader"} <= below
-    assert not [name for name, above in bases.items() if name not in below and below.intersection(above)]
-
-
 def test_a_module_is_at_most_three_classes_below_lightnings(nodes_of_files: dict[Path, list[ast.AST]]) -> None:
     """A reader of a training step opens the method, its base and the base's base; the rest is functions and parts."""
     classes = [node for node in chain.from_iterable(nodes_of_files.values()) if isinstance(node, ast.ClassDef)]

@@ -1,10 +1,7 @@
 """``make fullsize`` with tiny networks: jobs run, keep their results, and are not run again."""
 
 import importlib
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +11,6 @@ from latentreward.apps.cli import main
 from tests.marks import rotated_after
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fullsize"
-RUN = ["LRM-SD1.5 serve", "SD3.5-M cache, T5 whole", "DiNa-Z-Image fit, text encoder cut"]
 
 
 @pytest.fixture
@@ -22,23 +18,6 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Module that lists the jobs."""
     monkeypatch.syspath_prepend(str(SCRIPT))
     return importlib.import_module("jobs")
-
-
-def run(folder: Path, *names: str) -> str:
-    command = [sys.executable, SCRIPT, "--tiny", "--rounds=1", f"--folder={folder}", "--only", *names]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-@pytest.mark.slow
-@pytest.mark.release
-@pytest.mark.timeout(1800)
-def test_jobs_run_once_and_leave_results_alone(tmp_path: Path) -> None:
-    printed = run(tmp_path, *RUN)
-    results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
-    assert len(results) == 9
-    assert all(result["peak"] > 0 and f"| {result['name']} | " in printed for result in results.values())
-    assert len(results["LRM_SD1.5_fit"]["rounds"]) == 1
-    assert run(tmp_path, *RUN) == printed[printed.index("\n**Memory") :]
 
 
 @pytest.mark.parametrize("subcommand", rotated_after(0, ["fit", "validate", "predict", "cache", "generate"]))

@@ -1,11 +1,6 @@
 """`make bench-gpu` runs unattended: each block at tiny size on the CPU, time limits, and going on after a stop."""
 
 import json
-import os
-import re
-import subprocess
-import sys
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -54,23 +49,6 @@ def test_a_block_writes_its_rows(blocks: ModuleType, tmp_path: Path, name: str) 
     assert {"processor", "torch", "diffusers", "lightning", "commit", "load"} <= found.keys()
 
 
-@pytest.mark.slow
-def test_a_family_holds_one_network_at_a_time(blocks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[weakref.ref[Any]] = []
-    kind = sys.modules[blocks.family_rows.__module__].RandomModel
-    make = kind.network
-
-    def network(self: Any) -> Any:
-        assert not [one for one in made if one() is not None]
-        found = make(self)
-        made.append(weakref.ref(found))
-        return found
-
-    monkeypatch.setattr(kind, "network", network)
-    setting = blocks.Setting("cpu", True, 1, lambda: None)
-    assert len([*blocks.rows_of_family("Tongyi-MAI/Z-Image", setting)]) == len(made) == 2
-
-
 def test_a_row_that_fails_says_so_and_the_rest_goes_on(blocks: ModuleType) -> None:
     def exhausted() -> Iterator[list[Any]]:
         yield ["first", 1, 2]
@@ -89,26 +67,3 @@ def test_a_row_that_fails_says_so_and_the_rest_goes_on(blocks: ModuleType) -> No
         ["last", 3, 4],
     ]
     assert len(written) == 2
-
-
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command outside of the checkout, with nothing of it on the import path."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--output=out", *arguments]
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=folder, env=hidden, capture_output=True, text=True, check=False)
-
-
-def write(path: Path, *rows: list[Any], complete: bool = True, device: str = "cpu", tiny: bool = True) -> None:
-    """Write a block's file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"complete": complete, "device": device, "tiny": tiny, "tables": [{"rows": rows}]}
-    path.write_text(json.dumps(found))
-
-
-@pytest.mark.slow
-def test_a_missing_gpu_is_told_before_any_block(tmp_path: Path) -> None:
-    refused = run(tmp_path)
-    assert refused.returncode == 2
-    assert re.fullmatch(r"PyTorch \S+ finds no CUDA device; --device cpu --tiny .*\n", refused.stderr)
-    assert "##" not in refused.stdout
-    assert not (tmp_path / "out").exists()

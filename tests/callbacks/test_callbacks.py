@@ -1,6 +1,5 @@
 """Each callback does, on a real run, what its docstring says."""
 
-import re
 import time
 from dataclasses import replace
 
@@ -8,16 +7,14 @@ import numpy as np
 import pytest
 import torch
 from latentreward.callbacks import (
-    AccuracyInterval,
     NaNGuard,
-    NoiseBandAccuracy,
     PairScoreWriter,
     ResumedSettings,
     ScoredPairGrid,
     TrainableCheckpoint,
     TrainableEMA,
 )
-from latentreward.callbacks.nan_guard import rows_of
+from latentreward.callbacks.checkpoints import rows_of
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -25,10 +22,8 @@ from PIL import Image
 from pyarrow import parquet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from latentreward.core.bootstrap import clustered_accuracy
 from latentreward.core.contracts import PreferenceBatch, PromptBatch
 from latentreward.core.errors import InputError
-from latentreward.core.reports.drawing import PLAIN, WRONG, draw_pair
 from latentreward.reward import DiNaLRMModule, GatedQFormerHead
 from tests.callbacks.small_run import SmallModule, train_loader
 from tests.callbacks.small_run import make_trainer as small_trainer
@@ -52,81 +47,6 @@ def test_nan_guard_names_step_and_pairs_and_saves_the_weights(module, batches, l
     after = trained(module)
     assert len(seen) == 3
     assert all(torch.equal(after[name], seen[-1][name]) for name in after)
-
-
-@pytest.mark.slow
-def test_a_test_prints_its_accuracy_with_interval_and_pairs(module, batches, loader, make_trainer, caplog):
-    caplog.set_level("INFO")
-    batches = [
-        replace(batch, prompts=("A cat", "a  cat ", "a dog", f"fox {number % 3}"))
-        for number, batch in enumerate(batches)
-    ]
-    batches[0] = replace(batches[0], weight=torch.tensor([1.0, 0.0, 1.0, 1.0]))
-    sums = {}
-
-    class Count(Callback):
-        def on_test_batch_end(self, trainer, pl_module, outputs, batch, *args):
-            for row, prompt in enumerate(("cat", "cat", "dog", batch.prompts[3]) * 2):
-                if outputs.weight[row] and outputs.label[row] != 0.5:
-                    right, number = sums.get(prompt, (0, 0))
-                    sums[prompt] = right + (outputs.chosen[row] > outputs.rejected[row]).item(), number + 1
-
-    trainer = make_trainer(callbacks=[AccuracyInterval(), Count()])
-    for _ in range(2):
-        sums.clear()
-        caplog.clear()
-        trainer.test(module, loader(batches), verbose=False)
-        (line,) = [record.message for record in caplog.records if record.message.startswith("test: ")]
-        number, pairs_told = r"([\d.]+)", r"(\d+) pairs of 4 prompts, mean over 2 noise levels$"
-        told = rf"prompts: {number} \[{number}, {number}\] \(4 groups\); {pairs_told}"
-        found = re.search(told, line)
-        value, low, high, pairs = map(float, found.groups())
-        expected = clustered_accuracy(np.array([sums[prompt] for prompt in sorted(sums)]))
-        assert (value, low, high) == pytest.approx([100 * end for end in expected[:3]], abs=0.051)
-        assert value == pytest.approx(100 * trainer.callback_metrics["test/accuracy"].item(), abs=0.051)
-        assert pairs == 17
-
-
-def test_a_test_without_a_preference_has_no_accuracy(module, batches, loader, make_trainer, caplog):
-    caplog.set_level("INFO")
-    tied = replace(batches[0], label=torch.full((4,), 0.5))
-    make_trainer(callbacks=[AccuracyInterval()]).test(module, loader([tied]), verbose=False)
-    assert "over prompts: – [–, –]; 0 pairs of 0 prompts" in caplog.text
-
-
-def test_noise_bands_agree_with_a_count_by_hand(module, batches, loader, make_trainer):
-    hits = {"low": [], "high": []}
-
-    class Count(Callback):
-        def on_validation_batch_end(self, trainer, pl_module, outputs, *args):
-            decided = outputs.label != 0.5
-            right = (outputs.chosen > outputs.rejected)[decided]
-            for name, inside in (("low", outputs.chosen_sigmas < 0.5), ("high", outputs.chosen_sigmas >= 0.5)):
-                hits[name] += right[inside[decided]].tolist()
-
-    trainer = make_trainer(callbacks=[NoiseBandAccuracy(edges=(0.0, 0.5, 1.0)), Count()])
-    trainer.validate(module, loader(batches), verbose=False)
-    assert trainer.callback_metrics["val/accuracy_sigma_0_0.5"].item() == pytest.approx(np.mean(hits["low"]))
-    assert trainer.callback_metrics["val/accuracy_sigma_0.5_1"].item() == pytest.approx(np.mean(hits["high"]))
-    assert len(hits["low"]) == len(hits["high"]) == 18
-
-
-def test_noise_bands_leave_out_pairs_of_weight_0(module, batches, loader, make_trainer):
-    with torch.no_grad():
-        scored = module.evaluation_step(batches[0])
-    right = ((scored.chosen > scored.rejected) & (scored.label != 0.5))[: len(batches[0])]
-    batch = replace(batches[0], weight=right.float())
-    trainer = make_trainer(callbacks=[NoiseBandAccuracy(edges=(0.0, 1.0))])
-    trainer.validate(module, loader([batch]), verbose=False)
-    assert 0 < right.sum() < len(right)
-    metrics = trainer.callback_metrics
-    assert metrics["val/accuracy_sigma_0_1"].item() == pytest.approx(metrics["val/accuracy"].item())
-
-
-def test_noise_bands_are_logged_in_training_too(module, batches, loader, make_trainer):
-    trainer = make_trainer(callbacks=[NoiseBandAccuracy(edges=(0.0, 1.0))])
-    trainer.fit(module, loader(batches))
-    assert 0 <= trainer.callback_metrics["train/accuracy_sigma_0_1"].item() <= 1
 
 
 def test_nan_guard_names_prompts_and_images(batches):
@@ -159,25 +79,6 @@ def test_checkpoint_holds_what_trains_and_resumes_exactly(module, batches, loade
     assert all(torch.equal(before[name], value) for name, value in trained(module).items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("change", "message"), slow_after(1, [("drop", "lacks model.head"), ("add", "unknown weight model.extra")])
-)
-def test_checkpoint_of_another_model_is_refused(module, batches, loader, make_trainer, tmp_path, change, message):
-    saver = ModelCheckpoint(dirpath=tmp_path, filename="small")
-    make_trainer(callbacks=[TrainableCheckpoint(), saver], enable_checkpointing=True).fit(module, loader(batches))
-    checkpoint = torch.load(tmp_path / "small.ckpt", weights_only=True)
-    if change == "drop":
-        del checkpoint["state_dict"]["model.head.query_tokens"]
-    else:
-        checkpoint["state_dict"]["model.extra"] = torch.zeros(1)
-    torch.save(checkpoint, tmp_path / "other.ckpt")
-    with pytest.raises(InputError, match=message):
-        make_trainer(callbacks=[TrainableCheckpoint()]).validate(
-            module, loader(batches), ckpt_path=str(tmp_path / "other.ckpt"), weights_only=True, verbose=False
-        )
-
-
 @pytest.mark.parametrize("warm_up", slow_after(1, [True, False]))
 def test_ema_is_the_average_by_formula_and_serves_validation_alone(warm_up, module, batches, loader, make_trainer):
     ema, history, validated = TrainableEMA(0.5, warm_up), [trained(module)], []
@@ -204,22 +105,6 @@ def test_ema_counts_optimiser_steps_not_batches(module, batches, loader, make_tr
     ema = TrainableEMA()
     make_trainer(callbacks=[ema], accumulate_grad_batches=3).fit(module, loader(batches))
     assert ema.updates == 2
-
-
-@pytest.mark.slow
-def test_ema_of_a_resumed_run_equals_the_uninterrupted_one(module, batches, loader, make_trainer, tmp_path):
-    start = {name: value.clone() for name, value in module.state_dict().items()}
-    whole = TrainableEMA()
-    make_trainer(callbacks=[whole], max_epochs=2).fit(module, loader(batches))
-    module.load_state_dict(start)
-    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
-    make_trainer(callbacks=[TrainableEMA(), saver], enable_checkpointing=True).fit(module, loader(batches))
-    resumed = TrainableEMA()
-    make_trainer(callbacks=[resumed], max_epochs=2).fit(
-        module, loader(batches), ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True
-    )
-    assert resumed.updates == whole.updates == 12
-    assert all(torch.equal(resumed.average[name], whole.average[name]) for name in whole.average)
 
 
 def test_ema_leaves_no_average_behind_after_an_exception(module, batches, loader, make_trainer):
@@ -250,30 +135,6 @@ def test_grid_goes_to_tensorboard_and_to_a_png(module, batches, loader, make_tra
     log = EventAccumulator(str(tmp_path / "run"))
     log.Reload()
     assert log.Tags()["images"] == ["val/pairs"]
-
-
-@pytest.mark.slow
-def test_the_worst_pairs_come_first_and_say_by_how_much(module, batches, loader, make_trainer, tmp_path, monkeypatch):
-    drawn = []
-
-    def record(images, captions, prompt, colour):
-        drawn.append((captions, colour))
-        return draw_pair(images, captions, prompt, colour)
-
-    monkeypatch.setattr("latentreward.callbacks.pairs.draw_pair", record)
-    trainer = make_trainer(callbacks=[ScoredPairGrid(num_pairs=20, shown="worst")])
-    trainer.validate(module, loader(batches), verbose=False)
-    errors = [float(second.split("errs by ")[1]) if "errs" in second else 0.0 for (_, second), _ in drawn]
-    assert len(drawn) == 20 and errors[0] > 0 and errors == sorted(errors, reverse=True)
-    with torch.no_grad():
-        scored = [module.evaluation_step(batch) for batch in batches]
-    gaps = [(one.rejected - one.chosen)[: len(batch)] for one, batch in zip(scored, batches, strict=True)]
-    decided = torch.cat(gaps)[torch.cat([batch.label for batch in batches]) != 0.5]
-    assert errors[0] == pytest.approx(decided.max().item(), abs=1e-3)
-    for (first, second), colour in drawn:
-        assert ("no preference" in first) == (colour == PLAIN)
-        assert ("errs" in second) == (colour == WRONG)
-    assert (tmp_path / "worst_pairs.png").exists() and not (tmp_path / "scored_pairs.png").exists()
 
 
 def test_points_after_the_checkpoint_of_a_resumed_run_are_in_the_log_once(tmp_path):
@@ -334,16 +195,6 @@ def test_grid_shows_what_was_edited_before_both(cached, module, batches, loader,
     assert np.array_equal(source, rejected) or np.abs(source.astype(int) - rejected).max() <= 1
 
 
-def test_grid_says_once_that_there_is_no_vae(module, batches, loader, make_trainer, tmp_path, caplog):
-    latents = [latents_of(batch, module) for batch in batches[:2]]
-    module.model.backbone.vae = None
-    trainer = make_trainer(callbacks=[ScoredPairGrid()], max_epochs=2)
-    trainer.fit(module, loader(latents), loader(latents))
-    said = [line for line in caplog.messages if "ScoredPairGrid" in line]
-    assert said == ["ScoredPairGrid draws nothing: the data are latents, and the model has no VAE to decode them"]
-    assert not (tmp_path / "scored_pairs.png").exists()
-
-
 def test_predictions_are_complete_and_never_overwritten_by_accident(module, batches, loader, make_trainer, tmp_path):
     make_trainer(callbacks=[PairScoreWriter(tmp_path / "out")]).predict(
         module, loader(batches), return_predictions=False
@@ -394,7 +245,7 @@ def test_scores_of_two_axes_are_their_weighted_sum(module, batches, loader, make
             assert not scored.chosen.requires_grad and not scored.rejected.requires_grad
             seen.append(scored.chosen.ndim)
 
-    trainer = make_trainer(callbacks=[NoiseBandAccuracy(), Shapes()])
+    trainer = make_trainer(callbacks=[Shapes()])
     trainer.fit(module, loader(batches[:1]), loader(batches[:1]))
     assert seen == [1]
     shown = module.predict_step(batches[0], 0)

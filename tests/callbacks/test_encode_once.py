@@ -93,54 +93,19 @@ def test_runs_in_one_folder_do_not_meet(tmp_path: Path, monkeypatch: pytest.Monk
             torch.testing.assert_close(one.policy.encode_prompts([prompt]).prompt_embeds, embeds)
 
 
-def test_checkpoints_of_all_weights_are_refused(tmp_path: Path) -> None:
-    """They would lack the text encoders, and nothing could resume from them."""
-    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[EncodeOnce()])
-    with pytest.raises(InputError, match=r"EncodeOnce: .* add TrainableCheckpoint to trainer.callbacks"):
-        EncodeOnce().setup(trainer, lpo(), "fit")
-
-
-def test_data_whose_captions_are_unknown_is_refused(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, callbacks=[EncodeOnce()])
-    for name, data in (("the data", None), ("PromptsAndImages", PromptsAndImages(loaders(), PairLoaders()))):
-        trainer.datamodule = data
-        with pytest.raises(InputError, match=rf"EncodeOnce: {name} does not list its prompts"):
-            EncodeOnce().setup(trainer, lpo(), "fit")
-
-
-def test_a_full_disk_is_named_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(
-        InputError, match=r"EncodeOnce: 10 encoded prompts take 0\.0 GB, and .* GB left; set its folder"
+def test_a_run_that_cannot_do_without_its_encoders_is_refused(tmp_path: Path) -> None:
+    """No frozen weights left out of checkpoints, unknown prompts, or the training of a reward without a cache."""
+    whole = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[EncodeOnce()])
+    unknown, plain = (make_trainer(tmp_path, callbacks=[EncodeOnce()]) for _ in range(2))
+    unknown.datamodule = PromptsAndImages(loaders(), PairLoaders())
+    reward = write_run(tmp_path, "lrm", "sd15")
+    for trainer, module, key in (
+        (whole, lpo(), "TrainableCheckpoint"),
+        (unknown, lpo(), "PromptsAndImages"),
+        (plain, reward, "latentreward cache"),
     ):
-        run(tmp_path, lpo(), [EncodeOnce()])
-    assert not [*tmp_path.glob(".prompts*")]
-
-
-def test_the_training_of_a_reward_is_referred_to_the_cache(tmp_path: Path) -> None:
-    module = write_run(tmp_path, "lrm", "sd15")
-    with pytest.raises(InputError, match=r"LRMModule trains on prompts that are not encoded yet; .*latentreward cache"):
-        EncodeOnce().setup(make_trainer(tmp_path), module, "fit")
-
-
-@pytest.mark.slow
-def test_a_second_run_in_the_folder_writes_files_of_its_own(tmp_path: Path) -> None:
-    module, begun = lpo(), False
-    encode = module.policy.encode_prompts
-
-    def other_run_first(prompts: list[str]) -> Any:
-        nonlocal begun
-        if not begun and prompts != [""]:
-            begun = True
-            run(tmp_path, lpo(), [EncodeOnce()])
-        return encode(prompts)
-
-    expected = encode(["a red circle"])
-    module.policy.encode_prompts = other_run_first  # type: ignore[method-assign]
-    run(tmp_path, module, [EncodeOnce(), PromptsOf(["a red circle"])])
-    assert begun
-    stored = module.policy.text_encoder(["a red circle"])
-    torch.testing.assert_close(stored.prompt_embeds, expected.prompt_embeds, rtol=1e-5, atol=1e-6)
+        with pytest.raises(InputError, match=key):
+            EncodeOnce().setup(trainer, module, "fit")
 
 
 def test_a_disk_that_fills_meanwhile_is_named(tmp_path: Path) -> None:

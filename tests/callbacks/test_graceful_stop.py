@@ -22,7 +22,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from latentreward.apps.commands.fit_folder import last_checkpoint
-from latentreward.core.errors import InputError
 from latentreward.core.interrupts import stop_asked
 from tests.callbacks.small_run import assert_same_state, fit, make_trainer
 from tests.marks import slow_after
@@ -98,16 +97,6 @@ def test_a_finished_run_is_not_stopped(tmp_path: Path, last_of) -> None:
     stop = GracefulStop()
     fit(make_trainer(tmp_path, [last_of(tmp_path), Send("on_train_batch_start", 14, signal.SIGTERM)], stop))
     fit(make_trainer(tmp_path, stop=stop))  # nor is the next one by that signal
-
-
-def test_it_looks_at_every_nth_batch(tmp_path: Path) -> None:
-    send = Send("on_train_batch_start", 1, signal.SIGTERM)
-    trainer = make_trainer(tmp_path, [send], GracefulStop(every_n_batches=3), enable_checkpointing=False)
-    with pytest.raises(SIGTERMException):
-        fit(trainer)
-    assert trainer.global_step == 3
-    with pytest.raises(InputError, match="every_n_batches is 0; it must be at least 1"):
-        GracefulStop(0)
 
 
 @pytest.mark.parametrize("keeper", ["none", "best", "link", "weights", "default"])

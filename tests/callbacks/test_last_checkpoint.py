@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from latentreward.apps.commands.fit_folder import last_checkpoint
 from tests.callbacks.small_run import assert_same_state, make_trainer
 from tests.callbacks.small_run import fit as fit_small
-from tests.small_user import SEEN, run
 
 
 class Saves(Callback):
@@ -86,19 +85,6 @@ def test_a_resumed_run_of_one_step_leaves_the_rest_of_its_epoch(tmp_path: Path) 
         trainer = make_trainer(tmp_path, [LastCheckpoint()], max_epochs=1, max_steps=steps)
         fit_small(trainer, last_checkpoint(trainer) if resumed else None)
     assert_same_state(whole, trainer)
-
-
-@pytest.mark.slow
-def test_a_run_with_a_raised_limit_takes_the_batches_that_it_would_have_taken_at_once(tmp_path: Path) -> None:
-    folders = {"at once": tmp_path / "at_once", "in turns": tmp_path / "in_turns"}
-    seen: dict[str, list[list[int]]] = {"at once": [], "in turns": []}
-    for kind, steps in (("at once", 12), ("in turns", 8), ("in turns", 12)):
-        limits = ("--data.batch_size=4", f"--trainer.max_steps={steps}", "--trainer.val_check_interval=2")
-        run("fit", folders[kind], "--trainer.callbacks+=LastCheckpoint", *limits, "--ckpt_path=last")
-        seen[kind] += SEEN
-    assert seen["in turns"] == seen["at once"]
-    whole, parts = (torch.load(next(folder.rglob("last.ckpt")), weights_only=True) for folder in folders.values())
-    torch.testing.assert_close(parts["state_dict"], whole["state_dict"], rtol=0, atol=0)
 
 
 def test_a_finished_run_is_not_saved_again(tmp_path: Path) -> None:

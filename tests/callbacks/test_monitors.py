@@ -10,17 +10,15 @@ from latentreward.callbacks import (
     CollapseGuard,
     ExactResume,
     HackingMonitor,
-    LastCheckpoint,
     NaNGuard,
     SampleGrid,
     TimestepBands,
     TrainableEMA,
 )
-from latentreward.callbacks.hacking_monitor import PairedChange
-from latentreward.callbacks.prompt_monitor import collapse_figures
+from latentreward.callbacks.prompt_monitor import PairedChange, collapse_figures
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim import AdamW
@@ -109,14 +107,12 @@ def test_grid_shows_before_and_after(make_trainer, tmp_path):
 
 
 def test_paired_change_by_hand():
-    change = PairedChange.between(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 1.5, 3.0, 2.5]))
-    assert change.standard_error == pytest.approx(math.sqrt(((-0.25) ** 2 + 0.25**2 + 0.75**2 + 0.75**2) / 3) / 2)
-    assert change.in_standard_errors == pytest.approx(-0.75 / change.standard_error)
+    change = PairedChange(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 1.5, 3.0, 2.5]))
+    error = math.sqrt(((-0.25) ** 2 + 0.25**2 + 0.75**2 + 0.75**2) / 3) / 2
+    assert change.in_standard_errors == pytest.approx(-0.75 / error)
     assert str(change) == "fell from 2.5 to 1.75, by 0.75 (2.3 standard errors over 4 prompts)"
-    small = PairedChange(before=116.103, after=116.098, standard_error=0.0025, count=16)
-    assert str(small) == "fell from 116.1 to 116.1, by 0.005 (2.0 standard errors over 16 prompts)"
-    same = PairedChange.between(torch.ones(3), torch.ones(3))
-    assert (same.in_standard_errors, same.rises) == (0.0, False)
+    same, all_alike = PairedChange(torch.ones(3), torch.ones(3)), PairedChange(torch.ones(3), torch.zeros(3))
+    assert (same.in_standard_errors, same.difference, all_alike.in_standard_errors) == (0.0, 0.0, -math.inf)
 
 
 @pytest.mark.slow
@@ -138,29 +134,6 @@ def test_hacking_stops_the_run_with_a_checkpoint_that_has_all(make_trainer, tmp_
 
 
 @pytest.mark.slow
-def test_hacking_stops_a_run_whose_last_checkpoint_is_written_once(make_trainer, tmp_path):
-    saved: list[int] = []
-    saves = LambdaCallback(on_save_checkpoint=lambda trainer, *_: saved.append(trainer.global_step))
-    monitor, keeper = HackingMonitor(PROMPTS, FallingScorer(), every_n_steps=2), LastCheckpoint(2, str(tmp_path))
-    make_trainer(callbacks=[monitor, keeper, saves], enable_checkpointing=True, max_epochs=-1, max_steps=8).fit(
-        grpo(), datamodule=prompts()
-    )
-    assert saved == [2]
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
-
-
-@pytest.mark.slow
-def test_hacking_may_only_be_told(make_trainer, tmp_path, caplog):
-    monitor = HackingMonitor(PROMPTS, FallingScorer(), every_n_steps=2, action="warn")
-    trainer = make_trainer(callbacks=[monitor], max_epochs=-1, max_steps=4)
-    with caplog.at_level(logging.WARNING):
-        trainer.fit(grpo(), datamodule=prompts())
-    assert trainer.global_step == 4
-    assert caplog.text.count("the policy hacks its reward") == 2
-    assert not (tmp_path / "checkpoints").exists()
-
-
-@pytest.mark.slow
 def test_a_held_out_score_that_falls_with_the_reward_is_no_hacking(make_trainer, caplog):
     module = grpo(lr=0.0)  # the reward does not rise
     monitor = HackingMonitor(PROMPTS, FallingScorer(), every_n_steps=1)
@@ -176,17 +149,6 @@ def test_a_mixture_that_normalises_by_groups_is_watched_by_one_picture_a_prompt(
     trainer = make_trainer(callbacks=[monitor], max_epochs=-1, max_steps=1)
     trainer.fit(module, datamodule=prompts())
     assert trainer.callback_metrics["hacking/reward_change"] > 0  # a sum of the raw scores would fall
-
-
-@pytest.mark.slow
-def test_scores_are_logged_at_their_step_whatever_the_interval_of_the_log(make_trainer, tmp_path):
-    logger = CSVLogger(tmp_path, name="", version="")
-    monitor = HackingMonitor(PROMPTS, held_out(), every_n_steps=2)
-    trainer = make_trainer(callbacks=[monitor], max_epochs=-1, max_steps=4, logger=logger, log_every_n_steps=50)
-    trainer.fit(grpo(), datamodule=prompts())
-    rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
-    column, step = rows[0].index("hacking/held_out"), rows[0].index("step")
-    assert [row[step] for row in rows[1:] if row[column]] == ["2", "4"]
 
 
 class UntrainedLRM(RewardSource):
@@ -237,34 +199,6 @@ def test_collapse_ends_the_run_naming_step_and_figures(make_trainer, monkeypatch
     with pytest.raises(InputError, match=message):
         make_trainer(callbacks=[guard], max_epochs=-1, max_steps=5).fit(module, datamodule=prompts())
     assert decoded == [4, 4]
-
-
-@pytest.mark.slow
-def test_scores_that_no_longer_differ_are_a_collapse(make_trainer):
-    module = grpo()
-
-    class Flatten(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step == 1:
-                statistics = pl_module.rollout_statistics
-                pl_module.rollout_statistics = type(statistics)(**{**vars(statistics), "scores": statistics.scores * 0})
-
-    guard = CollapseGuard(PROMPTS[:2], every_n_steps=2, images_per_prompt=2)
-    with pytest.raises(InputError, match=r"optimiser step 2: score spread is 0, against"):
-        make_trainer(callbacks=[guard, Flatten()], max_epochs=-1, max_steps=2).fit(module, datamodule=prompts())
-
-
-@pytest.mark.slow
-def test_samples_that_are_not_finite_end_the_run_naming_the_step(make_trainer):
-    class Break(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step == 1:
-                with torch.no_grad():
-                    next(p for p in pl_module.parameters() if p.requires_grad).fill_(math.nan)
-
-    with pytest.raises(InputError, match=r"optimiser step 2: latents sampled for 'a red circle.* are not finite"):
-        trainer = make_trainer(callbacks=[SampleGrid(PROMPTS, every_n_steps=2), Break()], max_epochs=-1, max_steps=2)
-        trainer.fit(grpo(), datamodule=prompts())
 
 
 def test_nan_guard_names_prompts_and_timesteps_of_rollouts(make_trainer):
@@ -342,21 +276,19 @@ def test_bands_of_the_timestep_agree_with_the_rollout(make_trainer):
 
 @pytest.mark.slow
 def test_a_watched_run_resumes_bit_for_bit(make_trainer, tmp_path):
-    """In mid-epoch and in mid-rollout, with dropout; the first rollout's spread is remembered."""
+    """In mid-epoch and in mid-rollout, with dropout."""
 
     def run(folder: str, checkpoint=None):
         torch.manual_seed(4)
-        module, guard = grpo(dropout=0.2), CollapseGuard(PROMPTS[:1], every_n_steps=1, images_per_prompt=2, least=0.01)
+        module = grpo(dropout=0.2)
         saver = ModelCheckpoint(dirpath=tmp_path / folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
-        watching = [guard, TimestepBands(), SampleGrid(PROMPTS, every_n_steps=2)]
+        watching = [TimestepBands(), SampleGrid(PROMPTS, every_n_steps=2)]
         trainer = make_trainer(
             callbacks=[ExactResume(seed=5), *watching, saver], enable_checkpointing=True, max_epochs=-1, max_steps=4
         )
         data = PromptLoaders(PROMPTS, batch_size=4, prompts_per_rollout=2, batches_per_epoch=100, seed=2)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-        return trained(module), guard._first_spread
+        return trained(module)
 
-    whole, spread = run("whole")
-    resumed, spread_again = run("rest", tmp_path / "whole" / "step=2.ckpt")
+    whole, resumed = run("whole"), run("rest", tmp_path / "whole" / "step=2.ckpt")
     assert all(torch.equal(one, other) for one, other in zip(whole, resumed, strict=True))
-    assert spread == spread_again

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from latentreward.callbacks import ExactResume, GracefulStop, HackingMonitor
+from latentreward.callbacks import ExactResume, GracefulStop
 from lightning.pytorch import Callback, Trainer
 from torch.optim import AdamW
 
@@ -20,7 +20,7 @@ from latentreward.alignment import HTTPReward, PolicySource, RewardMixture, Samp
 from latentreward.apps.serving.settings import bind
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.diffusion import LoRA
-from latentreward.reward import HTTPScorer, RemoteError, RemoteServer
+from latentreward.reward import RemoteError, RemoteServer
 from tests.alignment.modules.simple_reward import FirstChannelReward
 from tests.marks import slow_after
 from tests.reward.remote.judges import Fault, hangs_up, judging, says
@@ -146,22 +146,3 @@ def test_a_rollout_in_the_middle_of_an_epoch_is_made_again(tmp_path: Path) -> No
         with pytest.raises(RemoteError, match="saved optimiser step 2"):
             fit(tmp_path, server, epoch=3)
         assert_equal(fit(tmp_path, server, path, epoch=3), whole)
-
-
-@pytest.mark.slow
-def test_a_held_out_scorer_that_fails_saves_the_run_too(tmp_path: Path) -> None:
-    def watched(folder: Path, judge: str, other: str, path: Path | None = None) -> TrainableState:
-        held_out = HTTPScorer(RemoteServer(other, retry_s=0.0))
-        monitor = HackingMonitor(PROMPTS[:2], held_out, every_n_steps=3, action="warn")
-        return fit(folder, RemoteServer(judge), path, [monitor])
-
-    path = tmp_path / "checkpoints" / "last.ckpt"
-    with judging() as judge, judging() as other:
-        whole = watched(tmp_path / "whole", judge.url, other.url)
-        other.faults += [None, hangs_up]
-        with pytest.raises(RemoteError, match="saved optimiser step 3"):
-            watched(tmp_path, judge.url, other.url)
-        resumed = watched(tmp_path, judge.url, other.url, path)
-    for state in (whole, resumed):  # the measurement that failed is left out
-        state.pop("reward.seen")
-    assert_equal(resumed, whole)

@@ -12,11 +12,8 @@ from latentreward.callbacks.performance import StepTimes, phase_of
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import SimpleProfiler
 
-from latentreward.apps.cli import main
 from latentreward.core.running import LISTENER, PHASES, phase
 from tests.callbacks.small_run import fit, make_trainer, state
-from tests.callbacks.test_performance import QUICK, RUNS
-from tests.marks import rotated_after
 
 
 @pytest.fixture
@@ -155,24 +152,3 @@ def test_the_measurement_ends_with_an_error(tmp_path: Path) -> None:
         fit(trainer)
     assert LISTENER.get() is None
     assert "start" not in vars(trainer.profiler)
-
-
-EXPECTED = {
-    "lrm_tiny": {"encode"},
-    "diffusion_dpo_tiny": {"encode"},
-    "lpo_tiny": {"encode", "rollout", "reward"},
-    "grpo_trajectory_tiny": {"encode", "rollout", "reward"},
-    "nft_tiny": {"encode", "rollout", "reward"},
-    "refl_tiny": {"encode", "rollout", "reward"},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", rotated_after(2, EXPECTED))
-def test_phases_of_every_method(name: str, tmp_path: Path) -> None:
-    data = [f"--data.root={tmp_path / 'pairs'}"] if "train_pairs" in str(RUNS[name]) else []
-    log = ("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.log_every_n_steps=3")
-    main(["fit", *RUNS[name], *data, *QUICK, *log, f"--trainer.default_root_dir={tmp_path}"])
-    (row,) = logged(tmp_path)
-    found = {one.removeprefix("time/") for one in row if one.startswith("time/")} - {"ema"}
-    assert found == {"step", "data_wait", "forward", "backward", "optimizer", "log"} | EXPECTED[name]

@@ -1,12 +1,11 @@
 """Small training runs that are the same on one process and, with a batch per rank half as large, on two."""
 
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from latentreward.callbacks import AccuracyInterval, TrainableCheckpoint, TrainableEMA
+from latentreward.callbacks import TrainableCheckpoint, TrainableEMA
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed
@@ -145,20 +144,6 @@ def all_cases(folder: Path) -> dict[str, Any]:
         for name, setting in CASES
         for kind in ("ddp", "fsdp2")
     }
-
-
-def lines_of_a_test(folder: Path, strategy: Any = "ddp") -> list[str]:
-    """What a rank prints of a test, of which rank 0 has two batches and rank 1 one."""
-    write_pipelines()
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(handler)
-    trainer = make_trainer(folder, strategy, callbacks=[AccuracyInterval()])
-    pairs, own = loaded_pairs(6), slice(trainer.global_rank, None, trainer.world_size)
-    data = DataLoader([collate_pairs(pairs[first : first + 2]) for first in (0, 2, 4)][own], batch_size=None)
-    trainer.test(small_model(), data, verbose=False)
-    return [line for line in lines if line.startswith("test: ")]
 
 
 def small_model() -> RewardModule:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.runs import CASES, MODELS, lines_of_a_test, train_case
+from tests.distributed.runs import CASES, MODELS, train_case
 
 pytestmark = pytest.mark.slow
 
@@ -34,9 +34,3 @@ def test_two_processes_equal_one(name: str, setting: str, ranks: list[dict[str, 
                 assert two["norms"] == pytest.approx(one["norms"], rel=1e-5)
     if setting == "clipped":
         assert one["norms"] == pytest.approx([0.05] * len(one["norms"]), rel=1e-3)
-
-
-def test_the_accuracy_that_a_test_prints_is_that_of_all_ranks(tmp_path: Path) -> None:
-    (line,) = lines_of_a_test(tmp_path, "auto")
-    assert "; 5 pairs of 3 prompts" in line
-    assert on_ranks("tests.distributed.runs:lines_of_a_test", tmp_path) == [[line], []]

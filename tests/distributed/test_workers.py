@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -14,8 +13,6 @@ import pytest
 from latentreward.apps.cli import main
 from latentreward.apps.generation.trained_policy import files_named
 from latentreward.core.errors import InputError
-from latentreward.core.reports import page
-from latentreward.core.workers import SharedWork
 from tests.alignment.modules.test_edits import KLEIN, edits
 from tests.alignment.rewards.stored import write_run
 from tests.apps.commands.test_score import write_pictures
@@ -137,16 +134,6 @@ def test_what_ends_a_run_is_said_in_one_line(trouble: str, said: str, cluster: A
     assert len([*tmp_path.glob("try_*")]) == (3 if trouble == "defect" else 0)
 
 
-@pytest.mark.slow
-def test_a_worker_with_other_packages_is_refused(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = page.versions()
-    monkeypatch.setattr(page, "versions", lambda: {**own, "diffusers": "0.1"})
-    with pytest.raises(
-        InputError, match=rf"^versions\.diffusers \"0\.1\" in the first.*\"{own['diffusers']}\" in this"
-    ):
-        squares(tmp_path)
-
-
 def test_files_of_workers_count_by_their_contents(tmp_path: Path) -> None:
     """Equal copies have other times; other contents have the same path."""
     weights, named = tmp_path / "model" / "weights.safetensors", {"policy": [str(tmp_path / "model")], "seed": 1}
@@ -169,18 +156,3 @@ def test_a_node_that_leaves_costs_its_parts(cluster: Any, tmp_path: Path) -> Non
 
     found = squares(tmp_path, "node", 4, leave)
     assert {part: value for part, (value, _, _) in found.items()} == {n: 100 + n**2 for n in range(PARTS)}
-
-
-def test_without_ray_workers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"^workers=2 needs Ray: pip install 'latentreward\[cluster\]'$"):
-        squares(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [((0, "cpu"), "workers is 0"), ((2, "cuda:1"), "device is 'cuda:1'"), ((2, "cpu", -1.0), "gpus_per_worker=-1")],
-)
-def test_settings_that_do_not_fit(settings: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        SharedWork(lambda: None, *settings)

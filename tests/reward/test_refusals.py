@@ -10,7 +10,6 @@ import torch
 from latentreward.core.errors import InputError
 from latentreward.reward import (
     BradleyTerryLoss,
-    ByNoiseLevel,
     Calibration,
     CallableScorer,
     CLIPProjectionHead,
@@ -99,10 +98,6 @@ REFUSED: list[tuple[Callable[..., Any], list[tuple[dict[str, Any], str]]]] = [
     (PairCalibration, [({"bins": 0}, "bins=0")]),
     (PairwiseAccuracy, [({"equal": "halff"}, "did you mean 'half'")]),
     (ScoreCorrelation, [({"kind": "kendall"}, "ScoreCorrelation: kind='kendall'")]),
-    (
-        lambda edges: ByNoiseLevel(PairwiseAccuracy(), edges),
-        [({"edges": edges}, "edges = ") for edges in ((0.5,), (0.5, 0.1), (0.1, 0.1, 0.4), (-0.1, 0.5), (0.0, 1.5))],
-    ),
     (
         schedule,
         [

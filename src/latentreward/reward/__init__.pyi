@@ -28,7 +28,7 @@ from .losses.targets import (
     teacher_preference,
 )
 from .metrics.calibration import PairCalibration
-from .metrics.pairwise import ByNoiseLevel, GroupPairAccuracy, MeanLoss, MeanMargin, PairwiseAccuracy
+from .metrics.pairwise import GroupPairAccuracy, MeanLoss, MeanMargin, PairwiseAccuracy
 from .metrics.rank_correlation import ScoreCorrelation
 from .modules.dina_lrm import DiNaLRMModule
 from .modules.lrm import LRMModule
@@ -53,7 +53,6 @@ from .scoring.scoring_noise import Calibration, ScoringNoise
 __all__ = [
     "AestheticScorer",
     "BradleyTerryLoss",
-    "ByNoiseLevel",
     "CLIPProjectionHead",
     "CLIPScorer",
     "Calibration",

@@ -21,14 +21,14 @@ def test_one_cycle_shorter_than_the_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert refusal(capsys, "fit", tmp_path, *cycle(6, 4)).startswith(short)
     assert not SEEN
     run("fit", tmp_path, *cycle(4, 4))
-    assert refusal(capsys, "fit", tmp_path, *cycle(6, 6), "--ckpt_path=last").endswith("--resume_override=[schedule]")
+    assert refusal(capsys, "fit", tmp_path, *cycle(6, 6), "--ckpt_path=last").endswith("--resume_override=[lr]")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [cycle(4, 4), ("--trainer.max_steps=4", LAST)])
 def test_one_cycle_replaces_a_schedule(before: tuple[str, ...], tmp_path: Path) -> None:
     run("fit", tmp_path, *before)
-    run("fit", tmp_path, *cycle(6, 9), "--ckpt_path=last", "--resume_override=[schedule]")
+    run("fit", tmp_path, *cycle(6, 9), "--ckpt_path=last", "--resume_override=[lr]")
     resumed = RUNS[-1].optimizers().param_groups[0]
     run("fit", tmp_path / "straight", *cycle(6, 9))
     straight = RUNS[-1].optimizers().param_groups[0]

@@ -3,14 +3,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from latentreward.diffusion import find_family
 from latentreward.diffusion.backbones.loading import PipelineSource
-from latentreward.tinyworld.captions import COLORS
-from tools.pretraining.editors import EDITORS, Recipe, draw_training_edits, main
+from tools.pretraining.editors import EDITORS, main
 
 FAMILIES = {"kontext_tiny": "flux1_kontext", "ip2p_tiny": "instruct_pix2pix"}
 
@@ -26,13 +23,3 @@ def test_pretraining_makes_an_editor(name: str, tmp_path: Path) -> None:
     written = recipe.stat().st_mtime_ns
     main([name, "--output", str(tmp_path)])
     assert recipe.stat().st_mtime_ns == written
-
-
-def test_training_edits_are_of_their_sources() -> None:
-    recipe = Recipe(sources_pictures=3, edits=2)
-    sources, results, texts, owners = draw_training_edits(recipe, np.random.default_rng(0))
-    assert sources.shape == (3, 3, 32, 32)
-    assert len(results) == len(texts) == len(owners) <= 6
-    for result, text, owner in zip(results, texts, owners, strict=True):
-        assert any(word in text for word in (*COLORS, "background"))
-        assert not torch.equal(result, sources[owner])

@@ -12,11 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.alignment import PixelReward, PolicySource
-from latentreward.core.contracts import NoisyStates
 from latentreward.reward import CLIPScorer, PickScorer, StepAwareScorer
 from latentreward.tinyworld.pairs import draw_pairs
-from tools.pretraining.pixel_scorers import RECIPES, PairTable, accuracy, main, predict_pictures
+from tools.pretraining.pixel_scorers import RECIPES, PairTable, accuracy, predict_pictures
 from tools.pretraining.vae import normalize_pictures
 from tools.pretraining.worlds import CLEAR_GAP
 
@@ -80,29 +78,3 @@ def test_the_step_aware_scorer_orders_pairs_as_stated() -> None:
     for timestep in (251, 801):
         pixels, timesteps = predict_pictures(pairs, recipe, torch.full_like(zeros, timestep).long())
         assert accuracy(network, pairs, pixels, timesteps) > figures[f"t{timestep}"] - SLACK
-
-
-@pytest.mark.slow
-def test_the_step_aware_scorer_is_a_reward_of_the_tiny_policy() -> None:
-    policy = PolicySource("sd_tiny").load()
-    reward, pairs = PixelReward(StepAwareScorer("spm_tiny", device="cpu"), decode_batch_size=64).load(policy), table()
-    clear = pairs.gap.abs() > CLEAR_GAP
-    latents = policy.vae.encode(finished(pairs).flatten(0, 1))
-    rows = torch.arange(len(pairs.label)).repeat_interleave(2)
-    with torch.no_grad():
-        encoded = reward.encode_prompts(prompts_of(pairs))
-        scores = reward(NoisyStates(latents, torch.zeros(len(rows)), rows, latents), encoded)
-    first, second = scores.view(-1, 2).T
-    right = (first - second).sign() == pairs.gap.sign()
-    assert right[clear].float().mean() > 0.7
-
-
-@pytest.mark.slow
-@pytest.mark.release
-def test_training_runs_and_repeats_itself(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        main(["--output", str(tmp_path / name), "--scale", "0.005"])
-    for name in RECIPES:
-        one, two = (tmp_path / folder / name for folder in ("one", "two"))
-        assert {path.name for path in one.iterdir()} == {path.name for path in (SCORERS / name).iterdir()}
-        assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from tests.tools.reproduction.test_page import result
-from tests.tools.reproduction.test_rows import ROWS, TOY
+from tests.tools.reproduction.test_rows import TOY
 from tools.reproduction.planning import Planner, chance
-from tools.reproduction.results import read_results, result_path, write_result
-from tools.reproduction.rows import MOST_SEEDS, WHOLE, Row, read_row
+from tools.reproduction.results import result_path, write_result
+from tools.reproduction.rows import Row, read_row
 from tools.reproduction.verdicts import Sample
 
 CLEAR, NEAR, FAR = (0.3, 0.31, 0.32), (0.1, 0.05, 0.15), (0.01, -0.2, 0.2)
@@ -39,17 +39,6 @@ def test_the_claim_nearest_to_a_decision_comes_first(tmp_path: Path) -> None:
     assert names(tmp_path, *rows, number=1) == ["near"]
 
 
-def test_planned_seeds_come_first_and_the_most_are_kept(tmp_path: Path) -> None:
-    near, bare = measured(tmp_path, "near", NEAR), read_row("bare", TOY)
-    assert names(tmp_path, near, bare) == ["bare", "near"]
-    full = measured(tmp_path, "full", FAR * 4, first=WHOLE)
-    assert names(tmp_path, full) == []
-    assert len(read_results(tmp_path, full)) == MOST_SEEDS
-    mixed = measured(tmp_path, "mixed", FAR)
-    measured(tmp_path, "mixed", FAR * 4, first=WHOLE)
-    assert names(tmp_path, mixed) == []
-
-
 @pytest.mark.parametrize("effect", [0.0, 0.5, 1.0])
 def test_the_chance_of_a_decision(effect: float) -> None:
     """By simulation of the repetitions to come, from a mean and a spread that are known."""
@@ -61,10 +50,3 @@ def test_the_chance_of_a_decision(effect: float) -> None:
     for margin in (0.5, 1.5):
         decided = (abs(later) > half) | (abs(later) + within < margin)
         assert chance(sample, margin, 10) == pytest.approx(decided.mean(), abs=0.01)
-
-
-@pytest.mark.slow
-def test_every_row_has_a_cost(tmp_path: Path) -> None:
-    output = Path(__file__).resolve().parents[3] / "reproduction"
-    for choice in Planner([*ROWS.values()], output, lambda task: False).chosen(99, 1e9):
-        assert choice.seconds > 0, choice.row.name

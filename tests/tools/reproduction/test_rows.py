@@ -8,10 +8,8 @@ import pytest
 from latentreward.apps.cli import main
 from latentreward.core.errors import InputError
 from tests.marks import rotated_after
-from tests.tools.reproduction.forked_steps import ForkedSteps
 from tools.reproduce import main as program
-from tools.reproduce import reproduce
-from tools.reproduction.rows import WHOLE, all_rows, read_row, shared_steps
+from tools.reproduction.rows import WHOLE, all_rows, read_row
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = all_rows()
@@ -34,19 +32,6 @@ def test_every_ablation_has_a_row() -> None:
     assert all((ROOT / name).is_file() for name in named)
 
 
-def test_all_rows_fit_into_their_budgets() -> None:
-    spent = {"papers": 0.0, "methods": 0.0, "rewards": 0.0, "Edits": 0.0, "Second world": 0.0}
-    for row in ROWS.values():
-        of_methods = row.name.startswith(("tuning_", "flow_", "eps_", "guided_"))
-        kind = "papers" if row.paper != "Later methods" else "methods" if of_methods else "rewards"
-        spent[row.paper if row.paper in spent else kind] += row.cpu_seconds
-    assert spent["papers"] <= 8.5 * 3600
-    assert spent["methods"] <= 12 * 3600
-    assert spent["rewards"] <= 6 * 3600
-    assert spent["Edits"] <= 7 * 3600
-    assert spent["Second world"] <= 4 * 3600
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", rotated_after(1, [name for name in ROWS if not name.startswith(("tiny", "tuning"))], release=3)
@@ -58,24 +43,6 @@ def test_commands_of_all_arms_parse(name: str, capsys: pytest.CaptureFixture[str
             main([*task.command(tmp_path), "--print_config"])
         assert not ended.value.code, capsys.readouterr().err
     assert fits
-
-
-@pytest.mark.slow
-@pytest.mark.release
-@pytest.mark.timeout(1800)
-def test_every_step_runs(tmp_path: Path) -> None:
-    """Two training steps, a few pairs or pictures; of arms that share a step, the first."""
-    shop, seen, rows = ForkedSteps(tmp_path), set[str](), [row for row in ROWS.values() if not row.world]
-    for row in rows:
-        for task in row.tasks(WHOLE, quick=True).values():
-            if task.name in seen:
-                continue
-            seen.add(task.name)
-            for one in task.needed():
-                if not shop.done(one):
-                    shop.run(one)
-                assert shop.done(one)
-    assert seen == {*shared_steps(), *(name for row in rows for name in row.steps)}
 
 
 def test_equal_steps_are_shared() -> None:
@@ -104,28 +71,6 @@ def test_a_whole_repetition_draws_its_data_and_keeps_what_is_held_out() -> None:
             for place, pairs in re.findall(r"--(data\S*)\.root=\{(\w+)\}/pairs", text):
                 if task.inputs.get(pairs, task).arguments[0] == "validate":  # which writes the training pairs
                     assert f"--{place}.data_seed={{seed}} --{place}.val_seed=0" in text, (name, task.name)
-
-
-def test_placeholders_become_folders_and_the_seed(tmp_path: Path) -> None:
-    task = read_row("toy", TOY).task("other", "lrm", 3)
-    command = task.command(tmp_path)
-    assert command[-1] == "--model.head.guidance=3.0"
-    assert "--seed_everything=3" in command
-    assert f"--data.root={task.inputs['pickapic'].output(tmp_path)}/pairs" in command
-    assert not re.search(r"\{(out|seed|pickapic)\}", " ".join(command))
-
-
-def test_rows_on_emoji_are_skipped_without_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("EMOJI_PATH", raising=False)
-    reproduce(["emoji_lrm_guidance", "emoji_lrm_mpcf"], output=tmp_path / "results", work=tmp_path / "work")
-    assert (
-        "skipped emoji_lrm_guidance, emoji_lrm_mpcf: let EMOJI_PATH name the unpacked folder" in capsys.readouterr().out
-    )
-    assert not [*tmp_path.iterdir()]
-    monkeypatch.setenv("EMOJI_PATH", str(tmp_path))
-    assert not ROWS["emoji_lrm_guidance"].lacks
 
 
 @pytest.mark.parametrize(

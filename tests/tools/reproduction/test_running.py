@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,8 +12,7 @@ from typing import Any
 import pytest
 
 from latentreward.core.errors import InputError
-from tools.reproduce import measure_rows, missing, spend, task_runner
-from tools.reproduction.planning import Planner
+from tools.reproduce import measure_rows, missing
 from tools.reproduction.results import judge_claim, read_results
 from tools.reproduction.rows import Row, read_row
 from tools.reproduction.running import StepRunner
@@ -83,20 +81,6 @@ def test_each_seed_is_measured_once_and_equal_steps_run_once(measured: tuple[Pat
     assert missing([row], folder / "results", stale=True) == []
 
 
-@pytest.mark.slow
-def test_a_budget_adds_seeds_and_goes_on_where_it_ended(folder: Path) -> None:
-    claims = [{**TOY["claims"][0], "more_than": 0.45}]
-    row, results, work = read_row("toy", {**TOY, "claims": claims}), folder / "results", folder / "work"
-    assert judge_claim(row.claims[0], read_results(results, row), row).word == "open"
-    for last in (13, 14):
-        (choice,) = Planner([row], results, task_runner(work).done).chosen(2, 1e9)
-        assert choice.seed == last
-        spend([row], results, work, 2, 1.3 * choice.seconds)
-        assert list(read_results(results, row)) == [10, 11, 12, *range(13, last + 1)]
-    spend([row], results, work, 2, 0.1)
-    assert len(read_results(results, row)) == 5
-
-
 def test_a_step_whose_source_or_input_has_changed_runs_again(folder: Path) -> None:
     runner, task = StepRunner(folder / "work"), read_row("toy", TOY).task("good", "toy_scores", 10)
     assert runner.done(task) is not None
@@ -121,39 +105,6 @@ def test_a_failed_step_is_named_and_other_rows_are_measured(folder: Path) -> Non
         measure(folder, broken, row)
     assert len(read_results(folder / "results", row)) == 3
     assert read_results(folder / "results", broken) == {}
-
-
-INTERRUPTED = """
-import sys
-from pathlib import Path
-from latentreward.core.interrupts import sigterm_interrupts
-from tools.reproduction.rows import read_row
-from tools.reproduce import measure_rows, missing
-from tests.tools.reproduction.test_running import TOY
-folder = Path(sys.argv[1])
-waiting = {**TOY["steps"], "toy_scores": {**TOY["steps"]["toy_scores"], "run": "wait {out} {toy_pairs} {seed}"}}
-row = read_row("toy", {**TOY, "steps": waiting})
-with sigterm_interrupts():
-    measure_rows(missing([row], folder / "results", False), folder / "results", folder / "work", 1)
-"""
-
-
-@pytest.mark.slow
-def test_an_interrupt_ends_the_processes_and_keeps_what_is_done(tmp_path: Path) -> None:
-    running = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path)], stderr=subprocess.PIPE)
-    logs: list[Path] = []
-    until = time.monotonic() + 600
-    while not (logs and "toy step wait" in logs[0].read_text()) and time.monotonic() < until:
-        logs = list(tmp_path.glob("work/toy_scores-*/log.txt"))
-        time.sleep(0.1)
-    running.send_signal(signal.SIGTERM)
-    running.communicate(timeout=300)
-    assert running.returncode
-    folder = logs[0].parent
-    assert not (folder / "record.json").exists()
-    assert len(list(tmp_path.glob("work/toy_pairs-*/record.json"))) == 1
-    ran = measure(tmp_path, read_row("toy", TOY))
-    assert not any(name.startswith("toy_pairs") for name in ran)
 
 
 def test_a_step_ends_with_the_command_that_was_killed(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ class TrainingCLI(LightningCLI):
             "--resume_override",
             type=list[Override],
             default=[],
-            help="What a resumed run takes from the settings, not the checkpoint: lr, schedule, batch_size, callbacks.",
+            help="What a resumed run takes from the settings, not the checkpoint: lr, batch_size, callbacks.",
         )
         parser.add_lightning_class_args(ours.ResumedSettings, "resumed_settings")
         parser.link_arguments("resume_override", "resumed_settings.override")
@@ -284,7 +284,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with :class:`RunProgress` in place of Lightning's own bar.
 
-        ``test`` gets an :class:`AccuracyInterval`. Without a logger, ``LearningRateMonitor`` is left out.
+        Without a logger, ``LearningRateMonitor`` is left out.
         ``default_root_dir`` becomes the run's folder, where Lightning looks for ``hpc`` and :class:`GracefulStop` saves
         without a ``ModelCheckpoint``: another folder may be another run's.
         """
@@ -298,8 +298,6 @@ class TrainingCLI(LightningCLI):
         if not off and not any(isinstance(callback, theirs.ProgressBar) for callback in given):
             kwargs["enable_progress_bar"] = False
             added.append(ours.RunProgress())
-        if self.command == "test" and not any(isinstance(callback, ours.AccuracyInterval) for callback in given):
-            added.append(ours.AccuracyInterval())
         csv_logs.ExperimentWriter = fit_folder.MetricsWriter  # type: ignore[misc]  # CSVLogger has no setting for it
         trainer = super().instantiate_trainer(**kwargs)
         for keeper in trainer.checkpoint_callbacks:
