@@ -9,14 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.apps.cli import main
 from latentreward.core.contracts import ImageRef
 from latentreward.core.errors import InputError
 from latentreward.core.reports.drawing import animate
 from latentreward.data import ImageError, JSONLPairReader, PreferenceDataModule
 from latentreward.data.clips import ClipLoader
 from latentreward.data.images import CLIP, DAMAGED, EMPTY, SHORT, TOO_LARGE, UNKNOWN, read_header
-from latentreward.data.inspection import inspect_reader
 from tests.clips import write_clip
 
 REDS = [0, 20, 40, 60, 80, 100, 120, 140, 160, 180]
@@ -230,40 +228,6 @@ def test_readers_of_images_name_clips(tmp_path: Path) -> None:
         assert caught.value.problem == CLIP
     with pytest.raises(ImageError, match="unknown image format"):
         read_header(ImageRef("a", data=raw[:8] + b"heic" + raw[12:]))
-
-
-def test_inspection_of_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = JSONLPairReader(pairs(tmp_path))
-    (tmp_path / "bad1.mp4").write_bytes((tmp_path / "bad1.mp4").read_bytes()[:700])
-    images = inspect_reader("train", reader).images
-    assert images is not None and images.sizes == {"32x32": 7}
-    assert images.unreadable_rows == {UNKNOWN: 1} and images.distinct == 8
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(InputError, match="clips need PyAV; install latentreward"):
-        inspect_reader("train", reader)
-
-
-SCORERS = (
-    '--scorers=[{"class_path": "CallableScorer", "init_args": {"function": '
-    '"tests.apps.evaluation.policy.toy_scorers.redness", "name": "red"}}]'
-)
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["benchmark", "report", "--data=pairs.jsonl", "--model=no/such/model"],
-        ["score-pairs", "scores.csv", "--reader=JSONLPairReader", "--reader.file=pairs.jsonl", SCORERS],
-    ],
-)
-def test_commands_that_compare_images_refuse_clips(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    pairs(tmp_path)
-    with pytest.raises(SystemExit):
-        main(command)
-    assert "is a pair of clips; score clips by" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_clips_alone_need_pyav(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,8 +93,6 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         self.rows = np.arange(len(reader)) if rows is None else np.asarray(rows)
         # Per row: 0, or 1 + index of the problem in IMAGE_PROBLEMS. Shared memory, because worker processes write it.
         self._problems = torch.zeros(len(self.rows), dtype=torch.uint8).share_memory_()
-        # Of both clips of each row, the frames that are read and not used; nothing for images.
-        self.unused = torch.zeros(len(self.rows) if clips else 0, 2, dtype=torch.int32).share_memory_()
         self._warned, self._in_a_row = False, 0
         self.targets = targets
 
@@ -139,17 +137,12 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         """
         try:
             check_taken(pair.prompt, self.taken)
-            if isinstance(self.loader, ClipLoader):
-                clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)
-                self.unused[place] = torch.tensor([clip.unused for clip in clips])
-                loaded = LoadedPair(pair, clips[0].pixels, clips[1].pixels, targets)
-            else:
-                if sources := sources_of(pair.prompt):  # as text encoders see them
-                    pictures = {"exif": self.loader.exif, "max_pixels": self.loader.max_pixels}
-                    pair = replace(pair, prompt=seen_as(pair.prompt, **pictures))
-                check_edit(pair.prompt, self.check_prompt)
-                edited = tuple(map(self.loader, sources))
-                loaded = LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, edited)
+            if sources := sources_of(pair.prompt):  # as text encoders see them
+                pictures = {"exif": self.loader.exif, "max_pixels": self.loader.max_pixels}
+                pair = replace(pair, prompt=seen_as(pair.prompt, **pictures))
+            check_edit(pair.prompt, self.check_prompt)
+            edited = tuple(map(self.loader, sources))
+            loaded = LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, edited)
         except ImageError as error:
             return self._without(pair, place, error, targets)
         self._in_a_row = 0
