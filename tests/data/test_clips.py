@@ -1,6 +1,5 @@
 """Clips are decoded by the times of their frames, and bad files give one clear line."""
 
-import logging
 import random
 import struct
 from pathlib import Path
@@ -171,7 +170,7 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ClipLoader(16, 16, frames=5)(ref(path))
     monkeypatch.setattr("latentreward.data.clips.MAX_DECODED", 100)
     monkeypatch.setattr("latentreward.data.clips.MAX_DECODED_PIXELS", 4 * 32 * 32)
-    with pytest.raises(ImageError, match=r"more than 4096 pixels in .* s; give fewer or smaller frames"):
+    with pytest.raises(ImageError, match=r"more than 4096 pixels; give smaller frames"):
         ClipLoader(16, 16, frames=5)(ref(path))
 
 
@@ -186,15 +185,12 @@ def pairs(folder: Path, count: int = 4) -> str:
     return str(folder / "pairs.jsonl")
 
 
-def test_pairs_of_clips(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pairs_of_clips(tmp_path: Path) -> None:
     data = PreferenceDataModule(16, train=JSONLPairReader(pairs(tmp_path)), frames=5, batch_size=4, num_workers=2)
     (batch,) = data.train_dataloader()
     assert batch.chosen.shape == batch.rejected.shape == (4, 3, 5, 16, 16)
     assert (batch.chosen[:, 0].mean(dim=(1, 2, 3)) > batch.rejected[:, 0].mean(dim=(1, 2, 3))).all()
     assert str(data.datasets["train"].image_sizes) == "16x16, clips of 5 frames at 16 per second"
-    with caplog.at_level(logging.WARNING):
-        data.teardown("fit")
-    assert "data.train: 8 clips on this rank are longer than frames=5; 16 frames were not used" in caplog.text
 
 
 @pytest.mark.timeout(120)

@@ -29,10 +29,6 @@ from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR, OnError,
 logger = logging.getLogger(__name__)
 
 
-def any_prompt(prompt: str) -> None:
-    """Accept any prompt."""
-
-
 @dataclass(frozen=True)
 class LoadedPair:
     """A preference pair with its decoded pixels."""
@@ -71,7 +67,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
 
     taken: tuple[int, int | None] = (0, None)  # least and largest number of pictures to edit; None for any number
     # Raises InputError for a prompt that the network's text encoder does not take.
-    check_prompt: Callable[[str], None] = staticmethod(any_prompt)
+    check_prompt: Callable[[str], None] | None = None
 
     def __init__(
         self,
@@ -140,7 +136,8 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
             if sources := sources_of(pair.prompt):  # as text encoders see them
                 pictures = {"exif": self.loader.exif, "max_pixels": self.loader.max_pixels}
                 pair = replace(pair, prompt=seen_as(pair.prompt, **pictures))
-            check_edit(pair.prompt, self.check_prompt)
+            if self.check_prompt is not None:
+                check_edit(pair.prompt, self.check_prompt)
             edited = tuple(map(self.loader, sources))
             loaded = LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, edited)
         except ImageError as error:

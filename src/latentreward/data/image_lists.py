@@ -187,9 +187,12 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
     root, files, remarks = _pictures(source)
     if (given := parse_text(prompt)) is not None:
         return ImageList(source, tuple(ListedImage(_name(file, root), given, str(file)) for file in files), (*remarks,))
-    beside, rows = {file: _caption_beside(file) for file in files}, list[ListedImage]()
-    captions, told = _read_tables(root, columns)
-    for file, found in beside.items():
+    rows, (captions, told) = list[ListedImage](), _read_tables(root, columns)
+    for file in files:
+        try:
+            found: Caption = read_caption(file.with_suffix(".txt")), ""
+        except UnreadableTextError as error:
+            found = None, f"{parse_text(file.stem)}.txt beside it is {error.problem}"
         named = captions.get(one_form(str(file)), captions.get(one_form(str(file.with_suffix(""))), NO_TEXT))
         caption, detail = named if found == NO_TEXT else found
         problem = BAD_CAPTION if detail else NO_PROMPT if caption is None else None
@@ -255,13 +258,6 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
 def _name(file: Path, root: Path) -> str:
     """Return the path of ``file`` relative to ``root``, with characters replaced that UTF-8 cannot encode."""
     return file.relative_to(root).as_posix().encode("utf-8", "replace").decode()
-
-
-def _caption_beside(picture: Path) -> Caption:
-    try:
-        return read_caption(picture.with_suffix(".txt")), ""
-    except UnreadableTextError as error:
-        return None, f"{parse_text(picture.stem)}.txt beside it is {error.problem}"
 
 
 def _read_tables(root: Path, columns: Sequence[str | None]) -> tuple[dict[str, Caption], Iterable[str]]:

@@ -122,12 +122,13 @@ def inspect_reader(name: str, reader: PairReader, decode: bool = False, limit: i
         for row in range(total):
             census.add(reader[row])
             progress.add()
-    prompts = reader.prompts()
+    prompts, labels = reader.prompts(), reader.labels()
+    won = {"a wins": labels > 0.5, "b wins": labels < 0.5, "ties": labels == 0.5, "unlabelled": np.isnan(labels)}
     return SplitCounts(
         name=name,
         reader=type(reader).__name__,
         rows=len(reader),
-        labels=count_labels(reader.labels()),
+        labels={name: int(rows.sum()) for name, rows in won.items()},
         edits=sum(bool(sources_of(prompt)) for prompt in prompts),
         distinct_prompts=len(set(prompts)),
         images=census.counts if total else None,
@@ -135,16 +136,6 @@ def inspect_reader(name: str, reader: PairReader, decode: bool = False, limit: i
         remarks=Counter(reader.remarks),
         first_problem=reader.first_problem,
     )
-
-
-def count_labels(labels: np.ndarray) -> dict[str, int]:
-    """Count rows by winner, from ``label_a`` ``(N,)`` with NaN for unlabelled rows."""
-    return {
-        "a wins": int((labels > 0.5).sum()),
-        "b wins": int((labels < 0.5).sum()),
-        "ties": int((labels == 0.5).sum()),
-        "unlabelled": int(np.isnan(labels).sum()),
-    }
 
 
 def shared_prompts(first: Sequence[str], second: Sequence[str]) -> list[int]:
@@ -189,9 +180,9 @@ class Report:
         sections = [
             f"{self.data} ({', '.join(dict.fromkeys(split.reader for split in self.splits))})",
             *(f"split {name} was not read: {problem}" for name, problem in self.unread.items()),
-            table("", [split.name for split in self.splits], overview(self.splits)),
+            table("", [split.name for split in self.splits], _overview(self.splits)),
             SIDES,
-            counts("Sizes (height x width, most frequent)", lambda split: frequent_sizes(split.images), none=False),
+            counts("Sizes (height x width, most frequent)", lambda split: _frequent_sizes(split.images), none=False),
             counts("Rows left out", lambda split: split.skipped),
             counts("Rows kept with a remark", lambda split: split.remarks, none=False),
             "\n".join(["The first row left out", *first] if first else []),
@@ -212,24 +203,25 @@ def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[object
     return "\n".join(filter(None, [title, text])) if rows else ""
 
 
-def overview(splits: Sequence[SplitCounts]) -> dict[str, list[object]]:
+def _overview(splits: Sequence[SplitCounts]) -> dict[str, list[object]]:
     """Return the table rows of rows, labels, prompts and images of each split."""
+
+    def shares(numbers: Sequence[int]) -> list[object]:
+        pairs = zip(numbers, splits, strict=True)
+        return [f"{n} ({100 * n / one.rows:.1f} %)" if one.rows else str(n) for n, one in pairs]
+
     rows: dict[str, list[object]] = {"rows": [split.rows for split in splits]}
     for label in splits[0].labels if splits else ():
-        rows[f"  {label}"] = [_with_share(split.labels[label], split.rows) for split in splits]
+        rows[f"  {label}"] = shares([split.labels[label] for split in splits])
     if any(split.edits for split in splits):
-        rows["edits"] = [_with_share(split.edits, split.rows) for split in splits]
+        rows["edits"] = shares([split.edits for split in splits])
     rows["distinct prompts"] = [split.distinct_prompts for split in splits]
     rows["rows whose images were looked at"] = [split.images.rows if split.images else NOTHING for split in splits]
     rows["distinct images, by name"] = [split.images.distinct if split.images else NOTHING for split in splits]
     return rows
 
 
-def _with_share(number: int, total: int) -> str:
-    return f"{number} ({100 * number / total:.1f} %)" if total else str(number)
-
-
-def frequent_sizes(images: ImageCounts | None) -> dict[str, int]:
+def _frequent_sizes(images: ImageCounts | None) -> dict[str, int]:
     """Return the numbers of images of the most frequent sizes, and of all others."""
     sizes = images.sizes if images else Counter[str]()
     frequent = dict(sizes.most_common(MOST_SIZES))

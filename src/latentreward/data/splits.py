@@ -92,9 +92,9 @@ def select_rows(
         if not len(selected[name]):
             causes = [(~labelled, "are unlabelled", remedy), (labelled & shared, have, KEEP)]
             found = [(int(rows.sum()), what, fix) for rows, what, fix in causes if rows.any()]
-            told = "".join(f", {rows} {what}" for rows, what, _ in found)
+            told = ", ".join(f"{rows} {what}" for rows, what, _ in found)
             remedies = ", ".join([*(fix for *_, fix in found), "or give other splits"])
-            emptied[name] = f"data.{name}: none of {len(reader)} rows left{told}; {remedies}"
+            emptied[name] = f"data.{name}: none of {len(reader)} rows left{': ' if told else ''}{told}; {remedies}"
         elif shared.any():
             much = (labelled & shared).sum() > MUCH * labelled.sum()
             rest = f", {len(selected[name])} labelled rows remain; to keep them, {KEEP}" if much else ""

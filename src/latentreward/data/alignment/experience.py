@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 from latentreward.core.contracts import (
     EditPrompt,
     ImageRef,
-    PromptBatch,
     RolloutStatistics,
     SampledStates,
     TensorRecord,
@@ -32,28 +31,6 @@ from latentreward.data.loading import CountedBatches
 
 if TYPE_CHECKING:
     from latentreward.data.alignment.prompts import PromptOrder
-
-
-class Learner(Protocol):
-    """Interface of a module that learns from its own rollouts; every method is called on all ranks at the same time."""
-
-    rollout_statistics: RolloutStatistics | None  # of the last one: roll_out sets this rank's, the sampler all ranks'
-    experience: type[SampledStates]  # class of the rows; what a checkpoint names is not imported
-
-    def roll_out(self, prompts: PromptBatch) -> SampledStates | None:
-        """Sample from this rank's prompts, equally many on all ranks, and return rows on the CPU; None for no rows."""
-
-    def prepare_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode the distinct prompts of all unused rows, the same on every rank, in place of those before."""
-
-    def check_experience(self, rows: Any) -> None:
-        """Raise InputError if ``rows`` of a checkpoint are of another form than those of this module's rollouts."""
-
-    def rollout_settings(self) -> dict[str, Any]:
-        """Return the settings that rows in store depend on, as plain values by the names of their fields."""
-
-    def describe_rollouts(self) -> str:
-        """Describe the last rollout in one line, for messages."""
 
 
 class ExperienceRows(Dataset[Any]):
@@ -86,7 +63,7 @@ class ExperienceSampler(CountedBatches):
     def __init__(
         self,
         prompts: "PromptOrder",
-        learner: Learner,
+        learner: Any,  # a :class:`~latentreward.alignment.modules.alignment.AlignmentModule`
         *,
         prompts_per_rollout: int,
         max_empty_rollouts: int = 4,
