@@ -1,6 +1,5 @@
 """Clips are decoded by the times of their frames, and bad files give one clear line."""
 
-import logging
 import random
 import struct
 from pathlib import Path
@@ -9,14 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from latentreward.apps.cli import main
 from latentreward.core.contracts import ImageRef
 from latentreward.core.errors import InputError
 from latentreward.core.reports.drawing import animate
 from latentreward.data import ImageError, JSONLPairReader, PreferenceDataModule
 from latentreward.data.clips import ClipLoader
 from latentreward.data.images import CLIP, DAMAGED, EMPTY, SHORT, TOO_LARGE, UNKNOWN, read_header
-from latentreward.data.inspection import inspect_reader
 from tests.clips import write_clip
 
 REDS = [0, 20, 40, 60, 80, 100, 120, 140, 160, 180]
@@ -173,7 +170,7 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ClipLoader(16, 16, frames=5)(ref(path))
     monkeypatch.setattr("latentreward.data.clips.MAX_DECODED", 100)
     monkeypatch.setattr("latentreward.data.clips.MAX_DECODED_PIXELS", 4 * 32 * 32)
-    with pytest.raises(ImageError, match=r"more than 4096 pixels in .* s; give fewer or smaller frames"):
+    with pytest.raises(ImageError, match=r"more than 4096 pixels; give smaller frames"):
         ClipLoader(16, 16, frames=5)(ref(path))
 
 
@@ -188,15 +185,12 @@ def pairs(folder: Path, count: int = 4) -> str:
     return str(folder / "pairs.jsonl")
 
 
-def test_pairs_of_clips(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pairs_of_clips(tmp_path: Path) -> None:
     data = PreferenceDataModule(16, train=JSONLPairReader(pairs(tmp_path)), frames=5, batch_size=4, num_workers=2)
     (batch,) = data.train_dataloader()
     assert batch.chosen.shape == batch.rejected.shape == (4, 3, 5, 16, 16)
     assert (batch.chosen[:, 0].mean(dim=(1, 2, 3)) > batch.rejected[:, 0].mean(dim=(1, 2, 3))).all()
     assert str(data.datasets["train"].image_sizes) == "16x16, clips of 5 frames at 16 per second"
-    with caplog.at_level(logging.WARNING):
-        data.teardown("fit")
-    assert "data.train: 8 clips on this rank are longer than frames=5; 16 frames were not used" in caplog.text
 
 
 @pytest.mark.timeout(120)
@@ -230,40 +224,6 @@ def test_readers_of_images_name_clips(tmp_path: Path) -> None:
         assert caught.value.problem == CLIP
     with pytest.raises(ImageError, match="unknown image format"):
         read_header(ImageRef("a", data=raw[:8] + b"heic" + raw[12:]))
-
-
-def test_inspection_of_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = JSONLPairReader(pairs(tmp_path))
-    (tmp_path / "bad1.mp4").write_bytes((tmp_path / "bad1.mp4").read_bytes()[:700])
-    images = inspect_reader("train", reader).images
-    assert images is not None and images.sizes == {"32x32": 7}
-    assert images.unreadable_rows == {UNKNOWN: 1} and images.distinct == 8
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(InputError, match="clips need PyAV; install latentreward"):
-        inspect_reader("train", reader)
-
-
-SCORERS = (
-    '--scorers=[{"class_path": "CallableScorer", "init_args": {"function": '
-    '"tests.apps.evaluation.policy.toy_scorers.redness", "name": "red"}}]'
-)
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["benchmark", "report", "--data=pairs.jsonl", "--model=no/such/model"],
-        ["score-pairs", "scores.csv", "--reader=JSONLPairReader", "--reader.file=pairs.jsonl", SCORERS],
-    ],
-)
-def test_commands_that_compare_images_refuse_clips(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    pairs(tmp_path)
-    with pytest.raises(SystemExit):
-        main(command)
-    assert "is a pair of clips; score clips by" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_clips_alone_need_pyav(monkeypatch: pytest.MonkeyPatch) -> None:

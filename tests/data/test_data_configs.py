@@ -1,6 +1,7 @@
 """The YAML files for pairs of one's own and for tars: each reads a small data set of its layout."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,17 @@ from tests.formats.conftest import COMMITTED
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
 
 
-def load(name: str, **splits: Any) -> PreferenceDataModule:
+@cache
+def parser() -> Parser:
     prepare_parsing([], classes=True)
-    parser = Parser(parser_mode=MODE)
-    parser.add_subclass_arguments(LightningDataModule, "data")
-    settings = parser.parse_string((CONFIGS / f"{name}.yaml").read_text())
+    (made := Parser(parser_mode=MODE)).add_subclass_arguments(LightningDataModule, "data")
+    return made
+
+
+def load(name: str, **splits: Any) -> PreferenceDataModule:
+    settings = parser().parse_string((CONFIGS / f"{name}.yaml").read_text())
     settings.data.init_args.update(Namespace(size=16, batch_size=2, num_workers=0, **splits))
-    return parser.instantiate(settings).data
+    return parser().instantiate(settings).data
 
 
 @pytest.fixture

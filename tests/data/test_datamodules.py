@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from latentreward.core.contracts import PreferenceBatch
 from latentreward.core.errors import InputError
-from latentreward.data import JSONLPairReader, LoadedPair, PickAPicReader, PreferenceDataModule, SkippedPair
+from latentreward.data import JSONLPairReader, PickAPicReader, PreferenceDataModule
 from tests.data.skipped_rows import skipped_rows
 from tests.marks import rotated_after, slow_after
 
@@ -165,31 +165,6 @@ def test_rows_edit_as_many_pictures_as_the_network_takes(readers, name) -> None:
     assert data.datasets["predict"].taken == (1, 2)
     trainer().predict(Recorder(), (other := PreferenceDataModule(8, **settings)))
     assert other.datasets["predict"].taken == (0, None)
-
-
-@pytest.mark.parametrize("taken", [(0, 1), (0, None)])
-def test_a_row_that_lacks_its_picture_among_edits_follows_on_error(tmp_path, jpeg, taken) -> None:
-    (tmp_path / "a.jpg").write_bytes(jpeg())
-    row = {"prompt": "make it red", "chosen": "a.jpg", "rejected": "a.jpg"}
-    lacking = [{"source_images": []}, {"source_images": None}, {"source_image": ""}, {}]
-    lists = {"edits": [{"source_images": ["a.jpg"]}, *lacking], "texts": lacking}
-    for name, sources in lists.items():
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row | source) for source in sources))
-    module = Recorder()
-    module.model = SimpleNamespace(backbone=SimpleNamespace(sources=taken))
-
-    def rows(name: str, on_error: str) -> list[LoadedPair | SkippedPair]:
-        reader = JSONLPairReader(str(tmp_path / f"{name}.jsonl"))
-        data = PreferenceDataModule(8, train=reader, on_error=on_error, num_workers=0)
-        data.trainer = SimpleNamespace(lightning_module=module)
-        data.setup("fit")
-        return [data.datasets["train"][n] for n in range(len(reader))]
-
-    told = r"edits\.jsonl:2: number of pictures to edit: 0, and the network takes .*1 in data of edits; correct"
-    with pytest.raises(InputError, match=told):
-        rows("edits", "raise")
-    assert [isinstance(row, LoadedPair) for row in rows("edits", "skip")] == [True, *[False] * 4]
-    assert [row.sources for row in rows("texts", "raise")] == [()] * 4
 
 
 @pytest.mark.parametrize("workers", slow_after(1, [0, 2]))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pickle
 
 import pytest
 import torch
@@ -109,15 +108,6 @@ def test_error_of_a_worker_stays_one_line(source) -> None:
         list(loader)
     assert "\n" not in str(error.value)
     assert "parquet:0: image 'image-0-0': no image" in str(error.value)
-
-
-@pytest.mark.slow
-def test_rows_choose_what_is_offered(source) -> None:
-    dataset = PairDataset(PickAPicReader(source, "train", on_error="skip"), LOADER, rows=[4, 2])
-    assert dataset[0].pair.pair_id.endswith(":4")
-    dataset[1]
-    assert skipped_rows(dataset) == [2]
-    assert skipped_rows(pickle.loads(pickle.dumps(dataset))) == [2]
 
 
 @pytest.mark.parametrize(

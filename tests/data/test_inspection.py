@@ -45,17 +45,13 @@ def test_rows_labels_prompts_and_images(jpeg) -> None:
         ("A cat", big, other, 0.5),
         ("", big, b"garbage", None),
         ("b", b"", b"garbage", 0.3),
-        ("b", big, big, 0.8),
-        ("a", wide, big, 1.0),
-        ("c", wide, big, 1.0),
     )
     counts = inspect_reader("train", reader)
-    assert (counts.rows, counts.reader, counts.distinct_prompts, counts.edits) == (8, "Pairs", 5, 0)
-    assert counts.labels == {"a wins": 4, "b wins": 2, "ties": 1, "unlabelled": 1}
+    assert (counts.rows, counts.reader, counts.distinct_prompts, counts.edits) == (5, "Pairs", 4, 0)
+    assert counts.labels == {"a wins": 1, "b wins": 2, "ties": 1, "unlabelled": 1}
     images = counts.images
     assert images is not None
-    assert (images.rows, images.distinct, images.unreadable) == (8, 6, 2)
-    assert (images.same_image, images.contradicted) == (1, 1)
+    assert (images.rows, images.distinct, images.unreadable) == (5, 6, 2)
     assert images.sizes == {"512x512": 1, "1248x832": 1, "20x20": 1, "600x700": 1}
     assert images.unreadable_rows == {"unknown image format": 1, "empty image": 1}
     assert counts.skipped == {"a reason": 2}

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pickle
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from omegaconf import OmegaConf
 
 from latentreward.core.contracts import ImageRef, PreferencePair
 from latentreward.core.errors import InputError
@@ -19,14 +17,11 @@ from latentreward.data import (
     MPCF,
     FilteredReader,
     HPDv3Reader,
-    PairDataset,
     PairGaps,
     PairReader,
     PickAPicReader,
-    PixelLoader,
     ScoreTable,
     select_consistent,
-    select_rows,
 )
 
 COMMITTED = Path(__file__).parents[1] / "formats" / "data"
@@ -78,17 +73,6 @@ def test_sample_rows_of_pickapic(strategy: int, kept: list[int]) -> None:
     assert [pair.prompt for pair in reader] == reader.prompts() == [everything.prompts()[row] for row in kept]
     assert [pair.label_a for pair in reader] == reader.labels().tolist()
     assert len(reader) + reader.skipped.total() == len(everything)
-
-
-def test_shipped_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PICKAPIC_ROOT", str(COMMITTED / "pickapic_v1"))
-    monkeypatch.setenv("MPCF_SCORES", str(COMMITTED / "lrm_mpcf" / "pseudo_preference.csv"))
-    settings = OmegaConf.load(Path(__file__).parents[2] / "configs" / "data" / "pickapic_v1_mpcf.yaml")
-    train = OmegaConf.to_container(settings, resolve=True)["data"]["init_args"]["train"]["init_args"]
-    reader = PickAPicReader(**{**train.pop("reader")["init_args"], "memory_map": False})
-    filtered = FilteredReader(reader, **train)
-    assert filtered.rows.tolist() == [0, 1, 2, 5]
-    assert (filtered.rule, filtered.on_error) == (MPCF(), "skip")
 
 
 @pytest.mark.parametrize(
@@ -229,15 +213,3 @@ def test_gap_of_a_tie_is_absolute(tmp_path: Path, write_pickapic, pickapic_rows)
 def test_number_like_pair_ids_stay_text(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "scores.csv", "007,1,1,1,1", "7,1,1,1,1", header=f"pair_id,{HEADER}")
     assert len(ScoreTable(path)) == 2
-
-
-def test_a_filtered_reader_serves_a_data_set(tmp_path: Path, write_pickapic, pickapic_rows, jpeg) -> None:
-    rows = [pickapic_rows(number) for number in range(4)]
-    rows[3]["jpg_0"] = b"damaged"
-    reader = PickAPicReader(write_pickapic(rows), "train", on_error="placeholder")
-    scores = write_csv(tmp_path / "scores.csv", "1,1,1,1", "1,-9,1,1", "1,1,1,1", "1,1,1,1")
-    filtered = pickle.loads(pickle.dumps(FilteredReader(reader, scores, on_error="skip")))
-    assert select_rows({"train": filtered})[0]["train"].tolist() == [0, 1, 2]
-    dataset = PairDataset(filtered, PixelLoader(8, 8))
-    assert [dataset[n].pair.pair_id for n in (0, 1)] == filtered.pair_ids()[:2]
-    assert dataset[2].problem.startswith("image 'image-3-0'")

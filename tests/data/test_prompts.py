@@ -49,19 +49,10 @@ def test_every_format_gives_the_distinct_prompts_in_order(
     assert (left_out in caplog.text) == (suffix != "txt")
 
 
-def test_comments_of_a_text_are_told_and_dashes_are_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_comments_of_a_text_are_left_out_and_dashes_are_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("# sheet 1\na fox -- soft light\n\n  #\n#2 mug, 7 --> 8, half-timbered # 3\n")
     found = PromptDataModule(str(tmp_path / "a.txt")).prompts
     assert found == ("a fox -- soft light", "#2 mug, 7 --> 8, half-timbered # 3")
-    assert "2 comments (#) are left out, the first is line 1" in caplog.text
-    assert "options" not in caplog.text
-
-
-@pytest.mark.parametrize("line", ["a dog --n blurry --w 512", "a cat --ar 16:9", "a cat --tile"])
-def test_options_in_a_line_are_told(line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "a.txt").write_text(f"# --w 512\na fox\n{line}\n")
-    assert PromptDataModule(str(tmp_path / "a.txt")).prompts == ("a fox", line)
-    assert f"1 lines have options, the first is line 3 with {line.split()[2]}" in caplog.text
 
 
 def test_a_text_has_a_prompt_a_line_whatever_ends_it(tmp_path: Path) -> None:
@@ -83,7 +74,7 @@ def test_a_json_object_counts_by_its_list_or_by_values_that_have_prompts(tmp_pat
 
 def test_pictures_to_edit_in_parquet_are_refused_and_other_columns_are_not(tmp_path: Path) -> None:
     file = tmp_path / "prompts.parquet"
-    rows = {"prompt": ["a cat"], "image_source": ["laion"], "reference_image": [b"\x89PNG"]}
+    rows = {"prompt": ["a cat"], "image_source": ["laion"], "image": [b"\x89PNG"]}
     pq.write_table(pa.table(rows), file)
     assert PromptDataModule(str(file)).prompts == ("a cat",)
     pq.write_table(pa.table({**rows, "input_images": [[b"\x89PNG"]]}), file)

@@ -87,13 +87,9 @@ def test_nothing_left_is_an_error() -> None:
 
 def test_keeping_shared_prompts_is_proposed_only_if_rows_would_remain() -> None:
     unlabelled = Prompts("a", "b", unlabelled=(0, 1))
-    unlabelled.remarks["unlabelled (no label (at all))"] += 2
-    unlabelled.remarks["null prompt read as empty"] += 1
     with pytest.raises(InputError) as caught:
         selected({"train": unlabelled, "val": Prompts("a", "b")})
-    assert str(caught.value) == (
-        "data.train: none of 2 rows left: 2 are unlabelled (no label (at all)); label rows, or give other splits"
-    )
+    assert str(caught.value) == ("data.train: none of 2 rows left: 2 are unlabelled; label rows, or give other splits")
 
 
 def test_shared_prompts_may_be_kept(caplog) -> None:

@@ -6,8 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
@@ -22,7 +20,6 @@ from latentreward.data import (
     PreferenceDataModule,
     StreamedPreferenceDataModule,
 )
-from latentreward.data.streaming import StreamedPairs
 
 FEATURES = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image(), "pair_id": Value("string")})
 ROWS, SIDES = 24, ("chosen", "rejected")
@@ -53,7 +50,8 @@ def names(stream: PairStream, part: int = 0, parts: int = 1, seed: int = 0) -> l
 
 
 def module(source: str | IterableDataset, **options: Any) -> StreamedPreferenceDataModule:
-    stream = {name: options.pop(name) for name in ("shuffle_buffer", "columns") if name in options}
+    names = ("shuffle_buffer", "columns", "max_prompt_chars", "stream_on_error")
+    stream = {name.removeprefix("stream_"): options.pop(name) for name in names if name in options}
     settings = {"size": 8, "batch_size": 3, "num_workers": 0, "batches_per_epoch": 4, "seed": 5, **options}
     return StreamedPreferenceDataModule(**settings, train=PairStream(source, **stream))
 
@@ -77,14 +75,11 @@ def test_parts_hold_every_row_once(write, files, shuffle_buffer) -> None:
     assert (names(stream, 1, 4, seed=1) != parts[1]) == (shuffle_buffer > 1)
 
 
-def test_the_first_pass_of_all_lanes_holds_every_row_though_files_do_not_divide(write) -> None:
-    for files, lanes in ((3, 2), (6, 4)):
-        stream = PairStream(write(files), shuffle_buffer=4)
-        pairs = StreamedPairs(stream, PixelLoader(8, 8), lanes=lanes, batch_size=2, batches_per_epoch=12)
-        seen = [item.pair.pair_id for n in range(12) for item in pairs.__getitems__([n])]
-        assert sorted(seen) == NAMES
-        for file in Path(stream._place).glob("*.parquet"):
-            file.unlink()
+@pytest.mark.parametrize(("files", "lanes"), [(3, 2), (6, 4)])
+def test_the_first_pass_of_all_lanes_holds_every_row_though_files_do_not_divide(write, files, lanes) -> None:
+    data = module(write(files), shuffle_buffer=4, num_workers=lanes, batch_size=2, batches_per_epoch=12)
+    pairs = data.datasets["train"]
+    assert sorted(item.pair.pair_id for n in range(12) for item in pairs.__getitems__([n])) == NAMES
 
 
 def test_pairs_hold_the_bytes_of_the_file(write, jpeg) -> None:
@@ -118,19 +113,6 @@ def test_a_run_goes_on_where_it_stopped(write) -> None:
         assert rest + [batch.pair_ids for batch in again] == whole[stop : 4 * (epoch + 2)]
 
 
-def test_an_epoch_that_is_broken_off_does_not_move_the_next_one(write) -> None:
-    """As by limit_train_batches; how many batches loader processes have taken ahead by then is chance."""
-    whole = batches(module(source := write()), epochs=2)
-    loader = module(source).train_dataloader()
-    next(iter(loader))
-    state = loader.state_dict()
-    again = module(source).train_dataloader()
-    again.load_state_dict(state)
-    for one in (loader, again):
-        one.sampler.set_epoch(1)
-        assert [batch.pair_ids for batch in one] == whole[4:]
-
-
 def test_rows_before_the_place_are_not_decoded(write, monkeypatch) -> None:
     loader = module(source := write()).train_dataloader()
     state = {**loader.state_dict(), "batches": 3, "used": 3}
@@ -146,7 +128,6 @@ def test_rows_before_the_place_are_not_decoded(write, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 4}, r"data\.batch_size is 4, but 3 in the checkpoint"),
         ({"num_workers": 2}, r"data\.num_workers is 2, but 0 in the checkpoint"),
         ({"shuffle_buffer": 3}, r"data\.train\.shuffle_buffer is 3, but 256 in the checkpoint"),
         ({"seed": 6}, r"seed_everything \(or data\.seed\) is 6, but 5"),
@@ -157,7 +138,7 @@ def test_another_order_is_refused(write, change, message) -> None:
     state = module(source).train_dataloader().state_dict()
     with pytest.raises(InputError, match=message):
         module(source, **change).train_dataloader().load_state_dict(state)
-    with pytest.raises(InputError, match=r"trainer\.devices: the run has 1 ranks, but had 8; a stream goes on"):
+    with pytest.raises(InputError, match=r"trainer\.devices is 1, but 8 in the checkpoint"):
         module(source).train_dataloader().load_state_dict({**state, "world_size": 8})
 
 
@@ -165,7 +146,7 @@ def test_another_order_is_refused(write, change, message) -> None:
 def test_worker_processes_read_their_own_lanes(write) -> None:
     source = write()
     with_workers = batches(module(source, num_workers=2, batches_per_epoch=5), epochs=2)
-    lanes = StreamedPairs(PairStream(source), PixelLoader(8, 8), lanes=2, batch_size=3, batches_per_epoch=5, seed=5)
+    lanes = module(source, num_workers=2, batches_per_epoch=5).datasets["train"]
     alone = [tuple(item.pair.pair_id for item in lanes.__getitems__([n])) for n in (*range(5), *range(6, 11))]
     assert [sorted(batch) for batch in with_workers] == [sorted(batch) for batch in alone]
     assert len({name for batch in alone[:4] for name in batch}) == 12
@@ -185,48 +166,30 @@ def test_bad_rows_follow_on_error(write) -> None:
     bad = {"row3": {"chosen": {"bytes": b"no image", "path": None}}, "row5": {"prompt": "x" * 99}}
     source = write(**bad)
     options = {"shuffle_buffer": 1, "max_prompt_chars": 50}
-    stream = PairStream(source, on_error="raise", **options)
     with pytest.raises(InputError, match="prompt has 99 characters, more than max_prompt_chars=50; correct the row"):
-        names(stream)
-    settings: dict[str, Any] = {"lanes": 1, "batch_size": 4, "batches_per_epoch": 6}
+        names(PairStream(source, on_error="raise", **options))
+    settings: dict[str, Any] = {"batch_size": 4, "batches_per_epoch": 6, **options}
     with pytest.raises(ImageError, match=r"data\.train: 03: image .*; replace the file, or set data\.on_error"):
-        StreamedPairs(stream, PixelLoader(8, 8), **settings).__getitems__([0])
+        module(source, **settings).datasets["train"].__getitems__([0])
     for on_error in ("skip", "placeholder"):
-        pairs = StreamedPairs(PairStream(source, on_error=on_error, **options), PixelLoader(8, 8), **settings)
+        pairs = module(source, stream_on_error=on_error, **settings).datasets["train"]
         kinds = Counter(type(item).__name__ for n in range(5) for item in pairs.__getitems__([n]))
         assert kinds == {"LoadedPair": 19, "SkippedPair": 1}
         assert (pairs.skipped()["images not read"], pairs.skipped().total()) == (1, 2)
-
-
-def elsewhere(folder: Path) -> str:
-    """A parquet file whose images are places on the hub."""
-    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    image = pa.array([{"bytes": None, "path": "hf://a/b.jpg"}], kind)
-    pq.write_table(pa.table({"prompt": ["x"], "chosen": image, "rejected": image}), folder / "elsewhere.parquet")
-    return str(folder / "elsewhere.parquet")
 
 
 def test_what_a_stream_cannot_do_is_one_line(write, tmp_path) -> None:
     source = write()
     stream = PairStream(source)
     cases = [
-        (lambda: PreferenceDataModule(8, train=stream), "PairStream: a stream has no number of rows; read"),
-        (lambda: module(source, shared_prompts="raise"), r"data\.shared_prompts: raise needs all prompts"),
+        (lambda: PreferenceDataModule(8, train=stream), "PairStream: a stream has no number of rows"),
         (lambda: module(source, batches_per_epoch=0), r"data\.batches_per_epoch is 0"),
-        (lambda: StreamedPreferenceDataModule(8).train_dataloader(), r"data\.train is not set"),
-        (lambda: PairStream(source, shuffle_buffer=0), "shuffle_buffer is 0"),
+        (lambda: module(source, frames=5), r"need rows with numbers"),
         (lambda: PairStream(source, "test"), r"split: no test-\*\.parquet or test\.parquet"),
         (lambda: PairStream(str(tmp_path / "nowhere")), "source: no folder"),
         (lambda: PairStream("no/such-set"), "source: 'no/such-set' cannot be streamed"),
-        (lambda: PairStream(5), "source is a int; give a hub id"),
-        (lambda: PairStream(source, columns={"promt": "prompt"}), "no field 'promt'; did you mean 'prompt'"),
-        (lambda: PairStream(source, columns={"prompt": "text"}), r"columns\.prompt: no column 'text'"),
         (lambda: PairStream(source, columns={"chosen": "pair_id"}), "column pair_id holds '00', not an image's bytes"),
-        (lambda: PairStream(elsewhere(tmp_path)), r"column chosen holds \{.*'hf://a/b.jpg'.*, not an image's bytes"),
-        (
-            lambda: PairStream(Dataset.from_dict({"x": [1]}).to_iterable_dataset()),
-            r"no column prompt \(it has x\); name it",
-        ),
+        (lambda: PairStream(Dataset.from_dict({"x": [1]}).to_iterable_dataset()), r"no column prompt \(it has x\)"),
         (lambda: PairStream(IterableDataset.from_generator(lambda: iter(()))), "has no rows"),
     ]
     for call, message in cases:
@@ -254,14 +217,6 @@ def test_batches_of_a_stream_hold_the_pictures_to_edit(tmp_path, jpeg) -> None:
     expected = [PixelLoader(8, 8)(source) for prompt in batch.prompts for source in sources_of(prompt)[:1]]
     assert torch.equal(batch.sources[0], torch.stack(expected))
     assert len(set(batch.prompts)) == 3
-    val = JSONLPairReader(str(write_lines(tmp_path, jpeg)))
-    data = module(str(tmp_path), shuffle_buffer=1, val=val)
-    assert len({*data.train_dataloader().dataset.apart}) == 1  # its text without pictures is no prompt of the stream
-    assert next(iter(data.train_dataloader())).pair_ids == batch.pair_ids
-    rows[2]["source_images"][1]["bytes"] = b"garbage"
-    Dataset.from_list(rows, features).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ImageError, match=r"data\.train: 02: image .*: unknown image format"):
-        next(iter(module(str(tmp_path), shuffle_buffer=1).train_dataloader()))
 
 
 def test_pairs_of_a_batch_edit_equally_many_pictures(tmp_path, jpeg) -> None:
@@ -289,10 +244,3 @@ def test_pairs_of_a_batch_edit_equally_many_pictures(tmp_path, jpeg) -> None:
     data.trainer = None
     assert {(len(batch.sources), len(batch)) for batch in data.train_dataloader()} == {(1, 3)}
     assert data.datasets["train"].skipped()["wrong number of pictures to edit"] >= 12
-
-
-def write_lines(folder: Path, jpeg) -> Path:
-    (folder / "a.jpg").write_bytes(jpeg())
-    row = {"prompt": "make it red", "chosen": "a.jpg", "rejected": "a.jpg"}
-    (folder / "val.jsonl").write_text(json.dumps(row))
-    return folder / "val.jsonl"

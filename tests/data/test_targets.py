@@ -29,11 +29,9 @@ from latentreward.data.dataset import is_turned
 from latentreward.data.score_table import check_targets
 from latentreward.diffusion import CachedPreferenceDataModule, CachedSplit
 from latentreward.reward import LabelLoss, PreferenceLoss, RankingDistillation, TieLoss
-from latentreward.tinyworld import TinyWorldDataModule
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-QUICK = ("--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--data.batch_size=4", "--data.num_workers=0")
 
 
 def write_table(path: Path, names: Sequence[str], **columns: Sequence[tuple[float, float]]) -> str:
@@ -210,15 +208,6 @@ def test_values_that_cannot_be_learned_are_named(
         ScoreTargets({"train": table}, ["score"], standardise=False).values("train", reader)
 
 
-def test_images_without_a_value_are_counted(
-    reader: PairReader, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    names = [reader[row].pair_id for row in range(len(reader))]
-    table = write_table(tmp_path / "scores.csv", names[:6], score=[*numbers(5), (1.0, "")])
-    ScoreTargets({"train": table}, ["score"]).values("train", reader)
-    assert "5 of 16 images of data.train have no value, and are left out of the loss" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("loss", "values", "message"),
     [
@@ -237,30 +226,3 @@ def test_a_loss_says_before_the_first_batch_what_it_cannot_take(
     check_targets(module, datasets, "test")
     with pytest.raises(InputError, match=message) if message else nullcontext():
         check_targets(module, datasets, "fit")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", ["RegressionDistillation", "RankingDistillation"])
-def test_a_run_learns_from_a_table(
-    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The command line's run, in which validation without a table is refused in one line."""
-    monkeypatch.chdir(tmp_path)
-    TinyWorldDataModule("world", train_pairs=8, val_pairs=4)
-    tables = {}
-    for split, name in (("train", "train"), ("val", "validation")):
-        reader = PickAPicReader("world", name, weight="equal")
-        tables[split] = write_table(tmp_path / f"{split}.csv", reader.pair_ids(), teacher=numbers(len(reader)))
-    targets = {"tables": tables, "columns": ["teacher"]}
-    Path("data.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"targets": targets}}}))
-    files = "model/pavrm_tiny", "data/tinyworld_pickapic", "trainer/cpu"
-    configs = [f"--config={CONFIGS / file}.yaml" for file in files]
-    sizes = "--data.root=world", "--data.train_pairs=8", "--data.val_pairs=4"
-    quick = [*QUICK, *sizes, f"--model.loss={loss}", "--trainer.enable_progress_bar=false"]
-    main(["fit", *configs, "--config=data.yaml", *quick])
-    Path("train.yaml").write_text(
-        yaml.safe_dump({"data": {"init_args": {"targets": {**targets, "tables": {"train": tables["train"]}}}}})
-    )
-    with pytest.raises(SystemExit):
-        main(["fit", *configs, "--config=train.yaml", *quick])
-    assert f"data.targets.tables.val: {loss} needs given values of this split" in capsys.readouterr().err

@@ -80,7 +80,8 @@ CAPTIONS = {"captions.jsonl": {"name": "1", "prompt": "x"}}
 HPDV2 = {"prompt": "x", "image_path": ["1.png", "2.png"], "rank": [1, 2]}
 HPDV3 = {"prompt": "x", "path1": "1.png", "path2": "2.png"}
 RANKED = {"id": "1", "prompt": "x", "generations": ["1.png", "2.png"], "ranking": [1, 2]}
-DB = [{"image_path": f"images/train/train_1/{n}.png", "prompt_id": "1", "prompt": "x", "rank": n} for n in (1, 2)]
+PATHS = [f"images/train/train_1/{n}.png" for n in (1, 2)]
+DB = parquet({"image_path": PATHS, "prompt_id": ["1"] * 2, "prompt": ["x"] * 2, "rank": [1, 2]})
 PICTURES = {"1.png": png(), "2.png": png()}
 SAMPLE = {"1.jpg_0.jpg": png(), "1.jpg_1.jpg": png(), "1.label_0.txt": b"1", "1.label_1.txt": b"0"}
 EDIT = {"key": "k", "instruction": "x", "input_image": "1.png", "output_images": ["1.png", "2.png"]}
@@ -98,8 +99,12 @@ READERS: list[tuple[str, dict[str, Any], Callable[..., RowReader]]] = [
     ("test.json", {"test.json": [RANKED], **within("test_images", PICTURES)}, ImageRewardReader),
     ("test_images", {"test.json": [RANKED], **within("test_images", PICTURES)}, ImageRewardReader),
     *(
-        (name, within("images/train/train_1", {"train_1.json": DB, **PICTURES}), partial(ImageRewardDBReader, **TRAIN))
-        for name in ("images", "images/train/train_1", "images/train/train_1/train_1.json")
+        (
+            name,
+            within("images/train/train_1", PICTURES) | {"metadata-train.parquet": DB},
+            partial(ImageRewardDBReader, **TRAIN),
+        )
+        for name in ("images", "images/train/train_1", "metadata-train.parquet")
     ),
 ]
 

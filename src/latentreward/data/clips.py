@@ -124,10 +124,7 @@ class ClipLoader(PixelLoader):
             check_pixels(image, frame.size[::-1], self.max_pixels)
             pixels += math.prod(frame.size)
             if pixels > MAX_DECODED_PIXELS:
-                detail = (
-                    f"more than {MAX_DECODED_PIXELS} pixels in {taken / self.fps:g} s; give fewer or smaller frames"
-                )
-                raise image_error(image, TOO_LARGE, detail)
+                raise image_error(image, TOO_LARGE, f"more than {MAX_DECODED_PIXELS} pixels; give smaller frames")
             if before is None:
                 first = frame.start
             elif frame.start < before.start:

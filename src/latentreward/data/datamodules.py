@@ -229,13 +229,10 @@ class PreferenceDataModule(PairLoaders):
         return ResumableLoader(dataset, sampler, collate_fn=collate_pairs, **self._worker_settings())
 
     def teardown(self, stage: str) -> None:
-        """Log, for each split, the numbers of pairs with unreadable images by reason, and of frames not used."""
+        """Log, for each split, the numbers of pairs with unreadable images by reason."""
         for name, dataset in self.datasets.items():
             if skipped := dataset.skipped():
                 logger.warning("data.%s: images not read on this rank: %s", name, count_text(skipped))
-            if clips := int((dataset.unused > 0).sum()):
-                text = "data.%s: %d clips on this rank are longer than frames=%d; %d frames were not used"
-                logger.warning(text, name, clips, self._frames, int(dataset.unused.sum()))
 
     def evaluation_loading(self, dataset: PairDataset) -> dict[str, Any]:
         shares = shares_of(self.trainer)

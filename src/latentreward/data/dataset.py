@@ -29,10 +29,6 @@ from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR, OnError,
 logger = logging.getLogger(__name__)
 
 
-def any_prompt(prompt: str) -> None:
-    """Accept any prompt."""
-
-
 @dataclass(frozen=True)
 class LoadedPair:
     """A preference pair with its decoded pixels."""
@@ -71,7 +67,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
 
     taken: tuple[int, int | None] = (0, None)  # least and largest number of pictures to edit; None for any number
     # Raises InputError for a prompt that the network's text encoder does not take.
-    check_prompt: Callable[[str], None] = staticmethod(any_prompt)
+    check_prompt: Callable[[str], None] | None = None
 
     def __init__(
         self,
@@ -93,8 +89,6 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         self.rows = np.arange(len(reader)) if rows is None else np.asarray(rows)
         # Per row: 0, or 1 + index of the problem in IMAGE_PROBLEMS. Shared memory, because worker processes write it.
         self._problems = torch.zeros(len(self.rows), dtype=torch.uint8).share_memory_()
-        # Of both clips of each row, the frames that are read and not used; nothing for images.
-        self.unused = torch.zeros(len(self.rows) if clips else 0, 2, dtype=torch.int32).share_memory_()
         self._warned, self._in_a_row = False, 0
         self.targets = targets
 
@@ -139,17 +133,13 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         """
         try:
             check_taken(pair.prompt, self.taken)
-            if isinstance(self.loader, ClipLoader):
-                clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)
-                self.unused[place] = torch.tensor([clip.unused for clip in clips])
-                loaded = LoadedPair(pair, clips[0].pixels, clips[1].pixels, targets)
-            else:
-                if sources := sources_of(pair.prompt):  # as text encoders see them
-                    pictures = {"exif": self.loader.exif, "max_pixels": self.loader.max_pixels}
-                    pair = replace(pair, prompt=seen_as(pair.prompt, **pictures))
+            if sources := sources_of(pair.prompt):  # as text encoders see them
+                pictures = {"exif": self.loader.exif, "max_pixels": self.loader.max_pixels}
+                pair = replace(pair, prompt=seen_as(pair.prompt, **pictures))
+            if self.check_prompt is not None:
                 check_edit(pair.prompt, self.check_prompt)
-                edited = tuple(map(self.loader, sources))
-                loaded = LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, edited)
+            edited = tuple(map(self.loader, sources))
+            loaded = LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets, edited)
         except ImageError as error:
             return self._without(pair, place, error, targets)
         self._in_a_row = 0

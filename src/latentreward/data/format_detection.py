@@ -15,7 +15,6 @@ from latentreward.data.readers.dataset_pairs import DatasetPairReader, JSONLPair
 from latentreward.data.readers.diffusion_rm import DiffusionRMReader
 from latentreward.data.readers.edits import EditPairReader, find_layout
 from latentreward.data.readers.folders import CAPTIONS_FILE, SIDES, FolderPairReader
-from latentreward.data.readers.pair_rows import BY_LABEL, WINNER_FIRST
 from latentreward.data.readers.published import (
     GenAIBenchCMUReader,
     GenAIBenchReader,
@@ -25,10 +24,10 @@ from latentreward.data.readers.published import (
     ImageRewardReader,
     PickAPicReader,
 )
+from latentreward.data.readers.rows import BY_LABEL, WINNER_FIRST
 from latentreward.data.readers.tables import (
     LISTS,
     ParquetPart,
-    nested_pattern,
     open_part,
 )
 from latentreward.data.readers.tars import PickAPicTarReader
@@ -49,25 +48,19 @@ EXPECTED = (
 
 def recognise(data: str) -> Splits:
     """Find the readers for a folder or file, by split, in the order train…, val…, test…, others."""
-    path = Path(data)
-    if not path.exists():
+    if not (path := Path(data)).exists():
         raise InputError(f"data: no folder or file {data!r}; name a data set of the hub as --reader CLASS with its id")
     for find in FORMATS:
         if splits := find(path):
             starts = ("train", "val", "test", "")
             return {name: splits[name] for start in starts for name in sorted(splits) if name.startswith(start)}
-    if any((path / name).is_file() for name in ("spec.json", "plan.json")):
-        told = f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`"
-        raise InputError(f"{told}, and inspect the data set it was written from")
     columns = _keys(path) if path.suffix.lower() in (".csv", ".tsv") else set().union(*next(_tables(path), {}).values())
     if columns:
         told = f"a table whose columns no reader knows: {quoted(', '.join(sorted(columns)[:NAMED_COLUMNS]))}"
         flags = f"DatasetPairReader --reader.source {shlex.quote(data)} --reader.columns '{{prompt: COLUMN, ...}}'"
         raise InputError(f"data: {data} is {told}; name those of a pair by --reader {flags}")
-    remedy = "check the folder, or name your class with --reader CLASS"
-    if pattern := nested_pattern(path):
-        remedy = f"read its tables by --reader DatasetPairReader and a pattern as --reader.source{pattern}"
-    raise InputError(f"data: {data} is none of {EXPECTED}; {remedy}")
+    told = f"data: {data} is none of {EXPECTED}; check the folder, or name your class with --reader CLASS"
+    raise InputError(f"{told}, such as DatasetPairReader with a pattern of files")
 
 
 def choose_splits(splits: Splits, names: Iterable[str]) -> Splits:
@@ -120,8 +113,7 @@ def _by_columns(names: set[str], source: str, split: str) -> Callable[..., PairR
 
 
 def _imagereward_db(path: Path) -> Splits:
-    splits = {file.stem.removeprefix("metadata-") for file in find_files(path, "metadata-*.parquet")}
-    splits |= {file.parent.name for file in find_files(path, "images/*/*.zip")}
+    splits = [file.stem.removeprefix("metadata-") for file in find_files(path, "metadata-*.parquet")]
     return {split: partial(ImageRewardDBReader, str(path), split) for split in splits}
 
 

@@ -152,10 +152,9 @@ def read_images(
     """List images with their prompts from a folder, a pattern, a file or a list; no image is opened.
 
     - Folder: the pictures in the folder and its subfolders, sorted by path. A picture ``NAME.png`` gets its prompt
-      from ``NAME.txt`` beside it. Without such a file, tables in the picture's folder and in the folders above it, up
-      to the source, are searched: ``metadata.jsonl``, ``metadata.csv`` (Hugging Face's imagefolder) and
-      ``captions.jsonl``; the nearest table that names the picture is used. A folder written by
-      ``latentreward generate`` is read by its table ``images.csv`` or ``images.jsonl``.
+      from ``NAME.txt`` beside it; without such a file, from a table in the folder: ``metadata.jsonl``,
+      ``metadata.csv`` (Hugging Face's imagefolder) or ``captions.jsonl``. A folder written by ``latentreward generate``
+      is read by its table ``images.csv`` or ``images.jsonl``.
     - Pattern such as ``pics/**/*.png`` (``**`` matches any subfolders), or one image file: the matching pictures, with
       prompts found as for a folder.
     - List, ``.jsonl``, ``.csv``, ``.tsv`` or a ``.json`` list of objects: one row per image; paths are relative to the
@@ -188,14 +187,16 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
     root, files, remarks = _pictures(source)
     if (given := parse_text(prompt)) is not None:
         return ImageList(source, tuple(ListedImage(_name(file, root), given, str(file)) for file in files), (*remarks,))
-    beside, rows = {file: _caption_beside(file) for file in files}, list[ListedImage]()
-    captions, told = _read_tables(root, beside, columns)
-    for file, found in beside.items():
+    rows, (captions, told) = list[ListedImage](), _read_tables(root, columns)
+    for file in files:
+        try:
+            found: Caption = read_caption(file.with_suffix(".txt")), ""
+        except UnreadableTextError as error:
+            found = None, f"{parse_text(file.stem)}.txt beside it is {error.problem}"
         named = captions.get(one_form(str(file)), captions.get(one_form(str(file.with_suffix(""))), NO_TEXT))
         caption, detail = named if found == NO_TEXT else found
-        problem = BAD_CAPTION if detail else None
-        if caption is None and not detail:
-            problem = NO_PROMPT
+        problem = BAD_CAPTION if detail else NO_PROMPT if caption is None else None
+        if problem == NO_PROMPT:
             detail = f"no {parse_text(file.stem)}.txt beside it, no line in {' or '.join(FOLDER_TABLES)}"
         rows.append(ListedImage(_name(file, root), caption or "", str(file), "", problem, detail))
     if all(row.problem for row in rows):
@@ -259,36 +260,20 @@ def _name(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix().encode("utf-8", "replace").decode()
 
 
-def _caption_beside(picture: Path) -> Caption:
-    try:
-        return read_caption(picture.with_suffix(".txt")), ""
-    except UnreadableTextError as error:
-        return None, f"{parse_text(picture.stem)}.txt beside it is {error.problem}"
+def _read_tables(root: Path, columns: Sequence[str | None]) -> tuple[dict[str, Caption], Iterable[str]]:
+    """Read the tables in a folder of pictures.
 
-
-def _read_tables(
-    root: Path, pictures: Mapping[Path, Caption], columns: Sequence[str | None]
-) -> tuple[dict[str, Caption], Iterable[str]]:
-    """Read the tables in the folders, up to ``root``, of pictures that have no text beside them.
-
-    Returns path, perhaps without suffix, of a picture → its prompt in the nearest table; and messages about lines.
+    Returns path, perhaps without suffix, of a picture → its prompt in the last table that has one; and messages.
     """
     captions, remarks = dict[str, Caption](), dict[str, None]()
-    known = {one_form(str(name)) for file in pictures for name in (file, file.with_suffix(""))}
-    alone = (file for file, beside in pictures.items() if beside == NO_TEXT)
-    folders = {folder for file in alone for folder in file.parents if folder.is_relative_to(root)}
-    for table in (folder / name for folder in sorted(folders) for name in FOLDER_TABLES if (folder / name).is_file()):
-        lines = read_objects(table)
+    for table in (root / name for name in FOLDER_TABLES if (root / name).is_file()):
+        lines, found = read_objects(table), dict[str, Caption]()
         image, text = find_columns(table, lines, columns)
-        found = dict[str, Caption]()
         for line, row in lines:
-            listed = _listed(table, line, row, image, text, None, str(table.parent))
-            name = one_form(listed.path)
+            listed = _listed(table, line, row, image, text, None, str(root))
             if listed.problem:
                 remarks[f"{table}: {listed.detail}"] = None
-                continue
-            note_caption(found, name, listed.prompt, table.name)
-            if name not in known and not any(os.path.lexists(f"{listed.path}{suffix}") for suffix in ("", *SUFFIXES)):
-                remarks[f"{table.parent}: no picture {short(listed.name)}"] = None
+            else:
+                note_caption(found, one_form(listed.path), listed.prompt, table.name)
         captions |= found
     return captions, remarks

@@ -38,15 +38,15 @@ class Bucket(NamedTuple):
 
 
 def sort_buckets(sizes: Sequence[tuple[int, int]]) -> tuple[Bucket, ...]:
-    """Return buckets of (height, width) in pixels by ascending area; those of equal area keep their order."""
+    """Return the distinct buckets of (height, width) in pixels by area; those of equal area keep their order."""
     if not sizes:
         raise InputError("buckets: none given; give at least one [height, width]")
-    for number, (height, width) in enumerate(sizes):
+    for height, width in sizes:
         if height < 1 or width < 1:
             raise InputError(f"buckets: [{height}, {width}] is not a size; give positive pixels as [height, width]")
-        if (height, width) in [(*size,) for size in sizes[:number]]:
-            raise InputError(f"buckets: [{height}, {width}] is given twice; leave one out")
-    return tuple(sorted((Bucket(height, width) for height, width in sizes), key=lambda bucket: bucket.area))
+    return tuple(
+        sorted(dict.fromkeys(Bucket(height, width) for height, width in sizes), key=lambda bucket: bucket.area)
+    )
 
 
 SQUARE = [(256, 256), (512, 512), (1024, 1024)]
@@ -140,4 +140,4 @@ class NearestBucket(ImageSizes):
         return assign_bucket(height, width, self._sorted(), min_pixels=0) is not None
 
     def _sorted(self) -> tuple[Bucket, ...]:
-        return sort_buckets(tuple(dict.fromkeys((height, width) for height, width in self.buckets)))
+        return sort_buckets(self.buckets)

@@ -58,8 +58,6 @@ ORIENTATION_TAGS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_SCANS = 100
 """Greatest number of scans of a JPEG; cameras and programs write up to some 20, and each one costs a pass over it."""
-BASE64 = re.compile(r"(data:image/[\w.+-]+;base64,|[\w+/-]{200})[\w+/=\s-]*")
-"""Image as base64 text, in the place of a path; no path has so many characters without a dot."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 EIGHT_BITS = tuple((level + 128) // 257 for level in range(65536))
 """Table of 8-bit levels, indexed by 16-bit level."""
@@ -294,8 +292,6 @@ def open_source(image: ImageRef) -> BytesIO | Path:
     path = image.path
     if path is None:
         raise image_error(image, NO_IMAGE, "the row has none")
-    if BASE64.fullmatch(image.image_key):
-        raise image_error(image, NO_IMAGE, "base64 text, not a path; write the image to a file")
     if image.root is not None:
         path = resolve_inside(image.root, path)
         if path is None:

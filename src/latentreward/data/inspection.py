@@ -51,8 +51,6 @@ class ImageCounts:
     unreadable_rows: Counter[str] = field(default_factory=Counter)  # by the problem of the row's first such image
     unreadable: int = 0  # images
     first_unreadable: list[str] = field(default_factory=list)  # row (from 0), pair and error of the first few
-    same_image: int = 0  # rows with the same image on both sides
-    contradicted: int = 0  # rows whose label contradicts that of an earlier row of the same prompt and images
 
 
 @dataclass
@@ -68,7 +66,7 @@ class SplitCounts:
     images: ImageCounts | None  # None if the reader has no images or no rows were to be examined
     skipped: Counter[str]  # rows that the reader left out, by reason
     remarks: Counter[str]  # rows that the reader kept with a remark, e.g. without their label, by reason
-    named: dict[str, list[str]]  # pairs of the first few of these rows, by reason
+    first_problem: str  # name and problem of the first row that was left out; empty without one
 
 
 class ImageCensus:
@@ -78,7 +76,6 @@ class ImageCensus:
         self.decode, self.exif = decode, exif
         self.counts = ImageCounts()
         self._problems: dict[str, str] = {}  # name of an image → its problem, empty without one
-        self._first_wins: dict[int, bool] = {}  # hash of prompt and image names → whether the first name by order wins
 
     def add(self, pair: PreferencePair) -> None:
         """Count a row, and those of its images that occurred in no earlier row."""
@@ -86,13 +83,6 @@ class ImageCensus:
         if problems := [*filter(None, [self._look_at(image, pair.pair_id) for image in images])]:
             self.counts.unreadable_rows[problems[0]] += 1
         self.counts.rows += 1
-        names = pair.image_a.image_key, pair.image_b.image_key
-        if names[0] and names[0] == names[1]:
-            self.counts.same_image += 1
-        elif all(names) and pair.label_a is not None and pair.label_a != 0.5:
-            first_wins = names[pair.label_a < 0.5] == min(names)
-            row = hash((pair.prompt, frozenset(names)))
-            self.counts.contradicted += self._first_wins.setdefault(row, first_wins) != first_wins
 
     def _look_at(self, image: ImageRef, pair_id: str) -> str:
         if image.image_key and image.image_key in self._problems:
@@ -132,29 +122,20 @@ def inspect_reader(name: str, reader: PairReader, decode: bool = False, limit: i
         for row in range(total):
             census.add(reader[row])
             progress.add()
-    prompts = reader.prompts()
+    prompts, labels = reader.prompts(), reader.labels()
+    won = {"a wins": labels > 0.5, "b wins": labels < 0.5, "ties": labels == 0.5, "unlabelled": np.isnan(labels)}
     return SplitCounts(
         name=name,
         reader=type(reader).__name__,
         rows=len(reader),
-        labels=count_labels(reader.labels()),
+        labels={name: int(rows.sum()) for name, rows in won.items()},
         edits=sum(bool(sources_of(prompt)) for prompt in prompts),
         distinct_prompts=len(set(prompts)),
         images=census.counts if total else None,
         skipped=Counter(reader.skipped),
         remarks=Counter(reader.remarks),
-        named=dict(reader.named),
+        first_problem=reader.first_problem,
     )
-
-
-def count_labels(labels: np.ndarray) -> dict[str, int]:
-    """Count rows by winner, from ``label_a`` ``(N,)`` with NaN for unlabelled rows."""
-    return {
-        "a wins": int((labels > 0.5).sum()),
-        "b wins": int((labels < 0.5).sum()),
-        "ties": int((labels == 0.5).sum()),
-        "unlabelled": int(np.isnan(labels).sum()),
-    }
 
 
 def shared_prompts(first: Sequence[str], second: Sequence[str]) -> list[int]:
@@ -195,16 +176,16 @@ class Report:
             rows = dict(sorted(rows.items(), key=lambda row: (row[0] == OTHER_SIZES, -sum(row[1]))))
             return table(title, [split.name for split in self.splits], rows) or (f"{title}: none" if none else "")
 
-        named = [f"{one.name}, {why}: {', '.join(ids)}" for one in self.splits for why, ids in one.named.items()]
+        first = [f"{split.name}: {split.first_problem}" for split in self.splits if split.first_problem]
         sections = [
             f"{self.data} ({', '.join(dict.fromkeys(split.reader for split in self.splits))})",
             *(f"split {name} was not read: {problem}" for name, problem in self.unread.items()),
-            table("", [split.name for split in self.splits], overview(self.splits)),
+            table("", [split.name for split in self.splits], _overview(self.splits)),
             SIDES,
-            counts("Sizes (height x width, most frequent)", lambda split: frequent_sizes(split.images), none=False),
+            counts("Sizes (height x width, most frequent)", lambda split: _frequent_sizes(split.images), none=False),
             counts("Rows left out", lambda split: split.skipped),
             counts("Rows kept with a remark", lambda split: split.remarks, none=False),
-            "\n".join(["The first of these rows", *named] if named else []),
+            "\n".join(["The first row left out", *first] if first else []),
             counts(
                 f"Rows with unreadable images ({how})",
                 lambda split: split.images.unreadable_rows if split.images else {},
@@ -222,28 +203,25 @@ def table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[object
     return "\n".join(filter(None, [title, text])) if rows else ""
 
 
-def overview(splits: Sequence[SplitCounts]) -> dict[str, list[object]]:
+def _overview(splits: Sequence[SplitCounts]) -> dict[str, list[object]]:
     """Return the table rows of rows, labels, prompts and images of each split."""
+
+    def shares(numbers: Sequence[int]) -> list[object]:
+        pairs = zip(numbers, splits, strict=True)
+        return [f"{n} ({100 * n / one.rows:.1f} %)" if one.rows else str(n) for n, one in pairs]
+
     rows: dict[str, list[object]] = {"rows": [split.rows for split in splits]}
     for label in splits[0].labels if splits else ():
-        rows[f"  {label}"] = [_with_share(split.labels[label], split.rows) for split in splits]
+        rows[f"  {label}"] = shares([split.labels[label] for split in splits])
     if any(split.edits for split in splits):
-        rows["edits"] = [_with_share(split.edits, split.rows) for split in splits]
+        rows["edits"] = shares([split.edits for split in splits])
     rows["distinct prompts"] = [split.distinct_prompts for split in splits]
     rows["rows whose images were looked at"] = [split.images.rows if split.images else NOTHING for split in splits]
     rows["distinct images, by name"] = [split.images.distinct if split.images else NOTHING for split in splits]
-    odd = {"same image on both sides": "same_image", "label contradicts an earlier row": "contradicted"}
-    for title, name in odd.items():
-        if any(found := [getattr(split.images, name, 0) for split in splits]):
-            rows[title] = found
     return rows
 
 
-def _with_share(number: int, total: int) -> str:
-    return f"{number} ({100 * number / total:.1f} %)" if total else str(number)
-
-
-def frequent_sizes(images: ImageCounts | None) -> dict[str, int]:
+def _frequent_sizes(images: ImageCounts | None) -> dict[str, int]:
     """Return the numbers of images of the most frequent sizes, and of all others."""
     sizes = images.sizes if images else Counter[str]()
     frequent = dict(sizes.most_common(MOST_SIZES))

@@ -201,7 +201,8 @@ class ResumableLoader(WorkerLoader):
 
 def check_same_order(state_dict: Mapping[str, Any], **settings: Any) -> None:
     """Raise InputError if a state was saved under other settings of the order: the rest would repeat and skip pairs."""
-    fields = {"seed": "seed_everything (or data.seed)", "shuffle_buffer": "data.train.shuffle_buffer"}
+    fields = {"seed": "seed_everything (or data.seed)", "world_size": "trainer.devices"}
+    fields["shuffle_buffer"] = "data.train.shuffle_buffer"
     for name, value in settings.items():
         if (saved := state_dict[name]) != value:
             raise InputError(

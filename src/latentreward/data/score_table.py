@@ -68,8 +68,9 @@ class ScoreTable:
         kinds = dict(zip(names, self._table.schema.types, strict=True))
         numeric = (pa.types.is_floating, pa.types.is_integer, pa.types.is_null)
         held = {name for name, kind in kinds.items() if any(holds(kind) for holds in numeric)}
-        sides = [name for name in scorers if held.issuperset(self._columns(name))]
-        self.scorers = tuple(dict.fromkeys([*gaps, *sides]))
+        self.scorers = tuple(
+            dict.fromkeys([*gaps, *(name for name in scorers if held.issuperset(self._columns(name)))])
+        )
         if not self.scorers:
             told = "no column NAME_gap, nor NAME_a and NAME_b, nor NAME_chosen and NAME_rejected"
             raise InputError(f"{self.path}: {told}; it has {', '.join(names)}")
@@ -247,9 +248,8 @@ class ScoreTargets:
             raise InputError(f"data.targets.{missing} is empty; name at least one, or leave targets out")
         if unknown := [name for name in self.tables if name not in SPLITS]:
             raise InputError(f"data.targets.tables: there is no split {unknown[0]!r}{did_you_mean(unknown[0], SPLITS)}")
-        if self.uncertainties and len(self.uncertainties) != len(self.columns):
-            told = f"{len(self.uncertainties)} names for {len(self.columns)} columns"
-            raise InputError(f"data.targets.uncertainties has {told}; name one for each, or none")
+        if len(self.uncertainties) not in (0, len(self.columns)):
+            raise InputError("data.targets.uncertainties: name one for each of columns, or none")
         if self.standardise and "train" not in self.tables:
             told = "data.targets.tables has no train, over which columns are z-scored"
             raise InputError(f"{told}; add it or set standardise: false")
@@ -270,8 +270,9 @@ class ScoreTargets:
         if missing.all():
             raise InputError(f"{table.path}: no image of data.{split} has a value of {', '.join(self.columns)}")
         if missing.any():
-            told = "%s: %d of %d images of data.%s have no value, and are left out of the loss"
-            logger.warning(told, table.path, missing.sum(), missing.size, split)
+            logger.warning(
+                "%s: %d of %d images of data.%s have no value", table.path, missing.sum(), missing.size, split
+            )
         mean, scale = self._scales()
         parts = [(values - mean) / scale]
         if self.uncertainties:
@@ -366,15 +367,13 @@ class MPCF:
 
     def floors_in_use(self) -> dict[str, float]:
         """Return scorer → floor: ``floors`` if set, else those of the strategy."""
-        if self.floors is not None:
-            return dict(self.floors)
-        return {"aesthetic": AESTHETIC_FLOORS[self.strategy], "clipscore": 0.0, "vqascore": 0.0}
+        published = {"aesthetic": AESTHETIC_FLOORS[self.strategy], "clipscore": 0.0, "vqascore": 0.0}
+        return dict(published if self.floors is None else self.floors)
 
     def limits_in_use(self) -> dict[str, float]:
         """Return scorer → limit for ties: ``tie_limits`` if set, else those of the released code."""
-        if self.tie_limits is not None:
-            return dict(self.tie_limits)
-        return {name: TIE_LIMITS[name] for name in self.floors_in_use() if name in TIE_LIMITS}
+        released = {name: TIE_LIMITS[name] for name in self.floors_in_use() if name in TIE_LIMITS}
+        return dict(released if self.tie_limits is None else self.tie_limits)
 
 
 def select_consistent(gaps: PairGaps, rule: MPCF) -> tuple[np.ndarray, Counter[str]]:

@@ -1,7 +1,6 @@
 """Readers of some rows of another reader: a fixed random cut, or rows of which no prompt is in two splits."""
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Literal
@@ -91,13 +90,10 @@ def select_rows(
             )
         selected[name] = np.flatnonzero(labelled & ~shared)
         if not len(selected[name]):
-            remarks = (re.fullmatch(r"unlabelled \((.*)\)", remark) for remark in reader.remarks)
-            why = "; ".join(remark[1] for remark in remarks if remark)
-            unlabelled = "are unlabelled" + (f" ({why})" if why else "")
-            causes = [((~labelled).sum(), unlabelled, remedy), ((labelled & shared).sum(), have, KEEP)]
-            found = sorted((cause for cause in causes if cause[0]), key=lambda cause: -cause[0])  # most frequent first
+            causes = [(~labelled, "are unlabelled", remedy), (labelled & shared, have, KEEP)]
+            found = [(int(rows.sum()), what, fix) for rows, what, fix in causes if rows.any()]
             told = ", ".join(f"{rows} {what}" for rows, what, _ in found)
-            remedies = ", ".join([*(cause[2] for cause in found), "or give other splits"])
+            remedies = ", ".join([*(fix for *_, fix in found), "or give other splits"])
             emptied[name] = f"data.{name}: none of {len(reader)} rows left{': ' if told else ''}{told}; {remedies}"
         elif shared.any():
             much = (labelled & shared).sum() > MUCH * labelled.sum()

@@ -1,9 +1,8 @@
 """Pairs streamed from a hub data set or parquet files without a copy, and the data module that trains on them."""
 
-import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -18,13 +17,12 @@ from latentreward.core.storage.digests import digest
 from latentreward.core.storage.hub import is_hub_id
 from latentreward.data.datamodules import PreferenceDataModule
 from latentreward.data.dataset import LoadedPair, PairDataset, SkippedPair, collate_pairs
-from latentreward.data.images import COUNT, PixelLoader
+from latentreward.data.images import COUNT
 from latentreward.data.loading import CountedBatches, ResumableLoader, check_same_order, shares_of
-from latentreward.data.readers.base import OnError, count_text, normalise_prompt
+from latentreward.data.readers.base import OnError, normalise_prompt
 from latentreward.data.readers.dataset_pairs import KEYS, SOURCE_KEYS, OwnColumns
-from latentreward.data.readers.json_rows import SOURCES, edit_problem, edit_remark, find_edit_source, short
-from latentreward.data.readers.pair_rows import BY_LABEL, PairRowParser, WholeNumbersError
-from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.json_rows import SOURCES, short
+from latentreward.data.readers.rows import BY_LABEL, PairRowParser, RowReader, WholeNumbersError
 from latentreward.data.readers.tables import (
     DAMAGE,
     ParquetPart,
@@ -38,7 +36,6 @@ from latentreward.data.readers.tables import (
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-logger = logging.getLogger(__name__)
 BAD, UNLABELLED, SHARED, UNREAD = "left out by on_error", "unlabelled", "prompt in another split", "images not read"
 COUNTED = (BAD, UNLABELLED, SHARED, UNREAD, COUNT)
 """What is counted of the rows that a stream has read."""
@@ -84,24 +81,13 @@ class PairStream(RowReader):
         rows = self._open(os.fspath(source) if isinstance(source, os.PathLike) else source, split, revision, config)
         if (first := next(self._guarded(rows), None)) is None:
             raise InputError(f"split: {split!r} of {self._place} has no rows; check the files")
-        told = self.skipped + self.remarks
         # Without types, the names alone choose the columns.
         schema = rows.features.arrow_schema if rows.features else pa.schema(dict.fromkeys(first, pa.string()))
-        self._own = own = OwnColumns(schema, columns or {}, self._place, self.sources)
-        if (edited := find_edit_source(first, own.of.values())) is not None:
-            if self.sources == "read":
-                raise InputError(f"{self._place}: {edit_problem(edited)}, or name it in columns")
-            told[edit_remark(edited)] += 1
-        if told:  # `report` would need the number of rows
-            logger.warning("%s %s: %s", self._place, split, count_text(told))
+        self.own = own = OwnColumns(schema, columns or {}, self._place, self.sources)
         own.embedded = {field for field in (*own.images, SOURCES[0]) if field in own.of}
-        for field in filter(own.of.get, (*own.images, SOURCES[0])):
-            value = first[column := own.of[field]]
-            if field == SOURCES[0] and isinstance(value, list):
-                value = value[0] if value else None
-            held = value.get("bytes", value) if isinstance(value, dict) else value
-            elsewhere = isinstance(value, dict) and held is None and "://" in str(value.get("path"))
-            if not isinstance(held, bytes | None) or elsewhere:
+        for column in (own.of[field] for field in own.images):
+            value = first[column]
+            if not isinstance(value, dict | bytes | None):
                 problem = f"column {column} holds {short(value)}, not an image's bytes"
                 raise InputError(f"{self._place}: {problem}; give it the feature Image, or name another one in columns")
         self._rows = rows.select_columns(sorted({*own.of.values()}))
@@ -116,9 +102,6 @@ class PairStream(RowReader):
 
         if isinstance(source, IterableDataset):
             return source.decode(False) if source.features else source
-        if not isinstance(source, str):
-            told = "give a hub id, a folder, or an IterableDataset of the library datasets"
-            raise InputError(f"source is {self._place}; {told}")
         settings: dict[str, Any] = {"path": source, "name": config, "revision": revision}
         if Path(source).exists() or not is_hub_id(source):
             parts = find_parts(self, source, split, config=config)
@@ -126,24 +109,18 @@ class PairStream(RowReader):
             settings = {"path": "parquet", "data_files": {split: files}, "features": plain_features(parts[0])}
         try:
             rows = load_dataset(**settings, split=split, streaming=True)
-        except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
-            told = f"source: {source!r} cannot be streamed ({first_line(error)})"
-            raise InputError(f"{told}; check id and split") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            told = f"source: {source!r} cannot be streamed ({first_line(error)}); check id and split"
+            raise InputError(told) from error
         return rows.decode(False) if rows.features else rows
 
     def __len__(self) -> NoReturn:
-        told = f"{type(self).__name__}: a stream has no number of rows; read {self._place} by DatasetPairReader"
-        raise InputError(f"{told}, or train on it in StreamedPreferenceDataModule")
+        raise InputError("PairStream: a stream has no number of rows; train on it in StreamedPreferenceDataModule")
 
     @property
     def table(self) -> NoReturn:  # type: ignore[override]
         """Raise InputError: all methods of the base class that need all rows at once read this table."""
         self.__len__()
-
-    @property
-    def edits(self) -> bool:
-        """Whether pairs edit pictures."""
-        return SOURCES[0] in self._own.of
 
     def pairs(self, part: int, parts: int, seed: int, counted: Callable[[str], None]) -> Iterator[PreferencePair]:
         """Yield the labelled pairs of one of several parts of the stream, once, in a random order.
@@ -177,11 +154,11 @@ class PairStream(RowReader):
 
     def _read(self, content: Mapping[str, Any]) -> PreferencePair | None:
         """Check a row, applying ``on_error``, and return its pair; None leaves it out."""
-        given = {field: content[column] for field, column in self._own.of.items()}
-        images = self.embedded_images([given[field] for field in self._own.images], [given.get(key) for key in KEYS])
+        given = {field: content[column] for field, column in self.own.of.items()}
+        images = self.embedded_images([given[field] for field in self.own.images], [given.get(key) for key in KEYS])
         sources = self.embedded_images(given.get(SOURCES[0]), given.get(SOURCE_KEYS))
         name = digest([str(given["prompt"]), *(image.data or image.image_key for image in images)])
-        parsed = self._parser.parse(name, 0, self._own.read(content))
+        parsed = self._parser.parse(name, 0, self.own.read(content))
         return self.make_pair({**parsed[0], "images": images, "sources": sources}) if parsed else None
 
     def _guarded(self, rows: "IterableDataset") -> Iterator[dict[str, Any]]:
@@ -193,46 +170,34 @@ class PairStream(RowReader):
             for batch in rows.iter(batch_size=1):
                 yield {name: values[0] for name, values in batch.items()}
         except DAMAGE as error:
-            told = f"source: {self._place} cannot be read on ({first_line(error)})"
-            raise InputError(f"{told}; check its files") from error
+            told = f"source: {self._place} cannot be read on ({first_line(error)}); check its files"
+            raise InputError(told) from error
 
 
 class StreamedPairs(PairDataset):
     """Batches of a stream by their number, for one rank; consecutive numbers are read without going back.
 
-    The stream is divided into ``lanes``, one for each rank and loader process. Batch ``n`` of a rank comes from its
-    lane ``n`` modulo the number of lanes. A lane goes over its part of the stream again and again, each time in a new
-    order: pass ``n`` by ``seed + n``. Pairs of a batch edit equally many pictures: a pair waits in its lane until there
-    are enough with as many. Pairs whose normalised prompt is in ``apart`` are left out. ``share`` is rank and world
-    size.
+    The stream is divided into lanes, one for each rank and loader process. Batch ``n`` of a rank comes from its lane
+    ``n`` modulo the number of lanes. A lane goes over its part of the stream again and again, each time in a new order:
+    pass ``n`` by ``seed + n``. Pairs of a batch edit equally many pictures: a pair waits in its lane until there are
+    enough with as many. Pairs whose normalised prompt is in ``apart`` are left out.
     """
 
-    def __init__(
-        self,
-        stream: PairStream,
-        loader: PixelLoader,
-        *,
-        lanes: int,
-        batch_size: int,
-        batches_per_epoch: int,
-        apart: Iterable[str] = (),
-        on_error: OnError = "raise",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(stream, loader, (), on_error, "train")
-        if self.on_error == "placeholder":  # no row has a number to keep
-            self.on_error = "skip"
-        self.stream, self.lanes, self.batch_size, self.batches_per_epoch = stream, lanes, batch_size, batches_per_epoch
-        self.apart, self.seed, self.share = frozenset(apart), seed, {"rank": 0, "num_replicas": 1}
+    def __init__(self, stream: PairStream, data: PreferenceDataModule, batches: int, apart: frozenset[str]) -> None:
+        super().__init__(stream, data.loader, (), data.on_error, "train")
+        self.on_error = "skip" if self.on_error == "placeholder" else self.on_error  # no row has a number to keep
+        self.stream, self.batches_per_epoch, self.apart = stream, batches, apart
+        self.lanes, self.batch_size, self.seed = max(1, data.num_workers), data.batch_size, data.seed
+        self.share = {"rank": 0, "num_replicas": 1}
         self._open: dict[int, tuple[Iterator[list[PreferencePair]], int]] = {}  # a lane's batches left, and those taken
         # Of each lane one row, because the processes that read lanes write it.
-        self._counts = torch.zeros(lanes, len(COUNTED), dtype=torch.int64).share_memory_()
+        self._counts = torch.zeros(self.lanes, len(COUNTED), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return self.batch_size * self.batches_per_epoch
 
     def edits(self) -> bool:
-        return self.stream.edits
+        return SOURCES[0] in self.stream.own.of
 
     def __getitems__(self, numbers: Sequence[int]) -> list[LoadedPair | SkippedPair]:
         """Return the pairs of the batch with the given single number, with their images decoded."""
@@ -289,7 +254,8 @@ class StreamSampler(CountedBatches):
         super().__init__(dataset.batch_size, dataset.batches_per_epoch, seed=dataset.seed, **shares)
         self._rounds = -(-dataset.batches_per_epoch // dataset.lanes) * dataset.lanes
         order = {name: getattr(dataset, name) for name in ("batch_size", "batches_per_epoch")}
-        self._order = {"num_workers": num_workers, **order, "shuffle_buffer": dataset.stream.shuffle_buffer}
+        order |= {"num_workers": num_workers, "world_size": self.num_replicas}
+        self._order = {**order, "shuffle_buffer": dataset.stream.shuffle_buffer}
 
     def __iter__(self) -> Iterator[list[int]]:
         start = self.epoch * self._rounds + self.batches
@@ -298,12 +264,9 @@ class StreamSampler(CountedBatches):
             yield [start + number]
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        return {**super().state_dict(batches), "world_size": self.num_replicas, **self._order}
+        return {**super().state_dict(batches), **self._order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if (saved := state_dict["world_size"]) != self.num_replicas:
-            told = f"trainer.devices: the run has {self.num_replicas} ranks, but had {saved}"
-            raise InputError(f"{told}; a stream goes on with as many only: use as many devices, or start anew")
         check_same_order(state_dict, **self._order)
         super().load_state_dict(state_dict)
 
@@ -319,7 +282,8 @@ class StreamedPreferenceDataModule(PreferenceDataModule):
         size: Side in pixels, or (height, width), of the images that the network takes.
         train: Stream of the pairs to train on.
         batches_per_epoch: Batches per rank in an epoch; sets when validation and epoch checkpoints happen.
-        options: Other settings of :class:`PreferenceDataModule`, but for ``frames`` and ``targets``.
+        options: Other settings of :class:`PreferenceDataModule`, but for ``frames`` and ``targets``;
+            ``shared_prompts: raise`` is as ``drop``.
     """
 
     def __init__(
@@ -332,26 +296,14 @@ class StreamedPreferenceDataModule(PreferenceDataModule):
     ) -> None:
         super().__init__(size, **options)
         check_at_least_one("data.", batches_per_epoch=batches_per_epoch)
-        for setting, plain in (("targets", None), ("frames", 1)):
-            if options.get(setting, plain) != plain:
-                raise InputError(f"data.{setting} needs rows with numbers, not a stream; use a reader in train")
-        shared_prompts = options.get("shared_prompts", "drop")
-        if shared_prompts == "raise":
-            raise InputError("data.shared_prompts: raise needs all prompts of train before training; set drop or keep")
-        if train is None:
-            return
-        others = [self.datasets[name].reader for name in ("val", "test") if name in self.datasets]
-        prompts = (prompt for reader in others for prompt in reader.prompts())
-        self.datasets["train"] = StreamedPairs(
-            train,
-            self.loader,
-            lanes=max(1, self.num_workers),
-            batch_size=self.batch_size,
-            batches_per_epoch=batches_per_epoch,
-            apart=map(normalise_prompt, prompts) if shared_prompts == "drop" else (),
-            on_error=options.get("on_error", "raise"),
-            seed=self.seed,
-        )
+        if options.get("targets") is not None or options.get("frames", 1) != 1:
+            raise InputError("data.targets and data.frames need rows with numbers, not a stream; use a reader in train")
+        self.on_error: OnError = options.get("on_error", "raise")
+        if train is not None:
+            apart = [] if options.get("shared_prompts") == "keep" else [*self.datasets.values()]
+            prompts = (prompt for one in apart if one.name != "predict" for prompt in one.reader.prompts())
+            shared = frozenset(map(normalise_prompt, prompts))
+            self.datasets["train"] = StreamedPairs(train, self, batches_per_epoch, shared)
 
     def train_dataloader(self) -> ResumableLoader:
         if getattr(self.trainer, "overfit_batches", 0):

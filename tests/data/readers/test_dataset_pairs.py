@@ -11,12 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
-from PIL import Image as Pictures
 
 from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError
 from latentreward.data import DatasetPairReader, ImageError, PairDataset, PairStream, PixelLoader
-from latentreward.data.format_detection import recognise
 from tests.data.edit_names import named
 
 disable_progress_bars()
@@ -75,20 +73,6 @@ def test_a_pattern_of_files_is_their_rows_in_the_order_of_names(dataset, tmp_pat
         DatasetPairReader(str(tmp_path / "**" / "*.parquet"))
 
 
-def test_a_transform_of_the_object_is_not_run(dataset) -> None:
-    def fail(_: Any) -> Any:
-        raise AssertionError
-
-    assert len(contents(DatasetPairReader(dataset.with_transform(fail)))) == 5
-
-
-def test_constructing_decodes_no_image_and_reads_none_whole(dataset, monkeypatch) -> None:
-    monkeypatch.setattr(Pictures, "open", None)
-    reader = DatasetPairReader(dataset)
-    assert len(reader.prompts()) == reader.labelled().sum() == 5
-    assert reader[0].image_a.data
-
-
 def test_columns_of_other_names(dataset) -> None:
     table = dataset.rename_columns({"prompt": "caption", "chosen": "jpg_0", "rejected": "jpg_1"})
     table = table.add_column("label_0", [1.0, 0.0, 0.5, None, 0.25]).add_column("uid", list("abcde"))
@@ -97,8 +81,7 @@ def test_columns_of_other_names(dataset) -> None:
     assert reader.labels()[:3].tolist() == [1.0, 0.0, 0.5]
     assert reader.labelled().tolist() == [True, True, True, False, True]
     assert (reader[1].pair_id, reader[1].image_a.image_key, len(reader[1].image_b.image_key)) == ("b", "b", 32)
-    (remark,) = [one for one in DatasetPairReader(table, columns=names).remarks if one.startswith("unlabelled")]
-    assert "no column label among caption, jpg_0" in remark
+    assert DatasetPairReader(table, columns=names).remarks["unlabelled (no label)"] == 5
 
 
 def test_decimal_labels_are_numbers_and_a_split_without_rows_tells_why(dataset, tmp_path) -> None:
@@ -147,12 +130,7 @@ def as_structs(table: pa.Table) -> pa.Table:
     return table
 
 
-def as_lists(table: pa.Table) -> pa.Table:
-    values = [[*data] for data in table.column("image_a").to_pylist()]
-    return table.set_column(1, "image_a", pa.array(values, pa.list_(pa.uint8())))
-
-
-@pytest.mark.parametrize("change", [as_views, as_dictionaries, as_structs, as_lists])
+@pytest.mark.parametrize("change", [as_views, as_dictionaries, as_structs])
 def test_columns_count_by_what_they_hold_in_every_reader(rows, tmp_path, change) -> None:
     columns = {
         "prompt": rows["prompt"],
@@ -164,27 +142,9 @@ def test_columns_count_by_what_they_hold_in_every_reader(rows, tmp_path, change)
     expected = [*zip(*columns.values(), strict=True)]
     openers = [DatasetPairReader, partial(DatasetPairReader, memory_map=True), partial(PairStream, shuffle_buffer=1)]
     for opener in openers:
-        if change is as_lists:
-            with pytest.raises(InputError, match=r"paths \(image_a is list<\w+: uint8>\) chosen and rejected"):
-                opener(file)
-            continue
         reader = opener(file)
         pairs = reader.pairs(0, 1, 0, print) if isinstance(reader, PairStream) else (reader[n] for n in range(5))
         assert [(pair.prompt, pair.image_a.data, pair.image_b.data, pair.label_a) for pair in pairs] == expected
-
-
-def test_columns_that_are_not_read_are_told_if_they_matter(dataset, caplog) -> None:
-    table = (
-        dataset.add_column("source_image", ["a.png"] * 5).add_column("label", [0] * 5).add_column("source", ["x"] * 5)
-    )
-    remarks = {
-        "edit of 'source_image', a picture that is not read": 5,
-        "label not read (chosen and rejected say who won)": 5,
-        "confidence not readable": 2,
-    }
-    assert dict(DatasetPairReader(table, sources="ignore").remarks) == remarks
-    PairStream(table.to_iterable_dataset(), sources="ignore")
-    assert "1 edit of 'source_image', a picture that is not read" in caplog.messages[-1]
 
 
 def as_bytes(pictures: list[bytes]) -> pa.Array:
@@ -248,59 +208,13 @@ def test_paths_of_pictures_to_edit_lie_in_the_root(rows, tmp_path) -> None:
     assert sources_of(DatasetPairReader(file)[0].prompt)[0].path == tmp_path / "x"
 
 
-def test_sources_that_have_no_such_rows(dataset, tmp_path) -> None:
-    dataset.to_parquet(tmp_path / "train.parquet")
-    dataset.to_parquet(tmp_path / "train-00000-of-00001.parquet")
-    cases = [
-        (dataset.to_iterable_dataset(), "source is an IterableDataset, whose rows have no numbers"),
-        (str(tmp_path), "has train.parquet and train-00000-of-00001.parquet; set source to one file"),
-    ]
-    for source, message in cases:
-        with pytest.raises(InputError, match=message) as error:
-            DatasetPairReader(source)
-        assert "\n" not in str(error.value)
-
-
-def not_utf8(length: int) -> pa.Array:
-    """Texts whose first is not UTF-8, which pyarrow does not check when it writes parquet."""
-    offsets = np.arange(length + 1, dtype=np.int32)
-    return pa.StringArray.from_buffers(length, pa.py_buffer(offsets), pa.py_buffer(b"\xff" + b"a" * (length - 1)))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ("twice", "several columns prompt; write the file again with one of them"),
-        ("text", r"column prompt is damaged \(.*UTF8.*\); write it again, texts in UTF-8"),
-        ("deep", r"field huggingface of the metadata is no JSON \(.*\); write the file again without it"),
-        ("no json", r"field huggingface of the metadata is no JSON \(.*\); write the file again without it"),
-    ],
-)
-def test_a_damaged_parquet_is_one_line(rows, tmp_path, damage, message) -> None:
-    table = pa.table(rows)
-    if damage == "twice":
-        table = table.append_column("prompt", table["prompt"])
-    elif damage == "text":
-        table = table.set_column(0, "prompt", not_utf8(5))
-    else:
-        table = table.replace_schema_metadata({"huggingface": "[" * 100_000 if damage == "deep" else "{"})
-    pq.write_table(table, tmp_path / "train.parquet")
-    with pytest.raises(InputError, match=rf"train\.parquet: {message}") as error:
+def test_a_text_that_is_not_utf_8_is_one_line(rows, tmp_path) -> None:
+    """Pyarrow does not check texts when it writes parquet."""
+    offsets = np.arange(6, dtype=np.int32)
+    texts = pa.StringArray.from_buffers(5, pa.py_buffer(offsets), pa.py_buffer(b"\xff" + b"a" * 4))
+    pq.write_table(pa.table(rows).set_column(0, "prompt", texts), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"train\.parquet: column prompt is damaged \(.*UTF8.*\); write it again"):
         DatasetPairReader(str(tmp_path))
-    assert "\n" not in str(error.value)
-    if damage != "text":
-        with pytest.raises(InputError, match=message):
-            recognise(str(tmp_path))
-
-
-@pytest.mark.parametrize("memory_map", [False, True])
-def test_the_text_beside_the_bytes_of_an_image_may_be_damaged(rows, tmp_path, memory_map) -> None:
-    chosen = pa.StructArray.from_arrays([pa.array(rows["chosen"]), not_utf8(5)], ["bytes", "path"])
-    pq.write_table(pa.table({**rows, "chosen": chosen}), tmp_path / "train.parquet")
-    reader = DatasetPairReader(str(tmp_path), memory_map=memory_map, randomise_sides=False)
-    with pytest.raises(ImageError, match=r"train\.parquet: not a whole parquet file \('utf-8' codec"):
-        reader[0]
-    assert reader[1].image_a.data == rows["chosen"][1]
 
 
 def test_a_parquet_of_a_stranger_names_no_files_elsewhere(tmp_path, jpeg) -> None:

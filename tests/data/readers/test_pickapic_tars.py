@@ -74,22 +74,6 @@ def test_rows_pickle_and_equal_bytes_have_one_key(write_tar, sample, jpeg) -> No
     assert not PickAPicTarReader(str(unlike), drop_identical=True).skipped  # of equal length, but other bytes
 
 
-@pytest.mark.parametrize(
-    ("changes", "remark"),
-    [
-        ({"label_0__txt": "1.0", "label_1__txt": "1.0"}, "unlabelled (labels do not add up to 1)"),
-        ({"label_0__txt": "None"}, "unlabelled (null label)"),
-        ({"label_0__txt": "0_1"}, "unlabelled (null label)"),
-        ({"label_1__txt": ...}, "unlabelled (null label)"),
-    ],
-)
-def test_unlabelled_rows_are_remarked(write_tar, sample, changes, remark) -> None:
-    reader = PickAPicTarReader(str(write_tar("00000.tar", sample(0), sample(1, **changes))))
-    assert reader.labelled().tolist() == [True, False]
-    assert reader[1].label_a is None
-    assert dict(reader.remarks) == {remark: 1}
-
-
 def test_absent_members(write_tar, sample) -> None:
     path = write_tar("00000.tar", sample(0, jpg_1__jpg=...), sample(1, original_prompt__txt=..., other__json="{}"))
     reader = PickAPicTarReader(str(path), on_error="skip")

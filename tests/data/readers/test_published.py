@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -152,21 +151,6 @@ def test_random_access_reads_single_row_groups(write_pickapic, pickapic_rows) ->
     assert store.row_groups_read == 3 + 10, "neighbours share a row group"
 
 
-def test_damaged_row_group_names_the_file(write_pickapic, pickapic_rows) -> None:
-    source = write_pickapic([pickapic_rows(n) for n in range(4)])
-    reader = PickAPicReader(source, "train")
-    path = Path(source, "data", NAME)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(InputError, match=f"{NAME}: not a whole parquet file"):
-        reader[3]
-
-
-def test_large_row_groups_are_pointed_out(write_pickapic, pickapic_rows, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("latentreward.data.readers.tables.LARGE_ROW_GROUP", 100)
-    PickAPicReader(write_pickapic([pickapic_rows(0)]), "train")
-    assert "set memory_map to true" in caplog.text
-
-
 def test_copy_without_images_is_read_on_demand(write_pickapic, pickapic_rows) -> None:
     rows = [pickapic_rows(0), pickapic_rows(1, image_0_uid=None)]
     source = write_pickapic(rows, drop=("jpg_0", "jpg_1"))
@@ -282,15 +266,6 @@ def write(tmp_path, jpeg):
     return write
 
 
-def test_row_of_the_training_set(write) -> None:
-    root = write([PAIR, PAIR])
-    pair = HPDv2Reader(root, "train")[1]
-    assert (pair.pair_id, pair.prompt, pair.label_a) == ("train.json:1", "two\n\nparagraphs", 0.0)
-    assert (pair.image_a.image_key, pair.image_a.path) == ("train/a.jpg", Path(root, "train/a.jpg"))
-    assert pair.image_a.root == Path(root, "train")
-    assert (pair.source, pair.split, pair.group_id, pair.votes) == ("hpdv2", "train", None, None)
-
-
 def test_group_of_the_test_set_gives_all_pairs(write) -> None:
     reader = HPDv2Reader(write([GROUP, {**GROUP, "rank": [1, 1, 2]}], "test"), "test")
     assert reader.pair_ids() == [f"test.json:{row}:{places}" for row in (0, 1) for places in ("0-1", "0-2", "1-2")]
@@ -327,20 +302,6 @@ def test_a_split_of_ones_own_names_its_images(write) -> None:
     assert pair.image_a.path == Path(root, "train/a.jpg")
 
 
-@pytest.mark.slow
-def test_large_files_keep_a_compact_index(tmp_path) -> None:
-    rows = [{**PAIR, "prompt": f"a prompt of usual length, number {n}, with some words more"} for n in range(20_000)]
-    (tmp_path / "train.json").write_text(json.dumps(rows))
-    del rows
-    HPDv2Reader(str(tmp_path), "train")  # imports what it needs, which would count
-    tracemalloc.start()
-    reader = HPDv2Reader(str(tmp_path), "train")
-    kept, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert kept / len(reader) < 100  # bytes outside of Arrow's pool
-    assert len(pickle.dumps(reader)) / len(reader) < 250
-
-
 ITEM = {"id": "005658-0040", "prompt": "a prompt", "generations": ["p/a.webp", "p/b.webp", "c.webp"]}
 ITEM = {**ITEM, "ranking": [2, 1, 2]}
 
@@ -367,7 +328,7 @@ def db_row(prompt: int, rank: int | None, part: int = 1, **changes: Any) -> dict
 def write_db(tmp_path, jpeg):
     """Write rows into their parts; returns the root."""
 
-    def write(rows: list[dict[str, Any]], metadata: bool = True) -> str:
+    def write(rows: list[dict[str, Any]]) -> str:
         folder = tmp_path / "images" / "train"
         folder.mkdir(parents=True, exist_ok=True)
         parts: dict[str, list[dict[str, Any]]] = {}
@@ -375,13 +336,11 @@ def write_db(tmp_path, jpeg):
             parts.setdefault(row["image_path"].split("/")[2], []).append(row)
         for part, members in parts.items():
             with zipfile.ZipFile(folder / f"{part}.zip", "w") as archive:
-                archive.writestr(f"{part}.json", json.dumps(members))
                 for row in members:
                     name = Path(row["image_path"]).name
                     if name not in archive.namelist():
                         archive.writestr(name, jpeg((17 * len(name), 5, 9), size=(300, 200), fmt="PNG"))
-        if metadata:
-            pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata-train.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata-train.parquet")
         return str(tmp_path)
 
     return write
@@ -398,10 +357,9 @@ def test_item_gives_all_pairs(write_items, folder) -> None:
     PairDataset(reader, PixelLoader(8, 8))[0]
 
 
-@pytest.mark.parametrize("metadata", [True, False])
-def test_rows_of_a_prompt_give_all_pairs(write_db, metadata) -> None:
+def test_rows_of_a_prompt_give_all_pairs(write_db) -> None:
     rows = [db_row(7, rank) for rank in (1, 3)] + [db_row(2, 1, part=2), db_row(2, 2, part=2), db_row(7, 2)]
-    reader = ImageRewardDBReader(write_db(rows, metadata), "train", randomise_sides=False)
+    reader = ImageRewardDBReader(write_db(rows), "train", randomise_sides=False)
     pairs = ["000007:0-1", "000007:0-2", "000007:1-2"]
     assert sorted(reader.pair_ids()) == ["000002:0-1", *pairs]
     by_name = {pair.pair_id: pair for pair in reader}
@@ -410,11 +368,6 @@ def test_rows_of_a_prompt_give_all_pairs(write_db, metadata) -> None:
     assert (pair.group_id, pair.prompt, pair.source, pair.split) == ("000002", "prompt 2", "imagerewarddb", "train")
     assert (pair.image_a.image_key, pair.image_b.image_key) == ("2-1.webp", "2-2.webp")
     assert pair.image_a.data.startswith(b"\x89PNG")
-
-
-def test_an_id_with_a_lone_surrogate_names_a_prompt(write_db) -> None:
-    root = write_db([db_row(1, rank, prompt_id="\ud800x") for rank in (1, 2)], metadata=False)
-    assert ImageRewardDBReader(root, "train").pair_ids() == ["?x:0-1"]
 
 
 def test_parts_can_be_chosen(write_db) -> None:
@@ -437,7 +390,7 @@ def test_missing_part_follows_on_error(write_db) -> None:
 
 
 def test_unpacked_part_is_read_instead_of_its_zip_file(write_db) -> None:
-    root = write_db([db_row(1, rank) for rank in (1, 2)], metadata=False)
+    root = write_db([db_row(1, rank) for rank in (1, 2)])
     archive = Path(root, "images/train/train_1.zip")
     zipfile.ZipFile(archive).extractall(archive.with_suffix(""))
     archive.write_bytes(b"broken")
@@ -463,21 +416,17 @@ def test_rows_that_break_a_rule_are_named(write_db, changes, problem) -> None:
 
 
 def test_damage_is_named(write_db) -> None:
-    root = write_db([db_row(1, rank) for rank in (1, 2)], metadata=False)
+    root = write_db([db_row(1, rank) for rank in (1, 2)])
     archive = Path(root, "images/train/train_1.zip")
     whole = archive.read_bytes()
     archive.write_bytes(whole[:-30])
     with pytest.raises(InputError, match=r"train_1\.zip: not a whole zip file .*; download it again"):
         ImageRewardDBReader(root, "train")
-    with zipfile.ZipFile(archive, "w") as empty:
-        empty.writestr("other.json", "[]")
-    with pytest.raises(InputError, match=r"train_1\.zip: no readable train_1\.json in it"):
-        ImageRewardDBReader(root, "train")
 
 
 def test_damaged_and_absent_members_are_images_that_cannot_be_read(write_db) -> None:
     rows = [db_row(1, 1), db_row(1, 2), db_row(1, 3), {**db_row(1, 4), "image_path": "images/train/train_1/1-1.webp"}]
-    root = write_db(rows, metadata=False)
+    root = write_db(rows)
     archive = Path(root, "images/train/train_1.zip")
     with zipfile.ZipFile(archive) as opened:
         info = opened.getinfo("1-2.webp")
@@ -565,18 +514,6 @@ def test_votes_become_labels(write_votes) -> None:
     assert [pair.label_a for pair in reader] == [1, 0, 0.5, 0.5, None, None]
     assert reader.facts()["vote"] == list(VOTES)
     assert dict(reader.remarks) == {"unlabelled (vote_type is none of leftvote, rightvote, tievote, bothbad_vote)": 2}
-
-
-def test_row_becomes_a_record_of_genai_bench(write_votes, jpeg) -> None:
-    root = write_votes(columns=["right_image", "vote_type", "left_model", "prompt", "left_image", "right_model"])
-    reader = GenAIBenchReader(f"{root}/image_generation")
-    pair = pickle.loads(pickle.dumps(reader))[3]
-    assert (pair.pair_id, pair.prompt) == ("test-00000-of-00001.parquet:3", "prompt 3")
-    assert (pair.model_a, pair.model_b) == ("LCM", "SDXL")
-    assert (pair.image_a.data, pair.image_b.data) == (jpeg((120, 3, 3)), jpeg((3, 120, 3)))
-    assert (pair.source, pair.split) == ("genai_bench_tiger", "test")
-    assert len(pair.image_a.image_key) == 32
-    assert pair.image_a.image_key != pair.image_b.image_key
 
 
 def test_splits_are_told_apart_and_parts_are_counted(write_votes) -> None:

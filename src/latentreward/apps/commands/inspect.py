@@ -13,7 +13,7 @@ from latentreward.core.storage.durable import write_file
 from latentreward.data import PairReader
 from latentreward.data.format_detection import choose_splits, recognise
 from latentreward.data.inspection import Report, inspect_reader, shared_prompts
-from latentreward.data.readers.pair_rows import WholeNumbersError
+from latentreward.data.readers.rows import WholeNumbersError
 
 
 def inspect(

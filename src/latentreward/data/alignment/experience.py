@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 from latentreward.core.contracts import (
     EditPrompt,
     ImageRef,
-    PromptBatch,
     RolloutStatistics,
     SampledStates,
     TensorRecord,
@@ -27,34 +26,11 @@ from latentreward.core.contracts import (
     take_rows,
 )
 from latentreward.core.errors import InputError
-from latentreward.core.promises import shown
 from latentreward.core.running import pair_generator
 from latentreward.data.loading import CountedBatches
 
 if TYPE_CHECKING:
     from latentreward.data.alignment.prompts import PromptOrder
-
-
-class Learner(Protocol):
-    """Interface of a module that learns from its own rollouts; every method is called on all ranks at the same time."""
-
-    rollout_statistics: RolloutStatistics | None  # of the last one: roll_out sets this rank's, the sampler all ranks'
-    experience: type[SampledStates]  # class of the rows; what a checkpoint names is not imported
-
-    def roll_out(self, prompts: PromptBatch) -> SampledStates | None:
-        """Sample from this rank's prompts, equally many on all ranks, and return rows on the CPU; None for no rows."""
-
-    def prepare_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode the distinct prompts of all unused rows, the same on every rank, in place of those before."""
-
-    def check_experience(self, rows: Any) -> None:
-        """Raise InputError if ``rows`` of a checkpoint are of another form than those of this module's rollouts."""
-
-    def rollout_settings(self) -> dict[str, Any]:
-        """Return the settings that rows in store depend on, as plain values by the names of their fields."""
-
-    def describe_rollouts(self) -> str:
-        """Describe the last rollout in one line, for messages."""
 
 
 class ExperienceRows(Dataset[Any]):
@@ -87,7 +63,7 @@ class ExperienceSampler(CountedBatches):
     def __init__(
         self,
         prompts: "PromptOrder",
-        learner: Learner,
+        learner: Any,  # a :class:`~latentreward.alignment.modules.alignment.AlignmentModule`
         *,
         prompts_per_rollout: int,
         max_empty_rollouts: int = 4,
@@ -218,11 +194,9 @@ def as_plain(record: TensorRecord | None) -> dict[str, Any] | None:
                 pictures[id(source.data)] = torch.frombuffer(bytearray(source.data), dtype=torch.uint8)
         sources = [
             {
-                "image_key": source.image_key,
+                **{name: getattr(source, name) for name in ("image_key", "holds")},
+                **{name: place and str(place) for name, place in (("path", source.path), ("root", source.root))},
                 "data": None if source.data is None else pictures[id(source.data)],
-                "path": source.path and str(source.path),
-                "root": source.root and str(source.root),
-                "holds": source.holds,
             }
             for source in sources_of(value)
         ]
@@ -250,26 +224,19 @@ def _from_plain(value: Any) -> Any:
         return value
     sources = []
     for source in value["sources"]:
-        data, path, root = (source[name] for name in ("data", "path", "root"))
-        read = {
-            "data": None if data is None else data.numpy().tobytes(),
-            "path": path and Path(path),
-            "root": root and Path(root),
-        }
-        sources.append(ImageRef(**{**source, **read}))
+        places = {name: source[name] and Path(source[name]) for name in ("path", "root")}
+        data = None if source["data"] is None else source["data"].numpy().tobytes()
+        sources.append(ImageRef(**{**source, **places, "data": data}))
     return EditPrompt(value["text"], sources)
 
 
 def wrong_rows(record: SampledStates) -> str | None:
     """Return what is wrong with rows of a rollout: every field holds a value for each key; None if nothing is."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}
-    given = {name: value for name, value in values.items() if value is not None}
-    for name, value in given.items():
-        if not (isinstance(value, tuple) or (isinstance(value, Tensor) and value.ndim)):
-            return f"{name} as {shown(value)}; it must be a tensor (N, ...), a tuple of N values, or None"
-    if len({len(value) for value in given.values()}) > 1:
-        lengths = ", ".join(f"{name} {len(value)}" for name, value in given.items())
-        return f"fields of unequal length ({lengths}); each must hold one value for each key"
+    lengths = {name: len(value) for name, value in values.items() if value is not None}
+    if len({*lengths.values()}) > 1:
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        return f"fields of unequal length ({told}); each must hold one value for each key"
     twice = next((key for key, number in Counter(record.keys).items() if number > 1), None)
     return twice and f"key {twice!r:.200} for several rows; each must be unique, as those of PromptBatch.times"
 

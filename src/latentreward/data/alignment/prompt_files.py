@@ -20,7 +20,6 @@ from latentreward.data.image_lists import read_rows
 from latentreward.data.images import ImageError, file_image, read_header
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.json_rows import (
-    EDIT_SOURCE,
     MOST_SOURCES,
     SOURCES,
     find_edit_source,
@@ -34,8 +33,7 @@ COLUMNS = ("prompt", "caption", "Prompt")
 GROUPS = ("tag", "Category")
 """Names of the column with the group of a prompt: GenEval's and PartiPrompts'."""
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
-COMMENT = re.compile(r"#(\s|$)")
-OPTION = re.compile(r" --[a-z]\w*(?=\s|$)")  # in sd-scripts' and Midjourney's prompts, such as --w of --w 512
+COMMENT = re.compile(r"\s*#(\s|$)")
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
@@ -118,20 +116,13 @@ def _read(file: Path) -> Iterator[Any]:
         table = pq.ParquetFile(whole_file(file), page_checksum_verification=True)
         names = table.schema_arrow.names  # other columns, such as Pick-a-Pic's images, are not read
         kept = [name for name in (*COLUMNS, *GROUPS, *SOURCES) if name in names]
-        edited = {name: True for name in names if EDIT_SOURCE.fullmatch(name) and name not in SOURCES}
+        edited = dict.fromkeys((name for name in names if name not in SOURCES and find_edit_source({name: True})), True)
         if not any(name in COLUMNS for name in kept):
             yield dict.fromkeys(names) | edited  # the caller tells that no column has a prompt, and which there are
-        rows = table.read(kept).to_pylist()
-        yield from ({**row, **edited} for row in rows)
+        yield from ({**row, **edited} for row in table.read(kept).to_pylist())
     elif suffix == ".txt":
-        lines = dict(enumerate((line.strip() for line in re.split(r"\r\n?|\n", read_text(file))), start=1))
-        if comments := [number for number, line in lines.items() if COMMENT.match(line)]:
-            logger.warning("%s: %d comments (#) are left out, the first is line %d", file, len(comments), comments[0])
-            lines |= dict.fromkeys(comments, "")
-        if options := [(number, found[0]) for number, line in lines.items() if (found := OPTION.search(line))]:
-            told = "%s: %d lines have options, the first is line %d with%s: they are read as a part of the prompt"
-            logger.warning(told, file, len(options), *options[0])
-        yield from lines.values()
+        # Comments are blank here, so that the numbers of rows are those of lines.
+        yield from ("" if COMMENT.match(line) else line.strip() for line in re.split(r"\r\n?|\n", read_text(file)))
     else:
         for number, value, problem in read_rows(file, "give a list of prompts, or one as 'prompts'", _as_list):
             if problem:

@@ -7,7 +7,6 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,8 +28,6 @@ OWN_ON_ERROR, DATA_ON_ERROR = "the reader's on_error", "data.on_error (or the re
 """Names of the setting in messages: for a reader used alone, and for one in a data module."""
 FILE_ROWS, TABLE_ROWS = 4096, 16
 """Largest number of rows whose images tell :attr:`PairReader.image_digest`: files, and bytes in a table."""
-MOST_NAMED = 5
-"""Rows of a reason whose names a reader keeps."""
 ON_ERROR_REMEDY = f"correct the row, or set {OWN_ON_ERROR} to skip or placeholder"
 
 
@@ -38,22 +35,10 @@ def _wrong_pair(found: PreferencePair, reader: "PairReader", index: int) -> str 
     """Return what is wrong with the row that a user's reader returned; None if nothing is."""
     if not isinstance(found, PreferencePair):
         return f"{shown(found)} for row {index}; it must be a PreferencePair"
-    if not isinstance(found.pair_id, str) or not isinstance(found.prompt, str):
-        return f"pair_id={found.pair_id!r:.60} and prompt={found.prompt!r:.60} of row {index}; it must be texts"
-    images = (found.image_a, found.image_b, *sources_of(found.prompt))
     holds = {"images": "image"}.get(reader.holds, reader.holds)
-    if not all(
-        isinstance(image, ImageRef)
-        and isinstance(image.data, bytes | bytearray | memoryview | None)
-        and isinstance(image.path, Path | None)
-        and isinstance(image.image_key, str)
-        and holds in (image.holds, "nothing")
-        for image in images
-    ):
-        return (
-            f"row {found.pair_id!r:.60} with other images; it must be ImageRef with the reader's holds={reader.holds}, "
-            "a text as image_key, and bytes as data or a Path as path"
-        )
+    for image in (found.image_a, found.image_b, *sources_of(found.prompt)):
+        if not isinstance(image, ImageRef) or holds not in (image.holds, "nothing"):
+            return f"row {found.pair_id!r:.60} with other images; it must be ImageRef with the reader's holds={holds}"
     for name, value, most in (("label_a", found.label_a, 1.0), ("weight", found.weight, sys.float_info.max)):
         if value is not None and not (isinstance(value, float | int | np.number) and 0 <= value <= most):
             bounds = "a number from 0 to 1, or None" if name == "label_a" else "finite and at least 0"
@@ -87,7 +72,6 @@ class PairReader(Part):
         own_on_error: ``on_error`` as given to the constructor; may be None.
         skipped: Number of rows left out, by reason.
         remarks: Number of rows kept with a remark, e.g. without their label, by reason.
-        named: Names of the first few rows of a reason.
         first_problem: Name and problem of the first row that broke a rule; empty without one.
     """
 
@@ -110,7 +94,6 @@ class PairReader(Part):
             self.exif = exif
         self.skipped: Counter[str] = Counter()
         self.remarks: Counter[str] = Counter()
-        self.named: dict[str, list[str]] = {}
 
     @abstractmethod
     @returns(number(int | np.integer, "a whole number of at least 0"))
@@ -190,17 +173,6 @@ class PairReader(Part):
             raise InputError(f"{quoted(pair_id)}: {problem}{others}; {ON_ERROR_REMEDY}")
         self.first_problem = self.first_problem or f"{quoted(pair_id)}: {problem}"
         (self.skipped if self.on_error == "skip" else self.remarks)[reason] += rows
-        self._note_name(pair_id, reason)
-
-    def remark(self, pair_id: str, reason: str) -> None:
-        """Count a row that is kept, by the reason for a remark on it."""
-        self.remarks[reason] += 1
-        self._note_name(pair_id, reason)
-
-    def _note_name(self, pair_id: str, reason: str) -> None:
-        names = self.named.setdefault(reason, [])
-        if len(names) < MOST_NAMED:
-            names.append(quoted(pair_id))
 
     def report(self, name: str, empty: str = "") -> None:
         """Log one line with the numbers of rows left out and kept with a remark, if there are any.

@@ -12,16 +12,14 @@ from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, did_you_mean, quoted
 from latentreward.core.storage.user_files import find_files
 from latentreward.data.readers.base import Sources
-from latentreward.data.readers.json_rows import SOURCES, edit_problem, edit_remark, find_edit_source
-from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, NOISES, WINNER_FIRST, PairRowParser
-from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.json_rows import SOURCES, edit_problem, find_edit_source
+from latentreward.data.readers.rows import BY_LABEL, MODELS, NOISES, WINNER_FIRST, PairRowParser, RowReader
 from latentreward.data.readers.tables import (
     Source,
     element_type,
     find_list,
     holds_images,
     open_table,
-    plain_type,
     read_list,
     source_name,
 )
@@ -125,11 +123,6 @@ class DatasetPairReader(RowReader):
 
         parser = PairRowParser(self, check_image=check_path, labels=labels)
         self.table = parser.table((name, number, own.read(values)) for name, number, values in rows)
-        if "label" not in own.of and self.remarks[NO_LABEL]:
-            parser.rename_no_label(f"no column label among {', '.join(schema.names)}; name it in columns")
-        edited = edit_column(schema, own.of.values()) if self.sources == "ignore" else None
-        if edited is not None:
-            self.remarks[edit_remark(edited)] += len(self)
         self.report(table.name, f"split: {table.name} has no rows left; check the files")
 
 
@@ -170,8 +163,8 @@ def fill_from_list(
     first = [*islice(rows, FIRST_ROWS)]
     names = list(dict.fromkeys(name for _, _, row in first if isinstance(row, dict) for name in row))
     check_columns(columns, names, str(file))
-    if names and not {*WINNER_FIRST, *BY_LABEL} & {*names, *columns}:
-        raise InputError(f"{file}: {unnamed('no columns of images', names)}")
+    if names:
+        find_images([field for field in FIELDS if columns.get(field, field) in names], names, file)
     parser = PairRowParser(reader, columns=columns, check_image=reader.check_path, labels=labels)
     reader.fill(chain(first, rows), str(file), f"file: {file} has no rows left; check it", parser)
 
@@ -217,20 +210,6 @@ def _has_parquet(source: Source, split: str) -> bool:
     return any(find_files(folder, f"{split}{end}.parquet") for folder in folders for end in ("", "-*"))
 
 
-def unnamed(what: str, names: Collection[Any]) -> str:
-    """Return that a table has not the two columns of images, but ``names``, and what to do about it."""
-    return (
-        f"{what} chosen and rejected, or image_a and image_b (it has {quoted(', '.join(map(str, names)))}); name one "
-        "pair of them, e.g. columns: {image_a: jpg_0, image_b: jpg_1, label: label_0}"
-    )
-
-
-def edit_column(schema: pa.Schema, known: Collection[str]) -> str | None:
-    """Return the first column, none of ``known``, with pictures that a row's images are edits of; None without one."""
-    unread = (field for field in schema if field.name not in known)
-    return find_edit_source({field.name: b"x" if holds_images(element_type(field.type)) else "x" for field in unread})
-
-
 def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str, sources: Sources) -> dict[str, str]:
     """Choose the column of each of ``FIELDS``; of images, ``chosen`` and ``rejected``, or ``image_a`` and ``image_b``.
 
@@ -242,22 +221,27 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str, sour
         found[SOURCES[0]] = SOURCES[1]
     if sources == "ignore":
         found.pop(SOURCES[0], None)
-    elif edited := edit_column(schema, found.values()):
+    elif edited := find_edit_source(dict.fromkeys(schema.names, True), found.values()):
         raise InputError(
             f"{place}: {edit_problem(edited)}, or name it in columns, e.g. columns: {{{SOURCES[0]}: {edited}}}"
         )
-    if "prompt" not in found:
-        there = f"it has {quoted(', '.join(schema.names))}"
-        raise InputError(f"{place}: no column prompt ({there}); name it, e.g. columns: {{prompt: caption}}")
-    kinds = {field: schema.field(found[field]).type for field in (*WINNER_FIRST, *BY_LABEL) if field in found}
-    texts = (pa.string(), pa.large_string())
-    odd = {field: kind for field, kind in kinds.items() if not holds_images(kind) and plain_type(kind) not in texts}
-    pairs = [pair for pair in (WINNER_FIRST, BY_LABEL) if all(one in found and one not in odd for one in pair)]
+    pairs = find_images(found, schema.names, place)
     asked = [pair for pair in pairs if any(field in named for field in pair)]
-    if len(asked or pairs) != 1:
-        types = ", ".join(f"{found[field]} is {kind}" for field, kind in odd.items())
-        what = "no columns of images or paths" + (f" ({types})" if types else "") if not pairs else "both"
-        raise InputError(f"{place}: {unnamed(what, schema.names)}")
+    if len(asked or pairs) > 1:
+        raise InputError(
+            f"{place}: both chosen and rejected, and image_a and image_b; name one pair of them in columns"
+        )
     (images,) = asked or pairs
     unused = {*WINNER_FIRST, *BY_LABEL} - {*images}
     return {field: column for field, column in found.items() if field not in unused}
+
+
+def find_images(found: Collection[str], names: Collection[Any], place: object) -> list[tuple[str, str]]:
+    """Return the fields of two images among the fields ``found``; ``names`` are all columns of ``place``."""
+    there = quoted(f"it has {', '.join(map(str, names))}")
+    if "prompt" not in found:
+        raise InputError(f"{place}: no column prompt ({there}); name it, e.g. columns: {{prompt: caption}}")
+    if pairs := [pair for pair in (WINNER_FIRST, BY_LABEL) if all(one in found for one in pair)]:
+        return pairs
+    remedy = "name one pair of them, e.g. columns: {image_a: jpg_0, image_b: jpg_1, label: label_0}"
+    raise InputError(f"{place}: no columns chosen and rejected, or image_a and image_b ({there}); {remedy}")

@@ -16,8 +16,7 @@ from latentreward.core.storage.user_files import find_files
 from latentreward.data.image_sizes import PUBLISHED_BUCKETS, Bucket
 from latentreward.data.readers.base import MAX_VOTES, Contents
 from latentreward.data.readers.json_rows import parse_number
-from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row
-from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.rows import BadRow, Pair, PairRowParser, Row, RowReader
 from latentreward.data.readers.tables import ParquetPart, SplitTable, open_part
 
 LATENTS = ("latent1", "latent2")

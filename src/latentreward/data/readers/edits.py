@@ -10,18 +10,19 @@ import pyarrow as pa
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError, did_you_mean, quoted
-from latentreward.data.readers.json_rows import SOURCES, edit_remark, list_sources, parse_number, parse_text, short
-from latentreward.data.readers.pair_rows import (
+from latentreward.data.readers.json_rows import SOURCES, list_sources, parse_number, parse_text, short
+from latentreward.data.readers.rows import (
     BAD_LABEL,
     NO_LABEL,
+    SCORED_AXES,
     BadRow,
     Pair,
     PairRowParser,
     Row,
+    RowReader,
     compare,
     ranked_pairs,
 )
-from latentreward.data.readers.rows import SCORED_AXES, RowReader
 from latentreward.data.readers.tables import Source, find_list, open_table, read_list, source_name
 
 Axis = Literal["overall", "instruction_following", "visual_quality"]
@@ -167,11 +168,8 @@ class EditPairReader(RowReader):
             raise InputError(f"layout is {layout!r}{did_you_mean(layout, LAYOUTS)}; choose from {', '.join(LAYOUTS)}")
         found = layout or find_layout(names)
         if found is None or not LAYOUTS[found].fits(names):
-            there, wanted = (
-                quoted(f"it has {', '.join(sorted(map(str, names))[:12])}"),
-                layout or "a known set of edits",
-            )
-            raise InputError(f"{name}: has not the fields of {wanted} ({there}); {HINT}")
+            there = quoted(f"it has {', '.join(sorted(map(str, names))[:12])}")
+            raise InputError(f"{name}: has not the fields of {layout or 'a known set of edits'} ({there}); {HINT}")
         self.source, self.layout, self.axis = found, LAYOUTS[found], axis
         if axis != "overall" and not names.issuperset(self.layout.axes.get(axis, [""])):
             raise InputError(f"axis: {name} has no scores of {axis}; set overall, by which its pairs are judged")
@@ -186,8 +184,6 @@ class EditPairReader(RowReader):
         self._parser = PairRowParser(self, self._pairs, columns=prompt, sources=None, check_image=check)
         scores = dict.fromkeys((f"{axis}_{side}" for axis in SCORED_AXES for side in "ab"), pa.float64())
         self.table = self._parser.table(rows, {**scores, "tags": pa.list_(pa.string())})
-        if self.sources == "ignore":
-            self.remarks[edit_remark(self.layout.source)] += len(self)
         self.report(f"{name} {split}", f"split: {split!r} of {name} has no rows left; check the files")
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
@@ -214,7 +210,7 @@ class EditPairReader(RowReader):
             shared[f"image_{side}"] = parse_text(image)
             parser.check_image(name, f"image_{side}", image)  # type: ignore[misc]
         if (label := self._judge(row, verdict)) is None:
-            self.remark(name, NO_LABEL)
+            self.remarks[NO_LABEL] += 1
         return [{**shared, "label": label}]
 
     def _facts(self, row: Mapping[str, Any]) -> Pair:

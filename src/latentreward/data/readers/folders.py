@@ -15,9 +15,8 @@ from latentreward.core.errors import InputError, printable
 from latentreward.core.storage.json_files import UTF_16, UnreadableTextError, read_text
 from latentreward.core.storage.user_files import find_file, find_files, one_form, resolve_inside, whole_file
 from latentreward.data.images import OUTSIDE
-from latentreward.data.readers.json_rows import edit_remark, encodable, parse_line, parse_text, short
-from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser
-from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.json_rows import encodable, parse_line, parse_text, short
+from latentreward.data.readers.rows import BadRow, Pair, PairRowParser, RowReader
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +63,7 @@ class FolderPairReader(RowReader):
         for side in SIDES:
             if not (place := self.folder / side).is_dir():
                 whole = split and Path(root, side).is_dir()
-                fix = (
-                    "set split: null, and data.val_share in place of data.val" if whole else "put images of pairs there"
-                )
+                fix = "set split: null, and data.val_share for data.val" if whole else "put images of pairs there"
                 raise InputError(f"root: no folder {place}; {fix}")
         for side in (*SIDES, SOURCE) if edits and self.sources == "read" else SIDES:
             files[side], unread = find_pictures(self.folder / side)
@@ -79,8 +76,6 @@ class FolderPairReader(RowReader):
         self.table = parser.table(rows, {"image_a": binary, "image_b": binary, "sources": pa.list_(binary)})
         if alone := sorted(set(captions or ()).difference(names)):
             told.append(f"{CAPTIONS_FILE}: no picture for {len(alone)} names, such as {short(alone[0])}")
-        if edits and self.sources == "ignore":
-            self.remarks[edit_remark(f"{SOURCE}/")] += len(self)
         remedy = "give chosen/ and rejected/ images of equal names, with captions"
         self.report(str(self.folder), "; ".join([f"root: no pairs in {self.folder}", *told, remedy]))
         if told:
@@ -111,8 +106,7 @@ class FolderPairReader(RowReader):
         for side, paths in found.items():
             if len(paths) != 1:
                 reason = f"{'several images' if paths else 'no image'} in {side}/"
-                problem = f"{'several images' if paths else 'no image'} of this name in {side}/"
-                raise BadRow("; ".join([problem, *told]), reason)
+                raise BadRow("; ".join([reason, *told]), reason)
         prompt, odd = (captions or {}).get(name, NO_TEXT)
         if odd:
             raise BadRow(odd, "several captions")

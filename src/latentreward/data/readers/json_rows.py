@@ -12,26 +12,15 @@ from latentreward.core.errors import InputError
 from latentreward.core.storage.json_files import decode_text, parse
 
 EDIT_SOURCE = re.compile(
-    r"(source|src|input|condition|conditioning)_(image|img)s?|path_src|prompt_images", re.IGNORECASE
+    r"(source|src|input|condition|conditioning|reference|original|control)_(image|img)s?|path_src|prompt_images", re.I
 )
 """Names, in public data sets, of the column with the picture that a row's images are edits of."""
 SOURCES = ("source_images", "source_image")
 """Names under which readers read such pictures, in order of preference: a list, or one picture."""
 MOST_SOURCES = 16
 """Largest number of pictures of a row."""
-MAYBE_SOURCE = re.compile(
-    r"source|src|input|reference|original|image_(before|source|src)|(reference|original|control)_(image|img)s?",
-    re.IGNORECASE,
-)
-"""Names that mean such a picture only if the value is one; ``source`` may also be the name of a data set."""
-PICTURE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp)$", re.IGNORECASE)
 EDIT_UNREAD = "edit of a picture in a field that is not read"
 ARRAY_REMEDY = "give the published file, one JSON list of objects"
-
-
-def edit_remark(source: str) -> str:
-    """Return the remark on rows whose images are edits of the picture in field ``source``."""
-    return f"edit of {short(source)}, a picture that is not read"
 
 
 def edit_problem(source: str, edits: bool = True) -> str:
@@ -116,21 +105,8 @@ def encodable(text: str) -> str:
 
 
 def find_edit_source(row: Mapping[str, Any], known: Collection[str] = ()) -> str | None:
-    """Return the name of a row's field, none of ``known``, with the picture that its images are edits of; else None.
-
-    The second of two ``known`` ones with unlike pictures is returned too, since only the first is read.
-    """
-    given = [name for name in SOURCES if name in known and row.get(name)]
-    if len(given) > 1 and list_sources(row, given[:1])[1] != list_sources(row, given[1:])[1]:
-        return given[1]
-    for name, value in row.items():
-        certain = _means_source(name)
-        if certain is None or not value or name in known:
-            continue
-        held = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
-        if certain or isinstance(held, bytes) or (isinstance(held, str) and PICTURE_FILE.search(held)):
-            return name
-    return None
+    """Return the name of a row's field, none of ``known``, with the picture that its images are edits of; else None."""
+    return next((name for name, value in row.items() if value and name not in known and _means_source(name)), None)
 
 
 def list_sources(row: Mapping[str, Any], fields: Sequence[str] = SOURCES) -> tuple[str, list[Any]]:
@@ -149,11 +125,8 @@ def list_sources(row: Mapping[str, Any], fields: Sequence[str] = SOURCES) -> tup
 
 
 @lru_cache
-def _means_source(name: object) -> bool | None:
-    """Tell whether a name surely means the picture of an edit; None if it does not."""
-    if EDIT_SOURCE.fullmatch(str(name)):
-        return True
-    return False if MAYBE_SOURCE.fullmatch(str(name)) else None
+def _means_source(name: object) -> bool:
+    return EDIT_SOURCE.fullmatch(str(name)) is not None
 
 
 def short(value: Any) -> str:

@@ -13,18 +13,18 @@ from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError
 from latentreward.core.storage.user_files import find_files, whole_file
 from latentreward.data.images import NO_IMAGE
-from latentreward.data.readers.json_rows import parse_number, parse_rows, parse_text, short
-from latentreward.data.readers.pair_rows import (
+from latentreward.data.readers.json_rows import parse_number, parse_text, short
+from latentreward.data.readers.rows import (
     NO_OBJECT,
     BadRow,
     Pair,
     PairRowParser,
     Row,
+    RowReader,
     choice,
     parse_ranks,
     ranked_pairs,
 )
-from latentreward.data.readers.rows import RowReader
 from latentreward.data.readers.tables import (
     HINT,
     Columns,
@@ -139,9 +139,9 @@ class PickAPicReader(RowReader):
         pair = {"image_a": uids[0], "image_b": uids[1], "model_a": row["model_0"], "model_b": row["model_1"]}
         pair |= {"label_0": row["label_0"], "weight": 1 / examples if examples and examples > 0 else None}
         if row["has_label"]:
-            pair["label"] = choice(self, name, {label: row[label] for label in ("label_0", "label_1")})
+            pair["label"] = choice(self, {label: row[label] for label in ("label_0", "label_1")})
         else:
-            self.remark(name, "unlabelled (has_label is not true)")
+            self.remarks["unlabelled (has_label is not true)"] += 1
         return [pair]
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
@@ -174,7 +174,7 @@ class GenAIBenchReader(RowReader):
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
         if (vote := row["vote_type"]) not in VOTES:
-            self.remark(name, f"unlabelled (vote_type is none of {', '.join(VOTES)})")
+            self.remarks[f"unlabelled (vote_type is none of {', '.join(VOTES)})"] += 1
         models = {"model_a": row["left_model"], "model_b": row["right_model"]}
         return [{**models, "label": VOTES.get(vote), "vote": vote}]
 
@@ -299,7 +299,7 @@ def ranked_files(
         raise BadRow(problem, f"{fields[0]} not readable")
     for path in paths:
         reader.check_path(name, fields[0], path)
-    return [*map(parse_text, paths)], parse_ranks(reader, name, fields[1], row.get(fields[1]), len(paths))
+    return [*map(parse_text, paths)], parse_ranks(reader, fields[1], row.get(fields[1]), len(paths))
 
 
 class HPDv2Reader(RowReader):
@@ -336,25 +336,25 @@ class HPDv2Reader(RowReader):
         images, shares = ranked_files(self, name, row, ("file_path", "human_preference"), 2)
         label = shares[0]
         if None not in shares and tuple(shares) not in {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}:
-            self.remark(name, "unlabelled (human_preference is neither a choice nor a tie)")
+            self.remarks["unlabelled (human_preference is neither a choice nor a tie)"] += 1
             label = None
         return [{"image_a": images[0], "image_b": images[1], "label": label, "group": name}]
 
     def _ranked(self, name: str, row: dict[str, Any]) -> list[Pair]:
         images, ranks = ranked_files(self, name, row, ("image_path", "rank"))
         pairs = ranked_pairs(name, images, ranks, group=name, group_id=name)
-        for pair, votes in zip(pairs, self._votes(name, row.get("raw_annotations"), len(images)), strict=False):
+        for pair, votes in zip(pairs, self._votes(row.get("raw_annotations"), len(images)), strict=False):
             pair["votes_a"], pair["votes_b"] = votes
         return pairs
 
-    def _votes(self, name: str, value: Any, count: int) -> list[tuple[int, int]]:
+    def _votes(self, value: Any, count: int) -> list[tuple[int, int]]:
         """Count the annotators who rank image a above b, and b above a, for each pair; empty without any."""
         items = value if isinstance(value, list) else [] if value is None else [value]
         rankings = [item.get("rank") if isinstance(item, dict) else None for item in items]
         sound = [ranks for ranks in rankings if isinstance(ranks, list) and len(ranks) == count]
         numbers = [ranks for ranks in ([parse_number(rank) for rank in ranks] for ranks in sound) if None not in ranks]
         if len(numbers) < len(rankings):
-            self.remark(name, "raw_annotations not readable")
+            self.remarks["raw_annotations not readable"] += 1
         if not numbers:
             return []
         first, second = np.triu_indices(count, 1)
@@ -395,15 +395,14 @@ class ImageRewardReader(RowReader):
 class ImageRewardDBReader(RowReader):
     """Reader of one split of ImageRewardDB: all pairs of a prompt's images, compared by their ``rank``.
 
-    Rows come from ``metadata-{split}.parquet``; without this file, from the JSON file in each zip file ("part"). The
-    ``group_id`` is the ``prompt_id``. Images are read from the zip files when a row is accessed. A part that is
-    unpacked beside its zip file is read from the folder.
+    Rows come from ``metadata-{split}.parquet``. The ``group_id`` is the ``prompt_id``. Images are read from the zip
+    files ("parts") when a row is accessed. A part that is unpacked beside its zip file is read from the folder.
 
     Equal ranks are a tie (½). Pairs of a prompt whose ranks are all null are unlabelled. A path that is missing, or
     that its part does not hold, counts as an unreadable image. The images of a prompt are bad together.
 
     Args:
-        source: Folder with ``images/{split}/{split}_{i}.zip``.
+        source: Folder with ``metadata-{split}.parquet`` and ``images/{split}/{split}_{i}.zip``.
         split: ``train``, ``validation`` or ``test``.
         parts: Numbers of the parts to read, e.g. ``[1, 2]`` of train's 1 to 32 for a smaller training set. By default
             all parts are read, and parts that the metadata name but the folder lacks fall under ``on_error``.
@@ -415,9 +414,9 @@ class ImageRewardDBReader(RowReader):
     def __init__(self, source: PathText, split: str, *, parts: Sequence[int] | None = None, **options: Any) -> None:
         super().__init__("imagerewarddb", split, **options)
         places, metadata = _find_parts(source, split, parts), Path(source, f"metadata-{split}.parquet")
-        self.check_inside(source, metadata, *places, *(place / f"{place.name}.json" for place in places))
+        self.check_inside(source, metadata, *places)
         self._archives = ImageArchives(places, self.allow_outside)
-        rows = self._read_metadata(metadata, parts) if metadata.is_file() else self._read_parts()
+        rows = self._read_metadata(metadata, parts)
         parser = PairRowParser(self, self._pairs, sources=None)
         name = f"{source} {split}"
         self.fill(self._groups(rows), name, f"split: {name} has no pairs left; check the files and parts", parser)
@@ -426,18 +425,13 @@ class ImageRewardDBReader(RowReader):
         places = [(row[name] or "").partition("/") for name in ("image_a", "image_b")]
         return [self._archives.image(part, file) if part else ImageRef("") for part, _, file in places]
 
-    def _read_parts(self) -> Iterator[tuple[str, str | None, Any]]:
-        for part in self._archives.parts:
-            for number, row in enumerate(parse_rows(*self._archives.read_rows(part))):
-                yield f"{part}.json:{number}", part, row
-
     def _read_metadata(self, file: Path, parts: Sequence[int] | None) -> Iterator[tuple[str, str | None, Any]]:
         """Yield (name for messages, part, row) of every row of the metadata that belongs to the parts to read."""
         with damage_named(ParquetPart(file.name, file)):
             table = pq.read_table(whole_file(file), page_checksum_verification=True)
         columns = ["image_path", "prompt_id", "prompt", "rank"]
         if missing := [name for name in columns if name not in table.column_names]:
-            raise InputError(f"{file}: no column {', '.join(missing)}; remove it to read the JSON files of the parts")
+            raise InputError(f"{file}: no column {', '.join(missing)}; download it again")
         rows = table.select(columns).to_pylist()
         # The part of a path is e.g. train_7 of images/train/train_7/x.webp.
         paths = (row["image_path"] if isinstance(row["image_path"], str) else "" for row in rows)
@@ -473,7 +467,7 @@ class ImageRewardDBReader(RowReader):
             yield prompt_id, number, group
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
-        ranks = parse_ranks(self, name, "rank", row["ranks"], len(row["images"]))
+        ranks = parse_ranks(self, "rank", row["ranks"], len(row["images"]))
         return ranked_pairs(name, row["images"], ranks, group=name, group_id=name)
 
 

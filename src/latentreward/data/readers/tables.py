@@ -1,7 +1,6 @@
 """Tables of a split under one interface: parquet files, lists in JSON, CSV or TSV, or a data set of ``datasets``."""
 
 import glob
-import json
 import logging
 import os
 import re
@@ -24,8 +23,7 @@ from latentreward.core.storage.user_files import find_files, split_pattern, whol
 from latentreward.data.image_lists import read_rows
 from latentreward.data.images import ImageError
 from latentreward.data.readers.json_rows import ARRAY_REMEDY, as_object
-from latentreward.data.readers.pair_rows import Row, batches
-from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.rows import Row, RowReader, batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,7 +103,7 @@ def _in_folder(folder: Path, split: str, config: str | None) -> list[Path]:
             return paths or [whole]
     raise InputError(
         f"split: no {split}-*.parquet or {split}.parquet in {folder} or {folder / (config or 'data')}; check the split "
-        f"and the folder, or give a pattern{nested_pattern(folder)}"
+        "and the folder, or give a pattern of files"
     )
 
 
@@ -113,16 +111,9 @@ def _all_there(reader: RowReader, source: str, split: str, parts: list[ParquetPa
     found = {match[0] for part in parts for match in re.finditer(r"\d{5}-of-\d{5}", part.name)}
     totals = {name[-5:] for name in found}
     if missing := sorted({f"{n:05d}-of-{total}" for total in totals for n in range(int(total))} - found):
-        names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        problem = f"{split} lacks {len(missing)} of its parquet parts ({names}); download them"
+        problem = f"{split} lacks {len(missing)} of its parquet parts ({', '.join(missing[:3])}); download them"
         reader.refuse(source, problem, "parquet part missing", len(missing))
     return parts
-
-
-def nested_pattern(folder: Path) -> str:
-    """Return the pattern of the first parquet file below a folder, for messages; an empty text if there is none."""
-    first = next((path for path in find_files(folder, "**/*.parquet") if not path.is_dir()), None)
-    return f", such as {first.parent / '*.parquet'}" if first else ""
 
 
 def _fetch(source: str, split: str, revision: str | None, config: str | None) -> list[ParquetPart]:
@@ -145,17 +136,7 @@ def _fetch(source: str, split: str, revision: str | None, config: str | None) ->
 def open_part(part: ParquetPart) -> pq.ParquetFile:
     """Open a parquet file, of which only the footer is read and checked."""
     with damage_named(part):
-        file = pq.ParquetFile(whole_file(part.path), page_checksum_verification=True)
-        schema = file.schema_arrow
-        names = Counter(schema.names)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise InputError(f"{part.path}: several columns {twice[0]}; write the file again with one of them")
-    try:
-        json.loads((schema.metadata or {}).get(b"huggingface", b"null"))
-    except (ValueError, RecursionError) as error:
-        told = f"field huggingface of the metadata is no JSON ({first_line(error)})"
-        raise InputError(f"{part.path}: {told}; write the file again without it") from error
-    return file
+        return pq.ParquetFile(whole_file(part.path), page_checksum_verification=True)
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:

@@ -15,13 +15,11 @@ from PIL import Image
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError, first_line
-from latentreward.core.storage.json_files import UnreadableTextError, decode_text
 from latentreward.core.storage.user_files import find_files, is_ignored, whole_file
 from latentreward.data.images import ImageError, file_image, png
 from latentreward.data.readers.base import content_key
 from latentreward.data.readers.json_rows import encodable
-from latentreward.data.readers.pair_rows import BadRow, Pair, PairRowParser, Row, choice
-from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.rows import BadRow, Pair, PairRowParser, Row, RowReader, choice
 
 ABSENT = (-1, 0)
 MAX_TEXT = 1 << 20
@@ -59,8 +57,7 @@ class Sample:
 
     key: str  # path of its members, up to the first dot of the file name
     images: dict[str, Extent] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
-    unreadable: dict[str, str] = field(default_factory=dict)  # what is wrong with a text that is not UTF-8
+    texts: dict[str, str | None] = field(default_factory=dict)  # None for a text that is too long or not UTF-8
 
 
 def read_samples(tar: Path) -> tuple[list[Sample], str | None]:
@@ -79,15 +76,15 @@ def read_samples(tar: Path) -> tuple[list[Sample], str | None]:
                 continue
             if not samples or samples[-1].key != key:
                 samples.append(Sample(key))
-            sample = samples[-1]
             if name in IMAGES:
-                sample.images[name] = extent
-            elif extent[1] <= MAX_TEXT:
-                try:
-                    sample.texts[name] = decode_text(read_extent(file, extent) or b"", name)
-                except UnreadableTextError as error:
-                    sample.unreadable[name] = str(error)
-    if problem and samples and sum(map(len, (sample.images, sample.texts, sample.unreadable))) < len(MEMBERS):
+                samples[-1].images[name] = extent
+                continue
+            try:
+                text = (read_extent(file, extent) or b"").decode() if extent[1] <= MAX_TEXT else None
+            except UnicodeDecodeError:
+                text = None
+            samples[-1].texts[name] = text
+    if problem and samples and len(samples[-1].images) + len(samples[-1].texts) < len(MEMBERS):
         samples.pop()
     return samples, problem
 
@@ -157,15 +154,6 @@ class ImageArchives:
             return ImageRef(name, self._member(part, name))
         except ZIP_DAMAGE:
             return ImageRef(name, CUT_OFF)
-
-    def read_rows(self, part: str) -> tuple[bytes, str]:
-        """Return content and name (for messages) of the file ``{part}.json`` in a part."""
-        place, name = self.parts[part], f"{part}.json"
-        try:
-            data = (place / name).read_bytes() if place.is_dir() else self._member(part, name)
-        except (KeyError, *ZIP_DAMAGE) as error:
-            raise InputError(f"{place}: no readable {name} in it ({first_line(error)}); download it again") from error
-        return data, f"{place}/{name}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_files": {}}
@@ -248,7 +236,8 @@ class PickAPicTarReader(RowReader):
             if problem is not None:
                 self.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
             for sample in samples:
-                row = {**dict.fromkeys(sample.unreadable, ""), **sample.texts, "sample": sample, "tar": number}
+                prompt = sample.texts.get(PROMPT) or ("" if PROMPT in sample.texts else None)
+                row = {PROMPT: prompt, "sample": sample, "tar": number}
                 yield encodable(f"{tar.name}:{sample.key}"), number, row
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
@@ -257,9 +246,9 @@ class PickAPicTarReader(RowReader):
         if self._drop and self._identical(self._tars[row["tar"]], *images.values()):
             self.skipped["identical images"] += 1
             return []
-        if PROMPT in sample.unreadable:
-            raise BadRow(sample.unreadable[PROMPT], "prompt not readable")
-        label = choice(self, name, {one: _number(sample.texts.get(one)) for one in LABELS})
+        if PROMPT in sample.texts and sample.texts[PROMPT] is None:
+            raise BadRow(f"{PROMPT} is too long, or not UTF-8", "prompt not readable")
+        label = choice(self, {one: _number(sample.texts.get(one)) for one in LABELS})
         return [{"tar": row["tar"], **images, "label": label}]
 
     def _identical(self, tar: Path, first: Extent, second: Extent) -> bool:
