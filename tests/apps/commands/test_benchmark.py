@@ -144,9 +144,6 @@ def test_a_latent_reward_beside_another_model(here: Path, reward: str) -> None:
     assert all(0 < one["timestep"] < 1000 for one in report["levels"])
     for key in ("calibration", "agreement", "subgroups", "differences"):
         assert {one["benchmark"] for one in report[key]} == splits
-    telling = {one["benchmark"] for one in report["telling"]}  # a split may hold no pair that the two judge apart
-    assert telling
-    assert telling <= splits
 
 
 def test_missing_and_broken_images_are_counted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,5 +279,3 @@ def test_shipped_pixel_scorers(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("AESTHETIC_WEIGHTS", write_aesthetic(here / "linearMSE.pth"))
     report = run("--config=configs/scorers/pixel.yaml", data=str(COMMITTED / "hpdv3"))
     assert list(report["scorers"]) == ["pickscore", "clipscore", "aesthetic"]
-    names = {(one["scorer"], one["name"]) for one in report["correlations"]}
-    assert {("pickscore", "clip_corr_spearman"), ("pickscore", "aes_corr_pair")} <= names

@@ -1,8 +1,5 @@
 """Folders of small pictures of one's own."""
 
-import csv
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,20 +30,4 @@ def unsorted_folder(folder: Path, pictures: int) -> Path:
     """Write pictures to rate."""
     for number in range(pictures):
         draw(folder / f"{number:03}.png", number)
-    return folder
-
-
-def edited_folder(folder: Path, texts: Sequence[str]) -> Path:
-    """Write two results for each edit, as ``latentreward generate`` does; each edits a picture of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "generate.json").write_text("{}")
-    with (folder / "images.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, ["file", "prompt", "place", "image", "source_images"])
-        table.writeheader()
-        for place, text in enumerate(texts):
-            draw(folder / f"sources/{place}.png", -1 - place)
-            for image in range(2):
-                draw(folder / f"{place}_{image}.png", 2 * place + image)
-                row = {"file": f"{place}_{image}.png", "prompt": text, "place": place, "image": image}
-                table.writerow({**row, "source_images": json.dumps([f"sources/{place}.png"])})
     return folder

@@ -151,8 +151,7 @@ def test_every_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run("fit", cache(twin))
     assert list(Path("of_cache").rglob("last.ckpt"))
     main(["benchmark", "benched", "--data=edits/pairs.jsonl", "--model=reward"])
-    assert json.loads(Path("benched/report.json").read_text())["telling"]
-    assert Path("benched/report.html").read_text().count("before the edit</figcaption>") >= 1
+    assert json.loads(Path("benched/report.json").read_text())["protocols"]
     align(twin)
     assert list(Path("aligned").rglob("samples/*.png")) and list(Path("aligned").rglob("*.safetensors"))
     sampling = [f"--sampling.{name}={value}" for name, value in

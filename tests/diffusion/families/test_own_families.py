@@ -13,12 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from latentreward.alignment import PolicySource, Sampling, TrainedLoRA, sample_latents, write_merged
-from latentreward.apps.generation import load_lora, policy_of
+from latentreward.apps.generation import load_lora
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.diffusion import ContinuousFlow, LoRA, find_family
-from latentreward.diffusion.backbones.loading import PipelineSource
-from latentreward.diffusion.backbones.weights import settle
 from latentreward.reward import CLIPProjectionHead, RewardModel
 from latentreward.testing import check_apart, check_predictions
 from tests.alignment.policies.alignment import perturbed
@@ -44,10 +42,8 @@ def test_own_family_samples_as_its_pipeline(name: str, tmp_path: Path) -> None:
         if isinstance(part, torch.nn.Module):
             randomise(part)
     pipeline.save_pretrained(tmp_path)
-    policy = policy_of(pipeline, path).eval()
-    family, policy.text_encoder = policy.family, find_family(PipelineSource(str(tmp_path)), path).load_prompt_encoder()
-    settle(policy.text_encoder, torch.float32, torch.float32)
-    noise, guidance = noise_for(policy.latent_shape(height, width)), family.default_guidance
+    policy = PolicySource(str(tmp_path), family=path).load().eval()
+    noise, guidance = noise_for(policy.latent_shape(height, width)), policy.family.default_guidance
     drawn = (PromptBatch(PROMPTS, keys=PROMPTS), Sampling(4, height=height, width=width), guidance, 0)
     ours = sample_latents(policy, *drawn, draws=GivenNoise(noise))
     settings = {"height": height, "width": width, "num_inference_steps": 4, "guidance_scale": guidance, **call}

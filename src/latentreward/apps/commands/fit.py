@@ -539,11 +539,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     found, card = _run(command, arguments)
     if found is not None:
-        from latentreward.apps.estimate.estimate import check_memory, told_hours, training_needs
+        from latentreward.apps.estimate.estimate import check_memory, told_hours
 
-        needs = {"fit": training_needs(found)}
-        print(found.as_text(), told_hours(needs, card), sep="\n", flush=True)
-        print(check_memory(needs, card, found.remedy()))
+        print(found.as_text(), told_hours(found, card), sep="\n", flush=True)
+        print(check_memory(found, card))
 
 
 def estimate_fit(arguments: Sequence[str]) -> "Estimate":

@@ -1,11 +1,11 @@
-"""``fit --estimate``: a module without weights, costs of a training step, and what trainings need against a card."""
+"""``fit --estimate``: a module without weights, costs of a training step, and what a training needs against a card."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -171,10 +171,10 @@ def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu:
 
 @dataclass(frozen=True)
 class Card:
-    """Device with which an estimate compares the needs of trainings; options of ``fit`` and ``taste``.
+    """Device with which an estimate compares the needs of a training; options of ``fit``.
 
     Attributes:
-        gpu: Whether the trainings run on a GPU.
+        gpu: Whether the training runs on a GPU.
         card_gb: Memory of the card to compare with, in GB; by default that of the GPU here.
         tflops: Operations per second that the device sustains, in 10¹²; 30 is some 40 % of an RTX 3090's peak.
     """
@@ -198,58 +198,35 @@ class Card:
         return self.card_gb
 
 
-@dataclass(frozen=True)
-class TrainingNeeds:
-    """Needs of one training."""
-
-    memory: int  # peak memory in bytes, of the GPU or of the CPU
-    flops: float  # operations of all steps and rollouts, or of 1,000 steps
-    whole: bool = True  # whether ``flops`` are those of the whole training
-
-
-def training_needs(found: Estimate, pairs: int | None = None) -> TrainingNeeds:
-    """Compute the needs of a training; ``pairs`` is the length of an epoch, if known, where epochs are counted."""
+def told_hours(found: Estimate, card: Card) -> str:
+    """Return a line on the time of all steps and rollouts, or of 1,000 steps where the settings count epochs."""
     costs, trainer, data = found.costs, found.settings.trainer, found.settings.data.init_args
-    rows, whole = (data.get("batch_size") or 1) * found.accumulated, True
-    if trainer.max_steps > 0:
-        steps = trainer.max_steps
-    elif pairs is not None:
-        steps = math.ceil(pairs / rows) * max(trainer.max_epochs or 1, 1)
-    else:
-        steps, whole = 1000, False
+    steps = trainer.max_steps if trainer.max_steps > 0 else 1000
     rollouts = steps * found.accumulated  # of ReFL: the sampling of each batch
     if costs.rollout_rows:
         kept = KEPT_ROWS if "selection" in found.settings.model.init_args else 1.0
+        rows = (data.get("batch_size") or 1) * found.accumulated
         rollouts = math.ceil(steps * rows / (costs.rollout_rows * kept))
     flops = steps * found.accumulated * (costs.forward + costs.backward) + rollouts * costs.rollout
-    return TrainingNeeds(costs.peak, float(flops), whole)
+    hours = f"{flops / (card.tflops * 1e12) / 3600:.3g}" + ("" if trainer.max_steps > 0 else " per 1,000 steps")
+    return f"hours: fit {hours} (computed, at --tflops {card.tflops:g}; without data, validation and pictures)"
 
 
-def check_memory(needs: Mapping[str, TrainingNeeds], card: Card, remedy: str) -> str:
-    """Compare needs, by the trainings' names, with the memory of the GPU or of the machine; return a line on both.
-
-    Without a GPU to ask nothing is compared. ``remedy`` names settings that lower the need.
-    """
+def check_memory(found: Estimate, card: Card) -> str:
+    """Compare the peak with the memory of the GPU or of the machine, if there is one to ask; return a line on both."""
     here, kind = card.memory(), "GPU memory" if card.gpu else "memory"
     factor, more = (ALLOWANCE, CONTEXT) if card.gpu else (1.0, IMPORTS)
-    sizes = {name: (one.memory * factor + more) / GB for name, one in needs.items()}
+    size = (found.costs.peak * factor + more) / GB
     counted = f"the peak and {IMPORTS / GB:.1f} GB for the program itself"
     if card.gpu:
         counted = f"the peak, {ALLOWANCE - 1:.0%} more and {CONTEXT / GB:.1f} GB for CUDA"
     if here is None:
-        told = ", ".join(f"{name} {size:.1f} GB of {kind}" for name, size in sizes.items())
+        told = f"{size:.1f} GB of {kind}"
         counted += "; no GPU is here to compare with, --card_gb 24 takes a card of 24 GB"
     else:
-        told = ", ".join(f"{name} {size:.1f} of {here:.1f} GB of {kind}" for name, size in sizes.items())
-        found = f"{here:.1f} GB are {'given' if card.gpu and card.card_gb else 'here'}"
-        lacking = [f"{name} needs {size:.1f} GB of {kind}, {found}" for name, size in sizes.items() if size > here]
-        if lacking:
-            raise InputError(f"memory: {', '.join(lacking)} (counted: {counted}); {remedy}")
-    return f"memory: {told} (counted: {counted}); to lower it: {remedy}"
-
-
-def told_hours(needs: Mapping[str, TrainingNeeds], card: Card) -> str:
-    """Return a line on the time of the trainings."""
-    hours = {name: one.flops / (card.tflops * 1e12) / 3600 for name, one in needs.items()}
-    told = [f"{name} {one:.3g}{'' if needs[name].whole else ' per 1,000 steps'}" for name, one in hours.items()]
-    return f"hours: {', '.join(told)} (computed, at --tflops {card.tflops:g}; without data, validation and pictures)"
+        told = f"{size:.1f} of {here:.1f} GB of {kind}"
+        if size > here:
+            there = f"{here:.1f} GB are {'given' if card.gpu and card.card_gb else 'here'}"
+            lacks = f"fit needs {size:.1f} GB of {kind}, {there}"
+            raise InputError(f"memory: {lacks} (counted: {counted}); {found.remedy()}")
+    return f"memory: fit {told} (counted: {counted}); to lower it: {found.remedy()}"

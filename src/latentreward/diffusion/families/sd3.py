@@ -69,7 +69,6 @@ class StableDiffusion3(Family):
     lora_loader = "SD3LoraLoaderMixin"
     block_classes = ("JointTransformerBlock",)
     text_layers = ("CLIPEncoderLayer", "T5Block")
-    plain_states = True
     kohya_module = "networks.lora_sd3"
     default_guidance = 5.0  # Flow-GRPO's and this project's, instead of the pipeline's 7.0
 
