@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
 import latentreward
 from latentreward.apps.cli import main
-from latentreward.core.errors import NO_GPU, InputError, one_line
+from latentreward.core.errors import NO_GPU, InputError
 from latentreward.core.storage.durable import locked
 from latentreward.reward.scoring.files import settings_beside
 from tests.limits import largest_file
@@ -295,22 +295,6 @@ def test_a_reader_that_ends_early_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-class Unreadable(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> None:
-        raise InputError("data.root: shard 3 is cut off; write it again")
-
-
-def test_one_line_of_an_error_in_a_worker_process() -> None:
-    with pytest.raises(InputError) as caught:
-        next(iter(torch.utils.data.DataLoader(Unreadable(), num_workers=1)))
-    assert one_line(caught.value) == "data.root: shard 3 is cut off; write it again"
-    assert one_line(InputError("a\n  b")) == "a b"
-    assert one_line(FileNotFoundError()) == "FileNotFoundError"
-
-
 # ---- settings
 
 
@@ -326,15 +310,6 @@ def test_callbacks_of_stacked_files_and_options_add_up(capsys: pytest.CaptureFix
 def test_callbacks_are_cleared_only_in_so_many_words(cleared: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(capsys, "--trainer.callbacks", cleared, "--trainer.callbacks=Note", "--trainer.callbacks.text=x")
     assert notes(config) == ["x"]
-
-
-def test_a_file_clears_callbacks_of_earlier_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "quiet.yaml").write_text("trainer: {callbacks: null}\n")
-    assert settings(capsys, "--config=quiet.yaml")["trainer"]["callbacks"] is None
-
-
-def test_interpolation_across_files_follows_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert settings(capsys, "--data.root=there")["model"]["init_args"]["root"] == "there"
 
 
 def test_interpolation_typed_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -531,15 +506,6 @@ def test_settings_lie_beside_checkpoints_that_are_elsewhere(folder: Path) -> Non
     assert settings_beside(checkpoint).read_bytes() == (folder / "logs" / "config.yaml").read_bytes()
 
 
-def test_a_run_that_fails_before_its_first_step_leaves_no_settings(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    error_line(capsys, *FIT, "--data.fault=input", "--trainer.default_root_dir=failed")
-    assert not list((folder / "failed").glob("config*.yaml"))
-    main([*FIT, "--trainer.default_root_dir=failed"])
-    assert [path.name for path in (folder / "failed").glob("config*.yaml")] == ["config.yaml"]
-
-
 @pytest.mark.parametrize(("hook", "kept"), [("on_train_start", False), ("on_train_batch_start", True)])
 def test_settings_stay_beside_the_checkpoint_of_a_run_whose_reward_server_failed(
     hook: str, kept: bool, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -631,12 +597,6 @@ def test_bad_input_of_ones_own_classes_is_one_line(
     (folder / "text.yaml").write_text("just text\n")
     got = error_line(capsys, *FIT, *options.split())
     assert line is None or got == line
-
-
-def test_what_is_no_checkpoint_is_not_consolidated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "junk.ckpt").write_text("j\n")
-    assert "junk.ckpt" in error_line(capsys, "consolidate", "junk.ckpt", "one.ckpt")
-    assert not (folder / "one.ckpt").exists()
 
 
 def test_bugs_and_debug_keep_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ from tests.alignment.rewards.stored import write_run
 from tests.formats.conftest import COMMITTED
 from tests.marks import rotated_after
 from tests.processes import kill_after_parts
-from tests.reward.scorers.tiny_clip import write_aesthetic, write_clip
 
 if TYPE_CHECKING:
     pass
@@ -258,24 +257,3 @@ def test_shipped_configs_run_on_the_samples(here: Path, monkeypatch: pytest.Monk
         monkeypatch.setenv(variable, str(COMMITTED / sample))
     report = run(f"--config=configs/benchmark/{name}.yaml", scorers=[function("luminance")], limit=2)
     assert len(report["data"]) >= (8 if name == "all" else 1)
-
-
-@pytest.mark.slow
-def test_shipped_tiny_config(here: Path, reward: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("REWARD", raising=False)
-    report = run("--config=configs/benchmark/tiny.yaml", limit=60)
-    assert list(report["scorers"]) == ["clipscore", "step_aware"]
-    monkeypatch.setenv("REWARD", reward)
-    report = run("--config=configs/benchmark/tiny.yaml", limit=10, levels=[])
-    assert list(report["scorers"]) == ["clipscore", "step_aware", "reward"]
-    assert report["agreement"][0]["benchmark"] == "tinyworld test"
-
-
-@pytest.mark.slow
-def test_shipped_pixel_scorers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = write_clip(here / "clip")
-    for variable in ("PICKSCORE_PATH", "CLIP_H_PATH", "CLIP_L_PATH"):
-        monkeypatch.setenv(variable, clip)
-    monkeypatch.setenv("AESTHETIC_WEIGHTS", write_aesthetic(here / "linearMSE.pth"))
-    report = run("--config=configs/scorers/pixel.yaml", data=str(COMMITTED / "hpdv3"))
-    assert list(report["scorers"]) == ["pickscore", "clipscore", "aesthetic"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from latentreward.alignment import PolicySource
 from latentreward.alignment.rewards.http import RemoteReward
 from latentreward.alignment.rewards.pixel import ImageReward
-from latentreward.apps.estimate.batches import largest_batch, written_caches
-from latentreward.apps.estimate.step_costs import TEXT, StepCosts, step_costs
+from latentreward.apps.estimate.step_costs import TEXT, StepCosts, largest_batch, step_costs, written_caches
 from latentreward.apps.estimate.unread import ConfigSources, replace_rewards
 from latentreward.core.errors import InputError, check_range
 
@@ -34,8 +32,6 @@ ALLOWANCE, CONTEXT = 1.1, GB
 """Factor for what the allocator holds beyond tensors, and bytes of a CUDA context and kernels' work space."""
 IMPORTS = 2 * GB
 """Memory of a process with all its imports and data loaders."""
-KEPT_ROWS = 0.5
-"""Share of a rollout's rows that pass the threshold of LPO; a guess, since it depends on the reward."""
 
 
 @dataclass(frozen=True)
@@ -176,15 +172,13 @@ class Card:
     Attributes:
         gpu: Whether the training runs on a GPU.
         card_gb: Memory of the card to compare with, in GB; by default that of the GPU here.
-        tflops: Operations per second that the device sustains, in 10¹²; 30 is some 40 % of an RTX 3090's peak.
     """
 
     gpu: bool
     card_gb: float | None = None
-    tflops: float = 30.0
 
     def __post_init__(self) -> None:
-        check_range("(0, inf)", card_gb=self.card_gb, tflops=self.tflops)
+        check_range("(0, inf)", card_gb=self.card_gb)
 
     def memory(self) -> float | None:
         """Return the memory of the GPU, or that is free for a run on the CPU, in GB; None without a GPU to ask."""
@@ -196,20 +190,6 @@ class Card:
         if self.card_gb is None and torch.cuda.is_available():
             return float(torch.cuda.get_device_properties(0).total_memory / GB)
         return self.card_gb
-
-
-def told_hours(found: Estimate, card: Card) -> str:
-    """Return a line on the time of all steps and rollouts, or of 1,000 steps where the settings count epochs."""
-    costs, trainer, data = found.costs, found.settings.trainer, found.settings.data.init_args
-    steps = trainer.max_steps if trainer.max_steps > 0 else 1000
-    rollouts = steps * found.accumulated  # of ReFL: the sampling of each batch
-    if costs.rollout_rows:
-        kept = KEPT_ROWS if "selection" in found.settings.model.init_args else 1.0
-        rows = (data.get("batch_size") or 1) * found.accumulated
-        rollouts = math.ceil(steps * rows / (costs.rollout_rows * kept))
-    flops = steps * found.accumulated * (costs.forward + costs.backward) + rollouts * costs.rollout
-    hours = f"{flops / (card.tflops * 1e12) / 3600:.3g}" + ("" if trainer.max_steps > 0 else " per 1,000 steps")
-    return f"hours: fit {hours} (computed, at --tflops {card.tflops:g}; without data, validation and pictures)"
 
 
 def check_memory(found: Estimate, card: Card) -> str:

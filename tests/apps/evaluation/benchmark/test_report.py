@@ -56,23 +56,6 @@ def test_names_and_prompts_are_no_markup_in_markdown(tmp_path: Path) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
-def test_page_in_a_browser(tmp_path: Path, browser_page: "Pages", width: int, dark: bool) -> None:
-    write(tmp_path, report())
-    page = browser_page(tmp_path / "report.html", width=width, dark=dark)
-    assert page.title() == "Benchmark of reward models"
-    assert page.locator("script").count() == 0
-    assert page.get_by_text("**bold**").count() > 0
-    images = page.locator("img").all()
-    assert len(images) == 1
-    for image in images:
-        assert image.evaluate("image => image.complete && image.naturalWidth > 0")
-        assert image.get_attribute("alt")
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.locator("section").count() == 11
-
-
-@pytest.mark.browser
 @pytest.mark.parametrize(("width", "dark"), [(PHONE, False), (1200, True)])
 def test_keyboard_contrast_and_width(tmp_path: Path, browser_page: "Pages", width: int, dark: bool) -> None:
     write(tmp_path, report())
