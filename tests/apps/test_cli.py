@@ -15,9 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from latentreward.callbacks import RunProgress
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
 import latentreward
 from latentreward.apps.cli import main
@@ -273,13 +270,12 @@ def test_help_and_version_import_nothing_slow(capsys: pytest.CaptureFixture[str]
     assert result.stdout.endswith(f"latentreward {latentreward.__version__}\n")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_characters_that_stdout_lacks_are_escaped(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_that_stdout_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     main(["configs"])
-    sizes = next(line for line in written.getvalue().decode(encoding).splitlines() if "lpo_sd21.yaml" in line)
-    assert ("(512 \\xd7 512)" if encoding == "ascii" else "(512 × 512)") in sizes
+    sizes = next(line for line in written.getvalue().decode("ascii").splitlines() if "lpo_sd21.yaml" in line)
+    assert "(512 \\xd7 512)" in sizes
     print("→")
     sys.stdout.flush()
     assert written.getvalue().endswith(b"\\u2192\n")
@@ -325,22 +321,15 @@ def test_interpolation_typed_on_the_command_line(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(
     "options",
-    rotated_after(
-        2,
-        [
-            ["--model.backbone=stand_in"],
-            ["--model.backbone", "stand_in"],
-            ["--model.init_args.backbone", "stand_in"],
-            ["--model.backbone.class_path=stand_in"],
-            ["--config=short.yaml"],
-            ["--config=shorter.yaml"],
-            ["--config", "model: {init_args: {backbone: stand_in}}"],
-        ],
-    ),
+    [
+        ["--model.backbone=stand_in"],
+        ["--model.init_args.backbone", "stand_in"],
+        ["--config", "model: {init_args: {backbone: {class_path: stand_in}}}"],
+        ["--config=shorter.yaml"],
+    ],
 )
 def test_backbone_by_short_name(options: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings(capsys)  # imports plugin, which registers the name
-    (folder / "short.yaml").write_text("model: {init_args: {backbone: {class_path: stand_in}}}\n")
     (folder / "shorter.yaml").write_text("model: {init_args: {backbone: stand_in}}\n")
     backbone = settings(capsys, *options)["model"]["init_args"]["backbone"]
     assert backbone["class_path"] == "plugin.stand_in"
@@ -478,24 +467,6 @@ def test_a_resumed_fit_prints_what_tells_a_user_something(
     ]
     assert printed.out == ""
     assert [str(one.message) for one in recwarn if "jsonargparse" not in str(one.message).lower()] == []
-
-
-@pytest.mark.parametrize(
-    ("options", "kinds"),
-    [
-        (["--trainer.enable_progress_bar=true"], [RunProgress]),
-        (["--trainer.callbacks+=TQDMProgressBar", *SHOWN], [TQDMProgressBar]),
-        ([], []),
-    ],
-)
-def test_progress_is_ours_unless_the_settings_have_another(
-    options: list[str], kinds: list[type[Callback]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainers: list[Trainer] = []
-    monkeypatch.setattr(Trainer, "fit", lambda trainer, *_, **__: trainers.append(trainer))
-    main([*FIT, *options])
-    found = [callback for callback in trainers[0].callbacks if isinstance(callback, ProgressBar)]
-    assert list(map(type, found)) == kinds
 
 
 def test_settings_lie_beside_checkpoints_that_are_elsewhere(folder: Path) -> None:

@@ -211,16 +211,6 @@ def test_wrong_settings_are_one_line(
     assert message in refusal(capsys, **settings)
 
 
-def test_a_wrong_folder_of_images_shows_before_any_model_is_loaded(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = hpdv3_copy(here / "hpdv3")
-    shutil.rmtree(root / "images")
-    line = refusal(capsys, data=str(root), model="no/such/model", scorers=[function("luminance")])
-    assert "hpdv3 test: none of 10 images that were tried can be read" in line
-    assert not Path("calls.txt").exists()
-
-
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_reports_the_same(here: Path) -> None:
     """SIGKILL of a real process between two parts of a table."""

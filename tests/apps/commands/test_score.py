@@ -179,19 +179,6 @@ def test_what_cannot_be_read_is_recorded_and_counted(here: Path, lrm: str, capsy
     np.testing.assert_allclose(readable, alone["score"].to_pylist(), rtol=0, atol=2e-5)
 
 
-def test_nothing_that_can_be_read_is_status_2_with_the_table_there(
-    here: Path, lrm: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (here / "pics").mkdir()
-    write_unreadable(here / "pics")
-    (here / "pics" / "no prompt.png").unlink()
-    for _ in range(2):
-        line = refusal(capsys, "pics", "s.csv", lrm, "--gallery=g.html")
-        assert line.endswith("images: none of 8 can be scored; s.csv says why")
-    assert read_scores(here / "s.csv")["problem"].null_count == 0
-    assert (here / "g.html").is_file()
-
-
 @pytest.mark.slow
 def test_after_sigkill_it_goes_on_to_the_same_bits(here: Path, dina: str) -> None:
     write_unreadable(write_pictures(here / "pics", 120))
