@@ -17,7 +17,7 @@ import torch
 import yaml
 
 import latentreward
-from latentreward.apps.cli import main
+from latentreward.apps.cli import COMMANDS, main
 from latentreward.core.errors import NO_GPU, InputError
 from latentreward.core.storage.durable import locked
 from latentreward.reward.scoring.files import settings_beside
@@ -268,6 +268,15 @@ def test_help_and_version_import_nothing_slow(capsys: pytest.CaptureFixture[str]
     assert all(command in result.stdout for command in ("fit", "validate", "test", "predict"))
     assert result.stdout.count("\n  latentreward ") == 3
     assert result.stdout.endswith(f"latentreward {latentreward.__version__}\n")
+
+
+@pytest.mark.parametrize("command", rotated_after(1, [name for name in COMMANDS if name != "configs"]))
+def test_help_has_no_marks_of_sphinx(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    assert told
+    assert not re.findall(r":\w+:`|``", told)
 
 
 def test_characters_that_stdout_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

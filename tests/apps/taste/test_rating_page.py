@@ -8,8 +8,7 @@ import pytest
 
 from latentreward.apps.taste.pairs import RATINGS
 from tests.accessibility import PHONE, faults
-from tests.apps.taste.folders import draw
-from tests.apps.taste.rating_servers import rating_server
+from tests.apps.taste.folders import draw, rating_server
 
 pytestmark = pytest.mark.browser
 

@@ -15,8 +15,7 @@ from latentreward.apps.taste.results import HTML, JSON
 from latentreward.apps.taste.steps import DONE
 from latentreward.tinyworld.pairs import draw_pairs
 from tests.apps.serving.processes import forked_server
-from tests.apps.taste.folders import unsorted_folder
-from tests.apps.taste.forked_steps import fork_steps
+from tests.apps.taste.folders import fork_steps, unsorted_folder
 from tests.processes import start
 
 pytestmark = pytest.mark.slow
