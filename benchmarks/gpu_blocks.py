@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentreward.apps.commands.fit import TrainingCLI
-from latentreward.apps.estimate.batches import make_batch
 from latentreward.apps.estimate.estimate import unread_module
-from latentreward.apps.estimate.step_costs import optimizer_of, step_costs
+from latentreward.apps.estimate.step_costs import make_batch, optimizer_of, step_costs
 from latentreward.apps.estimate.unread import ConfigSources, unset_variables
 from latentreward.core.contracts import map_tensors
 from latentreward.core.registry import backbone_names

@@ -18,19 +18,12 @@ from torch import Tensor
 from trained_rewards import trained_rewards
 
 from latentreward.alignment import LatentReward, PixelReward, Policy, PolicySource, Reward, Sampling, sample_latents
-from latentreward.apps.generation import (
-    Candidates,
-    StepSearch,
-    best_of_n,
-    policy_of,
-    search_latents,
-)
+from latentreward.apps.generation import Candidates, best_of_n, search_latents
 from latentreward.core.bootstrap import bootstrap_interval
 from latentreward.core.contracts import PromptBatch
 from latentreward.reward import StepAwareScorer
 from latentreward.tinyworld.captions import judged_captions
 from latentreward.tinyworld.oracle import utility_scores
-from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 
 GUIDANCE = 3.0
 CHUNK = 64
@@ -56,22 +49,6 @@ def in_chunks(work: Callable[[PromptBatch], Tensor], captions: Sequence[str]) ->
     return torch.cat([work(PromptBatch(tuple(captions[c]), tuple(keys[c]))) for c in chunks])
 
 
-def through_diffusers(reward: Reward, prompts: PromptBatch, count: int, steps: int, guidance: float) -> Tensor:
-    """Sample with step-wise search inside diffusers' own pipeline."""
-    pipeline = load_pipeline(PIPELINE_FOLDERS["sd_tiny"])
-    policy, generator = policy_of(pipeline), torch.Generator().manual_seed(1)
-    latents = torch.randn(len(prompts), *policy.latent_shape(), generator=generator)
-    search = StepSearch(policy, reward, prompts.prompts, latents, num_candidates=count)
-    return pipeline(
-        list(prompts.prompts),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        output_type="latent",
-        latents=latents,
-        callback_on_step_end=search,
-    ).images
-
-
 def measure_search(policy: Policy, rewards: dict[str, list[Reward]], prompts: int, steps: int = 20) -> None:
     """Print the change of utility by each way of choosing, against plain sampling with the same eta."""
     captions = judged_captions()[:prompts]
@@ -93,18 +70,12 @@ def measure_search(policy: Policy, rewards: dict[str, list[Reward]], prompts: in
         def search(reward: Reward, batch: PromptBatch, how: dict = how) -> Tensor:
             return search_latents(policy, reward, batch, Candidates(4), lively, **how)
 
-        def diffusers(reward: Reward, batch: PromptBatch, guidance: float = guidance) -> Tensor:
-            return through_diffusers(reward, batch, 4, steps, guidance)
-
         ways: dict[str, tuple[int, Callable[[Reward, PromptBatch], Tensor]]] = {
             "best of 4": (0, partial(best_of, number=4)),
             "step-wise, K = 4": (1, search),
-            "step-wise, K = 4, in diffusers": (1, diffusers),
         }
         for way, (eta, work) in ways.items():
             for kind, models in rewards.items():
-                if work is diffusers and kind == "pixels":
-                    continue  # it takes rewards of noisy latents
                 found = [utilities(policy, in_chunks(partial(work, model), captions), captions) for model in models]
                 change, low, high, _ = bootstrap_interval([utility - plain[eta] for utility in found])
                 interval = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -26,7 +26,6 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
-from latentreward.apps.generation.step_search import LoadedPipeline
 from latentreward.core.contracts import EditPrompt, sources_of
 from latentreward.data import decode_image
 from latentreward.diffusion import find_family
@@ -138,6 +137,29 @@ def prompt_encoder(pipeline: DiffusionPipeline) -> PromptEncoder:
         return CLIPPromptEncoder(pipeline.text_encoder, pipeline.tokenizer)
     encoders, tokenizer = (pipeline.text_encoder, pipeline.text_encoder_2), build_tokenizer()
     return Flux1PromptEncoder(*encoders, tokenizer, tokenizer, t5_length=MAX_TOKENS)
+
+
+class LoadedPipeline:
+    """Configs of a diffusers pipeline in memory, as a :class:`~latentreward.diffusion.PipelineConfigs`."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self._pipeline = pipeline
+        self.source = self.named = type(pipeline).__name__
+        self.index: dict[str, Any] = {"_class_name": self.source, **pipeline.config}
+
+    def has(self, part: str) -> bool:
+        """Tell whether the pipeline has a part."""
+        return getattr(self._pipeline, part, None) is not None
+
+    def config(self, part: str) -> dict[str, Any]:
+        """Return the config of a part."""
+        loaded = getattr(self._pipeline, part)
+        return {"_class_name": type(loaded).__name__, **loaded.config}
+
+    def tensors(self, part: str, names: Sequence[str]) -> list[Tensor]:
+        """Return tensors of a part by name."""
+        state = getattr(self._pipeline, part).state_dict()
+        return [state[name].detach().cpu() for name in names]
 
 
 def edit_losses(pipeline: DiffusionPipeline, encoder: PromptEncoder, recipe: Recipe) -> Iterator[Tensor]:

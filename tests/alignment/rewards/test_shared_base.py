@@ -6,18 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from latentreward.alignment import LatentReward, Policy, RewardMixture, surrogate
 from latentreward.alignment.rewards.latent import LatentScorer
-from latentreward.apps.generation import policy_of
 from latentreward.core.contracts import NoisyStates
 from latentreward.diffusion import LoRA
 from latentreward.reward.modules.training import single_optimizer
 from tests.alignment.rewards.stored import PROMPTS, states_of, tiny_policy, write_run
 from tests.marks import rotated_after
-from tests.tiny_pipelines import pipeline_folder
 
 FROZEN_TEXT = {"text_encoder_tuning": "frozen"}
 SMALL = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4.0}, **FROZEN_TEXT}
@@ -100,19 +97,6 @@ def test_its_adapter_is_neither_trained_nor_saved_with_the_module(tmp_path: Path
     assert {name.partition(".")[0] for name in state} == {"policy", "reward"}
     assert all(name.startswith("reward._owned.head.") for name in state if name.startswith("reward"))
     module.load_state_dict(state)  # strict
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "name"), [("dina", "sd35"), ("lrm", "sd15")])
-def test_a_users_pipeline_gets_no_adapter(method: str, name: str, tmp_path: Path) -> None:
-    write_run(tmp_path, method, name, **SMALL)
-    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder(name))
-    policy = policy_of(pipeline)
-    weights = [name for name, _ in policy.network.named_parameters()]
-    reward = LatentReward(str(tmp_path)).load(policy)
-    assert [name for name, _ in policy.network.named_parameters()] == weights
-    own = LatentReward(str(tmp_path), share="never").load(policy)
-    assert torch.equal(scores(reward, policy), scores(own, policy))
 
 
 @pytest.mark.slow

@@ -87,11 +87,6 @@ def test_a_policy_hardware_and_a_method_make_one_file(capsys) -> None:
     assert text == composed(capsys, "flux2_klein", "nft", "one_gpu")
 
 
-def test_a_method_alone_decides_over_clipping(capsys) -> None:
-    assert yaml.safe_load(composed(capsys, "sd15", "lpo", "one_gpu"))["trainer"]["gradient_clip_val"] is None
-    assert yaml.safe_load(composed(capsys, "sd15", "refl"))["trainer"]["gradient_clip_val"] == 1.0
-
-
 @pytest.mark.parametrize(
     ("names", "line"),
     [

@@ -4,31 +4,25 @@ import csv
 import importlib
 import inspect
 import json
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
-from latentreward.alignment import POLICY, PolicySource, TrainedLoRA
-from latentreward.alignment.policies.checkpoint import SOURCE
+from latentreward.alignment import PolicySource, TrainedLoRA
 from latentreward.apps.cli import main
 from latentreward.apps.generation.trained_policy import TrainedPolicy
-from latentreward.diffusion import LoRA
 from tests.alignment.policies.alignment import perturbed
 from tests.apps.evaluation.policy import toy_scorers
 from tests.marks import rotated_after
 from tests.processes import start
-from tests.tiny_pipelines import pipeline_folder
 
 FORMATS = Path(__file__).resolve().parents[2] / "formats" / "data"
 HOSTILE = 'a «"/\\: <script>alert(1)</script> | `x` ü'
@@ -114,20 +108,6 @@ def test_two_policies_from_prompts_to_reports(evaluate: Run, lora: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_checkpoint_tells_the_shape_of_its_adapter_and_a_start_that_failed_leaves_the_folder_free(
-    evaluate: Run, refused: Callable[..., str], tmp_path: Path
-) -> None:
-    for name, base, rank in (("other", "sd35_tiny", 4), ("run", "sd_tiny", 3)):
-        source = PolicySource(base, lora=LoRA(rank=rank))
-        weights = perturbed(source.load()).named_parameters()
-        adapter = {f"policy.{key}": weight for key, weight in weights if f".{POLICY}." in key}
-        torch.save({"state_dict": adapter, SOURCE: asdict(source)}, tmp_path / f"{name}.ckpt")
-    assert "give an adapter of this network" in refused(SD_TINY, f"--policy.checkpoint={tmp_path / 'other.ckpt'}")
-    report = evaluate(SD_TINY, f"--policy.checkpoint={tmp_path / 'run.ckpt'}")
-    assert len(report["scores"]) == 1
-
-
-@pytest.mark.slow
 def test_nothing_is_done_twice(
     evaluate: Run, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,28 +177,6 @@ def test_a_folder_from_elsewhere_is_judged_by_its_table(evaluate: Run, prompts: 
     alone = evaluate(f"--policy.images={tmp_path / 'made'}", "--images_per_prompt=1", folder="alone")
     assert alone["scores"][0]["pictures"] == 3
     assert alone["notes"] == ["policy has 3 more pictures, of other prompts or numbers; they are ignored."]
-
-
-@pytest.mark.parametrize(
-    ("name", "label", "guidance"), rotated_after(1, [("sd15", "SD1.5", 7.5), ("sdxl", "SDXL", 5.0)])
-)
-def test_lpos_published_policy_is_a_unet_in_the_folder_of_its_base(
-    name: str, label: str, guidance: float, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, folder = Path(pipeline_folder(name)), tmp_path / "pipeline"
-    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("unet"))
-    shutil.copytree(base / "unet", folder / f"lpo_{name}_merge" / "unet")
-    (folder / f"lpo_{name}_merge" / "unet").rename(folder / "unet")
-    paths = {"PICKAPIC_VALIDATION": prompts, f"LPO_{name.upper()}_PATH": folder, f"{name.upper()}_PATH": base}
-    for variable, value in paths.items():
-        monkeypatch.setenv(variable, str(value))
-    monkeypatch.setenv("AESTHETIC_WEIGHTS", "unused")
-    presets = [f"--config=configs/evaluate/lpo_{preset}.yaml" for preset in (name, f"{name}_published")]
-    native = ["--sampling.height=null", "--sampling.width=null", "--sampling.num_inference_steps=2", "--device=cpu"]
-    main(["evaluate-policy", str(tmp_path / "out"), *presets, *native, f"--scorers=[{toy()}]"])
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["settings"]["guidance_scale"] == {f"LPO, {label}": 5.0, label: guidance}
-    assert {score["policy"] for score in report["scores"]} == {f"LPO, {label}", label}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import yaml
 from PIL import Image
 
 from latentreward.apps.cli import main
-from tests.marks import rotated_after
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = ["--data.size=32", "--data.num_workers=0", "--data.batch_size=2", "--trainer.limit_val_batches=1"]
@@ -60,18 +59,6 @@ def test_json_lines(root, caplog) -> None:
 
 
 @pytest.mark.slow
-def test_folders(root) -> None:
-    for split in ("train", "val"):
-        for side, image in (("chosen", "a"), ("rejected", "b")):
-            (root / split / side).mkdir(parents=True)
-            for name in "xyz":
-                (root / split / side / f"{name}.jpg").write_bytes((root / f"{image}.jpg").read_bytes())
-                (root / split / "chosen" / f"{name}.txt").write_text(f"{split} {name}")
-    run("fit", data="folders")
-    assert list(root.rglob("last.ckpt"))
-
-
-@pytest.mark.slow
 def test_only_the_readers_of_the_command_are_opened(root, caplog, capsys) -> None:
     test = ["--data.test=JSONLPairReader", "--data.test.file=test.jsonl"]
     run("fit", "--data.predict.file=absent.jsonl", *test, "--trainer.fast_dev_run=true")
@@ -88,12 +75,6 @@ def test_only_the_readers_of_the_command_are_opened(root, caplog, capsys) -> Non
     assert line.startswith("data.test is not set; give it a reader")
     assert line.endswith("e.g. --data.test JSONLPairReader --data.test.file FILE")
     assert refusal(capsys, "fit", "--data.val.file=absent.jsonl").startswith("data.val: absent.jsonl: No such file")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("command", "size"), rotated_after(1, [("fit", "33"), ("fit --estimate", "[32,2]")]))
-def test_a_size_that_the_network_does_not_take_is_refused(root, capsys, command, size) -> None:
-    assert refusal(capsys, *command.split(), f"--data.size={size}").startswith("data.size: ")
 
 
 @pytest.mark.slow

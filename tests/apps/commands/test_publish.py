@@ -70,9 +70,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 
 @pytest.mark.slow
 def test_a_run_is_published_calibrated(run: Path, pictures: Path, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "card.md").write_text("# About\n\nScores **tiny** pictures.")
     reference = [f"--reference.images={pictures / 'list.jsonl'}", "--reference.name=forty pictures"]
-    words = ["--licence=apache-2.0", '--datasets=["owner/pairs", "our own"]', f"--description={tmp_path / 'card.md'}"]
+    words = ["--licence=apache-2.0", '--datasets=["owner/pairs", "our own"]', "--description=Scores **tiny** pictures."]
     out = tmp_path / "model"
     publish(run, out, *reference, *words, "--noise.sigmas=[0.3,0.6]")
     said = capsys.readouterr()
@@ -198,7 +197,6 @@ def test_ctrl_c_leaves_a_whole_folder_or_none(
         (["--reference.images={few}"], "has 3 images with prompts; a calibration needs at least 20"),
         (["--reference.images={few}", "--reference.limit=5"], "reference.limit=5 must be at least 20"),
         (["--noise.sigmas=[2]"], "noise.sigmas holds 2"),
-        (["--description=none.md"], "description: none.md cannot be read"),
         (["--revision=v1"], "revision='v1' is for hub ids"),
         (["--run_config=none.yaml"], "config='none.yaml' does not exist"),
     ],

@@ -4,10 +4,7 @@ import base64
 import io
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -182,19 +179,6 @@ def test_what_cannot_be_read_is_recorded_and_counted(here: Path, lrm: str, capsy
     np.testing.assert_allclose(readable, alone["score"].to_pylist(), rtol=0, atol=2e-5)
 
 
-def test_nothing_that_can_be_read_is_status_2_with_the_table_there(
-    here: Path, lrm: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (here / "pics").mkdir()
-    write_unreadable(here / "pics")
-    (here / "pics" / "no prompt.png").unlink()
-    for _ in range(2):
-        line = refusal(capsys, "pics", "s.csv", lrm, "--gallery=g.html")
-        assert line.endswith("images: none of 8 can be scored; s.csv says why")
-    assert read_scores(here / "s.csv")["problem"].null_count == 0
-    assert (here / "g.html").is_file()
-
-
 @pytest.mark.slow
 def test_after_sigkill_it_goes_on_to_the_same_bits(here: Path, dina: str) -> None:
     write_unreadable(write_pictures(here / "pics", 120))
@@ -231,23 +215,6 @@ def test_another_run_s_output_is_refused(here: Path, lrm: str, dina: str, capsys
     (here / "pics" / "001.jpg").write_bytes(jpeg(99))
     assert "choose another output, or delete s.csv and s.csv.json" in refusal(capsys, "pics", "s.csv", lrm)
     assert (here / "s.csv").read_bytes() == table
-
-
-def test_a_resumed_run_wants_the_same_settings_and_minds_no_logs(
-    here: Path, lrm: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_pictures(here / "pics", 3)
-    shutil.copytree(lrm, "run")
-    shutil.copy("run/config.yaml", "other.yaml")
-    score("pics", "s.csv", "run", "--run_config=other.yaml")
-    Path("run/events.log").write_text("step 1")
-    score("pics", "s.csv", "run", "--run_config=other.yaml")
-    assert "complete already" in capsys.readouterr().out
-    assert "was begun with run_config " in refusal(capsys, "pics", "s.csv", "run")
-    with Path("other.yaml").open("a") as file:
-        file.write("# another\n")
-    line = refusal(capsys, "pics", "s.csv", "run", "--run_config=other.yaml")
-    assert 'run_config "other.yaml", whose contents (files, prompts or weights behind that name) have changed;' in line
 
 
 def test_a_complete_table_is_not_made_again(
@@ -327,15 +294,6 @@ def test_an_image_without_a_finite_score_does_not_cost_the_others_theirs(
     np.testing.assert_allclose(
         [table["score"].to_pylist()[place] for place in kept], [expected[place] for place in kept], rtol=1e-4
     )
-
-
-@pytest.mark.slow
-def test_start_up_loads_neither_lightning_nor_networks() -> None:
-    """They take seconds; networks' libraries load with the model."""
-    code = "import sys, latentreward.apps.commands.score, latentreward.reward.scoring.find\n"
-    code += "print({'lightning', 'torchmetrics', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed == "set()\n"
 
 
 def write_photographs(folder: Path) -> list[bytes]:

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from latentreward.apps.cli import main
-from latentreward.data import FilteredReader, PairDataset, PickAPicReader, PixelLoader, ScoreTable
+from latentreward.data import PickAPicReader, ScoreTable
 from latentreward.reward import CLIPScorer
 from tests.data.conftest import SCHEMA, pickapic_row
 from tests.processes import kill_after_parts
@@ -176,20 +176,6 @@ def test_table_of_scores(folder: Path, here: Path, capsys: pytest.CaptureFixture
     assert "1 unknown image format" in printed.out
     assert "1 truncated or damaged image" in printed.out
     assert f"{PAIRS - 1} vqascore" in printed.out
-
-
-def test_filtering_by_the_output(folder: Path, here: Path) -> None:
-    score(folder, "scores.parquet")
-    reader = PickAPicReader(str(folder), "train", on_error="skip")
-    gap = ScoreTable("scores.parquet").gaps(reader).values
-    expected = (gap["aesthetic"] > -0.5) & (gap["clipscore"] > 0)
-    expected[5] = gap["aesthetic"][5] < 0.2 and gap["clipscore"][5] < 0.03
-    assert 0 < expected.sum() < PAIRS
-    filtered = FilteredReader(reader, "scores.parquet", floors={"aesthetic": -0.5, "clipscore": 0.0})
-    assert filtered.rows.tolist() == np.flatnonzero(expected).tolist()
-    assert {"unlabelled": 1, "aesthetic missing or NaN": 2}.items() <= filtered.skipped.items()
-    dataset = PairDataset(filtered, PixelLoader(8, 8))
-    assert [dataset[n].pair.pair_id for n in range(len(dataset))] == filtered.pair_ids()
 
 
 def test_another_reader_or_scorer_is_refused(folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,12 +24,6 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(capsys: pytest.CaptureF
     assert "cannot serve at 127.0.0.1:" in error and "--port" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", ["--host=no.such.host.invalid", "--port=70000", "--port=-1"])
-def test_impossible_addresses(capsys: pytest.CaptureFixture[str], option: str) -> None:
-    error = error_of(capsys, "no-such-model", option)
-    assert ("cannot serve at" in error or "port" in error) and error.count("\n") == 1
-
-
 def test_a_missing_extra_names_its_cure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def find(name: str, *rest: Any) -> Any:
         return None if name == "uvicorn" else importlib.util.find_spec(name, *rest)
@@ -49,6 +43,9 @@ def test_a_missing_extra_names_its_cure(capsys: pytest.CaptureFixture[str], monk
         (["--timeout=.inf"], "timeout: inf is not finite"),
         (["--token_file=nowhere.txt"], "token_file=nowhere.txt cannot be read"),
         (["--port=0"], "no-such-model"),
+        (["--host=no.such.host.invalid"], "cannot serve at"),
+        (["--port=70000"], "port"),
+        (["--port=-1"], "port"),
     ],
 )
 def test_wrong_settings(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:

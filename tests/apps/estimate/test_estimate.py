@@ -46,10 +46,7 @@ def shown(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 def test_the_peak_is_compared_with_a_card_and_what_lowers_it_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     steps = "--model.sampling.num_inference_steps=10"
     tiny = f"--config={CONFIGS}/align/lpo_tiny.yaml", "--trainer.accelerator=auto", steps
-    text = shown(capsys, *tiny, "--card_gb=4", "--tflops=1e-3", "--data.prompts_per_rollout=64")
-    # 24 steps of 64 rows, of which 10 steps of 64 prompts with half of their pairs kept give 320 at a rollout
-    flops = 24 * number(text, r"optimiser step of 1 batch, rollouts aside") + 5 * number(text, "rollout")
-    assert float(re.search(r"^hours: fit (\S+) ", text, re.MULTILINE)[1]) == pytest.approx(flops * 1e3 / 3600, rel=0.02)
+    text = shown(capsys, *tiny, "--card_gb=4", "--data.prompts_per_rollout=64")
     assert re.search(r"^memory: fit 1\.\d of 4\.0 GB of GPU memory .*; to lower it: take a smaller --data", text, re.M)
     with pytest.raises(SystemExit, match="2"):
         main(["fit", *tiny, "--estimate", "--card_gb=0.5"])
@@ -84,29 +81,6 @@ def test_tiny_alignment_needs_no_trained_reward(capsys: pytest.CaptureFixture[st
     assert start == pytest.approx(number(text, "weights"), abs=1e-3)
     assert number(once, "peak") == pytest.approx(max(start, number(text, "peak") - float(encoders[1])), abs=2e-3)
     assert f"EncodeOnce frees text encoders of {float(encoders[1]):.2f} GB before the first step." in once
-
-
-@pytest.mark.rotated
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("base", "more"),
-    [
-        (["align/grpo_trajectory_tiny"], "grpo/cps"),
-        (["align/grpo_trajectory_tiny"], "grpo/gardo"),
-        (["model/dina_lrm_tiny", "data/pickapic_v1"], "loss/distillation"),
-        (["model/dina_lrm_tiny", "data/pickapic_v1"], "loss/two_axes"),
-        (["model/dina_lrm_tiny", "data/pickapic_v1"], "loss/labels"),
-    ],
-)
-def test_files_that_change_another_are_estimated(base: list[str], more: str, capsys, tmp_path: Path) -> None:
-    rewards = ", ".join(f"{{class_path: RandomReward, init_args: {{kind: readout, seed: {seed}}}}}" for seed in (1, 2))
-    (tmp_path / "mixture.yaml").write_text(
-        f"model: {{init_args: {{reward: {{class_path: RewardMixture, init_args: {{rewards: [{rewards}]}}}}}}}}"
-    )
-    mixture = ["--config=mixture.yaml"] if more == "grpo/gardo" else []
-    size = ["--data.size=32"] if len(base) > 1 else []
-    files = [f"--config={CONFIGS}/{name}.yaml" for name in (*base, more)]
-    assert "optimiser step of 1 batch" in shown(capsys, *files, *mixture, *size, "--trainer.accelerator=cpu")
 
 
 @pytest.mark.rotated

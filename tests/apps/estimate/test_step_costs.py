@@ -20,18 +20,14 @@ from latentreward.alignment import (
     DiffusionDPOModule,
     LatentReward,
     LPOModule,
-    PixelReward,
     PolicySource,
     QuantileThreshold,
     ReFLModule,
     RewardSource,
     Sampling,
-    SPOModule,
-    StepAwarePixelModule,
     StepwiseGRPOModule,
     TrajectoryGRPOModule,
 )
-from latentreward.apps.estimate.batches import prompt_batch
 from latentreward.apps.estimate.shapes import (
     IN_FLOAT32,
     SavedTensors,
@@ -39,11 +35,10 @@ from latentreward.apps.estimate.shapes import (
     complete_flop_formulas,
     gpu_autocast,
 )
-from latentreward.apps.estimate.step_costs import StepCosts, step_costs
+from latentreward.apps.estimate.step_costs import StepCosts, prompt_batch, step_costs
 from latentreward.apps.estimate.unread import UnreadReward
 from latentreward.core.contracts import PromptBatch, take_rows
 from latentreward.diffusion import LoRA
-from latentreward.reward import StepAwareScorer
 from latentreward.reward.modules.training import stored_parts
 from tests.alignment.modules import batches
 from tests.alignment.rewards.stored import write_run
@@ -198,20 +193,6 @@ def test_quantised_layers(checkpointing: bool) -> None:
     assert nf4.batch_peak == whole.batch_peak - (whole.weights - nf4.weights)
     assert nf4.saved == whole.saved
     assert (quantised.saved > whole.saved) == (not checkpointing)
-
-
-@pytest.mark.rotated
-@pytest.mark.slow
-def test_step_aware_scorer_on_pixels() -> None:
-    """SPO's training of its scorer, and its alignment."""
-    check(lambda: StepAwarePixelModule(policy("sd15"), "spm_tiny", decode_batch_size=4, seed=0), PAIRS, pairs())
-    steps, candidates = Sampling(num_inference_steps=3), Branching(num_candidates=3, score_at="candidate")
-    reward = PixelReward(StepAwareScorer("spm_tiny", device="cpu"))
-    options = {"sampling": steps, "guidance_scale": 2.0, "seed": 0}
-    costs = check(
-        lambda: SPOModule(policy("sd15"), reward, QuantileThreshold(0.0), candidates, **options), PROMPTS, FOUR
-    )
-    assert "reward" in [part.name for part in costs.parts]
 
 
 def test_live_memory_is_that_of_tensors_that_exist() -> None:

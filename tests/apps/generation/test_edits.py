@@ -50,11 +50,3 @@ def test_prompts_that_the_network_cannot_edit_are_refused_before_it_is_loaded(pr
         file.write('{"prompt": "a cat"}\n')
     told = "unlike numbers of pictures, first 0 ('a cat'), 1 ('make it red'); give a list for each number"
     assert told in refusal(capsys, *given, f"--policy.source={KLEIN.folder}")
-
-
-def test_a_picture_that_ends_early_is_named_with_what_to_do(prompts: Path, tmp_path: Path, capsys):
-    picture = prompts.parent / json.loads(prompts.read_text().splitlines()[0])["source_images"][0]
-    picture.write_bytes(picture.read_bytes()[:-40])
-    said = refusal(capsys, "generate", str(prompts), str(tmp_path / "out"), *SMALL, f"--policy.source={KLEIN.folder}")
-    assert f"{picture.name}': truncated or damaged image" in said
-    assert said.rstrip().endswith("; replace the file, or leave its rows out of the prompts")

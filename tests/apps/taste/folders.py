@@ -1,12 +1,22 @@
-"""Folders of small pictures of one's own."""
+"""Folders of small pictures of one's own, the server of their page in a thread, and steps in forked processes."""
 
-import csv
-import json
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from latentreward.apps.cli import main
+from latentreward.apps.serving.settings import bind
+from latentreward.apps.taste.rating_page import HOST, RatingServer
+from latentreward.apps.taste.ratings import Ratings
+from latentreward.apps.taste.steps import Step
+from tests.processes import Forked
 
 
 def draw(path: Path, number: int, caption: str = "") -> Path:
@@ -36,17 +46,32 @@ def unsorted_folder(folder: Path, pictures: int) -> Path:
     return folder
 
 
-def edited_folder(folder: Path, texts: Sequence[str]) -> Path:
-    """Write two results for each edit, as ``latentreward generate`` does; each edits a picture of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "generate.json").write_text("{}")
-    with (folder / "images.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, ["file", "prompt", "place", "image", "source_images"])
-        table.writeheader()
-        for place, text in enumerate(texts):
-            draw(folder / f"sources/{place}.png", -1 - place)
-            for image in range(2):
-                draw(folder / f"{place}_{image}.png", 2 * place + image)
-                row = {"file": f"{place}_{image}.png", "prompt": text, "place": place, "image": image}
-                table.writerow({**row, "source_images": json.dumps([f"sources/{place}.png"])})
-    return folder
+@contextmanager
+def rating_server(folder: Path) -> Iterator[RatingServer]:
+    """Serve the page for a folder inside the block, at a free port."""
+    with RatingServer(Ratings(folder), bind(HOST, 0)) as made:
+        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield made
+        finally:
+            made.shutdown()
+            thread.join()
+
+
+def fork_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let steps run in forks of this process, instead of in processes of their own."""
+    monkeypatch.setattr("latentreward.apps.taste.steps.call", call)
+
+
+def call(step: Step, log: IO[str]) -> int:
+    running = Forked(run, [step.arguments], output=Path(log.name))
+    try:
+        return running.wait(600)
+    finally:
+        running.kill()
+
+
+def run(arguments: Sequence[str]) -> None:
+    sys.argv = ["latentreward", *arguments]
+    main()

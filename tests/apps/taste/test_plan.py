@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from latentreward.apps.cli import main
-from latentreward.apps.taste.pairs import RATINGS, Picture, RatedPair, collect
+from latentreward.apps.taste.pairs import Picture, RatedPair, collect
 from latentreward.apps.taste.plan import (
     ALIGN,
     CACHE,
@@ -19,19 +19,13 @@ from latentreward.apps.taste.plan import (
     Plan,
     family_of,
     find_base,
-    fitting,
     prompts_of,
     write_pairs,
     write_prompts,
 )
-from latentreward.apps.taste.ratings import Ratings
 from latentreward.apps.taste.splitting import Split, split
-from latentreward.core.contracts import EditPrompt, ImageRef, sources_of
 from latentreward.core.errors import InputError
-from latentreward.data.alignment.prompt_files import read_prompts
-from latentreward.data.images import image_bytes
-from tests.apps.taste.folders import edited_folder, sorted_folder
-from tests.tiny_pipelines import pipeline_folder
+from tests.apps.taste.folders import sorted_folder
 
 PLAN = Plan(
     "sd_tiny", Path("/a b"), Path("/p"), None, "frozen", None, False, 10, None, ["--trainer.max_epochs=3"], [], 4
@@ -67,45 +61,6 @@ def test_a_pipeline_is_told_by_its_class(tmp_path: Path) -> None:
     command = plan.steps(Path("/w"), 0)[REWARD].arguments
     for argument in ("sd35_medium", "--model.backbone.source=" + str(tmp_path), "--trainer.precision=bf16-mixed"):
         assert any(argument in one for one in command)
-
-
-def test_prompts_carry_copies_of_their_own_pictures(tmp_path: Path) -> None:
-    mine = edited_folder(tmp_path / "mine", [f"make it {number}" for number in range(3)])
-    given = dict(zip(("a", "b", "c"), sorted((mine / "sources").iterdir()), strict=True))
-    inside = ImageRef("", data=given["c"].read_bytes())  # as of parquet, without a name
-    edits = [EditPrompt("a", [ImageRef("a.png", path=given["a"])]), EditPrompt("b", [ImageRef("b", path=given["b"])])]
-    folder, _ = write_prompts(tmp_path, [*edits, EditPrompt("c", [inside])], 0)
-    read = {prompt: sources_of(prompt) for prompt in read_prompts(str(folder / PROMPTS))}
-    assert {str(prompt): image_bytes(image) for prompt, (image,) in read.items()} == {
-        text: file.read_bytes() for text, file in given.items()
-    }
-
-
-def test_pairs_that_the_base_does_not_take_are_left_out(tmp_path: Path) -> None:
-    ratings = Ratings(edited_folder(tmp_path, ["make it red"] * 24))
-    while ratings.next is not None:
-        ratings.rate(ratings.next.names, "a")
-    (tmp_path / "sources/3.png").unlink()
-    (tmp_path / "sources/5.png").write_text("no picture")
-    lines = [json.loads(line) for line in (tmp_path / RATINGS).read_text().splitlines()]
-    del lines[7]["source_images"]
-    (tmp_path / RATINGS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = collect(tmp_path)
-    assert any("sources/5.png" in remark for remark in found.remarks)
-    editor = family_of(pipeline_folder("ip2p_sd15"))
-    kept = fitting(found, editor)
-    assert kept.remarks[-1] == "left out, InstructPix2Pix takes 1 pictures to edit; 1 pair with 0"
-    assert len(kept.pairs) == len(found.pairs) - 1 and all(len(sources_of(pair.prompt)) == 1 for pair in kept.pairs)
-    two = replace(found.pairs[0], prompt=EditPrompt("both", 2 * sources_of(found.pairs[0].prompt)))
-    others = fitting(replace(found, pairs=[*found.pairs, two]), editor).remarks[-1]
-    assert others == "left out, InstructPix2Pix takes 1 pictures to edit; 2 pairs with 0 or 2"
-    told = "base: .* takes 0 pictures to edit; .* pairs with 1; give an editor for rated edits"
-    with pytest.raises(InputError, match=told):
-        fitting(found, family_of("sd_tiny"))
-    plain = tmp_path / "plain.txt"
-    plain.write_text("a cat")
-    with pytest.raises(InputError, match="prompts: 'a cat': InstructPix2Pix takes 1 picture to edit, and 0 were given"):
-        prompts_of(split(kept, 500, 0), plain, editor)
 
 
 def test_equal_pairs_are_written_once_and_prompts_are_kept_apart(tmp_path: Path) -> None:

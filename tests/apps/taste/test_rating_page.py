@@ -8,8 +8,7 @@ import pytest
 
 from latentreward.apps.taste.pairs import RATINGS
 from tests.accessibility import PHONE, faults
-from tests.apps.taste.folders import draw
-from tests.apps.taste.rating_servers import rating_server
+from tests.apps.taste.folders import draw, rating_server
 
 pytestmark = pytest.mark.browser
 
@@ -69,16 +68,3 @@ def test_keyboard_contrast_and_width(browser_page: Any, folder: Path, width: int
         page.wait_for_load_state("networkidle")
         assert faults(page) == []
         page.close()
-
-
-def test_a_picture_that_is_gone_is_said(browser_page: Any, folder: Path) -> None:
-    from playwright.sync_api import expect
-
-    with rating_server(folder) as server:
-        for picture in folder.glob("*.png"):
-            picture.unlink()
-        page = browser_page(server.url)
-        expect(page.locator("#problem")).to_contain_text("picture cannot be shown. End the command")
-        page.close()
-    assert browser_page.problems and all("410" in problem for problem in browser_page.problems)
-    browser_page.problems.clear()

@@ -17,8 +17,7 @@ from latentreward.apps.taste.rating_page import MOST_BYTES, RatingServer
 from latentreward.apps.taste.ratings import Ratings
 from latentreward.apps.taste.splitting import split
 from latentreward.core.errors import InputError
-from tests.apps.taste.folders import draw, unsorted_folder
-from tests.apps.taste.rating_servers import rating_server
+from tests.apps.taste.folders import draw, rating_server, unsorted_folder
 from tests.limits import largest_file
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from latentreward.apps.taste.steps import DONE, LOG, Step
 from latentreward.core.errors import InputError
-from tests.apps.taste.forked_steps import fork_steps
+from tests.apps.taste.folders import fork_steps
 
 
 def test_finished_steps_stay_and_stopped_ones_go_on(

@@ -1,7 +1,6 @@
 """The whole way in the tiny world: from rated pictures to a reward, an aligned generator, and their page."""
 
 import json
-import re
 import time
 import urllib.request
 from collections.abc import Callable
@@ -12,19 +11,12 @@ import pytest
 
 from latentreward.apps.cli import main
 from latentreward.apps.taste.pairs import RATINGS
-from latentreward.apps.taste.plan import JUDGED, PROMPTS
-from latentreward.apps.taste.ratings import Ratings
 from latentreward.apps.taste.results import HTML, JSON
 from latentreward.apps.taste.steps import DONE
-from latentreward.core.contracts import sources_of
-from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.tinyworld.pairs import draw_pairs
 from tests.apps.serving.processes import forked_server
-from tests.apps.taste.folders import edited_folder, unsorted_folder
-from tests.apps.taste.forked_steps import fork_steps
-from tests.diffusion.families.twins import TWINS
+from tests.apps.taste.folders import fork_steps, unsorted_folder
 from tests.processes import start
-from tests.tiny_pipelines import pipeline_folder
 
 pytestmark = pytest.mark.slow
 SHORT = ("--base=sd_tiny", "--device=cpu", "--epochs=2", "--align_steps=2", "--num_prompts=2", "--align_always=true")
@@ -84,36 +76,6 @@ def kill_in_training(work: Path, *arguments: str) -> None:
     process.kill()
     process.wait(60)
     time.sleep(2)  # the step's process ends by itself
-
-
-@pytest.mark.rotated
-@pytest.mark.parametrize("editor", ["ip2p_sd15", "flux1_kontext"])
-def test_rated_edits_train_a_reward_and_align_an_editor(editor: str, tmp_path: Path, taste: Callable[..., str]) -> None:
-    folder, work = edited_folder(tmp_path / "mine", ["make it red", "make it blue"] * 12), tmp_path / "work"
-    ratings = Ratings(folder)
-    while ratings.next is not None:
-        ratings.rate(ratings.next.names, "a")
-    if (twin := TWINS.get(editor)) is None:
-        base = [f"--base={pipeline_folder(editor)}"]
-    else:
-        base = [f"--base={twin.folder}", f"--train_settings=['--model.backbone.visual_taps=[{twin.layers - 1}]']"]
-    taste(str(folder), *SHORT, *base, "--size=16", "--epochs=1", *ALIGN, "--align", f"--work={work}")
-    text = (work / HTML).read_text()
-    assert text.count('alt="picture before the edit"') == 6 + 2  # held-out pairs, and pictures before and after
-    (prompts,) = work.glob("prompts-*")
-    edits = read_prompts(str(prompts / PROMPTS)) + read_prompts(str(prompts / JUDGED))
-    assert len({*edits}) == 24 and all(len(sources_of(edit)) == 1 for edit in edits)
-    assert [*work.glob("align-*/out/lora/*.safetensors")]
-
-
-def test_memory_is_estimated_without_any_step(tmp_path: Path, taste: Callable[..., str]) -> None:
-    folder = tiny_folder(tmp_path / "mine", 24)
-    told = taste(str(folder), *SHORT, *ALIGN, "--align", "--estimate", "--size=32", f"--work={tmp_path}/work")
-    assert "note: train is computed at the base's own size, not 32, until the pictures are cached" in told
-    assert "peak in the passes of a batch" in told and "memory: train " in told and ", align " in told
-    assert " (counted: the peak and 2.0 GB for the program itself); to lower it: take --tuning frozen" in told
-    assert re.search(r"^hours: train \S+, align \S+ \(computed, at --tflops 30", told, re.MULTILINE)
-    assert not [*(tmp_path / "work").glob(f"*/{DONE}")]
 
 
 def test_the_command_serves_the_page_until_it_is_stopped(tmp_path: Path) -> None:

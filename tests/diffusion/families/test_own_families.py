@@ -9,12 +9,9 @@ import pytest
 import torch
 
 from latentreward.alignment import PolicySource, Sampling, sample_latents
-from latentreward.apps.generation import policy_of
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.diffusion import ContinuousFlow, find_family
-from latentreward.diffusion.backbones.loading import PipelineSource
-from latentreward.diffusion.backbones.weights import settle
 from latentreward.reward import CLIPProjectionHead, RewardModel
 from latentreward.testing import check_apart, check_predictions
 from tests.diffusion.families import own_families
@@ -32,10 +29,8 @@ def test_own_family_samples_as_its_pipeline(tmp_path: Path) -> None:
         if isinstance(part, torch.nn.Module):
             randomise(part)
     pipeline.save_pretrained(tmp_path)
-    policy = policy_of(pipeline, path).eval()
-    family, policy.text_encoder = policy.family, find_family(PipelineSource(str(tmp_path)), path).load_prompt_encoder()
-    settle(policy.text_encoder, torch.float32, torch.float32)
-    noise, guidance = noise_for(policy.latent_shape(height, width)), family.default_guidance
+    policy = PolicySource(str(tmp_path), family=path).load().eval()
+    noise, guidance = noise_for(policy.latent_shape(height, width)), policy.family.default_guidance
     drawn = (PromptBatch(PROMPTS, keys=PROMPTS), Sampling(4, height=height, width=width), guidance, 0)
     ours = sample_latents(policy, *drawn, draws=GivenNoise(noise))
     settings = {"height": height, "width": width, "num_inference_steps": 4, "guidance_scale": guidance, **call}

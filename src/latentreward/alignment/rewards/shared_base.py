@@ -34,7 +34,7 @@ def shares_network(stored: StoredReward, policy: Policy) -> bool:
     if public(network.config) != public(policy.network.config):
         return False
     adapted = any(".lora_" in name for name, _ in network.named_parameters())
-    if adapted and not getattr(policy.network, "peft_config", None):  # a user's pipeline (policy_of) gets no adapter
+    if adapted and not getattr(policy.network, "peft_config", None):  # a network without adapters gets none
         return False
     return same_frozen(stored, outline.network_name, network, policy.network, policy.source)
 

@@ -10,7 +10,6 @@ from latentreward.apps.evaluation.benchmark.evaluate import evaluate
 from latentreward.apps.evaluation.benchmark.pair_scores import NoiseColumns, complete, open_scores
 from latentreward.apps.evaluation.benchmark.sections import INTRODUCTION, TITLE, sections
 from latentreward.apps.evaluation.benchmark.sets import recognise_benchmark
-from latentreward.apps.evaluation.benchmark.telling import pictures_of
 from latentreward.apps.evaluation.results import result_table
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_at_least_one
@@ -94,9 +93,7 @@ def benchmark(
         report.notes.append(
             f"A first look: only the first {limit} pairs of each split were scored. Do not quote these numbers."
         )
-    readers = {f"{one.name} {split}": reader for one in sets for split, reader in one.readers().items()}
-    parts = list(sections(report, pictures_of(report.telling, readers)))
-    write_report(output_dir, report, TITLE, INTRODUCTION, parts, "benchmark")
+    write_report(output_dir, report, TITLE, INTRODUCTION, list(sections(report)))
     left_out = [
         f"{name}: {pairs} {'pair' if pairs == 1 else 'pairs'} left out: {cell(counts['unreadable_images'])}"
         for name, counts in report.data.items()

@@ -7,8 +7,15 @@ from typing import Any
 
 from latentreward.alignment import Sampling
 from latentreward.apps.evaluation.policy import picture_scores, samples
-from latentreward.apps.evaluation.policy.sections import INTRODUCTION, sections, side_by_side
-from latentreward.apps.evaluation.policy.statistics import PolicyReport, compare, policy_scores, scores_csv
+from latentreward.apps.evaluation.policy.statistics import (
+    INTRODUCTION,
+    PolicyReport,
+    compare,
+    policy_scores,
+    scores_csv,
+    sections,
+    side_by_side,
+)
 from latentreward.apps.generation.image_folder import DETERMINISTIC
 from latentreward.apps.generation.trained_policy import files_named, plain
 from latentreward.core.contracts import PathText
@@ -35,8 +42,6 @@ TINY_WORLD = {"tinyworld": judged_captions, "tinyworld_tuning": tuning_captions}
 """Values of ``prompts`` → function that gives captions of the tiny world."""
 PRINTED = ("Scores", "Comparison")
 """Titles of the sections that the terminal shows too."""
-CLIP_WORDS = 75
-"""Number of tokens of a prompt that CLIP reads; since a word has at least one token, longer prompts are cut."""
 
 
 def evaluate_policy(
@@ -165,7 +170,7 @@ def evaluate_policy(
                 for name, pictures in made.items()
                 if (more := len(found[name]) - len(pictures))
             ]
-            notes += _notes(rows, policies, sampling)
+            notes += _notes(policies, sampling)
             for note in notes:
                 tell(note)
             with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):
@@ -212,10 +217,8 @@ def _prompt_rows(prompts: str | None, found: Mapping[str, Sequence[PromptRow]]) 
     raise InputError("there are no prompts; set prompts to a file of them")
 
 
-def _notes(rows: Sequence[PromptRow], policies: Mapping[str, samples.JudgedPolicy], sampling: Sampling) -> list[str]:
+def _notes(policies: Mapping[str, samples.JudgedPolicy], sampling: Sampling) -> list[str]:
     notes = []
-    if long := sum(len(row.prompt.split()) > CLIP_WORDS for row in rows):
-        notes.append(f"{long} prompts have more than {CLIP_WORDS} words: CLIP text encoders and CLIP scorers cut them.")
     if len(policies) > 1 and any(judged.images is not None for judged in policies.values()):
         notes.append(
             "Pictures from a folder are paired by prompt and number; whether their noise was equal is unknown."

@@ -236,7 +236,7 @@ class TrainingCLI(LightningCLI):
     def _take_estimate(self, settings: Namespace) -> None:
         """Take what only an estimate reads out of the settings, so that no run records it."""
         self.estimates = settings.pop("estimate")
-        given = {name: settings.pop(name) for name in ("card_gb", "tflops")}
+        given = {name: settings.pop(name) for name in ("card_gb",)}
         self.card = Card(settings["trainer"]["accelerator"] != "cpu", **given)
         for name, value in given.items():
             if value != getattr(Card, name) and not self.estimates:
@@ -537,11 +537,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     found, card = _run(command, arguments)
     if found is not None:
-        from latentreward.apps.estimate.estimate import check_memory, told_hours, training_needs
+        from latentreward.apps.estimate.estimate import check_memory
 
-        needs = {"fit": training_needs(found)}
-        print(found.as_text(), told_hours(needs, card), sep="\n", flush=True)
-        print(check_memory(needs, card, found.remedy()))
+        print(found.as_text(), flush=True)
+        print(check_memory(found, card))
 
 
 def estimate_fit(arguments: Sequence[str]) -> "Estimate":

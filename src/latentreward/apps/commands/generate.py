@@ -92,9 +92,8 @@ def generate(
     searches = {"step_search": step_search, "reward_guidance": reward_guidance}
     made_by = {"reward": reward, "sampling": sampling, "guidance_scale": guidance_scale, "best_of": best_of, **searches}
     settings = trained.identity() | plain({**made_by, "score_sigmas": list(score_sigmas), "seed": seed})
-    check_searches(reward, best_of, step_search, reward_guidance, score_sigmas)
-    if reward is not None:
-        check_fit(reward, source, sampling, step_search, reward_guidance)
+    check_sigmas(score_sigmas, "score_sigmas")
+    check(reward, best_of, step_search, reward_guidance, source, sampling)
 
     def pictures(shown: Sequence[str]) -> Callable[[list[list[Any]]], Iterator[list[image_folder.Made]]]:
         """Load generator and reward; return the function that makes a batch of pictures."""
@@ -142,20 +141,22 @@ def generate(
             print(folder.summary(wanted))
 
 
-def check_searches(
+def check(
     reward: RewardSource | None,
     best_of: int,
     step_search: Candidates | None,
     guidance: RewardGuidance | None,
-    sigmas: Sequence[float],
+    source: PolicySource,
+    sampling: Sampling,
 ) -> None:
-    """Raise InputError for a search without a reward, two searches, wrong noise levels, or dependent pictures."""
-    check_sigmas(sigmas, "score_sigmas")
-    if reward is None and (best_of > 1 or step_search or guidance):
-        raise InputError("best_of, step_search and reward_guidance need a reward; set reward")
+    """Raise InputError, before weights are loaded, if searches and reward do not fit each other or the generator."""
     if step_search and guidance:
         raise InputError("step_search and reward_guidance are both set; leave one out")
-    if reward is not None and reward.remembers():
+    if reward is None:
+        if best_of > 1 or step_search or guidance:
+            raise InputError("best_of, step_search and reward_guidance need a reward; set reward")
+        return
+    if reward.remembers():
         raise InputError(
             "reward: a RewardMixture with normalise: running scores by all that it has seen, so a command that goes on "
             "would make other pictures; set normalise: group or none"
@@ -165,16 +166,6 @@ def check_searches(
             "reward_guidance.normalise divides by the norm over a batch, so pictures would depend on each other; leave "
             "it out"
         )
-
-
-def check_fit(
-    reward: RewardSource,
-    source: PolicySource,
-    sampling: Sampling,
-    step_search: Candidates | None,
-    guidance: RewardGuidance | None,
-) -> None:
-    """Raise InputError, before weights are loaded, if the reward or the searched steps do not fit the generator."""
     reward.require_latents_of(source)
     sampler = sampling.sampler(source.resolve_family())
     if step_search is not None:

@@ -13,7 +13,6 @@ from latentreward.core.errors import InputError, check_range, errors_at, printab
 from latentreward.core.interrupts import interrupts_told
 from latentreward.core.running import find_device
 from latentreward.core.settings.functions import run_function
-from latentreward.core.settings.rewriting import expanded
 from latentreward.core.storage.durable import check_writable
 from latentreward.reward import Calibration, Card, ModelSource, RewardModel
 from latentreward.reward.scoring.publishing import (
@@ -107,7 +106,7 @@ def publish(
         licence: Licence of the weights: an identifier of the hub such as apache-2.0, openrail++ or other, or a text of
             several words.
         datasets: Training data for the model card: hub ids or names; by default the card names the run's readers.
-        description: Markdown for the model card, or path of a .md file.
+        description: Markdown for the model card.
         name: Title of the model card; by default the hub id, or the folder's name.
         base_name: Name under which others find the base, e.g. owner/name@revision, if the model was trained on a local
             copy. By default the name of the copy's folder is written, and base must be given to load the model.
@@ -121,7 +120,7 @@ def publish(
     """
     check_target(output)
     check_writable(output)
-    card = Card(name or push_to_hub or "", licence, text_of(description), tuple(datasets or ()))
+    card = Card(name or push_to_hub or "", licence, description, tuple(datasets or ()))
     listed = None if reference is None else reference.listed()
     source, target = ModelSource(model, config=run_config, **loading), find_device(device)
     loaded = RewardModel.from_pretrained(source, device=target)
@@ -176,17 +175,6 @@ def calibration_text(calibration: Calibration | None) -> str:
         return "not calibrated"
     spread = f"{calibration.mean:.4g} ± {calibration.std:.4g}"
     return f"calibrated at {calibration.noise} on {calibration.number} images of {calibration.reference}: {spread}"
-
-
-def text_of(description: str) -> str:
-    """Return a description, or the text of the .md file that it names."""
-    if not description.endswith(".md") or "\n" in description:
-        return description
-    try:
-        return Path(expanded(description)).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        remedy = "give a file .md, or the text"
-        raise InputError(f"description: {description} cannot be read ({error}); {remedy}") from error
 
 
 run = partial(run_function, publish, bare=2, classes=False)

@@ -1,11 +1,10 @@
 """``latentreward taste``: train a reward on pictures of one's own, and align a generator with it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from latentreward.apps.estimate.estimate import Card
 from latentreward.apps.taste.steps import Step
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_at_least_one, check_multiples, check_range, errors_at, tell
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
 
 LARGEST = 4096
 """Largest ``size``: pictures of a much larger one, as of a typing error, run out of memory."""
-REMEDY = (
-    "take --tuning frozen, a smaller --batch_size or --size, or a base that is quantised by --train_settings; for the "
-    "alignment a smaller data.batch_size or data.prompts_per_rollout by --align_settings"
-)
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -31,7 +26,6 @@ def taste(
     *,
     rate: bool = False,
     align: bool = False,
-    estimate: bool = False,
     base: PathText = SD15,
     tuning: Literal["auto", "frozen", "lora", "full"] = "auto",
     pairing: Literal["auto", "names", "all"] = "auto",
@@ -51,7 +45,6 @@ def taste(
     seed: int = 0,
     port: int = 7861,
     work: Path | None = None,
-    **card: Any,
 ) -> None:
     """Train a reward on pairs of your own pictures, say how far it can be trusted, and align with it.
 
@@ -69,10 +62,8 @@ def taste(
         folder: Folder of pictures; only ``ratings.jsonl`` and a hidden lock file are written there, by --rate.
         rate: Whether to serve the page to rate pictures, until Ctrl-C; answers are kept at once, and continued.
         align: Whether to align the base with the reward, if the reward has learned something.
-        estimate: Whether to only compute the memory and hours that the trainings need, and compare them with the card.
         base: Pipeline that the reward reads and that is aligned: a folder or hub id of SD1.5, SDXL or SD3.5, or
-            ``sd_tiny``, ``sd35_tiny``; for rated edits an editor: FLUX.1-Kontext, Qwen-Image-Edit, FLUX.2-klein,
-            InstructPix2Pix.
+            ``sd_tiny``, ``sd35_tiny``.
         tuning: Weights that train besides the head: ``frozen`` (none), ``lora`` (adapters) or ``full`` (all); ``auto``
             takes frozen below 300 training pairs, else lora.
         pairing: Pairs of ``chosen/`` and ``rejected/``: ``names`` takes files of equal names, ``all`` compares each
@@ -82,8 +73,7 @@ def taste(
         epochs: Most passes over the training pairs.
         batch_size: Pairs per step of the reward's training.
         patience: Passes without a lower loss on the pairs to stop by, after which the training ends.
-        prompts: File of prompts for the alignment and its pictures, for an editor with a column ``source_images``; by
-            default the captions of the pictures.
+        prompts: File of prompts for the alignment and its pictures; by default the captions of the pictures.
         align_always: Whether to align even if the reward may be no better than a coin.
         align_steps: Optimiser steps of the alignment; by default 100, of a shipped tiny base 24.
         guidance_scale: Guidance scale of the alignment and its pictures; that of the base by default.
@@ -96,7 +86,6 @@ def taste(
         port: Port of the page to rate; 0 takes a free one and prints it.
         work: Folder of all outputs, outside the folder of pictures; ``runs/taste/`` and the name of the folder by
             default.
-        card: See :class:`~latentreward.apps.estimate.estimate.Card`.
     """
     check_at_least_one(pairs=pairs, epochs=epochs, patience=patience, align_steps=align_steps)
     check_at_least_one(batch_size=batch_size, num_prompts=num_prompts)
@@ -116,13 +105,11 @@ def taste(
     from latentreward.core.running import find_device
 
     check_range(f"[{LEAST}, inf)", "fewer are not split", pairs=pairs)
-    if device == "gpu" and not estimate:
+    if device == "gpu":
         find_device("cuda")
-    elsewhere = estimate and card.get("card_gb") is not None  # the GPU of an estimate need not be here
     found = collect(folder, pairing)
     plans.find_base(base)
     own = plans.family_of(base)
-    found = plans.fitting(found, own)
     print(found.how)
     for remark in found.remarks:
         tell(remark)
@@ -147,7 +134,7 @@ def taste(
             prompts=prompt_folder,
             tuning=chosen,
             size=size,
-            gpu=device == "gpu" or (device == "auto" and (elsewhere or torch.cuda.is_available())),
+            gpu=device == "gpu" or (device == "auto" and torch.cuda.is_available()),
             patience=patience,
             guidance=guidance_scale,
             train=[f"--trainer.max_epochs={epochs}", f"--data.batch_size={batch_size}", *train_settings],
@@ -155,13 +142,7 @@ def taste(
             pictures=num_prompts,
         )
         print(f"base {base}, tuning {chosen}, {'GPU' if plan.gpu else 'CPU'}", flush=True)
-        steps = plan.steps(output, seed)
-        if not estimate:
-            run_steps(steps, plan, output, parts.how, always=align_always)
-            return
-        if size is not None and not steps[plans.CACHE].output.exists():
-            tell(f"{plans.REWARD} is computed at the base's own size, not {size}, until the pictures are cached")
-        tell_needs(steps.values(), counts[TRAIN], Card(plan.gpu, **card))
+        run_steps(plan.steps(output, seed), plan, output, parts.how, always=align_always)
 
 
 def rate_pictures(folder: Path, port: int, seed: int) -> None:
@@ -179,21 +160,6 @@ def rate_pictures(folder: Path, port: int, seed: int) -> None:
         kept = f"ratings are kept in {ratings.file}: the same command goes on"
         with interrupts_told(lambda: kept):
             serve_ratings(ratings, bound)
-
-
-def tell_needs(steps: Iterable[Step], pairs: int, card: Card) -> None:
-    """Print the memory and hours that the trainings need, and compare the memory with the card."""
-    from latentreward.apps.commands.fit import estimate_fit
-    from latentreward.apps.estimate.estimate import check_memory, told_hours, training_needs
-
-    needs = {}
-    for step in steps:
-        if step.arguments[0] == "fit":
-            found = estimate_fit(step.arguments[1:])
-            print(f"{step.name}\n{found.as_text()}\n", flush=True)
-            needs[step.name] = training_needs(found, pairs)
-    print(told_hours(needs, card))
-    print(check_memory(needs, card, REMEDY))
 
 
 def run_steps(steps: Mapping[str, Step], plan: "Plan", output: Path, how: str, always: bool) -> None:

@@ -1,11 +1,10 @@
-"""``fit --estimate``: a module without weights, costs of a training step, and what trainings need against a card."""
+"""``fit --estimate``: a module without weights, costs of a training step, and what a training needs against a card."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,8 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from latentreward.alignment import PolicySource
 from latentreward.alignment.rewards.http import RemoteReward
 from latentreward.alignment.rewards.pixel import ImageReward
-from latentreward.apps.estimate.batches import largest_batch, written_caches
-from latentreward.apps.estimate.step_costs import TEXT, StepCosts, step_costs
+from latentreward.apps.estimate.step_costs import TEXT, StepCosts, largest_batch, step_costs, written_caches
 from latentreward.apps.estimate.unread import ConfigSources, replace_rewards
 from latentreward.core.errors import InputError, check_range
 
@@ -34,8 +32,6 @@ ALLOWANCE, CONTEXT = 1.1, GB
 """Factor for what the allocator holds beyond tensors, and bytes of a CUDA context and kernels' work space."""
 IMPORTS = 2 * GB
 """Memory of a process with all its imports and data loaders."""
-KEPT_ROWS = 0.5
-"""Share of a rollout's rows that pass the threshold of LPO; a guess, since it depends on the reward."""
 
 
 @dataclass(frozen=True)
@@ -171,20 +167,18 @@ def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu:
 
 @dataclass(frozen=True)
 class Card:
-    """Device with which an estimate compares the needs of trainings; options of ``fit`` and ``taste``.
+    """Device with which an estimate compares the needs of a training; options of ``fit``.
 
     Attributes:
-        gpu: Whether the trainings run on a GPU.
+        gpu: Whether the training runs on a GPU.
         card_gb: Memory of the card to compare with, in GB; by default that of the GPU here.
-        tflops: Operations per second that the device sustains, in 10¹²; 30 is some 40 % of an RTX 3090's peak.
     """
 
     gpu: bool
     card_gb: float | None = None
-    tflops: float = 30.0
 
     def __post_init__(self) -> None:
-        check_range("(0, inf)", card_gb=self.card_gb, tflops=self.tflops)
+        check_range("(0, inf)", card_gb=self.card_gb)
 
     def memory(self) -> float | None:
         """Return the memory of the GPU, or that is free for a run on the CPU, in GB; None without a GPU to ask."""
@@ -198,58 +192,21 @@ class Card:
         return self.card_gb
 
 
-@dataclass(frozen=True)
-class TrainingNeeds:
-    """Needs of one training."""
-
-    memory: int  # peak memory in bytes, of the GPU or of the CPU
-    flops: float  # operations of all steps and rollouts, or of 1,000 steps
-    whole: bool = True  # whether ``flops`` are those of the whole training
-
-
-def training_needs(found: Estimate, pairs: int | None = None) -> TrainingNeeds:
-    """Compute the needs of a training; ``pairs`` is the length of an epoch, if known, where epochs are counted."""
-    costs, trainer, data = found.costs, found.settings.trainer, found.settings.data.init_args
-    rows, whole = (data.get("batch_size") or 1) * found.accumulated, True
-    if trainer.max_steps > 0:
-        steps = trainer.max_steps
-    elif pairs is not None:
-        steps = math.ceil(pairs / rows) * max(trainer.max_epochs or 1, 1)
-    else:
-        steps, whole = 1000, False
-    rollouts = steps * found.accumulated  # of ReFL: the sampling of each batch
-    if costs.rollout_rows:
-        kept = KEPT_ROWS if "selection" in found.settings.model.init_args else 1.0
-        rollouts = math.ceil(steps * rows / (costs.rollout_rows * kept))
-    flops = steps * found.accumulated * (costs.forward + costs.backward) + rollouts * costs.rollout
-    return TrainingNeeds(costs.peak, float(flops), whole)
-
-
-def check_memory(needs: Mapping[str, TrainingNeeds], card: Card, remedy: str) -> str:
-    """Compare needs, by the trainings' names, with the memory of the GPU or of the machine; return a line on both.
-
-    Without a GPU to ask nothing is compared. ``remedy`` names settings that lower the need.
-    """
+def check_memory(found: Estimate, card: Card) -> str:
+    """Compare the peak with the memory of the GPU or of the machine, if there is one to ask; return a line on both."""
     here, kind = card.memory(), "GPU memory" if card.gpu else "memory"
     factor, more = (ALLOWANCE, CONTEXT) if card.gpu else (1.0, IMPORTS)
-    sizes = {name: (one.memory * factor + more) / GB for name, one in needs.items()}
+    size = (found.costs.peak * factor + more) / GB
     counted = f"the peak and {IMPORTS / GB:.1f} GB for the program itself"
     if card.gpu:
         counted = f"the peak, {ALLOWANCE - 1:.0%} more and {CONTEXT / GB:.1f} GB for CUDA"
     if here is None:
-        told = ", ".join(f"{name} {size:.1f} GB of {kind}" for name, size in sizes.items())
+        told = f"{size:.1f} GB of {kind}"
         counted += "; no GPU is here to compare with, --card_gb 24 takes a card of 24 GB"
     else:
-        told = ", ".join(f"{name} {size:.1f} of {here:.1f} GB of {kind}" for name, size in sizes.items())
-        found = f"{here:.1f} GB are {'given' if card.gpu and card.card_gb else 'here'}"
-        lacking = [f"{name} needs {size:.1f} GB of {kind}, {found}" for name, size in sizes.items() if size > here]
-        if lacking:
-            raise InputError(f"memory: {', '.join(lacking)} (counted: {counted}); {remedy}")
-    return f"memory: {told} (counted: {counted}); to lower it: {remedy}"
-
-
-def told_hours(needs: Mapping[str, TrainingNeeds], card: Card) -> str:
-    """Return a line on the time of the trainings."""
-    hours = {name: one.flops / (card.tflops * 1e12) / 3600 for name, one in needs.items()}
-    told = [f"{name} {one:.3g}{'' if needs[name].whole else ' per 1,000 steps'}" for name, one in hours.items()]
-    return f"hours: {', '.join(told)} (computed, at --tflops {card.tflops:g}; without data, validation and pictures)"
+        told = f"{size:.1f} of {here:.1f} GB of {kind}"
+        if size > here:
+            there = f"{here:.1f} GB are {'given' if card.gpu and card.card_gb else 'here'}"
+            lacks = f"fit needs {size:.1f} GB of {kind}, {there}"
+            raise InputError(f"memory: {lacks} (counted: {counted}); {found.remedy()}")
+    return f"memory: fit {told} (counted: {counted}); to lower it: {found.remedy()}"

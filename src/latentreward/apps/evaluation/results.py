@@ -58,7 +58,6 @@ HEADINGS = {
     "scorer": "model",
     "first": "model",
     "second": "against",
-    "reference": "against",
     "sigma": "noise level",
     "estimate": "accuracy %",
     "value": "accuracy %",
@@ -71,7 +70,7 @@ HEADINGS = {
 """Name of a value → heading of its column; other headings are the names."""
 FORMATS: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(("mean", "mean_of_groups", "parts_sd"), numbers(number)),
-    **dict.fromkeys(("spearman", "pearson", "correlation"), numbers(correlation)),
+    **dict.fromkeys(("spearman", "pearson"), numbers(correlation)),
     "difference": numbers(signed),
     "value": lambda value: percent(value) if isinstance(value, float) else cell(value),  # published, or a sub-group's
     "temperature": temperature,

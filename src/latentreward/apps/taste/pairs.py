@@ -8,7 +8,7 @@ from math import lcm
 from pathlib import Path
 from typing import Literal
 
-from latentreward.core.contracts import like_prompt, sources_of
+from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.json_files import UnreadableTextError
@@ -26,6 +26,7 @@ LEAST = 20  # fewest pairs that are split and trained on; even these tell little
 FEWEST = 2  # fewest pictures that can be rated
 MOST_NAMED = 3  # files that a remark names; the rest are counted
 MOST_COMPARED = 20_000  # pairs of one caption in all against all; further ones would only take memory
+EDIT = "left out, the result of an edit, which this command does not train on"
 Pairing = Literal["auto", "names", "all"]
 
 
@@ -101,7 +102,7 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
 
     Pictures outside ``folder``, behind links, are not opened. Hidden ones are left out. Orientations by EXIF are
     applied later, as in training. In a folder that ``latentreward generate`` wrote, pictures and captions are those of
-    its table; a caption of an edit carries the pictures that were edited. A picture's key is its name without ending.
+    its table. A picture's key is its name without ending.
     """
     found, left = dict[str, Picture](), defaultdict[str, list[str]](list)
     rows = [] if below else [(row.name, row.name, row.prompt) for row in generated_rows(folder)]
@@ -114,17 +115,19 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
         if (told := parse_text(path)) != path:  # no file of pairs could name it
             left["left out, cannot be read"].append(f"{told} (its name is not UTF-8)")
             continue
+        if sources_of(prompt):
+            left[EDIT].append(path)
+            continue
         image = file_image(folder, path)
         try:
-            for one in (image, *sources_of(prompt)):
-                decode_image(one)
+            decode_image(image)
         except ImageError as error:
             left["left out, cannot be read"].append(f"{path} ({error.problem})")
             continue
         if name in found:
             left["left out, another picture has the same name with another ending"].append(path)
             continue
-        caption = like_prompt(" ".join(prompt.split()), prompt)
+        caption = " ".join(prompt.split())
         if not prompt and image.path is not None:
             caption, problem = caption_of(image.path, folder)
             if problem:
@@ -274,9 +277,9 @@ def from_ratings(folder: Path) -> Collection:
     """Read ``ratings.jsonl``, a file as :class:`~latentreward.data.JSONLPairReader` takes it."""
     reader = RatingReader(folder)
     pictures, unreadable = dict[str, Picture | None](), list[str]()
-    pairs, lost = [], 0
+    pairs, lost, edits = [], 0, 0
     for pair in map(reader.__getitem__, range(len(reader))):
-        images = (pair.image_a, pair.image_b, *sources_of(pair.prompt))
+        images = (pair.image_a, pair.image_b)
         for image in images:
             key = image.image_key
             if key in pictures:
@@ -287,8 +290,10 @@ def from_ratings(folder: Path) -> Collection:
             except ImageError as error:
                 pictures[key] = None
                 unreadable.append(f"{key or 'no path'} ({error.problem})")
-        first, second, *sources = (pictures[image.image_key] for image in images)
-        if pair.label_a is None or first is None or second is None or None in sources:
+        first, second = (pictures[image.image_key] for image in images)
+        if sources_of(pair.prompt):
+            edits += 1
+        elif pair.label_a is None or first is None or second is None:
             lost += 1
         elif pair.label_a == 0:
             pairs.append(RatedPair(pair.prompt, second, first, 1.0))
@@ -297,6 +302,8 @@ def from_ratings(folder: Path) -> Collection:
     remarks = [*reader.told(), *remarks_of({"pictures that cannot be read": unreadable})]
     if lost:
         remarks.append(f"left out, pairs without a label or a readable picture: {lost}")
+    if edits:
+        remarks.append(f"{EDIT}: {edits}")
     kept, told = without_self(pairs)
     return Collection(f"pairs of {RATINGS}", kept, [*remarks, *told])
 
@@ -311,8 +318,6 @@ def lines(parts: dict[str, list[RatedPair]]) -> str:
             seen[name] += 1
             line: dict[str, object] = {"pair_id": name if seen[name] == 1 else f"{name}-{seen[name]}", "split": split}
             line |= {"prompt": pair.prompt}
-            if sources := sources_of(pair.prompt):
-                line |= {"source_images": [source.image_key for source in sources]}
             if pair.label == 1:
                 line |= {"chosen": pair.a.path, "rejected": pair.b.path}
             else:

@@ -2,20 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from latentreward.apps.taste.pairs import LEAST, Collection, lines, number_of
+from latentreward.apps.taste.pairs import lines, number_of
 from latentreward.apps.taste.splitting import HELD_OUT, STOP, TRAIN, Split
 from latentreward.apps.taste.steps import Step
-from latentreward.core.contracts import sources_of, sources_wanted
 from latentreward.core.errors import InputError, errors_at
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.durable import write_file
-from latentreward.data.alignment.prompt_files import read_prompts, source_files
-from latentreward.data.images import image_bytes
+from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.diffusion import Family, find_family
 from latentreward.diffusion.backbones.loading import SHIPPED, PipelineSource
 from latentreward.diffusion.backbones.tuning import Tuning
@@ -35,7 +33,7 @@ class Base:
 
     backbone: str  # name of the backbone
     size: int  # native side of an image in pixels
-    guidance: float | None  # guidance scale of alignment and pictures; None for networks without guidance
+    guidance: float  # guidance scale of alignment and pictures
     tiny: bool = False  # whether it is a shipped pipeline, whose few weights need larger learning rates
     # Rate and length of the alignment, and its batches where they are not those of configs/taste/align.yaml
     alignment: Sequence[str] = ALIGNMENT
@@ -55,17 +53,6 @@ BASES = {
     "StableDiffusion3Pipeline": Base("sd35_medium", 1024, 4.5),
 }
 """Class of a pipeline in diffusers → base; the LPO recipes' guidance for SD1.5 and SDXL, the pipeline's for SD3.5."""
-EDITORS = {
-    "StableDiffusionInstructPix2PixPipeline": "ip2p_sd15",
-    "StableDiffusionXLInstructPix2PixPipeline": "ip2p_sdxl",
-    "FluxKontextPipeline": "flux1_kontext",
-    "QwenImageEditPipeline": "qwen_image_edit",
-    "QwenImageEditPlusPipeline": "qwen_image_edit",
-    "Flux2KleinPipeline": "flux2_klein",
-}
-"""Class of an editor's pipeline in diffusers → backbone; size and guidance are those of its family."""
-EDITING = ("--model.policy.gradient_checkpointing=true", "--data.batch_size=4", "--data.prompts_per_rollout=2")
-"""Settings by which the alignment of an editor's large transformer needs a fraction of the memory."""
 
 
 def find_base(source: str) -> Base:
@@ -73,15 +60,10 @@ def find_base(source: str) -> Base:
     if source in TINY_BASES:
         return TINY_BASES[source]
     with errors_at("base: "):
-        pipeline = PipelineSource(source)
-        kind = str(pipeline.index.get("_class_name"))
-        if kind in EDITORS:
-            own, large = find_family(pipeline), EDITING if pipeline.has("transformer") else ()
-            size, guidance = min(own.native_size), own.default_guidance
-            return Base(EDITORS[kind], size, guidance, alignment=(*ALIGNMENT, *large))
+        kind = str(PipelineSource(source).index.get("_class_name"))
     if kind not in BASES:
         raise InputError(
-            f"base: {source!r} is a {kind}; taste takes {', '.join([*BASES, *EDITORS, *TINY_BASES])}; for others see "
+            f"base: {source!r} is a {kind}; taste takes {', '.join([*BASES, *TINY_BASES])}; for others see "
             "docs/data.md, which does the same by hand"
         )
     return BASES[kind]
@@ -91,20 +73,6 @@ def family_of(base: str) -> Family:
     """Return the family of a base, of which only configs are read; raise InputError if they do not fit together."""
     with errors_at("base: "):
         return find_family(PipelineSource(base))
-
-
-def fitting(found: Collection, own: Family) -> Collection:
-    """Leave out pairs that edit another number of pictures than the base's family takes, with a remark."""
-    numbers = [len(sources_of(pair.prompt)) for pair in found.pairs]
-    odd = {number: wanted for number in sorted({*numbers}) if (wanted := sources_wanted(number, own.sources))}
-    if not odd:
-        return found
-    kept = [pair for pair, number in zip(found.pairs, numbers, strict=True) if number not in odd]
-    told = f"{own.title} takes {next(iter(odd.values()))} pictures to edit"
-    told += f"; {number_of(len(numbers) - len(kept), 'pair')} with {' or '.join(map(str, odd))}"
-    if len(kept) < LEAST:
-        raise InputError(f"base: {told}; give an editor for rated edits, and a generator for other pairs")
-    return replace(found, pairs=kept, remarks=[*found.remarks, f"left out, {told}"])
 
 
 @dataclass(frozen=True)
@@ -129,8 +97,7 @@ class Plan:
         found, steps, places = find_base(self.base), dict[str, Step](), {"seed": str(seed)}
         commands = {CACHE: self._cache(found), REWARD: self._train(found), SCORES: self._scores()}
         if self.prompts is not None:
-            guidance = found.guidance if self.guidance is None else self.guidance
-            scale = f"guidance_scale={'null' if guidance is None else guidance}"
+            scale = f"guidance_scale={found.guidance if self.guidance is None else self.guidance}"
             commands[ALIGN] = self._align(found, self.prompts, scale)
             commands[PICTURES] = self._pictures(self.prompts, scale)
         for name, arguments in commands.items():
@@ -212,7 +179,7 @@ def write_pairs(work: Path, found: Split) -> Path:
     return write_once(work / "pairs", {PREFERENCES: lines(found.parts)})
 
 
-def write_once(beginning: Path, contents: Mapping[str, str | bytes]) -> Path:
+def write_once(beginning: Path, contents: Mapping[str, str]) -> Path:
     """Write files, by their names, into a folder named by ``beginning`` and by what they hold; return the folder."""
     folder = beginning.with_name(f"{beginning.name}-{digest(contents.values())[:16]}")
     for name, content in contents.items():
@@ -236,21 +203,13 @@ def prompts_of(found: Split, file: Path | None, own: Family) -> tuple[str, ...]:
 
 
 def write_prompts(work: Path, prompts: Sequence[str], seed: int) -> tuple[Path, str]:
-    """Write the prompts to align with, and those to draw pictures for; return their folder and a line on the choice.
-
-    Pictures that a prompt edits are copied into the folder: prompts name files of their own folder only.
-    """
+    """Write the prompts to align with, and those to draw pictures for; return their folder and a line on the choice."""
     order = np.random.default_rng(seed).permutation(len(prompts))
     kept = len(prompts) // 4 if len(prompts) >= ENOUGH else 0
-    rows, pictures = [], dict[str, str | bytes]()
-    for place, prompt in enumerate(prompts):
-        copies = {name: image_bytes(image) for name, image in source_files(place, prompt).items()}
-        row: dict[str, object] = {"prompt": prompt} | ({"source_images": [*copies]} if copies else {})
-        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
-        pictures |= copies
+    rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts]
     judged, others = ([rows[place] for place in some] for some in (order[:kept], order[kept:]))
     texts = {name: "".join(some) for name, some in ((PROMPTS, others), (JUDGED, judged or others))}
-    folder = write_once(work / "prompts", texts | pictures)
+    folder = write_once(work / "prompts", texts)
     if kept:
         return folder, f"{len(others)} prompts to align with, {kept} others for the pictures before and after"
     told = f"{number_of(len(others), 'prompt')} to align with, and the same for the pictures"

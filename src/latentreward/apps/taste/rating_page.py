@@ -15,7 +15,6 @@ from typing import Any
 from PIL import Image
 
 from latentreward.apps.taste.ratings import Ratings
-from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError, one_line
 from latentreward.core.reports.page import render_page
 from latentreward.data import ImageError, decode_image
@@ -43,8 +42,7 @@ class RatingServer(ThreadingHTTPServer):
         self.token = secrets.token_urlsafe(16)
         self.url = f"http://{HOST}:{port}/{self.token}/"
         self.ratings, self.folder, self.lock = ratings, ratings.file.parent, Lock()
-        sources = {source.image_key: source for pair in ratings.pairs for source in sources_of(pair.prompt)}
-        self.places = {path: place for place, path in enumerate([*ratings.pictures, *sources])}
+        self.places = {path: place for place, path in enumerate(ratings.pictures)}
         self.paths = {f"/picture/{place}": path for path, place in self.places.items()}
         self.page = render_page("rating", served=True, title="Which one do you prefer?")
         self.encode = lru_cache(maxsize=16)(self._encode)
@@ -53,10 +51,9 @@ class RatingServer(ThreadingHTTPServer):
         """Describe the pair to show, and the progress."""
         pair, progress = self.ratings.next, {"done": self.ratings.done, "total": self.ratings.total}
         if pair is None:
-            return {"pair": None, "places": None, "sources": [], **progress}
+            return {"pair": None, "places": None, **progress}
         shown = {"a": pair.a.path, "b": pair.b.path, "prompt": pair.prompt}
-        sources = [self.places[source.image_key] for source in sources_of(pair.prompt)]
-        return {"pair": shown, "places": [self.places[path] for path in pair.names], "sources": sources, **progress}
+        return {"pair": shown, "places": [self.places[path] for path in pair.names], **progress}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print nothing about a connection that the browser ended, as it does when the next pair comes early."""

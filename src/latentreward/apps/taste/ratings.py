@@ -22,7 +22,6 @@ from latentreward.apps.taste.pairs import (
     remarks_of,
     same_contents,
 )
-from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.durable import write_file
@@ -39,7 +38,7 @@ def pairs_to_show(pictures: Sequence[Picture], seed: int) -> list[RatedPair]:
     """List the pairs to show: first one of each picture, then further ones with other pictures of its block.
 
     Pictures of the same caption are compared; those whose caption no other picture has are compared with each other,
-    without a caption, but for edits, which are left out. Blocks have up to :data:`BLOCK` pictures. Order and sides are
+    without a caption. Blocks have up to :data:`BLOCK` pictures. Order and sides are
     random; ``a`` is shown on the left.
     """
     rng = np.random.default_rng(seed)
@@ -47,8 +46,6 @@ def pairs_to_show(pictures: Sequence[Picture], seed: int) -> list[RatedPair]:
     common = {caption for caption, number in Counter(captions).items() if caption and number > 1}
     groups: dict[str, list[Picture]] = {}
     for picture, caption in zip(pictures, captions, strict=True):
-        if caption not in common and sources_of(picture.caption):  # nothing else was made of what it is an edit of
-            continue
         groups.setdefault(caption if caption in common else "", []).append(picture)
     blocks = []
     for caption, group in groups.items():
@@ -124,8 +121,6 @@ class Ratings:
         if pair is None or pair.names != tuple(names):
             return False
         line: dict[str, Any] = {"prompt": pair.prompt, "image_a": pair.a.path, "image_b": pair.b.path, "label": answer}
-        if sources := sources_of(pair.prompt):
-            line["source_images"] = [source.image_key for source in sources]
         line[RATED] = datetime.now(UTC).isoformat(timespec="seconds")
         # By a rename, as a link under the file's name may lead to a file of another kind.
         before = self.file.read_bytes() if self.file.is_file() else b""

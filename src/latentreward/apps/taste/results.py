@@ -14,7 +14,7 @@ from latentreward.apps.taste.pairs import number_of
 from latentreward.apps.taste.plan import PREFERENCES, Plan
 from latentreward.apps.taste.splitting import HELD_OUT
 from latentreward.core.bootstrap import Interval
-from latentreward.core.contracts import ImageRef, sources_of
+from latentreward.core.contracts import ImageRef
 from latentreward.core.errors import InputError
 from latentreward.core.reports.drawing import picture_uri
 from latentreward.core.reports.page import write_page
@@ -42,7 +42,6 @@ class ScoredPair:
     rejected: str
     chosen_score: float
     rejected_score: float
-    sources: tuple[str, ...] = ()  # pictures that were edited
 
     @property
     def margin(self) -> float:
@@ -103,7 +102,7 @@ def measure(scores: Path, data: Path) -> Measured:
         ]
         # `chosen` is the first picture of a pair whose label lies between.
         (chosen, high), (rejected, low) = sides if label > CHANCE else reversed(sides)
-        pairs.append(ScoredPair(row["prompt"], chosen, rejected, high, low, tuple(row.get("source_images", ()))))
+        pairs.append(ScoredPair(row["prompt"], chosen, rejected, high, low))
         links.append((row["contents"][0], row["contents"][1]))
     if not pairs:
         raise InputError("folder: no held-out pair besides ties has a score; look for their pictures, and run it again")
@@ -155,9 +154,8 @@ def _card(folder: Path, pair: ScoredPair) -> dict[str, Any]:
         {"name": name, "uri": uri, "score": f"{score:.3f}"}
         for (name, _, score), uri in zip(sides, _uris(file_image(folder, path) for _, path, _ in sides), strict=True)
     ]
-    sources = _uris(file_image(folder, path) for path in pair.sources)
     right, margin = pair.margin > 0, f"{pair.margin:+.3f}"
-    return {"prompt": pair.prompt, "right": right, "margin": margin, "sources": sources, "pictures": pictures}
+    return {"prompt": pair.prompt, "right": right, "margin": margin, "pictures": pictures}
 
 
 def before_and_after(judged: Path) -> list[dict[str, Any]]:
@@ -168,7 +166,7 @@ def before_and_after(judged: Path) -> list[dict[str, Any]]:
     for file in sorted(found["before"].keys() & found["after"].keys()):
         prompt, uris = found["before"][file].prompt, _uris(file_image(folder, file) for folder in folders.values())
         pictures = [{"name": title, "uri": uri} for title, uri in zip(folders, uris, strict=True)]
-        cards.append({"prompt": prompt, "sources": _uris(sources_of(prompt)), "pictures": pictures})
+        cards.append({"prompt": prompt, "pictures": pictures})
     return cards
 
 

@@ -45,7 +45,6 @@ class Section:
     text: str  # explanation of the section's numbers; may be empty
     tables: Sequence[Table]  # tables of the section
     figures: Sequence[tuple[Figure, str]] = ()  # figures of the HTML page, each with a sentence of alternative text
-    cards: Mapping[str, Sequence[Any]] | None = None  # pictures in place of tables: heading → values
 
 
 def cell(value: Any) -> str:

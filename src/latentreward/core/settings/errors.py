@@ -161,7 +161,7 @@ LEAST = {
     "train_pairs val_pairs batches_per_epoch flush_every images_per_shard gallery_images max_pixels images_per_prompt "
     "best_of cards .num_prompts .parts decode_threads lora.rank",
     "> 0": "limit_train_batches limit_test_batches limit_predict_batches val_check_interval lora.alpha timeout "
-    "rank_timeout_s .hours .tflops",
+    "rank_timeout_s .hours",
     ">= 0": "gradient_clip_val log_every_n_steps min_epochs every_n_epochs telling_pairs limit_val_batches "
     "overfit_batches min_steps every_n_train_steps lr weight_decay candidates.low candidates.high momentum betas "
     "dropout eps rms_eps seed data_seed val_seed seed_everything num_workers processes t5_length port",

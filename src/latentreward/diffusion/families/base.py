@@ -110,7 +110,6 @@ class Family(Part):
         lora_loader: Class in ``diffusers.loaders`` that reads and writes LoRA files of the family, or None.
         sources: Least and largest number of pictures that the network edits or refers to; None for any number.
         sees_sources: Whether the text encoder reads these pictures too, as its :attr:`PromptEncoder.sees_sources` says.
-        plain_states: Whether the states of the diffusers pipeline are this family's latents, one row for each picture.
         kohya_module: Name of the network module of kohya's scripts, for the metadata of their format.
     """
 
@@ -134,7 +133,6 @@ class Family(Part):
     float32_parts: ClassVar[Sequence[str]] = ()
     sources: tuple[int, int | None] = (0, 0)
     sees_sources: ClassVar[bool] = False
-    plain_states: ClassVar[bool] = False
     kohya_module: ClassVar[str] = "networks.lora"
 
     def __init__(self, pipeline: PipelineConfigs) -> None:

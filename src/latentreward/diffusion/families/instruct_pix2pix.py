@@ -28,7 +28,6 @@ class InstructPix2Pix(StableDiffusion):
     default_guidance = 7.5
     image_guidance_scale: float = 1.5
     passes = 3
-    plain_states = False  # three rows for a picture
     sources = (1, 1)
 
     @property

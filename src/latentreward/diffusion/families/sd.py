@@ -39,7 +39,6 @@ class StableDiffusion(Family):
     block_classes = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn")
     text_layers = ("CLIPEncoderLayer",)
     flow = False
-    plain_states = True
     default_guidance = 5.0  # LPO's, instead of the pipelines' 7.5
 
     @classmethod

@@ -33,7 +33,6 @@ class StableDiffusion3(Family):
     lora_loader = "SD3LoraLoaderMixin"
     block_classes = ("JointTransformerBlock",)
     text_layers = ("CLIPEncoderLayer", "T5Block")
-    plain_states = True
     default_guidance = 5.0  # Flow-GRPO's and this project's, instead of the pipeline's 7.0
 
     @classmethod

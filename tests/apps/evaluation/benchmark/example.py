@@ -41,16 +41,6 @@ def report(hostile: str = HOSTILE) -> BenchmarkReport:
             {**both, "second": name, "pair": estimate(pair), "spearman": estimate(rank), "pearson": estimate(linear)}
             for name, pair, rank, linear in (("pickscore", 0.8, 0.6, 0.62), ("clipscore", 0.5, 0.1, float("nan")))
         ],
-        correlations=[
-            {
-                "benchmark": DATA,
-                "scorer": "dina",
-                "name": f"clip_corr_{kind}",
-                "reference": "clipscore",
-                "correlation": estimate(value),
-            }
-            for kind, value in {"pearson": float("nan"), "spearman": 0.1, "pair": 0.5}.items()
-        ],
         published=[
             {
                 "protocol": PROTOCOL,
@@ -71,17 +61,6 @@ def report(hostile: str = HOSTILE) -> BenchmarkReport:
                 "remarks_of_the_reader": {},
             }
         },
-        telling=[
-            {
-                "benchmark": DATA,
-                "row": 3,
-                "pair_id": f"pair {hostile}",
-                "prompt": hostile * 9,
-                "label": 1.0,
-                "scores": {"dina": (0.5, -1.25), "pickscore": (20.0, 21.5)},
-                "gaps": {"dina": 2.5, "pickscore": -1.4},
-            }
-        ],
         settings={"seed": 0, "data": hostile},
         notes=["Only the first 100 pairs of each split were scored."],
     )

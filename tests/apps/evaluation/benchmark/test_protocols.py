@@ -92,12 +92,6 @@ def test_nothing_to_count_has_no_value(key) -> None:
     assert np.isnan([result["estimate"].value, result["estimate"].low, result["estimate"].high]).all()
 
 
-def test_equal_scores_are_reported_apart() -> None:
-    pairs = scored([1, 0, 0, 0, 0])
-    assert judge("hpdv3", pairs).result()["equal_scores"] == 3
-    assert judge("hpdv3", pairs).result()["estimate"].value == 1 / 4
-
-
 def test_hpdv2_tells_what_mps_would_say_of_equal_scores() -> None:
     judgement = judge("hpdv2/macro", scored(0.0))
     assert judgement.details == {"equal_scores_agree": 1.0}

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from jsonargparse import ArgumentParser
 
 from latentreward.apps.evaluation.benchmark import sets
 from latentreward.apps.evaluation.benchmark.base import Benchmark
@@ -117,23 +115,6 @@ def test_a_folder_without_the_file_of_a_split_is_refused(tmp_path: Path) -> None
         sets.HPDv3Benchmark(str(tmp_path)).readers()
 
 
-def test_configs_name_benchmarks_by_class(own_pairs) -> None:
-    parser = ArgumentParser()
-    parser.add_argument("--config", action="config")
-    parser.add_argument("--benchmarks", type=list[Benchmark])
-    config = own_pairs.parent / "benchmarks.yaml"
-    reader = {"class_path": "JSONLPairReader", "init_args": {"file": str(own_pairs), "on_error": "skip"}}
-    listed = [
-        {"class_path": "HPDv3Benchmark", "init_args": {"root": str(COMMITTED / "hpdv3")}},
-        {
-            "class_path": "PickAPicBenchmark",
-            "init_args": {"root": str(COMMITTED / "pickapic_v1"), "temperatures": {"cosine": 0.01, "dina": None}},
-        },
-        {"class_path": "PairsBenchmark", "init_args": {"reader": reader, "name": "mine"}},
-    ]
-    config.write_text(yaml.safe_dump({"benchmarks": listed}))
-    hpdv3, pickapic, pairs = parser.instantiate(parser.parse_args([f"--config={config}"])).benchmarks
-    assert (hpdv3.name, pairs.name, len(pairs.readers()["train"])) == ("hpdv3", "mine", 3)
-    assert [pickapic.temperature(name) for name in ("cosine", "dina", "pickscore")] == [0.01, None, 1.0]
+def test_temperatures_of_scorers_are_by_name_or_for_all_others() -> None:
     others = sets.PickAPicBenchmark("x", temperatures={"pickscore": 1.0, "others": None})
     assert [others.temperature(name) for name in ("pickscore", "my_run")] == [1.0, None]

@@ -17,7 +17,6 @@ from latentreward.apps.evaluation.benchmark.evaluate import (
     add_averages,
     agreement_result,
     calibration_result,
-    correlation_results,
     cross_fitted_probability,
     level_results,
     paired_difference,
@@ -133,17 +132,6 @@ def test_agreement_by_hand_and_by_torchmetrics() -> None:
         for side in ("first", "second"):
             metric.update(*(torch.tensor(getattr(item, side)) for item in (pairs, other)))
         assert found[kind].value == pytest.approx(metric.compute().item(), abs=1e-6)
-
-
-def test_agreement_with_clip_and_aesthetic_scores_is_named() -> None:
-    found = agreement_result(drawn(90), replace(drawn(90, 1), scorer="other"))
-    for identity, stem in {"CLIPScorer of x": "clip_corr", "AestheticScorer y": "aes_corr"}.items():
-        named = correlation_results(found, {"model": "RewardModelScorer z", "other": identity})
-        assert {item["name"]: item["correlation"] for item in named} == {
-            f"{stem}_{kind}": found[kind] for kind in ("spearman", "pearson", "pair")
-        }
-        assert {(item["scorer"], item["reference"]) for item in named} == {("model", "other")}
-    assert correlation_results(found, {"model": "RewardModelScorer z", "other": "PickScorer"}) == []
 
 
 def test_an_image_that_recurs_counts_once() -> None:

@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.apps.evaluation.policy.sections import INTRODUCTION, sections, side_by_side
-from latentreward.apps.evaluation.policy.statistics import PolicyReport, ScoredPictures, compare, policy_scores
+from latentreward.apps.evaluation.policy.statistics import (
+    INTRODUCTION,
+    PolicyReport,
+    ScoredPictures,
+    compare,
+    policy_scores,
+    sections,
+    side_by_side,
+)
 from latentreward.core.reports.page import write_report
 from latentreward.reward.scorers.tools import JudgedPicture
 from tests.accessibility import PHONE, faults

@@ -74,15 +74,6 @@ def test_a_policy_against_itself_is_at_one_half_and_a_better_one_at_one() -> Non
     )
 
 
-def test_pairing_narrows_the_interval_of_the_difference() -> None:
-    rng = np.random.default_rng(0)
-    prompts, noise = 5 * rng.normal(size=(100, 1)), 0.1 * rng.normal(size=(100, 1))
-    first, second = scored(prompts + noise), scored(prompts, policy="b")
-    (result,) = compare(first, second, MEAN)
-    mean = only(policy_scores(first, MEAN))["mean"]
-    assert result["difference"].high - result["difference"].low < 0.1 * (mean.high - mean.low)
-
-
 def test_the_mean_of_groups_weighs_groups_alike() -> None:
     values, groups = np.array([[1.0], [1.0], [1.0], [0.0]]), ("counting", "counting", "counting", "colors")
     result = only(policy_scores(scored(values, groups), {"score": "mean_of_groups"}))
@@ -104,11 +95,6 @@ def test_the_difference_of_means_of_groups_weighs_groups_alike() -> None:
     assert whole["difference"].low == 0.0
     assert counting["difference"].value == pytest.approx(1 / 3)
     assert compare(better, worse, MEAN)[0]["difference"].value == 1 / 4
-
-
-def test_a_resample_without_a_group_is_the_mean_of_the_groups_that_it_has() -> None:
-    result = only(policy_scores(scored(np.ones((4, 1)), ("counting",) * 3 + ("colors",)), {"score": "mean_of_groups"}))
-    assert (result["mean_of_groups"].low, result["mean_of_groups"].high) == (1.0, 1.0)
 
 
 def test_parts_of_a_group_are_successive_prompts() -> None:

@@ -101,16 +101,8 @@ class BenchmarkReport:
     # Agreement of two scorers on the pairs that both scored, without labels. ``pair``: share of pairs on which the two
     # score gaps have the same sign. ``spearman``, ``pearson``: rank and linear correlation of the scores of all images.
     agreement: list[Row] = field(default_factory=list)
-    # Agreement of a reward with a ``reference``, a CLIP or aesthetic scorer. ``name``: ``clip_corr_`` or ``aes_corr_``
-    # followed by ``pearson``, ``spearman`` or ``pair``, as in ``agreement``.
-    correlations: list[Row] = field(default_factory=list)
     published: list[Row] = field(default_factory=list)  # accuracies published by others, rows of :data:`PUBLISHED`
     data: dict[str, Any] = field(default_factory=dict)  # data set and split → counts of pairs and images
-    # Pairs on which scorers disagree most; with one scorer, pairs on which it errs most. ``row``: row of the pair in
-    # the reader. ``label``: probability that image a is preferred; None without a label. ``scores``: scorer → scores of
-    # image a and b. ``gaps``: scorer → score of a minus that of b, in units of the scorer's root mean square gap over
-    # the split.
-    telling: list[Row] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)  # settings of the run, and versions of packages
     notes: list[str] = field(default_factory=list)  # remarks shown before all numbers
 

@@ -1,8 +1,8 @@
 """Computation of everything that a report shows from the tables of scores."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations, permutations
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from latentreward.apps.evaluation.benchmark.base import (
 )
 from latentreward.apps.evaluation.benchmark.pair_scores import TIMESTEPS, BenchmarkScores, NoiseColumns, data_counts
 from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
-from latentreward.apps.evaluation.benchmark.telling import most_disputed
 from latentreward.core import bootstrap
 from latentreward.core.reports.tables import Row
 from latentreward.reward import PairCalibration, Scorer
@@ -71,8 +70,6 @@ def _look_into(report: BenchmarkReport, scores: BenchmarkScores, evaluation: Eva
     protocol = evaluation.protocol
     judged = [scores.judge(evaluation, scorer) for scorer in scores.scorers]
     pairs = [one.pairs for one in judged]
-    identities = {scorer.name: scorer.identity() for scorer in scores.scorers}
-    agreement = [agreement_result(*both) for both in combinations(pairs, 2)]
     report.differences += [paired_difference(*both) for both in combinations(judged, 2)]
     report.subgroups += [row for one in judged for row in subgroup_results(one)]
     for scorer in scores.scorers:
@@ -81,9 +78,7 @@ def _look_into(report: BenchmarkReport, scores: BenchmarkScores, evaluation: Eva
             columns = (scores.pairs(evaluation.split, scorer, column) for column in scorer.level_columns)
             report.levels += level_results(protocol, zip(scorer.levels, timesteps, columns, strict=True))
     report.calibration += [calibration_result(protocol, one) for one in pairs]
-    report.agreement += agreement
-    report.correlations += [row for result in agreement for row in correlation_results(result, identities)]
-    report.telling += most_disputed(pairs)
+    report.agreement += [agreement_result(*both) for both in combinations(pairs, 2)]
 
 
 def subgroup_results(judgement: Judgement) -> list[Row]:
@@ -168,10 +163,6 @@ def cross_fitted_probability(gap: np.ndarray, label: np.ndarray, groups: np.ndar
     return probability
 
 
-REFERENCES = {"CLIPScorer": "clip_corr", "AestheticScorer": "aes_corr"}
-"""Class name of a scorer → prefix of the names under which agreement with that scorer is reported."""
-
-
 def agreement_result(pairs: BenchmarkPairs, others: BenchmarkPairs) -> Row:
     """Compute the share of pairs with score gaps of the same sign, and the correlations of the scores of all images.
 
@@ -197,22 +188,6 @@ def agreement_result(pairs: BenchmarkPairs, others: BenchmarkPairs) -> Row:
         "spearman": clustered_correlation(x, y, groups, "spearman"),
         "pearson": clustered_correlation(x, y, groups, "pearson"),
     }
-
-
-def correlation_results(result: Row, identities: Mapping[str, str]) -> list[Row]:
-    """Return CLIP-Corr and Aes-Corr of a reward; the list is empty if neither scorer is one of ``REFERENCES``.
-
-    The LRM paper (arXiv:2502.01051) names both numbers without defining them. The three variants here are our own and
-    cannot be compared with the paper's figures. Closest to the paper are the split ``validation_unique`` of Pick-a-Pic
-    and an LRM at timestep 1.
-    """
-    found: list[Row] = []
-    for scorer, reference in permutations((result["first"], result["second"])):
-        stem = REFERENCES.get(identities[reference].split(" ")[0])
-        for kind in ("pearson", "spearman", "pair") if stem else ():
-            named = {"name": f"{stem}_{kind}", "scorer": scorer, "reference": reference}
-            found.append({"benchmark": result["benchmark"], **named, "correlation": result[kind]})
-    return found
 
 
 def add_averages(report: BenchmarkReport) -> None:

@@ -1,5 +1,6 @@
 """Sections of the report: for each kind of result its heading, an explanation of the numbers, and a table."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -8,7 +9,6 @@ from matplotlib.figure import Figure
 
 from latentreward.apps.evaluation.benchmark.base import BenchmarkReport
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS
-from latentreward.apps.evaluation.benchmark.telling import Pictures, card, shortened
 from latentreward.apps.evaluation.results import result_table
 from latentreward.core.reports.tables import Row, Section, Table, grouped, without_unset
 
@@ -23,7 +23,6 @@ KINDS = {
     "levels": "Accuracy by noise level",
     "calibration": "Calibration",
     "agreement": "Agreement between models",
-    "correlations": "CLIP-Corr and Aes-Corr",
     "subgroups": "Sub-groups",
 }
 """List of results in :class:`BenchmarkReport` → heading of its section, whose text has that name."""
@@ -38,8 +37,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX"
 
 
-def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Iterator[Section]:
-    """Yield all sections that are not empty, in the order of the report, with ``pictures`` of ``report.telling``."""
+def sections(report: BenchmarkReport) -> Iterator[Section]:
+    """Yield all sections that are not empty, in the order of the report."""
     for name, title in KINDS.items():
         if rows := getattr(report, name):
             figures = grouped(rows, "benchmark", "protocol").values() if name == "levels" else ()
@@ -54,14 +53,6 @@ def sections(report: BenchmarkReport, pictures: Pictures | None = None) -> Itera
     yield Section("Data", TEXTS["scored"], [result_table(counts)] if counts else [])
     yield Section("Models", TEXTS["models"], [Table(("model", "what it is"), models)])
     yield Section("Settings and versions", TEXTS["settings"], [Table(("setting", "value"), settings)])
-    if report.telling:
-        several = len(report.scorers) > 1
-        title = "Where the models disagree most" if several else "Surest mistakes"
-        what = "two models prefer different images" if several else "the model prefers the wrong image"
-        text = f"Pairs on which {what} by the largest gaps, {TEXTS['telling']}"
-        by_data = grouped(report.telling, "benchmark").items()
-        cards = {name: [card(pair, pictures or {}) for pair in pairs] for (name,), pairs in by_data}
-        yield Section(title, text, [], cards=cards)
 
 
 def level_figure(results: Sequence[Row]) -> tuple[Figure, str]:
@@ -86,4 +77,4 @@ def level_figure(results: Sequence[Row]) -> tuple[Figure, str]:
 
 def _label(text: str) -> str:
     """Shorten a name, and escape ``$`` so that matplotlib does not read the name as a formula."""
-    return shortened(text, 60).replace("$", r"\$")
+    return textwrap.shorten(text, 60, placeholder="…").replace("$", r"\$")
