@@ -67,8 +67,6 @@ class StableDiffusion3(Family):
     title = "Stable Diffusion 3 (SD3, SD3.5)"
     network_class = "SD3Transformer2DModel"
     lora_loader = "SD3LoraLoaderMixin"
-    block_classes = ("JointTransformerBlock",)
-    text_layers = ("CLIPEncoderLayer", "T5Block")
     plain_states = True
     kohya_module = "networks.lora_sd3"
     default_guidance = 5.0  # Flow-GRPO's and this project's, instead of the pipeline's 7.0
