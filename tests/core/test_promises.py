@@ -13,7 +13,6 @@ from torchmetrics import Metric
 
 from latentreward.alignment import (
     Advantage,
-    CallableReward,
     Credit,
     KLGate,
     PairSelection,
@@ -54,7 +53,6 @@ from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.vae import LatentEncoder
 from latentreward.reward import (
     BradleyTerryLoss,
-    CallableScorer,
     EmbeddingHead,
     HTTPScorer,
     ImageSchema,
@@ -500,22 +498,6 @@ def test_the_first_call_is_compared_and_nothing_through_super() -> None:
     inner = type(made(HEAD, "forward", ONES[:, None]))
     outer = type("Outer", (inner,), {"forward": lambda self, features: inner.forward(self, features).squeeze(-1)})
     assert outer()(FEATURES).shape == (3,)
-
-
-def test_a_function_that_takes_other_arguments_is_named() -> None:
-    def clean(latents: Tensor, timesteps: Tensor, prompts: list[str], clean: Tensor) -> Tensor:
-        return latents
-
-    CallableReward(lambda latents, timesteps, prompts, scale=1.0: latents)
-    CallableReward(lambda *given, **named: given[0], needs_clean=True)
-    CallableReward(clean, needs_clean=True)
-    CallableReward(min)
-    with pytest.raises(InputError, match=r"^clean\(latents, timesteps, prompts, clean\) must take \(latents"):
-        CallableReward(clean)
-    with pytest.raises(InputError, match=r"must take \(latents, timesteps, prompts, clean\) \(test_promises.py:\d+\)$"):
-        CallableReward(lambda latents, timesteps, prompts: latents, needs_clean=True)
-    with pytest.raises(InputError, match=r"^<lambda>\(prompts\) must take \(prompts, images\)"):
-        CallableScorer(lambda prompts: ONES, "mine")
 
 
 def with_gradient(margin: Tensor) -> PairScores:

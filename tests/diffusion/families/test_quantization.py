@@ -9,7 +9,6 @@ import pytest
 import torch
 from latentreward.callbacks import TrainableCheckpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -121,11 +120,6 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             create_backbone(twin.backbone, source=twin.folder, **options)
     with pytest.raises(InputError, match="is quantised, which FSDP2 cannot shard"):
         check_axes(policy_of(twin, "int8"))
-    module = reward_module(twin)
-    module.trainer = make_trainer(tmp_path)
-    module.trainer._accelerator_connector.strategy = FSDPStrategy()  # Lightning makes it on GPUs only
-    with pytest.raises(InputError, match=r"weight is quantised, which FSDP1 cannot shard; use ddp, or no quantization"):
-        module.setup("fit")
     for kind in ("nf4", "bnb_int8"):
         with pytest.raises(InputError, match=rf"quantization={kind} .*(needs a GPU|pip install latentreward\[quant\])"):
             policy_of(twin, kind)
