@@ -29,7 +29,6 @@ from latentreward.core.settings.rewriting import (
     rewrite_arguments,
     rewrite_settings,
     with_paths,
-    with_variables,
 )
 
 MODE = "omegaconf+"
@@ -77,7 +76,7 @@ class SettingsParser(ArgumentParser):
     """Parser of settings with one-line errors that suggest the closest name.
 
     A null is checked against the setting's type like any other value. A flag without a value is true. In settings whose
-    type is a path, ``~`` and environment variables are expanded.
+    type is a path, ``~`` is expanded.
     """
 
     @override
@@ -203,7 +202,7 @@ def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
     @wraps(load)
     def load_rewritten(text: str) -> Any:
         check_yaml(text)
-        settings = rewrite_settings(load(with_variables(text)), short_names)  # before it makes names relative
+        settings = rewrite_settings(load(text), short_names)  # before it makes names relative
         NULLS.extend(re.findall(r"None|null|\$\{(?!oc\.env:)", repr(settings)))
         if modules_here:
             import_said(text)

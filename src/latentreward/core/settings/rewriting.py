@@ -4,7 +4,6 @@ These are plain functions on mappings and argument lists. They import neither to
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -72,18 +71,10 @@ A variable whose name is an interpolation itself counts, because it could be any
 
 
 PATH = "path"  # mark of an annotation such as :data:`~latentreward.core.contracts.PathText`: the text is a path
-VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
-"""An environment variable in a path, as shells write it; the form ``${NAME}`` is that of an interpolation."""
-
-
-def with_variables(text: str) -> str:
-    """Rename ``${NAME}`` in capitals, which no setting has, to ``${oc.env:NAME}``."""
-    return re.sub(r"(?<!\\)\$\{([A-Z][A-Z0-9_]*)\}", r"${oc.env:\1}", text)
 
 
 def without_secrets(text: str) -> str:
-    """Apply :func:`with_variables`; raise InputError for a secret variable, whose value each run would write down."""
-    text = with_variables(text)
+    """Return the text; raise InputError for a variable that looks like a secret, which each run would write down."""
     if found := SECRET.search(text):
         problem = f"{text[found.start() :][:60]} looks like a secret, which config.yaml would hold"
         raise InputError(f"{problem}; let the library or your class read the variable itself")
@@ -91,13 +82,10 @@ def without_secrets(text: str) -> str:
 
 
 def expanded(path: str) -> str:
-    """Expand ``~`` and variables such as ``$HOME`` in a path; unset ones are refused, but in an address they stay."""
+    """Expand ``~`` at the beginning of a path."""
     with suppress(RuntimeError):  # no such user
         path = str(Path(path).expanduser()) if path.startswith("~") else path
-    for name in VARIABLE.findall(path):
-        if name not in os.environ and "://" not in path:
-            raise InputError(f"{path}: the environment variable {name} is not set; set it, or write the path")
-    return VARIABLE.sub(lambda found: os.environ.get(found[1], found[0]), path)
+    return path
 
 
 def with_paths(value: Any, kind: Any) -> Any:
