@@ -29,7 +29,6 @@ from latentreward.core.contracts import (
     NoisyStates,
     PairScores,
     PreferencePair,
-    map_tensors,
 )
 from latentreward.core.errors import InputError
 from latentreward.data import PairReader
@@ -47,7 +46,6 @@ from latentreward.reward import (
     PreferenceLoss,
     RewardHead,
 )
-from latentreward.testing import check_apart
 from tests.reward.heads.features import DIT_SPEC, random_features
 
 NAN = float("nan")
@@ -399,48 +397,3 @@ def test_a_result_without_a_gradient_is_named(kind: Kind, name: str, method: Any
         use(part)
     with pytest.raises(InputError, match=r"Mine\b.* returned a tensor without a gradient; it must be computed by"):
         use(part)
-
-
-APART = r"^Mine.{} returned values of a row alone that are up to [\d.]+ .* \(test_promises.py:\d+\); compute each row"
-
-
-def reading(changed: Callable[[Any], Any] = lambda found: found, features: Any = FEATURES) -> Any:
-    def read(self: Any, latents: Tensor, *given: Any) -> Any:
-        rows = latents.flatten(1)[:, 0].long()
-        return changed(map_tensors(features, lambda tensor: tensor[rows]))
-
-    return made(BACKBONE, "read", read)
-
-
-NUMBERED = torch.arange(2.0)[:, None, None, None].expand_as(ZERO)
-"""Latents that hold the number of their row."""
-
-
-def features_by(backbone: Any, head: Any) -> None:
-    check_apart(backbone, head, NUMBERED, ONES[:2], conditioning(2, 3, 5), None)
-
-
-@pytest.mark.parametrize(
-    "forward",
-    [
-        lambda self, features: features.temb[:, 0] - features.temb[:, 0].mean(),
-        lambda self, features: features.temb[:, 0].softmax(dim=0),
-        lambda self, features: features.temb.sum(dim=1).cumsum(dim=0),
-        lambda self, features: torch.rand(len(features.temb)),
-    ],
-)
-def test_a_head_whose_scores_depend_on_other_rows_is_refused(forward: Any) -> None:
-    with pytest.raises(InputError, match=APART.format("forward")):
-        features_by(reading(), made(HEAD, "forward", forward))
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        lambda found: replace(found, temb=found.temb - found.temb.mean(dim=0)),
-        lambda found: replace(found, visual=tuple(tap + torch.rand(1) for tap in found.visual)),
-    ],
-)
-def test_a_backbone_whose_features_depend_on_other_rows_is_refused(changed: Any) -> None:
-    with pytest.raises(InputError, match=APART.format("read")):
-        features_by(reading(changed), made(HEAD))

@@ -194,12 +194,6 @@ def test_what_is_no_request_is_refused_in_one_line(
     assert "\n" not in told and len(told) < 500
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/score", 405), ("POST", "/nowhere", 404)])
-def test_wrong_addresses_get_json(address: str, method: str, path: str, status: int) -> None:
-    reply = httpx.request(method, address + path)
-    assert reply.status_code == status and reply.json()["error"]
-
-
 def test_health_and_metrics(address: str) -> None:
     assert httpx.get(f"{address}/healthz").json() == {"live": True, "ready": True}
     head = httpx.head(f"{address}/healthz")
