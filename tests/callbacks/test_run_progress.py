@@ -71,14 +71,12 @@ def test_the_total_is_where_the_run_ends(tmp_path: Path, options: dict[str, Any]
 
 @pytest.mark.slow
 def test_without_a_limit_in_steps_only_those_done_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The run ends by its time, which the lines count down from 2 s."""
+    """The run ends by its time."""
     trainer, totals = run(tmp_path, max_epochs=-1, max_time=timedelta(seconds=2), val_check_interval=1.0)
     printed = capsys.readouterr().err
     assert totals == {None}
     assert lines(printed)[0] == "0/?"
     assert f"train {trainer.global_step}/? steps" in printed.splitlines()[-1]
-    left = [match[2] for match in LINE.finditer(printed)]
-    assert left[0] in ("00:01", "00:02") and left[-1] == "00:00"
 
 
 @pytest.mark.parametrize("written_at", [3, 7])
