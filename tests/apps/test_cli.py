@@ -586,19 +586,6 @@ def test_a_rank_that_does_not_answer_ends_the_run_after_its_time_limit(sent: str
         time.sleep(0.1)
 
 
-def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
-    """Compiled modules, for which this one stands, make an ImportError of what is raised while they are loaded."""
-    (tmp_path / "pyarrow.py").write_text(
-        "import signal\n"
-        "try:\n    signal.raise_signal(signal.SIGINT)\n"
-        "except BaseException:\n    raise ImportError('pyarrow failed to import')\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{SOURCE}"}
-    program = [sys.executable, "-m", "latentreward", "cache", "out"]
-    result = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr) == (130, "latentreward: stopped by Ctrl-C\n")
-
-
 # ---- bad input
 
 
