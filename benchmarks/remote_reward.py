@@ -1,10 +1,10 @@
 """Measure what a reward on a server costs its client beyond the server's own work; prints a Markdown table.
 
-    python benchmarks/remote_reward.py [latents] [pictures] [--size mid_sd35] [--threads 1]
+    python benchmarks/remote_reward.py [--size mid_sd35] [--threads 1]
 
-A step asks for the scores of new rows, as a rollout does, and waits for all of them: from tensors or pictures to
+A step asks for the scores of new rows, as a rollout does, and waits for all of them: from pictures to
 numbers, with PNG files, requests, parsing, checks and the cache in between. The overhead is the step's time minus the
-time in which the server's model scores (for pictures with the VAE), as a share of the step.
+time in which the server's model scores with the VAE, as a share of the step.
 
 The server runs in a process of its own, with as many threads as the client. ``--size`` is a network of
 ``random_pipelines.py`` with random weights.
@@ -30,14 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from latentreward.apps.serving.app import serve
 from latentreward.apps.serving.service import ScoringService
 from latentreward.apps.serving.settings import ServiceSettings, bind
-from latentreward.core.contracts import Conditioning
-from latentreward.reward import RemoteServer, ServedImages, ServedLatents
-from latentreward.reward.remote.client import Connection, RemoteImages, RemoteLatents
-from latentreward.reward.remote.schemas import ServedReward
+from latentreward.reward import RemoteServer, ServedImages
+from latentreward.reward.remote.client import RemoteImages
 from tests.apps.serving.processes import server_process
 
 BUSY = "busy_seconds"
-TOKENS = 154
 
 Step = Callable[[int], Any]
 """Function that asks for the scores of new rows, drawn with a seed."""
@@ -68,25 +65,6 @@ def busy_seconds(address: str) -> float:
     return float(re.search(rf"^{BUSY}_total (\S+)$", httpx.get(f"{address}/metrics").text, re.MULTILINE)[1])
 
 
-def latents_step(server: RemoteServer, size: str, rows: int, batch_size: int) -> Step:
-    """Return a step of latents with embeddings of prompts, like those of a policy."""
-    backbone = random_model(size).backbone
-    side = backbone.native_size[0] // backbone.latent_space.downscale
-    told = Connection(server).ask("GET", "/v1/model")
-    remote = RemoteLatents(server, ServedLatents(), batch_size, ServedReward(**told))
-    widths = told["prompt_embeds_width"], told["pooled_prompt_embeds_width"]
-
-    def step(seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        latents = torch.randn(rows, backbone.latent_space.channels, side, side, generator=generator)
-        prompt = Conditioning(
-            torch.randn(1, TOKENS, widths[0], generator=generator), torch.randn(1, widths[1], generator=generator)
-        )
-        remote.begin([(one, prompt, 0.4, 0) for one in latents], ["a cat"] * rows)()
-
-    return step
-
-
 def pictures_step(server: RemoteServer, size: str, rows: int, batch_size: int) -> Step:
     """Return a step of pictures, in the size of the network."""
     height, width = random_model(size).backbone.native_size
@@ -101,13 +79,10 @@ def pictures_step(server: RemoteServer, size: str, rows: int, batch_size: int) -
     return step
 
 
-STEPS = {"latents": latents_step, "pictures": pictures_step}
-
-
-def measure(part: str, address: str, options: argparse.Namespace) -> list[Any]:
-    """Measure the steps of a part, and return its row of the table; the first step is a warm-up."""
+def measure(address: str, options: argparse.Namespace) -> list[Any]:
+    """Measure steps, and return a row of the table; the first step is a warm-up."""
     server = RemoteServer(address, timeout_s=600.0)
-    step = STEPS[part](server, options.size, options.rows, options.batch_size)
+    step = pictures_step(server, options.size, options.rows, options.batch_size)
     whole, busy = [], []
     for number in range(options.rounds + 1):
         before, began = busy_seconds(address), time.perf_counter()
@@ -116,13 +91,12 @@ def measure(part: str, address: str, options: argparse.Namespace) -> list[Any]:
         busy.append(busy_seconds(address) - before)
     shares = [1 - within / seconds for within, seconds in zip(busy[1:], whole[1:], strict=True)]
     share = Spread(shares, ".3f")
-    return [part, Spread(whole[1:], ".3f"), Spread(busy[1:], ".3f"), share, Goal(share.median, most=0.1)]
+    return ["pictures", Spread(whole[1:], ".3f"), Spread(busy[1:], ".3f"), share, Goal(share.median, most=0.1)]
 
 
 def main() -> None:
-    """Run the chosen parts and print the table."""
+    """Run the steps and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=[*STEPS], metavar="PART")
     parser.add_argument("--size", default="mid_sd35")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, default=16, help="rows of a step")
@@ -139,7 +113,7 @@ def main() -> None:
     with server_process([sys.executable, __file__, "--serve", *settings], OMP_NUM_THREADS=threads) as server:
         title = f"Reward on a server, {options.size}, {options.rows} rows a step, {threads} threads each"
         columns = ("part", "step, s", "server busy, s", "overhead / step", "goal")
-        table(title, columns, (measure(part, server.address, options) for part in options.parts))
+        table(title, columns, [measure(server.address, options)])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 from latentreward.callbacks.exact_resume import batch_progress
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -71,7 +71,6 @@ class RunProgress(ProgressBar):
         self._shown_step = trainer.global_step
         if isinstance(pl_module, AlignmentModule):
             pl_module.rollout_progress = self.begin_rollout
-        timers = [one for one in trainer.callbacks if isinstance(one, Timer) and one.time_remaining() is not None]  # type: ignore[attr-defined]
         self._run = Progress(
             "train",
             total_steps(trainer),
@@ -79,7 +78,6 @@ class RunProgress(ProgressBar):
             trainer.global_step,
             interval=self.every_s,
             delay=0.0,
-            limit=(lambda: min(timer.time_remaining() or 0.0 for timer in timers)) if timers else None,
         )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -45,7 +45,7 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("a red circle on a black background\ntwo blue squares on a white background\n")
     places = ["PICKAPIC_ROOT", "HPDV3_ROOT", "CACHE_ROOT", "LRM_PATH", "DINA_PATH", "SPM_PATH", "REWARD_PATH"]
-    servers = {f"{name}_URL": f"http://{name.lower()}:8000" for name in ("JUDGE", "UNIRL", "REWARD")}
+    servers = {f"{name}_URL": f"http://{name.lower()}:8000" for name in ("JUDGE", "REWARD")}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             **{f"{name.upper()}_PATH": folder for name, folder in folders.items()},

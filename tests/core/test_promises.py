@@ -4,25 +4,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from latentreward.alignment import (
     Advantage,
-    CallableReward,
-    Credit,
-    KLGate,
-    PairSelection,
     Penalty,
     RatioRule,
     Reward,
     RewardLoss,
     RewardSource,
-    ScheduledThreshold,
     StepChoice,
     StepDPOResult,
     StepDrift,
@@ -36,7 +29,6 @@ from latentreward.core.contracts import (
     NoisyStates,
     PairScores,
     PreferencePair,
-    map_tensors,
 )
 from latentreward.core.errors import InputError
 from latentreward.data import PairReader
@@ -44,28 +36,16 @@ from latentreward.diffusion import (
     DDPM,
     DiffusionBackbone,
     Family,
-    FlowFamily,
     FlowMatching,
-    LevelSampler,
     NoiseProcess,
-    TargetSigma,
 )
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.vae import LatentEncoder
 from latentreward.reward import (
-    BradleyTerryLoss,
-    CallableScorer,
-    EmbeddingHead,
-    HTTPScorer,
-    ImageSchema,
     ImageScorer,
     PreferenceLoss,
-    RemoteServer,
     RewardHead,
-    TableScorer,
 )
-from latentreward.reward.modules.reward import LevelMetrics
-from latentreward.testing import check_apart
 from tests.reward.heads.features import DIT_SPEC, random_features
 
 NAN = float("nan")
@@ -110,7 +90,6 @@ def made(kind: Kind, name: str = "", instead: Any = None) -> Any:
     )
 
 
-"""Numbers of calls, for names that change."""
 DROPPED = object()
 """An attribute that a class lacks."""
 
@@ -140,12 +119,6 @@ def predicted(family: Family) -> Any:
     return family.guide(latents, latents, 2.0)
 
 
-def metric_of(metric: Metric) -> Any:
-    metrics = LevelMetrics("wrong", [metric])
-    metrics.update(SCORES, BradleyTerryLoss())
-    return metrics.values()
-
-
 class Scoring(Reward):
     def encode_prompts(self, prompts: Any) -> None:
         return None
@@ -163,23 +136,6 @@ def both(loss: PreferenceLoss) -> None:
     loss.win_probability(SCORES)
 
 
-def embedded(head: EmbeddingHead) -> None:
-    image, text = head.embed(FEATURES)
-    head.similarity(image, text)
-    head.similarity_matrix(text, image)
-    head(FEATURES)
-
-
-class Steps:
-    """What a selection reads of a sampler."""
-
-    noise_std = torch.ones(4)
-
-    def __len__(self) -> int:
-        return 4
-
-
-SAMPLER = Steps()
 LENGTH = {"num_tokens": 3, "token_dim": 5, "pooled_dim": 6}
 MASKED = LENGTH | {"masked": True, "count_tokens": returning([2, 3])}
 SPEC = property(lambda self: DIT_SPEC)
@@ -199,17 +155,6 @@ KINDS = [
         lambda head: head(FEATURES),
         [*each("forward", FLAT, ONES[:2], WRONG, [1.0] * 3, ONES.long(), None), ("axis_weights", (0.5, 0.5))],
     ),
-    Kind(
-        EmbeddingHead,
-        {
-            "embed": (torch.ones(3, 2), torch.ones(3, 2)),
-            "similarity": ONES,
-            "similarity_matrix": torch.ones(3, 3),
-            "forward": ONES,
-        },
-        embedded,
-        [("similarity", FLAT), ("similarity_matrix", ONES)],
-    ),
     LOSS := Kind(
         PreferenceLoss,
         {"per_pair": ONES.double(), "win_probability": ONES / 2},
@@ -224,24 +169,6 @@ KINDS = [
     ),
     REWARD_LOSS := Kind(
         RewardLoss, {"forward": torch.tensor(1.0)}, lambda loss: loss(ONES), each("forward", ONES, torch.tensor(NAN))
-    ),
-    Kind(
-        LevelSampler,
-        {"draw": ONES[:1]},
-        lambda levels: levels.draw(torch.Generator(), FLOW),
-        each("draw", torch.tensor(1.0), 2000 * ONES[:1], ONES[:1].long()),
-    ),
-    Kind(
-        TargetSigma,
-        {"transform": ONES[:1]},
-        lambda levels: levels.draw(torch.Generator(), FLOW),
-        each("transform", 1.7 * ONES[:1], ONES),
-    ),
-    Kind(
-        Metric,
-        {"update": lambda self, chosen, rejected, label: None, "compute": torch.tensor(1.0)},
-        metric_of,
-        [("update", lambda self, scores: None), ("compute", ONES)],
     ),
     READER := Kind(
         PairReader,
@@ -353,28 +280,7 @@ KINDS = [
         },
     ),
     Kind(
-        FlowFamily,
-        {"velocity": ZERO, "load_prompt_encoder": None},
-        lambda family: family.velocity(None, ZERO, ONES[:2], None, None),
-        each("velocity", torch.zeros(2, 4, 2), NAN * ZERO),
-        args=(None,),
-        also={"network_class": "", "lists": (), "default_guidance": 1.0, "width": 6, "temb_dim": 6},
-    ),
-    Kind(
         Advantage, {"__call__": ONES}, lambda rule: rule(ONES, GROUPS), each("__call__", FLAT, WRONG, None, ONES.long())
-    ),
-    Kind(
-        Advantage,
-        {"__call__": ONES},
-        lambda rule: rule(torch.ones(3, 2), GROUPS),
-        [("__call__", torch.ones(3, 2)), ("takes_parts", False)],
-        also={"takes_parts": True},
-    ),
-    Kind(
-        Credit,
-        {"__call__": torch.ones(3, 2)},
-        lambda rule: rule.of_steps(torch.ones(3, 3), [0, 1]),
-        [*each("__call__", torch.ones(3, 3), ONES), ("of_steps", returning(torch.ones(3, 3)))],
     ),
     WINDOW := Kind(
         Window,
@@ -389,12 +295,6 @@ KINDS = [
         lambda rule: rule.objective(ONES, ONES, 0.2, DRIFT),
         each("objective", ONES, (FLAT, ONES, ONES > 0), (WRONG, ONES, ONES > 0), (ONES, ONES, ONES)),
     ),
-    Kind(
-        KLGate,
-        {"opens": torch.ones(3, 2) > 0},
-        lambda rule: rule.opens(torch.ones(3, 2)),
-        each("opens", torch.ones(3, 2), ONES > 0),
-    ),
     PENALTY := Kind(
         Penalty,
         {"penalty": torch.tensor(1.0)},
@@ -406,26 +306,6 @@ KINDS = [
         {"choose": torch.tensor([0, 2])},
         lambda rule: rule.choose(4, torch.Generator()),
         each("choose", torch.tensor([1, 1]), torch.tensor([0, 4]), ONES, [0], GROUPS[:0]),
-    ),
-    Kind(
-        PairSelection,
-        {"keep": ONES > 0},
-        lambda rule: rule.keep(ONES, 0, SAMPLER),
-        each("keep", ONES, ONES[:1] > 0),
-    ),
-    Kind(
-        ScheduledThreshold,
-        {"threshold": 0.5, "quantity": torch.ones(4)},
-        lambda rule: rule.threshold(0, SAMPLER),
-        each("threshold", 2.0, None),
-        args=(0.1, 0.2),
-    ),
-    Kind(
-        ScheduledThreshold,
-        {"quantity": torch.ones(4)},
-        lambda rule: rule.threshold(0, SAMPLER),
-        each("quantity", ONES),
-        args=(0.1, 0.2),
     ),
     REWARD := Kind(
         Reward,
@@ -445,24 +325,6 @@ KINDS = [
         lambda scorer: (scorer.identity(), scorer(PROMPTS, IMAGES)),
         [("identity", None), *each("score", ONES[:2, None], WRONG[:2], ONES)],
         args=("Mine",),
-    ),
-    Kind(
-        TableScorer,
-        {"identity": "mine", "lookup": np.zeros((1, 2))},
-        lambda scorer: scorer.lookup([PAIR]),
-        each("lookup", np.zeros(2), np.zeros((1, 2), int)),
-        args=("Mine",),
-    ),
-    Kind(
-        ImageSchema,
-        {"request": {"a": 1}, "scores": [1.0, 2.0]},
-        lambda schema: (
-            HTTPScorer(RemoteServer("http://localhost:1"), schema),
-            schema.request(PROMPTS, ["", ""]),
-            schema.scores({}, {}),
-        ),
-        [("path", DROPPED)],
-        also={"path": "/score"},
     ),
 ]
 FAULTS = [
@@ -485,7 +347,7 @@ def test_a_sound_part_is_taken(kind: Kind) -> None:
     kind.use(made(kind))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.base not in (Metric, RewardLoss, LatentEncoder)])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.base not in (RewardLoss, LatentEncoder)])
 def test_a_missing_method_is_named_with_its_base(kind: Kind) -> None:
     half = type("Half", (kind.base,), {})
     with pytest.raises(InputError, match=r"^Half lacks .* of ") as caught:
@@ -500,22 +362,6 @@ def test_the_first_call_is_compared_and_nothing_through_super() -> None:
     inner = type(made(HEAD, "forward", ONES[:, None]))
     outer = type("Outer", (inner,), {"forward": lambda self, features: inner.forward(self, features).squeeze(-1)})
     assert outer()(FEATURES).shape == (3,)
-
-
-def test_a_function_that_takes_other_arguments_is_named() -> None:
-    def clean(latents: Tensor, timesteps: Tensor, prompts: list[str], clean: Tensor) -> Tensor:
-        return latents
-
-    CallableReward(lambda latents, timesteps, prompts, scale=1.0: latents)
-    CallableReward(lambda *given, **named: given[0], needs_clean=True)
-    CallableReward(clean, needs_clean=True)
-    CallableReward(min)
-    with pytest.raises(InputError, match=r"^clean\(latents, timesteps, prompts, clean\) must take \(latents"):
-        CallableReward(clean)
-    with pytest.raises(InputError, match=r"must take \(latents, timesteps, prompts, clean\) \(test_promises.py:\d+\)$"):
-        CallableReward(lambda latents, timesteps, prompts: latents, needs_clean=True)
-    with pytest.raises(InputError, match=r"^<lambda>\(prompts\) must take \(prompts, images\)"):
-        CallableScorer(lambda prompts: ONES, "mine")
 
 
 def with_gradient(margin: Tensor) -> PairScores:
@@ -551,48 +397,3 @@ def test_a_result_without_a_gradient_is_named(kind: Kind, name: str, method: Any
         use(part)
     with pytest.raises(InputError, match=r"Mine\b.* returned a tensor without a gradient; it must be computed by"):
         use(part)
-
-
-APART = r"^Mine.{} returned values of a row alone that are up to [\d.]+ .* \(test_promises.py:\d+\); compute each row"
-
-
-def reading(changed: Callable[[Any], Any] = lambda found: found, features: Any = FEATURES) -> Any:
-    def read(self: Any, latents: Tensor, *given: Any) -> Any:
-        rows = latents.flatten(1)[:, 0].long()
-        return changed(map_tensors(features, lambda tensor: tensor[rows]))
-
-    return made(BACKBONE, "read", read)
-
-
-NUMBERED = torch.arange(2.0)[:, None, None, None].expand_as(ZERO)
-"""Latents that hold the number of their row."""
-
-
-def features_by(backbone: Any, head: Any) -> None:
-    check_apart(backbone, head, NUMBERED, ONES[:2], conditioning(2, 3, 5), None)
-
-
-@pytest.mark.parametrize(
-    "forward",
-    [
-        lambda self, features: features.temb[:, 0] - features.temb[:, 0].mean(),
-        lambda self, features: features.temb[:, 0].softmax(dim=0),
-        lambda self, features: features.temb.sum(dim=1).cumsum(dim=0),
-        lambda self, features: torch.rand(len(features.temb)),
-    ],
-)
-def test_a_head_whose_scores_depend_on_other_rows_is_refused(forward: Any) -> None:
-    with pytest.raises(InputError, match=APART.format("forward")):
-        features_by(reading(), made(HEAD, "forward", forward))
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        lambda found: replace(found, temb=found.temb - found.temb.mean(dim=0)),
-        lambda found: replace(found, visual=tuple(tap + torch.rand(1) for tap in found.visual)),
-    ],
-)
-def test_a_backbone_whose_features_depend_on_other_rows_is_refused(changed: Any) -> None:
-    with pytest.raises(InputError, match=APART.format("read")):
-        features_by(reading(changed), made(HEAD))

@@ -5,7 +5,6 @@ import os
 import pickle
 import runpy
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ import torch
 from torch.distributed import checkpoint as distributed_checkpoint
 
 from latentreward.apps.commands.fit import guard_loading
-from latentreward.core.checkpoints import files
 from latentreward.core.checkpoints.shards import INDEX, REST, read_checkpoint
 from latentreward.core.errors import InputError
 from tests.marks import slow_after
@@ -213,7 +211,6 @@ def test_a_setting_cannot_ask_for_code(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_strategies_that_unpickle_by_themselves_never_see_an_unchecked_file(canary: Path, tmp_path: Path) -> None:
-    """Lightning's FSDP1 reads a single file with an unpickler of its own."""
     module = run("fit", tmp_path, "--trainer.max_steps=1")
     loaded: list[Any] = []
     strategy = module.trainer.strategy
@@ -229,57 +226,6 @@ def test_strategies_that_unpickle_by_themselves_never_see_an_unchecked_file(cana
 
 
 @pytest.mark.slow
-def test_a_checkpoint_at_an_address_is_resumed_from_and_evaluated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (fetched := tmp_path / "fetched").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(fetched))
-    first = run("fit", tmp_path, "--trainer.max_steps=2")
-    with serving(partial(Files, directory=str(tmp_path / "run" / "checkpoints"))) as address:
-        setting = f"--ckpt_path={address}/epoch=0-step=2.ckpt"
-        module = run("validate", tmp_path, setting)
-        assert torch.equal(module.net[0].weight, first.net[0].weight)
-        assert run("fit", tmp_path, setting, "--trainer.max_steps=3").global_step == 3
-    assert not list(fetched.glob("latentreward-*"))
-    assert f"ckpt_path: {address}" in (tmp_path / "run" / "config_1.yaml").read_text()
-
-
-class Silent(BaseHTTPRequestHandler):
-    """Answers, and then says no more."""
-
-    stop = threading.Event()
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", "1000000")
-        self.end_headers()
-        self.wfile.write(b"PK")
-        self.stop.wait(30)
-
-    def log_message(self, *args: Any) -> None:
-        """Say nothing."""
-
-
-@pytest.mark.slow
-def test_what_cannot_be_fetched_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "SILENCE_S", 0.5)
-    with serving(partial(Files, directory=str(tmp_path))) as address, serving(Silent) as silent:
-        for place, words in (
-            (f"{address}/none.ckpt", "FileNotFoundError"),
-            (f"{silent}/silent.ckpt", "Timeout"),
-            ("http://127.0.0.1:1/refused.ckpt", "Cannot connect"),
-            ("nosuch://place/x.ckpt", "Protocol not known"),
-            ("memory://none.ckpt", "FileNotFoundError"),
-        ):
-            said = refusal(capsys, "validate", tmp_path, f"--ckpt_path={place}")
-            assert said.startswith(f"ckpt_path: {place} cannot be fetched")
-            assert words in said
-        Silent.stop.set()
-
-
-@pytest.mark.slow
 def test_every_torch_load_of_ours_takes_tensors_and_plain_values_alone() -> None:
     root = Path(__file__).resolve().parents[2]
     calls = [
@@ -292,22 +238,6 @@ def test_every_torch_load_of_ours_takes_tensors_and_plain_values_alone() -> None
     for name, call in calls:
         values = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert values.get("weights_only") == "True", name
-
-
-@pytest.mark.parametrize("name", slow_after(1, ["absent.ckpt", "evil.ckpt"]))
-def test_a_password_in_an_address_is_not_repeated(name: str, canary: Path, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(PAYLOADS[next(iter(PAYLOADS))](canary)))
-    with serving(partial(Files, directory=str(tmp_path))) as address:
-        setting = f"--ckpt_path={address.replace('://', '://user:s3cr3t@')}/{name}"
-        said = refusal(capsys, "validate", tmp_path, setting)
-    assert f"{address}/{name}" in said
-    assert "s3cr3t" not in said
-
-
-def test_a_file_of_references_is_not_fetched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "refs.json").write_text('{"version": 1, "gen": [{"key": "{{ evil }}"}], "refs": {}}')
-    for address in (f"reference://x::file://{tmp_path}/refs.json", f"simplecache::reference://x::{tmp_path}/refs.json"):
-        assert "is a file of references" in refusal(capsys, "fit", tmp_path, f"--ckpt_path={address}")
 
 
 @pytest.mark.parametrize("content", [{"net.weight": torch.zeros(1)}, [1], {"state_dict": {}}])

@@ -21,7 +21,6 @@ from latentreward.core.interrupts import (
     INTERRUPTED,
     TERMINATED,
     Terminated,
-    exit_while_importing,
     interrupt_behind,
     sigterm_interrupts,
     tell_interrupt,
@@ -152,7 +151,7 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
     collects = gc.isenabled()
     gc.disable()  # imported objects stay alive, so that collections during the import free nothing and cost 10 % of it
     try:
-        with exit_while_importing(), sigterm_interrupts():
+        with sigterm_interrupts():
             run = importlib.import_module(module_of(arguments[0])).run
         if alone:
             gc.freeze()  # nor do later collections look through them: up to a second before the first step

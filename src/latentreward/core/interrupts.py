@@ -1,6 +1,6 @@
 """Handling of Ctrl-C and SIGTERM.
 
-While modules are imported, Ctrl-C ends the process at once. Later, both end a command with a message about what is
+Both end a command with a message about what is
 kept. Inside :func:`interrupts_held`, both wait until a write is complete.
 """
 
@@ -81,28 +81,6 @@ def interrupts_held() -> Iterator[None]:
             signal.signal(number, handler)
         if held:
             before[signal.Signals(held[0][0])](*held[0])
-
-
-@contextmanager
-def exit_while_importing() -> Iterator[None]:
-    """End the process at once on a Ctrl-C inside the block.
-
-    A KeyboardInterrupt would be lost: compiled modules that are being imported replace it by an ImportError.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        tell_interrupt(KeyboardInterrupt())
-        os._exit(INTERRUPTED)
-
-    signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def tell_interrupt(stop: KeyboardInterrupt) -> None:

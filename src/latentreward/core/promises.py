@@ -121,19 +121,6 @@ def unchanged(name: str, *given: Any) -> Iterator[None]:
             raise InputError(f"{problem}; let it change a copy, such as x.clone(), and no x.mul_(), x += or x[...] =")
 
 
-def check_takes(name: str, function: Callable[..., Any], wanted: Callable[..., Any]) -> None:
-    """Raise InputError if a user's function, ``name`` in messages, does not take the arguments of ``wanted``."""
-    try:
-        taken, needed = signature(function), signature(wanted).parameters
-    except ValueError:  # of functions in C
-        return
-    try:
-        taken.bind(*needed)
-    except TypeError as error:
-        names = [", ".join(parameters) for parameters in (taken.parameters, needed)]
-        raise InputError(f"{name}({names[0]}) must take ({names[1]}){place_of(function)}") from error
-
-
 def check_needs(part: Part) -> None:
     """Raise InputError if an attribute that the part :attr:`~Part.needs` is missing."""
     if missing := [name for name in part.needs if not hasattr(part, name)]:

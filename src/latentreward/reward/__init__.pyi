@@ -35,7 +35,7 @@ from .modules.lrm import LRMModule
 from .modules.reward import RewardModule, ScoredPairs
 from .modules.training import WarmupSchedule
 from .remote.client import RemoteError, RemoteServer
-from .remote.schemas import ImageSchema, PlainJSON, Schema, ServedImages, ServedLatents, UniRL
+from .remote.schemas import ImageSchema, PlainJSON, ServedImages
 from .scorers.base import ImageScorer, Scorer, TableScorer
 from .scorers.clip import AestheticScorer, CLIPScorer, PickScorer
 from .scorers.hpsv2 import HPSv2Scorer
@@ -91,20 +91,17 @@ __all__ = [
     "RewardModel",
     "RewardModelScorer",
     "RewardModule",
-    "Schema",
     "ScoreCorrelation",
     "ScoredPairs",
     "Scorer",
     "ScoringNoise",
     "ServedImages",
-    "ServedLatents",
     "StepAwareScorer",
     "TableColumn",
     "TableScorer",
     "TargetLoss",
     "ThurstoneLoss",
     "TieLoss",
-    "UniRL",
     "WarmupSchedule",
     "bhattacharyya_fidelity",
     "bradley_terry_nll",

@@ -1,4 +1,4 @@
-"""Rewards on a server: pictures for judges, latents for our own server, in mixtures, while others are sampled."""
+"""Rewards on a server: pictures for judges, in mixtures, while others are sampled."""
 
 import time
 from dataclasses import replace
@@ -20,15 +20,12 @@ from latentreward.alignment import (
     begin_finished,
     score_finished,
 )
-from latentreward.alignment.rewards.http import seed_of
 from latentreward.core.contracts import NoisyStates, PromptBatch
 from latentreward.core.errors import InputError
-from latentreward.reward import CallableScorer, RemoteError, RemoteServer, ScoringNoise, ServedLatents
-from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
+from latentreward.reward import CallableScorer, RemoteError, RemoteServer
 from tests.alignment.modules.simple_reward import FirstChannelReward
 from tests.alignment.modules.test_grpo import attached, source
 from tests.alignment.policies.alignment import tiny_source
-from tests.apps.serving.servers import service_of, serving, started, tiny_reward
 from tests.reward.remote.judges import hangs_up, judged, judging
 
 PROMPTS = PromptBatch(("a red circle", "two blue squares on a white background", "a cross"), ("0/0", "0/1", "0/2"))
@@ -76,65 +73,6 @@ def test_a_mixture_scores_at_once_and_later_alike(policy: Policy, normalise: str
         torch.testing.assert_close(later.mix(parts, torch.arange(6) // 2), scores)
         assert later.answers_later
         torch.testing.assert_close(later.take_means(), at_once.take_means())
-
-
-def test_latents_get_the_scores_of_the_served_model(policy: Policy) -> None:
-    """The served model has the policy's text encoders, and noise by seed alone."""
-    model = tiny_reward()
-    latents, rows = latents_of(policy), torch.arange(6) // 2
-    with serving(model) as (url, _):
-        reward_source = HTTPReward(RemoteServer(url), ServedLatents(sigma=0.4), batch_size=4)
-        assert reward_source.latent_space() == policy.latent_space
-        assert reward_source.uses_sigmas
-        reward = reward_source.load(policy)
-        known = reward.encode_prompts(PROMPTS.prompts)
-        scores = reward.score_clean(latents, rows, known, None, (0.4,))
-        states = NoisyStates(latents, torch.zeros(6), rows, latents)
-        torch.testing.assert_close(reward(states, known), scores)
-        again = reward.score_clean(latents[[0, 0, 2]], torch.tensor([0, 0, 1]), known, None, (0.4,))
-        torch.testing.assert_close(again, scores[[0, 0, 2]])
-        several = reward.score_clean(latents, rows, known, None, (0.2, 0.6))
-        single = [reward.score_clean(latents, rows, known, None, (sigma,)) for sigma in (0.2, 0.6)]
-        torch.testing.assert_close(several, (single[0] + single[1]) / 2)
-        wide, high = (torch.zeros(1, latents.shape[1], *sides) for sides in ((8, 16), (16, 8)))
-        alike = [reward.score_clean(zeros, torch.zeros(1, dtype=torch.int64), known) for zeros in (wide, high)]
-        assert not torch.equal(*alike)  # equal bytes in another shape
-    noise, process = ScoringNoise(sigmas=(0.4,)), model.backbone.noise_process
-    sigma = process.sigma(timesteps_of(noise, process)).item()
-    for row in range(3):
-        some = 2 * row + torch.arange(2)
-        conditioning = policy.encode_prompts([PROMPTS.prompts[row]] * 2)
-        draws = draw_noise([""] * 2, seed_of(known[0][row]), sigma, latents.shape[1:])
-        options = {"noise": noise, "draws": draws, "conditioning": (conditioning, None)}
-        torch.testing.assert_close(scores[some], model.score_latents([""] * 2, latents[some], **options))
-
-
-def test_another_model_on_a_server_of_latents_is_noticed(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_reward()
-    with serving(model) as (url, _):
-        reward = HTTPReward(RemoteServer(url), ServedLatents()).load(policy)
-        known, row = reward.encode_prompts(PROMPTS.prompts), torch.zeros(1, dtype=torch.int64)
-        reward.score_clean(latents_of(policy, 1), row, known)
-        monkeypatch.setattr(model, "source", "runs/second")
-        with pytest.raises(RemoteError, match=r"the model is now runs/second, .*, but was GatedQFormerHead, .* before"):
-            reward.score_clean(latents_of(policy, 1) + 1, row, known)
-
-
-def test_the_latent_space_is_that_of_the_reward_in_the_path() -> None:
-    models = {"first": tiny_reward(), "second": tiny_reward("sd15", "lrm")}
-    with started(service_of(*models.values(), names="first second")) as url:
-        for name, model in models.items():
-            remote = HTTPReward(RemoteServer(url), ServedLatents(path=f"/rewards/{name}/v1/score"))
-            assert remote.latent_space() == model.backbone.latent_space
-
-
-def test_a_server_of_other_latents_is_refused_before_weights_are_loaded(policy: Policy) -> None:
-    with serving(tiny_reward("sd15", "lrm")) as (url, _):
-        remote = HTTPReward(RemoteServer(url), ServedLatents())
-        with pytest.raises(InputError, match=r"the policy .* makes latents of the space .*, but the reward takes"):
-            remote.require_latents_of(tiny_source("sd35"))
-    with judging() as judge, pytest.raises(RemoteError, match="HTTP 501"):  # it knows no GET
-        HTTPReward(RemoteServer(judge.url), ServedLatents()).latent_space()
 
 
 def trajectories(url: str, at_once: int | None, **server: float) -> TrajectoryGRPOModule:
@@ -206,5 +144,3 @@ def test_settings_that_cannot_be() -> None:
         remote.require_gradient("ReFL")
     with pytest.raises(InputError, match=r"reward\.batch_size is 0"):
         HTTPReward(RemoteServer("http://judge"), batch_size=0)
-    with pytest.raises(InputError, match=r"schema\.sigma=2 must lie in"):
-        ServedLatents(sigma=2)

@@ -1,4 +1,4 @@
-"""A served reward of edits and a policy that edits: pictures and latents travel with their sources."""
+"""A served reward of edits and a policy that edits: pictures travel with their sources."""
 
 from collections.abc import Iterator
 
@@ -8,12 +8,10 @@ from PIL import Image
 
 from latentreward.alignment import HTTPReward, Policy
 from latentreward.alignment.rewards.base import check_edits
-from latentreward.alignment.rewards.http import seed_of
 from latentreward.core.contracts import NoisyStates
 from latentreward.core.errors import InputError
 from latentreward.core.reports.drawing import to_image
-from latentreward.reward import RemoteServer, RewardModel, ScoringNoise, ServedImages, ServedLatents, edit_prompt
-from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
+from latentreward.reward import RemoteServer, RewardModel, ServedImages, edit_prompt
 from tests.apps.serving.servers import serving
 from tests.diffusion.families.twins import TWINS
 from tests.reward.scoring.models import edit_reward
@@ -39,23 +37,6 @@ def served() -> Iterator[tuple[str, RewardModel]]:
 
 LATENTS = torch.randn(3, 16, 8, 12, generator=torch.Generator().manual_seed(0))
 ROWS = torch.tensor([0, 1, 1])
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_latents_travel_with_latents_of_their_sources(policy: Policy, served: tuple[str, RewardModel]) -> None:
-    url, model = served
-    reward = HTTPReward(RemoteServer(url), ServedLatents(), batch_size=2).load(policy)
-    known = reward.encode_prompts(PROMPTS)
-    assert [row.source_latents[0].shape for row in known[1]] == [(1, 16, 8, 12)] * 2
-    found = reward.score_clean(LATENTS[[0, 0, 1]], torch.tensor([0, 1, 1]), known, None, (0.4,))
-    assert found[0] != found[1]
-    noise, process = ScoringNoise(sigmas=(0.4,)), model.backbone.noise_process
-    level = process.sigma(timesteps_of(noise, process)).item()
-    for row, latents, score in zip((0, 1, 1), LATENTS[[0, 0, 1]], found, strict=True):
-        draws = draw_noise([""], seed_of(str(PROMPTS[row])), level, latents.shape)
-        options = {"noise": noise, "draws": draws, "conditioning": (policy.encode_prompts([PROMPTS[row]]), None)}
-        torch.testing.assert_close(score, model.score_latents("", latents[None], **options)[0], atol=2e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -47,11 +47,6 @@ class Based(SteppedUserModule):
     ("settings", "said"),
     [
         (("--trainer.val_check_interval=50",), "`val_check_interval` (50)"),
-        (
-            ("--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"),
-            "trainer.callbacks: Sto",
-        ),
-        (("--trainer.callbacks+=EMAWeightAveraging",), "trainer.callbacks: EMAWeightAveraging"),
     ],
 )
 def test_refusals(settings: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,18 +113,6 @@ def test_a_prompt_in_a_header_gets_the_score_of_its_image(address: str, accepted
     assert abs(other - wanted) > 1e-4
 
 
-def test_fresh_noise_differs_each_time_but_for_requests_with_seeds() -> None:
-    with serving(tiny_reward(), fresh_noise=True) as (address, service):
-        tensors = tensors_of(service.accepted)
-        seedless = save({name: tensor for name, tensor in tensors.items() if name != "seeds"})
-        fresh = [ask(address, seedless).json()["raw_scores"][0] for _ in range(3)]
-        seeded = [ask(address, save(tensors)).json()["raw_scores"][0] for _ in range(2)]
-        assert len(set(fresh)) == 3 and seeded[0] == seeded[1] not in fresh
-        assert service.first_seed is not None  # printed, so that the scores can be had again
-        again = tensors | {"seeds": service.first_seed + torch.arange(3)[1:2]}
-        assert ask(address, save(again)).json()["raw_scores"][0] == pytest.approx(fresh[1], abs=1e-6)
-
-
 @pytest.mark.parametrize("kind", [("sd35", "dina"), ("sd15", "lrm")])
 def test_a_score_does_not_depend_on_what_it_shares_a_batch_with(kind: tuple[str, str]) -> None:
     with serving(reward := tiny_reward(*kind), batch_size=4, max_wait_ms=20) as (address, service):
@@ -204,12 +192,6 @@ def test_what_is_no_request_is_refused_in_one_line(
     told = reply.json()["error"]
     assert (reply.status_code, key in told) == (status, True), reply.text
     assert "\n" not in told and len(told) < 500
-
-
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/score", 405), ("POST", "/nowhere", 404)])
-def test_wrong_addresses_get_json(address: str, method: str, path: str, status: int) -> None:
-    reply = httpx.request(method, address + path)
-    assert reply.status_code == status and reply.json()["error"]
 
 
 def test_health_and_metrics(address: str) -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import ExifTags, Image
-from safetensors.torch import load as load_tensors
 
 from latentreward.apps.serving.batching import RequestError
 from latentreward.apps.serving.service import ServedModel
@@ -154,19 +153,6 @@ def test_an_answer_that_breaks_off_is_asked_for_again(load: Load, monkeypatch: p
     with judging(faults=[breaks_off, late]) as judge:
         assert load("latentreward_client").RewardClient(judge.url).score_images("a", pictures(1)).shape == (1,)
         assert len(judge.headers) == 3
-
-
-def test_a_request_holds_whole_trajectories_within_its_rows(load: Load, running: tuple[str, ServedModel]) -> None:
-    client = load("latentreward_client").RewardClient(running[0], token=TOKEN, rows=7)
-    ask, sizes = client._ask, []
-
-    def counted(path: str, body: bytes, kind: str) -> Any:
-        sizes.append(tuple(load_tensors(body)["latents"].shape[:2]))
-        return ask(path, body, kind)
-
-    client._ask = counted
-    client.score_states("a", latents_of(running[1].accepted, 3, 3), TIMES)
-    assert sizes == [(2, 3), (1, 3)]
 
 
 @pytest.mark.parametrize(("file", "factory"), [("flow_grpo_reward", "flow_grpo"), ("ddpo_reward", "ddpo")])

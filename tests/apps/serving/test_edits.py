@@ -24,7 +24,7 @@ from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
 from tests.apps.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded
 from tests.apps.serving.latent_requests import tensors_of
 from tests.apps.serving.prompted_requests import body_of
-from tests.apps.serving.servers import served_model, serving
+from tests.apps.serving.servers import serving
 from tests.diffusion.families.made_qwen_image_edit import qwen_image_edit_folder
 from tests.reward.scoring.models import edit_reward, picture, png
 
@@ -108,13 +108,6 @@ def test_bad_sources_are_refused_in_one_line(
     reply = ask(address, {"prompt": TEXT, "image": encoded(RED), "source_images": given})
     assert reply.status_code in (400, 422) and key in reply.json()["error"], reply.text
     assert "\n" not in reply.json()["error"]
-
-
-def test_the_description_tells_how_many_sources_a_reward_takes(served: tuple[str, ServedModel]) -> None:
-    reward = edit_reward()
-    reward.backbone.sources = (1, 1)
-    assert served_model(reward).describe()["sources"] == [1, 1]  # which can be tried without a picture at hand
-    assert httpx.get(f"{served[0]}/v1/model").json()["sources"] == [0, 16]
 
 
 def test_sources_count_once_in_the_memory_that_a_request_takes() -> None:

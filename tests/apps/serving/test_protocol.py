@@ -8,7 +8,6 @@ import struct
 import tracemalloc
 from contextlib import suppress
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 import pytest
@@ -54,13 +53,10 @@ def test_a_request_becomes_rows(dtype: torch.dtype) -> None:
     assert [(row.prompt, row.u, row.seed) for row in rows] == [("a cat", 0.25, 7), ("a cat", 1.0, -1)]
 
 
-def test_without_seeds_the_seed_is_0_or_the_next_fresh_one() -> None:
-    tensors, fresh = tensors_of(ACCEPTED, rows=2), count(5)
-    assert [row.seed for row in parse_request(save(tensors), ACCEPTED, seeds=fresh)] == [0, 0]
+def test_without_seeds_the_seed_is_0() -> None:
+    tensors = tensors_of(ACCEPTED, rows=2)
     del tensors["seeds"]
     assert [row.seed for row in parse_request(save(tensors), ACCEPTED)] == [0, 0]
-    assert [row.seed for row in parse_request(save(tensors), ACCEPTED, seeds=fresh)] == [5, 6]
-    assert [row.seed for row in parse_request(save(tensors), ACCEPTED, seeds=fresh)] == [7, 8]
 
 
 def changed(**tensors: torch.Tensor | None) -> bytes:
@@ -269,17 +265,6 @@ def test_hostile_headers_are_refused_in_one_short_line_and_little_memory(body: b
         ACCEPTED.read(body, 2**20, "latents=B C h w, u=B")
     assert caught.value.status_code == 400 and "\n" not in str(caught.value) and len(str(caught.value)) < 300
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 48 * 1024  # KiB
-
-
-def test_texts_that_are_no_prompts_take_little_memory() -> None:
-    body = with_texts(**{f"{number:x}": "" for number in range(60_000)})
-    tracemalloc.start()
-    try:
-        with pytest.raises(RequestError, match="safetensors header"):
-            parse_latents(body, ACCEPTED)
-        assert tracemalloc.get_traced_memory()[1] < 2**20
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("good", "accepted"), [(GOOD, ACCEPTED), (unequal(), UNEQUAL)])

@@ -9,12 +9,10 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
-from fsspec import filesystem
 
 from latentreward.core.checkpoints.files import (
     DurableCheckpointIO,
     checkpoint_problem,
-    fetched,
     holds_weights_alone,
     newest_intact,
 )
@@ -118,9 +116,3 @@ def test_the_state_of_an_optimiser_does_not_keep_the_weights_in_memory(tmp_path:
     assert torch.equal(content.pop("state_dict")["w"], torch.arange(5000.0))
     assert mappings(path) == before - 1 == 1
     assert content["optimizer_states"][0]["state"][0]["exp_avg"].sum() == 5000
-
-
-def test_a_folder_at_an_address_is_no_checkpoint(tmp_path: Path) -> None:
-    filesystem("memory").pipe("/shards/0.distcp", b"a shard")
-    with pytest.raises(InputError, match=r"^ckpt_path: memory://shards is not a file; of a folder of shards, make one"):
-        fetched("memory://shards", tmp_path)

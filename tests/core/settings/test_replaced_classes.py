@@ -77,12 +77,3 @@ def test_adapters_of_the_later_module(lora: Any, rest: dict[str, float], model) 
     found = model(another("first.yaml", lora=lora), DINA)
     assert found["class_path"] == "latentreward.reward.DiNaLRMModule"
     assert found["init_args"]["backbone"]["init_args"]["lora"] == {**RANK_16, **rest}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", rotated_after(1, ["pavrm", "drm", "layer_mix"]))
-def test_shipped_heads_after_the_recipe_of_dina_lrm(head: str, model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HPDV3_ROOT", "/data")
-    found = model("configs/recipes/dina_lrm_sd35.yaml", f"configs/model/{head}_sd35.yaml")
-    backbone = found["init_args"]["backbone"]["init_args"]
-    assert (backbone["lora"], backbone["num_layers"]) == (None, None)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +19,10 @@ from torch.distributed.checkpoint import FileSystemWriter
 from latentreward.core.errors import InputError
 from latentreward.core.storage import durable
 from latentreward.core.storage.durable import (
-    LOCK,
     check_writable,
-    contents,
     put_in_place,
-    remove_temporary,
     replacing,
     temporary_name,
-    write_errors_named,
     write_file,
 )
 from tests.limits import largest_file
@@ -78,14 +73,6 @@ def test_a_place_that_cannot_be_written_to_is_told_before_the_work(name: str, tm
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_place_that_cannot_be_written_to_is_one_line_and_other_errors_pass() -> None:
-    message = r"read-only cannot be written to \(Read-only file system\)"
-    with pytest.raises(InputError, match=message), write_errors_named(Path("read-only")):
-        raise OSError(30, "Read-only file system")
-    with pytest.raises(RuntimeError, match="other"), write_errors_named(Path("target")):
-        raise RuntimeError("other")
-
-
 def test_new_files_have_the_mode_of_new_files(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
@@ -109,12 +96,6 @@ def test_what_is_there_may_stay(tmp_path: Path) -> None:
         folder_with(partial, "second")
     assert (target / "content").read_text() == "second"
     assert list(tmp_path.iterdir()) == [target]
-
-
-def test_contents_are_neither_locks_nor_remains(tmp_path: Path) -> None:
-    for path in (tmp_path / LOCK, temporary_name(tmp_path / "a.png"), tmp_path / "b.png", tmp_path / ".hidden.partial"):
-        path.touch()
-    assert contents(tmp_path) == [".hidden.partial", "b.png"]
 
 
 def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path: Path) -> None:
@@ -223,15 +204,3 @@ def test_what_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.Monke
 def no_space(self: Path, target: Path) -> Path:
     """What a full disk says."""
     raise OSError(28, "no space left on device")
-
-
-def test_unfinished_files_of_running_processes_stay(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    own = temporary_name(tmp_path / "table")
-    own.touch()
-    left = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
-    left.mkdir()
-    (left / "part").touch()
-    remove_temporary(tmp_path)
-    assert [*tmp_path.iterdir()] == [own]

@@ -46,7 +46,6 @@ class PixArt(FlowFamily):
 
     name, title, flow = "pixart", "PixArt-Sigma", False
     network_class = "PixArtTransformer2DModel"
-    block_classes = ("BasicTransformerBlock",)
     lists = ("transformer_blocks",)
     lora_targets, time_embedding = ("to_q", "to_k", "to_v"), ("adaln_single",)
     text_field, default_guidance, constant_text = "caption_channels", 4.5, True

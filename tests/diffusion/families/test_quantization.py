@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from latentreward.callbacks import TrainableCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -117,11 +116,6 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         create_backbone(twin.backbone, source=twin.folder, tuning="full", quantization="int8")
     with pytest.raises(InputError, match="is quantised, which FSDP2 cannot shard"):
         check_axes(policy_of(twin, "int8"))
-    module = reward_module(twin)
-    module.trainer = make_trainer(tmp_path)
-    module.trainer._accelerator_connector.strategy = FSDPStrategy()  # Lightning makes it on GPUs only
-    with pytest.raises(InputError, match=r"weight is quantised, which FSDP1 cannot shard; use ddp, or no quantization"):
-        module.setup("fit")
     with pytest.raises(InputError, match=r"quantization=nf4 .*(needs a GPU|pip install latentreward\[quant\])"):
         policy_of(twin, "nf4")
     monkeypatch.setattr("latentreward.diffusion.backbones.weights.find_spec", lambda name: None)

@@ -39,21 +39,6 @@ def plain(request: dict[str, Any]) -> dict[str, Any]:
     return {"scores": [judged(*row) for row in rows]}
 
 
-def unirl(request: dict[str, Any]) -> dict[str, Any]:
-    """UniRL's form, by the fields of its own client and server."""
-    assert set(request) == {"protocol_version", "requests"}
-    assert request["protocol_version"] == "1"
-    results = []
-    for one in request["requests"]:
-        (turn,) = one["history"]
-        assert set(turn) == {"text", "image_b64"}
-        score = judged(turn["text"], opened(turn["image_b64"]))
-        known = {"redness": {"red": score}, "two": {"red": score, "none": 0.0}}
-        results.append({name: known[name] for name in one["required_rewards"]})
-    identities = [{"request_id": one["request_id"]} for one in request["requests"]]
-    return {"protocol_version": "1", "results": results, "errors": [{} for _ in results], "identities": identities}
-
-
 @dataclass
 class Judge:
     """A running judge.

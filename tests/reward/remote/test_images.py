@@ -13,10 +13,10 @@ from PIL import Image
 from latentreward.core.contracts import EditPrompt, ImageRef
 from latentreward.core.errors import InputError
 from latentreward.core.interrupts import stop_asked
-from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, ServedImages, UniRL, edit_prompt
+from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, ServedImages, edit_prompt
 from latentreward.reward.remote.client import RemoteImages
 from latentreward.reward.remote.schemas import source_texts
-from tests.reward.remote.judges import judged, judging, opened, plain, says, unirl
+from tests.reward.remote.judges import judged, judging, opened, plain, says
 
 PROMPTS = ["a red circle", "two blue squares", "a cross", "a red circle", "à la carte 🙂"]
 IMAGES = [Image.new("RGB", (8 + number, 8), (40 * number, 0, 0)) for number in range(4)] + [Image.new("RGB", (8, 8))]
@@ -28,13 +28,9 @@ def images(url: str, schema: ImageSchema | None = None, batch_size: int = 2, **s
     return RemoteImages(server, schema or PlainJSON(), batch_size)
 
 
-@pytest.mark.parametrize(
-    ("answer", "schema"),
-    [(plain, PlainJSON()), (unirl, UniRL("redness")), (unirl, UniRL("two", metric="red"))],
-)
-def test_both_forms_give_the_judges_scores_in_order(answer, schema: ImageSchema) -> None:
-    with judging(answer) as judge:
-        assert images(judge.url, schema).begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
+def test_scores_come_in_order() -> None:
+    with judging() as judge:
+        assert images(judge.url).begin(PROMPTS, IMAGES)() == pytest.approx(EXPECTED)
         assert sorted(judge.sizes) == [1, 2, 2]
 
 
@@ -83,33 +79,24 @@ def test_scores_are_asked_for_before_they_are_waited_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "reply", "told"),
+    ("reply", "told"),
     [
-        (PlainJSON(), {"scores": [0.5]}, "1 scores came for 2 rows"),
-        (PlainJSON(), {"scores": [0.5, 0.5, 0.5]}, "3 scores came for 2 rows"),
-        (PlainJSON(), b'{"scores": [0.5, NaN]}', r"score \[1\]: it must be a finite number, not nan"),
-        (PlainJSON(), b'{"scores": [0.5, 1e39]}', r"score \[1\]: it must be less than or equal to .*, not 1e\+39"),
-        (PlainJSON(), b'{"scores": [0.5, 1' + b"0" * 400 + b"]}", r"score \[1\]: "),
-        (PlainJSON(), {"scores": [0.5, "0.5"]}, r"score \[1\]: it must be a valid number, not '0.5'"),
-        (PlainJSON(), {"scores": [0.5, None]}, r"score \[1\]: it must be a valid number, not None"),
-        (PlainJSON(), {"scores": [0.5, True]}, r"score \[1\]: it must be a valid number, not True"),
-        (PlainJSON(), {"scores": 3}, "PlainJSON cannot read the answer"),
-        (PlainJSON(), {"rewards": [0.5, 0.5]}, "KeyError: 'scores'"),
-        (PlainJSON(), [0.5, 0.5], "PlainJSON cannot read the answer"),
-        (UniRL("r"), {"results": [{"r": {"s": 1.0}}]}, "1 scores came for 2 rows"),
-        (UniRL("r"), {"results": [{"r": {"s": 1.0}}, {"q": {"s": 1.0}}]}, "reward=r, .* and the answer {'q'"),
-        (UniRL("r"), {"results": [{"r": {"s": 1.0, "t": 2.0}}] * 2}, "metric=None, and the answer .*'t'"),
-        (UniRL("r", "u"), {"results": [{"r": {"s": 1.0}}] * 2}, "metric=u, and the answer"),
-        (UniRL("r"), {"results": [{}, {}], "errors": [{}, {"r": "out of memory"}]}, "could not be scored"),
-        (UniRL("r"), {"results": [], "protocol_version": "2"}, "another version"),
-        (UniRL("r"), {"results": [{"r": {"s": 1}}] * 2, "identities": [{"request_id": "x"}] * 2}, "identities are not"),
-        (UniRL("r"), {"results": [{"r": {"s": 1}}] * 2, "identities": 3}, "UniRL cannot read the answer"),
-        (UniRL("r"), {"results": [3, 4]}, "UniRL cannot read the answer"),
+        ({"scores": [0.5]}, "1 scores came for 2 rows"),
+        ({"scores": [0.5, 0.5, 0.5]}, "3 scores came for 2 rows"),
+        (b'{"scores": [0.5, NaN]}', r"score \[1\]: it must be a finite number, not nan"),
+        (b'{"scores": [0.5, 1e39]}', r"score \[1\]: it must be less than or equal to .*, not 1e\+39"),
+        (b'{"scores": [0.5, 1' + b"0" * 400 + b"]}", r"score \[1\]: "),
+        ({"scores": [0.5, "0.5"]}, r"score \[1\]: it must be a valid number, not '0.5'"),
+        ({"scores": [0.5, None]}, r"score \[1\]: it must be a valid number, not None"),
+        ({"scores": [0.5, True]}, r"score \[1\]: it must be a valid number, not True"),
+        ({"scores": 3}, "PlainJSON cannot read the answer"),
+        ({"rewards": [0.5, 0.5]}, "KeyError: 'scores'"),
+        ([0.5, 0.5], "PlainJSON cannot read the answer"),
     ],
 )
-def test_a_wrong_reply_is_told_in_one_line(schema: ImageSchema, reply: Any, told: str) -> None:
+def test_a_wrong_reply_is_told_in_one_line(reply: Any, told: str) -> None:
     with judging(faults=[says(200, reply)]) as judge, pytest.raises(RemoteError, match=told) as raised:
-        images(judge.url, schema).begin(PROMPTS[:2], IMAGES[:2])()
+        images(judge.url).begin(PROMPTS[:2], IMAGES[:2])()
     assert str(raised.value).startswith(f"reward server {judge.url}: ")
     assert str(raised.value).isprintable()
     assert len(judge.headers) == 1
@@ -192,21 +179,12 @@ def redder(request: dict[str, Any]) -> dict[str, Any]:
     return {"scores": [new - old for new, old in zip(after, before, strict=True)]}
 
 
-def unirl_redder(request: dict[str, Any]) -> dict[str, Any]:
-    rows = [one["history"] for one in request["requests"]]
-    assert all({turn["text"] for turn in row} == {"make it red"} for row in rows)
-    pictures = [[turn["image_b64"] for turn in row] for row in rows]
-    told = redder({"source_images": [row[:-1] for row in pictures], "images": [row[-1] for row in pictures]})
-    return {"results": [{"redder": {"score": score}} for score in told["scores"]]}
-
-
-@pytest.mark.parametrize(("answer", "schema"), [(redder, PlainJSON()), (unirl_redder, UniRL("redder"))])
-def test_sources_are_sent_with_each_image(answer, schema: ImageSchema, tmp_path: Path) -> None:
+def test_sources_are_sent_with_each_image(tmp_path: Path) -> None:
     BLUE.save(tmp_path / "blue.jpg")
     in_file = EditPrompt("make it red", [ImageRef("blue", path=tmp_path / "blue.jpg")])
     prompts = [edit_prompt("make it red", given) for given in (RED, BLUE, [BLUE, RED])] + [in_file]
-    with judging(answer) as judge:
-        found = images(judge.url, schema, 8).begin(prompts, [RED, RED, RED, GREY])()
+    with judging(redder) as judge:
+        found = images(judge.url, batch_size=8).begin(prompts, [RED, RED, RED, GREY])()
     assert found == pytest.approx([0, 1, 0, judged("", GREY)], abs=0.01)
 
 

@@ -1,4 +1,4 @@
-"""A scorer on a server: judges of both forms, and our own server, by real sockets."""
+"""A scorer on a server: a judge, and our own server, by real sockets."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ from PIL import Image
 
 from latentreward.core.errors import InputError
 from latentreward.data import HPDv3Reader
-from latentreward.reward import HTTPScorer, RemoteError, RemoteServer, ServedImages, UniRL
+from latentreward.reward import HTTPScorer, RemoteError, RemoteServer, ServedImages
 from latentreward.reward.scorers.pair_scoring import PairScoring
 from tests.apps.serving.servers import serving, tiny_reward
 from tests.formats.conftest import COMMITTED
-from tests.reward.remote.judges import judged, judging, plain, unirl
+from tests.reward.remote.judges import judged, judging, plain
 
 PROMPTS = ["a red circle", "two blue squares", "a cross"]
 IMAGES = [Image.new("RGB", (16, 16), (80 * number, 0, 0)) for number in range(3)]
@@ -25,13 +25,6 @@ def test_scores_are_those_of_the_judge() -> None:
         assert sorted(judge.sizes) == [1, 2]
         assert scorer.identity() == f"HTTPScorer {judge.url} PlainJSON(path='/score')"
         assert scorer.columns == ("judge",)
-
-
-def test_unirl_by_its_form() -> None:
-    with judging(unirl) as judge:
-        scorer = HTTPScorer(RemoteServer(judge.url), UniRL("redness"), name="red")
-        expected = torch.tensor([judged(*row) for row in zip(PROMPTS, IMAGES, strict=True)])
-        torch.testing.assert_close(scorer(PROMPTS, IMAGES), expected)
 
 
 def test_our_own_server_gives_the_models_scores() -> None:

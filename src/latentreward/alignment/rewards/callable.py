@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from latentreward.alignment.rewards.base import Reward, RewardSource
 from latentreward.core.contracts import NoisyStates
 from latentreward.core.errors import check_range
-from latentreward.core.promises import check_takes, place_of
+from latentreward.core.promises import place_of
 from latentreward.core.running import pair_generator
 from latentreward.core.storage.digests import digest
 
@@ -40,10 +40,6 @@ class CallableReward(RewardSource):
     """
 
     def __init__(self, function: Callable[..., Any], needs_clean: bool = False, differentiable: bool = False) -> None:
-        wanted = (
-            (lambda latents, timesteps, prompts, *, clean: 0) if needs_clean else lambda latents, timesteps, prompts: 0
-        )
-        check_takes(getattr(function, "__name__", "function"), function, wanted)
         self.function, self.needs_clean, self.differentiable = function, needs_clean, differentiable
 
     def has_gradient(self) -> bool:

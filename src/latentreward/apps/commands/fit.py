@@ -11,7 +11,6 @@ from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from pydoc import locate
-from tempfile import TemporaryDirectory
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
@@ -141,14 +140,12 @@ class TrainingCLI(LightningCLI):
     Args:
         command: Name of the subcommand; parsers of other subcommands are not built.
         arguments: Arguments after the subcommand.
-        folder: Temporary folder for a checkpoint that is fetched from an address. Each process fetches its own copy,
-            because the processes of a run may be on several machines.
         held: Stack that keeps the lock of the run folder, and the threads that compute the checksums of a checkpoint,
             until the command ends.
     """
 
-    def __init__(self, command: str, arguments: Sequence[str], folder: Path, held: ExitStack) -> None:
-        self.command, self.folder, self.held, self.estimates = command, folder, held, False
+    def __init__(self, command: str, arguments: Sequence[str], held: ExitStack) -> None:
+        self.command, self.held, self.estimates = command, held, False
         self.estimated: Estimate | None = None  # memory and computation of the run, under --estimate
         self.card = Card(gpu=False)  # device that the estimate is compared with
         super().__init__(
@@ -258,22 +255,17 @@ class TrainingCLI(LightningCLI):
             )
         if self.estimates:
             return
-        given = local = settings.get("ckpt_path")
-        if "://" in (given or ""):
-            local, given = str(checkpoint_files.fetched(given, self.folder)), checkpoint_files.without_password(given)
-            settings["ckpt_path"] = given  # the address without its password, which config.yaml records
+        given = settings.get("ckpt_path")
         if settings.get("weights_only") is False:
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
         if self.command == "fit" and not settings["trainer"]["fast_dev_run"]:
             fit_folder.check_folder(settings["trainer"])
-        if local not in (None, "last", "hpc"):
-            check_checkpoint(local, given, values=False, resumes=self.command == "fit")
-        check_callbacks(settings["trainer"])
+        if given not in (None, "last", "hpc"):
+            check_checkpoint(given, values=False, resumes=self.command == "fit")
         with constructor_errors():
             super().instantiate_classes()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = checkpoint_files.DurableCheckpointIO()
-        self.config_init[self.command]["ckpt_path"] = local
         guard_loading(self.trainer, self.model)
         # A strategy with the default timeout gets rank_timeout_s; one given by class with its own timeout keeps it.
         strategy: Any = self.trainer.strategy
@@ -352,10 +344,10 @@ class TrainingCLI(LightningCLI):
             found = fit_folder.last_checkpoint(trainer)
             found = found or fit_folder.last_of_earlier_start(trainer, self.config[self.command]["trainer"])
             if found and self.command == "fit":
-                check_resumable(found, found)
+                check_resumable(found)
             settings["ckpt_path"] = str(found or "last")
         elif given not in (None, "hpc"):
-            check_checkpoint(given, self.config[self.command]["ckpt_path"])
+            check_checkpoint(given)
 
     def before_validate(self) -> None:
         """Find ``ckpt_path: last``; without it Lightning would evaluate the model as it was made, untrained."""
@@ -376,20 +368,6 @@ class TrainingCLI(LightningCLI):
                 print(f"{name:<40}{value.item():>10.4f}")
 
     after_test = after_validate
-
-
-def check_callbacks(trainer: Namespace) -> None:
-    """Refuse callbacks that average weights.
-
-    Lightning's average is of the frozen network too, and that of ``StochasticWeightAveraging`` is in no checkpoint.
-    """
-    for one in trainer.get("callbacks") or []:
-        kind: Any = locate(one.class_path) if isinstance(one, Namespace) else None
-        if isinstance(kind, type) and issubclass(kind, theirs.WeightAveraging | theirs.StochasticWeightAveraging):
-            raise InputError(
-                f"trainer.callbacks: {kind.__name__} copies the frozen network too; use "
-                "latentreward.callbacks.TrainableEMA, whose average is resumed, validated, and written by consolidate"
-            )
 
 
 def open_readers(command: str, data: Namespace) -> Namespace:
@@ -467,7 +445,7 @@ def load_checked(
     trainer: Trainer, load: Callable[..., dict[str, Any]], path: str | Path, weights_only: bool | None = None
 ) -> Any:
     """Load a checkpoint by a strategy's method ``load``, always with ``weights_only=True``; to resume, of this kind."""
-    check_checkpoint(path, path)
+    check_checkpoint(path)
     content = load(path, weights_only=True)
     if not isinstance(content, Mapping) or "pytorch-lightning_version" not in content:
         raise InputError(f"ckpt_path: {path} is not a Lightning checkpoint; give one that `fit` wrote")
@@ -487,12 +465,11 @@ def compare_weights(model: LightningModule, state_dict: Mapping[str, Any], *_: A
         check_weights(model, shapes, model.strict_loading)
 
 
-def check_checkpoint(path: str | Path, given: str | Path, values: bool = True, resumes: bool = False) -> None:
+def check_checkpoint(path: str | Path, values: bool = True, resumes: bool = False) -> None:
     """Refuse a checkpoint that is missing, damaged, or could run code, before anything is loaded from it.
 
     Args:
         path: File, or folder of shards.
-        given: Its name in messages, such as the address from which it was fetched.
         values: Whether to compare the values with their checksums too, which reads all of them.
         resumes: Whether the checkpoint needs the optimiser's state.
     """
@@ -501,16 +478,16 @@ def check_checkpoint(path: str | Path, given: str | Path, values: bool = True, r
     elif not Path(path).is_file():
         raise InputError(f"ckpt_path: {path} does not exist")
     if problem := checkpoint_files.checkpoint_problem(Path(path), values):
-        raise InputError(f"ckpt_path: {damaged(given, problem)}")
+        raise InputError(f"ckpt_path: {damaged(path, problem)}")
     if resumes:
-        check_resumable(path, given)
+        check_resumable(path)
 
 
-def check_resumable(path: str | Path, given: str | Path) -> None:
-    """Raise InputError if the checkpoint file at ``path``, called ``given`` in the message, holds weights alone."""
+def check_resumable(path: str | Path) -> None:
+    """Raise InputError if the checkpoint file at ``path`` holds weights alone."""
     if checkpoint_files.holds_weights_alone(Path(path)):
         raise InputError(
-            f"ckpt_path: {given} holds weights alone, without the state of the optimiser (save_weights_only); resume "
+            f"ckpt_path: {path} holds weights alone, without the state of the optimiser (save_weights_only); resume "
             "from a checkpoint that has the optimiser's state, such as the last.ckpt of LastCheckpoint"
         )
 
@@ -554,13 +531,13 @@ def estimate_fit(arguments: Sequence[str]) -> "Estimate":
 def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card]":
     functions.prepare_parsing(arguments, classes=True)
     try:
-        with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
+        with ExitStack() as held:
             rewritten = rewrite_arguments(arguments, backbone_names(), root=f"{command}.")
             if any(re.fullmatch(r"--estimate(=true|=yes)?", one.lower()) for one in arguments):
                 from latentreward.apps.estimate.unread import unset_variables
 
                 held.enter_context(unset_variables())
-            done = TrainingCLI(command, rewritten, Path(folder), held)
+            done = TrainingCLI(command, rewritten, held)
             return done.estimated, done.card
     except MisconfigurationException as error:
         raise InputError(f"{error}{where(error)}") from error

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from latentreward.alignment import AlignmentModule, DiffusionDPOModule, Policy, ReFLModule, Reward, StepAwarePixelModule
 from latentreward.alignment.rewards.callable import FunctionReward
-from latentreward.alignment.rewards.http import RemoteImageReward, RemoteReward
+from latentreward.alignment.rewards.http import RemoteReward
 from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.alignment.rewards.pixel import DecodingReward, ImageReward
 from latentreward.apps.estimate.shapes import (
@@ -244,11 +244,8 @@ def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
         if isinstance(part, PromptEncoder):
             calls.watch(part, "forward")
     for part in () if reward is None else reward.modules():
-        if isinstance(part, ImageReward | RemoteImageReward):  # PIL images, which stand-ins cannot become
-            part.score = lambda states, _, own=part: torch.cat(own.decode(states)).mean(dim=(1, 2, 3))  # type: ignore[method-assign]
-            part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
-        elif isinstance(part, RemoteReward):
-            part.score = lambda states, encoded: states.clean.flatten(1).mean(dim=1)  # type: ignore[method-assign, union-attr]
+        if isinstance(part, ImageReward | RemoteReward):  # PIL images, which stand-ins cannot become
+            part.score = lambda states, _, own=part: torch.cat(own.decode(states)).mean(dim=(1, 2, 3))  # type: ignore[method-assign, misc]
             part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
         elif isinstance(part, FunctionReward) or (
             isinstance(part, Reward) and not of_this_package(type(part).__module__)

@@ -61,14 +61,14 @@ def reward_routes(service: ScoringService) -> APIRouter:
         # verl_omni/utils/reward_score/latent_http_scorer_client.py (Apache-2.0); it sends one row, and no x-prompt.
         if (version := request.headers.get(VERSION)) != "1":
             raise RequestError(f"header {VERSION} is {version!r:.20}; this server speaks version 1")
-        given = prompt_of(request.headers.getlist("x-prompt")), service.model_of(request).seeds
-        _, columns = await scored(request, bodies.parse_request, *given)
+        prompt = prompt_of(request.headers.getlist("x-prompt"))
+        _, columns = await scored(request, bodies.parse_request, prompt)
         return JSONResponse({"protocol_version": "1", "raw_scores": columns.pop("scores"), **columns})
 
     @router.post("/v1/score_latents", summary="Score clean latents for raw prompts", openapi_extra=takes())
     async def score_latents(request: Request) -> JSONResponse:
         reward = service.model_of(request).reward
-        rows, columns = await scored(request, bodies.parse_latents, service.model_of(request).seeds)
+        rows, columns = await scored(request, bodies.parse_latents)
         noise = str(reward.noise) if rows[0].u is None else "u"
         return JSONResponse({**columns, "noise": noise, "model": reward.identity})
 
@@ -286,8 +286,7 @@ def serve(service: ScoringService, bound: socket.socket) -> None:
         bound.listen()
         host, port = bound.getsockname()[:2]
         for model in service.models.values():
-            fresh = f"; latents without a seed take those from {model.first_seed} on" if model.first_seed else ""
-            print(f"{model.name}: {model.reward.identity}, on {model.reward.device}{fresh}")
+            print(f"{model.name}: {model.reward.identity}, on {model.reward.device}")
         names = ", ".join(service.models)
         print(f"serving {names} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

@@ -4,12 +4,11 @@ import asyncio
 import base64
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
-from itertools import islice, repeat
 from typing import Any, TypeVar
 
 import torch
@@ -273,11 +272,8 @@ def tried_shape(reward: RewardModel) -> tuple[int, ...]:
     return space.shape(loader.height, loader.width)
 
 
-def parse_request(body: bytes, accepted: Accepted, prompt: str = "", seeds: Iterable[int] = repeat(0)) -> list[Row]:
-    """Parse a body of verl-omni's protocol into rows, whose noise is drawn for ``prompt``.
-
-    Requests without the tensor ``seeds`` take a seed per row from ``seeds``.
-    """
+def parse_request(body: bytes, accepted: Accepted, prompt: str = "") -> list[Row]:
+    """Parse a body of verl-omni's protocol into rows, whose noise is drawn for ``prompt``; the default seed is 0."""
     spec = ["latents=B C h w", "prompt_embeds=B L D", "u=B", "seeds?=B"]
     if accepted.pooled_width is not None:
         spec += [f"pooled_prompt_embeds{'?' * accepted.pools_tokens}=B P"]
@@ -301,7 +297,7 @@ def parse_request(body: bytes, accepted: Accepted, prompt: str = "", seeds: Iter
     if longest > accepted.max_prompt:
         limit = f"{accepted.max_prompt}, the limit of this network"
         raise RequestError(f"prompt_embeds: a prompt of {longest} tokens is over {limit}", 422)
-    used = tensors["seeds"].tolist() if "seeds" in tensors else islice(seeds, count)
+    used = tensors["seeds"].tolist() if "seeds" in tensors else [0] * count
     given = (embeds, pooled, mask if accepted.masked else None)
     parts = zip(*([None] * count if one is None else one.split(1) for one in given), strict=True)
     rows = zip(tensors["latents"], tensors["u"].tolist(), used, parts, sources, strict=True)
@@ -311,7 +307,7 @@ def parse_request(body: bytes, accepted: Accepted, prompt: str = "", seeds: Iter
     ]
 
 
-def parse_latents(body: bytes, accepted: Accepted, seeds: Iterable[int] = repeat(0)) -> list[Row]:
+def parse_latents(body: bytes, accepted: Accepted) -> list[Row]:
     """Parse a body of ``/v1/score_latents`` into rows; see :func:`parse_request`."""
     tensors, sources = accepted.read(body, WITH_PROMPTS, "latents=B C h w, u?=B, seeds?=B")
     latents, u, count = tensors["latents"], tensors.get("u"), len(tensors["latents"])
@@ -319,7 +315,7 @@ def parse_latents(body: bytes, accepted: Accepted, seeds: Iterable[int] = repeat
     if u is None and "seeds" in tensors:
         raise RequestError("seeds are given without u; give the noise level u too, or neither", 422)
     levels = [None] * count if u is None else u.tolist()
-    used = tensors["seeds"].tolist() if "seeds" in tensors else [0] * count if u is None else islice(seeds, count)
+    used = tensors["seeds"].tolist() if "seeds" in tensors else [0] * count
     rows = zip(read_prompts(body, count), latents, levels, used, sources, strict=True)
     return [Row(text, latents=state, u=level, seed=seed, sources=own) for text, state, level, seed, own in rows]
 

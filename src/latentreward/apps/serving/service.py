@@ -1,11 +1,9 @@
 """Rewards of a server, each with its queue, and what they share: limits, memory, devices, metrics."""
 
 import asyncio
-import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import count, repeat
 from typing import Any
 
 import torch
@@ -41,9 +39,6 @@ class ServedModel:
     def __init__(self, name: str, reward: RewardModel, settings: ServiceSettings, device: asyncio.Lock) -> None:
         self.name, self.reward, self.settings = name, reward, settings
         self.accepted = Accepted.of(reward, settings)
-        self.first_seed = secrets.randbits(62) if settings.fresh_noise else None
-        # Of rows that come without a seed: first_seed, first_seed + 1, … under fresh_noise, else 0.
-        self.seeds: Iterator[int] = repeat(0) if self.first_seed is None else count(self.first_seed)
         scorer = RowScorer(reward, settings.batch_size, settings.prompts_kept)
         empty = bodies.encode_empty(reward).trimmed().to("cpu", torch.float32)
         sources, text = tuple(one[0] for one in empty.source_latents), edit_of_grey() if empty.source_latents else ""
@@ -128,7 +123,7 @@ class ServedModel:
             "sources": [*accepted.sources],
             "noise": str(self.reward.noise),
             "u": backbone.noise_process.sigma(timesteps_of(self.reward.noise, backbone.noise_process)).tolist(),
-            **{name: getattr(limits, name) for name in ("fresh_noise", "batch_size", "queue", "timeout")},
+            **{name: getattr(limits, name) for name in ("batch_size", "queue", "timeout")},
             "max_body_bytes": limits.max_body,
             "max_latent_pixels": accepted.max_pixels,
             "max_rows": accepted.max_rows,

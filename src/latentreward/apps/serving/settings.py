@@ -14,7 +14,7 @@ from latentreward.reward import PublishedSettings
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """Limits of a server, and the noise of requests without a seed.
+    """Limits of a server.
 
     Attributes:
         batch_size: Greatest number of rows (images or latents) per forward pass of a reward.
@@ -28,7 +28,6 @@ class ServiceSettings:
             edit, of all of a row together. None takes four times the size that the reward was trained at.
         prompts_kept: Number of encoded prompts that a reward keeps for later requests; one of SD3 takes 5 MB on the
             reward's device.
-        fresh_noise: Whether latents of a request without a seed get new noise each time; otherwise their seed is 0.
         token: Token that requests must give as ``Authorization: Bearer TOKEN``; None allows requests without a token.
     """
 
@@ -40,7 +39,6 @@ class ServiceSettings:
     max_pixels: int = MAX_PIXELS
     max_latent_pixels: int | None = None
     prompts_kept: int = 128
-    fresh_noise: bool = False
     token: str | None = None
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
-"""Atomic writes of checkpoint files, download of checkpoints, and the choice of the checkpoint to resume from."""
+"""Atomic writes of checkpoint files, and the choice of the checkpoint to resume from."""
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from io import BytesIO
@@ -9,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from torch.utils._pytree import tree_map_only
@@ -30,7 +27,6 @@ from latentreward.core.storage.durable import replacing
 
 logger = logging.getLogger(__name__)
 
-SILENCE_S = 60.0  # seconds without a byte after which a download is given up
 KEPT = "the checkpoints written before are kept: free some space and go on with --ckpt_path last"
 """End of the error message on a full disk, after the checkpoint's name."""
 
@@ -99,38 +95,6 @@ def check_states(checkpoint: Mapping[str, Any]) -> None:
             raise InputError(
                 f"the state of {name} cannot be resumed ({first_line(error)}); let it hold tensors and plain values"
             ) from error
-
-
-def fetched(address: str, folder: Path) -> Path:
-    """Download the checkpoint at an fsspec URL into ``folder`` and return its path, of a local file without a copy."""
-    options: dict[str, Any] = {}
-    if address.startswith("http"):  # fsspec's default limit of five minutes is too short for large files
-        from aiohttp import ClientTimeout  # slow to import, and most checkpoints are files
-
-        options["client_kwargs"] = {"timeout": ClientTimeout(None, sock_connect=SILENCE_S, sock_read=SILENCE_S)}
-    target, shown = folder / "fetched.ckpt", without_password(address)
-    if re.search(r"(^|:)reference:", address):  # fsspec would render templates in such a file
-        raise InputError(f"ckpt_path: {shown} is a file of references; give the address of the checkpoint itself")
-    try:
-        system, path = url_to_fs(address, **options)
-        if isinstance(system, LocalFileSystem):
-            return Path(path)
-        system.get_file(path, str(target))
-    except Exception as error:  # each file system has errors of its own
-        target.unlink(missing_ok=True)
-        reason = without_password(first_line(error))
-        raise InputError(
-            f"ckpt_path: {shown} cannot be fetched ({type(error).__name__}: {reason}); check the address, "
-            "or fetch the file yourself and give its path"
-        ) from error
-    if not target.is_file():
-        raise InputError(f"ckpt_path: {shown} is not a file; of a folder of shards, make one file by `consolidate`")
-    return target
-
-
-def without_password(address: str) -> str:
-    """Remove user name and password from a URL, for messages and saved settings."""
-    return re.sub(r"://[^/@]*@", "://", address)
 
 
 def checkpoint_problem(path: Path, values: bool = True) -> str | None:

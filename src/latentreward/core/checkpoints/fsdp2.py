@@ -107,8 +107,6 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
-        if not path.exists():  # downloaded from a URL: each node has its own copy
-            path = Path(checkpoint_path)
         if sharded := is_sharded(path):
             entries = {name.partition("."): entry for name, entry in shard_index(path).state_dict_metadata.items()}
             sizes = {

@@ -28,9 +28,7 @@ from latentreward.core.settings.rewriting import (
     find_config,
     rewrite_arguments,
     rewrite_settings,
-    show_secrets,
     with_paths,
-    with_variables,
 )
 
 MODE = "omegaconf+"
@@ -78,7 +76,7 @@ class SettingsParser(ArgumentParser):
     """Parser of settings with one-line errors that suggest the closest name.
 
     A null is checked against the setting's type like any other value. A flag without a value is true. In settings whose
-    type is a path, ``~`` and environment variables are expanded.
+    type is a path, ``~`` is expanded.
     """
 
     @override
@@ -141,14 +139,12 @@ class SettingsParser(ArgumentParser):
 
     @override
     def dump(self, namespace: Namespace, *more: Any, **options: Any) -> str:
-        text = super().dump(namespace, *more, **{**options, "skip_validation": True})  # parsing has checked it
-        # With link targets the dump is jsonargparse's internal copy, which OmegaConf resolves: secrets stay hidden.
-        return show_secrets(text) if options.get("skip_link_targets", True) else text
+        return super().dump(namespace, *more, **{**options, "skip_validation": True})  # parsing has checked it
 
     @override
     def instantiate(self, namespace: Namespace, *more: Any, **options: Any) -> Any:
         options["instantiators"] = [*options.get("instantiators", ()), (constructed, object, True)]
-        return super().instantiate(with_secrets(namespace), *more, **options)
+        return super().instantiate(namespace, *more, **options)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -160,27 +156,6 @@ class SettingsParser(ArgumentParser):
         if not self.exit_on_error:  # parser of a nested class's arguments: its caller adds the setting's name
             super().error(message, ex)
         raise InputError(summarise(message) + where(ex)) from ex
-
-
-def with_secrets(value: Any, place: str = "") -> Any:
-    """Copy settings with secret environment variables, ``${secret:NAME}``, replaced by their values.
-
-    Only constructors get this copy. Saved files keep the variables' names. Raises InputError if a variable is not set.
-    """
-    if isinstance(value, Namespace):
-        return Namespace(with_secrets(vars(value), place))
-    if isinstance(value, dict):
-        return {name: with_secrets(item, f"{place}.{name}") for name, item in value.items()}
-    if isinstance(value, list) or type(value) is tuple:
-        found = [with_secrets(item, f"{place}[{index}]") for index, item in enumerate(value)]
-        return found if isinstance(value, list) else tuple(found)
-    if not isinstance(value, str) or "${secret:" not in value:
-        return value
-    try:
-        return OmegaConf.create([show_secrets(value)])[0]
-    except OmegaConfBaseException as error:
-        name = re.sub(TRAINER_COMMAND, "", place.removeprefix(".")).replace(".init_args", "")
-        raise InputError(f"{name}: {summarise(str(error)).partition(': ')[2]}") from error
 
 
 def reworded(error: BaseException) -> str:
@@ -227,7 +202,7 @@ def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
     @wraps(load)
     def load_rewritten(text: str) -> Any:
         check_yaml(text)
-        settings = rewrite_settings(load(with_variables(text)), short_names)  # before it makes names relative
+        settings = rewrite_settings(load(text), short_names)  # before it makes names relative
         NULLS.extend(re.findall(r"None|null|\$\{(?!oc\.env:)", repr(settings)))
         if modules_here:
             import_said(text)
@@ -245,11 +220,6 @@ def resolve_setting(key: str, *, _root_: DictConfig) -> Any:
     return value
 
 
-def kept_secret(*variable: Any) -> str:
-    """Return the interpolation itself; resolver of ``${secret:NAME,default}``, which :func:`hide_secrets` writes."""
-    return f"${{secret:{','.join('null' if part is None else str(part) for part in variable)}}}"
-
-
 def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> None:
     """Set up jsonargparse and OmegaConf for parsing settings; to be called before any parser of settings is made.
 
@@ -262,7 +232,6 @@ def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> None:
         import_said(" ".join(arguments))
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     OmegaConf.register_resolver("setting", resolve_setting, replace=True)
-    OmegaConf.register_resolver("secret", kept_secret, replace=True)
     MODULE_FOLDERS[:] = [str(Path.cwd())]  # jsonargparse changes it as it reads a file
     NULLS[:] = [argument for argument in arguments if "null" in argument]
     install_loader(backbone_names(), classes)

@@ -1,10 +1,9 @@
-"""Rewriting of settings before jsonargparse reads them: short names, added callbacks, secrets and packaged files.
+"""Rewriting of settings before jsonargparse reads them: short names, added callbacks and packaged files.
 
 These are plain functions on mappings and argument lists. They import neither torch nor Lightning.
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -65,35 +64,28 @@ SECRET = re.compile(
     r"|PAT(?![a-z]))|[^,}]*\$\{))",
     re.IGNORECASE,
 )
-"""Start of an interpolation of an environment variable whose value must not be written into a config.yaml.
+"""Start of an interpolation of an environment variable whose value would be written into a config.yaml.
 
 A variable whose name is an interpolation itself counts, because it could be any.
 """
 
 
 PATH = "path"  # mark of an annotation such as :data:`~latentreward.core.contracts.PathText`: the text is a path
-VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
-"""An environment variable in a path, as shells write it; the form ``${NAME}`` is that of an interpolation."""
 
 
-def with_variables(text: str) -> str:
-    """Rename ``${NAME}`` in capitals, which no setting has, to ``${oc.env:NAME}``."""
-    return re.sub(r"(?<!\\)\$\{([A-Z][A-Z0-9_]*)\}", r"${oc.env:\1}", text)
-
-
-def hide_secrets(text: str) -> str:
-    """Rename ``${oc.env:NAME}`` of secret variables to ``${secret:NAME}``, which OmegaConf leaves as text."""
-    return SECRET.sub("${secret:", with_variables(text))
+def without_secrets(text: str) -> str:
+    """Return the text; raise InputError for a variable that looks like a secret, which each run would write down."""
+    if found := SECRET.search(text):
+        problem = f"{text[found.start() :][:60]} looks like a secret, which config.yaml would hold"
+        raise InputError(f"{problem}; let the library or your class read the variable itself")
+    return text
 
 
 def expanded(path: str) -> str:
-    """Expand ``~`` and variables such as ``$HOME`` in a path; unset ones are refused, but in an address they stay."""
+    """Expand ``~`` at the beginning of a path."""
     with suppress(RuntimeError):  # no such user
         path = str(Path(path).expanduser()) if path.startswith("~") else path
-    for name in VARIABLE.findall(path):
-        if name not in os.environ and "://" not in path:
-            raise InputError(f"{path}: the environment variable {name} is not set; set it, or write the path")
-    return VARIABLE.sub(lambda found: os.environ.get(found[1], found[0]), path)
+    return path
 
 
 def with_paths(value: Any, kind: Any) -> Any:
@@ -112,17 +104,12 @@ def with_paths(value: Any, kind: Any) -> Any:
     return type(value)(with_paths(one, items) for one in value) if type(value) in (list, tuple) else value
 
 
-def show_secrets(text: str) -> str:
-    """Undo :func:`hide_secrets`: rename ``${secret:NAME}`` back to ``${oc.env:NAME}``, as in the user's file."""
-    return text.replace("${secret:", "${oc.env:")
-
-
 def rewrite_settings(settings: Any, short_names: Mapping[str, str]) -> Any:
     """Rewrite the settings of one YAML text so that jsonargparse merges them with other files as documented.
 
     Short names of backbones become the dotted paths of their factories. ``trainer.callbacks`` becomes ``callbacks+``,
     so that a later file adds callbacks to those of earlier files; ``null`` and ``[]`` still drop earlier callbacks.
-    Interpolations of secret variables are renamed, see :func:`hide_secrets`.
+    Interpolations of secret variables are refused, see :func:`without_secrets`.
     """
     settings = _expand_short_names(settings, short_names)
     if isinstance(settings, dict) and "trainer" in settings:
@@ -146,7 +133,7 @@ def _expand_short_names(node: Any, short_names: Mapping[str, str], place: str = 
     if isinstance(node, list):
         return [_expand_short_names(item, short_names, f"{place[:-1]}[{index}].") for index, item in enumerate(node)]
     if isinstance(node, str):
-        return hide_secrets(node)
+        return without_secrets(node)
     if not isinstance(node, dict):
         return node
     if not isinstance(name := node.get("class_path", "x"), str) or not name:
@@ -175,7 +162,7 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
     interpolations: the subcommand with a dot, such as ``fit.``, or nothing.
     """
     rewritten: list[str] = []
-    arguments = [ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(argument)) for argument in arguments]
+    arguments = [ABSOLUTE.sub(rf"${{setting:{root}\1}}", without_secrets(argument)) for argument in arguments]
     while arguments:
         argument = arguments.pop(0)
         option, equals, value = argument.partition("=")

@@ -1,16 +1,14 @@
 """Progress of a long loop, on standard error."""
 
 import sys
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
-from typing_extensions import override
 
 INTERVAL = 10.0  # seconds between progress lines when standard error is not a terminal
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_noinv_fmt}{postfix}]"
-LINE = "{desc} {n_fmt}/{total_fmt}{unit}  {rate_noinv_fmt}{postfix}  {left} left"
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+LINE = "{desc} {n_fmt}/{total_fmt}{unit}  {rate_noinv_fmt}{postfix}  {remaining} left"
 
 
 class Progress:
@@ -23,8 +21,6 @@ class Progress:
         done: Number of items that an earlier run finished.
         interval: Seconds between lines. A last line follows at the end if any line was printed.
         delay: Seconds before the first line; 0 prints a line at the start, and always one at the end.
-        limit: Function that returns the seconds until the work ends, even if items are left by then; the time left
-            that is shown never exceeds it.
     """
 
     def __init__(
@@ -36,7 +32,6 @@ class Progress:
         *,
         interval: float = INTERVAL,
         delay: float = INTERVAL,
-        limit: Callable[[], float] | None = None,
     ) -> None:
         shown: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True, "bar_format": BAR}
         if not sys.stderr.isatty():
@@ -44,7 +39,7 @@ class Progress:
             shown["position"] = 0  # in nested bars, tqdm would move the cursor
         nothing = total is not None and done >= total
         counts: dict[str, Any] = {"total": total, "initial": done, "unit": f" {unit}", "smoothing": 0}
-        self._bar = _Bar(limit, desc=name, leave=None, disable=nothing, **counts, **shown)
+        self._bar = tqdm(desc=name, leave=None, disable=nothing, **counts, **shown)
 
     def __enter__(self) -> Self:
         return self
@@ -65,25 +60,6 @@ class Progress:
     def close(self) -> None:
         """Stop the display; the bar stays on screen, except a nested bar, which is cleared."""
         self._bar.close()
-
-
-class _Bar(tqdm):
-    """A tqdm bar with a field ``left``: time until all items are done, or seconds of ``limit`` if fewer."""
-
-    def __init__(self, limit: Callable[[], float] | None, **settings: Any) -> None:
-        self.limit = limit
-        super().__init__(**settings)
-
-    @property
-    @override
-    def format_dict(self) -> dict[str, Any]:
-        values = super().format_dict
-        done, seconds = self.n - self.initial, []
-        if done and self.total is not None:
-            seconds.append((self.total - self.n) * values["elapsed"] / done)
-        if self.limit is not None:
-            seconds.append(self.limit())
-        return {**values, "left": self.format_interval(max(0, min(seconds))) if seconds else "?"}
 
 
 class _Lines:

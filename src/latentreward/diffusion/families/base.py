@@ -89,8 +89,6 @@ class Family(Part):
         title: Name in messages and documents.
         part: Name of the network in a pipeline.
         network_class: Class of the network in diffusers.
-        block_classes: Classes of the network's blocks in diffusers, which FSDP1 wraps as units.
-        text_layers: Classes of the text encoders' layers in transformers, which FSDP1 wraps as units.
         vae_class: Class of the VAE in diffusers.
         latent_encoder: Class that encodes and decodes with the VAE.
         flow: Whether the network is a rectified flow; else it predicts noise or v of a DDPM process.
@@ -117,8 +115,6 @@ class Family(Part):
     title: ClassVar[str] = ""
     part: ClassVar[str] = "transformer"
     network_class: ClassVar[str] = ""
-    block_classes: ClassVar[Sequence[str]] = ()
-    text_layers: ClassVar[Sequence[str]] = ()
     vae_class: ClassVar[str] = "AutoencoderKL"
     latent_encoder: ClassVar[type[LatentEncoder]] = LatentEncoder
     flow: ClassVar[bool] = True

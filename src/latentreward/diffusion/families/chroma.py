@@ -28,8 +28,6 @@ class Chroma(FlowFamily):
     name = "chroma"
     title = "Chroma"
     network_class = "ChromaTransformer2DModel"
-    block_classes = ("ChromaTransformerBlock", "ChromaSingleTransformerBlock")
-    text_layers = ("T5Block",)
     lists = ("transformer_blocks", "single_transformer_blocks")
     positions = 4
     text_input = ("context_embedder",)

@@ -27,8 +27,6 @@ class ErnieImage(FlowFamily):
     name = "ernie_image"
     title = "ERNIE-Image"
     network_class = "ErnieImageTransformer2DModel"
-    block_classes = ("ErnieImageSharedAdaLNBlock",)
-    text_layers = ("MistralDecoderLayer", "Ministral3DecoderLayer")
     vae_class = "AutoencoderKLFlux2"
     latent_encoder = PatchedLatentEncoder
     lists = ("layers",)

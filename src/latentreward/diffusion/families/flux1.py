@@ -81,8 +81,6 @@ class Flux1(FlowFamily):
     name = "flux1"
     title = "FLUX.1"
     network_class = "FluxTransformer2DModel"
-    block_classes = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
-    text_layers = ("CLIPEncoderLayer", "T5Block")
     lists = ("transformer_blocks", "single_transformer_blocks")
     positions = 4
     text_input = ("context_embedder",)

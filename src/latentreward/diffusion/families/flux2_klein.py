@@ -72,8 +72,6 @@ class Flux2Klein(FlowFamily):
     name = "flux2_klein"
     title = "FLUX.2-klein"
     network_class = "Flux2Transformer2DModel"
-    block_classes = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
-    text_layers = ("Qwen3DecoderLayer",)
     vae_class = "AutoencoderKLFlux2"
     latent_encoder = PatchedLatentEncoder
     lists = ("transformer_blocks", "single_transformer_blocks")

@@ -38,8 +38,6 @@ class HiDream(FlowFamily):
     name = "hidream"
     title = "HiDream-I1"
     network_class = "HiDreamImageTransformer2DModel"
-    block_classes = ("HiDreamBlock",)
-    text_layers = ("CLIPEncoderLayer", "T5Block", "LlamaDecoderLayer")
     lists = ("double_stream_blocks", "single_stream_blocks")
     tail = ("final_layer",)
     time_embedding = ("t_embedder", "p_embedder")

@@ -55,8 +55,6 @@ class Ideogram4(FlowFamily):
     name = "ideogram4"
     title = "Ideogram 4"
     network_class = "Ideogram4Transformer2DModel"
-    block_classes = ("Ideogram4TransformerBlock",)
-    text_layers = ("Qwen3VLTextDecoderLayer",)
     vae_class = "AutoencoderKLFlux2"
     latent_encoder = Ideogram4LatentEncoder
     lists = ("layers",)

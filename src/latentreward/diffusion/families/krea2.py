@@ -38,8 +38,6 @@ class Krea2(FlowFamily):
     name = "krea2"
     title = "Krea 2"
     network_class = "Krea2Transformer2DModel"
-    block_classes = ("Krea2TransformerBlock",)
-    text_layers = ("Qwen3VLTextDecoderLayer",)
     vae_class = "AutoencoderKLQwenImage"
     latent_encoder = ChannelLatentEncoder
     lists = ("transformer_blocks",)

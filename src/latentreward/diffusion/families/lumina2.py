@@ -32,8 +32,6 @@ class Lumina2(FlowFamily):
     name = "lumina2"
     title = "Lumina-Image 2.0"
     network_class = "Lumina2Transformer2DModel"
-    block_classes = ("Lumina2TransformerBlock",)
-    text_layers = ("Gemma2DecoderLayer",)
     lists = ("layers",)
     uncond_prompt = NO_PROMPT
     axes_lens = (300, 512, 512)

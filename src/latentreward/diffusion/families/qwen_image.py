@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,6 @@ class QwenImage(FlowFamily):
     name = "qwen_image"
     title = "Qwen-Image"
     network_class = "QwenImageTransformer2DModel"
-    block_classes = ("QwenImageTransformerBlock",)
-    text_layers: ClassVar[Sequence[str]] = ("Qwen2_5_VLDecoderLayer",)
     vae_class = "AutoencoderKLQwenImage"
     latent_encoder = ChannelLatentEncoder
     lists = ("transformer_blocks",)

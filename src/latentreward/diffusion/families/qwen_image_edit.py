@@ -53,7 +53,6 @@ class QwenImageEdit(QwenImage):
 
     name = "qwen_image_edit"
     title = "Qwen-Image-Edit"
-    text_layers = ("Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock")
     sees_sources = True
 
     @cached_property

@@ -36,8 +36,6 @@ class StableDiffusion(Family):
     title = "Stable Diffusion (SD1.5, SD2.1, SDXL)"
     part = "unet"
     network_class = "UNet2DConditionModel"
-    block_classes = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn")
-    text_layers = ("CLIPEncoderLayer",)
     flow = False
     default_guidance = 5.0  # LPO's, instead of the pipelines' 7.5
 

@@ -31,8 +31,6 @@ class StableDiffusion3(Family):
     title = "Stable Diffusion 3 (SD3, SD3.5)"
     network_class = "SD3Transformer2DModel"
     lora_loader = "SD3LoraLoaderMixin"
-    block_classes = ("JointTransformerBlock",)
-    text_layers = ("CLIPEncoderLayer", "T5Block")
     default_guidance = 5.0  # Flow-GRPO's and this project's, instead of the pipeline's 7.0
 
     @classmethod

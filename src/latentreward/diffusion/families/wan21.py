@@ -57,8 +57,6 @@ class Wan21(FlowFamily):
     title = "Wan 2.1"
     clips = True
     network_class = "WanTransformer3DModel"
-    block_classes = ("WanTransformerBlock",)
-    text_layers = ("UMT5Block",)
     vae_class = "AutoencoderKLWan"
     latent_encoder = ChannelLatentEncoder
     lists = ("blocks",)

@@ -29,8 +29,6 @@ class ZImage(FlowFamily):
     name = "z_image"
     title = "Z-Image"
     network_class = "ZImageTransformer2DModel"
-    block_classes = ("ZImageTransformerBlock",)
-    text_layers = ("Qwen3DecoderLayer",)
     lists = ("layers",)
     axes_lens = (1024, 512, 512)
     text_field = "cap_feat_dim"

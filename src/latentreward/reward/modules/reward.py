@@ -22,7 +22,7 @@ from latentreward.core.contracts import (
     TensorRecord,
 )
 from latentreward.core.errors import InputError, check_once, check_range, errors_at
-from latentreward.core.promises import check_takes, shown
+from latentreward.core.promises import shown
 from latentreward.core.running import pair_generator, phase, run_seed
 from latentreward.diffusion import DiffusionBackbone, LevelSampler, NoiseProcess
 from latentreward.diffusion.backbones.base import LatentNetwork
@@ -140,7 +140,6 @@ class LevelMetrics(nn.Module):
             name = type(metric).__name__
             if name in self.pair_metrics:
                 raise InputError(f"metrics: {name} is given twice; derive a class of another name from it")
-            check_takes(f"metrics: {name}.update", metric.update, lambda chosen_rewards, rejected_rewards, label: None)
             self.pair_metrics[name] = metric.clone()
         self.calibration = PairCalibration()
         self.loss = MeanLoss() if with_loss else None

@@ -20,7 +20,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from latentreward.core.errors import InputError
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.base import LatentNetwork
-from latentreward.diffusion.families.base import families
 from latentreward.reward.modules.training import refuse_quantized
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -124,12 +123,3 @@ def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from child
         else:
             yield from repeated_layers(child)
-
-
-def wraps_block(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """Tell FSDP1's auto-wrap whether ``module`` becomes a unit of its own: one unit per block, as in :func:`shard`.
-
-    FSDP1 also asks, by ``recurse``, whether to descend into the module's children: always.
-    """
-    named = (name for kind in families().values() for name in (*kind.block_classes, *kind.text_layers))
-    return recurse or type(module).__name__ in named

@@ -7,26 +7,22 @@ import json
 import logging
 import os
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
 from functools import cache
 from threading import Thread
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
-import torch
 from pydantic import Field
-from safetensors.torch import save
-from torch import Tensor
 
-from latentreward.core.contracts import Conditioning, LatentSpace, PathText, identity_of
+from latentreward.core.contracts import PathText, identity_of
 from latentreward.core.errors import InputError, check_range, errors_at, first_line, one_line, printable
 from latentreward.core.interrupts import stop_asked
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.json_files import checked, checked_token, shown, token_of_file
-from latentreward.reward.remote.schemas import ImageSchema, Schema, ServedReward, png_text
+from latentreward.reward.remote.schemas import ImageSchema, png_text
 
 if TYPE_CHECKING:
     import httpx
@@ -43,9 +39,7 @@ LOOK_S = 0.2  # seconds between two looks for a signal to stop while waiting
 CACHED = 65536  # number of scores that a process remembers; a score takes about 150 bytes
 SCORES = list[Annotated[float, Field(ge=-3.4028235e38, le=3.4028235e38)]]
 """Scores of a reply: finite numbers in the range of float32; a truth value or a text is none."""
-LATENT_HEADERS = {"content-type": "application/octet-stream", "x-drm-protocol-version": "1"}
 
-Row = TypeVar("Row")
 PendingScores = Callable[[], list[float]]
 """Function that waits for the scores of rows that have been asked for, and returns one for each row; RemoteError if a
 request fails, or a signal asks the run to stop."""
@@ -257,36 +251,25 @@ def without(token: str | None, value: Any) -> Any:
     return value
 
 
-class RemoteScores(ABC, Generic[Row]):
-    """Base class of sources of scores from a server.
+class RemoteImages:
+    """Scores of RGB images with prompts from a server, ``batch_size`` of them in a request of the form ``schema``.
 
-    Rows with equal keys are asked for once. A score is remembered, so that a row gets the same score again.
+    Equal rows are asked for once. A score is remembered, so that a row gets the same score again.
     """
 
-    def __init__(self, server: RemoteServer, schema: Schema, batch_size: int) -> None:
+    def __init__(self, server: RemoteServer, schema: ImageSchema, batch_size: int) -> None:
         self.connection, self.schema, self.batch_size = Connection(server), schema, batch_size
         self.model: str | None = None  # that the server has named so far
         self._known: dict[str, float] = {}
 
-    @abstractmethod
-    async def ask(self, rows: Sequence[Row]) -> tuple[Sequence[Any], str | None]:
-        """Ask for the scores of a batch; return them, unchecked, and the model that the server names."""
-
-    async def _asked(self, rows: Sequence[Row]) -> tuple[Sequence[Any], str | None]:
-        try:
-            return await self.ask(rows)
-        except RemoteError:
-            raise
-        except Exception as error:  # also of a schema of the user's; other ranks wait for scores or a refusal
-            told = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {one_line(error)}"
-            self.connection.refuse(f"{type(self.schema).__name__} cannot read the answer ({shown(told)})", error)
-
-    def begin_rows(self, rows: Sequence[Row], keys: Sequence[str]) -> PendingScores:
-        """Ask for the scores of N rows, and return before they are there; rows of the same content have one key."""
+    def begin(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> PendingScores:
+        """Ask for the scores of N RGB images, each for its prompt, and return before they are there."""
+        rows = [*zip(prompts, images, strict=True)]
+        keys = [digest([f"{identity_of(text)}\n{image.mode} {image.size}\n", image.tobytes()]) for text, image in rows]
         known = {key: self._known[key] for key in keys if key in self._known}
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
         batches = [[*new][start : start + self.batch_size] for start in range(0, len(new), self.batch_size)]
-        asked = [(batch, self.connection.start(self._asked, [new[key] for key in batch])) for batch in batches]
+        asked = [(batch, self.connection.start(self._ask, [new[key] for key in batch])) for batch in batches]
 
         def result() -> list[float]:
             found: dict[str, float] = {}
@@ -306,6 +289,24 @@ class RemoteScores(ABC, Generic[Row]):
 
         return result
 
+    async def _ask(self, rows: Sequence[tuple[str, Image.Image]]) -> tuple[Sequence[Any], str | None]:
+        """Ask for the scores of a batch; return them, unchecked, and the model that the server names."""
+
+        def encoded() -> tuple[dict[str, Any], bytes]:
+            prompts, images = zip(*rows, strict=True)
+            request = self.schema.request(prompts, [png_text(image) for image in images])
+            return request, json.dumps(request).encode()
+
+        try:
+            request, content = await asyncio.to_thread(encoded)
+            reply = await self.connection.asked("POST", self.schema.path, content, {"content-type": "application/json"})
+            return [*self.schema.scores(reply, request)], self.schema.model(reply)
+        except RemoteError:
+            raise
+        except Exception as error:  # also of a schema of the user's; other ranks wait for scores or a refusal
+            told = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {one_line(error)}"
+            self.connection.refuse(f"{type(self.schema).__name__} cannot read the answer ({shown(told)})", error)
+
     def _checked(self, scores: Sequence[Any], model: str | None, count: int) -> list[float]:
         """Check a reply: as many scores as rows, finite, of the same model as before; raise RemoteError if not."""
         if len(scores) != count:
@@ -318,79 +319,3 @@ class RemoteScores(ABC, Generic[Row]):
         except InputError as error:
             self.connection.refuse(str(error), error)
         return numbers
-
-
-class RemoteImages(RemoteScores[tuple[str, "Image.Image"]]):
-    """Scores of RGB images with prompts from a server, ``batch_size`` of them in a request of the form ``schema``."""
-
-    schema: ImageSchema
-
-    def begin(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> PendingScores:
-        """Ask for the scores of N RGB images, each for its prompt, and return before they are there."""
-        rows = [*zip(prompts, images, strict=True)]
-        keys = [digest([f"{identity_of(text)}\n{image.mode} {image.size}\n", image.tobytes()]) for text, image in rows]
-        return self.begin_rows(rows, keys)
-
-    async def ask(self, rows: Sequence[tuple[str, Image.Image]]) -> tuple[Sequence[Any], str | None]:
-        def encoded() -> tuple[dict[str, Any], bytes]:
-            prompts, images = zip(*rows, strict=True)
-            request = self.schema.request(prompts, [png_text(image) for image in images])
-            return request, json.dumps(request).encode()
-
-        request, content = await asyncio.to_thread(encoded)
-        headers = {"content-type": "application/json"}
-        reply = await self.connection.asked("POST", self.schema.path, content, headers)
-        return [*self.schema.scores(reply, request)], self.schema.model(reply)
-
-
-LatentRow = tuple[Tensor, Conditioning, float, int]
-"""Clean latents ``(C, ...)``, scaled, encoded prompt of one row, noise level in [0, 1], seed; tensors are float32."""
-
-
-class RemoteLatents(RemoteScores[LatentRow]):
-    """Scores of clean latents from ``latentreward serve``, which :func:`described` describes as ``reward``."""
-
-    def __init__(self, server: RemoteServer, schema: Schema, batch_size: int, reward: ServedReward | None) -> None:
-        super().__init__(server, schema, batch_size)
-        self.reward, self.model = reward, reward.model if reward else None
-
-    def begin(self, rows: Sequence[LatentRow], texts: Sequence[str]) -> PendingScores:
-        """Ask for the scores of N rows with latents of one shape, whose prompts are ``texts``; see ``begin_rows``."""
-        keys = [
-            digest([f"{identity_of(text)}\n{sigma} {seed} {tuple(latents.shape)}\n", latents.numpy()])
-            for (latents, _, sigma, seed), text in zip(rows, texts, strict=True)
-        ]
-        return self.begin_rows(rows, keys)
-
-    async def ask(self, rows: Sequence[LatentRow]) -> tuple[Sequence[Any], str | None]:
-        body = await asyncio.to_thread(self._body, rows)
-        reply = await self.connection.asked("POST", self.schema.path, body, LATENT_HEADERS)
-        # The reply does not name the model, and a server that was started again meanwhile may have another one.
-        return reply["raw_scores"], (await described(self.connection, self.schema)).model
-
-    def _body(self, rows: Sequence[LatentRow]) -> bytes:
-        latents, prompts, sigmas, seeds = zip(*rows, strict=True)
-        joined, takes = Conditioning.join([*prompts]).trimmed(), self.reward
-        tensors = {
-            "latents": torch.stack(latents),
-            "prompt_embeds": joined.prompt_embeds,
-            "u": torch.tensor(sigmas),
-            "seeds": torch.tensor(seeds),
-            "pooled_prompt_embeds": joined.pooled_prompt_embeds if takes.pooled_prompt_embeds_width else None,
-            "prompt_mask": joined.prompt_mask if takes.prompt_mask or takes.pools_tokens else None,
-            **{f"source_{place}": latents for place, latents in enumerate(joined.source_latents)},
-        }
-        return save({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None})
-
-
-async def described(connection: Connection, schema: Schema) -> ServedReward:
-    """Ask ``latentreward serve`` for the description of a reward, beside the path of the schema."""
-    path = f"{schema.path.rpartition('/')[0]}/model"
-    told = await connection.asked("GET", path)
-    try:
-        served: ServedReward = checked(ServedReward, told)
-        LatentSpace.from_record(served.latent_space)
-    except (InputError, TypeError) as error:
-        what = f"{path} answers {shown(told)}; schema: {type(schema).__name__} is for latentreward serve"
-        connection.refuse(what, error)
-    return served

@@ -12,10 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, Json
 
 from latentreward.core.contracts import ImageRef, sources_of
-from latentreward.core.errors import InputError, check_range
 from latentreward.core.promises import Part
-from latentreward.core.storage.digests import digest
-from latentreward.core.storage.json_files import shown
 from latentreward.data import decode_image
 from latentreward.data.images import image_bytes, read_header
 
@@ -94,18 +91,10 @@ class ComputeRequest(BaseModel, strict=True):
     condition_videos: list[None] | None = None
 
 
-class ServedReward(BaseModel):
-    """What clients need of that which ``latentreward serve`` tells of a reward."""
+class ImageSchema(Part):
+    """Form of requests and replies of a server that scores images, each for its prompt.
 
-    model: str
-    latent_space: dict[str, Any]
-    pooled_prompt_embeds_width: int | None = None  # None if the model takes no pooled embedding
-    prompt_mask: bool = False  # whether the model needs a mask of the prompts' tokens
-    pools_tokens: bool = False  # whether a mask may stand in for the pooled embedding
-
-
-class Schema(Part):
-    """Form of requests and replies of a server.
+    Derive a frozen dataclass from this class for a server with a form of its own.
 
     Attributes:
         path: Path of requests.
@@ -113,13 +102,6 @@ class Schema(Part):
 
     needs = ("path",)
     path: str
-
-
-class ImageSchema(Schema):
-    """Form of requests and replies of a server that scores images, each for its prompt.
-
-    Derive a frozen dataclass from this class for a server with a form of its own.
-    """
 
     @abstractmethod
     def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
@@ -202,70 +184,3 @@ class ServedImages(PlainJSON):
         request = super().request(prompts, images)
         first, *others = request.get("source_images", ((),))  # pictures that all images are edits of are sent once
         return request | {"source_images": first} if first and all(row == first for row in others) else request
-
-
-@dataclass(frozen=True)
-class UniRL(ImageSchema):
-    """Form of UniRL's reward service, protocol version 1 (unirl/reward/remote.py of Tencent-Hunyuan/UniRL, Apache-2.0).
-
-    A request asks for one reward. A reward of the service has one or several metrics. The pictures that an image is an
-    edit of are turns before that of the image, with the same text, as the service's EditReward expects.
-
-    Attributes:
-        reward: Name of the reward, such as ``hpsv3``; ``GET /health`` of the service lists the names.
-        metric: Name of the metric; None for a reward that has a single one.
-        path: Path of requests.
-    """
-
-    reward: str
-    metric: str | None = None
-    path: str = "/score"
-
-    def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
-        requests = [
-            {
-                "history": [{"text": prompt, "image_b64": turn} for turn in (*sources, image)],
-                "required_rewards": [self.reward],
-                "metadata": None,
-                "request_id": digest([prompt, "\n", *sources, image]),
-            }
-            for prompt, sources, image in zip(prompts, source_texts(prompts), images, strict=True)
-        ]
-        return {"protocol_version": "1", "requests": requests}
-
-    def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
-        """See :meth:`ImageSchema.scores`; an error of a single request is one of all."""
-        if (failed := [*filter(None, reply.get("errors") or ())]) or reply.get("protocol_version", "1") != "1":
-            raise InputError(f"an image could not be scored: {failed or 'the service speaks another version'}")
-        marks = [one.get("request_id") for one in reply.get("identities") or request["requests"]]
-        if marks != [one["request_id"] for one in request["requests"]]:
-            raise InputError("identities are not those of the request, in its order")
-        return [self._score(result) for result in reply["results"]]
-
-    def _score(self, result: Mapping[str, Mapping[str, Any]]) -> Any:
-        metrics = result.get(self.reward, {})
-        name = self.metric or (next(iter(metrics)) if len(metrics) == 1 else None)
-        if name is None or name not in metrics:
-            raise InputError(f"schema has reward={self.reward}, metric={self.metric}, and the answer {shown(result)}")
-        return metrics[name]
-
-
-@dataclass(frozen=True)
-class ServedLatents(Schema):
-    """Form of ``latentreward serve`` for latents, ``POST /v1/score``: verl-omni's protocol version 1, no VAE at all.
-
-    The server gets the policy's own embeddings of the prompts. So the served model must have been trained on the
-    policy's text encoders, as an adapter on the same pipeline was; latent space and widths of embeddings are compared.
-    All latents of a prompt get the same noise.
-
-    Attributes:
-        sigma: Noise level in [0, 1] at which predicted clean latents of noisy states are scored. Finished latents are
-            scored at the method's ``reward_sigmas``; of several levels the mean counts.
-        path: Path of requests.
-    """
-
-    sigma: float = 0.4
-    path: str = "/v1/score"
-
-    def __post_init__(self) -> None:
-        check_range("[0, 1]", **{"schema.sigma": self.sigma})

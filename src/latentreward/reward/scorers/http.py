@@ -14,7 +14,7 @@ from latentreward.reward.scorers.base import ImageScorer
 
 
 class HTTPScorer(ImageScorer):
-    """A scorer that sends images to a server: a VLM judge, UniRL's reward service, or ``latentreward serve``.
+    """A scorer that sends images to a server: a VLM judge, or ``latentreward serve``.
 
     Use the scorer as the held-out scorer of :class:`~latentreward.callbacks.HackingMonitor`, and in
     ``evaluate-policy``, ``benchmark`` and ``score-pairs``. For training see
@@ -33,8 +33,7 @@ class HTTPScorer(ImageScorer):
               class_path: HTTPScorer
               init_args:
                 server: {url: "http://judge:8080"}
-                schema: {class_path: UniRL, init_args: {reward: hpsv3}}
-                name: hpsv3
+                name: judge
     """
 
     def __init__(

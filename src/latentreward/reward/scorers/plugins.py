@@ -14,7 +14,6 @@ from torch import Tensor
 
 from latentreward.core.contracts import PreferencePair
 from latentreward.core.errors import InputError
-from latentreward.core.promises import check_takes
 from latentreward.core.storage.digests import digest
 from latentreward.data.score_table import PAIR_ID, SIDES, numbers, read_table
 from latentreward.reward.scorers.base import ImageScorer, TableScorer, code_of
@@ -40,7 +39,6 @@ class CallableScorer(ImageScorer):
         super().__init__(name, batch_size)
         if not callable(function):
             raise InputError(f"function of {name} is {function!r}; give something that can be called")
-        check_takes(getattr(function, "__name__", "function"), function, lambda prompts, images: 0)
         self.function, self.uses_prompt = function, uses_prompt
         self._settings = settings_of(function)  # as given: calls may change the object
 

@@ -27,7 +27,7 @@ from latentreward.core.contracts import LatentSpace
 from latentreward.core.errors import InputError, errors_at, first_line
 from latentreward.core.registry import backbone_names
 from latentreward.core.settings.errors import leaves
-from latentreward.core.settings.rewriting import check_yaml, rewrite_settings, show_secrets
+from latentreward.core.settings.rewriting import check_yaml, rewrite_settings
 from latentreward.core.storage.json_files import checked, read_config
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
@@ -257,7 +257,7 @@ def model_settings(path: Path, trusted: bool = False) -> dict[str, Any]:
             }
         for _, value in () if trusted else leaves(given):
             if isinstance(value, str) and "${" in value:
-                raise InputError(f"{show_secrets(value)!r} would be resolved on this machine; {REMEDY}")
+                raise InputError(f"{value!r} would be resolved on this machine; {REMEDY}")
         parts = {p: {"class_path": one} if isinstance(one, str) else one for p, one in given.items()}
         parts = {p: {**one, "init_args": dict(one.get("init_args") or {})} for p, one in parts.items()}
     except InputError as error:
