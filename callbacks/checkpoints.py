@@ -7,7 +7,6 @@ import torch
 from latentreward.callbacks.resumed_settings import output_path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
@@ -152,8 +151,6 @@ class TrainableEMA(Callback):
         return {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy):
-            raise InputError("TrainableEMA does not work with the strategy fsdp; use fsdp2 or ddp")
         if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
             rank_zero_warn("TrainableEMA: checkpoints with save_weights_only hold the raw weights and no average")
 

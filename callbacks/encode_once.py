@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from latentreward.callbacks.checkpoints import TrainableCheckpoint
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -59,8 +58,6 @@ class EncodeOnce(Callback):
                 f"EncodeOnce: {type(pl_module).__name__} trains on prompts that are not encoded yet; cache them by "
                 "`latentreward cache` with encoder.text, or leave it out"
             )
-        if isinstance(trainer.strategy, FSDPStrategy):
-            raise InputError("EncodeOnce: trainer.strategy fsdp (FSDP1) flattens the text encoders; use fsdp2 or ddp")
         if not any(isinstance(one, TrainableCheckpoint) for one in trainer.callbacks):  # type: ignore[attr-defined]
             raise InputError(
                 "EncodeOnce: without text encoders a run cannot resume from checkpoints of all weights; add "

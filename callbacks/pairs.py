@@ -15,7 +15,7 @@ from latentreward.callbacks.prompt_monitor import show
 from latentreward.callbacks.resumed_settings import log_folder, output_path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
@@ -157,7 +157,7 @@ def no_picture(trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:
         return ""
     if pl_module.latent_decoder is None:
         return "the data are latents, and the model has no VAE to decode them"
-    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):  # one rank alone cannot call it
+    if isinstance(trainer.strategy, ModelParallelStrategy):  # one rank alone cannot call it
         return "the data are latents, and FSDP shards the VAE that decodes them"
     return ""
 

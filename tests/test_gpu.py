@@ -1,4 +1,4 @@
-"""What must hold on a GPU: precision, compiled blocks, attention kernels, resuming, FSDP1. Each body runs on a CPU too.
+"""What must hold on a GPU: precision, compiled blocks, attention kernels, resuming. Each body runs on a CPU too.
 
 On a machine with a GPU: ``pytest -m gpu``.
 """
@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 import torch
 from latentreward.callbacks.performance import StepTimes
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion.backbones.compilation import compile_blocks
 from latentreward.reward import RewardModel
-from latentreward.reward.modules.sharding import wraps_block
 from tests.alignment.modules.batches import MODULES, dina, pixel_batch
 from tests.diffusion.backbones.networks import inputs_of, tiny_backbone
 from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
@@ -149,19 +147,6 @@ def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(device: str, 
     resumed = saved_run(tmp_path / "resumed", resume=tmp_path / "whole" / "epoch=0.ckpt", **options)
     for part in ("weights", "average", "moments", "metrics"):
         assert_equal(resumed[part], whole[part], 0.0)
-
-
-@pytest.mark.parametrize("device", [GPU])  # PyTorch has no FSDP1 on a CPU; tests/core/checkpoints test what it wraps
-def test_fsdp1_trains_as_one_device_does_and_saves_whole_weights(device: str, tmp_path: Path) -> None:
-    plain, sharded = (dina("sd35_no_t5", optimizer=sgd, backbone={"tuning": "full"}) for _ in range(2))
-    options = {**on(device), "gradient_clip_val": 0.01}
-    fit(plain, make_trainer(tmp_path, **options))
-    trainer = make_trainer(tmp_path, FSDPStrategy(auto_wrap_policy=wraps_block, state_dict_type="full"), **options)
-    fit(sharded, trainer)
-    trainer.save_checkpoint(tmp_path / "whole.ckpt")
-    saved = torch.load(tmp_path / "whole.ckpt", weights_only=True)["state_dict"]
-    for name, weight in plain.named_parameters():
-        torch.testing.assert_close(saved[name].cpu(), weight.detach().cpu(), rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -371,7 +371,7 @@ def test_backbone_by_short_name(options: list[str], folder: Path, capsys: pytest
     assert backbone["class_path"] == "plugin.stand_in"
 
 
-@pytest.mark.parametrize("name", rotated_after(2, ["cpu", "one_gpu", "eight_gpus", "fsdp2", "fsdp1", "slurm"]))
+@pytest.mark.parametrize("name", rotated_after(2, ["cpu", "one_gpu", "eight_gpus", "fsdp2", "slurm"]))
 def test_packaged_trainers_are_found_from_any_folder_and_keep_last_ckpt(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -380,7 +380,7 @@ def test_packaged_trainers_are_found_from_any_folder_and_keep_last_ckpt(
     callbacks = [callback["class_path"].rsplit(".")[-1] for callback in config["trainer"]["callbacks"]]
     assert callbacks[:2] == ["Note", "Note"]  # of the files before
     assert "LastCheckpoint" in callbacks[2:]
-    assert ("TrainableCheckpoint" in callbacks) == (name != "fsdp1")  # whose parameters are flat
+    assert "TrainableCheckpoint" in callbacks
 
 
 # ---- runs

@@ -13,9 +13,8 @@ from torch.utils.data import DataLoader
 from latentreward.core.checkpoints.base_weights import BaseSample
 from latentreward.core.errors import InputError
 from latentreward.data import collate_pairs
-from latentreward.reward.modules.sharding import repeated_layers, shard, wraps_block
+from latentreward.reward.modules.sharding import shard
 from tests.alignment.modules.batches import dina, loaded_pairs, lrm
-from tests.diffusion.backbones.networks import tiny_backbone
 from tests.marks import slow_after
 
 
@@ -81,10 +80,3 @@ def test_a_scalar_that_fsdp2_cannot_share_out_is_named() -> None:
     module.model.head.extra = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(InputError, match=r"parameter model\.head\.extra is a scalar"):
         shard(module, module.model.backbone, mesh=None)
-
-
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd3", "sd35"])
-def test_fsdp1_wraps_what_fsdp2_groups(name: str) -> None:
-    backbone = tiny_backbone(name)
-    wrapped = {module for module in backbone.modules() if wraps_block(module, False, 0)}
-    assert wrapped == {*backbone.blocks(), *repeated_layers(backbone.text_encoder)}

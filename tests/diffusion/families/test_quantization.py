@@ -9,7 +9,6 @@ import pytest
 import torch
 from latentreward.callbacks import TrainableCheckpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -114,18 +113,13 @@ def test_a_base_record_and_a_digest_leave_no_quantised_values_unseen() -> None:
     assert first == second and len(first) >= 2 * len(names)
 
 
-def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     twin = FAMILIES[0]
     for options, message in (({"tuning": "full", "quantization": "int8"}, "quantised weights cannot train"),):
         with pytest.raises(InputError, match=message):
             create_backbone(twin.backbone, source=twin.folder, **options)
     with pytest.raises(InputError, match="is quantised, which FSDP2 cannot shard"):
         check_axes(policy_of(twin, "int8"))
-    module = reward_module(twin)
-    module.trainer = make_trainer(tmp_path)
-    module.trainer._accelerator_connector.strategy = FSDPStrategy()  # Lightning makes it on GPUs only
-    with pytest.raises(InputError, match=r"weight is quantised, which FSDP1 cannot shard; use ddp, or no quantization"):
-        module.setup("fit")
     for kind in ("nf4", "bnb_int8"):
         with pytest.raises(InputError, match=rf"quantization={kind} .*(needs a GPU|pip install latentreward\[quant\])"):
             policy_of(twin, kind)

@@ -7,19 +7,17 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from latentreward.core.checkpoints.base_weights import BaseSample, is_quantized, quantized_names
+from latentreward.core.checkpoints.base_weights import BaseSample, quantized_names
 from latentreward.core.checkpoints.shards import check_weights, frozen_names
 from latentreward.core.errors import InputError, check_choices, check_range
 from latentreward.core.storage.digests import digest
@@ -65,11 +63,8 @@ class FrozenBase:
                 f"trainer.precision={module.trainer.precision}: what trains must be float32; use bf16-mixed (with "
                 f"{self.dtype_setting}: bfloat16 for the frozen weights), 16-mixed or 32-true"
             )
-        strategy = module.trainer.strategy
-        # Lightning's precision of FSDP1 converts frozen dataclasses, and does not clip by norm.
-        if isinstance(strategy, FSDPStrategy):
-            refuse_quantized(module, "FSDP1")
-            strategy.precision_plugin = FSDP1Precision(strategy.precision_plugin, strategy)
+        if isinstance(module.trainer.strategy, FSDPStrategy):
+            raise InputError("trainer.strategy is FSDP1, whose weights are flat; set fsdp2")
         # Once, in the first stage: afterwards weights are sharded, and a shard's values are no sample of the whole.
         if self._sample is None:
             self._sample = self.sample
@@ -119,23 +114,6 @@ def own_values(module: nn.Module, names: Collection[str]) -> dict[str, Any]:
     return {name: state[name] for name, _ in own if name in names and name in state}
 
 
-class FSDP1Precision(FSDPPrecision):
-    """Precision of FSDP1 that takes our batches, and clips gradients by their norm over all ranks."""
-
-    def __init__(self, plain: FSDPPrecision, strategy: FSDPStrategy) -> None:
-        super().__init__(plain.precision, plain.scaler)
-        self._strategy = strategy
-
-    def convert_input(self, data: Any) -> Any:
-        """Return a batch as it is: Lightning writes into records, which ours refuse, only to make float32 of them."""
-        return data
-
-    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float, *_: Any, **__: Any) -> None:
-        """Clip gradients by their norm over all ranks, which Lightning leaves to the user."""
-        assert isinstance(self._strategy.model, FullyShardedDataParallel)
-        self._strategy.model.clip_grad_norm_(clip_val)
-
-
 def share_frozen(module: LightningModule, trainer: Trainer) -> None:
     """Check that all ranks have loaded the same frozen weights, and keep DDP from sending them.
 
@@ -152,14 +130,6 @@ def share_frozen(module: LightningModule, trainer: Trainer) -> None:
         problem = "the ranks have loaded different frozen weights"
         raise InputError(f"{problem}; give all machines the same files of the base models")
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
-
-
-def refuse_quantized(module: nn.Module, strategy: str) -> None:
-    """Raise InputError if a parameter is quantised, which the named strategy cannot shard."""
-    for name, parameter in module.named_parameters():
-        if is_quantized(parameter):
-            remedy = "use ddp, or no quantization"
-            raise InputError(f"parameter {name} is quantised, which {strategy} cannot shard; {remedy}")
 
 
 def frozen_values(module: nn.Module, names: set[str]) -> Iterator[memoryview | str]:
@@ -250,8 +220,7 @@ class WarmupSchedule(LambdaLR):
 class OptimizerSteps(Callback):
     """Callback of every module: checks and logs its optimiser's steps.
 
-    Logs ``train/lr`` and ``train/grad_norm``, the norm of all gradients before they are clipped. FSDP1, which shards
-    gradients without their shapes, has no norm and no warning of weights without a gradient.
+    Logs ``train/lr`` and ``train/grad_norm``, the norm of all gradients before they are clipped.
     """
 
     def __init__(self) -> None:
@@ -273,20 +242,19 @@ class OptimizerSteps(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Log the learning rate and the norm of logged steps; in the first step, warn of unreached weights."""
-        if not self._stepped and not isinstance(trainer.strategy, FSDPStrategy):
+        if not self._stepped:
             warn_of_unreached(pl_module)
         self._stepped = True
         if not trainer._logger_connector.should_update_logs:  # as LearningRateMonitor asks
             return
         pl_module.log("train/lr", optimizer.param_groups[0]["lr"])
-        if not isinstance(trainer.strategy, FSDPStrategy):
-            gradients = [one.grad for one in pl_module.parameters() if one.grad is not None]
-            # In two calls: torch refuses to stack the norms of sharded gradients with those of whole ones.
-            groups = ([one for one in gradients if isinstance(one, DTensor) is sharded] for sharded in (False, True))
-            norms = (get_total_norm(group) for group in groups if group)
-            # Under FSDP2 a collective call of all ranks.
-            whole = [one.full_tensor() if isinstance(one, DTensor) else one for one in norms]
-            pl_module.log("train/grad_norm", torch.stack(whole).norm() if whole else torch.zeros(()))
+        gradients = [one.grad for one in pl_module.parameters() if one.grad is not None]
+        # In two calls: torch refuses to stack the norms of sharded gradients with those of whole ones.
+        groups = ([one for one in gradients if isinstance(one, DTensor) is sharded] for sharded in (False, True))
+        norms = (get_total_norm(group) for group in groups if group)
+        # Under FSDP2 a collective call of all ranks.
+        whole = [one.full_tensor() if isinstance(one, DTensor) else one for one in norms]
+        pl_module.log("train/grad_norm", torch.stack(whole).norm() if whole else torch.zeros(()))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
