@@ -188,7 +188,7 @@ def test_each_lower_bound_is_among_the_floors() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "most"), rotated_after(1, [("reward.modules.lrm", 14_700), ("alignment.modules.lpo", 20_500)])
+    ("module", "most"), rotated_after(1, [("reward.modules.reward", 14_700), ("alignment.modules.lpo", 20_500)])
 )
 def test_a_method_loads_little_beside_its_own_science(module: str, most: int) -> None:
     code = (

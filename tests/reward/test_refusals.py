@@ -25,7 +25,6 @@ from latentreward.reward import (
     PairwiseAccuracy,
     PAVRMHead,
     RankingDistillation,
-    ScoreCorrelation,
     ScoringNoise,
     ThurstoneLoss,
     TieLoss,
@@ -98,7 +97,6 @@ REFUSED: list[tuple[Callable[..., Any], list[tuple[dict[str, Any], str]]]] = [
     (RankingDistillation, [({"temperature": 0.0}, "temperature=0")]),
     (PairCalibration, [({"bins": 0}, "bins=0")]),
     (PairwiseAccuracy, [({"equal": "halff"}, "did you mean 'half'")]),
-    (ScoreCorrelation, [({"kind": "kendall"}, "ScoreCorrelation: kind='kendall'")]),
     (
         lambda edges: ByNoiseLevel(PairwiseAccuracy(), edges),
         [({"edges": edges}, "edges = ") for edges in ((0.5,), (0.5, 0.1), (0.1, 0.1, 0.4), (-0.1, 0.5), (0.0, 1.5))],

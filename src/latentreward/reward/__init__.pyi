@@ -29,10 +29,7 @@ from .losses.targets import (
 )
 from .metrics.calibration import PairCalibration
 from .metrics.pairwise import ByNoiseLevel, GroupPairAccuracy, MeanLoss, MeanMargin, PairwiseAccuracy
-from .metrics.rank_correlation import ScoreCorrelation
-from .modules.dina_lrm import DiNaLRMModule
-from .modules.lrm import LRMModule
-from .modules.reward import RewardModule, ScoredPairs
+from .modules.reward import DiNaLRMModule, LRMModule, RewardModule, ScoredPairs
 from .modules.training import WarmupSchedule
 from .remote.client import RemoteError, RemoteServer
 from .remote.schemas import ImageSchema, PlainJSON, Schema, ServedImages, ServedLatents, UniRL
@@ -93,7 +90,6 @@ __all__ = [
     "RewardModelScorer",
     "RewardModule",
     "Schema",
-    "ScoreCorrelation",
     "ScoredPairs",
     "Scorer",
     "ScoringNoise",

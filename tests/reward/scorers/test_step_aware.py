@@ -12,8 +12,13 @@ from torch.nn.functional import normalize
 from latentreward.core.errors import InputError
 from latentreward.data.images import to_pixels
 from latentreward.reward import CLIPScorer, StepAwareScorer
-from latentreward.reward.scorers.step_aware import load_step_aware
-from latentreward.reward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP, embed_timesteps, prepare_pixels
+from latentreward.reward.scorers.step_aware import (
+    STEP_FILE,
+    StepAwareCLIP,
+    embed_timesteps,
+    load_step_aware,
+    prepare_pixels,
+)
 from tests.reward.scorers.tiny_clip import PIXELS
 
 PROMPTS = ["a cat", "", "naïve 🦊\n\nsecond", "word " * 400]

@@ -38,7 +38,7 @@ from latentreward.diffusion.backbones.weights import PLANNED, stored_bytes
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.vae import LatentEncoder
 from latentreward.reward import RewardHead
-from latentreward.reward.scorers.step_aware_clip import StepAwareCLIP
+from latentreward.reward.scorers.step_aware import StepAwareCLIP
 
 TEXT = "text encoders"
 PARTS = {
