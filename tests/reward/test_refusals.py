@@ -31,6 +31,7 @@ from latentreward.reward import (
     WarmupSchedule,
 )
 from latentreward.reward.scoring.publishing import check_target
+from tests.alignment.modules.batches import lrm
 from tests.reward.heads.features import DIT_SPEC, UNET_SPEC
 from tests.reward.heads.test_axes import HEADS
 from tests.reward.heads.test_drm import SPEC
@@ -108,6 +109,15 @@ REFUSED: list[tuple[Callable[..., Any], list[tuple[dict[str, Any], str]]]] = [
             ({"decay": "cosine", "warmup_steps": 5, "total_steps": 5}, "needs total_steps above warmup_steps"),
             ({"decay": "exponential", "total_steps": 5}, "decay='exponential'"),
             ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ],
+    ),
+    (
+        lrm,
+        [
+            ({"eval_timesteps": ()}, "eval_timesteps and eval_sigmas are both empty"),
+            ({"eval_timesteps": (1000,)}, r"eval_timesteps=\[1000\]: timestep 1000"),
+            ({"eval_sigmas": (1.2,)}, "eval_sigmas=1.2"),
+            ({"ensemble_sigmas": (0.2, 0.5, 0.2)}, "ensemble_sigmas="),
         ],
     ),
     (

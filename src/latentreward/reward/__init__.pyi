@@ -36,8 +36,7 @@ from .remote.schemas import ImageSchema, PlainJSON, Schema, ServedImages, Served
 from .scorers.base import ImageScorer, Scorer, TableScorer
 from .scorers.clip import AestheticScorer, CLIPScorer, PickScorer
 from .scorers.hpsv2 import HPSv2Scorer
-from .scorers.http import HTTPScorer
-from .scorers.plugins import CallableScorer, TableColumn
+from .scorers.plugins import CallableScorer, HTTPScorer, TableColumn
 from .scorers.reward_model import RewardModelScorer
 from .scorers.step_aware import StepAwareScorer
 from .scoring.ensemble import edit_prompt

@@ -199,7 +199,6 @@ def test_ctrl_c_leaves_a_whole_folder_or_none(
         (["--reference.images={few}", "--reference.limit=5"], "reference.limit=5 must be at least 20"),
         (["--noise.sigmas=[2]"], "noise.sigmas holds 2"),
         (["--description=none.md"], "description: none.md cannot be read"),
-        (["--revision=v1"], "revision='v1' is for hub ids"),
         (["--run_config=none.yaml"], "config='none.yaml' does not exist"),
     ],
 )

@@ -50,17 +50,6 @@ def test_time_has_no_say_at_the_start() -> None:
     torch.testing.assert_close(head(replace(features, temb=features.temb + 1)), head(features), rtol=0, atol=0)
 
 
-def test_width_comes_from_the_taps_or_is_stated() -> None:
-    assert GatedQFormerHead(DIT_SPEC).query_tokens.shape == (1, 4, 16)
-    assert not any("proj_in" in name for name in GatedQFormerHead(DIT_SPEC).state_dict())
-    assert any("proj_in" in name for name in GatedQFormerHead(DIT_SPEC, use_proj_in=True).state_dict())
-    unet = GatedQFormerHead(UNET_SPEC)
-    assert unet.query_tokens.shape == (1, 4, 24)
-    narrow = {n for n in unet.state_dict() if "proj_in" in n and "visual" in n and "weight" in n}
-    assert narrow == {f"layer_adapters_visual.{i}.proj_in.weight" for i in (0, 1)}
-    assert GatedQFormerHead(DIT_SPEC, width=32, num_queries=2).query_tokens.shape == (1, 2, 32)
-
-
 @pytest.mark.parametrize(
     ("grid", "tokens"), [("smallest", 4), ("largest", 64), ((4, 4), 16), ([1, 1], 1), ((3, 5), 15)]
 )
@@ -93,14 +82,6 @@ def test_an_ensemble_does_not_read_padding() -> None:
     levels = [replace(random_features(DIT_SPEC), text_mask=mask) for _ in range(2)]
     others = [replace(one, text=tuple(text + 9.0 * ~mask[..., None] for text in one.text)) for one in levels]
     torch.testing.assert_close(head.score_ensemble(others), head.score_ensemble(levels))
-
-
-def test_dropout_is_on_in_training_alone() -> None:
-    head = randomised(GatedQFormerHead(DIT_SPEC, num_heads=4, dropout=0.5))
-    features = random_features(DIT_SPEC)
-    assert not torch.equal(head(features), head(features))
-    head.eval()
-    torch.testing.assert_close(head(features), head(features), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("x", "expected"), [(0.0, 0.0), (0.15, 0.92423), (-0.15, -0.92423), (1e9, 2.0), (-1e9, -2.0)])

@@ -74,20 +74,6 @@ def test_another_value_in_a_checkpoint_is_refused(value: Any, tmp_path: Path) ->
         lrm().on_load_checkpoint(torch.load(checkpoint))
 
 
-@pytest.mark.slow
-def test_a_run_resumed_with_another_setting_says_so(own: Path, tmp_path: Path, caplog: Any) -> None:
-    run = trainer(max_steps=1)
-    run.fit(lrm(), data(own, "ignore"))
-    run.save_checkpoint(tmp_path / "a.ckpt")
-    module = lrm()
-    trainer(max_steps=2, max_epochs=9).fit(module, data(own, "ignore"), ckpt_path=tmp_path / "a.ckpt")
-    assert not any("exif" in record.message for record in caplog.records)
-    trainer(max_steps=2, max_epochs=9).fit(module, data(own, None), ckpt_path=tmp_path / "a.ckpt")
-    [record] = [record for record in caplog.records if "exif" in record.message]
-    assert "trained with exif: ignore, the data now have exif: apply" in record.message
-    assert module.model.exif == "apply"
-
-
 def test_a_search_for_the_learning_rate_is_no_resume(own: Path, tmp_path: Path, caplog: Any) -> None:
     finder = LearningRateFinder(num_training_steps=2, update_attr=False)
     module = lrm()

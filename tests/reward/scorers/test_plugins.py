@@ -46,12 +46,6 @@ def test_a_function_in_batches(pictures) -> None:
     assert CallableScorer(counted, "bright")([], []).shape == (0,)
 
 
-def test_identities() -> None:
-    assert CallableScorer(brightness, "bright").identity().endswith("test_plugins.brightness")
-    assert ".Constant, " in CallableScorer(Constant(1.0), "one").identity()
-    assert CallableScorer(Constant(1.0), "one")(["p"], [Image.new("RGB", (1, 1))]).dtype == torch.float32
-
-
 class Remembering(Constant):
     """A function with a secret, a memory that calls fill, a network, and what is no setting of its own."""
 

@@ -170,8 +170,6 @@ def test_as_a_scorer_of_images_they_count_as_finished(
 
 
 def test_weights_that_are_not_there_or_do_not_fit_are_refused(clip_folder: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="weights of step_aware: no file"):
-        StepAwareScorer(clip_folder, weights=str(tmp_path / "none.bin"))
     path = tmp_path / "x.bin"
     tensors = published(trained(clip_folder))
     for change, message in (

@@ -103,6 +103,6 @@ def test_without_a_network_the_cache_will_do(hub: StubHub, monkeypatch: pytest.M
     assert torch.equal(scores(RewardModel.from_pretrained("owner/reward")), scores(model))
     with pytest.raises(InputError, match=r"'owner/other' is not here and cannot be .* .the hub does not answer"):
         RewardModel.from_pretrained("owner/other")
-    with pytest.raises(InputError, match="'owner/reward': the hub does not answer") as caught:
+    with pytest.raises(InputError, match="'owner/reward' is not uploaded") as caught:
         model.push_to_hub("owner/reward", token="hf_secret")
     assert "\n" not in str(caught.value)

@@ -196,8 +196,6 @@ class StepAwareScorer(CLIPImageScorer):
     ) -> None:
         super().__init__(name, source, **options)
         self.weights = weights
-        if weights is not None and not Path(weights).is_file():
-            raise InputError(f"weights of {name}: no file {weights}; give a checkpoint, or the file that SPO released")
 
     def identity(self) -> str:
         return f"{super().identity()} weights {self.weights}"

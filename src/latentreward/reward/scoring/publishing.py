@@ -240,7 +240,6 @@ def upload(
     ``huggingface-cli login`` or ``HF_TOKEN``.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     api = HfApi(token=token, library_name="latentreward")
     try:
@@ -249,12 +248,9 @@ def upload(
             api.create_branch(repository, branch=revision, exist_ok=True)
         place: dict[str, Any] = {"repo_id": repository, "folder_path": folder, "revision": revision}
         return str(api.upload_folder(**place, commit_message=commit_message).commit_url)
-    except HFValidationError as error:
-        raise InputError(f"{repository!r} is not a hub id ({first_line(error)}); give owner/name") from error
-    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        raise InputError(f"{repository!r}: the hub refuses ({first_line(error)}); check name and token") from error
     except Exception as error:  # without a network the error's type depends on the HTTP client of huggingface_hub
-        raise InputError(f"{repository!r}: the hub does not answer ({first_line(error)}); check the network") from error
+        remedy = "give owner/name, and check token and network"
+        raise InputError(f"{repository!r} is not uploaded ({first_line(error)}); {remedy}") from error
 
 
 def model_card(config: FolderConfig, card: Card, name: str) -> str:

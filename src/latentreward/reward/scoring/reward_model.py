@@ -37,7 +37,7 @@ from latentreward.reward.scoring.ensemble import (
 )
 from latentreward.reward.scoring.find import ModelSource, find_reward, name_of
 from latentreward.reward.scoring.precision import halve_products, product_weights
-from latentreward.reward.scoring.scoring_noise import Calibration, ScoringNoise, check_noise
+from latentreward.reward.scoring.scoring_noise import Calibration, ScoringNoise
 
 if TYPE_CHECKING:
     from latentreward.reward.scoring.publishing import Card
@@ -136,8 +136,7 @@ class RewardModel(nn.Module):
             repo_id: ``owner/name``; the repository is created if it does not exist.
             card: See :meth:`save_pretrained`.
             base: See :meth:`save_pretrained`.
-            options: ``private``, ``token``, ``revision`` and ``commit_message``: see
-                :func:`~latentreward.reward.scoring.publishing.upload`.
+            options: See :func:`~latentreward.reward.scoring.publishing.upload`.
         """
         from latentreward.reward.scoring.publishing import Card, upload
 
@@ -161,9 +160,6 @@ class RewardModel(nn.Module):
         float32; bitwise equal in batches of equal shape). Prompts are encoded one at a time, and the noise is seeded
         with prompt, seed, noise level and shape of the latents. Gradients flow back if ``images`` is a tensor that
         requires a gradient. Empty lists give an empty tensor.
-
-        A warning is logged, once per model and kind, for a tensor whose values all lie in [0, 1] or whose size differs
-        from the training size, for images whose aspect ratio fits none of the model's buckets, and for empty prompts.
 
         Args:
             prompts: N prompts, or a single text for all images. Of edits, prompts with the pictures that were edited,
@@ -204,10 +200,6 @@ class RewardModel(nn.Module):
                 for a model whose head has these two outputs.
             memory: Encoded prompts of earlier calls, made by :meth:`prompt_memory`; None keeps none between calls.
         """
-        if isinstance(levels, ScoringNoise) or not levels:
-            raise InputError(f"levels is {levels!r}; give a list of at least one ScoringNoise")
-        for noise in levels:
-            check_noise(noise)
         self._check_options(batch_size, axes)
         given = as_images(images, value_range)
         texts = prompt_of_each(prompts, len(given))
@@ -258,8 +250,6 @@ class RewardModel(nn.Module):
             axes: As in :meth:`score_levels`.
         """
         self._check_options(batch_size, axes)
-        if noise is not None:
-            check_noise(noise)
         check_floating("latents", latents, 3, "(N, C, ...)")
         if draws is not None and draws.shape != latents.shape:
             shapes = f"{tuple(draws.shape)}, but latents {tuple(latents.shape)}"
