@@ -33,8 +33,7 @@ from latentreward.reward import (
 from latentreward.reward.scoring.publishing import check_target
 from tests.alignment.modules.batches import lrm
 from tests.reward.heads.features import DIT_SPEC, UNET_SPEC
-from tests.reward.heads.test_axes import HEADS
-from tests.reward.heads.test_drm import SPEC
+from tests.reward.heads.test_pooled import HEADS, SPEC
 
 NAN, INF = float("nan"), float("inf")
 NOISE = ScoringNoise(sigmas=(0.4,))

@@ -1,12 +1,14 @@
-"""DiNa-LRM's head on any spec: shapes, what it starts as, ensembles, grids, precision, refusals."""
+"""DiNa-LRM's head on any spec: shapes, what it starts as, ensembles, precision, and tokens on other grids."""
 
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
 from torch import nn
 
 from latentreward.reward import GatedQFormerHead, LogisticSquash
+from latentreward.reward.heads.gated_qformer import common_grid, resample_tokens
 from tests.reward.heads.features import DIT_SPEC, SPECS, UNET_SPEC, random_features
 
 
@@ -103,3 +105,35 @@ def test_half_precision_features_meet_float32_parameters(dtype: torch.dtype) -> 
         assert (head(features).float() - expected).abs().max() < 0.1 * expected.abs().max()
     whole = head.to(torch.bfloat16)
     assert whole(features.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("grid", "target"),
+    [((6,), (3,)), ((8, 8), (2, 2)), ((4, 6), (2, 3)), ((4, 4, 4), (2, 2, 2)), ((3, 4, 4), (3, 2, 2))],
+)
+def test_downsampling_averages_cells(grid: tuple[int, ...], target: tuple[int, ...]) -> None:
+    tokens = torch.randn(2, prod(grid), 5)
+    expected = tokens.unflatten(1, grid)
+    for axis, (size, cells) in enumerate(zip(grid, target, strict=True), start=1):
+        expected = expected.unflatten(axis, (cells, size // cells)).mean(dim=axis + 1)
+    torch.testing.assert_close(resample_tokens(tokens, grid, target), expected.flatten(1, -2))
+
+
+@pytest.mark.parametrize(("grid", "target"), [((2, 2), (4, 4)), ((2,), (6,)), ((1, 2, 2), (3, 4, 4))])
+def test_upsampling_repeats_cells(grid: tuple[int, ...], target: tuple[int, ...]) -> None:
+    tokens = torch.randn(2, prod(grid), 5)
+    expected = tokens.unflatten(1, grid)
+    for axis, (size, cells) in enumerate(zip(grid, target, strict=True), start=1):
+        expected = expected.repeat_interleave(cells // size, dim=axis)
+    torch.testing.assert_close(resample_tokens(tokens, grid, target), expected.flatten(1, -2))
+
+
+def test_constant_stays_constant_on_grids_that_do_not_divide() -> None:
+    assert resample_tokens(torch.ones(1, 35, 3), (5, 7), (3, 4)).allclose(torch.ones(1, 12, 3))
+
+
+def test_choice() -> None:
+    grids = [(8, 4), (4, 2), (2, 8)]
+    assert common_grid(grids) == (4, 2)
+    assert common_grid(grids, "largest") == (8, 4)
+    assert common_grid(grids, [3, 3]) == (3, 3)

@@ -1,11 +1,11 @@
-"""Accuracy and margin of pairs: hand values, equal rewards, ties, exchanged sides, nothing seen."""
+"""Accuracy and margin of pairs: hand values, ties, exchanged sides, nothing seen, bands of noise levels."""
 
 import pytest
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from latentreward.reward import MeanMargin, PairwiseAccuracy
+from latentreward.reward import ByNoiseLevel, MeanMargin, PairCalibration, PairwiseAccuracy
 
 CHOSEN = torch.tensor([1.0, 0.0, 2.0, 3.0, 5.0])
 REJECTED = torch.tensor([0.5, 1.0, 2.0, 3.5, 0.0])
@@ -51,3 +51,30 @@ def test_batches_add_up() -> None:
     for rows in (slice(0, 2), slice(2, 5)):
         metric.update(CHOSEN[rows], REJECTED[rows], LABEL[rows])
     assert metric.compute().item() == pytest.approx(1 / 3)
+
+
+SIGMAS = torch.tensor([0.0, 0.29, 0.3, 0.7, 1.0])
+SIGNS = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_bands_are_closed_below_and_the_last_one_above() -> None:
+    metric = ByNoiseLevel(PairwiseAccuracy(), edges=(0.0, 0.3, 0.7, 1.0))
+    metric.update(SIGMAS, SIGNS, torch.zeros(5), torch.ones(5))
+    assert metric.compute() == {"sigma_0_0.3": 0.5, "sigma_0.3_0.7": 1.0, "sigma_0.7_1": 0.5}
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_empty_band_is_nan_and_levels_outside_are_left_out() -> None:
+    metric = ByNoiseLevel(PairwiseAccuracy(), edges=(0.4, 0.5, 0.8))
+    values = metric(SIGMAS, SIGNS, torch.zeros(5), torch.ones(5))
+    assert values["sigma_0.4_0.5"].isnan()
+    assert values["sigma_0.5_0.8"] == 0
+    metric.reset()
+    assert metric.compute()["sigma_0.5_0.8"].isnan()
+
+
+def test_takes_any_metric() -> None:
+    metric = ByNoiseLevel(PairCalibration(bins=2), edges=(0.0, 1.0))
+    metric.update(SIGMAS, torch.full((5,), 0.5), torch.full((5,), 0.5))
+    assert metric.compute()["sigma_0_1"] == 0

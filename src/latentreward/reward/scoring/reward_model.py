@@ -28,7 +28,6 @@ from latentreward.reward.scoring.ensemble import (
     as_images,
     check_floating,
     check_frames,
-    doubts_of_pixels,
     head_scores,
     prompt_of_each,
     score_given_latents,
@@ -203,10 +202,11 @@ class RewardModel(nn.Module):
         self._check_options(batch_size, axes)
         given = as_images(images, value_range)
         texts = prompt_of_each(prompts, len(given))
-        check_frames(given, self.image_sizes, self.backbone.latent_space)
-        if isinstance(given, Tensor):
-            for kind, doubt in doubts_of_pixels(given, self.image_sizes, value_range is not None).items():
-                self.warn_once(kind, doubt)
+        check_frames(given, self.image_sizes)
+        pixels = given.detach() if isinstance(given, Tensor) and value_range is None else torch.zeros(0)
+        if pixels.numel() and pixels.min() >= 0 and pixels.max() <= 1:
+            doubt = "all values of the image tensor lie in [0, 1], but [-1, 1] is expected"
+            self.warn_once("range", f"{doubt}; give value_range=(0, 1), or value_range=(-1, 1) if they are right")
         self._check_prompts(texts)
         outputs = score_images(self, texts, given, levels, batch_size, memory)
         return outputs if axes else self.head.total(outputs)
@@ -218,9 +218,6 @@ class RewardModel(nn.Module):
 
     def _check_prompts(self, prompts: Sequence[str]) -> None:
         check_sources(f"reward {self.source}".strip(), prompts, self.backbone.sources)
-        if empty := sum(not prompt.strip() for prompt in prompts):
-            text = "the score then says nothing of how well an image fits a text"
-            self.warn_once("prompt", f"{empty} of {len(prompts)} prompts are empty; {text}")
 
     def score_latents(
         self,
