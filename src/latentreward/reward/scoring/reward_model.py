@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -127,23 +125,6 @@ class RewardModel(nn.Module):
 
         with new_folder(Path(folder)) as partial:
             write_model(self, partial, card or Card(), base, Path(folder).resolve().name)
-
-    def push_to_hub(self, repo_id: str, card: Card | None = None, *, base: str | None = None, **options: Any) -> str:
-        """Upload the files that :meth:`save_pretrained` writes to the hub as one commit; return the commit's URL.
-
-        Args:
-            repo_id: ``owner/name``; the repository is created if it does not exist.
-            card: See :meth:`save_pretrained`.
-            base: See :meth:`save_pretrained`.
-            options: See :func:`~latentreward.reward.scoring.publishing.upload`.
-        """
-        from latentreward.reward.scoring.publishing import Card, upload
-
-        card = card or Card()
-        with TemporaryDirectory() as place:
-            folder = Path(place) / repo_id.rpartition("/")[2]
-            self.save_pretrained(folder, replace(card, name=card.name or repo_id), base=base)
-            return upload(folder, repo_id, **options)
 
     def score(
         self,
