@@ -29,31 +29,6 @@ def draw_groups(rng: np.random.Generator, groups: int) -> tuple[np.ndarray, np.n
     return (rng.random(len(index)) < rng.beta(4, 2, groups)[index]).astype(float), index
 
 
-def plain_interval(credit: np.ndarray, index: np.ndarray, resamples: int) -> tuple[float, float]:
-    rng = np.random.default_rng(5)
-    rows = [credit[index == group] for group in range(index.max() + 1)]
-    values = []
-    for _ in range(resamples):
-        drawn = [rows[number] for number in rng.integers(len(rows), size=len(rows))]
-        values.append(np.concatenate(drawn).mean())
-    low, high = np.percentile(values, [2.5, 97.5])
-    return low, high
-
-
-def test_equals_a_plain_loop_over_groups() -> None:
-    credit, index = draw_groups(np.random.default_rng(0), 80)
-    value, low, high, _ = clustered_mean(credit, index)
-    assert value == pytest.approx(credit.mean())
-    assert (low, high) == pytest.approx(plain_interval(credit, index, 4000), abs=0.006)
-
-
-def test_totals_have_mean_and_variance_of_sums_of_drawn_groups() -> None:
-    sums = np.random.default_rng(2).normal(size=(50, 2))
-    drawn = resample_sums(sums, 40_000)
-    np.testing.assert_allclose(drawn.mean(axis=0), sums.sum(axis=0), atol=5 * np.sqrt(50 / 40_000))
-    np.testing.assert_allclose(drawn.var(axis=0), 50 * sums.var(axis=0), rtol=0.05)
-
-
 def test_copies_of_a_row_in_its_group_are_no_evidence() -> None:
     credit, index = (np.random.default_rng(3).random(200) < 0.6).astype(float), np.arange(200)
     once, four_times = clustered_mean(credit, index), clustered_mean(np.tile(credit, 4), np.tile(index, 4))

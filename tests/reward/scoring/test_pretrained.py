@@ -19,14 +19,11 @@ from transformers import CLIPTextModel
 
 from latentreward.alignment import LatentReward
 from latentreward.core.errors import InputError
-from latentreward.diffusion import sd_tiny
 from latentreward.reward import (
-    CLIPProjectionHead,
     RewardModel,
     ScoringNoise,
 )
 from latentreward.reward.scoring import publishing
-from latentreward.reward.scoring.recipe import recipe_in_python
 from tests.alignment.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.marks import rotated_after
 from tests.reward.scoring.test_published import write_dina, write_lrm
@@ -187,16 +184,6 @@ def test_a_copy_of_the_base_will_do_and_weights_of_our_own_are_not_read_from_it(
     with pytest.raises(InputError, match=r"config\.json: backbone: source='/moved/away' does not exist"):
         RewardModel.from_pretrained(saved)
     assert torch.equal(scores(RewardModel.from_pretrained(saved, base=str(copy))), before)
-
-
-def test_the_name_of_a_shipped_pipeline_is_a_base(tmp_path: Path) -> None:
-    backbone = sd_tiny(tuning="frozen")
-    model = RewardModel(backbone, CLIPProjectionHead(backbone.feature_spec))
-    model.recipe = recipe_in_python(backbone, model.head)
-    model.save_pretrained(tmp_path / "saved")
-    again = RewardModel.from_pretrained(tmp_path / "saved", base="sd_tiny")
-    assert again.backbone.source == backbone.source
-    assert torch.equal(again.score("a cat", pictures(1)), model.score("a cat", pictures(1)))
 
 
 @pytest.mark.slow

@@ -122,13 +122,8 @@ def test_several_seeds_are_averaged(dina: RewardModel) -> None:
     assert not torch.equal(each[0], each[1])
 
 
-def test_half_precision_latents_are_noised_in_float32(dina: RewardModel) -> None:
-    latents = torch.randn(2, *SHAPE).half()
-    assert torch.equal(dina.score_latents("a cat", latents), dina.score_latents("a cat", latents.float()))
-
-
 THREE = ["a cat", "", "a dog"]
-CASES = [("sd15", "lrm"), ("sdxl", "dina"), ("sd35", "dina"), ("sd3", "lrm")]
+CASES = [("sd15", "lrm"), ("sd35", "dina")]
 
 
 def model_of(name: str, head: str) -> RewardModel:
@@ -154,16 +149,6 @@ def test_one_level_is_noising_reading_and_scoring(name: str, head: str) -> None:
     scores = model.score_latents(THREE, latents, noise=ScoringNoise(sigmas=(0.4,)), draws=noise)
     torch.testing.assert_close(scores, expected)
     torch.testing.assert_close(model(noisy, timestep.repeat(3), conditioning, uncond), expected)
-
-
-def test_lrm_ensemble_is_the_mean() -> None:
-    model = model_of("sd15", "lrm")
-    latents, noise = latents_and_noise()
-    one, other, both = (
-        model.score_latents(THREE, latents, noise=ScoringNoise(timesteps=timesteps), draws=noise)
-        for timesteps in ((1.0,), (501.0,), (1.0, 501.0))
-    )
-    torch.testing.assert_close(both, (one + other) / 2)
 
 
 def test_normalised_scale() -> None:
