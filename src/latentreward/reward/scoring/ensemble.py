@@ -159,15 +159,17 @@ def edit_prompt(text: str, sources: ImageInput | Sequence[ImageInput]) -> EditPr
     """
     if isinstance(sources, str | Path | bytes | ImageRef | Image.Image | np.ndarray):
         sources = [sources]
-    named: list[ImageRef] = []
-    for number, source in enumerate(sources):
-        if isinstance(source, str | Path):
-            source = ImageRef(str(source), path=Path(source))  # noqa: PLW2901
-        elif not isinstance(source, ImageRef):
-            data = source if isinstance(source, bytes) else png(decode_any(source, number, "ignore"))
-            source = ImageRef(digest([data], 64), data=data)  # noqa: PLW2901
-        named.append(source)
-    return EditPrompt(text, named)
+    return EditPrompt(text, [source_ref(source, number) for number, source in enumerate(sources)])
+
+
+def source_ref(source: ImageInput, number: int) -> ImageRef:
+    """Return a reference to a picture that was edited, see :func:`edit_prompt`; ``number`` names it in messages."""
+    if isinstance(source, ImageRef):
+        return source
+    if isinstance(source, str | Path):
+        return ImageRef(str(source), path=Path(source))
+    data = source if isinstance(source, bytes) else png(decode_any(source, number, "ignore"))
+    return ImageRef(digest([data], 64), data=data)
 
 
 def decode_any(image: Any, row: int, exif: ExifOrientation) -> Image.Image:
