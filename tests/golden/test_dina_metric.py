@@ -1,4 +1,4 @@
-"""Scores as reported, pair accuracy, and the VAE's latents."""
+"""Scores as reported, group accuracy, pair accuracy, and the VAE's latents."""
 
 import io
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from latentreward.core.contracts import ImageRef
 from latentreward.data import PixelLoader
 from latentreward.diffusion.backbones.loading import load_weights
 from latentreward.diffusion.encoders.vae import LatentEncoder
-from latentreward.reward import LogisticSquash, PairwiseAccuracy, normalise_score
+from latentreward.reward import GroupPairAccuracy, LogisticSquash, PairwiseAccuracy, normalise_score
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 
@@ -45,6 +45,17 @@ def test_logistic_squash_has_a_gradient_where_the_released_one_is_nan(case: Case
     assert x.grad.isfinite().all()
 
 
+@metrics
+def test_group_accuracy(case: Case) -> None:
+    data, together = case.tensors(), GroupPairAccuracy()
+    for index, counts in enumerate(case.options["groups"]):
+        scores, ranks = data[f"group{index}.scores"], data[f"group{index}.ranks"]
+        metric = GroupPairAccuracy()
+        metric.update(scores, ranks)
+        together.update(scores, ranks)
+        assert (int(metric.mean_value), int(metric.weight)) == (counts["correct"], counts["total"])
+    correct, total = (sum(group[key] for group in case.options["groups"]) for key in ("correct", "total"))
+    assert together.compute().item() == pytest.approx(correct / total)
 
 
 @metrics

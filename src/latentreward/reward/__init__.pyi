@@ -28,7 +28,7 @@ from .losses.targets import (
     teacher_preference,
 )
 from .metrics.calibration import PairCalibration
-from .metrics.pairwise import ByNoiseLevel, MeanLoss, MeanMargin, PairwiseAccuracy
+from .metrics.pairwise import ByNoiseLevel, GroupPairAccuracy, MeanLoss, MeanMargin, PairwiseAccuracy
 from .modules.reward import DiNaLRMModule, LRMModule, RewardModule, ScoredPairs
 from .modules.training import WarmupSchedule
 from .remote.client import RemoteError, RemoteServer
@@ -60,6 +60,7 @@ __all__ = [
     "DiNaLRMModule",
     "EmbeddingHead",
     "GatedQFormerHead",
+    "GroupPairAccuracy",
     "HPSv2Scorer",
     "HTTPScorer",
     "ImageSchema",
