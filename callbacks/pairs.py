@@ -67,7 +67,7 @@ class ScoredPairGrid(Callback):
         if not problem and batch.latent_space is not None:
             if pl_module.latent_decoder is None:
                 problem = "the data are latents, and the model has no VAE to decode them"
-            elif isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):  # one rank alone cannot call it
+            elif isinstance(trainer.strategy, ModelParallelStrategy):  # one rank alone cannot call it
                 problem = "the data are latents, and FSDP shards the VAE that decodes them"
         if problem:
             self._off = True

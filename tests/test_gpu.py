@@ -17,7 +17,7 @@ from torch import nn
 from latentreward.core.registry import create_backbone
 from latentreward.diffusion.backbones.compilation import compile_blocks
 from latentreward.reward import RewardModel
-from tests.alignment.modules.batches import MODULES, dina, pixel_batch
+from tests.alignment.modules.batches import MODULES, pixel_batch
 from tests.diffusion.backbones.networks import inputs_of, tiny_backbone
 from tests.diffusion.families.twins import PROMPTS, TWINS, noise_for
 from tests.distributed.runs import fit, make_trainer, saved_run, sgd

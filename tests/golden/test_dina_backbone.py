@@ -1,7 +1,10 @@
 """DiNa-LRM's published layout: noising, features with and without LoRA, single and ensemble scores."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +102,16 @@ def test_scores_at_target_levels(case: Case) -> None:
     process = model.backbone.noise_process
     timesteps = process.timesteps_at(torch.tensor(case.options["ensemble_u"]))
     assert_close(timesteps[:, None].expand_as(data["ens.timesteps"]), data["ens.timesteps"], "ens.timesteps")
+
+
+@pytest.mark.parametrize("case", cases("dina/backbone")[:1], ids=lambda case: case.name)
+def test_use_text_features_changes_no_score(case: Case, tmp_path: Path) -> None:
+    """The authors' code reads ``text_head_idx`` either way; the flag only says which layers got LoRA."""
+    shutil.copytree(case.path.parent, tmp_path / "copy", copy_function=shutil.copyfile)
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    config["model"]["use_text_features"] = False
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    base = (case.path.parent / case.options["base_dir"]).parent
+    published = PublishedSettings(rms_eps=case.options.get("rms_eps") or FLOAT32_EPS)
+    model, data = RewardModel.from_pretrained(tmp_path / "copy", base=str(base), published=published), case.tensors()
+    assert_close(column(score_at(model, data, *case.options["ensemble_u"])), data["ens.score"], "ens", **SCORE)

@@ -9,7 +9,7 @@ from latentreward.alignment import DDIMSampler
 from latentreward.core.contracts import CrossScores, PairScores
 from latentreward.diffusion import process_from_scheduler
 from latentreward.reward import LRMLoss
-from latentreward.reward.scorers.step_aware_clip import StepAwareCLIP, prepare_pixels
+from latentreward.reward.scorers.step_aware import StepAwareCLIP, prepare_pixels
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 

@@ -24,16 +24,15 @@ from latentreward.reward import (
     PairwiseAccuracy,
     PAVRMHead,
     RankingDistillation,
-    ScoreCorrelation,
     ScoringNoise,
     ThurstoneLoss,
     TieLoss,
     WarmupSchedule,
 )
 from latentreward.reward.scoring.publishing import check_target
+from tests.alignment.modules.batches import lrm
 from tests.reward.heads.features import DIT_SPEC, UNET_SPEC
-from tests.reward.heads.test_axes import HEADS
-from tests.reward.heads.test_drm import SPEC
+from tests.reward.heads.test_pooled import HEADS, SPEC
 
 NAN, INF = float("nan"), float("inf")
 NOISE = ScoringNoise(sigmas=(0.4,))
@@ -97,7 +96,6 @@ REFUSED: list[tuple[Callable[..., Any], list[tuple[dict[str, Any], str]]]] = [
     (RankingDistillation, [({"temperature": 0.0}, "temperature=0")]),
     (PairCalibration, [({"bins": 0}, "bins=0")]),
     (PairwiseAccuracy, [({"equal": "halff"}, "did you mean 'half'")]),
-    (ScoreCorrelation, [({"kind": "kendall"}, "ScoreCorrelation: kind='kendall'")]),
     (
         schedule,
         [
@@ -105,6 +103,15 @@ REFUSED: list[tuple[Callable[..., Any], list[tuple[dict[str, Any], str]]]] = [
             ({"decay": "cosine", "warmup_steps": 5, "total_steps": 5}, "needs total_steps above warmup_steps"),
             ({"decay": "exponential", "total_steps": 5}, "decay='exponential'"),
             ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ],
+    ),
+    (
+        lrm,
+        [
+            ({"eval_timesteps": ()}, "eval_timesteps and eval_sigmas are both empty"),
+            ({"eval_timesteps": (1000,)}, r"eval_timesteps=\[1000\]: timestep 1000"),
+            ({"eval_sigmas": (1.2,)}, "eval_sigmas=1.2"),
+            ({"ensemble_sigmas": (0.2, 0.5, 0.2)}, "ensemble_sigmas="),
         ],
     ),
     (

@@ -203,8 +203,8 @@ CASES: dict[str, list[tuple[Change, str]]] = {
         (of_json("text_encoder/config.json", "max_position_embeddings", value=3 * 10**8), "above 1048576"),
         (of_json("unet/config.json", "sample_size", value=10**7), "sample_size is 10000000"),
         (of_json("text_encoder/config.json", "hidden_size", value="x"), "cannot load .*text_encoder"),
-        (of_pickle("state_dict.pt", lambda s: s.pop("visual_projection")), "missing entry visual_projection"),
-        (of_pickle("state_dict.pt", lambda s: s.update(extra=1)), "unexpected entry extra"),
+        (of_pickle("state_dict.pt", lambda s: s.pop("visual_projection")), "missing tensor visual_projection"),
+        (of_pickle("state_dict.pt", lambda s: s.update(extra=1)), "extra"),
         (
             of_pickle("state_dict.pt", lambda s: s["visual_projection"].pop("weight")),
             "missing tensor visual_projection",

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from latentreward.core.storage.progress import Progress
-from latentreward.reward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP
+from latentreward.reward.scorers.step_aware import STEP_FILE, StepAwareCLIP
 from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from tools.pretraining.networks import token_settings

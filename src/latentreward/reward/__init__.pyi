@@ -29,18 +29,14 @@ from .losses.targets import (
 )
 from .metrics.calibration import PairCalibration
 from .metrics.pairwise import GroupPairAccuracy, MeanLoss, MeanMargin, PairwiseAccuracy
-from .metrics.rank_correlation import ScoreCorrelation
-from .modules.dina_lrm import DiNaLRMModule
-from .modules.lrm import LRMModule
-from .modules.reward import RewardModule, ScoredPairs
+from .modules.reward import DiNaLRMModule, LRMModule, RewardModule, ScoredPairs
 from .modules.training import WarmupSchedule
 from .remote.client import RemoteError, RemoteServer
 from .remote.schemas import ImageSchema, PlainJSON, ServedImages
 from .scorers.base import ImageScorer, Scorer, TableScorer
 from .scorers.clip import AestheticScorer, CLIPScorer, PickScorer
 from .scorers.hpsv2 import HPSv2Scorer
-from .scorers.http import HTTPScorer
-from .scorers.plugins import CallableScorer, TableColumn
+from .scorers.plugins import CallableScorer, HTTPScorer, TableColumn
 from .scorers.reward_model import RewardModelScorer
 from .scorers.step_aware import StepAwareScorer
 from .scoring.ensemble import edit_prompt
@@ -91,7 +87,6 @@ __all__ = [
     "RewardModel",
     "RewardModelScorer",
     "RewardModule",
-    "ScoreCorrelation",
     "ScoredPairs",
     "Scorer",
     "ScoringNoise",

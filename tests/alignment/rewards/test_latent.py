@@ -191,7 +191,7 @@ def test_a_pipeline_in_place_of_a_reward_is_told_as_such(name: str, tmp_path: Pa
     folder = shutil.copytree(pipeline_folder(name), tmp_path / "base")
     (folder / "v1-5-pruned.ckpt").touch()  # as the hub's copy of SD1.5 has it
     message = (
-        r"^reward model '.*base' is a diffusers pipeline, not a reward; give a checkpoint, or the folder of a model"
+        r"^reward model '.*base' holds no checkpoint"
     )
     with pytest.raises(InputError, match=message):
         LatentReward(str(folder)).latent_space()

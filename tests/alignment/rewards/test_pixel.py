@@ -13,8 +13,7 @@ from latentreward.core.contracts import NoisyStates
 from latentreward.core.errors import InputError
 from latentreward.core.reports.drawing import to_image
 from latentreward.reward import CallableScorer, ImageScorer
-from latentreward.reward.scorers.step_aware import load_step_aware
-from latentreward.reward.scorers.step_aware_clip import StepAwareCLIP
+from latentreward.reward.scorers.step_aware import StepAwareCLIP, load_step_aware
 from latentreward.tinyworld.judge import TinyWorldEditJudge
 from tests.alignment.policies.alignment import tiny_source
 from tests.reward.scorers.tiny_clip import write_clip

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from latentreward.reward import RewardModel, ScoringNoise
 from latentreward.reward.scoring import publishing
 from tests.alignment.rewards.stored import write_run
 from tests.marks import slow_after
-from tests.reward.scoring.stub_hub import StubHub, running_hub
 from tests.reward.scoring.test_published import write_lrm
 from tests.tiny_pipelines import pipeline_folder
 
@@ -47,12 +45,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "05.jpg").write_bytes((folder / "05.jpg").read_bytes()[:200])
     (folder / "17.jpg").unlink()
     return folder
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StubHub]:
-    with running_hub(monkeypatch, tmp_path / "cache") as stub:
-        yield stub
 
 
 def publish(*arguments: Any) -> None:
@@ -157,17 +149,6 @@ def test_published_again_at_other_noise_it_loses_its_calibration(
     assert RewardModel.from_pretrained(tmp_path / "other").noise == ScoringNoise(sigmas=(0.8,))
 
 
-@pytest.mark.slow
-def test_to_the_hub(run: Path, hub: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    publish(run, tmp_path / "model", "--push_to_hub=owner/reward", "--private=true", "--branch=v1")
-    assert "uploaded: http" in capsys.readouterr().out
-    files = hub.repositories["owner/reward", "v1"]
-    assert files["config.json"] == (tmp_path / "model" / "config.json").read_bytes()
-    assert b"# owner/reward" in files["README.md"]
-    assert hub.tokens >= {"Bearer hf_secret"}
-
-
 @pytest.mark.parametrize(("module", "step"), slow_after(1, [(publishing, "write_tensors"), (durable, "_swapped")]))
 def test_ctrl_c_leaves_a_whole_folder_or_none(
     run: Path, tmp_path: Path, module: Any, step: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -197,8 +178,6 @@ def test_ctrl_c_leaves_a_whole_folder_or_none(
         (["--reference.images={few}"], "has 3 images with prompts; a calibration needs at least 20"),
         (["--reference.images={few}", "--reference.limit=5"], "reference.limit=5 must be at least 20"),
         (["--noise.sigmas=[2]"], "noise.sigmas holds 2"),
-        (["--revision=v1"], "revision='v1' is for hub ids"),
-        (["--run_config=none.yaml"], "config='none.yaml' does not exist"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, run: Path, pictures: Path, tmp_path: Path, capsys: Any) -> None:

@@ -1,12 +1,14 @@
-"""DiNa-LRM's head on any spec: shapes, what it starts as, ensembles, grids, precision, refusals."""
+"""DiNa-LRM's head on any spec: shapes, what it starts as, ensembles, precision, and tokens on other grids."""
 
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
 from torch import nn
 
 from latentreward.reward import GatedQFormerHead, LogisticSquash
+from latentreward.reward.heads.gated_qformer import common_grid, resample_tokens
 from tests.reward.heads.features import DIT_SPEC, SPECS, UNET_SPEC, random_features
 
 
@@ -50,17 +52,6 @@ def test_time_has_no_say_at_the_start() -> None:
     torch.testing.assert_close(head(replace(features, temb=features.temb + 1)), head(features), rtol=0, atol=0)
 
 
-def test_width_comes_from_the_taps_or_is_stated() -> None:
-    assert GatedQFormerHead(DIT_SPEC).query_tokens.shape == (1, 4, 16)
-    assert not any("proj_in" in name for name in GatedQFormerHead(DIT_SPEC).state_dict())
-    assert any("proj_in" in name for name in GatedQFormerHead(DIT_SPEC, use_proj_in=True).state_dict())
-    unet = GatedQFormerHead(UNET_SPEC)
-    assert unet.query_tokens.shape == (1, 4, 24)
-    narrow = {n for n in unet.state_dict() if "proj_in" in n and "visual" in n and "weight" in n}
-    assert narrow == {f"layer_adapters_visual.{i}.proj_in.weight" for i in (0, 1)}
-    assert GatedQFormerHead(DIT_SPEC, width=32, num_queries=2).query_tokens.shape == (1, 2, 32)
-
-
 @pytest.mark.parametrize(
     ("grid", "tokens"), [("smallest", 4), ("largest", 64), ((4, 4), 16), ([1, 1], 1), ((3, 5), 15)]
 )
@@ -95,14 +86,6 @@ def test_an_ensemble_does_not_read_padding() -> None:
     torch.testing.assert_close(head.score_ensemble(others), head.score_ensemble(levels))
 
 
-def test_dropout_is_on_in_training_alone() -> None:
-    head = randomised(GatedQFormerHead(DIT_SPEC, num_heads=4, dropout=0.5))
-    features = random_features(DIT_SPEC)
-    assert not torch.equal(head(features), head(features))
-    head.eval()
-    torch.testing.assert_close(head(features), head(features), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(("x", "expected"), [(0.0, 0.0), (0.15, 0.92423), (-0.15, -0.92423), (1e9, 2.0), (-1e9, -2.0)])
 def test_logistic_hand_values(x: float, expected: float) -> None:
     squash, value = LogisticSquash(), torch.tensor([x], requires_grad=True)
@@ -122,3 +105,35 @@ def test_half_precision_features_meet_float32_parameters(dtype: torch.dtype) -> 
         assert (head(features).float() - expected).abs().max() < 0.1 * expected.abs().max()
     whole = head.to(torch.bfloat16)
     assert whole(features.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("grid", "target"),
+    [((6,), (3,)), ((8, 8), (2, 2)), ((4, 6), (2, 3)), ((4, 4, 4), (2, 2, 2)), ((3, 4, 4), (3, 2, 2))],
+)
+def test_downsampling_averages_cells(grid: tuple[int, ...], target: tuple[int, ...]) -> None:
+    tokens = torch.randn(2, prod(grid), 5)
+    expected = tokens.unflatten(1, grid)
+    for axis, (size, cells) in enumerate(zip(grid, target, strict=True), start=1):
+        expected = expected.unflatten(axis, (cells, size // cells)).mean(dim=axis + 1)
+    torch.testing.assert_close(resample_tokens(tokens, grid, target), expected.flatten(1, -2))
+
+
+@pytest.mark.parametrize(("grid", "target"), [((2, 2), (4, 4)), ((2,), (6,)), ((1, 2, 2), (3, 4, 4))])
+def test_upsampling_repeats_cells(grid: tuple[int, ...], target: tuple[int, ...]) -> None:
+    tokens = torch.randn(2, prod(grid), 5)
+    expected = tokens.unflatten(1, grid)
+    for axis, (size, cells) in enumerate(zip(grid, target, strict=True), start=1):
+        expected = expected.repeat_interleave(cells // size, dim=axis)
+    torch.testing.assert_close(resample_tokens(tokens, grid, target), expected.flatten(1, -2))
+
+
+def test_constant_stays_constant_on_grids_that_do_not_divide() -> None:
+    assert resample_tokens(torch.ones(1, 35, 3), (5, 7), (3, 4)).allclose(torch.ones(1, 12, 3))
+
+
+def test_choice() -> None:
+    grids = [(8, 4), (4, 2), (2, 8)]
+    assert common_grid(grids) == (4, 2)
+    assert common_grid(grids, "largest") == (8, 4)
+    assert common_grid(grids, [3, 3]) == (3, 3)

@@ -57,13 +57,6 @@ def test_teacher_preference_by_hand() -> None:
     torch.testing.assert_close(teacher_preference(PairTargets(*scores, *spread)), normal)
 
 
-def test_uncertain_values_count_less() -> None:
-    scores = torch.zeros(2, requires_grad=True)
-    given = taught(scores_of(scores), torch.ones(2), torch.zeros(2), torch.tensor([0.5, 2.0]), torch.ones(2))
-    RegressionDistillation()(given).backward()
-    torch.testing.assert_close(scores.grad[0] / scores.grad[1], torch.tensor(16.0))
-
-
 @every_loss
 def test_least_where_the_student_is_the_teacher(loss: PreferenceLoss) -> None:
     """With a teacher's probability as the label the least cross-entropy is where the logistic function equals it."""

@@ -29,37 +29,6 @@ def draw_groups(rng: np.random.Generator, groups: int) -> tuple[np.ndarray, np.n
     return (rng.random(len(index)) < rng.beta(4, 2, groups)[index]).astype(float), index
 
 
-def plain_interval(credit: np.ndarray, index: np.ndarray, resamples: int) -> tuple[float, float]:
-    rng = np.random.default_rng(5)
-    rows = [credit[index == group] for group in range(index.max() + 1)]
-    values = []
-    for _ in range(resamples):
-        drawn = [rows[number] for number in rng.integers(len(rows), size=len(rows))]
-        values.append(np.concatenate(drawn).mean())
-    low, high = np.percentile(values, [2.5, 97.5])
-    return low, high
-
-
-def test_equals_a_plain_loop_over_groups() -> None:
-    credit, index = draw_groups(np.random.default_rng(0), 80)
-    value, low, high, _ = clustered_mean(credit, index)
-    assert value == pytest.approx(credit.mean())
-    assert (low, high) == pytest.approx(plain_interval(credit, index, 4000), abs=0.006)
-
-
-def test_single_rows_give_the_normal_interval() -> None:
-    credit = (np.arange(2000) < 1400).astype(float)
-    half = Z * np.sqrt(0.7 * 0.3 / 2000)
-    assert clustered_mean(credit, np.arange(2000)) == pytest.approx((0.7, 0.7 - half, 0.7 + half, 2000), abs=0.001)
-
-
-def test_totals_have_mean_and_variance_of_sums_of_drawn_groups() -> None:
-    sums = np.random.default_rng(2).normal(size=(50, 2))
-    drawn = resample_sums(sums, 40_000)
-    np.testing.assert_allclose(drawn.mean(axis=0), sums.sum(axis=0), atol=5 * np.sqrt(50 / 40_000))
-    np.testing.assert_allclose(drawn.var(axis=0), 50 * sums.var(axis=0), rtol=0.05)
-
-
 def test_copies_of_a_row_in_its_group_are_no_evidence() -> None:
     credit, index = (np.random.default_rng(3).random(200) < 0.6).astype(float), np.arange(200)
     once, four_times = clustered_mean(credit, index), clustered_mean(np.tile(credit, 4), np.tile(index, 4))
@@ -100,14 +69,6 @@ def test_nothing_has_no_value_and_one_group_no_ends() -> None:
     assert np.isnan(ratio(np.zeros(2)))
 
 
-def test_few_groups_are_those_below_thirty() -> None:
-    found = {number: clustered_interval(np.ones((number, 2))) for number in (0, 1, 2, 29, 30)}
-    assert {number: interval.groups for number, interval in found.items()} == {number: number for number in found}
-    assert [number for number, interval in found.items() if interval.few] == [1, 2, 29]
-    assert clustered_mean(np.ones(90), np.arange(90) % 9).groups == 9
-    assert not Interval(0.5, 0.4, 0.6).few
-
-
 @pytest.mark.parametrize(
     ("share", "groups", "low", "high"),
     [(1.0, 6, 0.6097, 1.0), (0.0, 6, 0.0, 0.3903), (0.5, 10, 0.2366, 0.7634), (1.0, 500, 0.9924, 1.0)],
@@ -125,11 +86,6 @@ def test_groups_that_differ_have_the_interval_of_the_bootstrap() -> None:
     for sums in (np.array([[1.0, 1.0]] * 5 + [[0.0, 1.0]]), np.array([[3.0, 3.0], [1.0, 2.0]]), np.ones((1, 2))):
         np.testing.assert_array_equal(clustered_accuracy(sums), clustered_interval(sums))
     np.testing.assert_array_equal(clustered_accuracy(np.empty((0, 2))), clustered_interval(np.empty((0, 2))))
-
-
-def test_rows_that_are_nan_are_left_out() -> None:
-    credit = np.array([1.0, 0.0, np.nan, 1.0])
-    assert clustered_mean(credit, np.array(["a", "b", "c", "d"])).value == pytest.approx(2 / 3)
 
 
 def test_two_levels_of_resampling_keep_their_results() -> None:

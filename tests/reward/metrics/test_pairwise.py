@@ -1,4 +1,4 @@
-"""Accuracy and margin of pairs: hand values, equal rewards, ties, exchanged sides, nothing seen."""
+"""Accuracy and margin of pairs: hand values, ties, exchanged sides, nothing seen, bands of noise levels."""
 
 import pytest
 import torch

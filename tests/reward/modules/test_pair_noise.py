@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentreward.core.contracts import PreferenceBatch
-from latentreward.diffusion import FlowMatching, TimestepGrid, UniformSigma
+from latentreward.diffusion import FlowMatching, UniformSigma
 from latentreward.reward.modules.reward import PairDraws
 from tests.alignment.modules.batches import exchanged, pixel_batch, rows
 
@@ -62,16 +62,3 @@ def test_purposes_pairs_and_images_are_independent() -> None:
     assert correlation.abs().max() < 0.1
     assert noise.mean().abs() < 0.03
     assert noise.std().item() == pytest.approx(1, abs=0.03)
-
-
-def test_an_image_against_itself_has_one_noise() -> None:
-    batch = pixel_batch(2)
-    same = PreferenceBatch(**{**vars(batch), "rejected_keys": batch.chosen_keys})
-    chosen, rejected = PairDraws(same, 0, 0).normal("noise", SHAPE, True).chunk(2)
-    torch.testing.assert_close(chosen, rejected, rtol=0, atol=0)
-
-
-def test_timesteps_stay_on_the_grid() -> None:
-    timesteps = PairDraws(pixel_batch(), 0, 0).timesteps(TimestepGrid(), PROCESS, per_image=False)
-    assert timesteps.shape == (12,)
-    assert all(timestep in PROCESS.timesteps for timestep in timesteps)

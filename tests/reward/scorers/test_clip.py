@@ -105,9 +105,7 @@ def test_identities_differ_where_scores_do(clip_folder: str, aesthetic_file: str
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder, path: CLIPScorer("/nowhere/clip"), "'/nowhere/clip' is neither a folder nor a hub id"),
-        (lambda folder, path: CLIPScorer(str(path)), "no config.json in"),
-        (lambda folder, path: CLIPScorer(folder, processor=str(path)), "no preprocessor_config.json in"),
+        (lambda folder, path: CLIPScorer("/nowhere/clip").prepare(), "source='/nowhere/clip'"),
         (lambda folder, path: CLIPScorer(folder, device="gpu"), "device is 'gpu'"),
         (lambda folder, path: CLIPScorer(folder, batch_size=0), "clipscore.batch_size is 0"),
         (lambda folder, path: CLIPScorer(folder, name="a b"), "name of a scorer is 'a b'"),

@@ -10,7 +10,7 @@ import pytest
 from latentreward.core.storage import hub
 from latentreward.reward import CallableScorer, RewardModelScorer
 from latentreward.reward.scorers.fingerprints import scorer_fingerprints
-from latentreward.reward.scorers.tools import CommandScorer, ScoreFile
+from latentreward.reward.scorers.tools import CommandScorer
 from latentreward.reward.scoring.find import BLOCK, WHOLE, fingerprint
 
 
@@ -93,17 +93,6 @@ def test_large_files_by_blocks_and_tables_whole(tmp_path: Path) -> None:
         changed[place] = 1
         (tmp_path / name).write_bytes(changed)
         assert fingerprint(tmp_path / name) != before
-
-
-def test_results_of_a_policy_are_its_own(tmp_path: Path) -> None:
-    fill(tmp_path, "a.jsonl", "b.jsonl")
-    pattern = str(tmp_path / "{policy}.jsonl")
-    scorer = ScoreFile(pattern, "score", name="mine")
-    before = {policy: scorer_fingerprints(scorer, policy) for policy in "ab"}
-    with (tmp_path / "a.jsonl").open("a") as file:
-        file.write("!")
-    assert scorer_fingerprints(scorer, "a") != before["a"]
-    assert scorer_fingerprints(scorer, "b") == before["b"]
 
 
 def test_base_and_settings_of_a_reward_and_the_script_of_a_command(tmp_path: Path) -> None:

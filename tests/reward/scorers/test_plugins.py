@@ -1,4 +1,4 @@
-"""Scores from a function, and from the column of a file; what every scorer must return."""
+"""Scores from a function, from the column of a file and by a server; what every scorer must return."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +14,12 @@ from PIL import Image
 
 from latentreward.core.contracts import ImageRef, PreferencePair
 from latentreward.core.errors import InputError
-from latentreward.reward import CallableScorer, TableColumn
+from latentreward.data import HPDv3Reader
+from latentreward.reward import CallableScorer, HTTPScorer, RemoteError, RemoteServer, ServedImages, TableColumn
+from latentreward.reward.scorers.pair_scoring import PairScoring
+from tests.apps.serving.servers import serving, tiny_reward
+from tests.formats.conftest import COMMITTED
+from tests.reward.remote.judges import judged, judging, plain
 
 
 def brightness(prompts: Sequence[str], images: Sequence[Image.Image], scale: float = 1.0) -> torch.Tensor:
@@ -44,12 +49,6 @@ def test_a_function_in_batches(pictures) -> None:
     torch.testing.assert_close(scores, brightness([], pictures))
     assert sizes == [(4, 4), (2, 2)]
     assert CallableScorer(counted, "bright")([], []).shape == (0,)
-
-
-def test_identities() -> None:
-    assert CallableScorer(brightness, "bright").identity().endswith("test_plugins.brightness")
-    assert ".Constant, " in CallableScorer(Constant(1.0), "one").identity()
-    assert CallableScorer(Constant(1.0), "one")(["p"], [Image.new("RGB", (1, 1))]).dtype == torch.float32
 
 
 class Remembering(Constant):
@@ -151,3 +150,45 @@ def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None
     (tmp_path / "vqa.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         TableColumn(tmp_path / "vqa.csv", "vqa")
+
+
+PROMPTS = ["a red circle", "two blue squares", "a cross"]
+IMAGES = [Image.new("RGB", (16, 16), (80 * number, 0, 0)) for number in range(3)]
+
+
+def test_scores_are_those_of_the_judge() -> None:
+    with judging() as judge:
+        scorer = HTTPScorer(RemoteServer(judge.url), name="judge", batch_size=2)
+        scorer.prepare()
+        expected = torch.tensor([judged(*row) for row in zip(PROMPTS, IMAGES, strict=True)])
+        torch.testing.assert_close(scorer(PROMPTS, IMAGES), expected)
+        assert sorted(judge.sizes) == [1, 2]
+        assert scorer.identity() == f"HTTPScorer {judge.url} PlainJSON(path='/score')"
+        assert scorer.columns == ("judge",)
+
+
+def test_our_own_server_gives_the_models_scores() -> None:
+    model = tiny_reward()
+    with serving(model, token="secret") as (url, _), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCORES_TOKEN", "secret")
+        scorer = HTTPScorer(RemoteServer(url, token_env="SCORES_TOKEN"), ServedImages())
+        torch.testing.assert_close(scorer(PROMPTS, IMAGES), model.score(PROMPTS, IMAGES))
+        with pytest.raises(RemoteError, match="HTTP 401: give this server's token"):
+            HTTPScorer(RemoteServer(url), ServedImages())(PROMPTS, IMAGES)
+
+
+def test_kept_scores_of_pairs_are_not_mixed_with_another_models() -> None:
+    reader = HPDv3Reader(str(COMMITTED / "hpdv3"), "test", on_error="placeholder")
+    tables, cut = [], len(reader) // 2
+    for model in ("first", "first", "second"):
+        with judging(lambda request, model=model: {**plain(request), "model": model}) as judge:
+            scoring = PairScoring(reader, [HTTPScorer(RemoteServer(judge.url))])
+            for rows, table in tables:
+                scoring.recall(rows, table)
+            if model == "first":
+                tables += scoring.tables([range(cut)] if not tables else [range(cut, cut + 1)])
+                continue
+            told = "scorer 'http': its server now names the model 'second', but scores are kept of the model 'first'"
+            with pytest.raises(InputError, match=told):
+                [*scoring.tables([range(cut + 1, len(reader))])]
+    assert len(tables) == 2

@@ -12,8 +12,13 @@ from torch.nn.functional import normalize
 from latentreward.core.errors import InputError
 from latentreward.data.images import to_pixels
 from latentreward.reward import CLIPScorer, StepAwareScorer
-from latentreward.reward.scorers.step_aware import load_step_aware
-from latentreward.reward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP, embed_timesteps, prepare_pixels
+from latentreward.reward.scorers.step_aware import (
+    STEP_FILE,
+    StepAwareCLIP,
+    embed_timesteps,
+    load_step_aware,
+    prepare_pixels,
+)
 from tests.reward.scorers.tiny_clip import PIXELS
 
 PROMPTS = ["a cat", "", "naïve 🦊\n\nsecond", "word " * 400]
@@ -165,8 +170,6 @@ def test_as_a_scorer_of_images_they_count_as_finished(
 
 
 def test_weights_that_are_not_there_or_do_not_fit_are_refused(clip_folder: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="weights of step_aware: no file"):
-        StepAwareScorer(clip_folder, weights=str(tmp_path / "none.bin"))
     path = tmp_path / "x.bin"
     tensors = published(trained(clip_folder))
     for change, message in (

@@ -78,20 +78,6 @@ def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
     assert "cannot run no-such-program" in refusal(gone, items, tmp_path)
 
 
-def test_a_relative_program_is_one_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tool").mkdir()
-    (tmp_path / "tool/count.py").write_text(f"#!{sys.executable}{COUNT_ALPHA}")
-    (tmp_path / "tool/count.py").chmod(0o755)
-    command, items = ["./count.py", "{pictures}", "{scores}"], pictures(tmp_path / "p", ["a cat"])
-    scorer = CommandScorer(command, "letters", folder=tmp_path / "tool")
-    scorer.prepare()
-    assert scorer.score_pictures(items, "p", tmp_path).tolist() == [4.0]
-    monkeypatch.chdir(tmp_path / "tool")  # where the program is not started
-    for folder in (None, tmp_path):
-        with pytest.raises(InputError, match=r"\./count\.py is no program; give its whole path"):
-            CommandScorer(command, "letters", folder=folder).prepare()
-
-
 @pytest.mark.slow
 def test_a_program_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     source = (

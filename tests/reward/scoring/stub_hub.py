@@ -1,8 +1,7 @@
-"""A hub on this machine: enough of its HTTP interface for the real client to upload and download a model."""
+"""A hub on this machine: enough of its HTTP interface for the real client to download a model."""
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import threading
@@ -24,9 +23,6 @@ class StubHub(ThreadingHTTPServer):
     Attributes:
         repositories: (``owner/name``, branch) → path → content.
         requests: Method and path of each request.
-        tokens: Authorisation of each request.
-        created: Bodies of requests to make a repository.
-        messages: Titles of commits.
     """
 
     daemon_threads = True
@@ -35,9 +31,6 @@ class StubHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[tuple[str, str], dict[str, bytes]] = {}
         self.requests: list[str] = []
-        self.tokens: set[str | None] = set()
-        self.created: list[dict[str, Any]] = []
-        self.messages: list[str] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def at(self, name: str, revision: str) -> dict[str, bytes] | None:
@@ -63,26 +56,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        body = self._body()
         self.server.requests.append(f"{self.command} {path}")
-        self.server.tokens.add(self.headers.get("authorization"))
         for pattern, respond in ROUTES.items():
             if match := re.fullmatch(pattern, path):
-                respond(self, body, *match.groups())
+                respond(self, *match.groups())
                 return
         self.reply({})
 
-    do_GET = do_POST = do_HEAD = do_PUT = _answer
-
-    def _body(self) -> bytes:
-        if self.headers.get("transfer-encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("content-length") or 0))
-        parts = []
-        while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
+    do_GET = do_HEAD = _answer
 
     def reply(self, content: Any, status: int = 200, **headers: str) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -96,33 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         """Say nothing."""
 
-    def create(self, body: bytes) -> None:
-        asked = json.loads(body)
-        self.server.created.append(asked)
-        name = f"{asked['organization']}/{asked['name']}"
-        self.server.repositories.setdefault((name, "main"), {})
-        self.reply({"url": f"{self.server.address}/{name}"})
-
-    def branch(self, body: bytes, name: str, branch: str) -> None:
-        self.server.repositories.setdefault((name, branch), {})
-        self.reply({})
-
-    def preupload(self, body: bytes, name: str, branch: str) -> None:
-        files = [file["path"] for file in json.loads(body)["files"]]
-        self.reply({"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]})
-
-    def commit(self, body: bytes, name: str, branch: str) -> None:
-        files = self.server.repositories[name, branch]
-        for line in map(json.loads, body.splitlines()):
-            if line["key"] == "header":
-                self.server.messages.append(line["value"]["summary"])
-            elif line["key"] == "file":
-                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        commit = commit_of(name, branch)
-        url = f"{self.server.address}/{name}/commit/{commit}"
-        self.reply({"commitUrl": url, "commitOid": commit, "pullRequestUrl": None})
-
-    def info(self, body: bytes, name: str, branch: str | None = None) -> None:
+    def info(self, name: str, branch: str | None = None) -> None:
         files = self.server.at(name, branch or "main")
         if files is None:
             kind = "RepoNotFound" if branch is None else "RevisionNotFound"
@@ -133,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
             {"id": name, "sha": commit_of(name, branch or "main"), "siblings": siblings, "tags": [], "private": False}
         )
 
-    def tree(self, body: bytes, name: str, branch: str) -> None:
+    def tree(self, name: str, branch: str) -> None:
         found = self.server.at(name, branch) or {}
         entries = [
             {"type": "file", "path": path, "size": len(data), "oid": sha1(data).hexdigest()}
@@ -141,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         self.reply(entries)
 
-    def resolve(self, body: bytes, name: str, branch: str, path: str) -> None:
+    def resolve(self, name: str, branch: str, path: str) -> None:
         data = (self.server.at(name, branch) or {}).get(path)
         if data is None:
             self.reply({"error": "not found"}, 404, X_Error_Code="EntryNotFound")
@@ -151,10 +106,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 ID = r"([\w.-]+/[\w.-]+)"
 ROUTES = {
-    r"/api/repos/create": _Handler.create,
-    rf"/api/models/{ID}/branch/(.+)": _Handler.branch,
-    rf"/api/models/{ID}/preupload/(.+)": _Handler.preupload,
-    rf"/api/models/{ID}/commit/(.+)": _Handler.commit,
     rf"/api/models/{ID}/revision/(.+)": _Handler.info,
     rf"/api/models/{ID}/tree/(.+)": _Handler.tree,
     rf"/api/models/{ID}": _Handler.info,

@@ -78,18 +78,6 @@ def test_pictures_of_one_name_with_unlike_bytes_are_two_prompts(model: RewardMod
     assert [prompt in memory for prompt in named] == [True, False, True]
 
 
-@torch.no_grad()
-def test_a_picture_that_is_written_again_is_read_again(model: RewardModel, tmp_path: Path) -> None:
-    memory, scores = model.prompt_memory(8), []
-    for colour in (RED, BLUE):
-        colour.save(tmp_path / "source.png")
-        prompt = edit_prompt("make it red", tmp_path / "source.png")
-        scores.append(model.score(prompt, RED))
-        assert prompt not in memory
-        memory.encode([prompt])
-    assert scores[0] != scores[1]
-
-
 def written_list(folder: Path) -> tuple[ListedImage, ...]:
     for name, image in (("red", RED), ("blue", BLUE)):
         image.save(folder / f"{name}.png")

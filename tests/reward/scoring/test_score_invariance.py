@@ -1,10 +1,5 @@
 """A score depends on prompt and image alone: not on the batch, the order, the process, and little on the precision."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -64,43 +59,6 @@ def test_repeats_and_any_order_give_the_same_bits(model: RewardModel, mixed: boo
         assert torch.equal(shuffled, expected[order])
 
 
-@pytest.mark.slow
-def test_ensembles_and_seeds_do_not_matter_either(model: RewardModel) -> None:
-    levels = [ScoringNoise(sigmas=(0.2, 0.5), seeds=(0, 5)), ScoringNoise(sigmas=(0.7,))]
-    images, prompts = pictures(8), prompts_of(8)
-    expected = model.score_levels(prompts, images, levels, batch_size=8)
-    back = model.score_levels(prompts[::-1], images[::-1], levels, batch_size=8)
-    assert torch.equal(back.flip(0), expected)
-    torch.testing.assert_close(model.score_levels(prompts, images, levels, batch_size=3), expected, **CLOSE)
-
-
-NAMES = ("sd15", "sd35")
-
-
-def score_share(rank: int, processes: int, path: Path) -> None:
-    """What a process of its own does: scores of its share by each model, as exact hexadecimal numbers."""
-    torch.set_num_threads(1)
-    share = slice(rank * COUNT // processes, (rank + 1) * COUNT // processes)
-    prompts, images = prompts_of(COUNT)[share], pictures(COUNT)[share]
-    scores = [scoring_model(name).score(prompts, images, batch_size=4).tolist() for name in NAMES]
-    path.write_text(json.dumps([[value.hex() for value in of_model] for of_model in scores]))
-
-
-@pytest.mark.slow
-def test_process_count_does_not_matter(tmp_path: Path) -> None:
-    score_share(0, 1, tmp_path / "whole.json")
-    paths = [tmp_path / f"{rank}.json" for rank in range(2)]
-    code = "from pathlib import Path; from tests.reward.scoring.test_score_invariance import score_share as s; s"
-    running = [
-        subprocess.Popen([sys.executable, "-c", f"{code}({rank}, 2, Path({str(path)!r}))"])
-        for rank, path in enumerate(paths)
-    ]
-    assert [process.wait(timeout=300) for process in running] == [0, 0]
-    shares = [json.loads(path.read_text()) for path in paths]
-    whole = json.loads((tmp_path / "whole.json").read_text())
-    assert [[score for share in shares for score in share[number]] for number in range(len(NAMES))] == whole
-
-
 def test_bfloat16_keeps_head_vae_and_scores_in_float32(model: RewardModel) -> None:
     name = "sd15" if model.backbone.network_name == "unet" else "sd35"
     exact, half = scoring_model(name), scoring_model(name).set_precision(torch.bfloat16)
@@ -136,11 +94,3 @@ def test_a_cast_is_refused_and_changes_nothing(dtype: torch.dtype) -> None:
         name: weight.dtype for name, weight in before.items()
     }
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-
-
-def test_a_model_is_moved_as_any_module() -> None:
-    model = scoring_model("sd15")
-    assert model.to("cpu").to("cpu", torch.float32).float().to(memory_format=torch.channels_last) is model
-    assert model.share_memory().head.state_dict()["visual_projection.weight"].is_shared()
-    assert nn.Sequential(model.to("meta"))[0].device.type == "meta"
-    assert model.to_empty(device="cpu").device.type == "cpu"

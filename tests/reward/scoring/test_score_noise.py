@@ -1,4 +1,4 @@
-"""Noise levels and draws: named by prompt, seed, level and shape, and nothing else."""
+"""Noise levels and draws are named by prompt, seed, level and shape alone; scores by hand, and their gradients."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,12 @@ from torch import Tensor
 
 from latentreward.core.running import scoring_generator
 from latentreward.diffusion import DDPM, FlowMatching
-from latentreward.reward import RewardModel, ScoringNoise
+from latentreward.reward import CLIPProjectionHead, GatedQFormerHead, RewardModel, ScoringNoise, normalise_score
 from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
+from tests.diffusion.backbones.networks import tiny_backbone
+from tests.marks import rotated_after
 from tests.reward.scoring.models import pictures, scoring_model
-from tests.tiny_pipelines import LATENTS
+from tests.tiny_pipelines import LATENTS, PIXELS
 
 SHAPE = (4, LATENTS, LATENTS)
 
@@ -120,6 +122,86 @@ def test_several_seeds_are_averaged(dina: RewardModel) -> None:
     assert not torch.equal(each[0], each[1])
 
 
-def test_half_precision_latents_are_noised_in_float32(dina: RewardModel) -> None:
-    latents = torch.randn(2, *SHAPE).half()
-    assert torch.equal(dina.score_latents("a cat", latents), dina.score_latents("a cat", latents.float()))
+THREE = ["a cat", "", "a dog"]
+CASES = [("sd15", "lrm"), ("sd35", "dina")]
+
+
+def model_of(name: str, head: str) -> RewardModel:
+    backbone = tiny_backbone(name)
+    spec = backbone.feature_spec
+    made = CLIPProjectionHead(spec) if head == "lrm" else GatedQFormerHead(spec, num_heads=2)
+    return RewardModel(backbone, made).eval().requires_grad_(False)
+
+
+def latents_and_noise() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, len(THREE), 4, LATENTS, LATENTS).unbind()
+
+
+@pytest.mark.parametrize(("name", "head"), CASES)
+def test_one_level_is_noising_reading_and_scoring(name: str, head: str) -> None:
+    model = model_of(name, head)
+    latents, noise = latents_and_noise()
+    timestep = model.backbone.noise_process.timesteps_at(torch.tensor([0.4]))
+    conditioning, uncond = model.encode_prompts(THREE)
+    assert (uncond is None) == (head == "dina")
+    noisy = model.backbone.noise_process.add_noise(latents, noise, timestep.repeat(3))
+    expected = model.head(model.backbone(noisy, timestep.repeat(3), conditioning, uncond))
+    scores = model.score_latents(THREE, latents, noise=ScoringNoise(sigmas=(0.4,)), draws=noise)
+    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(model(noisy, timestep.repeat(3), conditioning, uncond), expected)
+
+
+def test_normalised_scale() -> None:
+    torch.testing.assert_close(normalise_score(torch.tensor([-10.0, 0.0, 5.0])), torch.tensor([0.0, 1.0, 1.5]))
+    assert normalise_score(2.0).item() == pytest.approx(1.2)
+
+
+PROMPTS = ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("sigmas", [(0.5,), (0.2, 0.7)])
+@pytest.mark.parametrize("of", ["latents", "pixels"])
+@pytest.mark.parametrize("name", rotated_after(2, ["sd15", "sd35"]))
+def test_gradients_equal_finite_differences(name: str, of: str, sigmas: tuple[float, ...]) -> None:
+    """Along a random direction, in float64; heads compute norms and means in float32."""
+    model, noise = scoring_model(name), ScoringNoise(sigmas=sigmas)
+    for part in model.children():  # the whole model refuses to be cast
+        part.double()
+    shape = (2, 4, LATENTS, LATENTS) if of == "latents" else (2, 3, PIXELS, PIXELS)
+    start, direction = 0.8 * torch.rand(2, *shape, dtype=torch.float64) - 0.4
+    start.requires_grad_()
+
+    def scores(values: torch.Tensor) -> torch.Tensor:
+        score = model.score_latents if of == "latents" else model.score
+        return score(PROMPTS, values, noise=noise)
+
+    (gradient,) = torch.autograd.grad(scores(start).sum(), start)
+    step = 3e-3
+    with torch.no_grad():
+        slope = (scores(start + step * direction) - scores(start - step * direction)).sum() / (2 * step)
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=2e-3, atol=1e-3 * gradient.norm().item())
+
+
+def test_a_row_gets_the_gradient_of_its_own_score() -> None:
+    model, latents = scoring_model("sd35"), torch.randn(4, 4, LATENTS, LATENTS, requires_grad=True)
+    scores = model.score_latents(["a", "b", "a", "b"], latents, batch_size=3)
+    (gradient,) = torch.autograd.grad(scores[1], latents)
+    assert gradient[1].abs().sum() > 0
+    assert gradient[[0, 2, 3]].abs().sum() == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_no_graph_unless_asked_for(trains: bool) -> None:
+    model = scoring_model("sd15").requires_grad_(trains)
+    latents, pixels = torch.randn(2, 4, LATENTS, LATENTS), torch.zeros(2, 3, PIXELS, PIXELS)
+    assert not model.score_latents(PROMPTS, latents).requires_grad
+    assert not model.score(PROMPTS, pixels).requires_grad
+    assert not model.score(PROMPTS, pictures(2)).requires_grad
+    for values, score in ((latents, model.score_latents), (pixels, model.score)):
+        values.requires_grad_()
+        assert score(PROMPTS, values).requires_grad
+        with torch.no_grad():
+            assert not score(PROMPTS, values).requires_grad
+        with torch.inference_mode():
+            assert not score(PROMPTS, values).requires_grad

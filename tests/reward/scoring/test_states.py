@@ -37,14 +37,6 @@ def test_each_state_gets_the_score_that_the_network_gives_it(model: RewardModel)
             torch.testing.assert_close(scores[row, step], alone[0], atol=2e-5, rtol=1e-4)
 
 
-def test_times_may_differ_between_trajectories(model: RewardModel) -> None:
-    times = torch.stack([TIMES, TIMES.flip(0), TIMES / 2])
-    scores = model.score_states(PROMPTS, states(), times, batch_size=5)
-    for row in range(3):
-        alone = model.score_states(PROMPTS[row], states()[row][None], times[row])
-        torch.testing.assert_close(scores[row], alone[0], atol=2e-5, rtol=1e-4)
-
-
 def test_a_prompt_is_encoded_once_or_taken_as_given(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded, encode = [], model.backbone.encode_prompts
 

@@ -3,8 +3,6 @@
 import json
 from base64 import b64encode
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -13,13 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from latentreward.alignment import LatentReward
 from latentreward.apps.cli import main
-from latentreward.core.contracts import PairTargets
-from latentreward.reward import Calibration, LayerMixHead, RegressionDistillation, RewardModel, ScoringNoise
+from latentreward.reward import Calibration, RewardModel, ScoringNoise
 from latentreward.reward.scoring.image_lists import read_scores
-from tests.alignment.modules.batches import dina, pixel_batch, scores_of
-from tests.alignment.rewards.stored import scores_by, states_of, tiny_policy, write_run
+from tests.alignment.rewards.stored import write_run
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.servers import serving
 from tests.reward.scoring.models import pictures
@@ -58,19 +53,6 @@ def test_the_score_is_the_weighted_sum_at_every_level(model: RewardModel) -> Non
     assert model.score([], [], axes=True).shape == (0, 2)
 
 
-def test_each_axis_learns_from_a_column_of_its_own() -> None:
-    """The gradient of the loss against two columns, at a teacher that differs from the student in one of them."""
-    head = partial(LayerMixHead, width=8, axes=(0.25, 0.75))
-    module = dina(head=head, backbone={"text_taps": [], "tuning": "frozen"}, loss=RegressionDistillation())
-    scores = scores_of(module, pixel_batch(4))
-    chosen, rejected = scores.chosen.detach(), scores.rejected.detach()
-    targets = PairTargets(chosen + torch.tensor([0.0, 1.0]), rejected)
-    module.loss(replace(scores, targets=targets)).backward()
-    bias = module.model.head.mlp[3].bias.grad
-    assert bias[0] == 0
-    assert bias[1] < 0
-
-
 def test_the_weights_are_in_the_config_and_the_card(model: RewardModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
@@ -107,15 +89,6 @@ def settings_in(value: object) -> Iterator[dict]:
         yield value
         for inner in value.values():
             yield from settings_in(inner)
-
-
-def test_alignment_gets_the_score(run: Path, model: RewardModel) -> None:
-    policy = tiny_policy("sd35")
-    states, reward = states_of(policy), LatentReward(str(run), share="never").load(policy)
-    scores = reward(states, reward.encode_prompts(("a cat", "two dogs")))
-    assert scores.shape == (len(states.latents),)
-    module = type("Trained", (), {"model": model})
-    torch.testing.assert_close(scores, scores_by(module, states))
 
 
 def test_the_table_shows_both(run: Path, model: RewardModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,10 +125,3 @@ def test_a_foreign_head_needs_trust(tmp_path: Path) -> None:
     assert type(again.head) is ForeignHead
     latents = torch.randn(2, 4, 8, 8)
     assert torch.equal(again.score_latents("a cat", latents), model.score_latents("a cat", latents))
-
-
-def test_settings_that_do_not_go_with_what_lies_there(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "lrm", "sd15")
-    RewardModel.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "saved")
-    refused(tmp_path / "saved", "config is set, but .* needs none", config="run.yaml")
-    refused(tmp_path / "saved", "revision='v1' is for hub ids", revision="v1")

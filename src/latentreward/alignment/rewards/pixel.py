@@ -16,7 +16,7 @@ from latentreward.reward import ImageScorer, StepAwareScorer
 
 if TYPE_CHECKING:
     from latentreward.alignment.policies.policy import Policy
-    from latentreward.reward.scorers.step_aware_clip import StepAwareCLIP
+    from latentreward.reward.scorers.step_aware import StepAwareCLIP
 
 
 class PixelReward(RewardSource):

@@ -1,4 +1,4 @@
-"""``latentreward publish``: write a reward model as a folder with calibration and model card; upload it to the hub."""
+"""``latentreward publish``: write a reward model as a folder with calibration and model card."""
 
 import sys
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ import torch
 
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_range, errors_at, printable
-from latentreward.core.interrupts import interrupts_told
 from latentreward.core.running import find_device
 from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.durable import check_writable
@@ -21,7 +20,6 @@ from latentreward.reward.scoring.publishing import (
     config_of,
     new_folder,
     probe,
-    upload,
     write_model,
 )
 from latentreward.reward.scoring.scoring_noise import FEWEST, NoiseSettings
@@ -85,9 +83,6 @@ def publish(
     name: str = "",
     base_name: str | None = None,
     run_config: PathText | None = None,
-    push_to_hub: str | None = None,
-    branch: str | None = None,
-    private: bool | None = None,
     batch_size: int = 8,
     device: str = "auto",
     **loading: Any,
@@ -107,20 +102,17 @@ def publish(
             several words.
         datasets: Training data for the model card: hub ids or names; by default the card names the run's readers.
         description: Markdown for the model card.
-        name: Title of the model card; by default the hub id, or the folder's name.
+        name: Title of the model card, e.g. the hub id that the folder will have; by default the folder's name.
         base_name: Name under which others find the base, e.g. owner/name@revision, if the model was trained on a local
             copy. By default the name of the copy's folder is written, and base must be given to load the model.
         run_config: Config file of the model's training run; by default the one beside the checkpoint.
-        push_to_hub: Hub id owner/name to upload to, with the token of this machine's login or of HF_TOKEN.
-        branch: Branch to upload to; by default the main branch.
-        private: Whether the repository is private if the upload creates it; by default the owner's setting.
         batch_size: Images per forward pass.
         device: Device that scores the reference, e.g. cuda:1; auto takes an accelerator if there is one.
         loading: See :class:`~latentreward.reward.ModelSource`.
     """
     check_target(output)
     check_writable(output)
-    card = Card(name or push_to_hub or "", licence, description, tuple(datasets or ()))
+    card = Card(name, licence, description, tuple(datasets or ()))
     listed = None if reference is None else reference.listed()
     source, target = ModelSource(model, config=run_config, **loading), find_device(device)
     loaded = RewardModel.from_pretrained(source, device=target)
@@ -140,14 +132,6 @@ def publish(
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     equal = "equal weights" if before[1] is None else "equal weights and scores"
     print(f"{output}: {size / 1e6:.1f} MB, loads again to {equal}; {calibration_text(calibration)}")
-    if push_to_hub is not None:
-        again = f"latentreward publish {output} {output} --push_to_hub {push_to_hub}"
-        written = f"the folder {output} is written: later run {again}"
-        try:
-            with interrupts_told(lambda: written):
-                print(f"uploaded: {upload(output, push_to_hub, private=private, revision=branch)}")
-        except InputError as error:
-            raise InputError(f"push_to_hub: {error}; {written}") from error
 
 
 def calibrate(model: RewardModel, reference: Reference, listed: "ImageList", batch_size: int) -> Calibration:

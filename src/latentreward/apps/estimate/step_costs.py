@@ -57,7 +57,7 @@ from latentreward.diffusion.cache.store import SPEC, CacheSpec, read_plan
 from latentreward.diffusion.encoders.prompts import PromptEncoder
 from latentreward.diffusion.encoders.vae import LatentEncoder, edit_of_grey
 from latentreward.reward import RewardHead, RewardModule
-from latentreward.reward.scorers.step_aware_clip import StepAwareCLIP
+from latentreward.reward.scorers.step_aware import StepAwareCLIP
 
 TEXT = "text encoders"
 PARTS = {

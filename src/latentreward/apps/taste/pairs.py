@@ -18,8 +18,7 @@ from latentreward.data.images import file_image, image_bytes
 from latentreward.data.readers.base import MAX_PROMPT_CHARS, normalise_prompt
 from latentreward.data.readers.folders import SIDES, find_pictures, read_caption, read_lines
 from latentreward.data.readers.json_rows import parse_line, parse_text
-from latentreward.data.readers.rows import PairRowParser
-from latentreward.data.readers.rows import RowReader
+from latentreward.data.readers.rows import PairRowParser, RowReader
 
 RATINGS = "ratings.jsonl"
 LEAST = 20  # fewest pairs that are split and trained on; even these tell little

@@ -23,7 +23,7 @@ from latentreward.core.storage.durable import write_file
 from latentreward.core.storage.json_files import read_config
 from latentreward.data import ImageError, decode_image
 from latentreward.data.images import file_image
-from latentreward.reward.metrics.shared_pictures import picture_accuracy
+from latentreward.reward.metrics.intervals import picture_accuracy
 
 CHANCE = 0.5
 SCORES = "scores_rank0.parquet"

@@ -8,7 +8,7 @@ import numpy as np
 from latentreward.apps.taste.pairs import Collection, RatedPair, number_of
 from latentreward.core.errors import InputError
 from latentreward.data.readers.base import normalise_prompt
-from latentreward.reward.metrics.shared_pictures import shared_groups
+from latentreward.reward.metrics.intervals import shared_groups
 
 TRAIN, STOP, HELD_OUT = PARTS = ("train", "stop", "held_out")
 """Parts: to train on, to stop early by, and to measure the accuracy with."""

@@ -17,10 +17,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from latentreward.core.checkpoints.base_weights import is_quantized
 from latentreward.core.errors import InputError
 from latentreward.diffusion import DiffusionBackbone
 from latentreward.diffusion.backbones.base import LatentNetwork
-from latentreward.reward.modules.training import refuse_quantized
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 """Methods that Lightning calls in place of ``forward``; FSDP2 must gather weights for these too."""
@@ -110,8 +110,9 @@ def shard_encoders(text_encoder: nn.Module | None, vae: nn.Module | None, mesh: 
 
 def check_axes(module: nn.Module) -> None:
     """Raise InputError if a parameter is a scalar, which has no axis to shard, or quantised."""
-    refuse_quantized(module, "FSDP2")
     for name, parameter in module.named_parameters():
+        if is_quantized(parameter):
+            raise InputError(f"parameter {name} is quantised, which FSDP2 cannot shard; use ddp, or no quantization")
         if parameter.ndim == 0:
             raise InputError(f"parameter {name} is a scalar, which FSDP2 cannot shard; give it the shape (1,)")
 

@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from latentreward.core.checkpoints.base_weights import BaseSample, is_quantized, quantized_names
+from latentreward.core.checkpoints.base_weights import BaseSample, quantized_names
 from latentreward.core.checkpoints.shards import check_weights, frozen_names
 from latentreward.core.errors import InputError, check_choices, check_range
 from latentreward.core.storage.digests import digest
@@ -131,14 +131,6 @@ def share_frozen(module: LightningModule, trainer: Trainer) -> None:
         problem = "the ranks have loaded different frozen weights"
         raise InputError(f"{problem}; give all machines the same files of the base models")
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
-
-
-def refuse_quantized(module: nn.Module, strategy: str) -> None:
-    """Raise InputError if a parameter is quantised, which the named strategy cannot shard."""
-    for name, parameter in module.named_parameters():
-        if is_quantized(parameter):
-            remedy = "use ddp, or no quantization"
-            raise InputError(f"parameter {name} is quantised, which {strategy} cannot shard; {remedy}")
 
 
 def frozen_values(module: nn.Module, names: set[str]) -> Iterator[memoryview | str]:

@@ -16,7 +16,7 @@ from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, errors_at, first_line
 from latentreward.core.running import find_device
 from latentreward.core.storage.digests import digest
-from latentreward.core.storage.hub import is_hub_id, read_locally
+from latentreward.core.storage.hub import read_locally
 from latentreward.diffusion.backbones.loading import check_tokenizer, load_weights
 from latentreward.reward.scorers.base import ImageScorer
 from latentreward.reward.scoring.files import read_state_dict
@@ -90,13 +90,6 @@ class CLIPImageScorer(ImageScorer):
         super().__init__(name, batch_size)
         self.source, self.processor = source, processor or default_processor(source)
         self.revision, self.dtype, self.device = revision, dtype, find_device(device)
-        for origin, file in ((self.source, "config.json"), (self.processor, "preprocessor_config.json")):
-            place = model_source(origin)
-            folder = Path(place)
-            if not folder.is_dir() and not is_hub_id(place):
-                raise InputError(f"source of {name}: {place!r} is neither a folder nor a hub id; give one of them")
-            if folder.is_dir() and not (folder / file).is_file():
-                raise InputError(f"source of {name}: no {file} in {folder}; give a folder saved from a CLIPModel")
 
     def identity(self) -> str:
         sources = self.source if self.processor == self.source else f"{self.source} processor {self.processor}"
@@ -230,15 +223,6 @@ class AestheticScorer(CLIPImageScorer):
     def identity(self) -> str:
         weights = digest((parameter.detach().cpu().numpy().tobytes() for parameter in self.layers.parameters()), 8)
         return f"{super().identity()} weights {weights}"
-
-    def prepare(self) -> None:
-        """Load CLIP, and check that its embeddings have the width that the predictor takes."""
-        expected, width = self.layers[0].in_features, self.towers().model.config.projection_dim
-        if expected != width:
-            raise InputError(
-                f"weights of {self.name}: {self.weights} takes {expected} numbers, but {self.source} gives {width}; "
-                f"give the CLIP model that the predictor was trained on"
-            )
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         return self.layers(self.towers().embed_images(images)).squeeze(-1)

@@ -118,30 +118,27 @@ def padded_pixels(image: Image.Image, side: int) -> Tensor:
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-# Names are OpenCLIP's → transformers': beginnings within a block, whole names, and whole names of transposed matrices.
-BLOCK = {
-    "ln_1.": "layer_norm1.",
-    "ln_2.": "layer_norm2.",
-    "attn.out_proj.": "self_attn.out_proj.",
-    "mlp.c_fc.": "mlp.fc1.",
-    "mlp.c_proj.": "mlp.fc2.",
-}
-WHOLE = {
-    "logit_scale": "logit_scale",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-}
-TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
-IN_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
+NAMES = (
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+    (r"\.attn\.in_proj_", ".self_attn.qkv_proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^text_projection$", "text_projection.weight"),
+)
+"""Patterns of parts of OpenCLIP's names, and what stands in their place in transformers'."""
+UNUSED = ("attn_mask", "logit_bias")  # a buffer in old files, and a parameter that only SigLIP uses
 
 
 def clip_model(tensors: Mapping[str, Tensor], origin: str, heads: int, dtype: torch.dtype) -> Any:
@@ -155,9 +152,9 @@ def clip_model(tensors: Mapping[str, Tensor], origin: str, heads: int, dtype: to
     try:
         converted = _renamed(tensors)
         with torch.device("meta"):
-            model = CLIPModel(_config(tensors, heads))
+            model = CLIPModel(_config(converted, heads))
         model.load_state_dict({name: value.to(dtype) for name, value in converted.items()}, assign=True)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (LookupError, ValueError, RuntimeError) as error:
         reason = one_line(error)[:200]
         raise InputError(f"weights: {origin} are not those of an OpenCLIP model with a ViT ({reason})") from error
     for tower in (model.text_model, model.vision_model):  # buffers that no state dict holds and that are still meta
@@ -167,50 +164,41 @@ def clip_model(tensors: Mapping[str, Tensor], origin: str, heads: int, dtype: to
 
 
 def _config(tensors: Mapping[str, Tensor], heads: int) -> Any:
+    """Read the sizes from weights with transformers' names."""
     from transformers import CLIPConfig
 
-    numbers: dict[str, set[str]] = {"": set(), "visual.": set()}
-    for match in filter(None, map(IN_BLOCK.fullmatch, tensors)):
-        numbers[match[1] or ""].add(match[2])
-    embedding, patches = tensors["token_embedding.weight"], tensors["visual.conv1.weight"]
-    width = tensors["visual.proj"].shape[1]
-    tower = {"num_attention_heads": heads, "hidden_act": "gelu", "projection_dim": width}
-    text = {
-        "vocab_size": len(embedding),
-        "hidden_size": embedding.shape[1],
-        "intermediate_size": len(tensors["transformer.resblocks.0.mlp.c_fc.bias"]),
-        "num_hidden_layers": len(numbers[""]),
-        "max_position_embeddings": len(tensors["positional_embedding"]),
-        "bos_token_id": len(embedding) - 2,
-        "eos_token_id": len(embedding) - 1,  # OpenCLIP pools at the largest id
-    }
-    grid = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
-    vision = {
-        "hidden_size": len(patches),
-        "intermediate_size": len(tensors["visual.transformer.resblocks.0.mlp.c_fc.bias"]),
-        "num_hidden_layers": len(numbers["visual."]),
-        "patch_size": patches.shape[-1],
-        "image_size": grid * patches.shape[-1],
-    }
-    return CLIPConfig(text_config=text | tower, vision_config=vision | tower, projection_dim=width)
+    width, towers = len(tensors["visual_projection.weight"]), dict[str, dict[str, Any]]()
+    for tower in ("text", "vision"):
+        biases = [name for name in tensors if name.startswith(f"{tower}_model.") and name.endswith(".mlp.fc1.bias")]
+        towers[tower] = {
+            "hidden_size": tensors[f"{tower}_model.embeddings.position_embedding.weight"].shape[1],
+            "intermediate_size": len(tensors[biases[0]]),
+            "num_hidden_layers": len(biases),
+            "num_attention_heads": heads,
+            "hidden_act": "gelu",
+            "projection_dim": width,
+        }
+    words = tensors["text_model.embeddings.token_embedding.weight"]
+    patch = tensors["vision_model.embeddings.patch_embedding.weight"]
+    positions = len(tensors["text_model.embeddings.position_embedding.weight"])
+    # OpenCLIP pools at the largest id.
+    ids = {"vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    grid = round((len(tensors["vision_model.embeddings.position_embedding.weight"]) - 1) ** 0.5)
+    pixels = {"patch_size": patch.shape[-1], "image_size": grid * patch.shape[-1]}
+    text = towers["text"] | ids | {"max_position_embeddings": positions}
+    return CLIPConfig(text_config=text, vision_config=towers["vision"] | pixels, projection_dim=width)
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give weights the names of transformers, split attention's three matrices, and transpose the projections."""
     converted: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        match = IN_BLOCK.fullmatch(name)
-        tower, block, inner = match.groups("") if match else ("", "", "")
-        layer = f"{'vision' if tower else 'text'}_model.encoder.layers.{block}."
-        start = next((start for start in BLOCK if inner.startswith(start)), None)
-        if name in WHOLE:
-            converted[WHOLE[name]] = value
-        elif name in TRANSPOSED:
-            converted[TRANSPOSED[name]] = value.T.contiguous()
-        elif start is not None:
-            converted[layer + BLOCK[start] + inner.removeprefix(start)] = value
-        elif packed := re.fullmatch(r"attn\.in_proj_(weight|bias)", inner):
-            for part, tensor in zip("qkv", value.chunk(3), strict=True):
-                converted[f"{layer}self_attn.{part}_proj.{packed[1]}"] = tensor.clone()
-        elif name not in ("attn_mask", "logit_bias"):  # a buffer in old files, and a parameter that only SigLIP uses
-            raise KeyError(f"{name} is unknown")
+    for name in tensors.keys() - UNUSED:
+        value = tensors[name].T.contiguous() if name in ("visual.proj", "text_projection") else tensors[name]
+        for pattern, new in NAMES:
+            name = re.sub(pattern, new, name)  # noqa: PLW2901
+        if "qkv_proj" not in name:
+            converted[name] = value
+            continue
+        for part, tensor in zip("qkv", value.chunk(3), strict=True):
+            converted[name.replace("qkv", part)] = tensor.clone()
     return converted

@@ -27,29 +27,26 @@ INNER_FOLDER = re.compile(r"checkpoints?|lightning_logs|version_\d+")
 """Names of folders inside a run that are left out of a model's name."""
 
 
-def reward_name(path: str, folders: int = 1) -> str:
+def reward_name(path: str) -> str:
     """Derive the name of a reward model's scores in tables from its path.
 
     The name is that of the run or model folder, or the last part of a hub id. The name of a checkpoint is added unless
-    it is one of :data:`PLAIN_CHECKPOINTS`: ``runs/first/checkpoints/step=200.ckpt`` becomes ``first_step_200``. The
-    last ``folders`` folders of the path are kept, of a long name the last 80 characters.
+    it is one of :data:`PLAIN_CHECKPOINTS`: ``runs/first/checkpoints/step=200.ckpt`` becomes ``first_step_200``. Of a
+    long name the last 80 characters are kept.
     """
     place = Path(path).resolve() if Path(path).exists() else Path(path)
     stem = [place.stem] if place.suffix == ".ckpt" and place.stem not in PLAIN_CHECKPOINTS else []
     place = place.parent if place.suffix == ".ckpt" else place
     parts = [part for part in place.parts if not INNER_FOLDER.fullmatch(part) and part != place.anchor]
-    words = re.sub(r"\W+", "_", "_".join([*parts[-folders:], *stem]), flags=re.ASCII).strip("_")[-80:]
+    words = re.sub(r"\W+", "_", "_".join([*parts[-1:], *stem]), flags=re.ASCII).strip("_")[-80:]
     return words if re.match("[A-Za-z]", words) and words not in ("image", "label", "problem") else f"reward_{words}"
 
 
 def reward_names(paths: Sequence[str]) -> list[str]:
-    """Return :func:`reward_name` of each path; names that would be equal get more folders of their paths."""
-    folders = [1] * len(paths)
-    deepest = max((len(Path(path).absolute().parts) for path in paths), default=0)
-    for depth in range(2, deepest + 1):
-        names = [reward_name(path, number) for path, number in zip(paths, folders, strict=True)]
-        folders = [depth if names.count(name) > 1 else number for name, number in zip(names, folders, strict=True)]
-    return [reward_name(path, number) for path, number in zip(paths, folders, strict=True)]
+    """Return :func:`reward_name` of each path, numbered where a name recurs."""
+    names = [reward_name(path) for path in paths]
+    earlier = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name}_{number + 1}" if number else name for name, number in zip(names, earlier, strict=True)]
 
 
 class RewardModelScorer(ImageScorer):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.core.contracts import Conditioning, EditPrompt, Features, ImageRef, LatentSpace, seen_as, sources_of
+from latentreward.core.contracts import Conditioning, EditPrompt, Features, ImageRef, seen_as, sources_of
 from latentreward.core.errors import InputError, check_multiples
 from latentreward.core.storage.digests import digest
 from latentreward.data import PixelLoader, decode_image
@@ -41,14 +41,6 @@ Widths of features are multiples of 8 and CPU vectors hold at most 32 numbers, s
 PROMPTS_KEPT = 32  # number of encoded prompts that are kept for later batches; an encoded prompt of SD3 takes 5 MB
 
 
-class PixelBatch(NamedTuple):
-    """Batch of B images of one size."""
-
-    rows: list[int]  # index of each image among all images to score
-    pixels: Tensor  # ``(B, 3, H, W)``, or of clips ``(B, 3, F, H, W)``, in [-1, 1]
-    unfitting: list[int]  # subset of ``rows``: images with an aspect ratio that the model was not trained on
-
-
 def even_parts(count: int, size: int, step: int) -> Iterator[slice]:
     """Yield slices of up to ``size`` rows that cover ``count`` rows: multiples of ``step`` rows, the rest singly.
 
@@ -73,11 +65,7 @@ def as_images(images: ImageInput | Images, value_range: tuple[float, float] | No
     if isinstance(images, Image.Image | str | Path | bytes | ImageRef):
         return [images]
     if isinstance(images, np.ndarray):
-        if images.ndim not in (3, 4):
-            raise InputError(f"images are an array of shape {images.shape}; give uint8 (N, H, W, 3), or a list")
         return [images] if images.ndim == 3 else list(images)
-    if not isinstance(images, Sized):
-        raise InputError(f"images is a {type(images).__name__}; give a list of images, each {FORMS}")
     return images
 
 
@@ -94,8 +82,6 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
         )
     if value_range is not None and value_range != (-1, 1):
         low, high = value_range
-        if not low < high:
-            raise InputError(f"value_range is {value_range}; give the lowest and the highest value, e.g. (0, 1)")
         pixels = (pixels - low) * (2 / (high - low)) - 1
     if pixels.numel() and pixels.detach().abs().max().item() > LARGEST_PIXEL:
         within = "in [-1, 1]" if value_range is None else f"within value_range={value_range}"
@@ -106,50 +92,19 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
     return pixels
 
 
-def check_frames(images: Images, sizes: ImageSizes | None, space: LatentSpace) -> None:
+def check_frames(images: Images, sizes: ImageSizes | None) -> None:
     """Check that a model trained on images gets images, and one trained on clips gets clips of as many frames."""
-    clips = isinstance(images, Tensor) and images.ndim == 5
-    if clips and space.frame_downscale is None:
-        shape = f"{tuple(images.shape)}, but this model's latents have no time axis"
-        raise InputError(f"images are a tensor of shape {shape}; give (N, 3, H, W)")
-    given = images.shape[2] if clips else 1
+    given = images.shape[2] if isinstance(images, Tensor) and images.ndim == 5 else 1
     if sizes is not None and len(images) and given != sizes.frames:
-        made, trained = (f"clips of {n} frames" if n > 1 else "images" for n in (given, sizes.frames))
         form = f"a tensor (N, 3, {sizes.frames}, H, W)" if sizes.frames > 1 else "images"
-        raise InputError(f"{made} are given, but the model was trained on {trained}; give {form}, or another model")
+        raise InputError(f"images have {given} frames, but the model was trained on {sizes.frames}; give {form}")
 
 
 def check_floating(name: str, tensor: Tensor, axes: int, form: str) -> None:
-    """Raise InputError if an argument is no tensor of floating point numbers with at least so many axes."""
-    if not isinstance(tensor, Tensor):
-        raise InputError(f"{name} is of type {type(tensor).__name__}; give a tensor {form}")
+    """Raise InputError if a tensor has other numbers than floating point, or fewer axes."""
     if tensor.ndim < axes or not tensor.is_floating_point():
         shape = tuple(tensor.shape)
         raise InputError(f"{name} are a {tensor.dtype} tensor of shape {shape}; give floating point {form}")
-
-
-def doubts_of_pixels(pixels: Tensor, sizes: ImageSizes | None, range_given: bool) -> dict[str, str]:
-    """Return warnings about a tensor of pixels ``(N, 3, H, W)`` or ``(N, 3, F, H, W)`` that should lie in [-1, 1].
-
-    The key ``range`` stands for values that all lie in [0, 1], unless the user named their range; ``size`` for a size
-    that the model was not trained at.
-    """
-    doubts: dict[str, str] = {}
-    if not pixels.numel():
-        return doubts
-    if not range_given and pixels.detach().min() >= 0 and pixels.detach().max() <= 1:
-        doubts["range"] = (
-            "all values of the image tensor lie in [0, 1], but [-1, 1] is expected; give value_range=(0, 1), or "
-            "value_range=(-1, 1) if they are right"
-        )
-    height, width = pixels.shape[-2:]
-    loader = None if sizes is None else sizes.loader(height, width)
-    if loader is not None and (loader.height, loader.width) != (height, width):
-        doubts["size"] = (
-            f"the image tensor is {height}×{width} pixels and scored at that size, but the model was trained at "
-            f"{loader.height}×{loader.width}; resize it, or give PIL images, which are resized"
-        )
-    return doubts
 
 
 def pixel_batches(
@@ -159,31 +114,31 @@ def pixel_batches(
     step: int = 1,
     exif: ExifOrientation = "apply",
     groups: Sequence[Any] | None = None,
-) -> Iterator[PixelBatch]:
+) -> Iterator[tuple[list[int], Tensor]]:
     """Yield batches of images of one size, each as soon as it is full; incomplete batches come last.
 
+    A batch is the index of each of its B images among all images, and the pixels ``(B, 3, H, W)``, or of clips
+    ``(B, 3, F, H, W)``, in [-1, 1].
     Images are decoded, turned upright if ``exif`` says so, and resized; pixels are only cut into batches. For ``step``
     see :func:`even_parts`. A batch holds images of one group only, if ``groups`` names that of each image.
     """
     if isinstance(images, Tensor):
         for part in even_parts(len(images), batch_size, step):
-            yield PixelBatch([*range(part.start, part.stop)], images[part], [])
+            yield [*range(part.start, part.stop)], images[part]
         return
     if sizes is None:
         raise InputError("this model does not tell its image size; set its image_sizes, e.g. OneSize(512, 512)")
 
-    def load(item: tuple[int, Any]) -> tuple[Tensor, bool]:
+    def load(item: tuple[int, Any]) -> Tensor:
         decoded = decode_any(item[1], item[0], exif)
-        size = decoded.height, decoded.width
-        return sizes.loader(*size).pixels(decoded), sizes.fits(*size)
+        return sizes.loader(decoded.height, decoded.width).pixels(decoded)
 
     loaded = enumerate(map_ahead(load, enumerate(images), batch_size))
-    kinds = (((pixels.shape, groups and groups[row]), (row, pixels, fits)) for row, (pixels, fits) in loaded)
+    kinds = (((pixels.shape, groups and groups[row]), (row, pixels)) for row, pixels in loaded)
     for batch in by_kind(kinds, batch_size):
         for part in even_parts(len(batch), len(batch), step):
-            rows, pixels, fits = zip(*batch[part], strict=True)
-            unfitting = [row for row, good in zip(rows, fits, strict=True) if not good]
-            yield PixelBatch([*rows], torch.stack(pixels), unfitting)
+            rows, pixels = zip(*batch[part], strict=True)
+            yield [*rows], torch.stack(pixels)
 
 
 def by_kind(items: Iterable[tuple[Any, Item]], size: int) -> Iterator[list[Item]]:
@@ -317,33 +272,25 @@ def score_images(
     memory = memory or PromptMemory(model, max(batch_size, PROMPTS_KEPT))
     rows: list[int] = []
     scores: list[Tensor] = []
-    unfitting: list[int] = []
     numbers = [len(sources_of(prompt)) for prompt in prompts]
-    for batch in pixel_batches(images, model.image_sizes, batch_size, even_step(model), model.exif, numbers):
-        check_multiples("images", batch.pixels.shape[-2:], model.backbone.side_multiple)
-        memory.resize_sources(*batch.pixels.shape[-2:])
-        of_batch = [prompts[row] for row in batch.rows]
-        wanted = torch.is_grad_enabled() and batch.pixels.requires_grad
+    for places, pixels in pixel_batches(images, model.image_sizes, batch_size, even_step(model), model.exif, numbers):
+        check_multiples("images", pixels.shape[-2:], model.backbone.side_multiple)
+        memory.resize_sources(*pixels.shape[-2:])
+        of_batch = [prompts[row] for row in places]
+        wanted = torch.is_grad_enabled() and pixels.requires_grad
         with torch.set_grad_enabled(wanted):
             encoded = EncodedBatch(
-                model.encode_images(batch.pixels.to(model.device), differentiable=wanted),
+                model.encode_images(pixels.to(model.device), differentiable=wanted),
                 of_batch,
                 memory.encode(of_batch),
                 memory.encode_uncond(of_batch),
             )
             scored = torch.stack([score_encoded(model, encoded, noise) for noise in levels], dim=1).cpu()
-        check_finite(scored, of_batch, batch.rows)
-        rows += batch.rows
-        unfitting += batch.unfitting
+        check_finite(scored, of_batch, places)
+        rows += places
         scores.append(scored)
     if not scores:
         return torch.zeros(0, len(levels), *outputs_of(model))
-    if unfitting:
-        model.warn_once(
-            "aspect",
-            f"{len(unfitting)} of {len(rows)} images, first number {min(unfitting)}, have an aspect ratio that the "
-            "model was not trained on; they are cropped to the nearest trained one",
-        )
     return torch.cat(scores)[torch.tensor(rows).argsort()]
 
 
@@ -437,13 +384,9 @@ def prompt_of_each(prompts: str | Sequence[str], count: int) -> Sequence[str]:
     """Return a prompt for each of ``count`` images, a single text repeated; raise InputError if there are others."""
     if isinstance(prompts, str):
         prompts = [prompts] * count
-    if not isinstance(prompts, Sized):
-        raise InputError(f"prompts is a {type(prompts).__name__}; give a text for each image, or a single text for all")
     if len(prompts) != count:
         raise InputError(f"prompts: {len(prompts)} for {count} images; give one for each, or a single text for all")
     for number, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise InputError(f"prompts hold a {type(prompt).__name__}; give texts, the empty one where there is none")
         if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise InputError(f"prompt number {number} {prompt[:60]!a} holds half a character; decode its file as UTF-8")
     return list(prompts)

@@ -163,20 +163,12 @@ def write_adapter(network: nn.Module, folder: Path, base: str) -> None:
     own = {name: network.get_parameter(full) for name, full in names_in_file(network).items()}
     state = {name: weight.detach().cpu().contiguous() for name, weight in own.items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(adapter_settings(network, base), indent=2) + "\n")
-
-
-def adapter_settings(network: nn.Module, base: str) -> dict[str, Any]:
-    """Return the contents of ``adapter_config.json`` for the adapter of ``network``, derived from its LoRA layers.
-
-    Only few entries are written, so that any version of PEFT reads the file.
-    """
     layers = lora_layers(network)
     ranks = {name: layer.r[ADAPTER] for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[ADAPTER] for name, layer in layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     first = next(iter(layers.values()))
-    return {
+    settings = {  # only few entries, so that any version of PEFT reads the file
         "peft_type": "LORA",
         "base_model_name_or_path": base,
         "bias": "none",
@@ -189,6 +181,7 @@ def adapter_settings(network: nn.Module, base: str) -> dict[str, Any]:
         "target_modules": list(layers),
         "use_rslora": bool(first.use_rslora.get(ADAPTER, False)),
     }
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def inject_adapter(network: nn.Module, folder: Path) -> None:

@@ -67,34 +67,20 @@ def find_reward(source: ModelSource, average: bool = True) -> StoredReward:
     ``average`` takes the weights that the callback ``TrainableEMA`` averaged, if a checkpoint has them.
     """
     path, config, base, trusted = source.path, source.config, source.base, source.trust_remote_code
-    if not str(path).strip():
-        raise InputError("the path of the reward model is empty; give a checkpoint, a folder or a hub id")
-    here = Path(path).exists()
-    if here and source.revision is not None:
-        raise InputError(
-            f"revision={source.revision!r} is for hub ids, but reward model {path!r} lies here; leave it out"
-        )
-    place = Path(path) if here else downloaded(path, source.revision)
+    place = Path(path) if Path(path).exists() else downloaded(path, source.revision)
     from latentreward.reward.scoring.stored import PretrainedReward, is_model_folder
 
     layout = published_layout(place)
     saved = layout is None and is_model_folder(place)
-    if layout is None and not saved and (place / "model_index.json").is_file():
-        remedy = "give a checkpoint, or the folder of a model or of a run"
-        raise InputError(f"reward model {path!r} is a diffusers pipeline, not a reward; {remedy}")
     if layout is None and source.published is not None:
         own = "has neither published layout and holds its settings itself"
         raise InputError(f"published is set, but reward model {path!r} {own}; leave it out")
-    if (layout or saved) and config is not None:
-        raise InputError(f"config is set, but reward model {path!r} is not a run and needs none; leave it out")
     if saved:
         return PretrainedReward(place, base, trusted)
     from latentreward.reward.scoring import importers  # few models have another layout
 
     if layout is not None:
         return getattr(importers, layout)(place, base, source.published)
-    if config is not None and not Path(config).is_file():
-        raise InputError(f"config={config!r} does not exist; give the config.yaml of the reward's run")
     settings = None if config is None else Path(config)
     return importers.TrainedReward(checkpoint_of(place), settings, average, base, trusted)
 

@@ -373,16 +373,9 @@ class PublishedLRM(PublishedLayout):
         path = self.folder / "state_dict.pt"
         state = lrm_head_state(read_tensors(path), path)
         spec, projects_text = backbone.feature_spec, "text_projection.weight" in state
-        single, wanted = state["visual_projection.weight"].shape[-1] == spec.visual[-1].width, self.settings.multi_scale
-        if wanted is not None and (wanted == "single") != single:
-            read, others = (
-                ("the mid block alone", "single") if single else ("more than the mid block", "plain or enhanced")
-            )
-            raise InputError(
-                f"multi_scale={wanted!r} does not fit {path}, whose visual_projection reads {read}; leave it out or "
-                f"give {others}"
-            )
-        self.report(guidance=self.settings.guidance, multi_scale=wanted or ("single" if single else "plain"))
+        single = state["visual_projection.weight"].shape[-1] == spec.visual[-1].width
+        scales = self.settings.multi_scale or ("single" if single else "plain")
+        self.report(guidance=self.settings.guidance, multi_scale=scales)
         settings = {
             **self.used,
             "enhance_first": self._family != "SDXL",
@@ -426,19 +419,15 @@ def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor
 
     The log temperature is a number in some published files and a tensor in others.
     """
-    question = "is this an LRM state_dict.pt?"
-    unknown = sorted(set(published) - {"visual_projection", "text_projection", "logit_scale"})
-    missing = [name for name in ("visual_projection", "logit_scale") if name not in published]
-    if unknown or missing:
-        kind = "missing" if missing else "unexpected"
-        raise InputError(f"cannot load {path}: {kind} entry {(missing or unknown)[0]}; {question}")
     state: dict[str, Tensor] = {}
-    for part in published.keys() - {"logit_scale"}:
-        if not isinstance(published[part], Mapping) or "weight" not in published[part]:
-            raise InputError(f"cannot load {path}: missing tensor {part}.weight; {question}")
-        state |= {f"{part}.{name}": tensor for name, tensor in published[part].items()}
+    for part, entries in published.items():
+        named = entries if isinstance(entries, Mapping) else {"": entries}
+        state |= {f"{part}.{name}".removesuffix("."): tensor for name, tensor in named.items()}
+    for name in ("visual_projection.weight", "logit_scale"):
+        if name not in state:
+            raise InputError(f"cannot load {path}: missing tensor {name}; is this an LRM state_dict.pt?")
     with build_errors(f"cannot load {path}: logit_scale: "):
-        state["logit_scale"] = torch.as_tensor(published["logit_scale"], dtype=torch.float32).reshape(1)
+        state["logit_scale"] = torch.as_tensor(state["logit_scale"], dtype=torch.float32).reshape(1)
     for name, tensor in state.items():
         if not_dense({name: tensor}) or (name.endswith(".weight") and tensor.ndim != 2):
             raise InputError(f"cannot load {path}: {name} is not a dense matrix; download it again")

@@ -1,4 +1,4 @@
-"""Writing of a reward model as a model folder with its card, comparison of what is loaded again, and upload."""
+"""Writing of a reward model as a model folder with its card, and comparison of what is loaded again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from latentreward import __version__
 from latentreward.core.checkpoints.base_weights import sample
 from latentreward.core.checkpoints.shards import require_finite
-from latentreward.core.errors import InputError, first_line
+from latentreward.core.errors import InputError
 from latentreward.core.reports.tables import Table, markdown_table, plain
 from latentreward.core.storage.digests import file_hash
 from latentreward.core.storage.durable import contents, replacing
@@ -222,39 +222,6 @@ def check_folder(
         f"the score is {second:.6g} instead of {first:.6g} once the model is saved and loaded again; keep what its "
         "backbone and head compute with in parameters, buffers or settings, and draw nothing at random"
     )
-
-
-def upload(
-    folder: Path,
-    repository: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload reward model",
-) -> str:
-    """Upload a model folder to the hub as one commit, and return the commit's URL.
-
-    The repository ``owner/name`` and the branch ``revision`` (None: the main one) are created if they do not exist.
-    ``private`` is for a new repository; None takes the owner's default. ``token`` None takes that of
-    ``huggingface-cli login`` or ``HF_TOKEN``.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-
-    api = HfApi(token=token, library_name="latentreward")
-    try:
-        api.create_repo(repository, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repository, branch=revision, exist_ok=True)
-        place: dict[str, Any] = {"repo_id": repository, "folder_path": folder, "revision": revision}
-        return str(api.upload_folder(**place, commit_message=commit_message).commit_url)
-    except HFValidationError as error:
-        raise InputError(f"{repository!r} is not a hub id ({first_line(error)}); give owner/name") from error
-    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        raise InputError(f"{repository!r}: the hub refuses ({first_line(error)}); check name and token") from error
-    except Exception as error:  # without a network the error's type depends on the HTTP client of huggingface_hub
-        raise InputError(f"{repository!r}: the hub does not answer ({first_line(error)}); check the network") from error
 
 
 def model_card(config: FolderConfig, card: Card, name: str) -> str:

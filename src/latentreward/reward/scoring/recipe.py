@@ -260,14 +260,9 @@ def head_paths() -> dict[str, str]:
     return {name: path for name, path in found.items() if name.endswith("Head") and name != RewardHead.__name__}
 
 
-def known_names(kind: str) -> Mapping[str, str]:
-    """Return the import paths of the registered backbones or heads, by name."""
-    return backbone_names() if kind == "backbone" else head_paths()
-
-
 def registered_name(kind: str, class_path: str) -> str:
     """Return the registered name for an import path of a registered class; any other path is returned unchanged."""
-    known = known_names(kind)
+    known = backbone_names() if kind == "backbone" else head_paths()
     package, _, last = class_path.rpartition(".")
     if package.startswith("latentreward.") and last in known:  # also by a path of an earlier version
         return last
@@ -276,7 +271,7 @@ def registered_name(kind: str, class_path: str) -> str:
 
 def check_class(kind: str, part: ModelPart, trusted: bool) -> None:
     """Raise InputError if a part names a class that is not registered, unless ``trusted``; nothing is imported."""
-    known = known_names(kind)
+    known = backbone_names() if kind == "backbone" else head_paths()
     if part.name not in known:
         if "." not in part.name:
             raise InputError(f"{kind}: unknown class {part.name!r}{did_you_mean(part.name, known)}")

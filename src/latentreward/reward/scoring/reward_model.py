@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -28,7 +26,6 @@ from latentreward.reward.scoring.ensemble import (
     as_images,
     check_floating,
     check_frames,
-    doubts_of_pixels,
     head_scores,
     prompt_of_each,
     score_given_latents,
@@ -37,7 +34,7 @@ from latentreward.reward.scoring.ensemble import (
 )
 from latentreward.reward.scoring.find import ModelSource, find_reward, name_of
 from latentreward.reward.scoring.precision import halve_products, product_weights
-from latentreward.reward.scoring.scoring_noise import Calibration, ScoringNoise, check_noise
+from latentreward.reward.scoring.scoring_noise import Calibration, ScoringNoise
 
 if TYPE_CHECKING:
     from latentreward.reward.scoring.publishing import Card
@@ -129,24 +126,6 @@ class RewardModel(nn.Module):
         with new_folder(Path(folder)) as partial:
             write_model(self, partial, card or Card(), base, Path(folder).resolve().name)
 
-    def push_to_hub(self, repo_id: str, card: Card | None = None, *, base: str | None = None, **options: Any) -> str:
-        """Upload the files that :meth:`save_pretrained` writes to the hub as one commit; return the commit's URL.
-
-        Args:
-            repo_id: ``owner/name``; the repository is created if it does not exist.
-            card: See :meth:`save_pretrained`.
-            base: See :meth:`save_pretrained`.
-            options: ``private``, ``token``, ``revision`` and ``commit_message``: see
-                :func:`~latentreward.reward.scoring.publishing.upload`.
-        """
-        from latentreward.reward.scoring.publishing import Card, upload
-
-        card = card or Card()
-        with TemporaryDirectory() as place:
-            folder = Path(place) / repo_id.rpartition("/")[2]
-            self.save_pretrained(folder, replace(card, name=card.name or repo_id), base=base)
-            return upload(folder, repo_id, **options)
-
     def score(
         self,
         prompts: str | Sequence[str],
@@ -161,9 +140,6 @@ class RewardModel(nn.Module):
         float32; bitwise equal in batches of equal shape). Prompts are encoded one at a time, and the noise is seeded
         with prompt, seed, noise level and shape of the latents. Gradients flow back if ``images`` is a tensor that
         requires a gradient. Empty lists give an empty tensor.
-
-        A warning is logged, once per model and kind, for a tensor whose values all lie in [0, 1] or whose size differs
-        from the training size, for images whose aspect ratio fits none of the model's buckets, and for empty prompts.
 
         Args:
             prompts: N prompts, or a single text for all images. Of edits, prompts with the pictures that were edited,
@@ -204,17 +180,14 @@ class RewardModel(nn.Module):
                 for a model whose head has these two outputs.
             memory: Encoded prompts of earlier calls, made by :meth:`prompt_memory`; None keeps none between calls.
         """
-        if isinstance(levels, ScoringNoise) or not levels:
-            raise InputError(f"levels is {levels!r}; give a list of at least one ScoringNoise")
-        for noise in levels:
-            check_noise(noise)
         self._check_options(batch_size, axes)
         given = as_images(images, value_range)
         texts = prompt_of_each(prompts, len(given))
-        check_frames(given, self.image_sizes, self.backbone.latent_space)
-        if isinstance(given, Tensor):
-            for kind, doubt in doubts_of_pixels(given, self.image_sizes, value_range is not None).items():
-                self.warn_once(kind, doubt)
+        check_frames(given, self.image_sizes)
+        pixels = given.detach() if isinstance(given, Tensor) and value_range is None else torch.zeros(0)
+        if pixels.numel() and pixels.min() >= 0 and pixels.max() <= 1:
+            doubt = "all values of the image tensor lie in [0, 1], but [-1, 1] is expected"
+            self.warn_once("range", f"{doubt}; give value_range=(0, 1), or value_range=(-1, 1) if they are right")
         self._check_prompts(texts)
         outputs = score_images(self, texts, given, levels, batch_size, memory)
         return outputs if axes else self.head.total(outputs)
@@ -226,9 +199,6 @@ class RewardModel(nn.Module):
 
     def _check_prompts(self, prompts: Sequence[str]) -> None:
         check_sources(f"reward {self.source}".strip(), prompts, self.backbone.sources)
-        if empty := sum(not prompt.strip() for prompt in prompts):
-            text = "the score then says nothing of how well an image fits a text"
-            self.warn_once("prompt", f"{empty} of {len(prompts)} prompts are empty; {text}")
 
     def score_latents(
         self,
@@ -258,8 +228,6 @@ class RewardModel(nn.Module):
             axes: As in :meth:`score_levels`.
         """
         self._check_options(batch_size, axes)
-        if noise is not None:
-            check_noise(noise)
         check_floating("latents", latents, 3, "(N, C, ...)")
         if draws is not None and draws.shape != latents.shape:
             shapes = f"{tuple(draws.shape)}, but latents {tuple(latents.shape)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -85,16 +85,6 @@ class NoiseSettings:
         return replace(own, **given)
 
 
-def check_noise(noise: Any) -> None:
-    """Raise InputError if ``noise`` is not a :class:`ScoringNoise`."""
-    if isinstance(noise, ScoringNoise):
-        return
-    example = "ScoringNoise(sigmas=(0.4,))"
-    if isinstance(noise, int | float):
-        example = f"ScoringNoise({'sigmas' if 0 <= noise <= 1 else 'timesteps'}=({noise:g},))"
-    raise InputError(f"noise is {noise!r}; give a ScoringNoise, e.g. {example}")
-
-
 def timesteps_of(noise: ScoringNoise, process: NoiseProcess) -> Tensor:
     """Return the timesteps ``(K,)``, float32, of ``process`` that are nearest to the K levels of ``noise``."""
     if noise.sigmas:
@@ -173,23 +163,17 @@ class Calibration:
         moments, quantiles = (float(scores.mean()), float(scores.std())), tuple(grid.tolist())
         return cls(*moments, quantiles, reference, len(scores), noise, seed, axes)
 
-    def z_score(self, scores: Tensor, noise: ScoringNoise | None = None) -> Tensor:
-        """Return ``(score − mean) / std`` of each score, float32, in the shape of ``scores``.
-
-        ``noise`` is the noise setting of the scores, whose levels must be those of the calibration; None is not
-        compared.
-        """
-        self.check(noise)
+    def z_score(self, scores: Tensor) -> Tensor:
+        """Return ``(score − mean) / std`` of each score, float32, in the shape of ``scores``."""
         return ((scores.double() - self.mean) / self.std).float()
 
-    def quantile(self, scores: Tensor, noise: ScoringNoise | None = None) -> Tensor:
+    def quantile(self, scores: Tensor) -> Tensor:
         """Return the share of the reference set with a lower score, in [0, 1], float32, in the shape of ``scores``.
 
         The share is interpolated linearly between the stored quantiles. It is 0 up to the smallest and 1 from the
         largest reference score. A score that equals several stored quantiles gets the middle of their range. NaN stays
-        NaN. ``noise`` is that of :meth:`z_score`.
+        NaN.
         """
-        self.check(noise)
         raw = scores.detach().double()
         grid = torch.tensor(self.quantiles, dtype=torch.float64, device=raw.device)
         left = torch.searchsorted(grid, raw.contiguous(), side="left")
@@ -205,9 +189,3 @@ class Calibration:
     def fits(self, noise: ScoringNoise) -> bool:
         """Tell whether the calibration applies to scores at ``noise``: the levels must be equal, seeds may differ."""
         return (self.noise.sigmas, self.noise.timesteps) == (noise.sigmas, noise.timesteps)
-
-    def check(self, noise: ScoringNoise | None) -> None:
-        """Raise InputError if the calibration does not apply to scores at ``noise``; None passes."""
-        if noise is not None and not self.fits(noise):
-            levels = f"calibrated at {self.noise}, but scored at {noise}"
-            raise InputError(f"the model was {levels}; score at that level, or use raw scores")

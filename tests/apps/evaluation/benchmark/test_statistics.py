@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
 from latentreward.apps.evaluation.benchmark.base import (
     AVERAGE,
@@ -25,7 +26,7 @@ from latentreward.apps.evaluation.benchmark.evaluate import (
 from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, judge
 from latentreward.apps.evaluation.benchmark.sections import sections
 from latentreward.core.bootstrap import Interval
-from latentreward.reward import PairCalibration, ScoreCorrelation
+from latentreward.reward import PairCalibration
 from tests.apps.evaluation.benchmark.scored import NAN, drawn, scored
 
 
@@ -127,11 +128,9 @@ def test_agreement_by_hand_and_by_torchmetrics() -> None:
     found = agreement_result(pairs, other)
     alike = (pairs.first > pairs.second) == (other.first > other.second)
     assert (found["pairs"], found["pair"].value) == (90, pytest.approx(alike.mean()))
-    for kind in ("spearman", "pearson"):
-        metric = ScoreCorrelation(kind)
-        for side in ("first", "second"):
-            metric.update(*(torch.tensor(getattr(item, side)) for item in (pairs, other)))
-        assert found[kind].value == pytest.approx(metric.compute().item(), abs=1e-6)
+    scores = [torch.tensor(np.concatenate([item.first, item.second])) for item in (pairs, other)]
+    for kind, metric in {"spearman": spearman_corrcoef, "pearson": pearson_corrcoef}.items():
+        assert found[kind].value == pytest.approx(metric(*scores).item(), abs=1e-6)
 
 
 def test_an_image_that_recurs_counts_once() -> None:

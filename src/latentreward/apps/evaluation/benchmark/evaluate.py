@@ -22,7 +22,7 @@ from latentreward.core import bootstrap
 from latentreward.core.reports.tables import Row
 from latentreward.reward import PairCalibration, Scorer
 from latentreward.reward.metrics.calibration import bin_by_confidence, fit_temperature
-from latentreward.reward.metrics.rank_correlation import clustered_correlation, same_order
+from latentreward.reward.metrics.intervals import clustered_correlation, same_order
 from latentreward.reward.scorers.fingerprints import public_identity
 
 LOOKED_INTO = (
