@@ -1,8 +1,8 @@
 """Measure what a reward on a server costs its client beyond the server's own work; prints a Markdown table.
 
-    python benchmarks/remote_reward.py [latents] [pictures] [--size mid_sd35] [--threads 1]
+    python benchmarks/remote_reward.py [--size mid_sd35] [--threads 1]
 
-A step asks for the scores of new rows, as a rollout does, and waits for all of them: from tensors or pictures to
+A step asks for the scores of new rows, as a rollout does, and waits for all of them: from pictures to
 numbers, with PNG files, requests, parsing, checks and the cache in between. The overhead is the step's time minus the
 time in which the server's model scores (for pictures with the VAE), as a share of the step.
 
@@ -30,14 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from latentreward.apps.serving.app import serve
 from latentreward.apps.serving.service import ScoringService
 from latentreward.apps.serving.settings import ServiceSettings, bind
-from latentreward.core.contracts import Conditioning
-from latentreward.reward import RemoteServer, ServedImages, ServedLatents
-from latentreward.reward.remote.client import Connection, RemoteImages, RemoteLatents
-from latentreward.reward.remote.schemas import ServedReward
+from latentreward.reward import RemoteServer, ServedImages
+from latentreward.reward.remote.client import RemoteImages
 from tests.apps.serving.processes import server_process
 
 BUSY = "busy_seconds"
-TOKENS = 154
 
 Step = Callable[[int], Any]
 """Function that asks for the scores of new rows, drawn with a seed."""
@@ -68,25 +65,6 @@ def busy_seconds(address: str) -> float:
     return float(re.search(rf"^{BUSY}_total (\S+)$", httpx.get(f"{address}/metrics").text, re.MULTILINE)[1])
 
 
-def latents_step(server: RemoteServer, size: str, rows: int, batch_size: int) -> Step:
-    """Return a step of latents with embeddings of prompts, like those of a policy."""
-    backbone = random_model(size).backbone
-    side = backbone.native_size[0] // backbone.latent_space.downscale
-    told = Connection(server).ask("GET", "/v1/model")
-    remote = RemoteLatents(server, ServedLatents(), batch_size, ServedReward(**told))
-    widths = told["prompt_embeds_width"], told["pooled_prompt_embeds_width"]
-
-    def step(seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        latents = torch.randn(rows, backbone.latent_space.channels, side, side, generator=generator)
-        prompt = Conditioning(
-            torch.randn(1, TOKENS, widths[0], generator=generator), torch.randn(1, widths[1], generator=generator)
-        )
-        remote.begin([(one, prompt, 0.4, 0) for one in latents], ["a cat"] * rows)()
-
-    return step
-
-
 def pictures_step(server: RemoteServer, size: str, rows: int, batch_size: int) -> Step:
     """Return a step of pictures, in the size of the network."""
     height, width = random_model(size).backbone.native_size
@@ -101,7 +79,7 @@ def pictures_step(server: RemoteServer, size: str, rows: int, batch_size: int) -
     return step
 
 
-STEPS = {"latents": latents_step, "pictures": pictures_step}
+STEPS = {"pictures": pictures_step}
 
 
 def measure(part: str, address: str, options: argparse.Namespace) -> list[Any]:

@@ -1,5 +1,4 @@
-from .export.lora import TrainedLoRA, write_kohya
-from .export.merged import loading_call, write_merged
+from .export.lora import TrainedLoRA, loading_call, write_kohya, write_merged
 from .losses.clipped_policy import (
     ClippedPolicyLoss,
     OutcomeProcessLoss,
@@ -52,9 +51,18 @@ from .rewards.latent import LatentReward, surrogate
 from .rewards.mixture import RewardMixture
 from .rewards.pixel import PixelReward
 from .rewards.unchanged import UnchangedRegion
-from .rollout.advantages import GDPO, Advantage, DiversityAdvantage, GroupAdvantage, group_advantages
+from .rollout.advantages import (
+    GDPO,
+    Advantage,
+    Credit,
+    DiversityAdvantage,
+    GainCredit,
+    GroupAdvantage,
+    StateCredit,
+    TurningPointCredit,
+    group_advantages,
+)
 from .rollout.candidates import Branching, CandidateStep, candidate_steps
-from .rollout.credit import Credit, GainCredit, StateCredit, TurningPointCredit
 from .rollout.pair_selection import (
     FixedThreshold,
     LinearThreshold,

@@ -35,7 +35,7 @@ from .modules.lrm import LRMModule
 from .modules.reward import RewardModule, ScoredPairs
 from .modules.training import WarmupSchedule
 from .remote.client import RemoteError, RemoteServer
-from .remote.schemas import ImageSchema, PlainJSON, Schema, ServedImages, ServedLatents, UniRL
+from .remote.schemas import ImageSchema, PlainJSON, Schema, ServedImages, UniRL
 from .scorers.base import ImageScorer, Scorer, TableScorer
 from .scorers.clip import AestheticScorer, CLIPScorer, PickScorer
 from .scorers.hpsv2 import HPSv2Scorer
@@ -98,7 +98,6 @@ __all__ = [
     "Scorer",
     "ScoringNoise",
     "ServedImages",
-    "ServedLatents",
     "StepAwareScorer",
     "TableColumn",
     "TableScorer",

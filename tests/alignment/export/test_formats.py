@@ -23,7 +23,7 @@ from latentreward.alignment import (
     write_merged,
 )
 from latentreward.alignment.export.lora import KOHYA_FILE as FILE
-from latentreward.alignment.export.merged import quiet
+from latentreward.alignment.export.lora import quiet
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.diffusion import LoRA

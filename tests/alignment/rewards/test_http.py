@@ -1,15 +1,15 @@
-"""Rewards on a server: pictures for judges, latents for our own server, in mixtures, while others are sampled."""
+"""Rewards on a server: pictures, also of edits, in mixtures, while others are sampled."""
 
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from latentreward.alignment import (
     Branching,
-    DiffusionNFTModule,
     HTTPReward,
     PixelReward,
     Policy,
@@ -20,16 +20,17 @@ from latentreward.alignment import (
     begin_finished,
     score_finished,
 )
-from latentreward.alignment.rewards.http import seed_of
 from latentreward.core.contracts import NoisyStates, PromptBatch
 from latentreward.core.errors import InputError
-from latentreward.reward import CallableScorer, RemoteError, RemoteServer, ScoringNoise, ServedLatents
-from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
+from latentreward.core.reports.drawing import to_image
+from latentreward.reward import CallableScorer, RemoteError, RemoteServer, ServedImages, edit_prompt
 from tests.alignment.modules.simple_reward import FirstChannelReward
 from tests.alignment.modules.test_grpo import attached, source
 from tests.alignment.policies.alignment import tiny_source
-from tests.apps.serving.servers import service_of, serving, started, tiny_reward
+from tests.apps.serving.servers import serving
+from tests.diffusion.families.twins import TWINS
 from tests.reward.remote.judges import hangs_up, judged, judging
+from tests.reward.scoring.models import edit_reward
 
 PROMPTS = PromptBatch(("a red circle", "two blue squares on a white background", "a cross"), ("0/0", "0/1", "0/2"))
 BY_HAND = CallableScorer(
@@ -78,65 +79,6 @@ def test_a_mixture_scores_at_once_and_later_alike(policy: Policy, normalise: str
         torch.testing.assert_close(later.take_means(), at_once.take_means())
 
 
-def test_latents_get_the_scores_of_the_served_model(policy: Policy) -> None:
-    """The served model has the policy's text encoders, and noise by seed alone."""
-    model = tiny_reward()
-    latents, rows = latents_of(policy), torch.arange(6) // 2
-    with serving(model) as (url, _):
-        reward_source = HTTPReward(RemoteServer(url), ServedLatents(sigma=0.4), batch_size=4)
-        assert reward_source.latent_space() == policy.latent_space
-        assert reward_source.uses_sigmas
-        reward = reward_source.load(policy)
-        known = reward.encode_prompts(PROMPTS.prompts)
-        scores = reward.score_clean(latents, rows, known, None, (0.4,))
-        states = NoisyStates(latents, torch.zeros(6), rows, latents)
-        torch.testing.assert_close(reward(states, known), scores)
-        again = reward.score_clean(latents[[0, 0, 2]], torch.tensor([0, 0, 1]), known, None, (0.4,))
-        torch.testing.assert_close(again, scores[[0, 0, 2]])
-        several = reward.score_clean(latents, rows, known, None, (0.2, 0.6))
-        single = [reward.score_clean(latents, rows, known, None, (sigma,)) for sigma in (0.2, 0.6)]
-        torch.testing.assert_close(several, (single[0] + single[1]) / 2)
-        wide, high = (torch.zeros(1, latents.shape[1], *sides) for sides in ((8, 16), (16, 8)))
-        alike = [reward.score_clean(zeros, torch.zeros(1, dtype=torch.int64), known) for zeros in (wide, high)]
-        assert not torch.equal(*alike)  # equal bytes in another shape
-    noise, process = ScoringNoise(sigmas=(0.4,)), model.backbone.noise_process
-    sigma = process.sigma(timesteps_of(noise, process)).item()
-    for row in range(3):
-        some = 2 * row + torch.arange(2)
-        conditioning = policy.encode_prompts([PROMPTS.prompts[row]] * 2)
-        draws = draw_noise([""] * 2, seed_of(known[0][row]), sigma, latents.shape[1:])
-        options = {"noise": noise, "draws": draws, "conditioning": (conditioning, None)}
-        torch.testing.assert_close(scores[some], model.score_latents([""] * 2, latents[some], **options))
-
-
-def test_another_model_on_a_server_of_latents_is_noticed(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_reward()
-    with serving(model) as (url, _):
-        reward = HTTPReward(RemoteServer(url), ServedLatents()).load(policy)
-        known, row = reward.encode_prompts(PROMPTS.prompts), torch.zeros(1, dtype=torch.int64)
-        reward.score_clean(latents_of(policy, 1), row, known)
-        monkeypatch.setattr(model, "source", "runs/second")
-        with pytest.raises(RemoteError, match=r"the model is now runs/second, .*, but was GatedQFormerHead, .* before"):
-            reward.score_clean(latents_of(policy, 1) + 1, row, known)
-
-
-def test_the_latent_space_is_that_of_the_reward_in_the_path() -> None:
-    models = {"first": tiny_reward(), "second": tiny_reward("sd15", "lrm")}
-    with started(service_of(*models.values(), names="first second")) as url:
-        for name, model in models.items():
-            remote = HTTPReward(RemoteServer(url), ServedLatents(path=f"/rewards/{name}/v1/score"))
-            assert remote.latent_space() == model.backbone.latent_space
-
-
-def test_a_server_of_other_latents_is_refused_before_weights_are_loaded(policy: Policy) -> None:
-    with serving(tiny_reward("sd15", "lrm")) as (url, _):
-        remote = HTTPReward(RemoteServer(url), ServedLatents())
-        with pytest.raises(InputError, match=r"the policy .* makes latents of the space .*, but the reward takes"):
-            remote.require_latents_of(tiny_source("sd35"))
-    with judging() as judge, pytest.raises(RemoteError, match="HTTP 501"):  # it knows no GET
-        HTTPReward(RemoteServer(judge.url), ServedLatents()).latent_space()
-
-
 def trajectories(url: str, at_once: int | None, **server: float) -> TrajectoryGRPOModule:
     reward = HTTPReward(RemoteServer(url, **server))
     options = {"sampling": Sampling(2), "num_trajectories": 2, "guidance_scale": 1.0, "seed": 1}
@@ -165,15 +107,6 @@ def test_prompts_are_scored_while_the_next_are_sampled_and_learned_from_afterwar
         trajectories("http://judge", 0)
 
 
-def test_finished_samples_of_nft_are_scored_in_the_same_way() -> None:
-    with judging() as judge:
-        options = {"sampling": Sampling(2), "num_samples": 2, "prompts_at_once": 2, "seed": 1}
-        module = attached(DiffusionNFTModule(source("sd35_tiny"), HTTPReward(RemoteServer(judge.url)), **options))
-        rows = module.roll_out(PROMPTS)
-        assert sorted(judge.sizes) == [2, 4]
-        assert len({key.rsplit("/", 2)[0] for key in rows.keys}) == 3
-
-
 def test_a_failure_in_a_rollout_leaves_reward_and_statistics_as_they_were() -> None:
     """Step rewards are waited for at each step, so that a later step fails when earlier ones have been counted."""
     with judging(faults=[None, hangs_up]) as judge:
@@ -197,14 +130,15 @@ def test_another_ranks_failure_is_this_ranks_too(policy: Policy) -> None:
             reward.score_clean(latents_of(policy), torch.zeros(6, dtype=torch.int64), ("a cat",))
 
 
-def test_settings_that_cannot_be() -> None:
-    remote = HTTPReward(RemoteServer("http://judge"))
-    assert remote.latent_space() is None
-    with pytest.raises(InputError, match="credit needs the score of a noisy state, which HTTPReward does not give"):
-        remote.require_step_scores("credit")
-    with pytest.raises(InputError, match="needs the gradient of the reward, and HTTPReward has none"):
-        remote.require_gradient("ReFL")
-    with pytest.raises(InputError, match=r"reward\.batch_size is 0"):
-        HTTPReward(RemoteServer("http://judge"), batch_size=0)
-    with pytest.raises(InputError, match=r"schema\.sigma=2 must lie in"):
-        ServedLatents(sigma=2)
+@torch.no_grad()
+def test_pictures_travel_with_their_sources() -> None:
+    latents, rows = torch.randn(3, 16, 8, 12, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1])
+    prompts = [edit_prompt("make it red", Image.new("RGB", (60, 40), colour)) for colour in ("red", "blue")]
+    model, policy = edit_reward(), TWINS["klein_base"].source().load()
+    policy.edit_at(32, 48)
+    with serving(model, max_wait_ms=1) as (url, _):
+        reward = HTTPReward(RemoteServer(url), ServedImages()).load(policy)
+        found = reward.score_clean(latents, rows, reward.encode_prompts(prompts))
+    decoded = reward.decode(NoisyStates(latents, torch.zeros(3), rows, latents))
+    images = [to_image(pixels) for batch in decoded for pixels in batch]
+    torch.testing.assert_close(found, model.score([prompts[row] for row in rows], images), atol=2e-5, rtol=0)

@@ -181,9 +181,8 @@ def test_a_cache_tells_sizes_and_whether_prompts_are_encoded(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schema", ["PlainJSON", "ServedLatents"])
-def test_a_reward_server_is_not_asked(capsys: pytest.CaptureFixture[str], schema: str) -> None:
+def test_a_reward_server_is_not_asked(capsys: pytest.CaptureFixture[str]) -> None:
     config = CONFIGS / "align" / "grpo_trajectory_tiny.yaml"
-    reward = f"{{class_path: HTTPReward, init_args: {{server: {{url: 'http://127.0.0.1:9'}}, schema: {schema}}}}}"
+    reward = "{class_path: HTTPReward, init_args: {server: {url: 'http://127.0.0.1:9'}}}"
     text = shown(capsys, f"--config={config}", f"--model.reward={reward}", "--data.batch_size=4", FEW_STEPS)
     assert "Not counted: the work of the reward server http://127.0.0.1:9." in text

@@ -116,7 +116,7 @@ def test_a_runs_folder_and_its_checkpoints_are_expanded(home: Path, tmp_path: Pa
 
 NAMES = {"base", "cache", "dirpath", "file", "folder", "model", "path", "processor", "results", "root"}
 NAMES |= {"run_config", "source"}
-NO_PATHS = {"PlainJSON.path", "ServedImages.path", "ServedLatents.path", "UniRL.path"}
+NO_PATHS = {"PlainJSON.path", "ServedImages.path", "UniRL.path"}
 
 
 def test_settings_of_shipped_classes_that_are_paths_say_so() -> None:

@@ -18,12 +18,11 @@ from latentreward.alignment.losses.nft import NFTLoss
 from latentreward.alignment.losses.trust_region import Penalty, TrustRegion
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.modules.grpo import LEAST_ADVANTAGE, group_statistics
-from latentreward.alignment.modules.pruned import FinishedSamples
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.policies.moving_average import AVERAGE, OLD, DecayRamp, MovingCopy
 from latentreward.alignment.rewards.base import RewardSource, begin_finished, check_sigmas, rows_of
 from latentreward.alignment.rollout.advantages import Advantage, GroupAdvantage
-from latentreward.alignment.rollout.pruning import Pruning
+from latentreward.alignment.rollout.pruning import FinishedSamples, Pruning
 from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.alignment.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
 from latentreward.core.contracts import PromptBatch, RenoisedGroups, RenoisedSamples, SampledStates, join_rows
@@ -111,21 +110,14 @@ class ForwardProcessModule(AlignmentModule):
         check_sigmas(reward_sigmas)
         if pruning is not None:
             if not self.prunes:
-                raise InputError(
-                    f"pruning: the gradient of {type(self).__name__} is not in proportion to advantages of samples of "
-                    "a prompt, which pruning rescales; leave it out"
-                )
+                raise InputError(f"pruning: {type(self).__name__} is not linear in advantages; leave it out")
             pruning.check("num_samples", num_samples, sampling.num_inference_steps, reward)
         if advantage is not None and (advantage.takes_parts or advantage.takes_features):
-            raise InputError(
-                f"advantage: {type(advantage).__name__} is for TrajectoryGRPOModule; {type(self).__name__} takes "
-                "GroupAdvantage"
-            )
+            name = type(advantage).__name__
+            raise InputError(f"advantage: {name} is for TrajectoryGRPOModule; take GroupAdvantage")
         if trust_region is not None and not isinstance(trust_region, Penalty):
-            raise InputError(
-                f"trust_region: {type(trust_region).__name__} needs a sampler's steps, from which "
-                f"{type(self).__name__} does not learn; take a Penalty such as NormGuard, or TrajectoryGRPOModule"
-            )
+            name = type(trust_region).__name__
+            raise InputError(f"trust_region: {name} needs the steps of a sampler; take a Penalty such as NormGuard")
         if steps is not None:
             steps.choose(sampling.num_inference_steps, torch.Generator())
         # Made before weights are loaded, so that a scheduler that cannot make the steps is refused at once.

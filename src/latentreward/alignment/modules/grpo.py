@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,7 +21,6 @@ from latentreward.alignment.losses.clipped_policy import (
 )
 from latentreward.alignment.losses.trust_region import StepDrift, TrustRegion, check_rules
 from latentreward.alignment.modules.alignment import AlignmentModule
-from latentreward.alignment.modules.pruned import FinishedSamples
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.rewards.base import (
     RewardSource,
@@ -32,11 +30,9 @@ from latentreward.alignment.rewards.base import (
     score_finished,
     score_states,
 )
-from latentreward.alignment.rewards.latent import LatentScorer
-from latentreward.alignment.rollout.advantages import Advantage, GroupAdvantage, group_advantages
+from latentreward.alignment.rollout.advantages import Advantage, Credit, GroupAdvantage, group_advantages
 from latentreward.alignment.rollout.candidates import Branching
-from latentreward.alignment.rollout.credit import Credit, StateCredit
-from latentreward.alignment.rollout.pruning import Pruning, check_scored_once, check_states_reward
+from latentreward.alignment.rollout.pruning import FinishedSamples, Pruning, check_scored_once, check_states_reward
 from latentreward.alignment.rollout.reward_guidance import GuidedSampler, RewardGuidance, require_gradient
 from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.alignment.rollout.step_choice import Window, WindowedSampler
@@ -153,10 +149,7 @@ class StepwiseGRPOModule(GRPOModule):
         **options: Any,
     ) -> None:
         if loss is not None and loss.takes_process:
-            raise InputError(
-                "loss: OutcomeProcessLoss takes two advantages of a step, and StepwiseGRPOModule has one; take "
-                "ClippedPolicyLoss"
-            )
+            raise InputError("loss: StepwiseGRPOModule has one advantage of a step; take ClippedPolicyLoss")
         sampling, candidates = (sampling or Sampling()).with_noise(), candidates or Branching()
         candidates.training_steps(sampling.sampler(policy.resolve_family()))  # before weights are loaded
         super().__init__(policy, reward, sampling, loss, **options)
@@ -233,10 +226,8 @@ class TrajectoryGRPOModule(GRPOModule):
         if loss.takes_process and credit is None:
             raise InputError("loss: OutcomeProcessLoss takes the rewards of the steps too; set credit: StateCredit")
         if advantage is not None and advantage.takes_parts and credit is not None:
-            raise InputError(
-                f"advantage: {type(advantage).__name__} takes each reward of a mixture, and credit those of states; "
-                "leave one of them out"
-            )
+            name = type(advantage).__name__
+            raise InputError(f"advantage: {name} takes each reward of a mixture, unlike credit; leave one of them out")
         if window is not None and reward_guidance is not None:
             raise InputError("window and reward_guidance both choose steps of a rollout; leave one of them out")
         cps = sampling is not None and sampling.flow_noise == "cps" and policy.resolve_family().flow
@@ -250,10 +241,7 @@ class TrajectoryGRPOModule(GRPOModule):
             fits = {"credit": not credit, "reward_guidance": not reward_guidance, "advantage": by_group}
             fits["trust_region"] = "gate" not in rules
             if others := [name for name, fitting in fits.items() if not fitting]:
-                raise InputError(
-                    f"pruning takes one reward of each finished sample, and {others[0]} looks at more; leave one of "
-                    "them out, or take GroupAdvantage"
-                )
+                raise InputError(f"pruning takes one reward of a sample, and {others[0]} looks at more; leave one out")
         sampling = (sampling or Sampling()).with_noise()
         sampler = sampling.sampler(policy.resolve_family())
         steps = Branching(num_trajectories, low, high).training_steps(sampler)  # before weights are loaded
@@ -285,21 +273,6 @@ class TrajectoryGRPOModule(GRPOModule):
     def optional_fields(self) -> set[str]:
         given = {"process": self.loss.takes_process, "old_mean": "ratio" in self.rules, "held": self.gate is not None}
         return {name for name, there in given.items() if there}
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        if self.credit is None or isinstance(self.credit, StateCredit):  # which reads no finished latents
-            return
-        least = min(self.reward_sigmas)
-        for part in self.reward.modules():
-            if not isinstance(part, LatentScorer):
-                continue
-            last, finished = part.levels_at(self.sampler.timesteps[-1:]).item(), part.nearest_level(least)
-            if finished > last + 1e-3:  # the levels are rounded as in the message
-                rank_zero_warn(
-                    f"credit compares the finished latents at σ {least:g}, the least of reward_sigmas, with states "
-                    f"down to σ {last:.3g}; set reward_sigmas to the least noise level that the reward was trained at"
-                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

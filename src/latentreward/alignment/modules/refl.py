@@ -130,10 +130,8 @@ class ReFLModule(AlignmentModule):
         sampling = (sampling or Sampling(num_inference_steps=40)).with_noise()
         low, high = stop_range
         if not 1 <= low <= high <= sampling.num_inference_steps:
-            raise InputError(
-                f"stop_range={list(stop_range)} must satisfy 1 <= low <= high <= num_inference_steps, which is "
-                f"{sampling.num_inference_steps}; it counts the steps that are left"
-            )
+            steps = sampling.num_inference_steps
+            raise InputError(f"stop_range={list(stop_range)} counts steps that are left: 1 <= low <= high <= {steps}")
         check_range(f"[1, {sampling.num_inference_steps}]", gradient_steps=gradient_steps)
         check_sigmas(reward_sigmas)
         weights = {"kl_weight": kl_weight, "pretraining_weight": pretraining_weight}
@@ -144,10 +142,7 @@ class ReFLModule(AlignmentModule):
         if scored == "state":
             reward.require_step_scores("scored=state")
             if low < 2:
-                raise InputError(
-                    f"stop_range={list(stop_range)} with scored=state ends at finished latents, which have no noise "
-                    "level of their own; start it at 2"
-                )
+                raise InputError(f"stop_range={list(stop_range)}: scored=state takes noisy states; start at 2")
             if options.get("guidance_scale") is None:
                 options["guidance_scale"] = family.unguided
         sampler = sampling.sampler(family)
@@ -165,12 +160,6 @@ class ReFLModule(AlignmentModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         refuse_float16(self.trainer.precision)
-        data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and self.pretraining_weight and hasattr(data, "prompts_per_rollout"):  # prompts alone
-            raise InputError(
-                f"pretraining_weight={self.pretraining_weight:g} needs images too, and {type(data).__name__} has "
-                "prompts alone; take data: PromptsAndImages, or set the weight to 0"
-            )
 
     def stop_index(self, batch_idx: int) -> int:
         """Return the index of the step at which the sampler stops, equal on all ranks."""
@@ -281,10 +270,7 @@ class ReFLModule(AlignmentModule):
 
     def _weighted_pretraining(self, images: PreferenceBatch | None) -> Tensor:
         if images is None:
-            raise InputError(
-                f"pretraining_weight={self.pretraining_weight:g} needs images beside the prompts; train with "
-                "data: PromptsAndImages, or set it to 0"
-            )
+            raise InputError("pretraining_weight needs images beside the prompts; take data: PromptsAndImages")
         error = self.pretraining_term(images)
         self.log("train/denoising_error", error, batch_size=len(images))
         return self.pretraining_weight * error

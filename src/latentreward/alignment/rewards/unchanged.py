@@ -73,10 +73,7 @@ class UnchangedRegion(RewardSource):
 
     def load(self, policy: Policy) -> LoadedUnchangedRegion:
         if policy.source_encoder is None:
-            raise InputError(
-                f"reward UnchangedRegion compares edits with their sources, but {policy.family.title} makes pictures "
-                "from text alone; give a policy that edits"
-            )
+            raise InputError(f"reward UnchangedRegion is for policies that edit; {policy.family.title} does not")
         return LoadedUnchangedRegion(policy, self.share, self.source)
 
 

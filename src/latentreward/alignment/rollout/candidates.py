@@ -11,10 +11,10 @@ from torch import Tensor
 
 from latentreward.alignment.policies.policy import Policy
 from latentreward.alignment.rewards.base import Reward, score_states
-from latentreward.alignment.rollout.samplers import Sampling, StepSampler, inside_window
+from latentreward.alignment.rollout.samplers import Sampling, StepSampler
 from latentreward.alignment.rollout.trajectories import PromptedPolicy, RolloutDraws
 from latentreward.core.contracts import PromptBatch
-from latentreward.core.errors import InputError, check_choices, check_range
+from latentreward.core.errors import check_choices, check_range
 
 
 @dataclass
@@ -43,25 +43,11 @@ class Branching:
 
     def steps(self, sampler: StepSampler) -> list[int]:
         """Return the indices of the steps with noise in the window [low, high]; raise InputError if there is none."""
-        sampler.require_noise()
-        inside = inside_window(sampler.timesteps, self.low, self.high) & (sampler.noise_std > 0)
-        if not inside.any():
-            raise InputError(
-                f"no step with noise lies in the window low={self.low:g}, high={self.high:g}; the {len(sampler)} "
-                f"timesteps are {sampler.timesteps[0].item():g} to {sampler.timesteps[-1].item():g}: widen it"
-            )
-        return inside.nonzero().flatten().tolist()
+        return sampler.noisy_steps(self.low, self.high)
 
     def training_steps(self, sampler: StepSampler) -> list[int]:
         """Return :meth:`steps` for a method that trains on them; raise InputError if there are fewer than two."""
-        steps = self.steps(sampler)
-        if len(steps) < 2:
-            raise InputError(
-                f"only the step at timestep {sampler.timesteps[steps[0]].item():g} has noise and lies in the window "
-                f"low={self.low:g}, high={self.high:g}; training needs at least 2: widen the window, or raise "
-                "sampling.num_inference_steps"
-            )
-        return steps
+        return sampler.noisy_steps(self.low, self.high, least=2)
 
 
 @dataclass(frozen=True)

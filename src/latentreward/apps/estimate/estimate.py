@@ -108,7 +108,7 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
     notes = notes_on(settings, costs, sources, gpu)
     for part in module.modules():
         if isinstance(part, RemoteReward):
-            notes.append(f"Not counted: the work of the reward server {part.source.server.url}.")
+            notes.append(f"Not counted: the work of the reward server {part.images.connection.server.url}.")
         if isinstance(part, ImageReward):
             left_out = f"weights and computation of {type(part.scorer).__name__}"
             notes.append(f"Not counted: {left_out}; decoding of the images that it scores is counted.")

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from latentreward.alignment import AlignmentModule, Policy, ReFLModule, Reward
 from latentreward.alignment.rewards.callable import FunctionReward
-from latentreward.alignment.rewards.http import RemoteImageReward, RemoteReward
+from latentreward.alignment.rewards.http import RemoteReward
 from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.alignment.rewards.pixel import DecodingReward, ImageReward
 from latentreward.apps.estimate.batches import make_batch
@@ -227,11 +227,8 @@ def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
         if isinstance(part, PromptEncoder):
             calls.watch(part, "forward")
     for part in () if reward is None else reward.modules():
-        if isinstance(part, ImageReward | RemoteImageReward):  # PIL images, which stand-ins cannot become
+        if isinstance(part, ImageReward | RemoteReward):  # PIL images, which stand-ins cannot become
             part.score = lambda states, _, own=part: torch.cat(own.decode(states)).mean(dim=(1, 2, 3))  # type: ignore[method-assign]
-            part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
-        elif isinstance(part, RemoteReward):
-            part.score = lambda states, encoded: states.clean.flatten(1).mean(dim=1)  # type: ignore[method-assign, union-attr]
             part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
         elif isinstance(part, FunctionReward) or (
             isinstance(part, Reward) and not of_this_package(type(part).__module__)

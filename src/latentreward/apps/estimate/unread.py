@@ -16,8 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.resolvers import oc
 from torch import Tensor
 
-from latentreward.alignment import HTTPReward, LatentReward, Policy, PolicySource
-from latentreward.alignment.rewards.http import RemoteLatentReward, RemoteReward
+from latentreward.alignment import LatentReward, PolicySource
 from latentreward.apps.estimate.pipelines import CLIP_MODELS, HUB_IDS, PIPELINES, write_pipelines
 from latentreward.core.errors import InputError
 from latentreward.core.settings.rewriting import shipped_configs
@@ -151,28 +150,11 @@ class UnreadReward(LatentReward):
         self.__dict__["stored"] = find_settings(settings, sources)
 
 
-class UnaskedReward(HTTPReward):
-    """Replacement for :class:`HTTPReward`; asks no server what latents and embeddings it takes."""
-
-    def served(self, *_: Any) -> None:
-        """Return None: nothing is compared."""
-
-    def load(self, policy: Policy) -> RemoteReward:
-        if self.uses_sigmas:
-            return RemoteLatentReward(self, policy, None)
-        return super().load(policy)
-
-
-UnaskedReward.__name__ = HTTPReward.__name__  # which messages name
-
-
 def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSources) -> None:
     """Replace rewards in a module's settings, in place, by those that read no weights and ask no server."""
     kind = str(settings.get("class_path")).rpartition(".")[2]
     if kind == "StepAwareScorer":
         settings.init_args.weights = None
-    if kind == "HTTPReward":
-        settings.class_path = f"{UnaskedReward.__module__}.{UnaskedReward.__qualname__}"
     if kind == "LatentReward":
         family = policy.resolve_family()
         settings.init_args.usual = usual_reward(family)

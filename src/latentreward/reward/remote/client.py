@@ -16,17 +16,14 @@ from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
-import torch
 from pydantic import Field
-from safetensors.torch import save
-from torch import Tensor
 
-from latentreward.core.contracts import Conditioning, LatentSpace, PathText, identity_of
+from latentreward.core.contracts import PathText, identity_of
 from latentreward.core.errors import InputError, check_range, errors_at, first_line, one_line, printable
 from latentreward.core.interrupts import stop_asked
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.json_files import checked, checked_token, shown, token_of_file
-from latentreward.reward.remote.schemas import ImageSchema, Schema, ServedReward, png_text
+from latentreward.reward.remote.schemas import ImageSchema, Schema, png_text
 
 if TYPE_CHECKING:
     import httpx
@@ -43,7 +40,6 @@ LOOK_S = 0.2  # seconds between two looks for a signal to stop while waiting
 CACHED = 65536  # number of scores that a process remembers; a score takes about 150 bytes
 SCORES = list[Annotated[float, Field(ge=-3.4028235e38, le=3.4028235e38)]]
 """Scores of a reply: finite numbers in the range of float32; a truth value or a text is none."""
-LATENT_HEADERS = {"content-type": "application/octet-stream", "x-drm-protocol-version": "1"}
 
 Row = TypeVar("Row")
 PendingScores = Callable[[], list[float]]
@@ -341,56 +337,3 @@ class RemoteImages(RemoteScores[tuple[str, "Image.Image"]]):
         headers = {"content-type": "application/json"}
         reply = await self.connection.asked("POST", self.schema.path, content, headers)
         return [*self.schema.scores(reply, request)], self.schema.model(reply)
-
-
-LatentRow = tuple[Tensor, Conditioning, float, int]
-"""Clean latents ``(C, ...)``, scaled, encoded prompt of one row, noise level in [0, 1], seed; tensors are float32."""
-
-
-class RemoteLatents(RemoteScores[LatentRow]):
-    """Scores of clean latents from ``latentreward serve``, which :func:`described` describes as ``reward``."""
-
-    def __init__(self, server: RemoteServer, schema: Schema, batch_size: int, reward: ServedReward | None) -> None:
-        super().__init__(server, schema, batch_size)
-        self.reward, self.model = reward, reward.model if reward else None
-
-    def begin(self, rows: Sequence[LatentRow], texts: Sequence[str]) -> PendingScores:
-        """Ask for the scores of N rows with latents of one shape, whose prompts are ``texts``; see ``begin_rows``."""
-        keys = [
-            digest([f"{identity_of(text)}\n{sigma} {seed} {tuple(latents.shape)}\n", latents.numpy()])
-            for (latents, _, sigma, seed), text in zip(rows, texts, strict=True)
-        ]
-        return self.begin_rows(rows, keys)
-
-    async def ask(self, rows: Sequence[LatentRow]) -> tuple[Sequence[Any], str | None]:
-        body = await asyncio.to_thread(self._body, rows)
-        reply = await self.connection.asked("POST", self.schema.path, body, LATENT_HEADERS)
-        # The reply does not name the model, and a server that was started again meanwhile may have another one.
-        return reply["raw_scores"], (await described(self.connection, self.schema)).model
-
-    def _body(self, rows: Sequence[LatentRow]) -> bytes:
-        latents, prompts, sigmas, seeds = zip(*rows, strict=True)
-        joined, takes = Conditioning.join([*prompts]).trimmed(), self.reward
-        tensors = {
-            "latents": torch.stack(latents),
-            "prompt_embeds": joined.prompt_embeds,
-            "u": torch.tensor(sigmas),
-            "seeds": torch.tensor(seeds),
-            "pooled_prompt_embeds": joined.pooled_prompt_embeds if takes.pooled_prompt_embeds_width else None,
-            "prompt_mask": joined.prompt_mask if takes.prompt_mask or takes.pools_tokens else None,
-            **{f"source_{place}": latents for place, latents in enumerate(joined.source_latents)},
-        }
-        return save({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None})
-
-
-async def described(connection: Connection, schema: Schema) -> ServedReward:
-    """Ask ``latentreward serve`` for the description of a reward, beside the path of the schema."""
-    path = f"{schema.path.rpartition('/')[0]}/model"
-    told = await connection.asked("GET", path)
-    try:
-        served: ServedReward = checked(ServedReward, told)
-        LatentSpace.from_record(served.latent_space)
-    except (InputError, TypeError) as error:
-        what = f"{path} answers {shown(told)}; schema: {type(schema).__name__} is for latentreward serve"
-        connection.refuse(what, error)
-    return served

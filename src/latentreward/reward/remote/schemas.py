@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, Json
 
 from latentreward.core.contracts import ImageRef, sources_of
-from latentreward.core.errors import InputError, check_range
+from latentreward.core.errors import InputError
 from latentreward.core.promises import Part
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.json_files import shown
@@ -248,24 +248,3 @@ class UniRL(ImageSchema):
         if name is None or name not in metrics:
             raise InputError(f"schema has reward={self.reward}, metric={self.metric}, and the answer {shown(result)}")
         return metrics[name]
-
-
-@dataclass(frozen=True)
-class ServedLatents(Schema):
-    """Form of ``latentreward serve`` for latents, ``POST /v1/score``: verl-omni's protocol version 1, no VAE at all.
-
-    The server gets the policy's own embeddings of the prompts. So the served model must have been trained on the
-    policy's text encoders, as an adapter on the same pipeline was; latent space and widths of embeddings are compared.
-    All latents of a prompt get the same noise.
-
-    Attributes:
-        sigma: Noise level in [0, 1] at which predicted clean latents of noisy states are scored. Finished latents are
-            scored at the method's ``reward_sigmas``; of several levels the mean counts.
-        path: Path of requests.
-    """
-
-    sigma: float = 0.4
-    path: str = "/v1/score"
-
-    def __post_init__(self) -> None:
-        check_range("[0, 1]", **{"schema.sigma": self.sigma})
