@@ -13,7 +13,6 @@ from latentreward.alignment import LatentReward, Policy, RewardMixture, surrogat
 from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.apps.generation import policy_of
 from latentreward.core.contracts import NoisyStates
-from latentreward.diffusion import LoRA
 from latentreward.reward.modules.training import single_optimizer
 from tests.alignment.rewards.stored import PROMPTS, states_of, tiny_policy, write_run
 from tests.marks import rotated_after
@@ -113,17 +112,6 @@ def test_a_users_pipeline_gets_no_adapter(method: str, name: str, tmp_path: Path
     assert [name for name, _ in policy.network.named_parameters()] == weights
     own = LatentReward(str(tmp_path), share="never").load(policy)
     assert torch.equal(scores(reward, policy), scores(own, policy))
-
-
-@pytest.mark.slow
-def test_an_adapter_on_other_layers_than_the_policys(tmp_path: Path) -> None:
-    write_run(tmp_path, "lrm", "sd15", **SMALL)
-    policy = tiny_policy("sd15", lora=LoRA(2, 4.0, target_modules=("to_q", "proj_in")))
-    own = LatentReward(str(tmp_path), share="never").load(policy)
-    before = outputs(policy)
-    shared = LatentReward(str(tmp_path)).load(policy)
-    assert torch.equal(scores(shared, policy), scores(own, policy))
-    assert torch.equal(outputs(policy), before)
 
 
 @pytest.mark.parametrize(
