@@ -54,7 +54,6 @@ from latentreward.alignment import (
     Teacher,
     TrajectoryGRPOModule,
     TurningPointCredit,
-    UncertaintyGate,
     VarianceThreshold,
 )
 from latentreward.alignment.policies.moving_average import DecayRamp
@@ -69,7 +68,6 @@ from tests.alignment.policies.alignment import tiny_source
 from tests.alignment.rollout.test_ddim import CONFIG
 
 KL = ClippedPolicyLoss(kl_weight=0.1)
-LEVELS: dict[str, Any] = {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.3, 0.6)}
 PIXELS = PixelReward(CallableScorer(lambda prompts, images: torch.zeros(len(images)), name="same"))
 GUIDED = Teacher(guidance_scale=3.0)
 
@@ -149,7 +147,6 @@ ROWS: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: LinearDPO(0.5), "eta=0.5"),
         (lambda: DecayRamp(slope=-1.0), "slope=-1"),
         (lambda: DecayRamp(most=1.0), "most=1"),
-        (lambda: UncertaintyGate(1.0), "share=1"),
         (lambda: RankGate(0.5), "share=0.5"),
         (lambda: NormGuard(0.0), "weight=0"),
         (lambda: FlowDPPO(-1.0), "threshold=-1"),
@@ -209,13 +206,10 @@ ROWS: dict[str, list[tuple[Callable[[], Any], str]]] = {
             "high=0.5",
         ),
         (grpo(trust_region=[GRPOGuard(), FlowDPPO()]), "GRPOGuard and FlowDPPO"),
-        (grpo(**{**LEVELS, "loss": None}), "loss.kl_weight"),
-        (grpo(trust_region=UncertaintyGate(), loss=KL), "reward_sigmas"),
-        (grpo(**{**LEVELS, "reward_sigmas": (0.4, 0.4)}), "reward_sigmas=[0.4, 0.4]"),
-        (grpo(**LEVELS, num_trajectories=2, source_of_reward=OtherChannelsReward), "num_trajectories=2"),
-        (grpo(**LEVELS), "FirstChannelReward has no score at levels"),
-        (grpo(**LEVELS, **mixture("running", OtherChannelsReward)), "trust_region scores each sample"),
         (grpo(trust_region=RankGate(), loss=KL), "RewardMixture"),
+        (grpo(trust_region=RankGate(), **MIXED), "loss.kl_weight"),
+        (grpo(reward_sigmas=(0.4, 0.4)), "reward_sigmas=[0.4, 0.4]"),
+        (pruned("trajectory", trust_region=RankGate(), loss=KL, **MIXED), "trust_region looks at more"),
         (grpo(trust_region=GRPOGuard(), sampling=Sampling(4, flow_noise="cps")), "flow_noise=cps"),
         (grpo(trust_region=GRPOGuard(), loss=OutcomeProcessLoss(), credit=StateCredit()), "OutcomeProcessLoss"),
         (grpo(advantage=GDPO()), "GDPO"),
@@ -231,7 +225,6 @@ ROWS: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (pruned("trajectory", credit=GainCredit()), "credit looks at more"),
         (pruned("trajectory", reward_guidance=RewardGuidance()), "reward_guidance looks at more"),
         (pruned("trajectory", advantage=DiversityAdvantage()), "advantage looks at more"),
-        (pruned("trajectory", **LEVELS), "trust_region looks at more"),
     ],
     "finished samples": [
         (rows("nft", guidance_scale=3.0), "guidance_scale=3"),

@@ -28,7 +28,6 @@ from .losses.trust_region import (
     RatioRule,
     StepDrift,
     TrustRegion,
-    UncertaintyGate,
 )
 from .modules.alignment import AlignmentModule
 from .modules.diffusion_dpo import DiffusionDPOModule
@@ -45,12 +44,11 @@ from .policies.checkpoint import load_policy
 from .policies.loading import PolicySource
 from .policies.policy import POLICY, AdapterSwitch, Policy
 from .rewards.base import Reward, RewardSource, begin_finished, check_sigmas, rows_of, score_finished, score_states
-from .rewards.callable import CallableReward, RandomReward
+from .rewards.callable import CallableReward, RandomReward, UnchangedRegion
 from .rewards.http import HTTPReward
 from .rewards.latent import LatentReward, surrogate
 from .rewards.mixture import RewardMixture
 from .rewards.pixel import PixelReward
-from .rewards.unchanged import UnchangedRegion
 from .rollout.advantages import (
     GDPO,
     Advantage,
@@ -62,8 +60,9 @@ from .rollout.advantages import (
     TurningPointCredit,
     group_advantages,
 )
-from .rollout.candidates import Branching, CandidateStep, candidate_steps
-from .rollout.pair_selection import (
+from .rollout.candidates import (
+    Branching,
+    CandidateStep,
     FixedThreshold,
     LinearThreshold,
     PairSelection,
@@ -73,6 +72,7 @@ from .rollout.pair_selection import (
     SigmaThreshold,
     ThresholdSelection,
     VarianceThreshold,
+    candidate_steps,
     gap_quantiles,
     step_pairs,
 )
@@ -201,7 +201,6 @@ __all__ = [
     "Transition",
     "TrustRegion",
     "TurningPointCredit",
-    "UncertaintyGate",
     "UnchangedRegion",
     "VarianceThreshold",
     "Window",

@@ -1,7 +1,5 @@
 """Trust regions: closed forms, and what they leave alone."""
 
-import math
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ from latentreward.alignment import (
     NormGuard,
     RankGate,
     StepDrift,
-    UncertaintyGate,
     held_weights,
 )
 
@@ -66,41 +63,6 @@ def test_norm_guard_acts_on_predictions_above_the_reference_alone() -> None:
     assert not NormGuard().penalty(prediction.detach(), graph).requires_grad
     assert slope.isfinite().all()
     assert (slope.flatten(1).norm(dim=1) > 1e-6).tolist() == [False, False, True, True, False, False]
-
-
-def test_uncertainty_in_float64_is_its_formula() -> None:
-    rewards = normal(3, 2, 5, seed=6).double() * torch.tensor([1.0, 50.0, 0.02]).view(3, 1, 1)
-    rewards[1, 1] = 7.0  # a level at which all samples of a prompt score equally says nothing: z-scores 0
-    expected = []
-    for prompt in range(2):
-        scores = []
-        for level in range(3):
-            values = rewards[level, prompt].tolist()
-            mean = math.fsum(values) / 5
-            std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / 5)
-            scores.append([(value - mean) / std if std else 0.0 for value in values])
-        for sample in zip(*scores, strict=True):
-            mean = math.fsum(sample) / 3
-            expected.append(math.sqrt(math.fsum((score - mean) ** 2 for score in sample) / 3))
-    found = UncertaintyGate().uncertainty(rewards)
-    assert found.dtype == torch.float64
-    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-12)
-
-
-def test_the_uncertain_are_those_whose_levels_disagree() -> None:
-    agreed = torch.arange(8.0).view(1, 1, 8).repeat(3, 2, 1) * torch.tensor([1.0, 4.0, 0.25]).view(3, 1, 1)
-    gate = UncertaintyGate(0.2)
-    assert gate.uncertainty(agreed).abs().max() < 1e-9
-    agreed[1, 0, [2, 7]] = agreed[1, 0, [7, 2]]
-    uncertainty = gate.uncertainty(agreed)
-    assert sorted(uncertainty[0].topk(2).indices.tolist()) == [2, 7]
-    opened = gate.opens(agreed.permute(1, 2, 0))
-    assert opened.shape == (2, 8)
-    assert opened[0, [2, 7]].all()
-    assert opened.sum() <= 0.2 * 16
-    constant = gate.uncertainty(torch.ones(3, 2, 8))
-    assert not constant.any()
-    assert not gate.opens(torch.ones(2, 8, 3)).any()
 
 
 def test_the_rank_gate_opens_where_rewards_disagree_and_continues_from_a_checkpoint() -> None:

@@ -24,7 +24,6 @@ from latentreward.alignment import (
     StateCredit,
     TrajectoryGRPOModule,
     TurningPointCredit,
-    UncertaintyGate,
 )
 from latentreward.core.contracts import StepSamples, join_rows
 from latentreward.core.errors import InputError
@@ -39,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gains": {"credit": GainCredit(0.5)},
     "dppo": {"trust_region": [FlowDPPO(), NormGuard(0.1)], "loss": ClippedPolicyLoss(max_advantage=None)},
     "process": {"credit": StateCredit(), "loss": OutcomeProcessLoss(kl_weight=0.1)},
-    "uncertain": {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.3, 0.6)},
+    "gate": {"trust_region": RankGate(), "loss": KL},
     "turning": {"credit": TurningPointCredit()},
     "window": {"window": MovingWindow(2, every=1)},
     "guard": {"trust_region": GRPOGuard()},
@@ -68,9 +67,8 @@ def plain() -> tuple[TrajectoryGRPOModule, StepSamples]:
     ],
 )
 def test_every_setting_learns_from_its_rows(name: str, setting: str) -> None:
-    options = SETTINGS[setting]
-    reward = OtherChannelsReward if setting == "uncertain" else FirstChannelReward
-    module = trajectory(name, source_of_reward=reward, **options)
+    options = SETTINGS[setting] | ({"source_of_reward": lambda scale: MIXED} if setting == "gate" else {})
+    module = trajectory(name, **options)
     samples = module.roll_out(BATCH)
     again = from_plain(as_plain(samples), StepSamples)
     for field in fields(StepSamples):
@@ -114,7 +112,7 @@ def test_the_guard_starts_as_plain_grpo_up_to_its_scale(plain: tuple[TrajectoryG
 
 
 def test_the_gate_holds_whole_trajectories() -> None:
-    module = trajectory("sd35_tiny", source_of_reward=OtherChannelsReward, **SETTINGS["uncertain"])
+    module = mixture(**SETTINGS["gate"])
     samples = module.roll_out(BATCH)
     held = samples.held[:, 0].unflatten(0, (-1, 6))
     assert held.any()
@@ -186,14 +184,6 @@ def test_finished_samples_are_scored_once_by_each_reward(options: dict[str, Any]
     assert torch.equal(samples.latents, plain.latents)
     if "advantage" not in options:
         assert torch.equal(samples.advantage, plain.advantage)
-
-
-def test_a_gate_changes_no_reward() -> None:
-    """Also where the score of several levels is not the mean of their scores, as of an ensemble of tokens."""
-    options = {"loss": KL, "reward_sigmas": (0.3, 0.6), "source_of_reward": OtherChannelsReward}
-    gated = trajectory("sd35_tiny", trust_region=UncertaintyGate(), **options).roll_out(BATCH)
-    plain = trajectory("sd35_tiny", **options).roll_out(BATCH)
-    assert torch.equal(gated.advantage, plain.advantage)
 
 
 @pytest.mark.slow

@@ -193,8 +193,8 @@ def test_stops_of_an_epoch_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_prompt_is_sampled_alike_in_any_batch() -> None:
     module = refl(guidance_scale=2.0)
-    whole = module.sample(PROMPTS, 3).latents
-    alone = module.sample(PromptBatch(PROMPTS.prompts[1:2], PROMPTS.keys[1:2]), 3).latents
+    whole = module.sample(PROMPTS, 3)[0]
+    alone = module.sample(PromptBatch(PROMPTS.prompts[1:2], PROMPTS.keys[1:2]), 3)[0]
     torch.testing.assert_close(whole[1:], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -223,7 +223,7 @@ def test_pretraining_term_is_the_denoising_error_of_the_chosen_images() -> None:
     module = refl(pretraining_weight=2.0)
     images = collate_pairs(loaded_pairs(3))
     batch = {"prompts": PROMPTS, "images": images}
-    reward = module.reward_term(PROMPTS, module.sample(PROMPTS, module.stop_index(0)).latents)[0]
+    reward = module.reward_term(PROMPTS, module.sample(PROMPTS, module.stop_index(0))[0])[0]
     error = module.pretraining_term(images)
     torch.testing.assert_close(module.training_step(batch, 0), reward + 2 * error)
     assert error.requires_grad

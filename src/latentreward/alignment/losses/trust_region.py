@@ -18,7 +18,7 @@ from latentreward.core.promises import Part, detached, returns, shown, tensor, w
 if TYPE_CHECKING:
     from latentreward.alignment.rewards.base import RewardSource
 
-Taken = Literal["rewards", "levels", "parts"]
+Taken = Literal["rewards", "parts"]
 """Values of a rollout's samples that a gate may take; see :class:`KLGate`."""
 
 
@@ -32,10 +32,9 @@ class TrustRegion(Part):
     # ``penalty`` (adds a term).
     kind = ""
 
-    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
+    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, gaussian: bool) -> None:
         """Raise InputError, before anything is loaded, if the rule does not go with loss and reward.
 
-        ``samples`` are those of a prompt, ``levels`` the noise levels at which finished latents are scored;
         ``gaussian`` tells whether log-probabilities of steps are those of Gaussians.
         """
         if loss.takes_process:
@@ -112,8 +111,8 @@ class GRPOGuard(RatioRule):
     def __init__(self, per_step: bool = False) -> None:
         self.per_step = per_step
 
-    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
-        super().check(loss, reward, samples, levels, gaussian)
+    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, gaussian: bool) -> None:
+        super().check(loss, reward, gaussian)
         if not gaussian:
             raise InputError("trust_region: GRPOGuard needs Gaussian log-probabilities, unlike sampling.flow_noise=cps")
 
@@ -202,24 +201,19 @@ class KLGate(TrustRegion):
     """Rule that selects the samples that get the KL term; the term is 0 for a batch without such samples.
 
     Attributes:
-        takes: Values of K samples of each of P prompts that :meth:`opens` takes: ``rewards`` ``(P, K)``; ``levels``
-            ``(P, K, L)``, the rewards at each of L noise levels; ``parts`` ``(P, K, R)``, the scores of R rewards of a
-            mixture, times −1 for a reward with a negative weight.
+        takes: Values of K samples of each of P prompts that :meth:`opens` takes: ``rewards`` ``(P, K)``; ``parts``
+            ``(P, K, R)``, the scores of R rewards of a mixture, times −1 for a reward with a negative weight.
     """
 
     kind = "gate"
     takes: Taken = "rewards"
 
-    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
-        super().check(loss, reward, samples, levels, gaussian)
-        name, by_level = type(self).__name__, self.takes == "levels"
+    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, gaussian: bool) -> None:
+        super().check(loss, reward, gaussian)
+        name = type(self).__name__
         if loss.kl_weight == 0:
             raise InputError(f"trust_region: {name} chooses where the KL term acts; set loss.kl_weight above 0")
-        if by_level and levels < 2:
-            raise InputError(f"trust_region: {name} compares noise levels; give reward_sigmas two or more")
-        if by_level and not reward.uses_sigmas:
-            raise InputError(f"trust_region: {name} needs LatentReward; {type(reward).__name__} has no score at levels")
-        if self.takes == "parts" and reward.parts < 2:
+        if self.takes == "parts" and len(reward.part_weights) < 2:
             raise InputError(f"trust_region: {name} compares rewards; take a RewardMixture of at least 2")
 
     @abstractmethod
@@ -233,39 +227,6 @@ class KLGate(TrustRegion):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from the :meth:`state` of a checkpoint."""
-
-
-class UncertaintyGate(KLGate):
-    """KL term on samples for which a latent reward is uncertain: its scores at several noise levels disagree.
-
-    Ours, after GARDO (arXiv:2512.24138). The reward of each noise level is z-scored among the samples of a prompt; a
-    sample's uncertainty u is the standard deviation of these values over the levels. The KL term acts on samples with
-    u above the (1 − ``share``) quantile of the rollout.
-
-    Args:
-        share: Share of samples on which the KL term acts, in (0, 1).
-    """
-
-    takes = "levels"
-
-    def __init__(self, share: float = 0.2) -> None:
-        check_range("(0, 1)", "0.2 lets the KL term act on a fifth", share=share)
-        self.share = share
-
-    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
-        super().check(loss, reward, samples, levels, gaussian)
-        check_range("[3, inf)", "UncertaintyGate compares z-scores, and those of two are ±1", num_trajectories=samples)
-
-    def opens(self, values: Tensor) -> Tensor:
-        found = self.uncertainty(values.permute(2, 0, 1).contiguous())
-        return found > found.flatten().quantile(1 - self.share)
-
-    def uncertainty(self, rewards: Tensor) -> Tensor:
-        """Compute the uncertainty ``(P, K)``, float64, of rewards ``(L, P, K)`` at L ≥ 2 noise levels."""
-        values = to_float64(rewards)
-        std, mean = torch.std_mean(values, dim=2, correction=0, keepdim=True)
-        scores = torch.where(std > 0, (values - mean) / std.where(std > 0, 1.0), 0.0)
-        return scores.std(dim=0, correction=0)
 
 
 class RankGate(KLGate):

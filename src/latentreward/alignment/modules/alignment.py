@@ -20,8 +20,7 @@ from latentreward.alignment.rewards.base import Reward, RewardSource
 from latentreward.alignment.rewards.http import RemoteReward
 from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.alignment.rollout.advantages import Advantage
-from latentreward.alignment.rollout.candidates import CandidateStep, candidate_steps
-from latentreward.alignment.rollout.pair_selection import gap_quantiles
+from latentreward.alignment.rollout.candidates import CandidateStep, candidate_steps, gap_quantiles
 from latentreward.alignment.rollout.samplers import Sampling, Transition, reporting_steps
 from latentreward.alignment.rollout.trajectories import RolloutDraws
 from latentreward.core.contracts import (

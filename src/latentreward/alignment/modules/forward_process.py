@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from latentreward.alignment.losses.matching import MatchingLoss, velocity_divergence
@@ -89,21 +88,14 @@ class ForwardProcessModule(AlignmentModule):
     ) -> None:
         family, sampling, steps = policy.resolve_family(), sampling or self.usual_sampling, steps or self.usual_steps
         if self.flows_only and not family.flow:
-            raise InputError(
-                f"policy.source={policy.source!r} is {family.title}, no rectified flow; {type(self).__name__} needs a "
-                "flow (SD3, FLUX.1, …); use RAM, LPO or GRPO"
-            )
+            told = f"policy.source={policy.source!r} is {family.title}, no rectified flow"
+            raise InputError(f"{told}, which {type(self).__name__} needs; use RAM, LPO or GRPO")
         guidance_scale = family.unguided if guidance_scale is None else guidance_scale
         if family.needs_uncond(family.guidance(guidance_scale)):
-            raise InputError(
-                f"guidance_scale={guidance_scale:g}: {type(self).__name__} samples and trains without guidance; leave "
-                f"it out or set it to {family.no_guidance:g}"
-            )
+            raise InputError(f"guidance_scale={guidance_scale:g}: {type(self).__name__} has no guidance; leave it out")
         noise = "noise_level" if family.flow else "eta"
         if value := getattr(sampling, noise):
-            raise InputError(
-                f"sampling.{noise}={value:g}: {type(self).__name__} samples without noise; leave it out or set it to 0"
-            )
+            raise InputError(f"sampling.{noise}={value:g}: {type(self).__name__} samples without noise; leave it out")
         if self.compares:
             check_range("[2, inf)", "one leaves nothing to compare", num_samples=num_samples)
         check_at_least_one(prompts_at_once=prompts_at_once)
@@ -130,7 +122,6 @@ class ForwardProcessModule(AlignmentModule):
         self.rollout = FinishedSamples(num_samples, levels, pruning)
         self.copies = [MovingCopy(self.policy, name, ramp) for name, ramp in copies.items()]
         self.followed = 0
-        self._warned = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -167,20 +158,7 @@ class ForwardProcessModule(AlignmentModule):
             samples = join_rows(self._rows_of(prompts, latents.unflatten(0, advantage.shape), advantage))
         else:
             samples = join_rows(self._rows_of(self.rollout.samples, latents, advantage.flatten()))
-        self._warn_of_leftovers(len(samples))
         return samples
-
-    def _warn_of_leftovers(self, rows: int) -> None:
-        """Warn once of rows of a rollout that no whole number of optimiser steps takes."""
-        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
-        step = size and size * self.trainer.accumulate_grad_batches
-        if step and rows % step and step % rows and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                f"a rollout has {rows} rows on each rank, an optimiser step takes {step} (data.batch_size x "
-                "trainer.accumulate_grad_batches): rows that are left over are learned from after the adapter 'old' "
-                "has moved on; choose a divisor"
-            )
 
     def move_copies(self) -> None:
         """Let the copies follow the policy, once after each optimiser step."""

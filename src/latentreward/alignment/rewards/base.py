@@ -121,24 +121,14 @@ class Reward(nn.Module, Part):
         return scores.float()
 
 
-def _wrong_reward(found: Reward, source: RewardSource, policy: Policy) -> str | None:
-    if problem := of_class(Reward)(found):
-        return problem
-    if source.parts != len(source.part_weights):
-        return f"a reward of parts={source.parts}, but {len(source.part_weights)} part_weights; it must be one for each"
-    return None
-
-
 class RewardSource(Part):
     """Settings of a reward, as given in YAML. Weights are loaded by :meth:`load` only.
 
     Attributes:
-        parts: Number of rewards that a mixture holds; 1 for any other reward.
-        part_weights: Weights of the rewards of a mixture.
+        part_weights: Weights of the rewards of a mixture, one for each; of any other reward a single one.
         uses_sigmas: Whether the reward scores finished latents at noise levels, as latent rewards do.
     """
 
-    parts: int = 1
     part_weights: Sequence[float] = (1.0,)
     uses_sigmas: bool = False
 
@@ -196,7 +186,7 @@ class RewardSource(Part):
             raise InputError(f"{told}, which {type(self).__name__} does not give; take a LatentReward, or leave it out")
 
     @abstractmethod
-    @returns(_wrong_reward)
+    @returns(of_class(Reward))
     def load(self, policy: Policy) -> Reward:
         """Load the reward, frozen, to score states of ``policy``."""
 

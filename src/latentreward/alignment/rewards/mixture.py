@@ -56,12 +56,7 @@ class RewardMixture(RewardSource):
         self.rewards, self.weights, self.normalise = list(rewards), weights, normalise
 
     @property
-    def parts(self) -> int:  # type: ignore[override]  # no attribute: recorded settings hold those
-        """Number of rewards."""
-        return len(self.rewards)
-
-    @property
-    def part_weights(self) -> Sequence[float]:  # type: ignore[override]
+    def part_weights(self) -> Sequence[float]:  # type: ignore[override]  # no attribute: recorded settings hold those
         """Weights of the rewards."""
         return self.weights
 

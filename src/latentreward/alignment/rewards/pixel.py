@@ -62,6 +62,7 @@ class DecodingReward(Reward):
 
     def decode(self, states: NoisyStates) -> list[Tensor]:
         """Decode ``states.clean`` of images to pixels, about [-1, 1], ``(≤ decode_batch_size, 3, H, W)`` at a time."""
+        assert states.clean is not None
         if states.clean.ndim == 5 and states.clean.shape[2] > 1:
             raise InputError("sampling.frames makes clips, but a reward on pixels scores images; set it to 1")
         return [self.policy.vae.decode(part) for part in states.clean.split(self.decode_batch_size)]

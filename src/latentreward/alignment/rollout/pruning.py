@@ -49,13 +49,9 @@ class BestAndWorst(PruningRule):
 def check_states_reward(field: str, reward: RewardSource) -> None:
     """Raise InputError, before any weight is loaded, if a reward cannot score noisy states beside finished samples."""
     reward.require_step_scores(field)
-    check_scored_once(f"{field} scores noisy states too", reward)
-
-
-def check_scored_once(more: str, reward: RewardSource) -> None:
-    """Raise InputError for a reward with running statistics where there are ``more`` scores than the rewards."""
     if reward.remembers():
-        raise InputError(f"{more}, which normalise: running would count too; set normalise: group or none")
+        told = f"{field} scores noisy states too, which normalise: running would count"
+        raise InputError(f"{told}; set normalise: group or none")
 
 
 @dataclass
