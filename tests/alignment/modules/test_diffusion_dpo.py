@@ -164,7 +164,7 @@ def test_an_unlabelled_pair_needs_no_noise() -> None:
 
 @pytest.mark.parametrize(
     ("noise", "key"),
-    [((), "pair pair0"), ((NOISES[0], None), "pair pair1"), (("[0]", NOISES[0]), "[0] names no noise")],
+    [((), "pair pair0"), ((NOISES[0], None), "pair pair1"), (("[0]", NOISES[0]), "names no noise")],
 )
 def test_pairs_without_their_noise_are_refused(noise: tuple[str | None, ...], key: str) -> None:
     batch = replace(generated_batch(), chosen_noise=noise, rejected_noise=noise)

@@ -272,7 +272,7 @@ def test_a_checkpoint_without_the_moving_average_is_refused(tmp_path: Path) -> N
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(make("awm", loss=MatchingLoss(average_weight=0.0)), datamodule=loaders())
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(InputError, match="has no adapter 'average', which this run keeps beside the policy"):
+    with pytest.raises(InputError, match="has no adapter 'average'"):
         make_trainer(tmp_path, max_steps=2).fit(make("awm"), datamodule=loaders(), ckpt_path=tmp_path / "plain.ckpt")
 
 

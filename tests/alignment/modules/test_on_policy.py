@@ -175,7 +175,7 @@ def test_a_pipeline_of_another_noise_schedule_is_refused(tmp_path: Path) -> None
     config = folder / "scheduler" / "scheduler_config.json"
     Teacher(pipeline=str(folder), guidance_scale=3.0).check(source("sd15"), 1.0)
     config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "v_prediction"}))
-    with pytest.raises(InputError, match="has another scheduler than the policy; give one with the same"):
+    with pytest.raises(InputError, match="has another scheduler than the policy"):
         Teacher(pipeline=str(folder), guidance_scale=3.0).check(source("sd15"), 1.0)
 
 

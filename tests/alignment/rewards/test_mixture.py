@@ -122,7 +122,7 @@ def test_weights_and_needs() -> None:
     assert both.needs_clean
     assert not both.differentiable
     for weights in ((1.0,), (0.0, 0.0), (1.0, 2.0, 3.0), (math.nan, 1.0), (1.0, math.inf)):
-        with pytest.raises(InputError, match="a weight for each, and one that is not 0"):
+        with pytest.raises(InputError, match="a finite weight for each, one of them not 0"):
             RewardMixture(rewards, weights)
     with pytest.raises(InputError, match="at least one reward"):
         RewardMixture([])
