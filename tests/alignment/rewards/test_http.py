@@ -1,6 +1,7 @@
 """Rewards on a server: pictures, also of edits, in mixtures, while others are sampled."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -92,8 +93,13 @@ def test_prompts_are_scored_while_the_next_are_sampled_and_learned_from_afterwar
         judge.sizes.clear()
         judge.times.clear()
         module, began = trajectories(judge.url, 1), []
-        sample = module._sample
-        monkeypatch.setattr(module, "_sample", lambda *given: (began.append(time.monotonic()), sample(*given))[1])
+        sample = module.rollout.sample
+
+        def noted(*given: Any, **options: Any) -> Any:
+            began.append(time.monotonic())
+            return sample(*given, **options)
+
+        monkeypatch.setattr(module.rollout, "sample", noted)
         parts = module.roll_out(PROMPTS)
         assert judge.sizes == [2, 2, 2]
         assert began[1] < judge.times[0][1]  # the second prompt was begun before the first one's scores were there
