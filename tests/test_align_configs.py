@@ -25,7 +25,6 @@ MIXTURE = (
     '[{"class_path": "RandomReward", "init_args": {"kind": "readout", "seed": 1}},'
     ' {"class_path": "RandomReward", "init_args": {"kind": "readout", "seed": 2}}], "normalise": "none"}}'
 )
-BY_LEVELS = "--model.reward=tests.alignment.modules.simple_reward.OtherChannelsReward"
 QUICK = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=2")
 GUARDS = (
     "trainer:\n  callbacks+:\n"
@@ -173,7 +172,7 @@ def test_a_change_of_grpo_trains_the_tiny_run(name: str, tmp_path: Path) -> None
     small = ("--data.batch_size=4", "--data.prompts_per_rollout=2", "--model.sampling.num_inference_steps=6",
              "--model.num_trajectories=3")  # fmt: skip
     files = (f"--config={CONFIGS}/align/grpo_trajectory_tiny.yaml", f"--config={CONFIGS}/grpo/{name}.yaml")
-    reward = {"gardo": MIXTURE, "gdpo": MIXTURE, "uncertainty_gate": BY_LEVELS}.get(name, READOUT)
+    reward = {"gardo": MIXTURE, "gdpo": MIXTURE}.get(name, READOUT)
     main(["fit", *files, f"--trainer.default_root_dir={tmp_path}", reward, *small, *QUICK])
     assert trained(tmp_path)
 

@@ -44,14 +44,13 @@ from latentreward.alignment import (
     Teacher,
     TrajectoryGRPOModule,
     TurningPointCredit,
-    UncertaintyGate,
 )
 from latentreward.alignment.policies.moving_average import DecayRamp
 from latentreward.core.checkpoints.shards import changing_names, whole_tensor
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.diffusion import LoRA
 from latentreward.reward import CallableScorer
-from tests.alignment.modules.simple_reward import FirstChannelReward, OtherChannelsReward
+from tests.alignment.modules.simple_reward import FirstChannelReward
 from tests.alignment.modules.toy_rewards import BrightnessSource
 from tests.distributed.strategies import STRATEGIES, strategies_of
 from tests.tiny_pipelines import source_of
@@ -67,8 +66,7 @@ KINDS: dict[str, Any] = {
             "sampling": Sampling(4),
             "credit": TurningPointCredit(balanced=True),
             "window": MovingWindow(2, every=1),
-            "trust_region": [GRPOGuard(), NormGuard(), UncertaintyGate()],
-            "reward_sigmas": (0.3, 0.6),
+            "trust_region": [GRPOGuard(), NormGuard()],
         },
     ),
     "mixture": (
@@ -107,7 +105,6 @@ KINDS: dict[str, Any] = {
 REWARDS: dict[str, Any] = {
     "opd": [Teacher(guidance_scale=3.0)],  # in place of a reward
     "opsd": BrightnessSource(),
-    "steps": OtherChannelsReward(),
     "mixture": RewardMixture([FirstChannelReward(), BrightnessSource()], normalise="none"),
     "euphonium": RewardMixture([BrightnessSource(), BrightnessSource()], [1.0, 0.5], normalise="none"),
 }

@@ -17,16 +17,6 @@ def step_dpo(rows: np.ndarray, beta: float, clip_range: float) -> float:
     return float(np.mean(losses))
 
 
-def clipped_policy(
-    log_prob: np.ndarray, old: np.ndarray, advantage: np.ndarray, clip_range: float, max_advantage: float
-) -> float:
-    losses = []
-    for new, before, value in zip(log_prob, old, advantage.clip(-max_advantage, max_advantage), strict=True):
-        ratio = np.exp(new - before)
-        losses.append(max(-value * ratio, -value * np.clip(ratio, 1 - clip_range, 1 + clip_range)))
-    return float(np.mean(losses))
-
-
 def diffusion_dpo(prediction: np.ndarray, reference: np.ndarray, target: np.ndarray, beta: float) -> float:
     """Rows ``(2B, …)``, the better images first."""
     error = [np.mean((f - y) ** 2) for f, y in zip(prediction, target, strict=True)]

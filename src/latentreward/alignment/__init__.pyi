@@ -1,5 +1,4 @@
-from .export.lora import TrainedLoRA, write_kohya
-from .export.merged import loading_call, write_merged
+from .export.lora import TrainedLoRA, loading_call, write_kohya, write_merged
 from .losses.clipped_policy import (
     ClippedPolicyLoss,
     OutcomeProcessLoss,
@@ -29,7 +28,6 @@ from .losses.trust_region import (
     RatioRule,
     StepDrift,
     TrustRegion,
-    UncertaintyGate,
 )
 from .modules.alignment import AlignmentModule
 from .modules.diffusion_dpo import DiffusionDPOModule
@@ -46,16 +44,25 @@ from .policies.checkpoint import load_policy
 from .policies.loading import PolicySource
 from .policies.policy import POLICY, AdapterSwitch, Policy
 from .rewards.base import Reward, RewardSource, begin_finished, check_sigmas, rows_of, score_finished, score_states
-from .rewards.callable import CallableReward, RandomReward
+from .rewards.callable import CallableReward, RandomReward, UnchangedRegion
 from .rewards.http import HTTPReward
 from .rewards.latent import LatentReward, surrogate
 from .rewards.mixture import RewardMixture
 from .rewards.pixel import PixelReward
-from .rewards.unchanged import UnchangedRegion
-from .rollout.advantages import GDPO, Advantage, DiversityAdvantage, GroupAdvantage, group_advantages
-from .rollout.candidates import Branching, CandidateStep, candidate_steps
-from .rollout.credit import Credit, GainCredit, StateCredit, TurningPointCredit
-from .rollout.pair_selection import (
+from .rollout.advantages import (
+    GDPO,
+    Advantage,
+    Credit,
+    DiversityAdvantage,
+    GainCredit,
+    GroupAdvantage,
+    StateCredit,
+    TurningPointCredit,
+    group_advantages,
+)
+from .rollout.candidates import (
+    Branching,
+    CandidateStep,
     FixedThreshold,
     LinearThreshold,
     PairSelection,
@@ -65,6 +72,7 @@ from .rollout.pair_selection import (
     SigmaThreshold,
     ThresholdSelection,
     VarianceThreshold,
+    candidate_steps,
     gap_quantiles,
     step_pairs,
 )
@@ -193,7 +201,6 @@ __all__ = [
     "Transition",
     "TrustRegion",
     "TurningPointCredit",
-    "UncertaintyGate",
     "UnchangedRegion",
     "VarianceThreshold",
     "Window",

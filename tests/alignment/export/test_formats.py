@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 from safetensors import safe_open
 from torch import Tensor
 
@@ -22,7 +21,6 @@ from latentreward.alignment import (
     write_merged,
 )
 from latentreward.alignment.export.lora import KOHYA_FILE as FILE
-from latentreward.alignment.export.merged import quiet
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.diffusion import LoRA
@@ -117,20 +115,6 @@ def test_merged_pipeline_needs_no_lora(trained: tuple[Policy, str], tmp_path: Pa
     assert "_name_or_path" not in written
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35_no_t5"])
-def test_images_of_the_pipeline_change_with_the_lora_and_equal_the_merged_ones(name: str, tmp_path: Path) -> None:
-    policy = perturbed(tiny_source(name).load().eval())
-    lora = TrainedLoRA.of_policy(policy)
-    lora.write_diffusers(tmp_path / "lora")
-    write_merged(lora, PipelineSource(pipeline_folder(name)), tmp_path / "merged")
-    plain = load(pipeline_folder(name))
-    before = images(plain)
-    plain.load_lora_weights(next((tmp_path / "lora").glob("*.safetensors")))
-    assert (images(plain) - before).abs().max() > 0.01
-    torch.testing.assert_close(images(plain), images(load(tmp_path / "merged")), atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("name", "style"), rotated_after(2, [("sd35_no_t5", "diffusers"), ("sd15", "kohya"), ("sd15", "diffusers")])
 )
@@ -150,12 +134,6 @@ def test_alpha_other_than_rank_gives_diffusers_our_samples(name: str, style: str
     initial = RolloutDraws(0, prompts.keys).initial(policy.latent_shape())
     found = pipeline(list(prompts.prompts), latents=initial, **options).images
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def images(pipeline: DiffusionPipeline) -> Tensor:
-    pipeline.set_progress_bar_config(disable=True)
-    size = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "pt"}
-    return pipeline("a cat", generator=torch.Generator().manual_seed(0), **size).images
 
 
 def test_an_adapter_that_is_not_finite_is_not_exported() -> None:
@@ -184,15 +162,3 @@ def test_a_base_whose_code_would_run_is_not_merged(change: str, tmp_path: Path) 
     lora = TrainedLoRA.of_policy(tiny_source("sd15").load().eval())
     with pytest.raises(InputError, match=r"could run code|may be downloaded and run"):
         write_merged(lora, PipelineSource(str(base)), tmp_path / "merged")
-
-
-def test_progress_bars_that_were_off_stay_off() -> None:
-    before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with quiet():
-            pass
-        assert not logging.is_progress_bar_enabled()
-    finally:
-        if before:
-            logging.enable_progress_bar()

@@ -1,6 +1,5 @@
 """NFT, AWM, RAM, DGPO and CRD learn from finished samples: gradients, copies of the adapter, refusals, resumes."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -212,22 +211,6 @@ def test_the_norm_guard_adds_its_penalty(kind: str) -> None:
     assert not torch.allclose(*slopes)
 
 
-@pytest.mark.parametrize(("rows", "warns"), slow_after(2, [(6, False), (4, True), (9, False), (36, False)]))
-def test_rows_that_would_meet_a_newer_copy_are_warned_of(rows: int, warns: bool, tmp_path: Path) -> None:
-    """A rollout has 2 prompts · 3 samples · 3 levels = 18 rows."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        make_trainer(tmp_path, max_steps=1).fit(make("nft"), datamodule=loaders(batch_size=rows))
-    found = [str(one.message) for one in caught if "a rollout has 18 rows on each rank" in str(one.message)]
-    assert len(found) == warns
-    assert all(f"takes {rows} (data.batch_size" in text for text in found)
-
-
-@every_kind
-def test_equal_rewards_leave_nothing_to_learn(kind: str) -> None:
-    assert attached(make(kind, scale=0.0)).roll_out(BATCH) is None
-
-
 @every_kind
 @pytest.mark.parametrize("std", ["all", "group"])
 def test_equal_rewards_of_one_prompt_count_as_half_good(kind: str, std: str) -> None:
@@ -289,7 +272,7 @@ def test_a_checkpoint_without_the_moving_average_is_refused(tmp_path: Path) -> N
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(make("awm", loss=MatchingLoss(average_weight=0.0)), datamodule=loaders())
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(InputError, match="has no adapter 'average', which this run keeps beside the policy"):
+    with pytest.raises(InputError, match="has no adapter 'average'"):
         make_trainer(tmp_path, max_steps=2).fit(make("awm"), datamodule=loaders(), ckpt_path=tmp_path / "plain.ckpt")
 
 

@@ -1,7 +1,6 @@
 """DGPO and CRD: whole groups in every row, their noise, the reference's guidance, refusals."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +10,7 @@ from torch import Tensor
 from latentreward.alignment import CRDLoss, DGPOLoss, ForwardProcessModule, NoisiestSteps
 from latentreward.alignment.policies.moving_average import AVERAGE, OLD
 from latentreward.core.contracts import RenoisedGroups, RenoisedSamples
-from latentreward.core.errors import InputError
-from tests.alignment.modules.lpo_runs import make_trainer
-from tests.alignment.modules.test_forward_process import BATCH, loaders, make, moved
+from tests.alignment.modules.test_forward_process import BATCH, make, moved
 from tests.alignment.modules.test_grpo import attached
 
 
@@ -29,16 +26,6 @@ def rolled(kind: str, **options: Any) -> tuple[ForwardProcessModule, RenoisedGro
 
 def noise_of(module: ForwardProcessModule, samples: RenoisedSamples) -> Tensor:
     return module.renoise(samples).target + samples.latents
-
-
-def test_a_row_has_all_samples_of_a_prompt() -> None:
-    _, rows = rolled("dgpo")
-    assert rows.latents.shape[:2] == rows.advantage.shape == (4, 3)  # two levels of each of two prompts
-    torch.testing.assert_close(rows.advantage.sum(dim=1), torch.zeros(4), rtol=0, atol=1e-5)
-    samples = rows.samples(shared_noise=True)
-    assert samples.prompts == tuple(prompt for prompt in rows.prompts for _ in range(3))
-    assert torch.equal(samples.latents.view_as(rows.latents), rows.latents)
-    assert torch.equal(samples.timesteps.view(4, 3), rows.timesteps[:, None].expand(4, 3))
 
 
 def test_dgpo_draws_one_noise_for_a_group_anew_at_each_level() -> None:
@@ -99,13 +86,3 @@ def test_the_noisiest_steps() -> None:
     assert all(len(set(steps)) == 4 for steps in drawn)
     assert {step for steps in drawn for step in steps} == set(range(7))
     assert sorted(NoisiestSteps(3).choose(4, generator).tolist()) == [0, 1, 2]  # 0.7 · 4, rounded
-
-
-@pytest.mark.slow
-def test_rows_of_single_samples_are_refused(tmp_path: Path) -> None:
-    """DiffusionNFT keeps the same copy, but its rows are no groups."""
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.fit(make("nft"), datamodule=loaders())
-    trainer.save_checkpoint(tmp_path / "nft.ckpt")
-    with pytest.raises(InputError, match="the checkpoint has rows left of its rollouts"):
-        make_trainer(tmp_path, max_steps=2).fit(make("dgpo"), datamodule=loaders(), ckpt_path=tmp_path / "nft.ckpt")

@@ -1,8 +1,6 @@
 """Trajectory GRPO with credit of steps, windows, trust regions and advantages of several rewards."""
 
-import warnings
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +9,7 @@ from torch import Tensor
 
 from latentreward.alignment import (
     GDPO,
-    AlignmentModule,
     ClippedPolicyLoss,
-    Credit,
     DiversityAdvantage,
     FlowDPPO,
     GainCredit,
@@ -22,24 +18,18 @@ from latentreward.alignment import (
     MovingWindow,
     NormGuard,
     OutcomeProcessLoss,
-    Policy,
     RankGate,
     RewardMixture,
     Sampling,
     StateCredit,
     TrajectoryGRPOModule,
     TurningPointCredit,
-    UncertaintyGate,
 )
-from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.core.contracts import StepSamples, join_rows
 from latentreward.core.errors import InputError
 from latentreward.data.alignment.experience import as_plain, from_plain
-from latentreward.data.alignment.prompts import PromptLoaders
-from tests.alignment.modules.batches import lrm
-from tests.alignment.modules.lpo_runs import make_trainer
 from tests.alignment.modules.simple_reward import FirstChannelReward, OtherChannelsReward
-from tests.alignment.modules.test_grpo import BATCH, PROMPTS, stepwise, trajectory
+from tests.alignment.modules.test_grpo import BATCH, stepwise, trajectory
 from tests.marks import rotated_after, slow_after
 
 KL = ClippedPolicyLoss(kl_weight=0.1)
@@ -48,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gains": {"credit": GainCredit(0.5)},
     "dppo": {"trust_region": [FlowDPPO(), NormGuard(0.1)], "loss": ClippedPolicyLoss(max_advantage=None)},
     "process": {"credit": StateCredit(), "loss": OutcomeProcessLoss(kl_weight=0.1)},
-    "uncertain": {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.3, 0.6)},
+    "gate": {"trust_region": RankGate(), "loss": KL},
     "turning": {"credit": TurningPointCredit()},
     "window": {"window": MovingWindow(2, every=1)},
     "guard": {"trust_region": GRPOGuard()},
@@ -77,9 +67,8 @@ def plain() -> tuple[TrajectoryGRPOModule, StepSamples]:
     ],
 )
 def test_every_setting_learns_from_its_rows(name: str, setting: str) -> None:
-    options = SETTINGS[setting]
-    reward = OtherChannelsReward if setting == "uncertain" else FirstChannelReward
-    module = trajectory(name, source_of_reward=reward, **options)
+    options = SETTINGS[setting] | ({"source_of_reward": lambda scale: MIXED} if setting == "gate" else {})
+    module = trajectory(name, **options)
     samples = module.roll_out(BATCH)
     again = from_plain(as_plain(samples), StepSamples)
     for field in fields(StepSamples):
@@ -104,42 +93,6 @@ def test_credit_is_the_gain_of_the_states_rewards() -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-class OwnReward(FirstChannelReward):
-    """A reward model with a network of its own, of the policy's noise process or of another one."""
-
-    uses_sigmas = True
-
-    def load(self, policy: Policy) -> LatentScorer:
-        return LatentScorer(lrm("sd15").model.requires_grad_(False), policy.noise_process)
-
-
-@pytest.mark.parametrize(
-    ("name", "credit", "sigmas", "last"),
-    [
-        ("sd15", GainCredit(), (0.4, 0.6), 0.0414),  # √(1 − ᾱ) of timestep 1
-        ("sd15", GainCredit(), (0.4, 0.0414), None),
-        ("sd15", StateCredit(), (0.4,), None),
-        ("sd15", None, (0.4,), None),
-        ("sd35_tiny", TurningPointCredit(), (0.4,), 0.0292),  # σ 0.009 of a flow: the least level of the reward
-        ("sd35_tiny", TurningPointCredit(), (0.02,), None),  # scored at that level too
-    ],
-)
-def test_finished_latents_that_are_noisier_than_the_last_state_are_warned_of(
-    name: str, credit: Credit | None, sigmas: tuple[float, ...], last: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = trajectory(name, source_of_reward=OwnReward, credit=credit, reward_sigmas=sigmas)
-    monkeypatch.setattr(AlignmentModule, "on_fit_start", lambda module: None)  # scores, for which this has no trainer
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        module.on_fit_start()
-    found = [str(one.message) for one in caught if "credit compares" in str(one.message)]
-    assert len(found) == (last is not None)
-    for text in found:
-        assert text.startswith(f"credit compares the finished latents at σ {min(sigmas):g}, the least of reward_sigmas")
-        assert float(text.partition("down to σ ")[2].partition(";")[0]) == pytest.approx(last, abs=2e-3)
-        assert text.endswith("set reward_sigmas to the least noise level that the reward was trained at")
-
-
 def test_a_window_has_noise_in_its_steps_alone(plain: tuple[TrajectoryGRPOModule, StepSamples]) -> None:
     whole, rows = plain
     samples = trajectory("sd35_tiny", window=MovingWindow(2)).roll_out(BATCH)
@@ -159,7 +112,7 @@ def test_the_guard_starts_as_plain_grpo_up_to_its_scale(plain: tuple[TrajectoryG
 
 
 def test_the_gate_holds_whole_trajectories() -> None:
-    module = trajectory("sd35_tiny", source_of_reward=OtherChannelsReward, **SETTINGS["uncertain"])
+    module = mixture(**SETTINGS["gate"])
     samples = module.roll_out(BATCH)
     held = samples.held[:, 0].unflatten(0, (-1, 6))
     assert held.any()
@@ -233,21 +186,6 @@ def test_finished_samples_are_scored_once_by_each_reward(options: dict[str, Any]
         assert torch.equal(samples.advantage, plain.advantage)
 
 
-def test_a_gate_changes_no_reward() -> None:
-    """Also where the score of several levels is not the mean of their scores, as of an ensemble of tokens."""
-    options = {"loss": KL, "reward_sigmas": (0.3, 0.6), "source_of_reward": OtherChannelsReward}
-    gated = trajectory("sd35_tiny", trust_region=UncertaintyGate(), **options).roll_out(BATCH)
-    plain = trajectory("sd35_tiny", **options).roll_out(BATCH)
-    assert torch.equal(gated.advantage, plain.advantage)
-
-
-def test_a_gate_of_levels_goes_with_advantages_of_several_rewards() -> None:
-    levels = RewardMixture([OtherChannelsReward(10.0), FirstChannelReward(-3.0)], normalise="none")
-    options = {"loss": KL, "reward_sigmas": (0.3, 0.6), "trust_region": UncertaintyGate(), "advantage": GDPO()}
-    samples = trajectory("sd35_tiny", source_of_reward=lambda scale: levels, **options).roll_out(BATCH)
-    assert samples.held.any() and not samples.held.all()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "other", [{"trust_region": GRPOGuard()}, {"loss": OutcomeProcessLoss(), "credit": StateCredit()}]
@@ -267,24 +205,3 @@ def test_rows_depend_on_the_noise_of_their_steps() -> None:
     settings = trajectory("sd35_tiny").rollout_settings()
     assert settings["sampling.noise_level"] == 0.7
     assert {"sampling.num_inference_steps", "sampling.eta", "sampling.flow_noise", "guidance_scale"} < set(settings)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_equals_the_whole_one(tmp_path: Path) -> None:
-    """With a gate that adapts and a window that moves, stopped in the middle of a rollout's rows."""
-    results = []
-    for stop, resumed in ((8, None), (4, None), (8, tmp_path / "4.ckpt")):
-        options = {"trust_region": [RankGate(), GRPOGuard()], "window": MovingWindow(2, every=2), "loss": KL}
-        module = mixture(**options, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05))
-        del module.log, module.log_dict
-        trainer = make_trainer(tmp_path, max_steps=stop)
-        data = PromptLoaders(PROMPTS, batch_size=4, prompts_per_rollout=2, batches_per_epoch=8, seed=1)
-        trainer.fit(module, datamodule=data, ckpt_path=resumed)
-        trainer.save_checkpoint(tmp_path / f"{stop}.ckpt")
-        named = module.policy.network.named_parameters()
-        results.append((module.gate.state(), {name: one.clone() for name, one in named if one.requires_grad}))
-    (gate, whole), (stopped, before), (gate_again, again) = results
-    assert len(gate["seen"]) > len(stopped["seen"]) > 0
-    assert gate == gate_again
-    assert any(not torch.equal(before[name], weight) for name, weight in whole.items())
-    assert all(torch.equal(again[name], weight) for name, weight in whole.items())

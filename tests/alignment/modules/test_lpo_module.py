@@ -1,7 +1,6 @@
 """LPO: what rollouts give, what a step does with it, and whole runs."""
 
 import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,12 @@ from torch import Tensor, nn
 from latentreward.alignment import (
     Branching,
     FixedThreshold,
-    LatentReward,
     LPOModule,
     Policy,
-    PolicySource,
     Reward,
-    Sampling,
-    SPOModule,
 )
 from latentreward.core.contracts import NoisyStates, PromptBatch, StepPairs, take_rows
 from latentreward.core.errors import InputError
-from latentreward.data.image_sizes import OneSize
-from latentreward.diffusion import LoRA
-from latentreward.reward.scoring.stored import sizes_record
 from tests.alignment.modules.lpo_runs import (
     PROMPTS,
     Brightness,
@@ -38,9 +30,7 @@ from tests.alignment.modules.lpo_runs import (
     saved_run,
     weights,
 )
-from tests.alignment.rewards.stored import write_run
 from tests.marks import rotated_after
-from tests.tiny_pipelines import source_of
 
 
 class Remembering(Brightness):
@@ -274,38 +264,3 @@ def test_a_run_that_keeps_no_pair_says_which_gaps_there_were(tmp_path: Path) -> 
     with pytest.raises(InputError, match=message) as caught:
         make_trainer(tmp_path).fit(lpo(threshold=1.0), datamodule=loaders(max_empty_rollouts=2))
     assert len(re.findall(r"\n", str(caught.value))) == 0
-
-
-def test_spo_is_lpo_with_other_settings() -> None:
-    module = SPOModule(PolicySource(), BrightnessSource())
-    assert module.loss.beta == 10.0
-    assert isinstance(module.selection, FixedThreshold)
-    steps = module.candidates.steps(module.sampler)
-    assert [module.sampler.timesteps[step].item() for step in steps[:1]] == [751.0]
-    assert module.candidates.score_at == "candidate"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "warned"), rotated_after(1, [((8, 24), True), ((16, 16), False), (None, False)]))
-def test_a_reward_of_another_size_is_said(size: Any, warned: bool, tmp_path: Path) -> None:
-    write_run(tmp_path / "run", "lrm", "sd15")
-    content = torch.load(tmp_path / "run" / "reward.ckpt", weights_only=True)
-    content["image_sizes"] = sizes_record(size and OneSize(*size, "center_crop"))
-    torch.save(content, tmp_path / "run" / "reward.ckpt")
-    module = LPOModule(
-        PolicySource(source_of("sd15"), lora=LoRA(rank=2, alpha=2.0)),
-        LatentReward(str(tmp_path / "run")),
-        FixedThreshold(0.0),
-        Sampling(num_inference_steps=3),
-        Branching(num_candidates=2),
-        guidance_scale=1.0,
-        seed=0,
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        make_trainer(tmp_path, max_steps=1).fit(module, loaders())
-    said = [str(one.message) for one in caught if "trained on images" in str(one.message)]
-    assert said == warned * [
-        "model.reward: trained on images of 8x24 center-cropped, but the policy samples 16x16; set "
-        "model.sampling.height and width, or train a reward at this size"
-    ]

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from latentreward.alignment import GRPOGuard, MovingWindow, Pruning, RandomSteps, Teacher
+from latentreward.alignment import GRPOGuard, MovingWindow, Pruning, RandomSteps, RankGate, Teacher
 from latentreward.alignment.policies.policy import POLICY
 from latentreward.data.alignment.prompts import PromptLoaders
 from tests.alignment.modules.lpo_runs import lpo, make_trainer
 from tests.alignment.modules.test_forward_process import BATCH, KINDS, PROMPTS, moved
 from tests.alignment.modules.test_forward_process import make as forward
 from tests.alignment.modules.test_grpo import attached, stepwise, trajectory
+from tests.alignment.modules.test_grpo_steps import KL, mixture
 from tests.alignment.modules.test_on_policy import make as distillation
 from tests.alignment.modules.test_opsd import make as opsd
 from tests.marks import rotated_after
@@ -30,7 +31,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     ),
     "lpo": partial(lpo, threshold=0.0),
     "grpo stepwise": partial(stepwise, "sd35_tiny"),
-    "grpo": partial(trajectory, "sd35_tiny", trust_region=GRPOGuard(), window=MovingWindow(2, every=2)),
+    "grpo": lambda **options: mixture(
+        trust_region=[RankGate(), GRPOGuard()], window=MovingWindow(2, every=2), loss=KL, **options
+    ),
     "grpo pruned": partial(trajectory, "sd35_tiny", pruning=Pruning(6, 2)),
 }
 every_method = pytest.mark.parametrize("method", rotated_after(2, METHODS))
@@ -56,11 +59,17 @@ def test_the_policys_adapter_alone_gets_a_gradient(method: str) -> None:
     assert all(grad.isfinite().all() for grad in grads) and any(grad.any() for grad in grads)
 
 
+@pytest.mark.parametrize("method", [*KINDS, "grpo stepwise", "grpo of finished samples"])
+def test_equal_rewards_leave_nothing_to_learn(method: str) -> None:
+    make = METHODS.get(method, partial(trajectory, "sd35_tiny"))
+    assert attached(make(scale=0.0)).roll_out(BATCH) is None
+
+
 @pytest.mark.slow
 @every_method
 def test_a_resumed_run_equals_the_whole_one(method: str, tmp_path: Path) -> None:
-    """Stopped in the middle of a rollout's rows; the frozen weights stay as they were."""
-    results = []
+    """Stopped in the middle of a rollout's rows; the frozen weights stay as they were. A gate that adapts goes on."""
+    results, gates = [], []
     for stop, resumed in ((5, None), (3, None), (5, tmp_path / "3.ckpt")):
         module = METHODS[method](optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-3))
         for name in ("log", "log_dict"):
@@ -72,8 +81,10 @@ def test_a_resumed_run_equals_the_whole_one(method: str, tmp_path: Path) -> None
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
         trainer.save_checkpoint(tmp_path / f"{stop}.ckpt")
         results.append({name: weight.detach().clone() for name, weight in adapters(module).items()})
+        gates.append(module.gate.state() if getattr(module, "gate", None) else None)
         now = {name.removeprefix("policy.network."): weight for name, weight in module.named_parameters()}
         assert all(torch.equal(now[name], frozen[name]) for name in frozen.keys() - results[-1].keys())
     whole, stopped, again = results
+    assert gates[0] == gates[2]
     assert any(not torch.equal(stopped[name], weight) for name, weight in whole.items())
     assert all(torch.equal(again[name], weight) for name, weight in whole.items())

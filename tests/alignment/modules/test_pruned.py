@@ -1,7 +1,6 @@
 """Pruned rollouts in the methods that learn from finished samples: what they train on, log, refuse and say."""
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +13,11 @@ from latentreward.alignment import (
     MovingWindow,
     Pruning,
     PruningRule,
-    RewardMixture,
 )
 from latentreward.core.contracts import PromptBatch
-from tests.alignment.modules.lpo_runs import make_trainer
-from tests.alignment.modules.simple_reward import FirstChannelReward, OtherChannelsReward
-from tests.alignment.modules.test_forward_process import BATCH, loaders
+from tests.alignment.modules.test_forward_process import BATCH
 from tests.alignment.modules.test_forward_process import make as make_forward
 from tests.alignment.modules.test_grpo import attached, trajectory
-from tests.alignment.modules.toy_rewards import BrightnessSource
 
 EVERY = ("nft", "awm", "ram", "trajectory")
 every_kind = pytest.mark.parametrize("kind", EVERY)
@@ -116,36 +111,9 @@ def test_a_rule_of_ones_own_draws_by_prompt() -> None:
     assert [key[-1] for key in kept["both"][:3]] != [key[-1] for key in kept["both"][3:]]
 
 
-def test_a_mixture_logs_the_means_of_finished_samples() -> None:
-    reward = lambda scale: RewardMixture([FirstChannelReward(scale), BrightnessSource()], normalise="none")  # noqa: E731
-    means = []
-    for pruning in (None, Pruning(3, 2)):
-        module = make("nft", source_of_reward=reward, pruning=pruning)
-        module.roll_out(BATCH)
-        means.append(module.rollout_log.part_means)
-    assert means[0] == means[1]
-
-
 @pytest.mark.parametrize("options", [{"window": MovingWindow(2, every=1)}, {"trust_region": FlowDPPO()}])
 def test_windows_and_rules_of_steps_fit(options: dict[str, Any]) -> None:
     """Old means are those of the finished trajectories."""
     rows = trajectory("sd35_tiny", pruning=Pruning(6, 2), **options).roll_out(BATCH)
     assert len(samples_of(rows)) == 6
     assert len(rows) == 6 * (2 if "window" in options else 4)
-
-
-@pytest.mark.parametrize(("kind", "levels", "passes"), [("nft", 2, 4.0), ("trajectory", 3, 5.0)])
-def test_passes_count_every_level_of_the_reward(kind: str, levels: int, passes: float) -> None:
-    sigmas = (0.1, 0.3, 0.6)[:levels]
-    module = make(kind, source_of_reward=OtherChannelsReward, pruning=Pruning(6, 2), reward_sigmas=sigmas)
-    module.roll_out(BATCH)
-    assert module.rollout_values["reward_passes"] == passes
-
-
-def test_values_are_logged(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.fit(make_forward("nft", pruning=Pruning(6, 2)), datamodule=loaders(batch_size=18))
-    logged = {name: value.item() for name, value in trainer.logged_metrics.items() if name.startswith("rollout/")}
-    assert logged["rollout/policy_passes"] == 6 and logged["rollout/reward_passes"] == 3
-    assert logged["rollout/finished_share"] == 0.5
-    assert -1 <= logged["rollout/prediction_correlation"] <= 1

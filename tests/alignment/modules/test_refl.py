@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
@@ -16,12 +16,11 @@ from latentreward.alignment import (
     LatentReward,
     ReFLModule,
     RewardLoss,
-    RewardMixture,
     RewardSource,
     RolloutDraws,
     Sampling,
 )
-from latentreward.core.contracts import LatentSpace, NoisyStates, PromptBatch
+from latentreward.core.contracts import NoisyStates, PromptBatch
 from latentreward.core.errors import InputError
 from latentreward.data import PairBatchSampler, PromptsAndImages, collate_pairs
 from latentreward.data.alignment.prompts import PromptLoaders
@@ -128,50 +127,6 @@ def test_gradient_equals_that_of_one_graph(name: str, options: dict[str, Any]) -
     torch.testing.assert_close(gradient(module, loss), gradient(module, expected), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("gradient_steps", "scored"),
-    rotated_after(2, [(2, "clean"), (1, "state"), (1, "clean"), (3, "clean"), (2, "state")]),
-)
-def test_gradient_is_the_slope_of_the_loss(gradient_steps: int, scored: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Central differences in float64; the first step with a graph is the very first one, so that nothing is cut off."""
-    monkeypatch.setattr(Tensor, "float", Tensor.double)  # what the module casts to float32 stays float64
-    left = 5 - gradient_steps
-    options = {"stop_range": (left, left), "gradient_steps": gradient_steps, "guidance_scale": 2.0}
-    module = refl(kl_weight=30.0, scored=scored, **options)
-    module.policy.network.double()
-    module.zero_grad()
-    module.training_step(PROMPTS, 0).backward()
-    parameters = adapter(module)
-    slopes, differences = [], []
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
-        slopes.append(sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True)).item())
-        values = []
-        for step in (1e-5, -2e-5):
-            for parameter, part in zip(parameters, direction, strict=True):
-                parameter.data.add_(part, alpha=step)
-            values.append(module.training_step(PROMPTS, 0).item())
-        for parameter, part in zip(parameters, direction, strict=True):
-            parameter.data.add_(part, alpha=1e-5)
-        differences.append((values[0] - values[1]) / 2e-5)
-    assert slopes == pytest.approx(differences, rel=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sd35"]))
-def test_checkpointing_changes_no_gradient(name: str) -> None:
-    options = {"gradient_steps": 2, "kl_weight": 0.3, "guidance_scale": 2.0}
-    plain, frugal = refl(name, **options), refl(name, policy={"gradient_checkpointing": True}, **options)
-    results = []
-    for module in (plain, frugal):
-        module.zero_grad()
-        module.training_step(PROMPTS, 0).backward()
-        results.append(torch.cat([parameter.grad.flatten() for parameter in adapter(module)]))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-8)
-
-
 def test_only_the_last_steps_hold_a_graph() -> None:
     module = refl(gradient_steps=2, stop_range=(1, 1))
     passes: list[bool] = []
@@ -228,11 +183,6 @@ def test_a_reward_on_the_policys_own_network_under_checkpointing(
 # what is drawn
 
 
-def test_stop_covers_its_range() -> None:
-    module = refl(stop_range=(2, 4))
-    assert {module.stop_index(number) for number in range(40)} == {0, 1, 2}  # of 4 steps, so many left
-
-
 def test_stops_of_an_epoch_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     module, drawn = refl(), []
     for epoch in (0, 1, 0):
@@ -243,26 +193,12 @@ def test_stops_of_an_epoch_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_prompt_is_sampled_alike_in_any_batch() -> None:
     module = refl(guidance_scale=2.0)
-    whole = module.sample(PROMPTS, 3).latents
-    alone = module.sample(PromptBatch(PROMPTS.prompts[1:2], PROMPTS.keys[1:2]), 3).latents
+    whole = module.sample(PROMPTS, 3)[0]
+    alone = module.sample(PromptBatch(PROMPTS.prompts[1:2], PROMPTS.keys[1:2]), 3)[0]
     torch.testing.assert_close(whole[1:], alone, rtol=1e-4, atol=1e-5)
 
 
 # the state as it is
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", rotated_after(1, ["sd35", "sd15"]))
-def test_any_step_is_learned_from_at_its_own_noise_level(name: str) -> None:
-    """m is uniform over {0, ..., N - 2}; the reward is told the timestep of the state after step m."""
-    module = refl(name, **PRFL)
-    assert {module.stop_index(number) for number in range(40)} == {0, 1, 2}
-    told: list[Tensor] = []
-    original = module.reward.score
-    module.reward.score = lambda states, encoded: told.append(states.timesteps) or original(states, encoded)
-    for number in range(20):
-        module.training_step(PROMPTS, number)
-        assert told.pop().tolist() == [module.sampler.timesteps[module.stop_index(number) + 1].item()] * 2
 
 
 # terms and limits
@@ -277,73 +213,28 @@ def test_pretraining_steps_alternate_with_steps_of_the_reward(monkeypatch: pytes
         monkeypatch.setattr(ReFLModule, "global_step", step)
         wanted = 2 * module.pretraining_term(batch["images"]) if step % 2 else plain
         torch.testing.assert_close(module.training_step(batch, 0), wanted, rtol=0, atol=0)
-    with pytest.raises(InputError, match="pretraining_weight=2 needs images beside the prompts"):
+    with pytest.raises(InputError, match="pretraining_weight needs images beside the prompts"):
         module.training_step(PROMPTS, 0)
     with pytest.raises(InputError, match="alternate_pretraining=true alternates with a term of weight 0"):
         refl(alternate_pretraining=True)
-
-
-def test_prompts_without_images_are_refused_before_the_first_step(tmp_path: Path) -> None:
-    module = refl(pretraining_weight=2.0, alternate_pretraining=True)
-    data = PromptLoaders(PROMPTS.prompts, batch_size=2)
-    with pytest.raises(InputError, match="pretraining_weight=2 needs images too, and PromptLoaders has prompts alone"):
-        Trainer(accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path).fit(module, datamodule=data)
 
 
 def test_pretraining_term_is_the_denoising_error_of_the_chosen_images() -> None:
     module = refl(pretraining_weight=2.0)
     images = collate_pairs(loaded_pairs(3))
     batch = {"prompts": PROMPTS, "images": images}
-    reward = module.reward_term(PROMPTS, module.sample(PROMPTS, module.stop_index(0)).latents)[0]
+    reward = module.reward_term(PROMPTS, module.sample(PROMPTS, module.stop_index(0))[0])[0]
     error = module.pretraining_term(images)
     torch.testing.assert_close(module.training_step(batch, 0), reward + 2 * error)
     assert error.requires_grad
     assert 0.1 < error.item() < 10
     torch.testing.assert_close(module.pretraining_term(replace(images, rejected=images.rejected * 0)), error)
     assert module.pretraining_term(replace(images, chosen=images.chosen * 0)).item() != pytest.approx(error.item())
-    with pytest.raises(InputError, match="pretraining_weight=2 needs images beside the prompts"):
+    with pytest.raises(InputError, match="pretraining_weight needs images beside the prompts"):
         module.training_step(PROMPTS, 0)
 
 
-def test_rewards_without_gradient_or_of_another_space_are_refused() -> None:
-    with pytest.raises(InputError, match="Brightness gives no gradient, which ReFLModule needs"):
-        ReFLModule(tiny_source("sd15"), BrightnessSource(differentiable=False))
-    with pytest.raises(InputError, match="but the reward takes"):
-        ReFLModule(tiny_source("sd15"), BrightnessSource(LatentSpace(4, 8, 0.13025)))
-    with pytest.raises(InputError, match="ReFLModule has one sample a prompt, and RewardMixture normalises scores wit"):
-        ReFLModule(tiny_source("sd15"), RewardMixture([BrightnessSource()], normalise="group"))
-
-
 # training
-
-
-def trainer(**options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return Trainer(**{"accelerator": "cpu", "max_epochs": 1, **quiet, "enable_model_summary": False, **options})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sd35"]))
-def test_training_raises_the_reward_and_touches_the_adapter_alone(name: str) -> None:
-    optimizer = lambda groups: torch.optim.AdamW(groups, lr=5e-3)  # noqa: E731
-    module = refl(name, optimizer=optimizer, reward_sigmas=(0.1,))
-    del module.log
-    before = {key: value.clone() for key, value in module.state_dict().items()}
-    rewards: list[float] = []
-    original = module.reward_term
-
-    def spy(*arguments: Any) -> tuple[Tensor, Tensor]:
-        loss, values = original(*arguments)
-        rewards.append(values.mean().item())
-        return loss, values
-
-    module.reward_term = spy
-    data = PromptLoaders(["a cat", "two dogs", "sun"], batch_size=3, batches_per_epoch=12, seed=0)
-    trainer().fit(module, data)
-    assert sum(rewards[-4:]) > sum(rewards[:4])
-    changed = {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed
-    assert all("lora" in key for key in changed)
 
 
 class Pairs(LightningDataModule):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from latentreward.alignment import StepAwarePixelModule
 from latentreward.data import collate_pairs
-from latentreward.reward import LRMLoss, ScoredPairs, StepAwareScorer
+from latentreward.reward import LRMLoss, StepAwareScorer
 from latentreward.reward.modules.reward import PairDraws
 from tests.alignment.modules.batches import exchanged, latent_batch, loaded_pairs, pixel_batch, rows, scores_of
 from tests.alignment.policies.alignment import tiny_source
@@ -97,27 +97,6 @@ def test_everything_of_the_scorer_trains_and_nothing_of_the_generator(clip: str,
     trainer(max_steps=2, max_epochs=-1).fit(module, loader())
     changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {f"network.{name}" for name, _ in module.network.named_parameters()}
-
-
-@pytest.mark.slow
-def test_training_lowers_the_loss(clip: str) -> None:
-    module, batch = spm(clip, gradient_checkpointing=True), pixel_batch(6)
-    with torch.no_grad():
-        before = module.loss(scores_of(module, batch))
-    trainer(max_steps=8, max_epochs=-1, accumulate_grad_batches=1).fit(module, loader())
-    with torch.no_grad():
-        assert module.loss(scores_of(module, batch)) < before - 0.01
-
-
-@pytest.mark.slow
-def test_validation_logs_by_timestep_and_repeats_itself(clip: str) -> None:
-    module, run = spm(clip, eval_timesteps=[1, 501]), trainer()
-    values = run.validate(module, loader(), verbose=False)[0]
-    kinds = {f"val/{kind}{level}" for kind in ("accuracy", "margin", "calibration") for level in ("", "_t1", "_t501")}
-    assert set(values) == kinds | {"val/loss_t1", "val/loss_t501"}
-    assert run.validate(module, loader(), verbose=False)[0] == values
-    with torch.no_grad():
-        assert isinstance(module.predict_step(pixel_batch(2), 0), ScoredPairs)
 
 
 @pytest.mark.slow

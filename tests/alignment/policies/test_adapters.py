@@ -29,13 +29,6 @@ def test_outputs_differ_by_adapter_and_come_back_exactly(policy: Policy) -> None
     assert not torch.equal(reward, bare)
 
 
-def test_an_exception_leaves_the_network_as_it_was(policy: Policy) -> None:
-    own = prediction(policy)
-    with pytest.raises(KeyError), policy.adapters.use(REWARD), policy.reference():
-        raise KeyError("within")
-    assert torch.equal(prediction(policy), own)
-
-
 def test_switching_changes_nothing_that_trains(policy: Policy) -> None:
     def trains() -> dict[str, bool]:
         return {name: parameter.requires_grad for name, parameter in policy.named_parameters()}

@@ -70,23 +70,6 @@ def test_guided_prediction_is_that_of_the_diffusers_pipeline(name: str) -> None:
         torch.testing.assert_close(plain, with_prompt, rtol=1e-4, atol=1e-5)
 
 
-def test_other_sizes_condition_sdxl_as_diffusers_does() -> None:
-    policy = tiny_source("sdxl").load()
-    assert policy.latent_shape(8, 24) == (4, 4, 12)
-    conditioning, uncond = policy.encode_prompts(["a cat"]), policy.encode_uncond()
-    inputs, timestep, answer = recorded("sdxl", height=8, width=24)[0]
-    without, with_prompt = answer.chunk(2)
-    guided = policy.predict_guided(inputs[:1], timestep.reshape(1).float(), conditioning, uncond, 3.0)
-    torch.testing.assert_close(guided, without + 3.0 * (with_prompt - without), rtol=1e-4, atol=1e-5)
-
-
-def test_repeated_prompts_are_encoded_once_and_in_order() -> None:
-    policy = tiny_source("sd15").load()
-    encoded = policy.encode_prompts(["a cat", "rain", "a cat"])
-    for row, prompt in enumerate(["a cat", "rain", "a cat"]):
-        torch.testing.assert_close(encoded.prompt_embeds[row], policy.encode_prompts([prompt]).prompt_embeds[0])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", rotated_after(1, ["sd15", "sd35_no_t5"]))
 def test_adapter_starts_as_no_change_and_depends_on_the_seed_alone(name: str) -> None:
@@ -261,14 +244,3 @@ def test_meta_device_shows_the_shapes_of_a_policy() -> None:
     with torch.device("meta"):
         policy = tiny_source("sdxl").load()
     assert all(parameter.is_meta for parameter in policy.parameters())
-
-
-def test_the_empty_prompt_is_encoded_once_by_a_frozen_encoder_alone() -> None:
-    policy = tiny_source("sd35").load()
-    assert policy.encode_uncond() is policy.encode_uncond()
-    weight = next(policy.require_text_encoder().parameters()).requires_grad_()
-    assert policy.encode_uncond() is not policy.encode_uncond()
-    weight.requires_grad_(False)
-    with torch.inference_mode():
-        inside = tiny_source("sd35").load()
-        assert torch.isfinite(inside.encode_uncond().prompt_embeds).all()

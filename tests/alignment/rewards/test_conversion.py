@@ -1,12 +1,10 @@
 """A converted state is exactly what the other noise process would have made of the same latents and noise."""
 
-import pytest
 import torch
 from torch import Tensor
 
 from latentreward.alignment.rewards.latent import convert_states, same_levels, signal_and_noise
-from latentreward.core.errors import InputError
-from latentreward.diffusion import DDPM, FlowMatching, NoiseProcess, process_from_scheduler
+from latentreward.diffusion import FlowMatching, NoiseProcess, process_from_scheduler
 from latentreward.diffusion.noise.processes import per_sample
 
 SD = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -84,19 +82,3 @@ def test_gradients_pass_and_rows_may_differ_in_level() -> None:
     (gradient,) = torch.autograd.grad(latents.sum(), states)
     signal, noise = signal_and_noise(diffusion(), timesteps)
     torch.testing.assert_close(gradient[:, 0, 0, 0], 1 / (signal + noise))
-
-
-def test_an_unknown_process_is_named() -> None:
-    class Other(DDPM):
-        pass
-
-    other = Other(diffusion().alphas_cumprod)  # a kind of DDPM: known
-    assert not same_levels(other, diffusion())
-    assert convert_states(torch.zeros(1, 4, 2, 2), torch.tensor([5.0]), other, diffusion())[1].item() == 5
-
-    class Foreign(NoiseProcess):
-        pass
-
-    Foreign.__abstractmethods__ = frozenset()
-    with pytest.raises(InputError, match="states of a Foreign cannot be converted"):
-        signal_and_noise(Foreign(), torch.tensor([1.0]))

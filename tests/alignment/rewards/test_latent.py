@@ -17,7 +17,7 @@ from latentreward.core.errors import InputError
 from latentreward.reward import RewardModel, ScoringNoise
 from tests.alignment.rewards.stored import PROMPTS, scores_by, states_of, tiny_policy, write_run
 from tests.marks import rotated_after, slow_after
-from tests.reward.scoring.test_published import write_dina, write_lrm
+from tests.reward.scoring.test_published import write_lrm
 from tests.tiny_pipelines import LATENTS, pipeline_folder
 
 SMALL = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4.0}}
@@ -178,21 +178,11 @@ def test_the_published_layout_of_lrm_takes_its_base_or_the_policys(name: str, na
     )
 
 
-@pytest.mark.slow
-def test_latent_spaces_of_published_layouts_need_no_base(tmp_path: Path) -> None:
-    write_lrm(tmp_path / "lrm", "sdxl")
-    assert LatentReward(str(tmp_path / "lrm")).latent_space().scaling_factor == 0.13025
-    write_dina(tmp_path / "dina")
-    assert LatentReward(str(tmp_path / "dina")).latent_space() == PolicySource(pipeline_folder("sd35")).latent_space()
-
-
 @pytest.mark.parametrize("name", ["sd15", "sd35"])
 def test_a_pipeline_in_place_of_a_reward_is_told_as_such(name: str, tmp_path: Path) -> None:
     folder = shutil.copytree(pipeline_folder(name), tmp_path / "base")
     (folder / "v1-5-pruned.ckpt").touch()  # as the hub's copy of SD1.5 has it
-    message = (
-        r"^reward model '.*base' holds no checkpoint"
-    )
+    message = r"^reward model '.*base' holds no checkpoint"
     with pytest.raises(InputError, match=message):
         LatentReward(str(folder)).latent_space()
     with pytest.raises(InputError, match=message):
@@ -275,12 +265,3 @@ def test_a_small_checkpoint_goes_with_no_other_base(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "run" / "reward.ckpt")
     with pytest.raises(InputError, match="the checkpoint belongs to the base"):
         LatentReward(str(tmp_path / "run")).load(frozen_policy("sd35"))
-
-
-def test_a_head_with_several_outputs_is_refused(tmp_path: Path) -> None:
-    write_run(tmp_path, "lrm", "sd15")
-    policy = frozen_policy("sd15")
-    reward = LatentReward(str(tmp_path)).load(policy)
-    reward.model.head.similarity = lambda image, text: image[:, :2]
-    with pytest.raises(InputError, match=r"returned \(4, 2\)"):
-        reward(states_of(policy), reward.encode_prompts(PROMPTS))

@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from latentreward.alignment import CallableReward, LatentReward, PolicySource, RandomReward, RewardMixture, RewardSource
+from latentreward.alignment import CallableReward, PolicySource, RandomReward, RewardMixture, RewardSource
 from latentreward.alignment.rewards.mixture import MixedReward, Normalise, standardise
 from latentreward.core.checkpoints.shards import frozen_names
 from latentreward.core.contracts import LatentSpace, NoisyStates
@@ -54,12 +52,6 @@ def test_states_of_a_prompt_are_standardised_under_each_reward() -> None:
             raw = function(given.latents, given.timesteps, [])[given.rows == row].double()
             parts.append((raw - raw.mean()) / (raw.std(correction=0) + 1e-4))
         torch.testing.assert_close(found[given.rows == row].double(), parts[0] + 0.5 * parts[1], rtol=1e-4, atol=1e-5)
-
-
-def test_the_scale_of_a_reward_does_not_matter_to_its_weight() -> None:
-    scaled = [CallableReward(lambda *state, f=f: 1000 * f(*state) - 7) for f in (first, second)]
-    reward = RewardMixture(scaled, (1.0, 0.5)).load(policy=None)  # type: ignore[arg-type]
-    torch.testing.assert_close(mixed(reward, states()), mixed(mixture(), states()), rtol=1e-3, atol=1e-3)
 
 
 def test_equal_scores_are_zero_and_a_single_state_has_no_spread() -> None:
@@ -130,7 +122,7 @@ def test_weights_and_needs() -> None:
     assert both.needs_clean
     assert not both.differentiable
     for weights in ((1.0,), (0.0, 0.0), (1.0, 2.0, 3.0), (math.nan, 1.0), (1.0, math.inf)):
-        with pytest.raises(InputError, match="a weight for each, and one that is not 0"):
+        with pytest.raises(InputError, match="a finite weight for each, one of them not 0"):
             RewardMixture(rewards, weights)
     with pytest.raises(InputError, match="at least one reward"):
         RewardMixture([])
@@ -155,18 +147,3 @@ def test_latent_spaces_must_agree() -> None:
         RewardMixture([Latent(SPACE), Latent(other)]).latent_space()
     with pytest.raises(InputError, match="the reward takes"):
         RewardMixture([Latent(other)]).require_latents_of(PolicySource(pipeline_folder("sd15")))
-
-
-def test_yaml_names_classes_and_functions_by_one_line_each() -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--reward", type=RewardSource)
-    rewards: list[Any] = [
-        {"class_path": "LatentReward", "init_args": {"path": "runs/lrm/reward.ckpt"}},
-        {"class_path": "CallableReward", "init_args": {"function": "math.hypot"}},
-        {"class_path": "RandomReward", "init_args": {"seed": 3}},
-    ]
-    settings = {"class_path": "RewardMixture", "init_args": {"rewards": rewards, "weights": [1.0, 0.2, 0.1]}}
-    reward = parser.instantiate(parser.parse_object({"reward": settings})).reward
-    assert isinstance(reward, RewardMixture)
-    assert [type(part) for part in reward.rewards] == [LatentReward, CallableReward, RandomReward]
-    assert reward.rewards[0].path == "runs/lrm/reward.ckpt"

@@ -10,11 +10,9 @@ from torch import Tensor
 from latentreward.alignment import PixelReward, Policy, Reward
 from latentreward.alignment.rewards.pixel import StepAwareReward
 from latentreward.core.contracts import NoisyStates
-from latentreward.core.errors import InputError
 from latentreward.core.reports.drawing import to_image
 from latentreward.reward import CallableScorer, ImageScorer
 from latentreward.reward.scorers.step_aware import StepAwareCLIP, load_step_aware
-from latentreward.tinyworld.judge import TinyWorldEditJudge
 from tests.alignment.policies.alignment import tiny_source
 from tests.reward.scorers.tiny_clip import write_clip
 
@@ -88,32 +86,3 @@ def test_the_policys_weights_are_not_the_rewards(policy: Policy, network: StepAw
     assert not list(pixel_reward(CallableScorer(redness, "redness"), policy).parameters())
     reward = StepAwareReward(network, policy, 2)
     assert {id(p) for p in reward.parameters()} == {id(p) for p in network.parameters()}
-
-
-def test_finished_latents_are_scored_as_such(policy: Policy, network: StepAwareCLIP) -> None:
-    reward, given = StepAwareReward(network, policy, 8), states(policy)
-    encoded = reward.encode_prompts(PROMPTS)
-    finished = NoisyStates(given.latents, torch.zeros(5), given.rows, given.latents)
-    with torch.no_grad():
-        torch.testing.assert_close(reward.score_clean(given.latents, given.rows, encoded), reward(finished, encoded))
-
-
-def test_refusals(policy: Policy) -> None:
-    scorer = CallableScorer(redness, "redness")
-    with pytest.raises(InputError, match="decode_batch_size is 0; it must be at least 1"):
-        PixelReward(scorer, decode_batch_size=0)
-    told = r"reward\.scorer: TinyWorldEditJudge gives 3 scores of an image \(.*followed, kept\), and a reward is one"
-    with pytest.raises(InputError, match=told):
-        PixelReward(TinyWorldEditJudge())
-    reward = pixel_reward(scorer, policy)
-    with pytest.raises(InputError, match="needs the policy's prediction of the finished latents, and got none"):
-        reward(replace(states(policy), clean=None), PROMPTS)
-    vae, policy.vae = policy.vae, None
-    try:
-        with pytest.raises(InputError, match=r"needs the VAE of the policy .*, which was built without one"):
-            pixel_reward(scorer, policy)
-    finally:
-        policy.vae = vae
-    wrong = pixel_reward(CallableScorer(lambda prompts, images: torch.full((len(images),), torch.nan), "nan"), policy)
-    with pytest.raises(InputError, match="scorer 'nan' returned nan"):
-        wrong(states(policy), wrong.encode_prompts(PROMPTS))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from latentreward.alignment import LatentReward, Policy, RewardMixture, surrogate
 from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.core.contracts import NoisyStates
-from latentreward.diffusion import LoRA
 from latentreward.reward.modules.training import single_optimizer
 from tests.alignment.rewards.stored import PROMPTS, states_of, tiny_policy, write_run
 from tests.marks import rotated_after
@@ -100,16 +99,6 @@ def test_its_adapter_is_neither_trained_nor_saved_with_the_module(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_an_adapter_on_other_layers_than_the_policys(tmp_path: Path) -> None:
-    write_run(tmp_path, "lrm", "sd15", **SMALL)
-    policy = tiny_policy("sd15", lora=LoRA(2, 4.0, target_modules=("to_q", "proj_in")))
-    own = LatentReward(str(tmp_path), share="never").load(policy)
-    before = outputs(policy)
-    shared = LatentReward(str(tmp_path)).load(policy)
-    assert torch.equal(scores(shared, policy), scores(own, policy))
-    assert torch.equal(outputs(policy), before)
-
-
 @pytest.mark.parametrize(
     ("reason", "method", "name", "options", "change"),
     rotated_after(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentreward.alignment.rewards.unchanged import unchanged_region_change
+from latentreward.alignment.rewards.callable import unchanged_region_change
 from latentreward.core.errors import InputError
 
 SOURCES = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentreward.alignment import Branching, DDIMSampler, RolloutDraws, Sampling, StepSampler, candidate_steps
+from latentreward.alignment import Branching, DDIMSampler, RolloutDraws, Sampling, StepSampler
 from latentreward.alignment.rollout.samplers import inside_window
 from latentreward.core.contracts import PromptBatch
 from tests.alignment.rollout.tiny_rollout import PROMPTS, Brightness, NetworkRows, roll_out, tiny_policy
@@ -116,15 +116,6 @@ def test_a_prompt_is_rolled_out_alike_in_any_batch() -> None:
     assert not torch.allclose(together, other, atol=0.1)
 
 
-def test_a_rollout_repeats_itself_bit_for_bit() -> None:
-    policy, sampler = parts("sd35_tiny")
-    torch.manual_seed(1)
-    one = roll_out(policy, sampler, Brightness(), PROMPTS, Branching(3), STEPS, GUIDANCE, seed=0)[1]
-    torch.manual_seed(2)
-    two = roll_out(policy, sampler, Brightness(), PROMPTS, Branching(3), STEPS, GUIDANCE, seed=0)[1]
-    assert torch.equal(one, two)
-
-
 def test_draws_of_different_kinds_are_independent() -> None:
     draws = RolloutDraws(0, ("first", "second"))
     initial, noise = draws.initial((4, 8, 8)), draws.noise(0, 1, (4, 8, 8))
@@ -136,25 +127,6 @@ def test_draws_of_different_kinds_are_independent() -> None:
     choices = torch.stack([RolloutDraws(seed, ("first", "second")).choice(3, 4) for seed in range(400)])
     shares = torch.stack([(choices == k).float().mean(dim=0) for k in range(4)])
     torch.testing.assert_close(shares, torch.full((4, 2), 0.25), rtol=0, atol=0.08)
-
-
-def test_the_callers_grad_mode_holds_between_steps() -> None:
-    policy, sampler = parts("sd15")
-    for step in candidate_steps(
-        policy, sampler, Brightness(), PROMPTS, Branching(2), STEPS, 1.0, RolloutDraws(0, PROMPTS.keys)
-    ):
-        assert torch.is_grad_enabled()
-        assert not step.scores.requires_grad
-
-
-@pytest.mark.slow
-def test_states_and_log_probabilities_are_float32_under_autocast() -> None:
-    policy, sampler = parts("sd15")
-    with torch.autocast("cpu", torch.bfloat16):
-        steps, finished = roll_out(policy, sampler, Brightness(), PROMPTS, Branching(2), STEPS, GUIDANCE, seed=0)
-    assert finished.dtype == torch.float32
-    for step in steps:
-        assert {step.latents.dtype, step.candidates.dtype, step.scores.dtype, step.log_prob.dtype} == {torch.float32}
 
 
 def test_steps_without_noise_have_no_candidates() -> None:

@@ -13,7 +13,7 @@ from latentreward.alignment import (
     TurningPointCredit,
     WindowedSampler,
 )
-from latentreward.alignment.rollout.credit import balance
+from latentreward.alignment.rollout.advantages import balance
 from tests.alignment.rollout.tiny_rollout import tiny_policy
 
 

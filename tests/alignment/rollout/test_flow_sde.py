@@ -28,19 +28,6 @@ def test_without_noise_it_is_diffusers_euler_step(config: dict[str, Any], steps:
         torch.testing.assert_close(sampler.transition(latents, output, timestep.expand(2)).mean, expected)
 
 
-def test_one_step_by_hand() -> None:
-    sampler = FlowSDESampler(*static_levels({"shift": 1.0}, 2), 0.7)
-    before, after = sampler.timesteps[1].item() / 1000, 0.0
-    latents, velocity = torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), -0.5)
-    transition = sampler.transition(latents, velocity, sampler.timesteps[1:])
-    w, d = 0.7 * math.sqrt(before / (1 - before)), after - before
-    mean = 2.0 * (1 + w**2 / (2 * before) * d) - 0.5 * (1 + w**2 * (1 - before) / (2 * before)) * d
-    assert transition.mean.item() == pytest.approx(mean, rel=1e-5)
-    assert transition.spread.item() == pytest.approx(w, rel=1e-5)
-    assert transition.std.item() == pytest.approx(w * math.sqrt(-d), rel=1e-5)
-    assert sampler.clean(latents, velocity, sampler.timesteps[1:]).item() == pytest.approx(2.0 + 0.5 * before)
-
-
 @pytest.mark.parametrize(("steps", "shift"), [(3, 5.0), (10, 3.0)])
 def test_noise_is_that_of_the_released_code(steps: int, shift: float) -> None:
     """Flow-GRPO's code takes the second level in the denominator where σ is 1, and nowhere else."""

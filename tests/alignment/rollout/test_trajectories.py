@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from latentreward.alignment import (
-    DDIMSampler,
     Policy,
     PolicySource,
     PromptedPolicy,
@@ -90,19 +89,6 @@ def test_text_is_packed_for_guidance_once_in_a_rollout(monkeypatch: pytest.Monke
             expected = policy.predict_guided(latents[:number], timesteps, every, network.uncond, 3.0)
             assert torch.equal(network(latents[:number], 500.0), expected)
     assert len(packed) == 6
-
-
-def test_steps_without_noise_are_marked() -> None:
-    policy = tiny_policy("sd_tiny")
-    sampler = DDIMSampler(
-        {**policy.family.pipeline.config("scheduler"), "set_alpha_to_one": True},
-        STEPS.num_inference_steps,
-        STEPS.eta or 0.0,
-    )
-    taken = sample_trajectories(policy, sampler, PROMPTS, STEPS, 1.0, seed=0)
-    assert (taken.log_prob != 0).any(dim=1).tolist() == [True] * 4 + [False]
-    assert taken.log_prob.isfinite().all()
-    assert not taken.log_prob[-1].any()
 
 
 def test_a_prompt_is_sampled_alike_in_any_batch() -> None:

@@ -124,6 +124,8 @@ def test_guidance_is_checked_and_off_where_the_pipelines_is(name: str) -> None:
     assert family.needs_uncond(off + 1) != embedded
     with pytest.raises(InputError, match=f"guidance_scale={wrong:g}"):
         family.guidance(wrong)
+
+
 @pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 12), ((2048, 1024), 1), ((256, 256), 48)])
 def test_levels_of_ideogram4_are_those_of_its_pipeline(size: tuple[int, int], steps: int) -> None:
     family = TWINS["ideogram4"].source().resolve_family()

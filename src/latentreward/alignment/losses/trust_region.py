@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from latentreward.core.promises import Part, detached, returns, shown, tensor, w
 if TYPE_CHECKING:
     from latentreward.alignment.rewards.base import RewardSource
 
-Taken = Literal["rewards", "levels", "parts"]
+Taken = Literal["rewards", "parts"]
 """Values of a rollout's samples that a gate may take; see :class:`KLGate`."""
 
 
@@ -32,10 +32,9 @@ class TrustRegion(Part):
     # ``penalty`` (adds a term).
     kind = ""
 
-    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
+    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, gaussian: bool) -> None:
         """Raise InputError, before anything is loaded, if the rule does not go with loss and reward.
 
-        ``samples`` are those of a prompt, ``levels`` the noise levels at which finished latents are scored;
         ``gaussian`` tells whether log-probabilities of steps are those of Gaussians.
         """
         if loss.takes_process:
@@ -112,13 +111,10 @@ class GRPOGuard(RatioRule):
     def __init__(self, per_step: bool = False) -> None:
         self.per_step = per_step
 
-    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
-        super().check(loss, reward, samples, levels, gaussian)
+    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, gaussian: bool) -> None:
+        super().check(loss, reward, gaussian)
         if not gaussian:
-            raise InputError(
-                "trust_region: GRPOGuard corrects Gaussian log-probabilities, which sampling.flow_noise=cps does not "
-                "have; use flow or dance"
-            )
+            raise InputError("trust_region: GRPOGuard needs Gaussian log-probabilities, unlike sampling.flow_noise=cps")
 
     def objective(
         self, log_ratio: Tensor, advantage: Tensor, clip_range: float, drift: StepDrift
@@ -205,29 +201,19 @@ class KLGate(TrustRegion):
     """Rule that selects the samples that get the KL term; the term is 0 for a batch without such samples.
 
     Attributes:
-        takes: Values of K samples of each of P prompts that :meth:`opens` takes: ``rewards`` ``(P, K)``; ``levels``
-            ``(P, K, L)``, the rewards at each of L noise levels; ``parts`` ``(P, K, R)``, the scores of R rewards of a
-            mixture, times −1 for a reward with a negative weight.
+        takes: Values of K samples of each of P prompts that :meth:`opens` takes: ``rewards`` ``(P, K)``; ``parts``
+            ``(P, K, R)``, the scores of R rewards of a mixture, times −1 for a reward with a negative weight.
     """
 
     kind = "gate"
     takes: Taken = "rewards"
 
-    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
-        super().check(loss, reward, samples, levels, gaussian)
-        name, by_level = type(self).__name__, self.takes == "levels"
+    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, gaussian: bool) -> None:
+        super().check(loss, reward, gaussian)
+        name = type(self).__name__
         if loss.kl_weight == 0:
             raise InputError(f"trust_region: {name} chooses where the KL term acts; set loss.kl_weight above 0")
-        if self.takes not in get_args(Taken):
-            raise InputError(f"trust_region: {name}.takes is {self.takes!r}; it must be rewards, levels or parts")
-        if by_level and levels < 2:
-            raise InputError(f"trust_region: {name} compares noise levels; give reward_sigmas two or more")
-        if by_level and not reward.uses_sigmas:
-            raise InputError(
-                f"trust_region: {name} compares noise levels, and {type(reward).__name__} does not score at levels; "
-                "take a LatentReward"
-            )
-        if self.takes == "parts" and reward.parts < 2:
+        if self.takes == "parts" and len(reward.part_weights) < 2:
             raise InputError(f"trust_region: {name} compares rewards; take a RewardMixture of at least 2")
 
     @abstractmethod
@@ -241,43 +227,6 @@ class KLGate(TrustRegion):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from the :meth:`state` of a checkpoint."""
-
-
-class UncertaintyGate(KLGate):
-    """KL term on samples for which a latent reward is uncertain: its scores at several noise levels disagree.
-
-    Ours, after GARDO (arXiv:2512.24138). The reward of each noise level is z-scored among the samples of a prompt; a
-    sample's uncertainty u is the standard deviation of these values over the levels. The KL term acts on samples with
-    u above the (1 − ``share``) quantile of the rollout.
-
-    Args:
-        share: Share of samples on which the KL term acts, in (0, 1).
-    """
-
-    takes = "levels"
-
-    def __init__(self, share: float = 0.2) -> None:
-        check_range("(0, 1)", "0.2 lets the KL term act on a fifth", share=share)
-        self.share = share
-
-    def check(self, loss: ClippedPolicyLoss, reward: RewardSource, samples: int, levels: int, gaussian: bool) -> None:
-        super().check(loss, reward, samples, levels, gaussian)
-        if samples < 3:
-            raise InputError(
-                f"num_trajectories={samples}: UncertaintyGate compares z-scores, and those of two samples "
-                "are ±1; use at least 3"
-            )
-
-    def opens(self, values: Tensor) -> Tensor:
-        found = self.uncertainty(values.permute(2, 0, 1).contiguous())
-        return found > found.flatten().quantile(1 - self.share)
-
-    def uncertainty(self, rewards: Tensor) -> Tensor:
-        """Compute the uncertainty ``(P, K)``, float64, of rewards ``(L, P, K)`` at L ≥ 2 noise levels."""
-        values = to_float64(rewards)
-        std, mean = torch.std_mean(values, dim=2, correction=0, keepdim=True)
-        scores = torch.where(std > 0, (values - mean) / std.where(std > 0, 1.0), 0.0)
-        return scores.std(dim=0, correction=0)
 
 
 class RankGate(KLGate):
@@ -336,11 +285,6 @@ def check_rules(rules: Sequence[TrustRegion], *used_with: Any) -> dict[str, Trus
     kinds: dict[str, TrustRegion] = {}
     for rule in rules:
         name = type(rule).__name__
-        if not isinstance(rule, RatioRule | KLGate | Penalty):
-            raise InputError(
-                f"trust_region: {name} is neither a RatioRule nor a KLGate nor a Penalty; derive it from one of these, "
-                "whose methods the module calls"
-            )
         if rule.kind in kinds:
             other = type(kinds[rule.kind]).__name__
             raise InputError(f"trust_region: {other} and {name} exclude each other; leave one of them out")

@@ -72,9 +72,7 @@ class DiffusionDPOModule(AlignmentModule):
         if not eval_timesteps:
             raise InputError("eval_timesteps is empty; name at least one timestep to validate at")
         if prior_noise and not (family := policy.resolve_family()).flow:
-            raise InputError(
-                f"prior_noise: {family.title} is no flow, whose noise lies on one line with its picture; leave it out"
-            )
+            raise InputError(f"prior_noise is for flows, and {family.title} is none; leave it out")
         super().__init__(policy, None, **options)
         self.beta, self.prior_noise = beta, prior_noise
         self.levels = levels or TimestepGrid(0, 999, 1)
@@ -174,15 +172,7 @@ def prior_noises(batch: PreferenceBatch, shape: tuple[int, ...]) -> Tensor:
     for row, name in enumerate(names):
         with errors_at(f"prior_noise: pair {quoted(batch.pair_ids[row % len(batch)])}: "):
             if name is None and weights[row]:
-                raise InputError(
-                    "it has no noise_a and noise_b; take them from the table that latentreward generate writes of a "
-                    "flow without guidance, search and noise in its steps, or leave prior_noise out"
-                )
+                raise InputError("it has no noise_a and noise_b, as latentreward generate writes; or leave it out")
             noise = None if name is None else PriorNoise.parse(name)
-            if noise is not None and noise.shape != shape:
-                raise InputError(
-                    f"its noise is of latents {noise.shape}, and the image has {shape}; train at the size that the "
-                    "pictures were generated at"
-                )
         drawn.append(torch.zeros(shape) if noise is None else noise.draw())
     return torch.stack(drawn)

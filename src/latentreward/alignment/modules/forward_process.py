@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from latentreward.alignment.losses.matching import MatchingLoss, velocity_divergence
@@ -18,12 +17,11 @@ from latentreward.alignment.losses.nft import NFTLoss
 from latentreward.alignment.losses.trust_region import Penalty, TrustRegion
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.modules.grpo import LEAST_ADVANTAGE, group_statistics
-from latentreward.alignment.modules.pruned import FinishedSamples
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.policies.moving_average import AVERAGE, OLD, DecayRamp, MovingCopy
 from latentreward.alignment.rewards.base import RewardSource, begin_finished, check_sigmas, rows_of
 from latentreward.alignment.rollout.advantages import Advantage, GroupAdvantage
-from latentreward.alignment.rollout.pruning import Pruning
+from latentreward.alignment.rollout.pruning import FinishedSamples, Pruning
 from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.alignment.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
 from latentreward.core.contracts import PromptBatch, RenoisedGroups, RenoisedSamples, SampledStates, join_rows
@@ -90,42 +88,28 @@ class ForwardProcessModule(AlignmentModule):
     ) -> None:
         family, sampling, steps = policy.resolve_family(), sampling or self.usual_sampling, steps or self.usual_steps
         if self.flows_only and not family.flow:
-            raise InputError(
-                f"policy.source={policy.source!r} is {family.title}, no rectified flow; {type(self).__name__} needs a "
-                "flow (SD3, FLUX.1, …); use RAM, LPO or GRPO"
-            )
+            told = f"policy.source={policy.source!r} is {family.title}, no rectified flow"
+            raise InputError(f"{told}, which {type(self).__name__} needs; use RAM, LPO or GRPO")
         guidance_scale = family.unguided if guidance_scale is None else guidance_scale
         if family.needs_uncond(family.guidance(guidance_scale)):
-            raise InputError(
-                f"guidance_scale={guidance_scale:g}: {type(self).__name__} samples and trains without guidance; leave "
-                f"it out or set it to {family.no_guidance:g}"
-            )
+            raise InputError(f"guidance_scale={guidance_scale:g}: {type(self).__name__} has no guidance; leave it out")
         noise = "noise_level" if family.flow else "eta"
         if value := getattr(sampling, noise):
-            raise InputError(
-                f"sampling.{noise}={value:g}: {type(self).__name__} samples without noise; leave it out or set it to 0"
-            )
+            raise InputError(f"sampling.{noise}={value:g}: {type(self).__name__} samples without noise; leave it out")
         if self.compares:
             check_range("[2, inf)", "one leaves nothing to compare", num_samples=num_samples)
         check_at_least_one(prompts_at_once=prompts_at_once)
         check_sigmas(reward_sigmas)
         if pruning is not None:
             if not self.prunes:
-                raise InputError(
-                    f"pruning: the gradient of {type(self).__name__} is not in proportion to advantages of samples of "
-                    "a prompt, which pruning rescales; leave it out"
-                )
+                raise InputError(f"pruning: {type(self).__name__} is not linear in advantages; leave it out")
             pruning.check("num_samples", num_samples, sampling.num_inference_steps, reward)
         if advantage is not None and (advantage.takes_parts or advantage.takes_features):
-            raise InputError(
-                f"advantage: {type(advantage).__name__} is for TrajectoryGRPOModule; {type(self).__name__} takes "
-                "GroupAdvantage"
-            )
+            name = type(advantage).__name__
+            raise InputError(f"advantage: {name} is for TrajectoryGRPOModule; take GroupAdvantage")
         if trust_region is not None and not isinstance(trust_region, Penalty):
-            raise InputError(
-                f"trust_region: {type(trust_region).__name__} needs a sampler's steps, from which "
-                f"{type(self).__name__} does not learn; take a Penalty such as NormGuard, or TrajectoryGRPOModule"
-            )
+            name = type(trust_region).__name__
+            raise InputError(f"trust_region: {name} needs the steps of a sampler; take a Penalty such as NormGuard")
         if steps is not None:
             steps.choose(sampling.num_inference_steps, torch.Generator())
         # Made before weights are loaded, so that a scheduler that cannot make the steps is refused at once.
@@ -138,7 +122,6 @@ class ForwardProcessModule(AlignmentModule):
         self.rollout = FinishedSamples(num_samples, levels, pruning)
         self.copies = [MovingCopy(self.policy, name, ramp) for name, ramp in copies.items()]
         self.followed = 0
-        self._warned = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -175,20 +158,7 @@ class ForwardProcessModule(AlignmentModule):
             samples = join_rows(self._rows_of(prompts, latents.unflatten(0, advantage.shape), advantage))
         else:
             samples = join_rows(self._rows_of(self.rollout.samples, latents, advantage.flatten()))
-        self._warn_of_leftovers(len(samples))
         return samples
-
-    def _warn_of_leftovers(self, rows: int) -> None:
-        """Warn once of rows of a rollout that no whole number of optimiser steps takes."""
-        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
-        step = size and size * self.trainer.accumulate_grad_batches
-        if step and rows % step and step % rows and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                f"a rollout has {rows} rows on each rank, an optimiser step takes {step} (data.batch_size x "
-                "trainer.accumulate_grad_batches): rows that are left over are learned from after the adapter 'old' "
-                "has moved on; choose a divisor"
-            )
 
     def move_copies(self) -> None:
         """Let the copies follow the policy, once after each optimiser step."""

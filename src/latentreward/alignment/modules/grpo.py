@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,7 +21,6 @@ from latentreward.alignment.losses.clipped_policy import (
 )
 from latentreward.alignment.losses.trust_region import StepDrift, TrustRegion, check_rules
 from latentreward.alignment.modules.alignment import AlignmentModule
-from latentreward.alignment.modules.pruned import FinishedSamples
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.rewards.base import (
     RewardSource,
@@ -32,11 +30,9 @@ from latentreward.alignment.rewards.base import (
     score_finished,
     score_states,
 )
-from latentreward.alignment.rewards.latent import LatentScorer
-from latentreward.alignment.rollout.advantages import Advantage, GroupAdvantage, group_advantages
+from latentreward.alignment.rollout.advantages import Advantage, Credit, GroupAdvantage, group_advantages
 from latentreward.alignment.rollout.candidates import Branching
-from latentreward.alignment.rollout.credit import Credit, StateCredit
-from latentreward.alignment.rollout.pruning import Pruning, check_scored_once, check_states_reward
+from latentreward.alignment.rollout.pruning import FinishedSamples, Pruning, check_states_reward
 from latentreward.alignment.rollout.reward_guidance import GuidedSampler, RewardGuidance, require_gradient
 from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.alignment.rollout.step_choice import Window, WindowedSampler
@@ -153,10 +149,7 @@ class StepwiseGRPOModule(GRPOModule):
         **options: Any,
     ) -> None:
         if loss is not None and loss.takes_process:
-            raise InputError(
-                "loss: OutcomeProcessLoss takes two advantages of a step, and StepwiseGRPOModule has one; take "
-                "ClippedPolicyLoss"
-            )
+            raise InputError("loss: StepwiseGRPOModule has one advantage of a step; take ClippedPolicyLoss")
         sampling, candidates = (sampling or Sampling()).with_noise(), candidates or Branching()
         candidates.training_steps(sampling.sampler(policy.resolve_family()))  # before weights are loaded
         super().__init__(policy, reward, sampling, loss, **options)
@@ -233,27 +226,22 @@ class TrajectoryGRPOModule(GRPOModule):
         if loss.takes_process and credit is None:
             raise InputError("loss: OutcomeProcessLoss takes the rewards of the steps too; set credit: StateCredit")
         if advantage is not None and advantage.takes_parts and credit is not None:
-            raise InputError(
-                f"advantage: {type(advantage).__name__} takes each reward of a mixture, and credit those of states; "
-                "leave one of them out"
-            )
+            name = type(advantage).__name__
+            raise InputError(f"advantage: {name} takes each reward of a mixture, unlike credit; leave one of them out")
         if window is not None and reward_guidance is not None:
             raise InputError("window and reward_guidance both choose steps of a rollout; leave one of them out")
         cps = sampling is not None and sampling.flow_noise == "cps" and policy.resolve_family().flow
-        used_with = loss, reward, num_trajectories, len(reward_sigmas), not cps
+        used_with = loss, reward, not cps
         rules = check_rules([trust_region] if isinstance(trust_region, TrustRegion) else trust_region or [], *used_with)
         if advantage is not None:
-            advantage.check(reward.parts)
+            advantage.check(len(reward.part_weights))
         if pruning is not None:
             pruning.check("num_trajectories", num_trajectories, (sampling or Sampling()).num_inference_steps, reward)
             by_group = advantage is None or not (advantage.takes_parts or advantage.takes_features)
             fits = {"credit": not credit, "reward_guidance": not reward_guidance, "advantage": by_group}
             fits["trust_region"] = "gate" not in rules
             if others := [name for name, fitting in fits.items() if not fitting]:
-                raise InputError(
-                    f"pruning takes one reward of each finished sample, and {others[0]} looks at more; leave one of "
-                    "them out, or take GroupAdvantage"
-                )
+                raise InputError(f"pruning takes one reward of a sample, and {others[0]} looks at more; leave one out")
         sampling = (sampling or Sampling()).with_noise()
         sampler = sampling.sampler(policy.resolve_family())
         steps = Branching(num_trajectories, low, high).training_steps(sampler)  # before weights are loaded
@@ -264,11 +252,8 @@ class TrajectoryGRPOModule(GRPOModule):
             reward_guidance.check(sampler)
         if credit is not None:
             check_states_reward("credit", reward)
-        gate: Any = rules.get("gate")
-        if gate is not None and gate.takes == "levels":
-            check_scored_once("trust_region scores each sample at each level too", reward)
         super().__init__(policy, reward, sampling, loss, **options)
-        self.gate = gate
+        self.gate: Any = rules.get("gate")
         self.num_trajectories, self.reward_sigmas = num_trajectories, tuple(reward_sigmas)
         self.prompts_at_once, self.rules = prompts_at_once, rules
         levels = len(reward_sigmas) if reward.uses_sigmas else 1
@@ -285,21 +270,6 @@ class TrajectoryGRPOModule(GRPOModule):
     def optional_fields(self) -> set[str]:
         given = {"process": self.loss.takes_process, "old_mean": "ratio" in self.rules, "held": self.gate is not None}
         return {name for name, there in given.items() if there}
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        if self.credit is None or isinstance(self.credit, StateCredit):  # which reads no finished latents
-            return
-        least = min(self.reward_sigmas)
-        for part in self.reward.modules():
-            if not isinstance(part, LatentScorer):
-                continue
-            last, finished = part.levels_at(self.sampler.timesteps[-1:]).item(), part.nearest_level(least)
-            if finished > last + 1e-3:  # the levels are rounded as in the message
-                rank_zero_warn(
-                    f"credit compares the finished latents at σ {least:g}, the least of reward_sigmas, with states "
-                    f"down to σ {last:.3g}; set reward_sigmas to the least noise level that the reward was trained at"
-                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -332,15 +302,9 @@ class TrajectoryGRPOModule(GRPOModule):
             pending.append(begin_finished(self.reward, taken.finished, finished, self.seed, self.reward_sigmas))
         trajectories, prompts, repeated = Trajectories.join(sampled), self.rollout.prompts, self.rollout.samples
         latents = trajectories.finished
-        scores = {}
-        if self.gate is not None and self.gate.takes == "levels":
-            # Beside the rewards: a head's score of several levels may be no mean.
-            levels = [self._score(latents, prompts, [sigma]) for sigma in self.reward_sigmas]
-            scores["levels"] = torch.stack(levels, dim=-1)
         parts = torch.cat([wait() for wait in pending])
         rewards = self.reward.mix(parts, rows_of(prompts, latents)).view(len(prompts), self.num_trajectories)
         parts = parts.unflatten(0, rewards.shape)  # (P, K, R), scores of the R rewards of a mixture
-        scores |= {"rewards": rewards, "parts": parts}
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
         features = None
         if self.advantage.takes_features:  # averages over 4 x 4 areas of each frame
@@ -361,7 +325,7 @@ class TrajectoryGRPOModule(GRPOModule):
         # Plain GRPO has one advantage of a step: credit takes the place of the finished sample's.
         if process is not None and not self.loss.takes_process:
             outcome, process = process, None
-        per_step = {"advantage": outcome, "process": process, "held": self._held(scores, len(steps))}
+        per_step = {"advantage": outcome, "process": process, "held": self._held(rewards, parts, len(steps))}
         rows = {name: value.flatten(0, 1).cpu() for name, value in per_step.items() if value is not None}
         samples = []
         for column, index in enumerate(steps):
@@ -378,11 +342,6 @@ class TrajectoryGRPOModule(GRPOModule):
             samples.append(sample.to("cpu"))
         return worth_learning(samples)
 
-    def _score(self, latents: Tensor, prompts: PromptBatch, sigmas: Sequence[float]) -> Tensor:
-        """Score finished latents at noise levels: ``(P, K)``."""
-        scores = score_finished(self.reward, latents, prompts, self.seed, sigmas)
-        return scores.unflatten(0, (len(prompts), self.num_trajectories))
-
     def _state_rewards(self, trajectories: Trajectories, prompts: PromptBatch, first: int) -> Tensor:
         """Score the states from step ``first`` on, at their own noise levels: ``(P·K, S + 1)``, finished ones last."""
         encoded, rows = self.reward.encode_prompts(prompts.prompts), rows_of(prompts, trajectories.finished)
@@ -392,17 +351,18 @@ class TrajectoryGRPOModule(GRPOModule):
             for index in range(first, len(timesteps))
         ]
         # Finished latents have no noise level of their own; a latent reward noises them to the least one.
-        finished = self._score(trajectories.finished, prompts, [min(self.reward_sigmas)])
-        return torch.stack([*scores, finished.flatten()], dim=1)
+        sigmas = [min(self.reward_sigmas)]
+        finished = score_finished(self.reward, trajectories.finished, prompts, self.seed, sigmas)
+        return torch.stack([*scores, finished], dim=1)
 
-    def _held(self, scores: Mapping[str, Tensor], steps: int) -> Tensor | None:
+    def _held(self, rewards: Tensor, parts: Tensor, steps: int) -> Tensor | None:
         """Tell on which steps ``(P, K, S)`` the KL term acts; None for all."""
         if self.gate is None:
             return None
-        values = scores[self.gate.takes]
+        values = rewards
         if self.gate.takes == "parts":
             # A gate compares ranks; a reward with a negative weight is better the lower it is.
-            values = values * torch.tensor(self.part_signs, device=values.device)
+            values = parts * torch.tensor(self.part_signs, device=parts.device)
         every = self.of_all_ranks(values)
         return self.of_this_rank(self.gate.opens(every), len(values))[..., None].expand(-1, -1, steps)
 

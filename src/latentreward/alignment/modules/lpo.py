@@ -8,8 +8,13 @@ from latentreward.alignment.losses.dpo import StepDPO, StepDPOResult, StepPairLo
 from latentreward.alignment.modules.alignment import AlignmentModule
 from latentreward.alignment.policies.loading import PolicySource
 from latentreward.alignment.rewards.base import RewardSource
-from latentreward.alignment.rollout.candidates import Branching
-from latentreward.alignment.rollout.pair_selection import FixedThreshold, PairSelection, SigmaThreshold, step_pairs
+from latentreward.alignment.rollout.candidates import (
+    Branching,
+    FixedThreshold,
+    PairSelection,
+    SigmaThreshold,
+    step_pairs,
+)
 from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.core.contracts import PromptBatch, RolloutStatistics, StepPairs, join_rows
 

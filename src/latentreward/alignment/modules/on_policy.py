@@ -8,7 +8,6 @@ of its noise. So losses of means differ from one of outputs by a factor of the n
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -95,34 +94,23 @@ class Teacher:
         """Raise InputError for a teacher that the policy cannot learn from, before weights are loaded."""
         family = policy.resolve_family()
         if self.checkpoint is not None and self.pipeline is not None:
-            raise InputError(
-                "teachers: a teacher has checkpoint and pipeline; give one of them, and two teachers for both"
-            )
-        if self.checkpoint is not None and not Path(self.checkpoint).exists():
-            raise InputError(f"teachers: checkpoint={self.checkpoint} does not exist; give that of an alignment run")
+            raise InputError("teachers: a teacher has checkpoint and pipeline; give one of them, or two teachers")
         with errors_at("teachers: " if self.pipeline is None else f"teachers: pipeline={self.pipeline}: "):
             other = self.family(policy)
             same = self.scale(other, guidance_scale) == guidance_scale
         if same and self.checkpoint is None and self.pipeline is None:
-            raise InputError(
-                "teachers: without checkpoint, pipeline and a guidance_scale unlike the policy's, a teacher is the "
-                "policy at its start; give it one of them"
-            )
+            raise InputError("teachers: this is the policy itself; give checkpoint, pipeline or another guidance_scale")
         if self.pipeline is None:
             return
         if type(other) is not type(family) or other.latent_space != family.latent_space:
-            raise InputError(
-                f"teachers: pipeline={self.pipeline} is {other.title}, the policy {family.title}, of another family or "
-                "latent space; give a pipeline of the policy's"
-            )
+            told = f"teachers: pipeline={self.pipeline} is {other.title}, the policy {family.title}"
+            raise InputError(f"{told}; give one of the same family and latent space")
         for part in (*SHARED_PARTS, *(() if family.flow else ("scheduler",))):
             pipelines = [one.pipeline for one in (family, other) if one.pipeline.has(part)]
             configs = [one.config(part) for one in pipelines]  # of models that see pictures, their language model's
             found = [[one.get("text_config", one).get(name) for name in COMPARED] for one in configs]
             if len(found) == 2 and found[0] != found[1]:
-                raise InputError(
-                    f"teachers: pipeline={self.pipeline} has another {part} than the policy; give one with the same"
-                )
+                raise InputError(f"teachers: pipeline={self.pipeline} has another {part} than the policy")
 
     def family(self, policy: PolicySource) -> Family:
         """Return the family of the teacher's network."""

@@ -9,7 +9,7 @@ of the noise level, the KL divergence between their steps, two Gaussians of equa
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,19 +58,6 @@ class RewardLoss(SetLoss):
         rewards = rewards.float().sigmoid() if self.sigmoid else rewards.float()
         loss = -rewards if self.ceiling is None else relu(self.ceiling - rewards)
         return self.scale * loss.mean()
-
-
-class LateSample(NamedTuple):
-    """Result of sampling up to a random step."""
-
-    # ``(B, C, ...)`` float32, with the policy's graph: what the reward scores, finished latents as predicted at
-    # that step or the states after it
-    latents: Tensor
-    timestep: float | None  # Timestep of the states; None for finished latents
-    # ``(B,)`` mean squared difference between the predictions of policy and reference in the steps with a graph;
-    # None if ``kl_weight`` is 0
-    drift: Tensor | None
-    step: int  # Index of the step
 
 
 class ReFLModule(AlignmentModule):
@@ -130,10 +117,8 @@ class ReFLModule(AlignmentModule):
         sampling = (sampling or Sampling(num_inference_steps=40)).with_noise()
         low, high = stop_range
         if not 1 <= low <= high <= sampling.num_inference_steps:
-            raise InputError(
-                f"stop_range={list(stop_range)} must satisfy 1 <= low <= high <= num_inference_steps, which is "
-                f"{sampling.num_inference_steps}; it counts the steps that are left"
-            )
+            steps = sampling.num_inference_steps
+            raise InputError(f"stop_range={list(stop_range)} counts steps that are left: 1 <= low <= high <= {steps}")
         check_range(f"[1, {sampling.num_inference_steps}]", gradient_steps=gradient_steps)
         check_sigmas(reward_sigmas)
         weights = {"kl_weight": kl_weight, "pretraining_weight": pretraining_weight}
@@ -144,10 +129,7 @@ class ReFLModule(AlignmentModule):
         if scored == "state":
             reward.require_step_scores("scored=state")
             if low < 2:
-                raise InputError(
-                    f"stop_range={list(stop_range)} with scored=state ends at finished latents, which have no noise "
-                    "level of their own; start it at 2"
-                )
+                raise InputError(f"stop_range={list(stop_range)}: scored=state takes noisy states; start at 2")
             if options.get("guidance_scale") is None:
                 options["guidance_scale"] = family.unguided
         sampler = sampling.sampler(family)
@@ -165,12 +147,6 @@ class ReFLModule(AlignmentModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         refuse_float16(self.trainer.precision)
-        data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and self.pretraining_weight and hasattr(data, "prompts_per_rollout"):  # prompts alone
-            raise InputError(
-                f"pretraining_weight={self.pretraining_weight:g} needs images too, and {type(data).__name__} has "
-                "prompts alone; take data: PromptsAndImages, or set the weight to 0"
-            )
 
     def stop_index(self, batch_idx: int) -> int:
         """Return the index of the step at which the sampler stops, equal on all ranks."""
@@ -179,8 +155,15 @@ class ReFLModule(AlignmentModule):
         generator = pair_generator(self.seed, "stop", self.current_epoch, str(batch_idx))
         return len(self.sampler) - int(torch.randint(low, high + 1, (), generator=generator))
 
-    def sample(self, prompts: PromptBatch, stop: int) -> LateSample:
-        """Sample up to the step of index ``stop``, the last ``gradient_steps`` steps with a graph."""
+    def sample(self, prompts: PromptBatch, stop: int) -> tuple[Tensor, float | None, Tensor | None]:
+        """Sample up to the step of index ``stop``, the last ``gradient_steps`` steps with a graph.
+
+        Returns:
+            Latents ``(B, C, ...)``, float32, that the reward scores: finished ones as predicted at that step, or the
+            states after it; the timestep of these states, None for finished latents; and the mean squared difference
+            ``(B,)`` between the predictions of policy and reference in the steps with a graph, None without
+            ``kl_weight``.
+        """
         network = PromptedPolicy.of(self.policy, prompts, self.guidance_scale)
         draws = RolloutDraws(self.seed, prompts.keys)
         shape = self.sampling.latent_shape(self.policy.family)
@@ -202,7 +185,7 @@ class ReFLModule(AlignmentModule):
         scored_at = self.sampler.next_timestep(stop) if self.scored == "state" else None
         if scored_at is None:
             latents = self.sampler.clean(latents, output, torch.full((len(prompts),), timestep))
-        return LateSample(latents, scored_at, torch.stack(drifts).mean(dim=0) if drifts else None, stop)
+        return latents, scored_at, torch.stack(drifts).mean(dim=0) if drifts else None
 
     def _drift(self, network: PromptedPolicy, latents: Tensor, timestep: float, output: Tensor) -> Tensor:
         """Return the mean squared difference ``(B,)`` of the policy's output from the reference's, with gradient."""
@@ -266,12 +249,13 @@ class ReFLModule(AlignmentModule):
             loss = self._weighted_pretraining(images)
             self.log("train/loss", loss, batch_size=len(prompts))
             return loss
-        sample, size = self.sample(prompts, self.stop_index(batch_idx)), len(prompts)
-        loss, rewards = self.reward_term(prompts, sample.latents, sample.timestep)
+        stop, size = self.stop_index(batch_idx), len(prompts)
+        latents, timestep, drifts = self.sample(prompts, stop)
+        loss, rewards = self.reward_term(prompts, latents, timestep)
         self.log("train/reward", rewards.mean(), prog_bar=True, batch_size=size)
-        self.log("train/stop_step", float(sample.step), batch_size=size)
-        if sample.drift is not None:
-            drift = sample.drift.mean()
+        self.log("train/stop_step", float(stop), batch_size=size)
+        if drifts is not None:
+            drift = drifts.mean()
             self.log("train/drift", drift, batch_size=size)
             loss = loss + self.kl_weight * drift
         if self.pretraining_weight and not self.alternate_pretraining:
@@ -281,10 +265,7 @@ class ReFLModule(AlignmentModule):
 
     def _weighted_pretraining(self, images: PreferenceBatch | None) -> Tensor:
         if images is None:
-            raise InputError(
-                f"pretraining_weight={self.pretraining_weight:g} needs images beside the prompts; train with "
-                "data: PromptsAndImages, or set it to 0"
-            )
+            raise InputError("pretraining_weight needs images beside the prompts; take data: PromptsAndImages")
         error = self.pretraining_term(images)
         self.log("train/denoising_error", error, batch_size=len(images))
         return self.pretraining_weight * error

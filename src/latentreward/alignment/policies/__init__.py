@@ -1,5 +1,1 @@
 """The policy, the text-to-image model that alignment trains: loading, adapters and predictions."""
-
-from latentreward.core.public_names import forwarding
-
-__getattr__ = forwarding(__name__)

@@ -84,10 +84,8 @@ def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> P
     weights, own = saved.weights, {name: one for name, one in policy.named_parameters() if ADAPTER in name}
     odd = sorted(own.keys() ^ weights.keys()) or [name for name in own if own[name].shape != weights[name].shape]
     if odd:
-        raise InputError(
-            f"{checkpoint}: {odd[0]} does not fit the policy {policy.source} ({len(odd)} such weights); give the "
-            "source and lora (rank, target_modules) that it was trained with"
-        )
+        told = f"{checkpoint}: {odd[0]} does not fit the policy {policy.source} ({len(odd)} such weights)"
+        raise InputError(f"{told}; give the source and lora (rank, target_modules) of its training")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])

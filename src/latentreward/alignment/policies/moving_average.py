@@ -72,10 +72,7 @@ class MovingCopy:
     def check(self, state_dict: Mapping[str, Any]) -> None:
         """Raise InputError if a checkpoint's ``state_dict`` has no such copy, as that of another method."""
         if not any(f".{self.name}." in name for name in state_dict):
-            raise InputError(
-                f"the checkpoint has no adapter {self.name!r}, which this run keeps beside the policy; resume a run of "
-                "the same method and settings, or start a new one"
-            )
+            raise InputError(f"the checkpoint has no adapter {self.name!r}; resume a run of the same settings")
 
     @torch.no_grad()
     def follow(self, step: int) -> None:

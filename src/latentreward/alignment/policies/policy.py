@@ -119,10 +119,7 @@ class Policy(nn.Module):
         if guidance_scale is None or not self.family.needs_uncond(guidance_scale):
             return conditioning
         if uncond is None:
-            raise InputError(
-                f"guidance_scale={guidance_scale:g} needs the encoded empty prompt; give it, or set it to "
-                f"{self.family.no_guidance:g}"
-            )
+            raise InputError(f"guidance_scale={guidance_scale:g} needs the encoded empty prompt; give it")
         return Conditioning.join(self.family.guided_prompts(conditioning, uncond))
 
     def predict_packed(
@@ -284,9 +281,7 @@ class AdapterSwitch:
         the adapter that is active at that time.
         """
         if name is not None and name not in self._names:  # peft would silently run the network without adapters
-            raise ValueError(
-                f"the network has no adapter {name!r}, only {sorted(self._names)}; call refresh() after adding"
-            )
+            raise ValueError(f"the network has no adapter {name!r}, only {sorted(self._names)}; call refresh()")
         # Layer by layer: adapters of a reward may be active on some layers alone.
         before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._layers]
         try:

@@ -109,43 +109,26 @@ class Reward(nn.Module, Part):
         """Check ``scores`` of ``latents`` ``(N, C, ...)`` at ``timesteps`` ``(N,)``, and return them in float32."""
         count, name = len(timesteps), self.name or type(self).__name__
         if not isinstance(scores, Tensor) or scores.shape != (count,):
-            raise InputError(
-                f"reward {name} returned {shown(scores)} for {count} states; it must be a tensor ({count},)"
-            )
+            raise InputError(f"reward {name} returned {shown(scores)} for {count} states, not a tensor ({count},)")
         if self.differentiable and (problem := detached(scores, latents)):
             raise InputError(f"reward {name} with differentiable = True returned {problem}")
         if not scores.isfinite().all():
             bad = scores[~scores.isfinite()][0].item()
             if not latents.isfinite().all():
-                raise InputError(
-                    "the policy's sampler gave latents that are not finite, before any reward; lower the learning "
-                    "rate, or compute the policy in bfloat16 or float32"
-                )
-            raise InputError(
-                f"reward {name} returned {bad} at timestep {timesteps[~scores.isfinite()][0].item():g}; look at its "
-                "weights, or compute it in float32"
-            )
+                raise InputError("the policy's sampler gave latents that are not finite; lower the learning rate")
+            at = timesteps[~scores.isfinite()][0].item()
+            raise InputError(f"reward {name} returned {bad} at timestep {at:g}; look at its weights")
         return scores.float()
-
-
-def _wrong_reward(found: Reward, source: RewardSource, policy: Policy) -> str | None:
-    if problem := of_class(Reward)(found):
-        return problem
-    if source.parts != len(source.part_weights):
-        return f"a reward of parts={source.parts}, but {len(source.part_weights)} part_weights; it must be one for each"
-    return None
 
 
 class RewardSource(Part):
     """Settings of a reward, as given in YAML. Weights are loaded by :meth:`load` only.
 
     Attributes:
-        parts: Number of rewards that a mixture holds; 1 for any other reward.
-        part_weights: Weights of the rewards of a mixture.
+        part_weights: Weights of the rewards of a mixture, one for each; of any other reward a single one.
         uses_sigmas: Whether the reward scores finished latents at noise levels, as latent rewards do.
     """
 
-    parts: int = 1
     part_weights: Sequence[float] = (1.0,)
     uses_sigmas: bool = False
 
@@ -188,28 +171,22 @@ class RewardSource(Part):
     def require_alone(self, reason: str) -> None:
         """Raise InputError if a score depends on others; ``reason`` begins the line."""
         if not self.judges_alone():
-            raise InputError(
-                f"{reason}, and {type(self).__name__} normalises scores within a prompt; set normalise: none or running"
-            )
+            told = f"{type(self).__name__} normalises scores within a prompt"
+            raise InputError(f"{reason}, and {told}; set normalise: none or running")
 
     def require_gradient(self, field: str) -> None:
         """Raise InputError if scores lack the gradient that ``field`` needs."""
         if not self.has_gradient():
-            raise InputError(
-                f"{field} needs the gradient of the reward, and {type(self).__name__} has none with these settings; "
-                "take a LatentReward"
-            )
+            raise InputError(f"{field} needs the gradient of the reward, and {type(self).__name__} has none")
 
     def require_step_scores(self, field: str) -> None:
         """Raise InputError if ``field`` is set and the reward scores no noisy states."""
         if not self.scores_states():
-            raise InputError(
-                f"{field} needs the score of a noisy state, which {type(self).__name__} does not give, because it "
-                "scores predicted clean latents; take a LatentReward, or leave that setting out"
-            )
+            told = f"{field} needs the score of a noisy state"
+            raise InputError(f"{told}, which {type(self).__name__} does not give; take a LatentReward, or leave it out")
 
     @abstractmethod
-    @returns(_wrong_reward)
+    @returns(of_class(Reward))
     def load(self, policy: Policy) -> Reward:
         """Load the reward, frozen, to score states of ``policy``."""
 

@@ -242,17 +242,6 @@ class LatentScorer(Reward):
 
         return self.checked(self._by_rows(latents, read), timesteps[:1].expand(len(latents)), latents)
 
-    def levels_at(self, timesteps: Tensor) -> Tensor:
-        """Return the model's noise levels ``(N,)`` for states at ``timesteps`` ``(N,)`` of the policy."""
-        process = self.model.backbone.noise_process
-        _, nearest = convert_states(torch.zeros(len(timesteps), 1), timesteps, self.noise_process, process)
-        return process.sigma(nearest)
-
-    def nearest_level(self, sigma: float) -> float:
-        """Return the noise level at which :meth:`score_clean` scores finished latents for ``sigma``."""
-        process = self.model.backbone.noise_process
-        return process.sigma(process.timesteps_at(torch.tensor([sigma]))).item()
-
     def _by_rows(self, latents: Tensor, read: Callable[[Tensor, slice], Tensor]) -> Tensor:
         """Score ``latents`` in batches by ``read``, which gets some rows and their slice, with a gradient if required.
 

@@ -51,19 +51,12 @@ class RewardMixture(RewardSource):
     ) -> None:
         weights = [1 / max(len(rewards), 1)] * len(rewards) if weights is None else list(weights)
         if not rewards or len(weights) != len(rewards) or not any(weights) or not all(map(math.isfinite, weights)):
-            raise InputError(
-                f"reward mixture: weights={weights} for {len(rewards)} rewards; give at least one reward, a weight for "
-                "each, and one that is not 0; all must be finite"
-            )
+            told = f"reward mixture: weights={weights} for {len(rewards)} rewards"
+            raise InputError(f"{told}; give at least one reward, and a finite weight for each, one of them not 0")
         self.rewards, self.weights, self.normalise = list(rewards), weights, normalise
 
     @property
-    def parts(self) -> int:  # type: ignore[override]  # no attribute: recorded settings hold those
-        """Number of rewards."""
-        return len(self.rewards)
-
-    @property
-    def part_weights(self) -> Sequence[float]:  # type: ignore[override]
+    def part_weights(self) -> Sequence[float]:  # type: ignore[override]  # no attribute: recorded settings hold those
         """Weights of the rewards."""
         return self.weights
 
@@ -75,10 +68,8 @@ class RewardMixture(RewardSource):
     def latent_space(self) -> LatentSpace | None:
         spaces = {space for reward in self.rewards if (space := reward.latent_space()) is not None}
         if len(spaces) > 1:
-            raise InputError(
-                f"the rewards of a mixture take latents of different spaces ({'; '.join(sorted(map(str, spaces)))}); "
-                "mix rewards of one VAE, or rewards that score pixels"
-            )
+            told = "; ".join(sorted(map(str, spaces)))
+            raise InputError(f"the rewards of a mixture take latents of different spaces ({told}); mix those of one")
         return next(iter(spaces), None)
 
     def scores_states(self) -> bool:
@@ -184,10 +175,8 @@ def standardise(scores: Tensor, groups: Tensor) -> Tensor:
     """
     _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
     if sizes.min() < 2:
-        raise InputError(
-            "a mixture of rewards with normalise: group compares the states of a prompt, but got a single one; draw "
-            "several candidates, or set normalise: running"
-        )
+        told = "normalise: group compares the states of a prompt, but got a single one"
+        raise InputError(f"reward mixture: {told}; draw several candidates, or set normalise: running")
 
     def mean(values: Tensor) -> Tensor:
         return (values.new_zeros(len(sizes)).index_add(0, group, values) / sizes)[group]

@@ -33,11 +33,6 @@ class PixelReward(RewardSource):
 
     def __init__(self, scorer: ImageScorer, decode_batch_size: int = 8) -> None:
         check_at_least_one(decode_batch_size=decode_batch_size)
-        if len(scorer.columns) > 1:
-            raise InputError(
-                f"reward.scorer: {type(scorer).__name__} gives {len(scorer.columns)} scores of an image "
-                f"({', '.join(scorer.columns)}), and a reward is one; give a CallableScorer of one of them"
-            )
         self.scorer, self.decode_batch_size = scorer, decode_batch_size
 
     def latent_space(self) -> None:
@@ -62,25 +57,14 @@ class DecodingReward(Reward):
 
     def __init__(self, policy: Policy, decode_batch_size: int) -> None:
         super().__init__()
-        if policy.vae is None:
-            raise InputError(
-                f"a reward that scores pixels needs the VAE of the policy {policy.source}, which was built without "
-                "one; load it from a full pipeline folder"
-            )
         self.decode_batch_size = decode_batch_size
         self.__dict__["policy"] = policy  # not as a submodule: the LightningModule registers the policy already
 
     def decode(self, states: NoisyStates) -> list[Tensor]:
         """Decode ``states.clean`` of images to pixels, about [-1, 1], ``(≤ decode_batch_size, 3, H, W)`` at a time."""
-        if states.clean is None:
-            raise InputError(
-                "a reward that scores pixels needs the policy's prediction of the finished latents, and got none; use "
-                "it where candidates are drawn from the policy"
-            )
+        assert states.clean is not None
         if states.clean.ndim == 5 and states.clean.shape[2] > 1:
-            raise InputError(
-                "sampling.frames makes clips, but a reward on pixels scores images; set it to 1, or take a LatentReward"
-            )
+            raise InputError("sampling.frames makes clips, but a reward on pixels scores images; set it to 1")
         return [self.policy.vae.decode(part) for part in states.clean.split(self.decode_batch_size)]
 
 

@@ -73,11 +73,7 @@ class RewardGuidance:
 
     def check(self, sampler: StepSampler) -> None:
         """Raise InputError if no step of the window has noise."""
-        sampler.require_noise()
-        if not (inside_window(sampler.timesteps, self.low, self.high) & (sampler.noise_std > 0)).any():
-            raise InputError(
-                f"no step with noise lies in the window low={self.low:g}, high={self.high:g} of the guidance; widen it"
-            )
+        sampler.noisy_steps(self.low, self.high)
 
     def guide(self, transition: Transition, gradient: Tensor) -> GuidedTransition:
         """Move the mean of ``transition`` along the reward's ``gradient`` ``(B, C, ...)``."""
@@ -98,19 +94,14 @@ class RewardGuidance:
 def require_gradient(reward: Reward, user: str = "guidance") -> None:
     """Raise InputError if ``reward`` has no gradient to the states, which ``user`` needs."""
     if not reward.differentiable:
-        raise InputError(
-            f"{type(reward).__name__} gives no gradient, which {user} needs; take a LatentReward, or a method that "
-            "only ranks samples (LPO, GRPO)"
-        )
+        raise InputError(f"{type(reward).__name__} gives no gradient, which {user} needs; take a LatentReward")
 
 
 def require_finite(slope: Tensor, reward: Reward) -> Tensor:
     """Return a gradient ``slope`` of ``reward``; raise InputError if it is not finite."""
     if not slope.isfinite().all():
-        raise InputError(
-            f"reward {reward.name or type(reward).__name__} has a gradient that is not finite; look at its formula and "
-            "its weights, or compute it in float32"
-        )
+        name = reward.name or type(reward).__name__
+        raise InputError(f"reward {name} has a gradient that is not finite; look at its formula, or compute in float32")
     return slope
 
 

@@ -114,10 +114,20 @@ class StepSampler(ABC):
     def require_noise(self) -> None:
         """Raise InputError if no step adds noise: then there is no log-probability, and all candidates are equal."""
         if not (self.noise_std > 0).any():
+            told = f"with sampling.{self.noise_setting} none of the {len(self)} steps adds noise"
+            raise InputError(f"{told}, without which there is neither a log-probability nor a choice; raise it")
+
+    def noisy_steps(self, low: float, high: float, least: int = 1) -> list[int]:
+        """Return the indices of the steps with noise in [low, high]; raise InputError if fewer than ``least``."""
+        self.require_noise()
+        inside = inside_window(self.timesteps, low, high) & (self.noise_std > 0)
+        if inside.sum() < least:
             raise InputError(
-                f"with sampling.{self.noise_setting} none of the {len(self)} steps adds noise, and without noise there "
-                "is neither a log-probability nor a step to guide; raise it"
+                f"the window low={low:g}, high={high:g} holds {inside.sum()} of the {len(self)} steps, at timesteps "
+                f"{self.timesteps[0].item():g} to {self.timesteps[-1].item():g}, with noise, and {least} are needed; "
+                "widen it, or raise sampling.num_inference_steps"
             )
+        return inside.nonzero().flatten().tolist()
 
     def step_index(self, timesteps: Tensor) -> Tensor:
         """Return each step's index, int64 on the CPU, from ``timesteps`` ``(B,)``; raise InputError for any other."""
@@ -126,10 +136,8 @@ class StepSampler(ABC):
         distance, index = (self.timesteps - values[:, None]).abs().min(dim=1)
         foreign = values[distance > TIMESTEP_TOLERANCE]
         if foreign.numel():
-            raise InputError(
-                f"timestep {foreign[0].item():g} is none of the {len(self)} steps of this sampler; use the sampling "
-                "settings that the states were drawn with"
-            )
+            told = f"timestep {foreign[0].item():g} is none of the {len(self)} steps of this sampler"
+            raise InputError(f"{told}; use the sampling settings that the states were drawn with")
         return index
 
     def _columns(self, table: Tensor, timesteps: Tensor, like: Tensor) -> tuple[Tensor, ...]:
@@ -160,12 +168,11 @@ class DDIMSampler(StepSampler):
     def __init__(self, scheduler_config: Mapping[str, Any], num_inference_steps: int, eta: float = 1.0) -> None:
         # Pipelines name PNDM or Euler; DDIM on their betas and spacing is what LPO's code samples with.
         check_scheduler({"_class_name": "DDIMScheduler", **scheduler_config}, DDPM_SCHEDULERS)
+        check_range("[0, 1]", "0 is deterministic, 1 ancestral sampling", eta=eta)
         self.prediction_type = scheduler_config.get("prediction_type", "epsilon")
         for name in ("clip_sample", "thresholding"):
             if scheduler_config.get(name):
-                raise InputError(
-                    f"the scheduler config has {name}=true, which is for pixels and spoils latents; set it to false"
-                )
+                raise InputError(f"the scheduler config has {name}=true, which is for pixels; set it to false")
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise InputError(f"prediction_type {self.prediction_type!r} is not known; use 'epsilon' or 'v_prediction'")
         from diffusers import DDIMScheduler
@@ -173,25 +180,15 @@ class DDIMSampler(StepSampler):
         config = {**scheduler_config, "clip_sample": False}
         scheduler = make_scheduler(DDIMScheduler, config, num_inference_steps)
         timesteps, table = scheduler.timesteps, scheduler.alphas_cumprod.double()
-        if timesteps[0] >= len(table):
-            raise InputError(
-                f"num_inference_steps={num_inference_steps} with the scheduler's steps_offset reaches timestep "
-                f"{timesteps[0]} of {len(table)}; use fewer steps"
-            )
         following = timesteps - len(table) // num_inference_steps  # as in its step, for every timestep_spacing
         alpha = table[timesteps]
         alpha_next = torch.where(following >= 0, table[following.clamp(min=0)], scheduler.final_alpha_cumprod.double())
         if self.prediction_type == "epsilon" and not (alpha > 0).all():
-            raise InputError(
-                "the scheduler config has rescale_betas_zero_snr=true with prediction_type='epsilon', which predicts "
-                "nothing at pure noise; use a v_prediction pipeline, or timestep_spacing 'leading'"
-            )
+            told = "the scheduler config has rescale_betas_zero_snr=true, where prediction_type=epsilon says nothing"
+            raise InputError(f"{told}; use a v_prediction pipeline, or timestep_spacing leading")
         variance = ancestral_variance((alpha, 1 - alpha), (alpha_next, 1 - alpha_next), eta)
         # Rounding may leave a tiny negative number at η = 1, where the term is 0.
-        room = 1 - alpha_next - variance
-        if not (room >= -1e-6).all():
-            raise InputError(f"sampling.eta={eta:g} is more noise than a step of DDIM has room for; use at most 1")
-        std, towards_noise = variance.sqrt(), room.clamp(min=0).sqrt()
+        std, towards_noise = variance.sqrt(), (1 - alpha_next - variance).clamp(min=0).sqrt()
         columns = [alpha.sqrt(), (1 - alpha).sqrt(), alpha_next.sqrt(), towards_noise, std]
         # Computed in float64: near the last step 1 − ᾱ is a difference of numbers near 1.
         self._table = torch.stack(columns, dim=1).to(torch.float32)
@@ -341,9 +338,8 @@ class Sampling:
         """Raise InputError for noise of DDIM's steps if the family is a flow, and the reverse: it has no effect."""
         own, other = ("noise_level", "eta") if family.flow else ("eta", "noise_level")
         if value := getattr(self, other):
-            raise InputError(
-                f"sampling.{other}={value:g} has no effect on {family.title}; leave it out, or set sampling.{own}"
-            )
+            told = f"sampling.{other}={value:g} has no effect on {family.title}"
+            raise InputError(f"{told}; leave it out, or set sampling.{own}")
 
     def sampler(self, family: Family) -> StepSampler:
         """Make the sampler for a family's pipeline: a flow's SDE at the family's levels, or DDIM."""
@@ -354,7 +350,5 @@ class Sampling:
             # Flows sample at the levels of their own pipeline, whose shift may depend on the size.
             return FlowSDESampler(*levels, self.noise_level or 0.0, self.flow_noise)
         if self.flow_noise != "flow":
-            raise InputError(
-                f"sampling.flow_noise={self.flow_noise}: {family.title} is no flow; leave it out, for DDIM's steps"
-            )
+            raise InputError(f"sampling.flow_noise={self.flow_noise}: {family.title} is no flow; leave it out")
         return DDIMSampler(family.scheduler_config, self.num_inference_steps, self.eta or 0.0)

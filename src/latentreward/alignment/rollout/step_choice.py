@@ -60,11 +60,8 @@ class NoisiestSteps(StepChoice):
         self.count, self.share = count, share
 
     def choose(self, steps: int, generator: torch.Generator) -> Tensor:
-        if (first := round(steps * self.share)) < self.count:
-            raise InputError(
-                f"count={self.count}: only the first {first} of {steps} steps may be chosen; lower count, or raise "
-                "share or num_inference_steps"
-            )
+        first = round(steps * self.share)
+        check_range(f"[1, {first}]", f"these may be chosen of {steps} steps", count=self.count)
         return torch.randperm(first, generator=generator)[: self.count]
 
 
@@ -86,11 +83,7 @@ class StratifiedSteps(StepChoice):
 
     def choose(self, steps: int, generator: torch.Generator) -> Tensor:
         last = rounded_down(steps * self.share)
-        if last - self.first < self.count:
-            raise InputError(
-                f"count={self.count}: of {steps} steps only those from {self.first} to {last - 1} may be chosen; lower "
-                "count, or raise num_inference_steps"
-            )
+        check_range(f"[1, {last - self.first}]", f"these may be chosen of {steps} steps", count=self.count)
         device = generator.device  # also where a module is built under another default device
         edges = torch.linspace(self.first, last, self.count + 1, dtype=torch.float64, device=device).long()
         shares = torch.rand(self.count, generator=generator, dtype=torch.float64, device=device)
@@ -125,11 +118,7 @@ class Window(Part):
     def check(self, steps: int) -> None:
         """Raise InputError if the window is larger than the ``steps`` that may be trained on."""
         check_needs(self)
-        if type(self.size) is not int or not 1 <= self.size <= steps:
-            raise InputError(
-                f"window.size={self.size!r} must lie between 1 and {steps}, the number of steps with noise between low "
-                "and high; lower it, or raise sampling.num_inference_steps"
-            )
+        check_range(f"[1, {steps}]", "these have noise between low and high", **{"window.size": self.size})
 
 
 class MovingWindow(Window):

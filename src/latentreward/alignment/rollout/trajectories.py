@@ -58,9 +58,7 @@ class PriorNoise:
     def parse(cls, text: str) -> Self:
         """Read the text of a noise; raise InputError if it is none."""
         if (found := re.fullmatch(r"(-?\d{1,20}) (\S+) (\d{1,9}(?:x\d{1,9})+)", text)) is None:
-            raise InputError(
-                f"{quoted(text)} names no noise; give the column noise of the table of latentreward generate"
-            )
+            raise InputError(f"{quoted(text)} names no noise; give the column of latentreward generate's table")
         return cls(int(found[1]), found[2], tuple(map(int, found[3].split("x"))))
 
     def draw(self) -> Tensor:
