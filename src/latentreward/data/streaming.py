@@ -183,8 +183,10 @@ class StreamedPairs(PairDataset):
     enough with as many. Pairs whose normalised prompt is in ``apart`` are left out.
     """
 
-    def __init__(self, stream: PairStream, data: PreferenceDataModule, batches: int, apart: frozenset[str]) -> None:
-        super().__init__(stream, data.loader, (), data.on_error, "train")
+    def __init__(
+        self, stream: PairStream, data: PreferenceDataModule, on_error: OnError, batches: int, apart: frozenset[str]
+    ) -> None:
+        super().__init__(stream, data.loader, (), on_error, "train")
         self.on_error = "skip" if self.on_error == "placeholder" else self.on_error  # no row has a number to keep
         self.stream, self.batches_per_epoch, self.apart = stream, batches, apart
         self.lanes, self.batch_size, self.seed = max(1, data.num_workers), data.batch_size, data.seed
@@ -298,12 +300,12 @@ class StreamedPreferenceDataModule(PreferenceDataModule):
         check_at_least_one("data.", batches_per_epoch=batches_per_epoch)
         if options.get("targets") is not None or options.get("frames", 1) != 1:
             raise InputError("data.targets and data.frames need rows with numbers, not a stream; use a reader in train")
-        self.on_error: OnError = options.get("on_error", "raise")
         if train is not None:
+            on_error: OnError = options.get("on_error", "raise")
             apart = [] if options.get("shared_prompts") == "keep" else [*self.datasets.values()]
             prompts = (prompt for one in apart if one.name != "predict" for prompt in one.reader.prompts())
             shared = frozenset(map(normalise_prompt, prompts))
-            self.datasets["train"] = StreamedPairs(train, self, batches_per_epoch, shared)
+            self.datasets["train"] = StreamedPairs(train, self, on_error, batches_per_epoch, shared)
 
     def train_dataloader(self) -> ResumableLoader:
         if getattr(self.trainer, "overfit_batches", 0):
