@@ -233,7 +233,7 @@ class TrainingCLI(LightningCLI):
     def _take_estimate(self, settings: Namespace) -> None:
         """Take what only an estimate reads out of the settings, so that no run records it."""
         self.estimates = settings.pop("estimate")
-        given = {name: settings.pop(name) for name in ("card_gb",)}
+        given = {name: settings.pop(name) for name in ("card_gb", "tflops")}
         self.card = Card(settings["trainer"]["accelerator"] != "cpu", **given)
         for name, value in given.items():
             if value != getattr(Card, name) and not self.estimates:
@@ -514,15 +514,15 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     found, card = _run(command, arguments)
     if found is not None:
-        from latentreward.apps.estimate.estimate import check_memory
+        from latentreward.apps.estimate.estimate import compare
 
         print(found.as_text(), flush=True)
-        print(check_memory(found, card))
+        print(compare(found, card, lambda more: estimate_fit([*arguments, *more])))
 
 
 def estimate_fit(arguments: Sequence[str]) -> "Estimate":
     """Compute the memory and computation of ``latentreward fit`` with these arguments; no checkpoint is read."""
-    kept = [argument for argument in arguments if not argument.startswith("--ckpt_path")]
+    kept = [argument for argument in arguments if not argument.startswith(("--ckpt_path", "--estimate"))]
     found, _ = _run("fit", [*kept, "--estimate"])
     assert found is not None
     return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -32,6 +34,8 @@ ALLOWANCE, CONTEXT = 1.1, GB
 """Factor for what the allocator holds beyond tensors, and bytes of a CUDA context and kernels' work space."""
 IMPORTS = 2 * GB
 """Memory of a process with all its imports and data loaders."""
+KEPT_ROWS = 0.5
+"""Share of a rollout's rows that pass the threshold of LPO; a guess, since it depends on the reward."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,38 @@ class Estimate:
         """Number of batches per optimiser step."""
         return self.settings.trainer.accumulate_grad_batches
 
-    def remedy(self) -> str:
-        """Name the settings that lower the peak, of whatever takes most of it."""
-        costs = self.costs
+    def smaller(self) -> Iterator[tuple[str, Any]]:
+        """List settings that may lower the peak, those that keep the result first.
+
+        A setting that the run has no place for, or has already, is left out.
+        """
+        costs, model, data = self.costs, self.settings.model.init_args, self.settings.data.init_args
+
+        def change(name: str, to: Callable[[Any], Any]) -> Iterator[tuple[str, Any]]:
+            """List one setting, by its name and its value now."""
+            *path, last = name.split(".")
+            place: Any = {"model": model, "data": data, "trainer": self.settings.trainer}
+            for step in path:
+                place = (place or {}).get(step)
+                place = place.get("init_args", place) if isinstance(place, Namespace) and step != "init_args" else place
+            if place is not None and last in place and (value := to(place[last])) != place[last] and value is not None:
+                yield name, value
+
+        def half(now: Any) -> Any:
+            return now // 2 if isinstance(now, int) and now > 1 else None
+
         if costs.peak == costs.rollout_peak:
-            at_once = " or --model.prompts_at_once" if "prompts_at_once" in self.settings.model.init_args else ""
-            return f"take a smaller --data.prompts_per_rollout{at_once}"
-        if costs.peak == costs.batch_peak and costs.saved > costs.peak / 4:
-            more = "more --trainer.accumulate_grad_batches, or gradient_checkpointing"
-            return f"take a smaller --data.batch_size and {more}"
-        return "store frozen weights in bfloat16 (frozen_dtype) or quantised (quantization), or train a lora"
+            yield from change("model.reward.batch_size", lambda now: half(now) if now else 8)
+            yield from change("model.prompts_at_once", lambda now: half(now) if now else 1)
+            yield from change("data.prompts_per_rollout", half)
+            yield from change("model.num_samples", half)
+        if costs.peak == costs.batch_peak:
+            for owner in ("model.policy", "model.backbone"):
+                yield from change(f"{owner}.gradient_checkpointing", lambda now: True)
+            yield from change("data.batch_size", half)
+        for owner in ("model.policy", "model.backbone"):
+            yield from change(f"{owner}.frozen_dtype", lambda now: "bfloat16")
+            yield from change(f"{owner}.quantization", lambda now: now or "nf4")
 
     def as_text(self) -> str:
         """Format the estimate as tables of weights, memory and computation, with the notes below."""
@@ -172,13 +198,20 @@ class Card:
     Attributes:
         gpu: Whether the training runs on a GPU.
         card_gb: Memory of the card to compare with, in GB; by default that of the GPU here.
+        tflops: Operations per second that the device sustains, in 10¹²; 30 is some 40 % of an RTX 3090's peak.
     """
 
     gpu: bool
     card_gb: float | None = None
+    tflops: float = 30.0
 
     def __post_init__(self) -> None:
-        check_range("(0, inf)", card_gb=self.card_gb)
+        check_range("(0, inf)", card_gb=self.card_gb, tflops=self.tflops)
+
+    @property
+    def kind(self) -> str:
+        """The memory in words."""
+        return "GPU memory" if self.gpu else "memory"
 
     def memory(self) -> float | None:
         """Return the memory of the GPU, or that is free for a run on the CPU, in GB; None without a GPU to ask."""
@@ -191,22 +224,57 @@ class Card:
             return float(torch.cuda.get_device_properties(0).total_memory / GB)
         return self.card_gb
 
+    def needed(self, found: Estimate) -> float:
+        """Return the memory in GB that a training needs of the device."""
+        factor, more = (ALLOWANCE, CONTEXT) if self.gpu else (1.0, IMPORTS)
+        return (found.costs.peak * factor + more) / GB
 
-def check_memory(found: Estimate, card: Card) -> str:
-    """Compare the peak with the memory of the GPU or of the machine, if there is one to ask; return a line on both."""
-    here, kind = card.memory(), "GPU memory" if card.gpu else "memory"
-    factor, more = (ALLOWANCE, CONTEXT) if card.gpu else (1.0, IMPORTS)
-    size = (found.costs.peak * factor + more) / GB
+    def hours(self, found: Estimate) -> str:
+        """Tell how long a training takes, without data, validation and pictures."""
+        costs, trainer, data = found.costs, found.settings.trainer, found.settings.data.init_args
+        whole, rows = trainer.max_steps > 0, (data.get("batch_size") or 1) * found.accumulated
+        steps = trainer.max_steps if whole else 1000
+        rollouts = steps * found.accumulated  # of ReFL: the sampling of each batch
+        if costs.rollout_rows:
+            kept = KEPT_ROWS if "selection" in found.settings.model.init_args else 1.0
+            rollouts = math.ceil(steps * rows / (costs.rollout_rows * kept))
+        flops = steps * found.accumulated * (costs.forward + costs.backward) + rollouts * costs.rollout
+        hours = flops / (self.tflops * 1e12) / 3600
+        told = f"{hours:.2g} hours" if hours < 72 else f"{hours / 24:.2g} days"
+        length = f"{steps} steps{'' if whole else ', the length of the run is open'}"
+        return f"time: {told} for {length} (computed, at --tflops {self.tflops:g})"
+
+
+def compare(found: Estimate, card: Card, again: Callable[[Sequence[str]], Estimate]) -> str:
+    """Compare what a training needs with the device, if there is one to ask; return lines on memory and time.
+
+    If it does not fit, settings are tried by ``again``, which estimates the training with further arguments, until it
+    does.
+
+    Raises:
+        InputError: If the training does not fit; the line ends with the settings with which it does.
+    """
+    here, size = card.memory(), card.needed(found)
     counted = f"the peak and {IMPORTS / GB:.1f} GB for the program itself"
     if card.gpu:
         counted = f"the peak, {ALLOWANCE - 1:.0%} more and {CONTEXT / GB:.1f} GB for CUDA"
     if here is None:
-        told = f"{size:.1f} GB of {kind}"
         counted += "; no GPU is here to compare with, --card_gb 24 takes a card of 24 GB"
-    else:
-        told = f"{size:.1f} of {here:.1f} GB of {kind}"
-        if size > here:
-            there = f"{here:.1f} GB are {'given' if card.gpu and card.card_gb else 'here'}"
-            lacks = f"fit needs {size:.1f} GB of {kind}, {there}"
-            raise InputError(f"memory: {lacks} (counted: {counted}); {found.remedy()}")
-    return f"memory: fit {told} (counted: {counted}); to lower it: {found.remedy()}"
+        return f"memory: {size:.1f} GB of {card.kind} (counted: {counted})\n{card.hours(found)}"
+    told = f"memory: {size:.1f} of {here:.1f} GB of {card.kind}"
+    if size <= here:
+        return f"{told} (counted: {counted})\n{card.hours(found)}"
+    chosen: list[str] = []
+    while card.needed(found) > here:
+        tried = ([*chosen, f"--{name}={value}"] for name, value in found.smaller())
+        for more in tried:
+            trial = again(more)
+            print(f"tried {more[-1]}: {card.needed(trial):.1f} GB", flush=True)
+            if trial.costs.peak < 0.98 * found.costs.peak:
+                chosen, found = more, trial
+                break
+        else:
+            raise InputError(f"{told} (counted: {counted}); no setting that was tried makes it fit")
+    last = {one.partition("=")[0]: one for one in chosen}.values()
+    remedy = f"it fits with {' '.join(last)}: {card.needed(found):.1f} GB, {card.hours(found)}"
+    raise InputError(f"{told} (counted: {counted}); {remedy}")

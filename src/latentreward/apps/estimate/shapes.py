@@ -82,6 +82,7 @@ class ShapesOnly(TorchDispatchMode):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = LiveBytes()  # of the stand-ins
         self.flops = 0  # of all operations on stand-ins so far
+        self.rollout_rows = 0  # rows of the rollout that was made, with all candidates kept; 0 without one
 
     def stand_in(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return a new stand-in tensor."""

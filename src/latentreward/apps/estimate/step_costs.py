@@ -95,6 +95,7 @@ class StepCosts:
     forward: int  # computation of one batch up to the loss, without sampling
     backward: int  # computation of the backward pass of one batch, with the blocks that checkpointing recomputes
     rollout: int  # computation of a rollout; in ReFL, of the sampling steps before the first step with a graph
+    rollout_rows: int = 0  # rows to learn from of a rollout if all are kept; 0 without rollouts
     freed: int = 0  # size of weights that are in memory before the first step, and freed then
 
     @property
@@ -228,6 +229,7 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
         forward=forward,
         backward=backward,
         rollout=rollout,
+        rollout_rows=shapes.rollout_rows,
     )
 
 
@@ -338,6 +340,7 @@ def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> 
         with evaluating(module), torch.no_grad(), module.compute_precision():
             # Not `roll_out`, which refuses a key of several rows: stand-ins select the same step each time.
             rows: Any = module.make_experience(told)
+        shapes.rollout_rows = len(rows)
         chosen = take_rows(rows, [number % len(rows) for number in range(batch_size(data))])
         module.prepare_prompts(told.prompts)
         return map_tensors(chosen, lambda t: shapes.stand_in(t.shape, t.dtype) if is_stand_in(t) else t)
