@@ -15,16 +15,6 @@ def test_each_name_is_handed_out_by_its_room() -> None:
         assert getattr(import_module(room), name) is getattr(import_module(module), name), name
 
 
-@pytest.mark.parametrize(
-    "path", ["reward.losses.ThurstoneLoss", "alignment.policies.PolicySource", "data.readers.PairReader"]
-)
-def test_a_folder_of_a_room_finds_its_public_names(path: str) -> None:
-    folder, _, name = f"latentreward.{path}".rpartition(".")
-    assert getattr(import_module(folder), name).__name__ == name
-    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
-        import_module(folder).Nothing  # noqa: B018
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["score", "serve", "publish"])
 def test_commands_whose_settings_name_no_class_do_not_import_lightning(command: str) -> None:

@@ -6,15 +6,10 @@ Settings may name a class without its module. jsonargparse finds such a class on
 
 import ast
 import re
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-from latentreward.core import registry
-from latentreward.core.registry import backbone_names
 
 PACKAGE = Path(__file__).parents[1]
 FACES = ("data", "diffusion", "reward", "alignment", "tinyworld", "apps/generation", "apps/evaluation/benchmark")
@@ -41,20 +36,6 @@ def public_path(name: str) -> str:
     module = public_names()[name]
     faces = [f"latentreward.{face.replace('/', '.')}" for face in (*FACES, "callbacks")]
     return f"{next(face for face in faces if module.startswith(f'{face}.'))}.{name}"
-
-
-def forwarding(package: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a folder in a room, for imports of its public names from the folder itself."""
-    part = f".{package.rpartition('.')[2]}."
-
-    def find(name: str) -> Any:
-        if part in f"{(module := public_names().get(name, ''))}.":
-            return getattr(import_module(module), name)
-        if part == ".backbones." and (name in backbone_names() or hasattr(registry, name)):
-            return registry.factory_of(name) if name in backbone_names() else getattr(registry, name)
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
-
-    return find
 
 
 def import_said(text: str) -> None:

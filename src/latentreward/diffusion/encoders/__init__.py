@@ -3,7 +3,3 @@
 This package exports nothing: import from its modules, e.g. ``latentreward.diffusion.encoders.vae``. They import
 diffusers and transformers, which takes seconds.
 """
-
-from latentreward.core.public_names import forwarding
-
-__getattr__ = forwarding(__name__)

@@ -1,5 +1,1 @@
 """LightningModules that train reward models."""
-
-from latentreward.core.public_names import forwarding
-
-__getattr__ = forwarding(__name__)

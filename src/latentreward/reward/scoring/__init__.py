@@ -1,5 +1,1 @@
 """Reward models (a backbone with a head) that load from files and score images, and loaders of the papers' models."""
-
-from latentreward.core.public_names import forwarding
-
-__getattr__ = forwarding(__name__)
