@@ -29,40 +29,44 @@ from latentreward.core.interrupts import (
 UNREAD = 128 + 13
 """Exit status of a command whose output nobody reads any more: that of other programs, which SIGPIPE ends."""
 COMMANDS = {
+    "taste": "train a reward on your own pictures, and align with it; --rate opens a page to rate",
     "fit": "train a reward model, or align a generator; --ckpt_path resumes a run",
+    "score": "score a folder or list of images, and write a page sorted by score",
+    "generate": "sample pictures for prompts; a reward may choose the best of several",
+    "publish": "write a reward model as a folder for others",
+    "serve": "answer HTTP requests for scores of latents or images",
+    "inspect": "report a data set's labels, image sizes, bad rows and shared prompts",
+    "configs": "list or print the YAML files of the package, or compose a run of them",
+    "cache": "write the latents of a data set's images, and prompt embeddings if set",
     "validate": "compute the metrics of the validation split",
     "test": "compute the metrics of the test split",
     "predict": "score pairs of images and write the scores to parquet",
-    "configs": "list or print the YAML files of the package, or compose a run of them",
-    "inspect": "report a data set's labels, image sizes, bad rows and shared prompts",
+    "evaluate-policy": "score the pictures of one generator, or compare two",
+    "benchmark": "compare reward models with people's choices, and write a report",
+    "export": "write an aligned generator's LoRA in other programs' formats",
     "score-pairs": "score the images of pairs with pixel-space scorers, to filter pairs",
     "export-pairs": "write the pairs of any reader as a data set for the library datasets",
-    "cache": "write the latents of a data set's images, and prompt embeddings if set",
     "consolidate": "turn a sharded checkpoint into one file, with EMA weights if set",
-    "generate": "sample pictures for prompts; a reward may choose the best of several",
-    "taste": "train a reward on your own pictures, and align with it; --rate opens a page to rate",
-    "evaluate-policy": "score the pictures of one generator, or compare two",
-    "publish": "write a reward model as a folder for others, or upload it to the hub",
-    "export": "write an aligned generator's LoRA, or a reward, in other programs' formats",
-    "score": "score a folder or list of images, and write a page sorted by score",
-    "benchmark": "compare reward models with people's choices, and write a report",
-    "serve": "answer HTTP requests for scores of latents or images",
 }
 """Subcommand → one line of help."""
+FIRST = 7
+"""Number of commands that the help shows before the others."""
 TRAINER = ("fit", "validate", "test", "predict")
 """Subcommands that run a Lightning trainer; one module has them all."""
 
 HELP = """\
 usage: latentreward COMMAND [--config FILE ...] [--SETTING=VALUE ...]
 
-{commands}
+{first}
+
+more:
+{others}
 
 examples:
+  latentreward taste pictures --rate
   latentreward fit --config configs/model/lrm_tiny.yaml --config configs/data/tinyworld_hpdv3.yaml \\
       --config configs/trainer/cpu.yaml
-  latentreward fit --config runs/1/config.yaml --model.backbone sd15 --trainer.max_steps 1000 --print_config
-  latentreward predict --config runs/1/config.yaml --ckpt_path runs/1/checkpoints/last.ckpt \\
-      --predictions.output_dir scores
+  latentreward score pictures scores.csv --model runs/1 --gallery scores.html
 
 A later file or setting overrides an earlier one; lists of trainer.callbacks are joined (null or [] clears the list).
 A file configs/... that is not in the current folder is read from the installed package; `latentreward configs` lists
@@ -139,8 +143,8 @@ def _dispatch(arguments: list[str], alone: bool) -> None:
     """Run the subcommand that ``arguments`` name; ``alone`` says that the process does nothing else."""
     if arguments and arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        lines = (f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items())
-        print(HELP.format(commands="\n".join(lines)), end="")
+        lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
+        print(HELP.format(first="\n".join(lines[:FIRST]), others="\n".join(lines[FIRST:])), end="")
         return
     if "--version" in arguments:
         print(f"latentreward {__version__}")
