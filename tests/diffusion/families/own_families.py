@@ -1,4 +1,6 @@
-"""A family outside the package, as its author would write it, with a tiny pipeline: PixArt-Sigma predicts noise."""
+"""Families outside the package, as their authors would write them: PixArt-Sigma, which predicts noise, and a U-Net."""
+
+from functools import cached_property
 
 import torch
 from diffusers import (
@@ -8,12 +10,12 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
 )
-from transformers import T5Config, T5EncoderModel
+from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
 from latentreward.core.contracts import Conditioning
 from latentreward.core.registry import register_backbone
-from latentreward.diffusion import FamilyBackbone, FlowFamily, load_family_backbone
-from latentreward.diffusion.encoders.prompts import PromptEncoder
+from latentreward.diffusion import Family, FamilyBackbone, FlowFamily, load_family_backbone, process_from_scheduler
+from latentreward.diffusion.encoders.prompts import CLIPPromptEncoder, PromptEncoder
 from tests.tiny_pipelines import t5_tokenizer, vae
 
 
@@ -87,3 +89,39 @@ def pixart_pipeline() -> DiffusionPipeline:
 def own_pixart(source: str, **options) -> FamilyBackbone:
     """PixArt-Sigma as a reward's backbone."""
     return load_family_backbone(source, family=f"{__name__}.PixArt", **options)
+
+
+class PlainUNet(Family):
+    """Family of U-Nets such as Stable Diffusion 1.5's."""
+
+    name, title = "plain_unet", "Plain U-Net"
+    part, network_class, flow = "unet", "UNet2DConditionModel", False
+    lora_loader = "StableDiffusionLoraLoaderMixin"
+    default_guidance = 7.5
+
+    @classmethod
+    def recognises(cls, pipeline):
+        return pipeline.has("unet")
+
+    @cached_property
+    def noise_process(self):
+        return process_from_scheduler(self.pipeline.config("scheduler"))
+
+    @property
+    def native_size(self):
+        side = self.config["sample_size"] * self.latent_space.downscale
+        return side, side
+
+    def load_prompt_encoder(self, t5_length=None, load_t5=True, pretrained=True):
+        text_encoder = self.pipeline.load(CLIPTextModel, "text_encoder", pretrained)
+        return CLIPPromptEncoder(text_encoder, self.pipeline.tokenizer("tokenizer"))
+
+    def predict(self, network, latents, timesteps, conditioning, guidance):
+        dtype = network.conv_in.weight.dtype
+        text = conditioning.prompt_embeds.to(dtype)
+        return network(latents.to(dtype), timesteps.to(latents.device), text).sample
+
+    def blocks(self, network):
+        yield from network.down_blocks
+        yield network.mid_block
+        yield from network.up_blocks

@@ -22,11 +22,11 @@ from latentreward.diffusion.cache.store import read_plan
 from latentreward.reward import GatedQFormerHead, RewardModel, edit_prompt
 from tests.diffusion.cache.writing import SETTINGS, SQUARE, write_data
 from tests.diffusion.families.own_families import sana_vae
-from tests.diffusion.families.twins import PROMPTS, GivenNoise, noise_for
 from tests.processes import finish
-from tests.tiny_pipelines import pipeline_folder, randomise, vae
+from tests.tiny_pipelines import randomise, vae
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "families.md"
+ROOT = Path(__file__).resolve().parents[3]
+PAGE, CHECK = ROOT / "docs" / "families.md", ROOT / "examples" / "check_family.py"
 ROWS = ["row 0 alone", "row 1 alone"]
 SHORT = {
     "aura_flow_reward.yaml": ["--data.train_pairs=16", "--data.val_pairs=8"],
@@ -64,8 +64,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_its_check_finds_rounding_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(folder / "check_aura_flow.py"))
+def test_its_check_finds_rounding_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["check_family.py", str(folder / "pipeline"), "aura_flow.AuraFlow"])
+    runpy.run_path(str(CHECK))
     printed = capsys.readouterr().out.splitlines()
     assert_rounding(printed, 32, ["text tokens"])
     assert {"guidance: 3.5, of the pipeline 3.5", "idle: none"} <= {*printed}
@@ -118,16 +121,6 @@ def test_its_latents_and_prompts_are_cached(folder: Path, monkeypatch: pytest.Mo
     spec = read_plan(folder / "cache").spec
     assert spec.text is not None and (spec.text.num_tokens, spec.text.token_dim) == (256, 32)
     assert spec.latent_space.channels == 4
-
-
-def test_a_plain_unet_samples_as_stable_diffusion(folder: Path) -> None:
-    sources = [PolicySource(pipeline_folder("sd15"), family=path) for path in ("plain_unet.PlainUNet", None)]
-    policies = [source.load().eval() for source in sources]
-    noise = noise_for(policies[0].latent_shape(32, 32))
-    drawn = (PromptBatch(PROMPTS, keys=PROMPTS), Sampling(3, height=32, width=32), 5.0, 0)
-    found, wanted = (sample_latents(policy, *drawn, draws=GivenNoise(noise)) for policy in policies)
-    torch.testing.assert_close(found, wanted)
-    assert policies[0].family.noise_process.sigmas.equal(policies[1].family.noise_process.sigmas)
 
 
 @pytest.mark.rotated

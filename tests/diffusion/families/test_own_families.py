@@ -17,7 +17,7 @@ from latentreward.testing import check_apart, check_predictions
 from tests.diffusion.families import own_families
 from tests.diffusion.families.made_configs import MadeConfigs
 from tests.diffusion.families.twins import PROMPTS, GivenNoise, noise_for
-from tests.tiny_pipelines import randomise
+from tests.tiny_pipelines import pipeline_folder, randomise
 
 
 def test_own_family_samples_as_its_pipeline(tmp_path: Path) -> None:
@@ -38,6 +38,18 @@ def test_own_family_samples_as_its_pipeline(tmp_path: Path) -> None:
         latents = noise[row : row + 1]
         theirs = pipeline(prompt=[prompt], latents=latents, output_type="latent", **settings).images
         torch.testing.assert_close(ours[row], theirs[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_plain_unet_samples_as_stable_diffusion() -> None:
+    sources = [
+        PolicySource(pipeline_folder("sd15"), family=path) for path in (f"{own_families.__name__}.PlainUNet", None)
+    ]
+    policies = [source.load().eval() for source in sources]
+    noise = noise_for(policies[0].latent_shape(32, 32))
+    drawn = (PromptBatch(PROMPTS, keys=PROMPTS), Sampling(3, height=32, width=32), 5.0, 0)
+    found, wanted = (sample_latents(policy, *drawn, draws=GivenNoise(noise)) for policy in policies)
+    torch.testing.assert_close(found, wanted)
+    assert policies[0].family.noise_process.sigmas.equal(policies[1].family.noise_process.sigmas)
 
 
 def made_configs(scheduler: str, **settings: Any) -> MadeConfigs:
