@@ -57,7 +57,7 @@ def parse(*files: str, options: tuple[str, ...] = ()) -> ParsedCLI:
 def _parse(files: tuple[str, ...], options: tuple[str, ...], environment: frozenset[tuple[str, str]]) -> ParsedCLI:
     arguments = [*(f"--config={ROOT / file}" for file in files), *options]
     prepare_parsing(arguments, classes=True)
-    return ParsedCLI("fit", rewrite_arguments(arguments, backbone_names(), root="fit."), Path(), ExitStack())
+    return ParsedCLI("fit", rewrite_arguments(arguments, backbone_names(), root="fit."), ExitStack())
 
 
 def stack_of(recipe: Path) -> list[str]:
