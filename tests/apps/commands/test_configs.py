@@ -1,4 +1,4 @@
-"""``latentreward configs``: lists the shipped YAML files, prints one; docs/configs.md holds the same list."""
+"""``latentreward configs``: lists the shipped YAML files, prints one; docs/configs.md names them all."""
 
 import re
 from pathlib import Path
