@@ -79,7 +79,9 @@ def test_parses_and_keeps_its_runs_apart(name: str) -> None:
 def run_files(run: str) -> list[str]:
     """Files of a run: one of configs/align, or those of a policy and a method."""
     policy, _, method = run.partition(" ")
-    return [f"configs/policy/{policy}.yaml", f"configs/method/{method}.yaml"] if method else [f"configs/align/{run}.yaml"]
+    return (
+        [f"configs/policy/{policy}.yaml", f"configs/method/{method}.yaml"] if method else [f"configs/align/{run}.yaml"]
+    )
 
 
 KINDS = {
@@ -98,7 +100,13 @@ KINDS = {
     "opsd_sd35": ("DiffusionOPSDModule", BRIGHT),
     "sd35_medium ram": ("RAMModule", TOY),
 }
-STEPS = {"grpo_stepwise_sd15": 20, "lpo_sd15": 20, "lpo_sdxl": 20, "sd35_medium awm": 14, "sd35_medium grpo_trajectory": 10}
+STEPS = {
+    "grpo_stepwise_sd15": 20,
+    "lpo_sd15": 20,
+    "lpo_sdxl": 20,
+    "sd35_medium awm": 14,
+    "sd35_medium grpo_trajectory": 10,
+}
 
 
 @pytest.mark.slow

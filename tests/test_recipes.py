@@ -1,4 +1,4 @@
-"""Every recipe, and every ablation of docs/recipes.md, through the command line's parser and at full size on the meta device."""
+"""Every recipe, and every ablation of docs/recipes.md, through the parser and at full size on the meta device."""
 
 import json
 import os
