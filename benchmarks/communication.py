@@ -565,6 +565,7 @@ def check() -> None:
 
 # --- the shipped recipes -------------------------------------------------------------------------------------------
 
+SD35_AS_PUBLISHED = ("--trainer.devices=8", "--model.sampling.height=512", "--model.sampling.width=512")
 RECIPES = {  # name → config files, and options
     "lrm_sd15": ("recipes/lrm_sd15",),
     "lrm_sdxl": ("recipes/lrm_sdxl",),
@@ -573,7 +574,7 @@ RECIPES = {  # name → config files, and options
     "dina_lrm_sd35_cached": ("recipes/dina_lrm_sd35", "recipes/dina_lrm_sd35_cached", "--data.cached_text=false"),
     "lpo_sd15": ("align/lpo_sd15",),
     "lpo_sdxl": ("align/lpo_sdxl",),
-    "grpo_stepwise_sd35": ("align/grpo_stepwise_sd35",),
+    "grpo_stepwise_sd35": ("policy/sd35_medium", "method/grpo_stepwise", *SD35_AS_PUBLISHED),
     "refl_sd35": ("align/refl_sd35",),
 }
 GPUS = (8, 64, 512)

@@ -2,7 +2,7 @@
 
 Usage: ``python benchmarks/estimates.py [--all]``; some fifteen minutes, with ``--all`` half an hour. Without ``--all``
 the recipes, the rewards on flow families, the alignment of full-size generators, and LPO of the other policies; with it
-the ablations, every model file and the tiny ones too. The last columns are the time of the command, by the clock and on
+every model file and the tiny ones too. The last columns are the time of the command, by the clock and on
 the processor.
 """
 
@@ -50,9 +50,6 @@ def runs(every: bool) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names("recipes"):
         found[f"recipes/{name}"] = [*(config("recipes", OVER[name]) if name in OVER else []), *config("recipes", name)]
-    for name in names("recipes/ablations") if every else []:
-        base = "lrm_sd15" if name.startswith("lrm") else "dina_lrm_sd35"
-        found[f"ablations/{name}"] = [*config("recipes", base), *config("recipes/ablations", name)]
     for name in names("align"):
         if every or not name.endswith("tiny"):
             found[f"align/{name}"] = config("align", name)

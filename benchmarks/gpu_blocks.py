@@ -381,6 +381,12 @@ def config(*names: str) -> list[str]:
     return [f"--config=configs/{name}.yaml" for name in names]
 
 
+def sd35(method: str, *options: str, side: int = 512) -> list[str]:
+    """Return the options of a method on SD3.5-Medium, at a size of pictures."""
+    size = [f"--model.sampling.{edge}={side}" for edge in ("height", "width")]
+    return [*config("policy/sd35_medium", f"method/{method}"), "--trainer.devices=8", *size, *options]
+
+
 KEEP_ALL = ("--model.selection=QuantileThreshold", "--model.selection.quantile=0.0")
 """Options of LPO by which pairs of random scores are kept."""
 EIGHT_BITS = "--model.optimizer=bitsandbytes.optim.AdamW8bit"
@@ -401,23 +407,24 @@ REWARDS = {
 ALIGNMENT = {
     "LPO-SD1.5, 10 pairs of 512²": [*config("align/lpo_sd15"), *KEEP_ALL],
     "LPO-SDXL, 1024²": [*config("align/lpo_sdxl"), *KEEP_ALL, "--data.prompts_per_rollout=1", "--data.batch_size=4"],
-    "step-wise GRPO-SD3.5-M": config("align/grpo_stepwise_sd35"),
+    "step-wise GRPO-SD3.5-M": sd35("grpo_stepwise"),
     "ReFL-SD3.5-M, 1024²": config("align/refl_sd35"),
 }
 ONE_PROMPT = ("--data.prompts_per_rollout=1",)
+LARGER_LORA = ("--model.policy.lora.rank=64", "--model.policy.lora.alpha=128")
 METHODS = {
-    "trajectory GRPO-SD3.5-M, a prompt of 24": [*config("align/grpo_trajectory_sd35"), *ONE_PROMPT],
-    "NFT-SD3.5-M, a prompt of 24": [*config("align/nft_sd35"), *ONE_PROMPT],
-    "AWM-SD3.5-M, a prompt of 24": [*config("align/awm_sd35"), *ONE_PROMPT],
-    "RAM-SD3.5-M, a prompt of 24": [*config("align/ram_sd35"), *ONE_PROMPT],
-    "DGPO-SD3.5-M, a prompt of 24": [*config("align/dgpo_sd35"), *ONE_PROMPT],
-    "CRD-SD3.5-M, a prompt of 24": [*config("align/crd_sd35"), *ONE_PROMPT],
+    "trajectory GRPO-SD3.5-M, a prompt of 24": sd35("grpo_trajectory", *ONE_PROMPT),
+    "NFT-SD3.5-M, a prompt of 24": sd35("nft", *ONE_PROMPT),
+    "AWM-SD3.5-M, a prompt of 24": sd35("awm", *ONE_PROMPT),
+    "RAM-SD3.5-M, a prompt of 24": sd35("ram", *ONE_PROMPT),
+    "DGPO-SD3.5-M, a prompt of 24": sd35("dgpo", *ONE_PROMPT, *LARGER_LORA),
+    "CRD-SD3.5-M, a prompt of 24": sd35("crd", *ONE_PROMPT, "--model.reference_guidance_scale=4.5"),
     "OPSD-SD3.5-M, 144 prompts": config("align/opsd_sd35"),
-    "on-policy distillation-SD3.5-M, 24 prompts": config("align/opd_sd35"),
-    "ReFL to a state-SD3.5-M": config("align/refl_state_sd35"),
-    "PRFL-SD3.5-M": config("align/prfl_sd35"),
+    "on-policy distillation-SD3.5-M, 24 prompts": sd35("opd", "--model.prompts_at_once=24"),
+    "ReFL to a state-SD3.5-M": sd35("refl_state", *LARGER_LORA, "--model.guidance_scale=1.0", side=1024),
+    "PRFL-SD3.5-M": sd35("prfl", *LARGER_LORA),
 }
-"""Methods since the papers, at 512²."""
+"""Methods since the papers, at 512² but for ReFL to a state."""
 TINY_REWARDS = {
     name: [*config(f"model/{name}", "data/tinyworld_pickapic", "trainer/cpu"), "--data.batch_size=2"]
     for name in ("lrm_tiny", "dina_lrm_tiny")

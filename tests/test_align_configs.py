@@ -76,23 +76,37 @@ def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     assert parse(f"configs/align/{name}.yaml").config["fit"]["trainer"].default_root_dir == f"runs/{name}"
 
 
+def run_files(run: str) -> list[str]:
+    """Files of a run: one of configs/align, or those of a policy and a method."""
+    policy, _, method = run.partition(" ")
+    return (
+        [f"configs/policy/{policy}.yaml", f"configs/method/{method}.yaml"] if method else [f"configs/align/{run}.yaml"]
+    )
+
+
 KINDS = {
-    "awm_sd35": ("AWMModule", TOY),
-    "crd_sd35": ("CRDModule", TOY),
-    "dgpo_sd35": ("DGPOModule", TOY),
+    "sd35_medium awm": ("AWMModule", TOY),
+    "sd35_medium crd": ("CRDModule", TOY),
+    "sd35_medium dgpo": ("DGPOModule", TOY),
     "diffusion_dpo_sd15": ("DiffusionDPOModule",),
-    "diffusion_dpo_sd35": ("DiffusionDPOModule",),
+    "sd35_medium diffusion_dpo": ("DiffusionDPOModule",),
     "grpo_stepwise_sd15": ("StepwiseGRPOModule", TOY),
-    "grpo_trajectory_sd35": ("TrajectoryGRPOModule", TOY),
+    "sd35_medium grpo_trajectory": ("TrajectoryGRPOModule", TOY),
     "lpo_sd15": ("LPOModule", BRIGHT),
     "lpo_sd3": ("LPOModule", BRIGHT),
     "lpo_sdxl": ("LPOModule", BRIGHT),
-    "nft_sd35": ("DiffusionNFTModule", TOY),
-    "opd_sd35": ("OnPolicyDistillationModule",),
+    "sd35_medium nft": ("DiffusionNFTModule", TOY),
+    "sd35_medium opd": ("OnPolicyDistillationModule",),
     "opsd_sd35": ("DiffusionOPSDModule", BRIGHT),
-    "ram_sd35": ("RAMModule", TOY),
+    "sd35_medium ram": ("RAMModule", TOY),
 }
-STEPS = {"grpo_stepwise_sd15": 20, "lpo_sd15": 20, "lpo_sdxl": 20, "awm_sd35": 14, "grpo_trajectory_sd35": 10}
+STEPS = {
+    "grpo_stepwise_sd15": 20,
+    "lpo_sd15": 20,
+    "lpo_sdxl": 20,
+    "sd35_medium awm": 14,
+    "sd35_medium grpo_trajectory": 10,
+}
 
 
 @pytest.mark.slow
@@ -100,13 +114,13 @@ STEPS = {"grpo_stepwise_sd15": 20, "lpo_sd15": 20, "lpo_sdxl": 20, "awm_sd35": 1
 def test_builds_at_full_size(name: str) -> None:
     kind, *options = KINDS[name]
     with torch.device("meta"):
-        module = parse(f"configs/align/{name}.yaml", options=tuple(options)).build("model")
+        module = parse(*run_files(name), options=tuple(options)).build("model")
     assert type(module) is getattr(alignment, kind)
     learns = {key for key, value in module.named_parameters() if value.requires_grad}
     assert learns and all("lora" in key for key in learns)
     if name in STEPS:
         assert len(module.sampler) == STEPS[name]
-    if name.startswith("grpo"):
+    if "grpo" in name:
         assert module.loss.clip_range == 1e-4
     if name == "lpo_sd15":
         assert module.selection.threshold(0, module.sampler) == pytest.approx(0.5)
@@ -146,9 +160,9 @@ def test_tiny_ones_train_under_guard(name: str, tmp_path: Path) -> None:
 LEARNERS = ["nft_tiny", "awm_tiny", "ram_tiny", "grpo_trajectory_tiny"]
 CHANGES = [
     *((name, "rollout/pruned") for name in LEARNERS),
-    *(("grpo_trajectory_sd35", f"{path.parent.name}/{path.stem}") for room in ("grpo", "reward")
+    *(("sd35_medium grpo_trajectory", f"{path.parent.name}/{path.stem}") for room in ("grpo", "reward")
       for path in sorted((CONFIGS / room).glob("*.yaml"))),
-    *((f"diffusion_dpo_{model}", "dpo/linear") for model in ("sd15", "sd35", "tiny")),
+    *((run, "dpo/linear") for run in ("diffusion_dpo_sd15", "diffusion_dpo_tiny", "sd35_medium diffusion_dpo")),
 ]  # fmt: skip
 """Runs, and files that are given after them."""
 
@@ -156,8 +170,8 @@ CHANGES = [
 @pytest.mark.parametrize(("run", "change"), rotated_after(2, CHANGES))
 def test_a_change_is_given_after_a_run(run: str, change: str) -> None:
     """It has a folder of its own, and leaves the policy and its optimiser as they are."""
-    files = (f"configs/align/{run}.yaml", f"configs/{change}.yaml")
-    plain, changed = parse(files[0]).config["fit"], parse(*files).config["fit"]
+    files = run_files(run)
+    plain, changed = parse(*files).config["fit"], parse(*files, f"configs/{change}.yaml").config["fit"]
     room, name = change.split("/")
     folder = {"rollout": "pruned", "dpo": "linear_dpo"}.get(room, f"{room}_{name}")
     assert changed["trainer"].default_root_dir == f"runs/{folder}"

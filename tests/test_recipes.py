@@ -1,4 +1,4 @@
-"""Every recipe, and every ablation, through the command line's parser and at full size on the meta device."""
+"""Every recipe, and every ablation of docs/recipes.md, through the parser and at full size on the meta device."""
 
 import json
 import os
@@ -23,13 +23,19 @@ from latentreward.core.settings.functions import prepare_parsing
 from latentreward.core.settings.rewriting import rewrite_arguments
 from latentreward.data import PreferenceDataModule
 from latentreward.reward import RewardModule
-from tests.marks import rotated_after
+from tests.marks import release_after, rotated_after
 from tests.tiny_pipelines import pipeline_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "tests" / "formats" / "data"
 FOLDER = ROOT / "configs" / "recipes"
-RECIPES, ABLATIONS = sorted(FOLDER.glob("*.yaml")), sorted((FOLDER / "ablations").glob("*.yaml"))
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+PAGE = (ROOT / "docs" / "recipes.md").read_text()
+ABLATIONS = {
+    name: tuple(re.findall(r"`(--[^`]*)`", settings)[0].split())
+    for name, settings in re.findall(r"^\| `(\w+)` \| (`--[^|]*) \|", PAGE, flags=re.MULTILINE)
+}
+"""Name → settings, as the page's tables have them."""
 NO_COPY = ("--data.train", ".memory_map=false")
 
 
@@ -69,16 +75,21 @@ def stack_of(recipe: Path) -> list[str]:
 
 
 def recipe(name: str) -> list[str]:
-    (path,) = FOLDER.rglob(f"{name}.yaml")
-    return stack_of(path)
+    return stack_of(FOLDER / f"{name}.yaml")
+
+
+def ablation(name: str) -> tuple[list[str], tuple[str, ...]]:
+    """Files and options of an ablation, or of a recipe."""
+    options = tuple(os.path.expandvars(option) for option in ABLATIONS.get(name, ()))
+    return recipe(name if not options else "lrm_sd15" if name.startswith("lrm") else "dina_lrm_sd35"), options
 
 
 @cache
-def on_meta(*files: str) -> RewardModule:
+def on_meta(*files: str, options: tuple[str, ...] = ()) -> RewardModule:
     with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
         for name in ("kaiming_uniform_", "normal_", "trunc_normal_", "uniform_", "xavier_uniform_"):
             patch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)  # of what has no numbers, a third of the time
-        return parse(*files).build("model")
+        return parse(*files, options=options).build("model")
 
 
 def trained(network: nn.Module) -> int:
@@ -105,7 +116,7 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    rotated_after(1, [*RECIPES, *ABLATIONS], release=len(RECIPES)),
+    rotated_after(1, RECIPES),
     ids=lambda path: path.stem,
 )
 def test_builds_at_full_size_as_its_head_comment_says(path: Path) -> None:
@@ -115,6 +126,15 @@ def test_builds_at_full_size_as_its_head_comment_says(path: Path) -> None:
     assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
     logger = parse(*files).config["fit"]["trainer"].logger.init_args  # a folder of its own, or `last` finds another run
     assert (logger.save_dir, logger.name, logger.version) == ("runs", path.stem, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", release_after(1, ABLATIONS))
+def test_an_ablation_builds_at_full_size(name: str) -> None:
+    files, options = ablation(name)
+    ours, plain = (parse(*files, options=given).config["fit"] for given in (options, ()))
+    assert options and (ours["model"], ours["data"]) != (plain["model"], plain["data"])
+    assert {parameter.device.type for parameter in on_meta(*files, options=options).parameters()} == {"meta"}
 
 
 @pytest.mark.slow
@@ -190,7 +210,8 @@ def test_pairs_per_step_are_the_published_ones(name: str, pairs_per_step: int) -
     ),
 )
 def test_levels_stay_in_their_range(name: str, low: float, high: float) -> None:
-    module = on_meta(*recipe(name))
+    files, options = ablation(name)
+    module = on_meta(*files, options=options)
     process = module.model.backbone.noise_process
     drawn = [module.levels.draw(pair_generator(0, "timestep", 0, str(pair)), process).item() for pair in range(50)]
     assert low <= min(drawn) <= max(drawn) <= high
@@ -199,7 +220,9 @@ def test_levels_stay_in_their_range(name: str, low: float, high: float) -> None:
 
 def rows(name: str, *options: str) -> int:
     """Training pairs that a recipe finds in the sample files, whose splits share prompts."""
-    cli = parse(*recipe(name), options=("--data.val=null", "--data.test=null", "--data.num_workers=0", *options))
+    files, given = ablation(name)
+    rest = ("--data.val=null", "--data.test=null", "--data.num_workers=0", *options)
+    cli = parse(*files, options=(*given, *rest))
     data = cli.build("data")
     assert isinstance(data, PreferenceDataModule)
     return len(data.datasets["train"])
@@ -247,6 +270,6 @@ def test_recipe_trains_where_only_its_size_is_another(
     assert list((tmp_path / "runs" / name / "checkpoints").glob("*.ckpt"))
 
 
-def test_table_of_recipes_names_every_file() -> None:
-    page = (ROOT / "docs" / "recipes.md").read_text()
-    assert {path.stem for path in [*RECIPES, *ABLATIONS]} <= set(re.findall(r"`(\w+)`", page))
+def test_tables_name_every_recipe_and_the_ablations() -> None:
+    assert {path.stem for path in RECIPES} <= set(re.findall(r"`(\w+)`", PAGE))
+    assert len(ABLATIONS) == 32

@@ -28,7 +28,7 @@ def test_finished_steps_stay_and_stopped_ones_go_on(
     capsys.readouterr()
     right.run()
     right.run()
-    assert "awm_sd35.yaml" in (right.output.parent / LOG).read_text()
+    assert "awm_tiny.yaml" in (right.output.parent / LOG).read_text()
     assert capsys.readouterr().out.splitlines()[1:] == ["list: done before"]
 
 
