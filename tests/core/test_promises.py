@@ -180,7 +180,6 @@ KINDS = [
                 labelled(label_a=2),
                 labelled(label_a="1"),
                 labelled(weight=NAN),
-                labelled(prompt=None),
                 labelled(image_a="a.png"),
                 labelled(image_b=replace(PAIR.image_b, holds="latents")),
                 None,
@@ -286,7 +285,7 @@ KINDS = [
         Window,
         {"start": 2},
         lambda window: (window.check(4), window.start(4, 0, torch.Generator())),
-        each("start", -1, 3, 2.0) + each("size", DROPPED, 0, "2"),
+        each("start", -1, 3, 2.0) + each("size", DROPPED, 0),
         also={"size": 2},
     ),
     RATIO := Kind(
@@ -317,7 +316,7 @@ KINDS = [
         RewardSource,
         {"load": lambda self, policy: Scoring(), "latent_space": None, "scores_states": True},
         lambda source: (source.latent_space(), source.load(None)),
-        [("load", lambda self, policy: nn.Linear(1, 1)), ("latent_space", 4), ("parts", 2)],
+        [("load", lambda self, policy: nn.Linear(1, 1)), ("latent_space", 4)],
     ),
     Kind(
         ImageScorer,

@@ -65,8 +65,6 @@ ROWS = StepPairs(("a/0", "a/1"), ("a", "a"), STATES, NUMBERS, STATES, STATES, NU
             r"fields of unequal length \(keys 2, prompts 2, latents 2, timesteps 2, chosen 2, rejected 2, gap 3\);",
         ),
         ({"prompts": ("a",)}, r"fields of unequal length \(keys 2, prompts 1, "),
-        ({"prompts": ["a", "a"]}, r"prompts as list; it must be a tensor \(N, ...\), a tuple of N values, or None"),
-        ({"gap": torch.tensor(1.0)}, r"gap as \(\); it must be a tensor"),
         ({"keys": ("a", "a")}, r"key 'a' for several rows; each must be unique"),
     ],
 )

@@ -97,7 +97,7 @@ def test_noise_follows_seeds_and_not_the_last_bit_of_an_embedding(address: str, 
 def test_a_prompt_in_a_header_gets_the_score_of_its_image(address: str, accepted: Accepted, prompt: str) -> None:
     reward, image = tiny_reward(), picture("red")
     noise, conditioning = ScoringNoise(sigmas=(0.4,), seeds=(3,)), reward.backbone.encode_prompts([prompt])
-    pixels = next(iter(pixel_batches([image], reward.image_sizes, 1, 1))).pixels
+    _, pixels = next(iter(pixel_batches([image], reward.image_sizes, 1, 1)))
     tensors = {
         "latents": reward.encode_images(pixels),
         "prompt_embeds": conditioning.prompt_embeds.float(),

@@ -38,4 +38,4 @@ def test_a_first_look_and_one_more_err_in_five_of_a_hundred(kind: str, ratio: fl
     words, _ = simulate(kind, 0.0, ratio, once=ONCE)
     assert np.mean(np.isin(words, ["holds", "does not hold"])) <= 0.06
     words, _ = simulate(kind, 1.0, ratio, once=ONCE)
-    assert np.mean(np.isin(words, ["no difference", "does not hold"])) <= 0.06
+    assert np.mean(np.isin(words, ["no difference", "does not hold"])) <= 0.07
