@@ -136,7 +136,7 @@ def test_clips_are_refused_where_images_are_taken(tmp_path: Path) -> None:
         ("sampling.frames", lambda: reward(states, reward.encode_prompts(["a"]))),
         ("clips of 5 frames", lambda: model.require_images("serve")),
         ("trained on 5", lambda: model.score("a", pixels)),
-        ("clips of 9 frames", lambda: model.score("a", pixels.unsqueeze(2).repeat(1, 1, 9, 1, 1))),
+        ("images have 9 frames", lambda: model.score("a", pixels.unsqueeze(2).repeat(1, 1, 9, 1, 1))),
     ):
         with pytest.raises(InputError, match=key):
             call()
