@@ -135,6 +135,17 @@ def test_a_text_encoder_that_was_trained_stays_its_own(tmp_path: Path) -> None:
     assert elements(policy, shared) == elements(policy) + text + elements(shared.model.head)
 
 
+@pytest.mark.slow
+def test_a_reward_without_t5_encodes_its_own_prompts(tmp_path: Path) -> None:
+    """SD3's prompt encoder without T5 gives zeros, on which the reward was trained, where the policy's gives embeddings."""
+    write_run(tmp_path, "dina", "sd35", load_t5=False)
+    policy = tiny_policy("sd35")
+    own = LatentReward(str(tmp_path), share="never").load(policy)
+    shared = LatentReward(str(tmp_path)).load(policy)
+    assert shared.model.backbone.text_encoder is not policy.text_encoder
+    assert torch.equal(scores(shared, policy), scores(own, policy))
+
+
 def test_an_exception_leaves_the_network_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path, "lrm", "sd15", **SMALL)
     policy = tiny_policy("sd15")

@@ -68,6 +68,7 @@ def test_the_peak_and_the_time_are_told_and_settings_are_found_that_fit(capsys: 
 
 
 CALLBACK = "--trainer.callbacks+=EncodeOnce"
+ONE_CARD = ("sd15", "sdxl", "sd35_medium", "flux1")
 FEW_STEPS = "--model.sampling.num_inference_steps=5"
 
 
@@ -75,6 +76,19 @@ def number(text: str, name: str) -> float:
     found = re.search(rf"^  {name} +(\S+)$", text, flags=re.MULTILINE)
     assert found, name
     return float(found[1])
+
+
+@pytest.mark.parametrize(
+    "name", rotated_after(0, [f"{model}_{step}" for model in ONE_CARD for step in ("reward", "align")])
+)
+def test_recipes_of_one_card_fit_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/one_card.md: 24 GB, and at most 72 hours at 30 TFLOP/s; the reward is the one of the recipe beside it."""
+    reward = f"--model.reward.config={CONFIGS}/one_card/{name.removesuffix('_align')}_reward.yaml"
+    options = ("--card_gb=24", "--tflops=30", *([reward] if name.endswith("_align") else []))
+    text = shown(capsys, f"--config={CONFIGS}/one_card/{name}.yaml", *options)
+    (hours,) = re.findall(r"^time: (\S+) hours for ", text, re.MULTILINE)
+    assert float(hours) <= 72
+    assert name.endswith("_reward") or "reward.yaml, since no reward lies there." in text
 
 
 @pytest.mark.rotated

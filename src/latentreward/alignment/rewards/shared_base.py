@@ -44,7 +44,8 @@ def shares_text(stored: StoredReward, policy: Policy) -> bool:
     theirs, ours = stored.on_meta_device.text_encoder if stored.shareable else None, policy.text_encoder
     if theirs is None or ours is None or type(theirs) is not type(ours) or theirs.num_tokens != ours.num_tokens:
         return False
-    if not all(map(torch.equal, theirs.tokenize(PROBES), ours.tokenize(PROBES))):
+    their_ids, our_ids = theirs.tokenize(PROBES), ours.tokenize(PROBES)
+    if len(their_ids) != len(our_ids) or not all(map(torch.equal, their_ids, our_ids)):  # SD3 with and without T5
         return False
     return same_frozen(stored, "text_encoder", theirs, ours, policy.source, adapters=False)
 

@@ -200,6 +200,9 @@ def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
         with suppress(InputError):  # raised for the layouts of the papers' released files
             config = reward.get("config")
             stored = TrainedReward(checkpoint_of(place), config and Path(config), True, base, trusted)
+    if stored is None and reward.get("config"):  # the reward is not trained yet: as its settings say
+        stored = TrainedReward(Path(), Path(reward.config), base=base, trusted=True)
+        sources.used[path] = f"{reward.config}, since no reward lies there"
     if stored is None:
         name = f"model/{reward.usual}.yaml"
         shipped = shipped_configs()  # not find_config, which prefers a file of the current folder
