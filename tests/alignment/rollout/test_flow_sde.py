@@ -37,9 +37,7 @@ def test_without_noise_it_is_diffusers_euler_step(config: dict[str, Any], steps:
         ("dance", 0.3, 0.3, 2.1179375, 0.164317, -22.257132),
     ],
 )
-def test_a_step_by_hand(
-    kind: Any, noise_level: float, spread: float, mean: float, std: float, log_prob: float
-) -> None:
+def test_a_step_by_hand(kind: Any, noise_level: float, spread: float, mean: float, std: float, log_prob: float) -> None:
     """From x = 2 with v = −0.5 at σ = 0.8 to σ' = 0.5, and the density −(x' − μ)² / 2s² − log s − ½ log 2π at 1."""
     sampler = FlowSDESampler(torch.tensor([800.0, 500.0]), torch.tensor([0.8, 0.5, 0.0]), noise_level, kind)
     latents, velocity, timesteps = torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), -0.5), torch.tensor([800.0])
