@@ -24,6 +24,8 @@ from latentreward.alignment import (
 )
 from latentreward.alignment.losses.matching import matching_log_prob
 from latentreward.alignment.losses.nft import optimality
+from latentreward.core.contracts import PairScores
+from latentreward.reward import BradleyTerryLoss
 from tests.oracles import alignment_losses as oracle
 
 SHAPE = (6, 2, 3, 3)
@@ -39,6 +41,28 @@ ADVANTAGE = torch.tensor([[1.5, -0.5, 0.0], [2.0, -1.5, 0.25]], dtype=torch.floa
 
 
 # steps of a sampler
+
+
+def test_the_clipped_policy_by_hand() -> None:
+    """Rows max(−Aρ, −A·clamp(ρ, 0.9, 1.1)) with ρ and A of the comments, plus half the mean divergence of 2."""
+    ratio = torch.tensor([1.2, 1.05, 0.7, 0.7], dtype=torch.float64)
+    log_prob, kl = ratio.log().requires_grad_(), torch.tensor([1.0, 2.0, 3.0, 2.0], requires_grad=True)
+    old, advantage = torch.zeros(4), torch.tensor([2.0, 9.0, 1.0, -3.0])  # 9 is held at 5
+    loss = ClippedPolicyLoss(0.1, kl_weight=0.5)
+    result = loss(log_prob, old, advantage, kl)
+    rows = [-2.2, -5.25, -0.7, 2.7]
+    policy = sum(rows) / 4
+    assert [part.item() for part in result] == pytest.approx([policy + 1, policy, 2, 0.75, 0.9125])
+    result.loss.backward()
+    assert log_prob.grad.tolist() == pytest.approx([0, -5.25 / 4, -0.7 / 4, 0])  # the first and last rows are clipped
+    assert kl.grad.tolist() == [0.125] * 4
+    weighted = loss(log_prob, old, advantage, kl, torch.tensor([1.0, 2.0, 1.0, 0.0]))
+    assert weighted.loss.item() == pytest.approx(2.25 * (-2.2 - 10.5 - 0.7) / 4 + 1)
+    assert ClippedPolicyLoss(0.1, max_advantage=None)(log_prob, old, advantage).loss.item() == pytest.approx(
+        (-2.2 - 9.45 - 0.7 + 2.7) / 4
+    )
+    with pytest.raises(ValueError, match="needs kl"):
+        loss(log_prob, old, advantage)
 
 
 def test_a_step_past_the_range_teaches_no_more_but_one_in_the_wrong_direction_does() -> None:
@@ -93,9 +117,31 @@ def test_small_changes_of_denoising_errors_survive_float32() -> None:
     torch.testing.assert_close(found, -2500 * (errors[0] - errors[1]), rtol=2e-2, atol=0)
 
 
+@pytest.mark.parametrize("spread", [1e-3, 0.1])
+@pytest.mark.parametrize("shape", [(4, 3, 3), (2, 3, 3, 3)], ids=["image", "video"])
+def test_diffusion_dpo_and_its_slopes(spread: float, shape: tuple[int, ...]) -> None:
+    """Against the formula in numpy, and its central differences in one element of a better and of a worse image."""
+    arrays = [drawn(seed, 6, *shape).float().double().numpy() for seed in range(3)]
+    prediction = arrays[0] = (arrays[1] + spread * arrays[0]).astype("float32").astype("float64")
+    policy, reference, target = (torch.from_numpy(one).float().requires_grad_(one is prediction) for one in arrays)
+    chosen, rejected = implicit_rewards(policy, reference, target, 2000.0).chunk(2)
+    ones = torch.ones(3)
+    loss = BradleyTerryLoss()(PairScores(chosen, rejected, ones, ones, ones, ones))
+    loss.backward()
+    assert loss.item() == pytest.approx(oracle.diffusion_dpo(*arrays, 2000.0), rel=1e-4)
+    for row in (1, 4):
+        place, values = (row, *(0 for _ in shape)), []
+        for step in (1e-6, -1e-6):
+            moved = prediction.copy()
+            moved[place] += step
+            values.append(oracle.diffusion_dpo(moved, *arrays[1:], 2000.0))
+        assert policy.grad[place].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-3, abs=1e-7)
+
+
 @pytest.mark.parametrize(
     ("settings", "loss", "slopes"),
     [
+        ({}, -1.5, [-0.5, -0.5]),
         ({"scale": 0.1}, -0.15, [-0.05, -0.05]),
         ({"ceiling": 2.0, "scale": 0.1}, 0.1 * (2 + 0) / 2, [-0.05, 0.0]),  # rewards 0 and 3: 3 lies above the ceiling
         ({"ceiling": 2.0, "sigmoid": True}, (4 - 0.5 - 1 / (1 + math.exp(-3))) / 2, [-0.125, -0.022588]),

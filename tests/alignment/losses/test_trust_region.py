@@ -96,6 +96,12 @@ def test_the_share_of_the_rank_gate_follows_the_last_20_rollouts() -> None:
     assert shares(RankGate(0.02), 6, 4) == [0.02, 0.02]
 
 
+def test_equal_rewards_share_a_rank() -> None:
+    others = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    found = RankGate().uncertainty(torch.stack([torch.tensor([1.0, 1.0, 0.0, 0.0]), others], dim=1))
+    assert found.tolist() == [0.5, -1.5, 0.5, 0.5]
+
+
 def test_the_divergence_acts_on_held_rows_alone_and_is_0_without_any() -> None:
     log_prob, kl = 0.01 * normal(6), normal(6, seed=1).square()
     loss = ClippedPolicyLoss(kl_weight=0.5)

@@ -74,6 +74,27 @@ def test_loss_is_the_papers(name: str) -> None:
         assert loss.item() == pytest.approx(slow_loss(module, batch), rel=2e-3)
 
 
+def test_gradient_is_the_slope_of_the_loss() -> None:
+    module, batch = dpo(), weighted_batch(3)
+    module.training_step(batch, 0).backward()
+    slopes = [parameter.grad.clone() for parameter in adapter(module)]
+    size = torch.cat([slope.flatten() for slope in slopes]).norm()
+    values = []
+    for step in (1e-2, -2e-2):
+        for parameter, slope in zip(adapter(module), slopes, strict=True):
+            parameter.data.add_(slope / size, alpha=step)
+        values.append(module.training_step(batch, 0).item())
+    assert (values[0] - values[1]) / 2e-2 == pytest.approx(size.item(), rel=1e-2)
+
+
+def test_a_soft_label_weighs_both_orders() -> None:
+    module, batch = dpo(), rows(weighted_batch(1), [0])
+    certain = module.training_step(batch, 0).item()
+    margin = module.logged["train/margin"]
+    soft = module.training_step(replace(batch, label=torch.tensor([0.8])), 0).item()
+    assert soft == pytest.approx(certain + 0.2 * margin, rel=1e-5)
+
+
 def test_images_of_a_pair_share_noise_and_timestep() -> None:
     module, seen = dpo(), []
     module.policy.network.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))

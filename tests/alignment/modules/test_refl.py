@@ -127,6 +127,25 @@ def test_gradient_equals_that_of_one_graph(name: str, options: dict[str, Any]) -
     torch.testing.assert_close(gradient(module, loss), gradient(module, expected), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("gradient_steps", "scored"), rotated_after(1, [(2, "clean"), (1, "state"), (1, "clean"), (3, "clean")])
+)
+def test_gradient_is_the_slope_of_the_loss(gradient_steps: int, scored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Central differences in float64; the first step with a graph is the very first one, so that nothing is cut off."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # what the module casts to float32 stays float64
+    left = 5 - gradient_steps
+    options = {"stop_range": (left, left), "gradient_steps": gradient_steps, "guidance_scale": 2.0}
+    module = refl(kl_weight=30.0, scored=scored, **options)
+    module.policy.network.double()
+    slopes = gradient(module, module.training_step(PROMPTS, 0))
+    direction, values = torch.randn(slopes.shape, generator=torch.Generator().manual_seed(0)).double(), []
+    for step in (1e-5, -2e-5):
+        for parameter, part in zip(adapter(module), direction.split([p.numel() for p in adapter(module)]), strict=True):
+            parameter.data.add_(part.view_as(parameter), alpha=step)
+        values.append(module.training_step(PROMPTS, 0).item())
+    assert slopes @ direction == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
+
+
 def test_only_the_last_steps_hold_a_graph() -> None:
     module = refl(gradient_steps=2, stop_range=(1, 1))
     passes: list[bool] = []
@@ -183,6 +202,13 @@ def test_a_reward_on_the_policys_own_network_under_checkpointing(
 # what is drawn
 
 
+@pytest.mark.parametrize(("options", "stops"), [({"stop_range": (2, 4)}, {0, 1, 2}), (PRFL, {0, 1, 2})])
+def test_stops_cover_their_range(options: dict[str, Any], stops: set[int]) -> None:
+    """Of 4 steps, so many left; PRFL's state after the last of them is never the finished one."""
+    module = refl(**options)
+    assert {module.stop_index(number) for number in range(40)} == stops
+
+
 def test_stops_of_an_epoch_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     module, drawn = refl(), []
     for epoch in (0, 1, 0):
@@ -196,9 +222,6 @@ def test_a_prompt_is_sampled_alike_in_any_batch() -> None:
     whole = module.sample(PROMPTS, 3)[0]
     alone = module.sample(PromptBatch(PROMPTS.prompts[1:2], PROMPTS.keys[1:2]), 3)[0]
     torch.testing.assert_close(whole[1:], alone, rtol=1e-4, atol=1e-5)
-
-
-# the state as it is
 
 
 # terms and limits

@@ -6,6 +6,21 @@ import torch
 from latentreward.alignment import GDPO, GroupAdvantage, group_advantages
 
 
+def test_spreads_by_hand() -> None:
+    """Of two prompts with rewards 1, 3, 5 and 0, 6: means 3 and 3, all differ from 3 by 2, 0, 2, 3, 3."""
+    rewards, groups = torch.tensor([1.0, 3.0, 5.0, 0.0, 6.0]), torch.tensor([0, 0, 0, 1, 1])
+    for rule, spreads in (
+        (GroupAdvantage(), [(8 / 3) ** 0.5] * 3 + [3.0] * 2),
+        (GroupAdvantage(ddof=1), [2.0] * 3 + [18**0.5] * 2),
+        (GroupAdvantage("all"), [(26 / 5) ** 0.5] * 5),
+        (GroupAdvantage("none"), [1.0 - 1e-4] * 5),
+    ):
+        wanted = [one / (spread + 1e-4) for one, spread in zip([-2, 0, 2, -3, 3], spreads, strict=True)]
+        assert rule(rewards, groups).tolist() == pytest.approx(wanted, rel=1e-5)
+    candidates = group_advantages(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))  # of each state, by themselves
+    torch.testing.assert_close(candidates, torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), rtol=1e-3, atol=0)
+
+
 def test_half_precision_scores_far_from_0() -> None:
     scores = torch.tensor([[1000.0], [1001.0]], dtype=torch.float16)
     assert group_advantages(scores).dtype == torch.float32

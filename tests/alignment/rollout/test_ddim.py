@@ -59,6 +59,29 @@ def test_every_step_equals_diffusers(variant: str, steps: int, eta: float) -> No
         torch.testing.assert_close(clean, expected.pred_original_sample, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_perfect_network_keeps_the_marginals(kind: str, eta: float) -> None:
+    """With the true noise of x_0, the next state has mean √ᾱ' x_0 and variance 1 − ᾱ' (arXiv:2010.02502, eq. 7),
+    of which η² (1 − ᾱ') / (1 − ᾱ) · (1 − ᾱ / ᾱ') is fresh (eq. 16)."""
+    sampler = DDIMSampler(CONFIG | {"prediction_type": kind}, 20, eta)
+    levels = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+    clean = torch.tensor([[[0.7]], [[0.7]]], dtype=torch.float64)
+    noise = torch.tensor([[[1.0]], [[-1.0]]], dtype=torch.float64)  # one standard deviation to either side
+    for index in range(20):
+        timesteps = sampler.timesteps[index].expand(2)
+        alpha, following = levels[timesteps[0].long()], levels[max(int(timesteps[0]) - 50, 0)]
+        signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+        output = noise if kind == "epsilon" else signal * noise - spread * clean
+        step = sampler.transition(signal * clean + spread * noise, output, timesteps)
+        first, second = step.mean.flatten().tolist()
+        fresh = eta**2 * (1 - following) / (1 - alpha) * (1 - alpha / following)
+        assert (first + second) / 2 == pytest.approx(0.7 * following.sqrt().item(), rel=1e-4)
+        assert step.std[0].item() == pytest.approx(fresh.sqrt().item(), rel=1e-4, abs=1e-6)
+        kept = ((first - second) / 2) ** 2 + step.std[0].item() ** 2
+        assert kept == pytest.approx(1 - following.item(), rel=1e-3, abs=1e-5)
+
+
 def test_float32_whatever_comes_in() -> None:
     sampler = DDIMSampler(CONFIG, 20)
     latents, output = (tensor.bfloat16() for tensor in tensors(0, 2))

@@ -28,6 +28,25 @@ def test_without_noise_it_is_diffusers_euler_step(config: dict[str, Any], steps:
         torch.testing.assert_close(sampler.transition(latents, output, timestep.expand(2)).mean, expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "noise_level", "spread", "mean", "std", "log_prob"),
+    [
+        # w = 0.7·√(0.8 / 0.2), w² / 2σ = 1.225: 2·(1 − 1.225·0.3) + 0.5·(1 + 1.225·0.2)·0.3
+        ("flow", 0.7, 1.4, 1.45175, 0.766812, -0.826960),
+        # w² / 2σ = 0.05625: 2·(1 − 0.05625·0.3) + 0.5·(1 + 0.05625·0.2)·0.3
+        ("dance", 0.3, 0.3, 2.1179375, 0.164317, -22.257132),
+    ],
+)
+def test_a_step_by_hand(kind: Any, noise_level: float, spread: float, mean: float, std: float, log_prob: float) -> None:
+    """From x = 2 with v = −0.5 at σ = 0.8 to σ' = 0.5, and the density −(x' − μ)² / 2s² − log s − ½ log 2π at 1."""
+    sampler = FlowSDESampler(torch.tensor([800.0, 500.0]), torch.tensor([0.8, 0.5, 0.0]), noise_level, kind)
+    latents, velocity, timesteps = torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), -0.5), torch.tensor([800.0])
+    step = sampler.transition(latents, velocity, timesteps)
+    found = (step.spread, step.mean, step.std, sampler.noise_std[0], step.log_prob(torch.ones(1, 1, 1)))
+    assert [one.item() for one in found] == pytest.approx([spread, mean, std, std, log_prob], rel=1e-5)
+    assert sampler.clean(latents, velocity, timesteps).item() == pytest.approx(2.4)
+
+
 @pytest.mark.parametrize(("steps", "shift"), [(3, 5.0), (10, 3.0)])
 def test_noise_is_that_of_the_released_code(steps: int, shift: float) -> None:
     """Flow-GRPO's code takes the second level in the denominator where σ is 1, and nowhere else."""

@@ -53,6 +53,14 @@ def test_correlation_is_that_of_all_candidates(rho: float, count: int) -> None:
     assert agreement.contrast.item() == pytest.approx(variance.item(), rel=0.03)
 
 
+def test_agreement_of_two_prompts_by_hand() -> None:
+    """The kept have variance 8, all have 10 / 3; rewards are the predictions, and noise of variance 2 beside these."""
+    predicted = torch.tensor([[0.0, 1.0, 3.0, 4.0]]).expand(2, 4)
+    agreement = Agreement.of(predicted, torch.tensor([[0, 3]] * 2), torch.tensor([[-1.0, 5.0], [1.0, 3.0]]))
+    assert agreement.spread.item() == pytest.approx(8 / (10 / 3))
+    assert agreement.correlation.item() ** 2 == pytest.approx((10 / 3) / (10 / 3 + 2))
+
+
 @pytest.mark.parametrize(("rho", "prompts", "count"), [(0.0, 1, 2), (0.0, 4, 8), (0.7, 4, 8)])
 def test_few_samples_do_not_raise_the_contrast(rho: float, prompts: int, count: int) -> None:
     """On average of many rollouts of few prompts, where correlations are high by chance."""

@@ -24,6 +24,15 @@ def test_log_prob_is_the_mean_of_the_normal_density(transition: Transition) -> N
     torch.testing.assert_close(transition.log_prob(candidates[2]), expected[2])
 
 
+def test_gradient_is_the_error_over_the_variance(transition: Transition) -> None:
+    mean = transition.mean.clone().requires_grad_()
+    where = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    Transition(mean, transition.std, transition.spread).log_prob(where).sum().backward()
+    variance = transition.std.view(-1, 1, 1, 1) ** 2
+    torch.testing.assert_close(mean.grad, (where.detach() - mean.detach()) / variance / (4 * 5 * 6))
+    assert where.grad is None
+
+
 def test_half_precision_states_are_scored_in_float32(transition: Transition) -> None:
     where = transition.sample(torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))).half()
     log_prob = transition.log_prob(where)

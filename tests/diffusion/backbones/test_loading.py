@@ -180,6 +180,15 @@ def test_parts_of_other_models_are_named_as_such(copied: Callable[[str], Path]) 
         PolicySource(str(folder)).resolve_family()
 
 
+def test_a_unet_that_takes_the_guidance_scale_is_refused(copied: Callable[[str], Path]) -> None:
+    """LCM's: diffusers runs it without that input, in silence."""
+    folder = copied("sd15")
+    edit_json(folder / "unet" / "config.json", time_cond_proj_dim=8)
+    for use in (PolicySource(str(folder)).resolve_family, lambda: create_backbone("sd15", source=str(folder))):
+        with pytest.raises(InputError, match="time_cond_proj_dim"):
+            use()
+
+
 def test_bare_network_folder_is_a_pipeline_without_encoders(copied: Callable[[str], Path]) -> None:
     folder = copied("sd35")
     for entry in folder.iterdir():

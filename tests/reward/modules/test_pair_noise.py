@@ -53,6 +53,13 @@ def test_seed_and_epoch_change_everything(change: dict[str, int]) -> None:
         assert (first != second).float().mean() > 0.9
 
 
+def test_an_image_against_itself_has_one_noise() -> None:
+    batch = pixel_batch(2)
+    same = PreferenceBatch(**{**vars(batch), "rejected_keys": batch.chosen_keys})
+    chosen, rejected = PairDraws(same, 0, 0).normal("noise", SHAPE, True).chunk(2)
+    torch.testing.assert_close(chosen, rejected, rtol=0, atol=0)
+
+
 def test_purposes_pairs_and_images_are_independent() -> None:
     batch = pixel_batch()
     draws = PairDraws(batch, 0, 0)

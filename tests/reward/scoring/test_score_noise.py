@@ -205,3 +205,17 @@ def test_no_graph_unless_asked_for(trains: bool) -> None:
             assert not score(PROMPTS, values).requires_grad
         with torch.inference_mode():
             assert not score(PROMPTS, values).requires_grad
+
+
+def test_half_precision_latents_are_noised_in_float32(dina: RewardModel) -> None:
+    latents = torch.randn(2, *SHAPE).half()
+    assert torch.equal(dina.score_latents("a cat", latents), dina.score_latents("a cat", latents.float()))
+
+
+def test_the_score_of_several_timesteps_of_lrm_is_the_mean_of_theirs(lrm: RewardModel) -> None:
+    latents, noise = torch.randn(2, 2, *SHAPE)
+    one, other, both = (
+        lrm.score_latents("a cat", latents, noise=ScoringNoise(timesteps=timesteps), draws=noise)
+        for timesteps in ((1.0,), (501.0,), (1.0, 501.0))
+    )
+    torch.testing.assert_close(both, (one + other) / 2)

@@ -45,6 +45,9 @@ class StableDiffusion(Family):
         return pipeline.has("unet") and (pipeline.index.get("_class_name") in EDITORS) == bool(cls.sources[1])
 
     def check(self) -> None:
+        if self.config.get("time_cond_proj_dim") is not None:  # else diffusers would leave the guidance scale out
+            told = "takes the guidance scale as an input (LCM); give the model that it was distilled from"
+            raise InputError(f"source={self.pipeline.source!r}: the U-Net has time_cond_proj_dim: it {told}")
         check_channels(self.pipeline.source, "unet", self.config, self.latent_space, 1 + self.sources[0])
 
     @property
