@@ -55,7 +55,6 @@ def evaluate_policy(
     images_per_prompt: int | None = None,
     sampling: Sampling = DETERMINISTIC,
     guidance_scale: float | None = None,
-    shared_noise: bool = False,
     seed: int = 0,
     batch_size: int = 8,
     parts: int = 1,
@@ -85,8 +84,6 @@ def evaluate_policy(
         sampling: Steps, noise and size.
         guidance_scale: Guidance scale of policies without their own, as their family's pipeline takes it; by default
             the family's own: 5 for SD and SD3, where 1 switches guidance off.
-        shared_noise: Whether the n-th pictures of all prompts start from the same noise. LPO's released script does so
-            by resetting its seed for each prompt; our noise is generated differently, so pictures differ from theirs.
         seed: Seed of all noise.
         batch_size: Pictures sampled at once.
         parts: Number of consecutive parts into which each group of prompts is cut; the standard deviation of the parts'
@@ -117,14 +114,13 @@ def evaluate_policy(
             scorer.prepare()
 
     with SharedWork(command, workers, device, gpus_per_worker) as work:
-        plan = samples.SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, work.device)
+        plan = samples.SamplingPlan(sampling, guidance_scale, seed, batch_size, work.device)
         settings: dict[str, Any] = {
             "prompts": None if prompts is None else name_of(prompts),
             "num_prompts": len(rows),
             "images_per_prompt": count,
             "sampling": plain(sampling),
             "guidance_scale": {name: plan.guidance_of(judged) for name, judged in policies.items()},
-            "shared_noise": shared_noise,
             "seed": seed,
             "parts": parts,
         }

@@ -10,7 +10,6 @@ import torch
 from latentreward.apps.evaluation.benchmark.base import (
     AVERAGE,
     FOUR_BENCHMARKS,
-    SUBGROUP_COLUMNS,
     BenchmarkPairs,
     BenchmarkReport,
     Evaluation,
@@ -82,18 +81,15 @@ def _look_into(report: BenchmarkReport, scores: BenchmarkScores, evaluation: Eva
 
 
 def subgroup_results(judgement: Judgement) -> list[Row]:
-    """Compute the protocol's number on each sub-group with counted pairs, larger sub-groups of a column first."""
-    results, pairs = list[Row](), judgement.pairs
-    for column in SUBGROUP_COLUMNS:
-        values, found = np.array(pairs.columns.get(column, ()), dtype=object), list[Row]()
-        for value in dict.fromkeys(value for value in values if value):
-            credit = np.where(values == value, judgement.credit, np.nan)
-            if number := int((~np.isnan(credit)).sum()):
-                estimate = bootstrap.clustered_accuracy(judgement.sums(credit))
-                group = {"column": column, "value": value, "pairs": number, "estimate": estimate}
-                found.append({**judgement.named(), **group})
-        results += sorted(found, key=lambda row: (-row["pairs"], row["value"]))
-    return results
+    """Compute the protocol's number on the pairs of each two models that have any, those with most pairs first."""
+    values, found = np.array(judgement.pairs.columns.get("models", ()), dtype=object), list[Row]()
+    for value in dict.fromkeys(value for value in values if value):
+        credit = np.where(values == value, judgement.credit, np.nan)
+        if number := int((~np.isnan(credit)).sum()):
+            estimate = bootstrap.clustered_accuracy(judgement.sums(credit))
+            group = {"column": "models", "value": value, "pairs": number, "estimate": estimate}
+            found.append({**judgement.named(), **group})
+    return sorted(found, key=lambda row: (-row["pairs"], row["value"]))
 
 
 def paired_difference(first: Judgement, second: Judgement) -> Row:
