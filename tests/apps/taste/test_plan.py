@@ -27,9 +27,7 @@ from latentreward.apps.taste.splitting import Split, split
 from latentreward.core.errors import InputError
 from tests.apps.taste.folders import sorted_folder
 
-PLAN = Plan(
-    "sd_tiny", Path("/a b"), Path("/p"), None, "frozen", None, False, None, ["--trainer.max_epochs=3"], [], 4
-)
+PLAN = Plan("sd_tiny", Path("/a b"), Path("/p"), None, "frozen", None, False, None, ["--trainer.max_epochs=3"], [], 4)
 
 
 def changed(plan: Plan, seed: int = 0) -> set[str]:

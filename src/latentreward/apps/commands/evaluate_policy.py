@@ -166,7 +166,10 @@ def evaluate_policy(
                 for name, pictures in made.items()
                 if (more := len(found[name]) - len(pictures))
             ]
-            notes += _notes(policies, sampling)
+            unknown = (
+                "Pictures from a folder are paired by prompt and number; whether their noise was equal is unknown."
+            )
+            notes += [unknown] if len(policies) > 1 and made else []
             for note in notes:
                 tell(note)
             with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):
@@ -211,20 +214,6 @@ def _prompt_rows(prompts: str | None, found: Mapping[str, Sequence[PromptRow]]) 
     for pictures in found.values():
         return [PromptRow(prompt) for prompt in dict.fromkeys(row.prompt for row in pictures)]
     raise InputError("there are no prompts; set prompts to a file of them")
-
-
-def _notes(policies: Mapping[str, samples.JudgedPolicy], sampling: Sampling) -> list[str]:
-    notes = []
-    if len(policies) > 1 and any(judged.images is not None for judged in policies.values()):
-        notes.append(
-            "Pictures from a folder are paired by prompt and number; whether their noise was equal is unknown."
-        )
-    starts = {name: start for name, judged in policies.items() if (start := judged.start(sampling))}
-    if len(set(starts.values())) > 1:
-        told = "; ".join(f"{name}: {start}" for name, start in starts.items())
-        differ = f"The policies differ in latents or noise process ({told})"
-        notes.append(f"{differ}, so their pictures share prompts but not noise.")
-    return notes
 
 
 run = partial(run_function, evaluate_policy)

@@ -161,17 +161,6 @@ class JudgedPolicy:
                 source = replace(source, lora=read_policy_adapter(self.checkpoint).source.lora)
         return TrainedPolicy(source, self.checkpoint, self.lora)
 
-    def start(self, sampling: Sampling) -> str:
-        """Describe a generator's latents and noise process: two of equal descriptions start from the same noise.
-
-        The text is empty for a folder of pictures.
-        """
-        if self.images is not None:
-            return ""
-        family = self.trained.source().resolve_family()
-        shape = sampling.latent_shape(family)
-        return f"{shape[-2]} × {shape[-1]} latents of {family.latent_space}, {type(family.noise_process).__name__}"
-
     def describe(self) -> str:
         """Describe the policy in one line, with names of files and folders instead of full paths."""
         if self.images is not None:
