@@ -19,7 +19,7 @@ from latentreward.apps.evaluation.benchmark.pair_scores import TIMESTEPS, Benchm
 from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
 from latentreward.core import bootstrap
 from latentreward.core.reports.tables import Row
-from latentreward.reward import PairCalibration, Scorer
+from latentreward.reward import PairCalibration
 from latentreward.reward.metrics.calibration import bin_by_confidence, fit_temperature
 from latentreward.reward.metrics.intervals import clustered_correlation, same_order
 from latentreward.reward.scorers.fingerprints import public_identity
@@ -42,7 +42,7 @@ def evaluate(scored: Sequence[BenchmarkScores]) -> BenchmarkReport:
     report = BenchmarkReport({scorer.name: public_identity(scorer) for scorer in scored[0].scorers})
     for scores in scored:
         evaluations = scores.benchmark.evaluations
-        report.protocols += [_protocol(scores, one, scorer) for one in evaluations for scorer in scores.scorers]
+        report.protocols += [scores.judge(one, scorer).result() for one in evaluations for scorer in scores.scorers]
         published = published_for(scores.benchmark.protocols)
         report.published += [number for number in published if number not in report.published]
         for split, reader in scores.benchmark.readers().items():
@@ -53,15 +53,6 @@ def evaluate(scored: Sequence[BenchmarkScores]) -> BenchmarkReport:
                 _look_into(report, scores, evaluation)
     add_averages(report)
     return report
-
-
-def _protocol(scores: BenchmarkScores, evaluation: Evaluation, scorer: Scorer) -> Row:
-    """Compute a protocol's result; of a latent reward with two axes also the number of each axis alone."""
-    result = scores.judge(evaluation, scorer).result()
-    if not isinstance(scorer, NoiseColumns) or not scorer.axis_columns:
-        return result
-    axes = {axis: scores.judge(evaluation, scorer, column).value for axis, column in scorer.axis_columns.items()}
-    return {**result, "details": {**result["details"], "axes": axes}}
 
 
 def _look_into(report: BenchmarkReport, scores: BenchmarkScores, evaluation: Evaluation) -> None:
