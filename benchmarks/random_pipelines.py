@@ -124,6 +124,12 @@ class RandomPipeline(PipelineSource):
         """See :meth:`PipelineSource.load`; no weight is read."""
         return super().load(kind, part, pretrained=False)
 
+    def unet(self) -> Any:
+        """Return the U-Net, in float32."""
+        from diffusers import UNet2DConditionModel
+
+        return self.load(UNet2DConditionModel, "unet")
+
     def transformer(self) -> Any:
         """Return SD3's transformer, in float32."""
         from diffusers import SD3Transformer2DModel

@@ -2,7 +2,6 @@
 
 import os
 import re
-from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,6 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 def read(path: Path) -> Any:
     return yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # as GitHub: `on` is no boolean
-
-
-def setup_cfg() -> ConfigParser:
-    config = ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    return config
 
 
 def steps(workflow: dict[str, Any]) -> list[dict[str, Any]]:

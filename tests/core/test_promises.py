@@ -85,13 +85,7 @@ def made(kind: Kind, name: str = "", instead: Any = None) -> Any:
         changed[name] = instead if callable(instead) and not isinstance(instead, type) else returning(instead)
     elif name:
         changed[name] = instead
-    return type("Mine", (kind.base,), {key: value for key, value in changed.items() if value is not DROPPED})(
-        *kind.args
-    )
-
-
-DROPPED = object()
-"""An attribute that a class lacks."""
+    return type("Mine", (kind.base,), changed)(*kind.args)
 
 
 def rows(pairs: Sequence[Any]) -> Callable[..., Any]:
@@ -202,7 +196,6 @@ KINDS = [
             ),
             ("masked", True),
             ("tokenize", (torch.ones(1, 3),)),
-            ("token_dim", DROPPED),
         ],
         also=LENGTH,
     ),
@@ -244,7 +237,7 @@ KINDS = [
         dict.fromkeys(("add_noise", "target", "clean"), torch.zeros(3, 4, 2, 2)),
         lambda process: process.add_noise(torch.zeros(3, 4, 2, 2), torch.ones(3, 4, 2, 2), ONES),
         each("add_noise", torch.zeros(3, 4), torch.full((3, 4, 2, 2), NAN))
-        + each("sigmas", torch.tensor([1.5, 0.0]), torch.zeros(3), DROPPED),
+        + each("sigmas", torch.tensor([1.5, 0.0]), torch.zeros(3)),
         also={
             "timesteps": torch.tensor([1000.0, 0.0]),
             "sigmas": torch.tensor([1.0, 0.0]),
@@ -285,7 +278,7 @@ KINDS = [
         Window,
         {"start": 2},
         lambda window: (window.check(4), window.start(4, 0, torch.Generator())),
-        each("start", -1, 3, 2.0) + each("size", DROPPED, 0),
+        each("start", -1, 3, 2.0) + each("size", 0),
         also={"size": 2},
     ),
     RATIO := Kind(

@@ -6,12 +6,13 @@ from importlib import import_module
 
 import pytest
 
-from latentreward.core.public_names import public_names, public_path
+from latentreward.core.public_names import FACES, public_names
 
 
 def test_each_name_is_handed_out_by_its_room() -> None:
+    faces = [f"latentreward.{face.replace('/', '.')}" for face in (*FACES, "callbacks")]
     for name, module in public_names().items():
-        room, _, _ = public_path(name).rpartition(".")
+        room = next(face for face in faces if module.startswith(f"{face}."))
         assert getattr(import_module(room), name) is getattr(import_module(module), name), name
 
 

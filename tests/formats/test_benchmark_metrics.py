@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from latentreward.apps.evaluation.benchmark.base import Benchmark, BenchmarkPairs
-from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, VOTES, judge
+from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, judge
 from latentreward.apps.evaluation.benchmark.sets import PickAPicBenchmark, recognise_benchmark
 from latentreward.core.reports.tables import Row
 from latentreward.reward import CallableScorer
@@ -154,9 +154,6 @@ def test_genai_bench_tiger() -> None:
     found = Found("genai_bench")
     found.check("genai_bench_tiger/no_tie", "test", "acc_without_ties")
     found.count("strict_decodable", found.results["genai_bench_tiger/no_tie", "test"]["pairs"])
-    votes = found.results["genai_bench_tiger/4way", "test"]
-    assert votes["pairs"] + unread(votes) == sum(found.expected["votes"].get(kind, 0) for kind in VOTES)
-    assert votes["estimate"].value <= 1
 
 
 def test_genai_bench_cmu() -> None:

@@ -1,6 +1,6 @@
 """Frozen dataclasses that the subpackages pass to each other: pair, batch, conditioning, features, scores.
 
-Training of a reward: ``PreferencePair`` (readers) → ``PreferenceBatch`` (collate) → latents, noise and ``Conditioning``
+Training of a reward: ``PreferencePair`` (readers) → ``PreferenceBatch`` (dataset) → latents, noise and ``Conditioning``
 (encoders) → ``Features`` (backbone) → scores (head) → ``PairScores`` → loss. Alignment of a policy: ``PromptBatch``
 (prompts) → ``NoisyStates`` (candidates to score) → ``StepPairs`` or ``StepSamples`` (training samples) → loss.
 """

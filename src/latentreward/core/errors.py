@@ -166,13 +166,9 @@ def fault_of(error: Exception) -> str:
 def lacks(cls: type) -> str:
     """Return the message about a class without some methods of its base class."""
     names = sorted(getattr(cls, "__abstractmethods__", ()))
-    bases = [base.__name__ for base in cls.__mro__ if any(is_missing(vars(base).get(name)) for name in names)]
+    own = ((base.__name__, map(vars(base).get, names)) for base in cls.__mro__)
+    bases = [name for name, found in own if any(getattr(one, "__isabstractmethod__", False) for one in found)]
     return f"{cls.__name__} lacks {', '.join(names)} of {' and '.join(bases)}; define what is missing"
-
-
-def is_missing(method: Any) -> bool:
-    """Tell whether a method of a base class is one that derived classes have to define."""
-    return bool(getattr(method, "__isabstractmethod__", False))
 
 
 ON_IMPORT = {

@@ -1,7 +1,6 @@
 """Handling of Ctrl-C and SIGTERM.
 
-Both end a command with a message about what is
-kept. Inside :func:`interrupts_held`, both wait until a write is complete.
+Both end a command with a message about what is kept. Inside :func:`interrupts_held`, they wait for the end of a write.
 """
 
 import os

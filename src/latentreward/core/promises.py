@@ -10,7 +10,7 @@ from dataclasses import is_dataclass
 from functools import wraps
 from inspect import isfunction, signature
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,12 +38,7 @@ class Part(ABC):  # noqa: B024 - derived classes have the methods
     A base class marks its methods by :func:`returns`. What such a method of a user's class returns is compared in its
     first call with a graph and in its first one without. Classes of this package run as they are, compared by
     :mod:`latentreward.testing`.
-
-    Attributes:
-        needs: Names of attributes that a derived class must set.
     """
-
-    needs: ClassVar[Sequence[str]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -100,7 +95,6 @@ def compared(method: Method, name: str, check: Check, each: bool) -> Method:
 
 def keep_promise(part: Any, method: str, check: Check, result: Any, *given: Any) -> None:
     """Raise InputError if ``check`` tells what is wrong with the result of a part's method."""
-    check_needs(part)
     if problem := check(result, *given):
         place = place_of(getattr(type(part), method))
         raise InputError(f"{type(part).__name__}.{method} returned {problem}{place}")
@@ -119,14 +113,6 @@ def unchanged(name: str, *given: Any) -> Iterator[None]:
         if one._version != version:
             problem = f"{name} changes a tensor {tuple(one.shape)} that it is given, which is used again"
             raise InputError(f"{problem}; let it change a copy, such as x.clone(), and no x.mul_(), x += or x[...] =")
-
-
-def check_needs(part: Part) -> None:
-    """Raise InputError if an attribute that the part :attr:`~Part.needs` is missing."""
-    if missing := [name for name in part.needs if not hasattr(part, name)]:
-        base = next(base.__name__ for base in type(part).__mro__ if "needs" in vars(base))
-        remedy = "set it, or call super().__init__()"
-        raise InputError(f"{type(part).__name__} lacks {missing[0]}, an attribute of {base}; {remedy}")
 
 
 def place_of(function: Any) -> str:
@@ -213,8 +199,6 @@ def of_class(kind: type, also_none: bool = False) -> Check:
 
     def check(found: Any, *given: Any) -> str | None:
         right = isinstance(found, kind) or (also_none and found is None)
-        if right and isinstance(found, Part):
-            check_needs(found)
         return None if right else f"{shown(found)}; it must be a {kind.__name__}{' or None' * also_none}"
 
     return check

@@ -31,13 +31,6 @@ def public_names() -> dict[str, str]:
     return names
 
 
-def public_path(name: str) -> str:
-    """Return the path by which users import a public name: that of its room."""
-    module = public_names()[name]
-    faces = [f"latentreward.{face.replace('/', '.')}" for face in (*FACES, "callbacks")]
-    return f"{next(face for face in faces if module.startswith(f'{face}.'))}.{name}"
-
-
 def import_said(text: str) -> None:
     """Import the public classes whose names stand in ``text``."""
     for name in set(re.findall(r"\b[A-Z]\w+", text)) & public_names().keys():

@@ -67,8 +67,6 @@ def test_names_that_do_not_match_compare_all_with_all(tmp_path: Path) -> None:
     found = collect(tmp_path)
     assert len(found.pairs) == 25 and "do not match" in found.how
     assert any("both chosen and rejected: 1: chosen/good0.png" in remark for remark in found.remarks)
-    with pytest.raises(InputError, match=r"gives no pairs; .*only on one side: 12: .*; give at least 20"):
-        collect(tmp_path, "names")
 
 
 def test_all_against_all_keeps_to_one_caption_where_both_sides_have_it(tmp_path: Path) -> None:

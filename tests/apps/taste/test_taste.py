@@ -19,9 +19,10 @@ from tests.apps.taste.folders import fork_steps, unsorted_folder
 from tests.processes import start
 
 pytestmark = pytest.mark.slow
-SHORT = ("--base=sd_tiny", "--device=cpu", "--epochs=2", "--align_steps=2", "--num_prompts=2", "--align_always=true")
+SHORT = ("--base=sd_tiny", "--device=cpu", "--epochs=2", "--num_prompts=2", "--align_always=true")
 ALIGN = (
-    "--align_settings=[--data.batch_size=4, --data.prompts_per_rollout=4, --model.sampling.num_inference_steps=5]",
+    "--align_settings=[--trainer.max_steps=2, --data.batch_size=4, --data.prompts_per_rollout=4, "
+    "--model.sampling.num_inference_steps=5]",
 )
 
 

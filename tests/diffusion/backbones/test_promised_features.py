@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from latentreward.core.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.core.errors import InputError
@@ -72,7 +73,7 @@ def own_unet(source: str, process: NoiseProcess | None = None) -> SDUNetBackbone
     """A factory of the user's, on the U-Net of a pipeline, with the scheduler's noise or another one."""
     pipeline = PipelineSource(source)
     backbone = SDUNetBackbone(
-        pipeline.unet(),
+        pipeline.load(UNet2DConditionModel, "unet", mapped=False),
         process or pipeline.noise_process(),
         pipeline.latent_space(),
         text_encoder=pipeline.clip_prompts(),

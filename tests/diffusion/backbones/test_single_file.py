@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from latentreward.core.errors import InputError
@@ -129,5 +129,5 @@ def test_what_cannot_be_read_is_refused_in_one_line(pipeline: Path, tmp_path: Pa
     else:
         variant = "fp16"
     with pytest.raises(InputError, match=message) as refused:
-        PipelineSource(str(path), variant=variant).unet()
+        PipelineSource(str(path), variant=variant).load(UNet2DConditionModel, "unet", mapped=False)
     assert "\n" not in str(refused.value)

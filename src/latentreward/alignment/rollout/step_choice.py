@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latentreward.alignment.rollout.samplers import StepSampler, Transition
 from latentreward.core.errors import InputError, check_range
-from latentreward.core.promises import Part, check_needs, has_values, returns, shown, wrong_tensor
+from latentreward.core.promises import Part, has_values, returns, shown, wrong_tensor
 from latentreward.diffusion.noise.processes import per_sample
 
 
@@ -104,7 +104,6 @@ def _wrong_start(found: int, window: "Window", steps: int, *given: object) -> st
 class Window(Part):
     """Rule that chooses the steps with noise of one rollout, the same for all its trajectories."""
 
-    needs = ("size",)
     size: int  # number of steps in a window
 
     @abstractmethod
@@ -117,7 +116,6 @@ class Window(Part):
 
     def check(self, steps: int) -> None:
         """Raise InputError if the window is larger than the ``steps`` that may be trained on."""
-        check_needs(self)
         check_range(f"[1, {steps}]", "these have noise between low and high", **{"window.size": self.size})
 
 

@@ -40,6 +40,7 @@ SLOTS, NAMES = ("policy", "against"), ("policy", "baseline")
 """Names of the folders of the two policies, and default names of the policies in reports."""
 TINY_WORLD = {"tinyworld": judged_captions, "tinyworld_tuning": tuning_captions}
 """Values of ``prompts`` → function that gives captions of the tiny world."""
+NOISE_UNKNOWN = "Pictures from a folder are paired by prompt and number; whether their noise was equal is unknown."
 PRINTED = ("Scores", "Comparison")
 """Titles of the sections that the terminal shows too."""
 
@@ -55,7 +56,6 @@ def evaluate_policy(
     images_per_prompt: int | None = None,
     sampling: Sampling = DETERMINISTIC,
     guidance_scale: float | None = None,
-    shared_noise: bool = False,
     seed: int = 0,
     batch_size: int = 8,
     parts: int = 1,
@@ -85,8 +85,6 @@ def evaluate_policy(
         sampling: Steps, noise and size.
         guidance_scale: Guidance scale of policies without their own, as their family's pipeline takes it; by default
             the family's own: 5 for SD and SD3, where 1 switches guidance off.
-        shared_noise: Whether the n-th pictures of all prompts start from the same noise. LPO's released script does so
-            by resetting its seed for each prompt; our noise is generated differently, so pictures differ from theirs.
         seed: Seed of all noise.
         batch_size: Pictures sampled at once.
         parts: Number of consecutive parts into which each group of prompts is cut; the standard deviation of the parts'
@@ -117,14 +115,13 @@ def evaluate_policy(
             scorer.prepare()
 
     with SharedWork(command, workers, device, gpus_per_worker) as work:
-        plan = samples.SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, work.device)
+        plan = samples.SamplingPlan(sampling, guidance_scale, seed, batch_size, work.device)
         settings: dict[str, Any] = {
             "prompts": None if prompts is None else name_of(prompts),
             "num_prompts": len(rows),
             "images_per_prompt": count,
             "sampling": plain(sampling),
             "guidance_scale": {name: plan.guidance_of(judged) for name, judged in policies.items()},
-            "shared_noise": shared_noise,
             "seed": seed,
             "parts": parts,
         }
@@ -170,7 +167,7 @@ def evaluate_policy(
                 for name, pictures in made.items()
                 if (more := len(found[name]) - len(pictures))
             ]
-            notes += _notes(policies, sampling)
+            notes += [NOISE_UNKNOWN] * (len(policies) > 1 and bool(made))
             for note in notes:
                 tell(note)
             with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):
@@ -215,20 +212,6 @@ def _prompt_rows(prompts: str | None, found: Mapping[str, Sequence[PromptRow]]) 
     for pictures in found.values():
         return [PromptRow(prompt) for prompt in dict.fromkeys(row.prompt for row in pictures)]
     raise InputError("there are no prompts; set prompts to a file of them")
-
-
-def _notes(policies: Mapping[str, samples.JudgedPolicy], sampling: Sampling) -> list[str]:
-    notes = []
-    if len(policies) > 1 and any(judged.images is not None for judged in policies.values()):
-        notes.append(
-            "Pictures from a folder are paired by prompt and number; whether their noise was equal is unknown."
-        )
-    starts = {name: start for name, judged in policies.items() if (start := judged.start(sampling))}
-    if len(set(starts.values())) > 1:
-        told = "; ".join(f"{name}: {start}" for name, start in starts.items())
-        differ = f"The policies differ in latents or noise process ({told})"
-        notes.append(f"{differ}, so their pictures share prompts but not noise.")
-    return notes
 
 
 run = partial(run_function, evaluate_policy)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from latentreward.apps.taste.plan import Plan
     from latentreward.diffusion.backbones.tuning import Tuning
 
-LARGEST = 4096
-"""Largest ``size``: pictures of a much larger one, as of a typing error, run out of memory."""
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -28,15 +26,11 @@ def taste(
     align: bool = False,
     base: PathText = SD15,
     tuning: Literal["auto", "frozen", "lora", "full"] = "auto",
-    pairing: Literal["auto", "names", "all"] = "auto",
     pairs: int = 500,
     size: int | None = None,
     epochs: int = 40,
-    batch_size: int = 8,
-    patience: int = 10,
     prompts: Path | None = None,
     align_always: bool = False,
-    align_steps: int | None = None,
     guidance_scale: float | None = None,
     num_prompts: int = 24,
     train_settings: list[str] = [],  # noqa: B006
@@ -66,30 +60,23 @@ def taste(
             ``sd_tiny``, ``sd35_tiny``.
         tuning: Weights that train besides the head: ``frozen`` (none), ``lora`` (adapters) or ``full`` (all); ``auto``
             takes frozen below 300 training pairs, else lora.
-        pairing: Pairs of ``chosen/`` and ``rejected/``: ``names`` takes files of equal names, ``all`` compares each
-            chosen picture with each rejected one; ``auto`` takes names if at least half of them are on both sides.
         pairs: Most pairs; of more, so many are drawn.
         size: Side in pixels to which pictures are cropped and resized; that of the base by default.
         epochs: Most passes over the training pairs.
-        batch_size: Pairs per step of the reward's training.
-        patience: Passes without a lower loss on the pairs to stop by, after which the training ends.
         prompts: File of prompts for the alignment and its pictures; by default the captions of the pictures.
         align_always: Whether to align even if the reward may be no better than a coin.
-        align_steps: Optimiser steps of the alignment; by default 100, of a shipped tiny base 24.
         guidance_scale: Guidance scale of the alignment and its pictures; that of the base by default.
         num_prompts: Most prompts with pictures before and after.
         train_settings: Further settings of the reward's training, as ``latentreward fit`` takes them, such as
-            ``[--model.optimizer.lr=1e-4]``.
-        align_settings: Further settings of the alignment, as ``latentreward fit`` takes them.
+            ``[--model.optimizer.lr=1e-4, --data.batch_size=4]``.
+        align_settings: Further settings of the alignment, such as ``[--trainer.max_steps=200]``.
         device: Device of all steps; ``auto`` takes a GPU if there is one.
         seed: Seed of the split, of drawn pairs, of the trainings and of the pictures.
         port: Port of the page to rate; 0 takes a free one and prints it.
         work: Folder of all outputs, outside the folder of pictures; ``runs/taste/`` and the name of the folder by
             default.
     """
-    check_at_least_one(pairs=pairs, epochs=epochs, patience=patience, align_steps=align_steps)
-    check_at_least_one(batch_size=batch_size, num_prompts=num_prompts)
-    check_range(f"[1, {LARGEST}]", size=size)
+    check_at_least_one(pairs=pairs, epochs=epochs, num_prompts=num_prompts)
     folder = folder.resolve()  # the name of `.` is empty
     if rate:
         rate_pictures(folder, port, seed)
@@ -107,7 +94,7 @@ def taste(
     check_range(f"[{LEAST}, inf)", "fewer are not split", pairs=pairs)
     if device == "gpu":
         find_device("cuda")
-    found = collect(folder, pairing)
+    found = collect(folder)
     plans.find_base(base)
     own = plans.family_of(base)
     print(found.how)
@@ -135,10 +122,9 @@ def taste(
             tuning=chosen,
             size=size,
             gpu=device == "gpu" or (device == "auto" and torch.cuda.is_available()),
-            patience=patience,
             guidance=guidance_scale,
-            train=[f"--trainer.max_epochs={epochs}", f"--data.batch_size={batch_size}", *train_settings],
-            align=[*([] if align_steps is None else [f"--trainer.max_steps={align_steps}"]), *align_settings],
+            train=[f"--trainer.max_epochs={epochs}", *train_settings],
+            align=align_settings,
             pictures=num_prompts,
         )
         print(f"base {base}, tuning {chosen}, {'GPU' if plan.gpu else 'CPU'}", flush=True)

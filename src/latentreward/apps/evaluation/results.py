@@ -36,9 +36,7 @@ def details(values: Row) -> str:
     """Format further results of a protocol that are numbers or texts."""
     parts = []
     for name, value in values.items():
-        if name == "axes":
-            parts += [f"{axis} alone {percent(accuracy)}" for axis, accuracy in value.items()]
-        elif isinstance(value, (str, int, float)):
+        if isinstance(value, (str, int, float)):
             shown = temperature(value) if name == "temperature" else f"{value:.4g}" if value != str(value) else value
             parts.append(f"{name.replace('_', ' ')} {shown}")
     return "; ".join(parts) or NOTHING

@@ -7,7 +7,6 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +184,6 @@ def draw_batch(
     decode: Callable[[Tensor], Tensor],
     seed: int,
     batch: Sequence[Sequence[Any]],
-    key: Callable[[int, int], str] = "{}/{}".format,
     with_noise: bool = False,
 ) -> Iterator[list[Made]]:
     """Sample and decode one batch of images; yield their rows of the table and files.
@@ -195,11 +193,10 @@ def draw_batch(
         decode: Function from latents to pixels in [-1, 1] on the CPU, see :func:`draw_images`.
         seed: Seed written to the table.
         batch: Images as [index of the prompt, number of the image, prompt].
-        key: Function from index of the prompt and number of the image to the key that seeds the noise of this image.
         with_noise: Whether the table tells the noise that each image was sampled from.
     """
     names = [(place, image) for place, image, _ in batch]
-    prompts = PromptBatch(tuple(prompt for _, _, prompt in batch), tuple(starmap(key, names)))
+    prompts = PromptBatch(tuple(prompt for _, _, prompt in batch), tuple(f"{place}/{image}" for place, image in names))
     latents, scores = draw(prompts)
     made = draw_images(names, prompts.prompts, decode(latents), scores, seed)
     if with_noise:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
-from typing import Literal
 
 from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError
@@ -26,7 +25,6 @@ FEWEST = 2  # fewest pictures that can be rated
 MOST_NAMED = 3  # files that a remark names; the rest are counted
 MOST_COMPARED = 20_000  # pairs of one caption in all against all; further ones would only take memory
 EDIT = "left out, the result of an edit, which this command does not train on"
-Pairing = Literal["auto", "names", "all"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,12 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"folder: {folder} is not a folder; give the folder of your pictures")
 
 
-def collect(folder: Path, pairing: Pairing = "auto") -> Collection:
+def collect(folder: Path) -> Collection:
     """Read the pairs of a folder: ``ratings.jsonl`` if it is there, else ``chosen/`` and ``rejected/``.
 
     Files that cannot be read, pairs of a picture with itself, and names on one side only are left out, with a remark.
-    The pairing ``names`` pairs files of equal names; ``all`` lets each chosen picture win against each rejected one;
-    ``auto`` takes names if at least half of them are on both sides.
+    Files of equal names are paired if at least half of the names are on both sides; otherwise each chosen picture wins
+    against each rejected one.
     """
     check_folder(folder)
     sorted_ = all((folder / side).is_dir() for side in SIDES)
@@ -83,7 +81,7 @@ def collect(folder: Path, pairing: Pairing = "auto") -> Collection:
         if sorted_:
             found.remarks.append(f"{RATINGS} counts, not chosen/ and rejected/; move it away to use these")
     elif sorted_:
-        found = from_sides(folder, pairing)
+        found = from_sides(folder)
     else:
         images, unread = find_pictures(folder)
         pictures = number_of(len(generated_rows(folder)) or sum(map(len, images.values())), "picture")
@@ -180,7 +178,7 @@ def number_of(number: int, noun: str) -> str:
     return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
 
 
-def from_sides(folder: Path, pairing: Pairing) -> Collection:
+def from_sides(folder: Path) -> Collection:
     """Read ``chosen/`` and ``rejected/``; see :func:`collect`."""
     sides, remarks = [], []
     for side in SIDES:
@@ -194,7 +192,7 @@ def from_sides(folder: Path, pairing: Pairing) -> Collection:
     same = same_contents([*chosen.values(), *rejected.values()])
     remarks += remarks_of({"files with the same bytes count as one picture": same})
     both = chosen.keys() & rejected.keys()
-    if pairing == "all" or (pairing == "auto" and len(both) < min(len(chosen), len(rejected)) / 2):
+    if len(both) < min(len(chosen), len(rejected)) / 2:
         return _all_against_all(chosen.values(), rejected.values(), remarks)
     named = [(name, chosen[name], rejected[name]) for name in sorted(both)]
     left = {
@@ -204,8 +202,7 @@ def from_sides(folder: Path, pairing: Pairing) -> Collection:
         ],
     }
     kept, told = without_self([RatedPair(a.caption or b.caption, a, b, 1.0) for _, a, b in named])
-    how = "pairs by file name (--pairing all takes all against all)"
-    return Collection(how, kept, [*remarks, *remarks_of(left), *told])
+    return Collection("pairs by file name", kept, [*remarks, *remarks_of(left), *told])
 
 
 def _all_against_all(chosen: Iterable[Picture], rejected: Iterable[Picture], remarks: list[str]) -> Collection:

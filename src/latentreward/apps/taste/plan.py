@@ -86,7 +86,6 @@ class Plan:
     tuning: Tuning  # weights of the network that train
     size: int | None  # side of an image in pixels
     gpu: bool  # whether the steps run on a GPU
-    patience: int  # passes without a lower loss after which the reward's training ends
     guidance: float | None  # guidance scale of alignment and pictures; None takes the base's
     train: Sequence[str]  # arguments of the reward's training, after those of this module
     align: Sequence[str]  # arguments of the alignment, after those of this module
@@ -141,7 +140,7 @@ class Plan:
             f"--model.optimizer.lr={(TINY_RATES if found.tiny else RATES)[self.tuning]}",
             "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping",
             # The middle one of the three levels of configs/taste/reward.yaml, by which the best weights are chosen too.
-            *("--trainer.callbacks.monitor=val/loss_sigma0.3", f"--trainer.callbacks.patience={self.patience}"),
+            *("--trainer.callbacks.monitor=val/loss_sigma0.3", "--trainer.callbacks.patience=10"),
             *(*self._fit(), *self.train),
         ]
 

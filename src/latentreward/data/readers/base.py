@@ -75,7 +75,6 @@ class PairReader(Part):
         first_problem: Name and problem of the first row that broke a rule; empty without one.
     """
 
-    needs = ("on_error",)
     holds: Contents = "images"
     exif: ExifOrientation = "apply"
     first_problem = ""

@@ -375,7 +375,7 @@ class TransformerBackbone(DiffusionBackbone):
             left -= len(kept)
 
         def begin(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            given = signature(getattr(block, "module", block).forward).bind(*inputs, **named).arguments  # FSDP1: module
+            given = signature(block.forward).bind(*inputs, **named).arguments
             tokens, text = next(iter(given.values())), given.get("encoder_hidden_states")
             seen[0] = tokens if text is None else (text, tokens)
             if not last:

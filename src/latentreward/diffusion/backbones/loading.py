@@ -36,8 +36,6 @@ from latentreward.diffusion.noise.processes import DDPM, FlowMatching, process_f
 from latentreward.diffusion.noise.schedules import DDPM_SCHEDULERS, FLOW_SCHEDULERS, fits_kind
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
-
     from latentreward.diffusion.backbones.base import DiffusionBackbone
     from latentreward.diffusion.encoders.prompts import CLIPPromptEncoder, SD3PromptEncoder, SDXLPromptEncoder
     from latentreward.diffusion.encoders.vae import LatentEncoder
@@ -193,12 +191,6 @@ class PipelineSource:
             if tensor is None:
                 raise InputError(f"source={self.source!r}: {part} has no weight {name}; download {part} again")
         return [tensor for tensor in found if tensor is not None]
-
-    def unet(self) -> UNet2DConditionModel:
-        """Load the U-Net in float32."""
-        from diffusers import UNet2DConditionModel
-
-        return self.load(UNet2DConditionModel, "unet", mapped=False)
 
     def noise_process(self) -> NoiseProcess:
         """Return the forward noise process that the pipeline's scheduler config describes, if it fits the network."""

@@ -53,7 +53,6 @@ class PromptEncoder(nn.Module, Part):
         tokens_only: Names of submodules that the token embeddings depend on, but not the pooled vector.
     """
 
-    needs = ("num_tokens", "token_dim", "pooled_dim")
     num_tokens: int
     token_dim: int
     pooled_dim: int

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from latentreward.core.contracts import Conditioning
 from latentreward.core.errors import InputError, first_line
-from latentreward.core.promises import check_needs, returns
+from latentreward.core.promises import returns
 from latentreward.core.storage.json_files import entries, entry
 from latentreward.diffusion.backbones.loading import check_channels
 from latentreward.diffusion.encoders.prompts import PromptEncoder, check_length
@@ -124,7 +124,6 @@ class FlowFamily(Family):
 
     def fitting(self, encoder: PromptEncoder) -> PromptEncoder:
         """Return a text encoder whose output is as wide as the network's config says."""
-        check_needs(encoder)
         for output, given, taken in (
             ("tokens", encoder.token_dim, self.text_dim),
             ("pooled vectors", encoder.pooled_dim or encoder.token_dim, self.pooled_dim),

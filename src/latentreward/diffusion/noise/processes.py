@@ -48,7 +48,6 @@ class NoiseProcess(Part):
         sigmas: ``(T,)`` float32, descending: the noise level at each timestep.
     """
 
-    needs = ("timesteps", "sigmas")
     timesteps: Tensor
     sigmas: Tensor
 

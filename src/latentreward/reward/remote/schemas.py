@@ -100,7 +100,6 @@ class ImageSchema(Part):
         path: Path of requests.
     """
 
-    needs = ("path",)
     path: str
 
     @abstractmethod

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from latentreward.core.contracts import PreferencePair
 from latentreward.core.errors import InputError, check_at_least_one
-from latentreward.core.promises import check_needs
 from latentreward.core.storage.digests import digest
 from latentreward.data.score_table import PAIR_ID, SIDES, numbers, read_table
 from latentreward.reward.remote.client import RemoteImages, RemoteServer
@@ -150,7 +149,6 @@ class HTTPScorer(ImageScorer):
         check_at_least_one(batch_size=batch_size)
         super().__init__(name, batch_size * server.parallel)
         self.server, self.schema = server, schema or PlainJSON()
-        check_needs(self.schema)
         self._images = RemoteImages(server, self.schema, batch_size)
 
     def identity(self) -> str:

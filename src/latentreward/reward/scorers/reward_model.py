@@ -15,7 +15,7 @@ from torch import Tensor
 from latentreward.core.contracts import PathText
 from latentreward.core.running import find_device
 from latentreward.reward.scorers.base import ImageScorer
-from latentreward.reward.scoring.find import ModelSource, find_reward
+from latentreward.reward.scoring.find import ModelSource
 
 if TYPE_CHECKING:
     from latentreward.reward.scoring.reward_model import RewardModel
@@ -85,11 +85,6 @@ class RewardModelScorer(ImageScorer):
         noise = self.noise or "of the model"
         return f"{type(self).__name__} {self.model_source}{base}{own} noise {noise} {self.dtype}"
 
-    @cached_property
-    def axes(self) -> tuple[str, ...]:
-        """Names of the two axes of the model's head, from its settings; empty for a model with one score."""
-        return find_reward(self.model_source).axes
-
     def prepare(self) -> None:
         """Load the model."""
         self.model  # noqa: B018
@@ -107,11 +102,7 @@ class RewardModelScorer(ImageScorer):
         return self.model.score(prompts, images, noise=self.noise, batch_size=self.batch_size)
 
     def score_levels(
-        self, prompts: Sequence[str], images: Sequence[Image.Image], levels: Sequence[ScoringNoise], axes: bool = False
+        self, prompts: Sequence[str], images: Sequence[Image.Image], levels: Sequence[ScoringNoise]
     ) -> Tensor:
-        """Score B images under each of K noise settings; images are encoded once.
-
-        Returns:
-            ``(B, K)``; with ``axes`` both axes of each score, ``(B, K, 2)``.
-        """
-        return self.model.score_levels(prompts, images, levels, batch_size=self.batch_size, axes=axes)
+        """Score B images under each of K noise settings ``(B, K)``; images are encoded once."""
+        return self.model.score_levels(prompts, images, levels, batch_size=self.batch_size)

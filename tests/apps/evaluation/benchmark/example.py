@@ -19,14 +19,14 @@ def result(scorer: str, number: float, **more: Any) -> dict[str, Any]:
 
 
 def report(hostile: str = HOSTILE) -> BenchmarkReport:
-    axes = {"axes": {"followed": 0.7, "kept": 0.6}}
+    more = {"threshold": 0.7}
     counts = {"pairs": 100, "groups": 80}
     curve = ((40, 0.55, 0.5), (30, 0.75, 0.7), (30, 0.95, 0.97))
     both = {"benchmark": DATA, "first": "dina", "pairs": 100}
     return BenchmarkReport(
         scorers={"dina": f"RewardModelScorer {hostile}", "pickscore": "PickScorer x", "clipscore": "CLIPScorer y"},
         protocols=[
-            result(name, 0.75 - 0.1 * n, **counts, equal_scores=n, excluded={"tie": n}, details=axes if n == 0 else {})
+            result(name, 0.75 - 0.1 * n, **counts, equal_scores=n, excluded={"tie": n}, details=more if n == 0 else {})
             for n, name in enumerate(MODELS)
         ],
         differences=[{**both, "protocol": PROTOCOL, "second": "pickscore", "estimate": estimate(0.1)}],

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 
 from latentreward.apps.evaluation.benchmark.base import BenchmarkPairs
-from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, VOTES, answers, fit_thresholds, judge
-from latentreward.core.bootstrap import two_folds
+from latentreward.apps.evaluation.benchmark.protocols import PROTOCOLS, judge
 from tests.apps.evaluation.benchmark.scored import LABELS, NAN, drawn, scored
 
-VOTED = {"vote": ("leftvote", "leftvote", "rightvote", "tievote", "rightvote")}
 PERFECT = np.array(LABELS) - 0.5
 STRICT = {"perfect": 1, "constant": 0, "first": 2 / 4, "second": 2 / 4}
 BY_PROMPT = {"perfect": 1, "constant": 0, "first": 1 / 3, "second": 2 / 3}
@@ -34,10 +32,10 @@ def value(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None
     return judge(key, pairs, fitting).result()["estimate"].value
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if key != "genai_bench_tiger/4way"])
+@pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("kind", SCORES)
 def test_by_hand(key, kind) -> None:
-    pairs = scored(SCORES[kind], columns=VOTED)
+    pairs = scored(SCORES[kind])
     assert value(key, pairs) == pytest.approx(EXPECTED[key][kind])
     assert value(key, replace(pairs, first=100 * pairs.first, temperature=100.0)) == pytest.approx(EXPECTED[key][kind])
 
@@ -45,22 +43,14 @@ def test_by_hand(key, kind) -> None:
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("kind", ["constant", "first", "second"])
 def test_neither_equal_scores_nor_one_side_win(key, kind) -> None:
-    pairs = drawn(300, columns={"vote": tuple(np.random.default_rng(0).choice(VOTES, 300))})
+    pairs = drawn(300)
     assert value(key, replace(pairs, first=pairs.first * 0 + SCORES[kind], second=pairs.second * 0)) < 0.7
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_exchanging_sides_changes_nothing(key) -> None:
-    votes = np.random.default_rng(0).choice(VOTES, 300)
-    exchanged = {"leftvote": "rightvote", "rightvote": "leftvote"}
-    pairs = drawn(300, columns={"vote": tuple(votes)})
-    other = scored(
-        pairs.second,
-        pairs.first,
-        1 - pairs.labels,
-        pairs.groups,
-        columns={"vote": tuple(exchanged.get(vote, vote) for vote in votes)},
-    )
+    pairs = drawn(300)
+    other = scored(pairs.second, pairs.first, 1 - pairs.labels, pairs.groups)
     assert value(key, other) == pytest.approx(value(key, pairs))
 
 
@@ -69,7 +59,6 @@ def test_what_does_not_count_is_counted_by_reason(key) -> None:
     first = [1, NAN, NAN, 1, 1, 1]
     labels = [1, 1, 0.5, NAN, 0.5, 0]
     columns = {"problem": (None, "missing file", None, None, None, None)}
-    columns["vote"] = ("leftvote", "leftvote", "tievote", None, "tievote", "rightvote")
     pairs = scored(first, 0.0, labels, columns=columns)
     result = judge(key, pairs, pairs).result()
     assert (result["excluded"].pop("missing file"), result["excluded"].pop("no score")) == (1, 1)
@@ -78,15 +67,13 @@ def test_what_does_not_count_is_counted_by_reason(key) -> None:
         rest = {"no label": 1}
     elif key == "pickapic/pickscore":
         rest = {}
-    elif key == "genai_bench_tiger/4way":
-        rest = {"no vote": 1}
     assert result["excluded"] == rest
     assert (result["pairs"], result["equal_scores"]) == (4 - sum(rest.values()), 0)
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_nothing_to_count_has_no_value(key) -> None:
-    pairs = scored([NAN, NAN], 0.0, [1, 0], columns={"vote": ("leftvote", "rightvote")})
+    pairs = scored([NAN, NAN], 0.0, [1, 0])
     result = judge(key, pairs, pairs).result()
     assert (result["pairs"], result["groups"]) == (0, 0)
     assert np.isnan([result["estimate"].value, result["estimate"].low, result["estimate"].high]).all()
@@ -139,41 +126,6 @@ def test_pickscore_takes_published_labels_where_there_are_some() -> None:
     labels = {"label_0": ("1.0", "0.5", None, "0.0")}
     pairs = scored([1, 0, -1, -1], 0.0, [1, NAN, NAN, 0], columns=labels)
     np.testing.assert_array_equal(judge("pickapic/pickscore", pairs, pairs).credit, np.ones(4))
-
-
-def test_four_answers_are_told_apart_by_gap_and_mean() -> None:
-    rng = np.random.default_rng(0)
-    votes = rng.choice(VOTES, 400)
-    mean = np.select([votes == "tievote", votes == "bothbad_vote"], [3.0, -3.0], 0.0) + rng.normal(size=400) / 9
-    gap = np.select([votes == "leftvote", votes == "rightvote"], [2.0, -2.0], 0.0) + rng.normal(size=400) / 9
-    pairs = scored(mean + gap / 2, mean - gap / 2, np.full(400, 0.5), columns={"vote": tuple(votes)})
-    judgement = judge("genai_bench_tiger/4way", pairs)
-    assert np.nanmean(judgement.credit) > 0.99
-    assert judgement.details["votes"] == {vote: int((votes == vote).sum()) for vote in VOTES}
-
-
-@pytest.mark.parametrize("half", [0, 1])
-def test_thresholds_of_one_half_do_not_see_its_votes(half) -> None:
-    votes = np.random.default_rng(1).choice(VOTES, 300)
-    pairs = drawn(300, 2)
-    other_votes = np.where(two_folds(pairs.groups) == bool(half), np.roll(votes, 1), votes)
-    found = [
-        judge("genai_bench_tiger/4way", replace(pairs, columns={"vote": tuple(given)})).details["thresholds"]
-        for given in (votes, other_votes)
-    ]
-    assert found[0][half] == found[1][half]
-    assert found[0][1 - half] != found[1][1 - half]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_fitted_thresholds_are_the_best_there_are(seed) -> None:
-    rng = np.random.default_rng(seed)
-    gap, mean, classes = rng.normal(size=40), rng.normal(size=40).round(1), rng.integers(0, 4, 40)
-    taus, mus = [0.0, *np.abs(gap)], [-np.inf, *(np.unique(mean) + 0.01)]
-    best = max((answers(gap, mean, tau, mu) == classes).sum() for tau in taus for mu in mus)
-    tau, mu = fit_thresholds(gap, mean, classes)
-    assert (answers(gap, mean, tau, mu) == classes).sum() >= best - 1  # percentiles are not all thresholds
-    assert tau >= 0
 
 
 def test_interval_of_a_protocol_resamples_prompts() -> None:

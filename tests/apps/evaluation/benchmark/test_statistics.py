@@ -34,7 +34,7 @@ def test_subgroups_are_the_protocol_on_their_rows() -> None:
     models = tuple(
         np.random.default_rng(0).choice(["A against B", "A against C", "B against C"], 300, p=[0.5, 0.3, 0.2])
     )
-    pairs = drawn(300, columns={"models": models, "vote": models})
+    pairs = drawn(300, columns={"models": models})
     found = subgroup_results(judge("imagereward/macro", pairs))
     assert {item["value"] for item in found} == set(models)
     assert [item["pairs"] for item in found] == sorted((item["pairs"] for item in found), reverse=True)

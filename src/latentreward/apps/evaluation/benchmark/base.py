@@ -52,8 +52,8 @@ class BenchmarkPairs:
     labels: np.ndarray  # ``(N,)`` probability that image a is preferred; NaN without a label
     first: np.ndarray  # ``(N,)`` scores of image a; NaN if the image could not be read
     second: np.ndarray  # ``(N,)`` scores of image b; NaN if the image could not be read
-    # Further facts about each pair: name → N values, None where unknown. ``problem`` says why a score is NaN; ``vote``
-    # and ``label_0`` are published values that some protocols read.
+    # Further facts about each pair: name → N values, None where unknown. ``problem`` says why a score is NaN,
+    # ``models`` defines sub-groups, and PickScore's protocol reads ``label_0``.
     columns: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
     first_images: tuple[str, ...] = ()  # N keys of the images a, by which recurring images are recognised; may be empty
     second_images: tuple[str, ...] = ()  # N keys of the images b; may be empty
@@ -90,7 +90,7 @@ class BenchmarkReport:
     # ``estimate`` of the first scorer minus that of the second, on the pairs that count for both, with the interval of
     # the paired difference
     differences: list[Row] = field(default_factory=list)
-    # A protocol's number on the pairs with one ``value`` of a ``column``, e.g. ``flux against sdxl`` of ``models``
+    # A protocol's number on the pairs with one ``value`` of the ``column`` ``models``, e.g. ``flux against sdxl``
     subgroups: list[Row] = field(default_factory=list)
     # Accuracy of a latent reward at one noise level: ``sigma`` in [0, 1], ``timestep`` of the model's noise process
     levels: list[Row] = field(default_factory=list)
@@ -108,8 +108,6 @@ class BenchmarkReport:
 
 
 Texts = tuple[str | None, ...]
-SUBGROUP_COLUMNS = ("models", "style")
-"""Columns that define sub-groups; other columns, such as ``vote``, are read by protocols only."""
 
 
 @dataclass(frozen=True)
@@ -232,12 +230,11 @@ class Benchmark:
         return reader.groups()
 
     def columns(self, reader: PairReader) -> dict[str, Texts]:
-        """Return the columns of pairs, of which the reader knows facts: of both models, and published votes."""
+        """Return the columns of pairs, of which the reader knows facts: of both models, and published labels."""
         facts, unknown = reader.facts(), [None] * len(reader)
         sides = zip(facts.get("model_a", unknown), facts.get("model_b", unknown), strict=True)
         columns = {
             "models": [None if None in both else " against ".join(sorted(both)) for both in sides],
-            "vote": facts.get("vote", unknown),
             "label_0": [None if label is None else str(label) for label in facts.get("label_0", unknown)],
         }
         return {name: tuple(values) for name, values in columns.items() if values != unknown}

@@ -10,7 +10,6 @@ import torch
 from latentreward.apps.evaluation.benchmark.base import (
     AVERAGE,
     FOUR_BENCHMARKS,
-    SUBGROUP_COLUMNS,
     BenchmarkPairs,
     BenchmarkReport,
     Evaluation,
@@ -20,7 +19,7 @@ from latentreward.apps.evaluation.benchmark.pair_scores import TIMESTEPS, Benchm
 from latentreward.apps.evaluation.benchmark.protocols import Judgement, judge
 from latentreward.core import bootstrap
 from latentreward.core.reports.tables import Row
-from latentreward.reward import PairCalibration, Scorer
+from latentreward.reward import PairCalibration
 from latentreward.reward.metrics.calibration import bin_by_confidence, fit_temperature
 from latentreward.reward.metrics.intervals import clustered_correlation, same_order
 from latentreward.reward.scorers.fingerprints import public_identity
@@ -43,7 +42,7 @@ def evaluate(scored: Sequence[BenchmarkScores]) -> BenchmarkReport:
     report = BenchmarkReport({scorer.name: public_identity(scorer) for scorer in scored[0].scorers})
     for scores in scored:
         evaluations = scores.benchmark.evaluations
-        report.protocols += [_protocol(scores, one, scorer) for one in evaluations for scorer in scores.scorers]
+        report.protocols += [scores.judge(one, scorer).result() for one in evaluations for scorer in scores.scorers]
         published = published_for(scores.benchmark.protocols)
         report.published += [number for number in published if number not in report.published]
         for split, reader in scores.benchmark.readers().items():
@@ -54,15 +53,6 @@ def evaluate(scored: Sequence[BenchmarkScores]) -> BenchmarkReport:
                 _look_into(report, scores, evaluation)
     add_averages(report)
     return report
-
-
-def _protocol(scores: BenchmarkScores, evaluation: Evaluation, scorer: Scorer) -> Row:
-    """Compute a protocol's result; of a latent reward with two axes also the number of each axis alone."""
-    result = scores.judge(evaluation, scorer).result()
-    if not isinstance(scorer, NoiseColumns) or not scorer.axis_columns:
-        return result
-    axes = {axis: scores.judge(evaluation, scorer, column).value for axis, column in scorer.axis_columns.items()}
-    return {**result, "details": {**result["details"], "axes": axes}}
 
 
 def _look_into(report: BenchmarkReport, scores: BenchmarkScores, evaluation: Evaluation) -> None:
@@ -82,18 +72,15 @@ def _look_into(report: BenchmarkReport, scores: BenchmarkScores, evaluation: Eva
 
 
 def subgroup_results(judgement: Judgement) -> list[Row]:
-    """Compute the protocol's number on each sub-group with counted pairs, larger sub-groups of a column first."""
-    results, pairs = list[Row](), judgement.pairs
-    for column in SUBGROUP_COLUMNS:
-        values, found = np.array(pairs.columns.get(column, ()), dtype=object), list[Row]()
-        for value in dict.fromkeys(value for value in values if value):
-            credit = np.where(values == value, judgement.credit, np.nan)
-            if number := int((~np.isnan(credit)).sum()):
-                estimate = bootstrap.clustered_accuracy(judgement.sums(credit))
-                group = {"column": column, "value": value, "pairs": number, "estimate": estimate}
-                found.append({**judgement.named(), **group})
-        results += sorted(found, key=lambda row: (-row["pairs"], row["value"]))
-    return results
+    """Compute the protocol's number on the pairs of each two models that have any, those with most pairs first."""
+    values, found = np.array(judgement.pairs.columns.get("models", ()), dtype=object), list[Row]()
+    for value in dict.fromkeys(value for value in values if value):
+        credit = np.where(values == value, judgement.credit, np.nan)
+        if number := int((~np.isnan(credit)).sum()):
+            estimate = bootstrap.clustered_accuracy(judgement.sums(credit))
+            group = {"column": "models", "value": value, "pairs": number, "estimate": estimate}
+            found.append({**judgement.named(), **group})
+    return sorted(found, key=lambda row: (-row["pairs"], row["value"]))
 
 
 def paired_difference(first: Judgement, second: Judgement) -> Row:

@@ -33,7 +33,7 @@ TIMESTEPS = b"timesteps"
 
 
 class NoiseColumns(ImageScorer):
-    """Scorer with several columns: a latent reward's own score, one per noise level, and one per axis of the model.
+    """Scorer with several columns: a latent reward's own score, and one per noise level.
 
     A noise level is scored with the seeds of the reward's own noise. Images are encoded once for all columns.
     """
@@ -48,14 +48,9 @@ class NoiseColumns(ImageScorer):
         self.level_columns = tuple(f"{self.name} sigma {level:g}" for level in levels)
 
     @property
-    def axis_columns(self) -> dict[str, str]:
-        """Axis of the model → name of its scores; empty for a model with one score."""
-        return {axis: f"{self.name} {axis}" for axis in self.scorer.axes}
-
-    @property
     def columns(self) -> tuple[str, ...]:
-        """Name of the reward's own score, then :attr:`level_columns` and :attr:`axis_columns`."""
-        return self.name, *self.level_columns, *self.axis_columns.values()
+        """Name of the reward's own score, then :attr:`level_columns`."""
+        return self.name, *self.level_columns
 
     def identity(self) -> str:
         return f"{self.scorer.identity()}, levels {list(self.levels)}"
@@ -71,9 +66,6 @@ class NoiseColumns(ImageScorer):
         """Score B images: ``(B, K)`` for K columns, or ``(B,)`` for one; see :meth:`ImageScorer.score`."""
         own = self.scorer.noise or self.scorer.model.noise
         noises = [own, *(replace(own, sigmas=(level,), timesteps=()) for level in self.levels)]
-        if self.axis_columns:
-            outputs = self.scorer.score_levels(prompts, images, noises, axes=True)
-            return torch.cat([self.scorer.model.head.total(outputs), outputs[:, 0]], dim=1)
         scores = self.scorer.score_levels(prompts, images, noises)
         return scores if self.levels else scores[:, 0]
 
@@ -147,10 +139,10 @@ class BenchmarkScores:
         table = self.tables[split, scorer.name].table
         return self.benchmark.scored(split, table, column or scorer.name, scorer=scorer.name)
 
-    def judge(self, evaluation: Evaluation, scorer: Scorer, column: str | None = None) -> Judgement:
+    def judge(self, evaluation: Evaluation, scorer: Scorer) -> Judgement:
         """Judge the pairs of the evaluation's split by its protocol; see :meth:`pairs`."""
-        fitting = None if evaluation.fitting is None else self.pairs(evaluation.fitting, scorer, column)
-        return judge(evaluation.protocol, self.pairs(evaluation.split, scorer, column), fitting)
+        fitting = None if evaluation.fitting is None else self.pairs(evaluation.fitting, scorer)
+        return judge(evaluation.protocol, self.pairs(evaluation.split, scorer), fitting)
 
 
 def open_scores(

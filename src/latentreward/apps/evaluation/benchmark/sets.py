@@ -1,11 +1,10 @@
 """Benchmarks of published data sets and of your own pairs, with readers, splits and protocols; and their detection."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentreward.apps.evaluation.benchmark.base import Benchmark, Evaluation, Texts
+from latentreward.apps.evaluation.benchmark.base import Benchmark, Evaluation
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, check_range
 from latentreward.data import (
@@ -41,26 +40,9 @@ class ImageRewardDBBenchmark(Benchmark):
 
 
 class HPDv2Benchmark(Benchmark):
-    """HPDv2's test set, 400 groups of 9 or 10 ranked images, in ``test.json`` and ``test/``.
-
-    Prompts listed in one of the files ``benchmark/{anime,concept-art,…}.json`` get the file's name as sub-group
-    ``style``.
-    """
+    """HPDv2's test set, 400 groups of 9 or 10 ranked images, in ``test.json`` and ``test/``."""
 
     name, keys, reader = "hpdv2", ("hpdv2/macro", "hpdv2/micro"), HPDv2Reader
-
-    def columns(self, reader: PairReader) -> dict[str, Texts]:
-        """Return the columns of sub-groups, with ``style`` if the prompts of any pair have a style."""
-        styles: dict[str, str] = {}
-        for file in sorted(Path(self.root, "benchmark").glob("*.json")):
-            try:
-                prompts = json.loads(file.read_bytes())
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(prompts, list):
-                styles |= {prompt: file.stem for prompt in prompts if isinstance(prompt, str)}
-        style = tuple(styles.get(prompt) for prompt in reader.prompts())
-        return {**super().columns(reader), **({"style": style} if any(style) else {})}
 
 
 class HPDv3Benchmark(Benchmark):
@@ -110,30 +92,9 @@ class PickAPicBenchmark(Benchmark):
 
 
 class GenAIBenchTigerBenchmark(Benchmark):
-    """GenAI-Bench of TIGER-Lab, in ``{split}-*.parquet``; both protocols are computed on each split.
+    """GenAI-Bench of TIGER-Lab without ties, in ``{split}-*.parquet``; papers report the split ``test``."""
 
-    Args:
-        root: Folder of the files, or of their folder ``image_generation``; or a hub id.
-        splits: ``test``, ``test_v1`` or both. Papers that leave out ties report ``test``; the leaderboard of four-way
-            answers uses ``test_v1``.
-        on_error: See :class:`Benchmark`.
-    """
-
-    name, reader = "genai_bench_tiger", GenAIBenchReader
-    keys = "genai_bench_tiger/no_tie", "genai_bench_tiger/4way"
-
-    def __init__(
-        self, root: PathText, splits: Sequence[str] = ("test", "test_v1"), *, on_error: OnError = "skip"
-    ) -> None:
-        super().__init__(root, on_error=on_error)
-        self._names = tuple(splits)
-        if not self._names:
-            raise InputError("splits: there is none; give test, test_v1 or both")
-
-    @property
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """Both protocols on every split."""
-        return tuple(Evaluation(key, split) for split in self._names for key in self.keys)
+    name, keys, reader = "genai_bench_tiger", ("genai_bench_tiger/no_tie",), GenAIBenchReader
 
 
 class GenAIBenchCMUBenchmark(Benchmark):
@@ -188,11 +149,7 @@ def recognise_benchmark(data: str) -> Benchmark:
     A published data set gets its own protocols; pairs in any other known layout become a :class:`PairsBenchmark`. The
     first split of ``EVALUATED`` that exists is evaluated, else the first split found.
     """
-    try:
-        splits = recognise(data)
-    except InputError as error:  # its remedies are flags of `latentreward inspect`
-        text = str(error).replace("--reader ", f"--benchmarks+={PairsBenchmark.__name__} --reader ")
-        raise InputError(text.replace("--reader", "--benchmarks.reader")) from error
+    splits = recognise(data)
     split = next((name for name in EVALUATED if name in splits), next(iter(splits)))
     build: Any = splits[split]
     if build.func is DiffusionRMReader:
@@ -217,9 +174,7 @@ PUBLISHED: dict[Any, Callable[[str, str, Splits], Benchmark]] = {
     PickAPicReader: lambda root, split, splits: PickAPicBenchmark(
         root, split, fitting_split=FITTING if FITTING in splits and split != FITTING else None
     ),
-    GenAIBenchReader: lambda root, split, splits: GenAIBenchTigerBenchmark(
-        root, [name for name in ("test", "test_v1") if name in splits]
-    ),
+    GenAIBenchReader: lambda root, split, splits: GenAIBenchTigerBenchmark(root, split),
     GenAIBenchCMUReader: lambda root, split, splits: GenAIBenchCMUBenchmark(root),
 }
 """Reader class → function ``(root, split, splits)`` that builds the benchmark; ``splits`` are all splits found."""

@@ -112,8 +112,6 @@ def _told(row: PromptRow, name: str) -> str:
 
 
 NAME = re.compile(r"[\w .,+=-]{1,60}")
-PER_PROMPT, SHARED = "{}/{}", "{1}"
-"""Formats of the name that seeds a picture's noise, from index of the prompt and number of the picture."""
 PICTURES_OF = "pictures of {}"
 """Format of the name of the task that samples the pictures of a policy, from the name of the policy's folders."""
 
@@ -163,17 +161,6 @@ class JudgedPolicy:
                 source = replace(source, lora=read_policy_adapter(self.checkpoint).source.lora)
         return TrainedPolicy(source, self.checkpoint, self.lora)
 
-    def start(self, sampling: Sampling) -> str:
-        """Describe a generator's latents and noise process: two of equal descriptions start from the same noise.
-
-        The text is empty for a folder of pictures.
-        """
-        if self.images is not None:
-            return ""
-        family = self.trained.source().resolve_family()
-        shape = sampling.latent_shape(family)
-        return f"{shape[-2]} × {shape[-1]} latents of {family.latent_space}, {type(family.noise_process).__name__}"
-
     def describe(self) -> str:
         """Describe the policy in one line, with names of files and folders instead of full paths."""
         if self.images is not None:
@@ -191,7 +178,6 @@ class SamplingPlan:
     sampling: Sampling  # steps, noise and size
     guidance_scale: float | None  # guidance scale of policies without one of their own; None takes each family's
     seed: int  # seed of all noise
-    shared_noise: bool  # whether the n-th pictures of all prompts start from the same noise
     batch_size: int  # pictures sampled at once
     device: torch.device  # device of the generators
 
@@ -212,8 +198,7 @@ def sampling_task(
     def draw(prompts: PromptBatch) -> tuple[torch.Tensor, None]:
         return sample_latents(generator, prompts, plan.sampling, **how), None
 
-    key = (SHARED if plan.shared_noise else PER_PROMPT).format
-    return partial(draw_batch, draw, partial(decode_latents, generator), plan.seed, key=key)
+    return partial(draw_batch, draw, partial(decode_latents, generator), plan.seed)
 
 
 def open_pictures(
@@ -231,8 +216,7 @@ def open_pictures(
     """
     task, texts = PICTURES_OF.format(folder.name), [row.prompt for row in rows]
     policy.trained.source().resolve_family().check_prompts(texts, "prompts")
-    settings: dict[str, Any] = {"sampling": plan.sampling, "guidance_scale": plan.guidance_of(policy)}
-    settings |= {"seed": plan.seed, "shared_noise": plan.shared_noise}
+    settings = {"sampling": plan.sampling, "guidance_scale": plan.guidance_of(policy), "seed": plan.seed}
     opened = ImageFolder(folder, policy.trained.identity() | plain(settings))
     opened.missing(wanted, texts)  # refuses pictures of other prompts before any generator samples
 
