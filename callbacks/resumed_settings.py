@@ -10,13 +10,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+from latentreward.callbacks.run_progress import total_steps
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError
@@ -121,6 +122,14 @@ class ResumedSettings(Callback):
         if self._saved is not None:
             self._restore(trainer, self._saved["lr_schedulers"])
             mark_in_tensorboard(trainer)
+        end = total_steps(trainer) or 0
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs if config.interval == "step"):
+            if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < end:
+                override = "" if self._saved is None else " and --resume_override=[lr]"
+                raise InputError(
+                    f"model.lr_scheduler: OneCycleLR ends at total_steps={scheduler.total_steps}, before the run's "
+                    f"{end} optimiser steps; give --model.lr_scheduler.total_steps {end}{override}"
+                )
         self._saved = None
 
     def _check_callbacks(self, trainer: Trainer) -> None:

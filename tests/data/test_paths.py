@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unicodedata import normalize
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +28,7 @@ from latentreward.data.image_lists import read_images
 from latentreward.data.score_table import read_table
 from latentreward.reward.scoring.image_lists import read_scores
 
+NFC, NFD = normalize("NFC", "é"), normalize("NFD", "é")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
@@ -116,6 +118,7 @@ OPENERS = (jsonl, column, struct, streamed, listed, edited)
         ("./sub/../a.png", True),
         ("{root}/a.png", True),
         ("sub\\b.png", True),
+        (f"caf{NFC}/{NFD}.png", True),
         ("blob.png", True),  # as in the hub's cache
         ("sub/blob.png", True),
         ("100%25 [x].png", True),
@@ -133,7 +136,7 @@ def test_every_row_names_files_in_its_folder_and_in_the_blobs_of_its_snapshot(
 ) -> None:
     repository = tmp_path / "hub/datasets--me--set"
     root = repository / "snapshots/0a1b"
-    for file in ("a.png", "sub/b.png", "100%25 [x].png"):
+    for file in ("a.png", "sub/b.png", f"caf{NFD}/{NFC}.png", "100%25 [x].png"):
         picture(root / file)
     outside = picture(tmp_path / "secret.png")
     picture(tmp_path / "hub/snapshots/evil/blobs/x")
@@ -155,6 +158,19 @@ def test_every_row_names_files_in_its_folder_and_in_the_blobs_of_its_snapshot(
         decode_image(find(root, name))
     if find is not edited and name[:3] != "..\\":
         assert decode_image(find(root, name, allow_outside=True)).size == (8, 8)
+
+
+def test_captions_are_found_in_either_unicode_form(tmp_path: Path) -> None:
+    picture(tmp_path / f"chosen/{NFC}/{NFD}.png")
+    picture(tmp_path / f"rejected/{NFD}/{NFC}.png")
+    (tmp_path / f"captions/{NFD}").mkdir(parents=True)
+    (tmp_path / f"captions/{NFD}/{NFD}.txt").write_text("one")
+    assert FolderPairReader(str(tmp_path)).prompts() == ["one"]
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"name": f"{NFD}/{NFC}", "prompt": "two"}))
+    assert FolderPairReader(str(tmp_path)).prompts() == ["two"]
+    (tmp_path / "chosen/metadata.jsonl").write_text(json.dumps({"file_name": f"{NFD}/{NFD}.png", "prompt": "three"}))
+    found = read_images(str(tmp_path / "chosen"))
+    assert ([row.prompt for row in found.rows], found.remarks) == (["three"], ())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 from latentreward.core.contracts import EditPrompt, ImageRef
 from latentreward.core.errors import InputError, did_you_mean, errors_at
 from latentreward.core.storage.json_files import UnreadableTextError, read_table, read_text
-from latentreward.core.storage.user_files import escapes, find_files, resolve_inside, split_pattern
+from latentreward.core.storage.user_files import escapes, find_file, find_files, one_form, resolve_inside, split_pattern
 from latentreward.data.images import NO_IMAGE, OUTSIDE, file_image, outside
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.folders import (
@@ -193,7 +193,7 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
             found: Caption = read_caption(file.with_suffix(".txt")), ""
         except UnreadableTextError as error:
             found = None, f"{parse_text(file.stem)}.txt beside it is {error.problem}"
-        named = captions.get(str(file), captions.get(str(file.with_suffix("")), NO_TEXT))
+        named = captions.get(one_form(str(file)), captions.get(one_form(str(file.with_suffix(""))), NO_TEXT))
         caption, detail = named if found == NO_TEXT else found
         problem = BAD_CAPTION if detail else NO_PROMPT if caption is None else None
         if problem == NO_PROMPT:
@@ -240,7 +240,7 @@ def _listed(
 
 def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
     """Find the pictures of a folder, pattern or file: the folder of their names, sorted files, and what is not read."""
-    place, remarks = Path(source), list[str]()
+    place, remarks = find_file(Path(source)), list[str]()
     if not place.is_dir() and os.path.lexists(place):
         return place.parent, [place], []
     root, pattern = (place, "**/*") if place.is_dir() else split_pattern(source)
@@ -274,6 +274,6 @@ def _read_tables(root: Path, columns: Sequence[str | None]) -> tuple[dict[str, C
             if listed.problem:
                 remarks[f"{table}: {listed.detail}"] = None
             else:
-                note_caption(found, listed.path, listed.prompt, table.name)
+                note_caption(found, one_form(listed.path), listed.prompt, table.name)
         captions |= found
     return captions, remarks

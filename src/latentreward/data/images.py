@@ -21,7 +21,7 @@ from torch import Tensor
 
 from latentreward.core.contracts import ImageRef
 from latentreward.core.errors import InputError, quoted
-from latentreward.core.storage.user_files import IS_POINTER, POINTER, PULL, relative_path, resolve_inside
+from latentreward.core.storage.user_files import IS_POINTER, POINTER, PULL, find_file, relative_path, resolve_inside
 
 SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 """Marker of the end of a JPEG image, or of a segment that begins with its length."""
@@ -272,7 +272,7 @@ def file_image(folder: Path, path: str | bytes | None, prefix: str = "", allow_o
     if "\\" in path and not os.path.lexists(folder / path):  # written on Windows
         path = path.replace("\\", "/")
     root = None if allow_outside else folder
-    return ImageRef(prefix + str(PurePosixPath(path)), path=folder / path, root=root)
+    return ImageRef(prefix + str(PurePosixPath(path)), path=find_file(folder / path), root=root)
 
 
 def outside(root: Path) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from tests.small_user import RUNS, SteppedUserModule, refusal, run
+from tests.small_user import RUNS, SEEN, SteppedUserModule, refusal, run
 
 ONE_CYCLE = ("--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr=0.01")
 LAST = "--trainer.callbacks+=LastCheckpoint"
@@ -13,6 +13,15 @@ LAST = "--trainer.callbacks+=LastCheckpoint"
 
 def cycle(steps: int, total: int) -> tuple[str, ...]:
     return (*ONE_CYCLE, f"--model.lr_scheduler.total_steps={total}", f"--trainer.max_steps={steps}", LAST)
+
+
+@pytest.mark.slow
+def test_one_cycle_shorter_than_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = "model.lr_scheduler: OneCycleLR ends at total_steps=4, before the run's 6 optimiser steps; give --model.lr_"
+    assert refusal(capsys, "fit", tmp_path, *cycle(6, 4)).startswith(short)
+    assert not SEEN
+    run("fit", tmp_path, *cycle(4, 4))
+    assert refusal(capsys, "fit", tmp_path, *cycle(6, 6), "--ckpt_path=last").endswith("--resume_override=[lr]")
 
 
 @pytest.mark.slow

@@ -134,6 +134,11 @@ def test_what_is_no_lora_is_told_before_a_policy_is_loaded(tmp_path: Path) -> No
         check_lora(tmp_path.parent / "last.ckpt")
     with pytest.raises(InputError, match=r"^lora: .*gone does not exist; give"):
         check_lora(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"holds no \.safetensors or \.bin file"):
+        check_lora(tmp_path)
+    (tmp_path / "head.safetensors").touch()
+    with pytest.raises(InputError, match="is a reward model, no LoRA of a generator"):
+        check_lora(tmp_path)
 
 
 def renamed(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:

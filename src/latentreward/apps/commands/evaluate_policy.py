@@ -40,7 +40,6 @@ SLOTS, NAMES = ("policy", "against"), ("policy", "baseline")
 """Names of the folders of the two policies, and default names of the policies in reports."""
 TINY_WORLD = {"tinyworld": judged_captions, "tinyworld_tuning": tuning_captions}
 """Values of ``prompts`` → function that gives captions of the tiny world."""
-NOISE_UNKNOWN = "Pictures from a folder are paired by prompt and number; whether their noise was equal is unknown."
 PRINTED = ("Scores", "Comparison")
 """Titles of the sections that the terminal shows too."""
 
@@ -167,7 +166,10 @@ def evaluate_policy(
                 for name, pictures in made.items()
                 if (more := len(found[name]) - len(pictures))
             ]
-            notes += [NOISE_UNKNOWN] * (len(policies) > 1 and bool(made))
+            unknown = (
+                "Pictures from a folder are paired by prompt and number; whether their noise was equal is unknown."
+            )
+            notes += [unknown] if len(policies) > 1 and made else []
             for note in notes:
                 tell(note)
             with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):

@@ -22,6 +22,9 @@ from latentreward.reward.scoring.files import read_state_dict
 
 LOADED = "lora"
 """Name in peft of an adapter loaded from a file."""
+WEIGHTS = (".safetensors", ".bin")
+REWARD_HEAD = "head.safetensors"
+"""File by which the folder of a published reward model is recognised."""
 OTHER_KIND = re.compile(r"\b(hada|lokr|oft|boft|ia3|vera|glora)_")  # in names of tensors of LoHa, LoKr, OFT and such
 MOST_TENSORS = 20_000  # FLUX.1 and Qwen-Image have some 2,000
 SCALES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
@@ -35,6 +38,10 @@ def check_lora(path: Path) -> None:
         raise InputError(f"lora: {path} does not exist; {remedy}")
     if path.suffix == ".ckpt":
         raise InputError(f"lora: {path} is the checkpoint of a run; give it as checkpoint, or {remedy}")
+    if path.is_dir() and (path / REWARD_HEAD).is_file():
+        raise InputError(f"lora: {path} is a reward model, no LoRA of a generator; {remedy}")
+    if path.is_dir() and not any(file.suffix in WEIGHTS for file in path.iterdir()):
+        raise InputError(f"lora: {path} holds no {' or '.join(WEIGHTS)} file; {remedy}")
 
 
 def load_lora(policy: Policy, path: Path) -> None:

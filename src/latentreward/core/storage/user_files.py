@@ -6,6 +6,7 @@ uses :func:`~latentreward.data.images.file_image`, which is made of the function
 
 import glob
 import os
+import unicodedata
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -82,6 +83,31 @@ def _leads_back(folder: Path) -> bool:
     """Tell whether a link leads to a folder above it, in which it would be found again without end."""
     target = os.path.realpath(folder)
     return any(Path(os.path.realpath(above)).is_relative_to(target) for above in folder.absolute().parents)
+
+
+def one_form(text: str) -> str:
+    """Return a name in the Unicode form NFC: macOS writes an accent as a character of its own, other systems do not."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def find_file(path: Path) -> Path:
+    """Return a path; where nothing has its name, that of the entry whose name differs only in its Unicode form."""
+    if str(path).isascii() or os.path.lexists(path):
+        return path
+    found = Path(path.anchor)
+    for part in path.relative_to(path.anchor).parts:
+        if not os.path.lexists(found / part):
+            try:
+                part = _by_form(found, found.stat().st_mtime_ns).get(one_form(part), part)  # noqa: PLW2901
+            except (OSError, ValueError):
+                return path
+        found /= part
+    return found
+
+
+@lru_cache(maxsize=16)
+def _by_form(folder: Path, changed: int) -> dict[str, str]:
+    return {one_form(path.name): path.name for path in folder.iterdir() if not path.name.isascii()}
 
 
 def resolve_inside(root: Path, path: Path) -> Path | None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, printable
 from latentreward.core.storage.json_files import UTF_16, UnreadableTextError, read_text
-from latentreward.core.storage.user_files import find_files, resolve_inside, whole_file
+from latentreward.core.storage.user_files import find_file, find_files, one_form, resolve_inside, whole_file
 from latentreward.data.images import OUTSIDE
 from latentreward.data.readers.json_rows import encodable, parse_line, parse_text, short
 from latentreward.data.readers.rows import BadRow, Pair, PairRowParser, RowReader
@@ -87,7 +87,7 @@ class FolderPairReader(RowReader):
             row = parse_line(text)
             name, prompt = (row.get("name"), row.get("prompt")) if isinstance(row, dict) else (None, None)
             if isinstance(name, str) and (caption := parse_text(prompt)) is not None:
-                note_caption(captions, name, caption, CAPTIONS_FILE)
+                note_caption(captions, one_form(name), caption, CAPTIONS_FILE)
             else:
                 problem = 'the line is not an object with the texts "name" and "prompt"'
                 self.refuse(f"{CAPTIONS_FILE}:{line}", problem, "caption line not readable")
@@ -138,7 +138,7 @@ def read_caption(file: Path, root: Path | None = None) -> str | None:
     Raises:
         UnreadableTextError: If the file is not text, or lies outside ``root`` after links are followed.
     """
-    if not file.is_file():
+    if not (file := find_file(file)).is_file():
         return None
     if root is not None and resolve_inside(root, file) is None:
         raise UnreadableTextError(str(file), f"a {OUTSIDE}", f"put it into {root}, or set allow_outside: true")
@@ -165,7 +165,7 @@ def find_pictures(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
     files = find_files(folder, "**/*", unread)
     for path in files:
         if path.suffix.lower() in SUFFIXES and not path.is_dir():
-            name = path.relative_to(folder).with_suffix("").as_posix()
+            name = one_form(path.relative_to(folder).with_suffix("").as_posix())
             found.setdefault(name, []).append(path.relative_to(folder.parent).as_posix())
     return found, [*unread, *tell_unread(files)]
 

@@ -149,7 +149,11 @@ def recognise_benchmark(data: str) -> Benchmark:
     A published data set gets its own protocols; pairs in any other known layout become a :class:`PairsBenchmark`. The
     first split of ``EVALUATED`` that exists is evaluated, else the first split found.
     """
-    splits = recognise(data)
+    try:
+        splits = recognise(data)
+    except InputError as error:  # its remedies are flags of `latentreward inspect`
+        text = str(error).replace("--reader ", f"--benchmarks+={PairsBenchmark.__name__} --reader ")
+        raise InputError(text.replace("--reader", "--benchmarks.reader")) from error
     split = next((name for name in EVALUATED if name in splits), next(iter(splits)))
     build: Any = splits[split]
     if build.func is DiffusionRMReader:
