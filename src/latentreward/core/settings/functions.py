@@ -18,9 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
-from latentreward.core.errors import InputError, one_line, where
+from latentreward.core.errors import InputError, where
 from latentreward.core.public_names import import_all, import_said
-from latentreward.core.registry import MODULE_FOLDERS, backbone_names, find_modules_here, within
+from latentreward.core.registry import MODULE_FOLDERS, backbone_names, find_modules_here
 from latentreward.core.settings.errors import UNSET, check_ranges, leaves, summarise, unknown_setting_hint
 from latentreward.core.settings.rewriting import (
     as_text,
@@ -34,8 +34,6 @@ from latentreward.core.settings.rewriting import (
 MODE = "omegaconf+"
 TRAINER_COMMAND = r"^(fit|validate|test|predict)\."
 """Subcommand that Lightning's command line puts before the name of each setting, as a regular expression."""
-LIBRARIES = ("latentreward", "torch", "lightning", "torchmetrics")
-"""Packages whose classes are not the user's own."""
 FLAGS = "{true,false", "\b[="  # starts of the metavars of options that need no value: flags, and ``--print_config``
 
 
@@ -60,18 +58,6 @@ VALIDATING = ContextVar("VALIDATING", default=False)
 """True while a parser validates: a parser of a nested class or section then skips the checks of the outer one."""
 
 
-def constructed(kind: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
-    """Construct a class among the settings; the InputError about a user's own names class, error, file and line."""
-    try:
-        return kind(*args, **options)
-    except Exception as error:
-        path = f"{kind.__module__}.{kind.__qualname__}"
-        if isinstance(error, InputError) or within(path, LIBRARIES):
-            raise
-        at = where(error) or f" ({type(error).__name__}; --debug shows the traceback)"
-        raise InputError(f"{path} stopped: {one_line(error)}{at}") from error
-
-
 class SettingsParser(ArgumentParser):
     """Parser of settings with one-line errors that suggest the closest name.
 
@@ -90,8 +76,9 @@ class SettingsParser(ArgumentParser):
 
     @override
     def format_help(self, *args: Any, **options: Any) -> str:
-        """Return the help without the marks of Sphinx, in which docstrings are written."""
-        text = super().format_help(*args, **options)
+        """Return the help without the marks of Sphinx, in which docstrings are written, and with ``path`` as a type."""
+        text = re.sub(r"Annotated\[str,\s+'path'\]", "path", super().format_help(*args, **options))
+        text = re.sub(r"Optional\[path\]", "path | null", text)
         text = re.sub(r":\w+:`~?([^`]+)`", lambda role: re.sub(r"\n\s+", "", role[1]), text)  # it may break a long one
         return re.sub(r"``([^`]+)``", r"\1", text)
 
@@ -140,11 +127,6 @@ class SettingsParser(ArgumentParser):
     @override
     def dump(self, namespace: Namespace, *more: Any, **options: Any) -> str:
         return super().dump(namespace, *more, **{**options, "skip_validation": True})  # parsing has checked it
-
-    @override
-    def instantiate(self, namespace: Namespace, *more: Any, **options: Any) -> Any:
-        options["instantiators"] = [*options.get("instantiators", ()), (constructed, object, True)]
-        return super().instantiate(namespace, *more, **options)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
