@@ -21,19 +21,17 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from latentreward import __version__
 from latentreward.apps.serving import bodies
 from latentreward.apps.serving.batching import RequestError
-from latentreward.apps.serving.bodies import JSON, SAFETENSORS
-from latentreward.apps.serving.dialects import flow_factory_routes, takes, unirl_routes
-from latentreward.apps.serving.service import ScoringService
+from latentreward.apps.serving.bodies import JSON, SAFETENSORS, Images, check_limit, images_of, parse_json
+from latentreward.apps.serving.service import ScoringError, ScoringService, ServedModel
 from latentreward.apps.serving.settings import is_loopback
-from latentreward.reward.remote.schemas import ImagesRequest
+from latentreward.reward.remote.schemas import ComputeRequest, Identity, Sample, UniRLRequest
 
 CONNECTIONS = 512  # least limit on the number of connections; twice the queues if that is more
-IDLE_SECONDS = 10  # that a client may take to send the headers of a request, or leave a connection idle
+IDLE_SECONDS = 10  # that a client may leave a connection idle between two requests
 LOGGED_EVERY_S = 60.0  # seconds after which a refusal of the same path and status is printed again
 VERSION = "x-drm-protocol-version"  # header of verl-omni's protocol
 OPEN_PATH = "/healthz"  # path that needs no token
@@ -56,23 +54,22 @@ def reward_routes(service: ScoringService) -> APIRouter:
             rows = parsed if isinstance(parsed, list) else parsed[0]
             return parsed, model.columns(await model.score(request, rows))
 
-    @router.post("/v1/score", summary="verl-omni's latent-reward protocol, version 1", openapi_extra=takes())
+    @router.post("/v1/score", summary="verl-omni's latent-reward protocol, version 1")
     async def score(request: Request) -> JSONResponse:
-        # verl_omni/utils/reward_score/latent_http_scorer_client.py (Apache-2.0); it sends one row, and no x-prompt.
+        # verl_omni/utils/reward_score/latent_http_scorer_client.py (Apache-2.0); it sends one row.
         if (version := request.headers.get(VERSION)) != "1":
             raise RequestError(f"header {VERSION} is {version!r:.20}; this server speaks version 1")
-        prompt = prompt_of(request.headers.getlist("x-prompt"))
-        _, columns = await scored(request, bodies.parse_request, prompt)
+        _, columns = await scored(request, bodies.parse_request)
         return JSONResponse({"protocol_version": "1", "raw_scores": columns.pop("scores"), **columns})
 
-    @router.post("/v1/score_latents", summary="Score clean latents for raw prompts", openapi_extra=takes())
+    @router.post("/v1/score_latents", summary="Score clean latents for raw prompts")
     async def score_latents(request: Request) -> JSONResponse:
         reward = service.model_of(request).reward
         rows, columns = await scored(request, bodies.parse_latents)
         noise = str(reward.noise) if rows[0].u is None else "u"
         return JSONResponse({**columns, "noise": noise, "model": reward.identity})
 
-    @router.post("/v1/score_states", summary="Score the noisy states of trajectories", openapi_extra=takes())
+    @router.post("/v1/score_states", summary="Score the noisy states of trajectories")
     async def score_states(request: Request) -> JSONResponse:
         reward = service.model_of(request).reward
         (rows, steps), columns = await scored(request, bodies.parse_states, reward.backbone.noise_process)
@@ -80,16 +77,95 @@ def reward_routes(service: ScoringService) -> APIRouter:
         parted = {name: [one[start : start + steps] for start in starts] for name, one in columns.items()}
         return JSONResponse({**parted, "model": reward.identity})
 
-    @router.post("/v1/score_images", summary="Score images for prompts", openapi_extra=takes(ImagesRequest))
+    @router.post("/v1/score_images", summary="Score images for prompts")
     async def score_images(request: Request) -> JSONResponse:
         model = service.model_of(request)
         async with service.memory.body(request, service.settings, JSON) as (body, take):
             images = await asyncio.to_thread(bodies.images_of_json, body)
-            bodies.check_limit("images: rows", len(images), model.accepted.max_rows)
+            check_limit("images: rows", len(images), model.accepted.max_rows)
             columns = model.columns(await model.score_images(request, images, take))
         return JSONResponse({**columns, "noise": str(model.reward.noise), "model": model.reward.identity})
 
     return router
+
+
+# The wire formats of other frameworks' clients, whose requests hold images and prompts.
+# UniRL: Tencent-Hunyuan/UniRL (Apache-2.0), unirl/reward/remote.py at 0e713d6 and
+# unirl-reward-service/reward_service/schemas.py at cb03dcd; also the older client without identities at 1a7b501.
+# Flow-Factory: X-GenGroup/Flow-Factory (Apache-2.0), src/flow_factory/rewards/my_reward_remote.py at a0b2bc5.
+
+
+def flow_factory_routes(service: ScoringService) -> APIRouter:
+    """Return the route of Flow-Factory's reward server, whose clients also ask UniRL's ``/health``.
+
+    Its client of groups sends the same request, and gets the same scores: they do not depend on the group.
+    """
+    router = APIRouter()
+
+    @router.post("/compute", summary="Flow-Factory's clients: score images")
+    async def compute(request: Request) -> JSONResponse:
+        model = service.model_of(request)
+        async with service.memory.body(request, service.settings, JSON) as (body, take):
+            given = await asyncio.to_thread(parse_json, body, ComputeRequest)
+            check_limit("image: images", len(given.image or ()), service.settings.queue)
+            images = images_of(given.prompt, given.image or (), given.condition_images or ())
+            return JSONResponse({"rewards": [score for score, *_ in await model.score_images(request, images, take)]})
+
+    return router
+
+
+def unirl_routes(service: ScoringService) -> APIRouter:
+    """Return the routes of UniRL's reward service.
+
+    As with UniRL's own scorers, the last turn of a history is scored. A reward of edits takes the images of the turns
+    before it as the pictures that were edited, as UniRL's EditReward does; other rewards ignore them. A reward that
+    fails is reported in ``errors``; one without room is a 503 for the whole request, which the client sends again.
+    """
+    router = APIRouter()
+
+    @router.get("/health", summary="UniRL's and Flow-Factory's clients: health, rewards")
+    async def health(request: Request) -> JSONResponse:
+        service.model_of(request)  # raises for the name of an unknown reward
+        names = {name: ["score", *model.reward.axes] for name, model in service.models.items()}
+        ready = service.ready
+        return JSONResponse({"status": "ok" if ready else "busy", "rewards": names}, 200 if ready else 503)
+
+    @router.post("/score", summary="UniRL's clients: score images by rewards")
+    async def score(request: Request) -> JSONResponse:
+        async with service.memory.body(request, service.settings, JSON) as (body, take):
+            samples = (await asyncio.to_thread(parse_json, body, UniRLRequest)).requests
+            check_limit("requests: samples", len(samples), service.settings.queue)
+            rows: dict[ServedModel, list[int]] = {}
+            for number, sample in enumerate(samples):
+                for name in dict.fromkeys(sample.required_rewards):
+                    rows.setdefault(service.named(name), []).append(number)
+            parts = {model: turns_of([samples[one] for one in numbers], model) for model, numbers in rows.items()}
+            for model, images in parts.items():  # now: scores of one would be lost if another then refuses
+                model.check_images(images)
+            scoring = (model.score_images(request, images, take) for model, images in parts.items())
+            outcomes = await asyncio.gather(*scoring, return_exceptions=True)
+        results: list[dict[str, dict[str, Any]]] = [{} for _ in samples]
+        errors: list[dict[str, str]] = [{} for _ in samples]
+        for model, outcome in zip(parts, outcomes, strict=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, ScoringError):
+                raise outcome
+            for place, row in enumerate(rows[model]):
+                if isinstance(outcome, BaseException):
+                    errors[row][model.name] = str(outcome)
+                else:
+                    results[row][model.name] = dict(zip(("score", *model.reward.axes), outcome[place], strict=True))
+        marks = [sample.model_dump(include={*Identity.model_fields}) for sample in samples]
+        return JSONResponse({"protocol_version": "1", "results": results, "errors": errors, "identities": marks})
+
+    return router
+
+
+def turns_of(samples: Sequence[Sample], model: ServedModel) -> Images:
+    """Return text and image of each sample's last turn, for a reward of edits with the images of the turns before."""
+    before = [[turn.image_b64 for turn in sample.history[:-1] if turn.image_b64] for sample in samples]
+    last = [sample.history[-1] for sample in samples]
+    sources = before if model.accepted.sources[1] and any(before) else ()
+    return images_of([turn.text for turn in last], [turn.image_b64 or "" for turn in last], sources)
 
 
 def server_routes(service: ScoringService) -> APIRouter:
@@ -110,14 +186,6 @@ def server_routes(service: ScoringService) -> APIRouter:
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router
-
-
-def prompt_of(values: Sequence[str]) -> str:
-    """Decode the headers ``x-prompt`` of a request, base64 of UTF-8; empty without one."""
-    try:
-        return base64.b64decode(",".join(values), validate=True).decode()  # several headers are no base64
-    except ValueError as error:
-        raise RequestError(f"header x-prompt is not base64 of UTF-8 text ({error}); encode it so, once") from error
 
 
 def create_app(service: ScoringService) -> FastAPI:
@@ -182,8 +250,6 @@ class Gate:
                 print(f"refused with {status}: {path} {message['body'].decode()[:300]}", file=sys.stderr, flush=True)
             await send(message)
 
-        if scope["method"] == "HEAD":  # answered as GET; uvicorn leaves the body out
-            scope = {**scope, "method": "GET"}
         try:
             await (self._refusal(scope) or self.app)(scope, receive, send_counted)
         finally:
@@ -239,29 +305,11 @@ def token_of(authorization: bytes) -> bytes:
     return b""
 
 
-class Protocol(H11Protocol):
-    """HTTP protocol of uvicorn, which would wait without a limit for headers that have begun, or never do."""
-
-    def connection_made(self, transport: Any) -> None:
-        """Close the connection if no request begins in time."""
-        super().connection_made(transport)
-        self.loop.call_later(IDLE_SECONDS, self._close_after, self.cycle)
-
-    def on_response_complete(self) -> None:
-        """Close the connection if no other request begins in time."""
-        self.loop.call_later(IDLE_SECONDS, self._close_after, self.cycle)
-        super().on_response_complete()
-
-    def _close_after(self, last: Any) -> None:
-        if self.cycle is last:  # no request has begun since
-            self.transport.close()
-
-
 def configuration(service: ScoringService) -> uvicorn.Config:
     """Return uvicorn's settings for a service."""
     return uvicorn.Config(
         create_app(service),
-        http=Protocol,
+        http="h11",
         ws="none",
         lifespan="on",
         access_log=False,

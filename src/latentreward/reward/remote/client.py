@@ -103,7 +103,8 @@ class RemoteServer:
         """Check the settings, and read the token."""
         if not re.fullmatch(r"https?://([\w.-]+|\[[\w:.]+\])(:\d{1,5})?(/[\w./~%-]*)?", self.url):
             remedy = "give one such as http://127.0.0.1:8000, and a token by token_file or token_env"
-            raise InputError(f"server.url is no HTTP address of host, port and path; {remedy}")  # it may hold a password
+            # The message does not show the address, which may hold a password.
+            raise InputError(f"server.url is no HTTP address of host, port and path; {remedy}")
         with errors_at("server."):
             check_range("(0, inf)", timeout_s=self.timeout_s, parallel=self.parallel)
             check_range("[0, inf)", retry_s=self.retry_s)
