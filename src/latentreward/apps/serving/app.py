@@ -250,6 +250,8 @@ class Gate:
                 print(f"refused with {status}: {path} {message['body'].decode()[:300]}", file=sys.stderr, flush=True)
             await send(message)
 
+        if scope["method"] == "HEAD":  # answered as GET; uvicorn leaves the body out
+            scope = {**scope, "method": "GET"}
         try:
             await (self._refusal(scope) or self.app)(scope, receive, send_counted)
         finally:
