@@ -73,12 +73,14 @@ class RewardToServe:
 
 def bind(host: str, port: int) -> socket.socket:
     """Bind a socket to an address, with port 0 to any free port; connections are accepted only after ``listen``."""
+    if not 0 <= port < 2**16:  # getaddrinfo would take another port, the rest of a division
+        raise InputError(f"port={port} is no port; choose one from 1 to {2**16 - 1}, or 0 for a free one")
     try:
         family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, number)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:  # a port that is none; a name with an empty part
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name with an empty or too long part
         raise InputError(f"cannot serve at {host}:{port} ({error}); choose another --port or --host") from error
     return bound
 

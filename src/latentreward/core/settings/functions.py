@@ -289,13 +289,24 @@ class SettingsParser(ArgumentParser):
             return
         token = VALIDATING.set(True)
         try:
-            super().validate(namespace, *more, **options)
+            self._validate_command(namespace, *more, **options)
             if NULLS:
                 set_parsing_settings(unset_sentinel=True)  # else jsonargparse accepts None for every type, as "not set"
-                super().validate(namespace, *more, **{**options, "skip_required": True})
+                self._validate_command(namespace, *more, **{**options, "skip_required": True})
         finally:
             set_parsing_settings(unset_sentinel=False)
             VALIDATING.reset(token)
+
+    def _validate_command(self, namespace: Namespace, *more: Any, **options: Any) -> None:
+        """Validate a subcommand's settings in place; jsonargparse's own validation expands paths in copies alone.
+
+        If validation fails, jsonargparse validates again, for its message about the subcommand.
+        """
+        command = namespace.get("subcommand")
+        with suppress(Exception):  # super().validate raises the error again, with the subcommand's name
+            self._subcommands_action._name_parser_map[command].validate(namespace[command], *more, **options)
+            return
+        super().validate(namespace, *more, **options)
 
     @override
     def dump(self, namespace: Namespace, *more: Any, **options: Any) -> str:
