@@ -110,7 +110,6 @@ def test_every_package_folder_is_listed_in_setup_cfg() -> None:
 
 
 PROMISED_BY = {
-    "aiohttp": "fsspec",
     "annotated_types": "pydantic",
     "lightning_utilities": "lightning",
     "markupsafe": "jinja2",

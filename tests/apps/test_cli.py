@@ -142,7 +142,8 @@ PLUGIN = """
             setattr(self, hook, self.ask)
 
         def ask(self, *args) -> None:
-            Connection(RemoteServer("http://127.0.0.1:9", retry_s=0.0)).ask("GET", "/v1/model")
+            connection = Connection(RemoteServer("http://127.0.0.1:9", retry_s=0.0))
+            connection.result(connection.start(connection.asked, "/score", b""))
 
 
     class Freeze(Callback):

@@ -32,7 +32,7 @@ from .metrics.pairwise import GroupPairAccuracy, MeanLoss, MeanMargin, PairwiseA
 from .modules.reward import DiNaLRMModule, LRMModule, RewardModule, ScoredPairs
 from .modules.training import WarmupSchedule
 from .remote.client import RemoteError, RemoteServer
-from .remote.schemas import ImageSchema, PlainJSON, ServedImages
+from .remote.schemas import PlainJSON, ServedImages
 from .scorers.base import ImageScorer, Scorer, TableScorer
 from .scorers.clip import AestheticScorer, CLIPScorer, PickScorer
 from .scorers.hpsv2 import HPSv2Scorer
@@ -62,7 +62,6 @@ __all__ = [
     "GroupPairAccuracy",
     "HPSv2Scorer",
     "HTTPScorer",
-    "ImageSchema",
     "ImageScorer",
     "LRMLoss",
     "LRMModule",

@@ -24,7 +24,6 @@ from latentreward.apps.serving.bodies import Accepted, parse_request
 from latentreward.apps.serving.service import ServedModel
 from latentreward.apps.serving.settings import bind
 from latentreward.reward import RewardModel, ScoringNoise
-from latentreward.reward.scoring.ensemble import pixel_batches
 from tests.apps.serving.latent_requests import HEADERS, tensors_of
 from tests.apps.serving.servers import raw, service_of, serving, started, tiny_reward
 from tests.data.rotated import photograph, upright
@@ -93,26 +92,6 @@ def test_noise_follows_seeds_and_not_the_last_bit_of_an_embedding(address: str, 
         assert ask(address, save(tensors | {name: nudged})).json()["raw_scores"] == pytest.approx(first, abs=1e-5)
 
 
-@pytest.mark.parametrize("prompt", ["ein Kätzchen 🐈", ""])
-def test_a_prompt_in_a_header_gets_the_score_of_its_image(address: str, accepted: Accepted, prompt: str) -> None:
-    reward, image = tiny_reward(), picture("red")
-    noise, conditioning = ScoringNoise(sigmas=(0.4,), seeds=(3,)), reward.backbone.encode_prompts([prompt])
-    _, pixels = next(iter(pixel_batches([image], reward.image_sizes, 1, 1)))
-    tensors = {
-        "latents": reward.encode_images(pixels),
-        "prompt_embeds": conditioning.prompt_embeds.float(),
-        "pooled_prompt_embeds": conditioning.pooled_prompt_embeds.float(),
-        "u": torch.tensor([0.4]),
-        "seeds": torch.tensor([3]),
-    }
-    body = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
-    header = {"x-prompt": base64.b64encode(prompt.encode()).decode()}
-    wanted = reward.score(prompt, [image], noise=noise).item()
-    assert ask(address, body, **header).json()["raw_scores"][0] == pytest.approx(wanted, abs=1e-6)
-    other = ask(address, body, **{"x-prompt": "b3RoZXI="}).json()["raw_scores"][0]
-    assert abs(other - wanted) > 1e-4
-
-
 @pytest.mark.parametrize("kind", [("sd35", "dina"), ("sd15", "lrm")])
 def test_a_score_does_not_depend_on_what_it_shares_a_batch_with(kind: tuple[str, str]) -> None:
     with serving(reward := tiny_reward(*kind), batch_size=4, max_wait_ms=20) as (address, service):
@@ -163,8 +142,6 @@ def said(**content: Any) -> bytes:
         (b"junk", HEADERS | {"content-type": "application/json"}, 415, "content-type"),
         (b"junk", HEADERS | {"content-encoding": "gzip"}, 415, "content-encoding"),
         (b"junk", HEADERS, 400, "safetensors header"),
-        (b"junk", HEADERS | {"x-prompt": "YWJ"}, 400, "x-prompt"),
-        (b"junk", HEADERS | {"x-prompt": "7aCA"}, 400, "x-prompt"),  # half a surrogate pair
         (b"{", JSON, 400, "the body"),
         (b"[" * 100_000, JSON, 413, "the body"),
         (b"[" * 2**21, JSON, 413, "memory"),

@@ -13,7 +13,7 @@ from PIL import Image
 from latentreward.core.contracts import EditPrompt, ImageRef
 from latentreward.core.errors import InputError
 from latentreward.core.interrupts import stop_asked
-from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer, ServedImages, edit_prompt
+from latentreward.reward import PlainJSON, RemoteError, RemoteServer, ServedImages, edit_prompt
 from latentreward.reward.remote.client import RemoteImages
 from latentreward.reward.remote.schemas import source_texts
 from tests.reward.remote.judges import judged, judging, opened, plain, says
@@ -23,7 +23,7 @@ IMAGES = [Image.new("RGB", (8 + number, 8), (40 * number, 0, 0)) for number in r
 EXPECTED = [judged(*row) for row in zip(PROMPTS, IMAGES, strict=True)]
 
 
-def images(url: str, schema: ImageSchema | None = None, batch_size: int = 2, **settings: Any) -> RemoteImages:
+def images(url: str, schema: PlainJSON | None = None, batch_size: int = 2, **settings: Any) -> RemoteImages:
     server = RemoteServer(url, **{"timeout_s": 10.0, "retry_s": 0.0, **settings})
     return RemoteImages(server, schema or PlainJSON(), batch_size)
 

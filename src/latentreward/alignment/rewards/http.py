@@ -13,7 +13,7 @@ from latentreward.alignment.rewards.pixel import DecodingReward
 from latentreward.core.contracts import NoisyStates
 from latentreward.core.errors import check_at_least_one
 from latentreward.core.reports.drawing import to_image
-from latentreward.reward import ImageSchema, PlainJSON, RemoteError, RemoteServer
+from latentreward.reward import PlainJSON, RemoteError, RemoteServer
 from latentreward.reward.remote.client import RemoteImages, raise_together
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class HTTPReward(RewardSource):
     """
 
     def __init__(
-        self, server: RemoteServer, schema: ImageSchema | None = None, batch_size: int = 16, decode_batch_size: int = 8
+        self, server: RemoteServer, schema: PlainJSON | None = None, batch_size: int = 16, decode_batch_size: int = 8
     ) -> None:
         check_at_least_one("reward.", batch_size=batch_size, decode_batch_size=decode_batch_size)
         self.server, self.schema = server, schema or PlainJSON()

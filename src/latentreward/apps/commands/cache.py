@@ -29,7 +29,6 @@ from latentreward.diffusion.cache.writing import (
 )
 
 LINES = 20  # most problems that --check prints one by one
-NAMED = 5  # most images that could not be read whose names are printed
 
 
 def cache(
@@ -131,10 +130,9 @@ def report(folder: Path, unused: int) -> None:
     if lost := {
         row: why for file in files for row, why in store.check_file(folder, plan, file, contents=False).items()
     }:
-        keys = store.read_table(folder, store.IMAGES)["image_key"]
-        named = ", ".join(repr(keys[row].as_py()) for row in [*lost][:NAMED])
-        more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
-        print(f"images not read: {count_text(Counter(lost.values()))} ({named}{more}); pairs with them are not used")
+        first = repr(store.read_table(folder, store.IMAGES)["image_key"][min(lost)].as_py())
+        more = " and others" if len(lost) > 1 else ""
+        print(f"images not read: {count_text(Counter(lost.values()))} ({first}{more}); pairs with them are not used")
     if unused:
         print(f"clips longer than frames={plan.spec.images.frames}: {unused} frames were not used")
 

@@ -103,8 +103,8 @@ def evaluate_policy(
     found = {name: samples.find_pictures(one.images) for name, one in policies.items() if one.images is not None}
     generated = {name: one for name, one in policies.items() if name not in found}
     rows = _prompt_rows(prompts, found)[:num_prompts]
-    numbers = [image for pictures in found.values() for _, image in samples.match(pictures, rows)]
-    count = images_per_prompt or 1 + max(numbers, default=0)
+    shown = (image for pictures in found.values() for _, image in samples.match(pictures, rows))
+    count = images_per_prompt or 1 + max(shown, default=0)
     wanted = [(place, image) for place in range(len(rows)) for image in range(count)]
 
     @cache
@@ -148,8 +148,9 @@ def evaluate_policy(
         }
         work.join(tasks, spec)
         with locked(output_dir, "output_dir"):
-            remedy = "choose an empty folder"
-            RunFolder(output_dir, output_dir / "evaluate.json", settings, "output_dir", remedy).claim(made=False)
+            RunFolder(output_dir, output_dir / "evaluate.json", settings, "output_dir", "choose an empty folder").claim(
+                made=False
+            )
             for scorer in (one for one in scorers if isinstance(one, ToolScorer)):
                 scorer.prepare()
             made = {

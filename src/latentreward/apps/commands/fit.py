@@ -39,8 +39,7 @@ from latentreward.core.interrupts import TERMINATED
 from latentreward.core.registry import backbone_names
 from latentreward.core.settings import functions
 from latentreward.core.settings.errors import check_ranges, summarise
-from latentreward.core.settings.functions import constructor_errors
-from latentreward.core.settings.rewriting import rewrite_arguments
+from latentreward.core.settings.functions import constructor_errors, rewrite_arguments
 from latentreward.core.storage.durable import lock_run, write_file
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
@@ -66,8 +65,6 @@ class Parser(functions.SettingsParser, LightningArgumentParser):
         if command in USED and namespace[command].get("data") is not None:
             namespace = namespace.clone()
             namespace[command]["data"] = open_readers(command, namespace[command]["data"])
-            # Rows are counted here, before the model is loaded.
-            options["instantiators"] = [(partial(with_rows, USED[command]), PairLoaders, True)]
         return super().instantiate(namespace, *args, **options)
 
 
@@ -235,9 +232,6 @@ class TrainingCLI(LightningCLI):
         self.estimates = settings.pop("estimate")
         given = {name: settings.pop(name) for name in ("card_gb", "tflops")}
         self.card = Card(settings["trainer"]["accelerator"] != "cpu", **given)
-        for name, value in given.items():
-            if value != getattr(Card, name) and not self.estimates:
-                raise InputError(f"{name}: {value} is for --estimate; add it, or leave {name} out")
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -412,13 +406,6 @@ def open_readers(command: str, data: Namespace) -> Namespace:
     return data
 
 
-def with_rows(names: Sequence[str], kind: type[PairLoaders], *args: Any, **options: Any) -> PairLoaders:
-    """Construct a data module, and raise InputError if one of the named splits has no rows left."""
-    data = kind(*args, **options)
-    data.require_rows(names)
-    return data
-
-
 def with_on_error(reader: Namespace, on_error: str) -> None:
     """Set ``on_error`` in a reader's settings if it is null; of a reader that wraps others, in the inner readers."""
     given = reader.get("init_args") or Namespace()
@@ -512,23 +499,23 @@ def run(command: str, arguments: Sequence[str]) -> None:
         InputError: If a setting is wrong, or a constructor raises an error because of a setting.
         SystemExit: With the status of :class:`GracefulStop`, 143 after SIGTERM (Lightning itself would exit with 0).
     """
-    found, card = _run(command, arguments)
-    if found is not None:
+    done = _run(command, arguments)
+    if done.estimated is not None:
         from latentreward.apps.estimate.estimate import compare
 
-        print(found.as_text(), flush=True)
-        print(compare(found, card, lambda more: estimate_fit([*arguments, *more])))
+        print(done.estimated.as_text(), flush=True)
+        print(compare(done.estimated, done.card, lambda more: estimate_fit([*arguments, *more])))
 
 
 def estimate_fit(arguments: Sequence[str]) -> "Estimate":
     """Compute the memory and computation of ``latentreward fit`` with these arguments; no checkpoint is read."""
     kept = [argument for argument in arguments if not argument.startswith(("--ckpt_path", "--estimate"))]
-    found, _ = _run("fit", [*kept, "--estimate"])
+    found = _run("fit", [*kept, "--estimate"]).estimated
     assert found is not None
     return found
 
 
-def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card]":
+def _run(command: str, arguments: Sequence[str]) -> TrainingCLI:
     functions.prepare_parsing(arguments, classes=True)
     try:
         with ExitStack() as held:
@@ -537,8 +524,7 @@ def _run(command: str, arguments: Sequence[str]) -> "tuple[Estimate | None, Card
                 from latentreward.apps.estimate.unread import unset_variables
 
                 held.enter_context(unset_variables())
-            done = TrainingCLI(command, rewritten, held)
-            return done.estimated, done.card
+            return TrainingCLI(command, rewritten, held)
     except MisconfigurationException as error:
         raise InputError(f"{error}{where(error)}") from error
     except (ValueError, RuntimeError, TypeError) as error:

@@ -60,17 +60,11 @@ def _open(
     found = recognise(data)
     names = [name.strip() for name in splits.split(",")] if splits else list(found)
     readers, unread = dict[str, PairReader](), dict[str, str]()
-    logger = logging.getLogger("latentreward.data.readers.base")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # the report repeats the readers' warnings about rows
-    try:
-        for name, build in choose_splits(found, names).items():
-            try:
-                readers[name] = _opened(partial(build, on_error="skip"))
-            except InputError as error:
-                unread[name] = str(error)
-    finally:
-        logger.setLevel(level)
+    for name, build in choose_splits(found, names).items():
+        try:
+            readers[name] = _opened(partial(build, on_error="skip"))
+        except InputError as error:
+            unread[name] = str(error)
     if not readers:
         raise InputError(next(iter(unread.values())))
     return readers, unread

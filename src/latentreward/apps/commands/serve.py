@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from latentreward.apps.serving.settings import RewardToServe, ServiceSettings, bind, check_name, is_loopback
+from latentreward.apps.serving.settings import RewardToServe, ServiceSettings, bind, is_loopback
 from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError
 from latentreward.core.settings.functions import run_function
@@ -89,8 +90,9 @@ def serve(
     if rewards and (single, name) != (RewardToServe(""), "reward"):
         raise InputError("name, device, base and the like are those of a single model; give them for each of rewards")
     chosen = rewards or {name: single}
-    for label, one in chosen.items():
-        check_name(label)
+    if wrong := [label for label in chosen if not re.fullmatch(r"[\w.-]+", label)]:
+        raise InputError(f"the reward's name {wrong[0]!r} cannot stand in an address; give letters, digits and . _ -")
+    for one in chosen.values():
         find_device(one.device)
     with bind(host, port) as bound:
         if settings.token is None and not is_loopback(bound.getsockname()[0]):

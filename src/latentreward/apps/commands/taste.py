@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from latentreward.apps.taste.plan import Plan
     from latentreward.diffusion.backbones.tuning import Tuning
 
-LARGEST = 4096
-"""Largest ``size``: pictures of a much larger one, as of a typing error, run out of memory."""
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -78,8 +76,7 @@ def taste(
         work: Folder of all outputs, outside the folder of pictures; ``runs/taste/`` and the name of the folder by
             default.
     """
-    check_at_least_one(pairs=pairs, epochs=epochs, num_prompts=num_prompts)
-    check_range(f"[1, {LARGEST}]", size=size)
+    check_at_least_one(pairs=pairs, epochs=epochs, num_prompts=num_prompts, size=size)
     folder = folder.resolve()  # the name of `.` is empty
     if rate:
         rate_pictures(folder, port, seed)

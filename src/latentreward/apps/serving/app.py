@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import lru_cache
 from typing import Any
@@ -26,11 +26,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from latentreward import __version__
 from latentreward.apps.serving import bodies
 from latentreward.apps.serving.batching import RequestError
-from latentreward.apps.serving.bodies import JSON, SAFETENSORS
-from latentreward.apps.serving.dialects import flow_factory_routes, takes, unirl_routes
+from latentreward.apps.serving.bodies import JSON, SAFETENSORS, check_limit
+from latentreward.apps.serving.dialects import flow_factory_routes, unirl_routes
 from latentreward.apps.serving.service import ScoringService
 from latentreward.apps.serving.settings import is_loopback
-from latentreward.reward.remote.schemas import ImagesRequest
 
 CONNECTIONS = 512  # least limit on the number of connections; twice the queues if that is more
 IDLE_SECONDS = 10  # that a client may take to send the headers of a request, or leave a connection idle
@@ -56,23 +55,22 @@ def reward_routes(service: ScoringService) -> APIRouter:
             rows = parsed if isinstance(parsed, list) else parsed[0]
             return parsed, model.columns(await model.score(request, rows))
 
-    @router.post("/v1/score", summary="verl-omni's latent-reward protocol, version 1", openapi_extra=takes())
+    @router.post("/v1/score", summary="verl-omni's latent-reward protocol, version 1")
     async def score(request: Request) -> JSONResponse:
-        # verl_omni/utils/reward_score/latent_http_scorer_client.py (Apache-2.0); it sends one row, and no x-prompt.
+        # verl_omni/utils/reward_score/latent_http_scorer_client.py (Apache-2.0); it sends one row.
         if (version := request.headers.get(VERSION)) != "1":
             raise RequestError(f"header {VERSION} is {version!r:.20}; this server speaks version 1")
-        prompt = prompt_of(request.headers.getlist("x-prompt"))
-        _, columns = await scored(request, bodies.parse_request, prompt)
+        _, columns = await scored(request, bodies.parse_request)
         return JSONResponse({"protocol_version": "1", "raw_scores": columns.pop("scores"), **columns})
 
-    @router.post("/v1/score_latents", summary="Score clean latents for raw prompts", openapi_extra=takes())
+    @router.post("/v1/score_latents", summary="Score clean latents for raw prompts")
     async def score_latents(request: Request) -> JSONResponse:
         reward = service.model_of(request).reward
         rows, columns = await scored(request, bodies.parse_latents)
         noise = str(reward.noise) if rows[0].u is None else "u"
         return JSONResponse({**columns, "noise": noise, "model": reward.identity})
 
-    @router.post("/v1/score_states", summary="Score the noisy states of trajectories", openapi_extra=takes())
+    @router.post("/v1/score_states", summary="Score the noisy states of trajectories")
     async def score_states(request: Request) -> JSONResponse:
         reward = service.model_of(request).reward
         (rows, steps), columns = await scored(request, bodies.parse_states, reward.backbone.noise_process)
@@ -80,12 +78,12 @@ def reward_routes(service: ScoringService) -> APIRouter:
         parted = {name: [one[start : start + steps] for start in starts] for name, one in columns.items()}
         return JSONResponse({**parted, "model": reward.identity})
 
-    @router.post("/v1/score_images", summary="Score images for prompts", openapi_extra=takes(ImagesRequest))
+    @router.post("/v1/score_images", summary="Score images for prompts")
     async def score_images(request: Request) -> JSONResponse:
         model = service.model_of(request)
         async with service.memory.body(request, service.settings, JSON) as (body, take):
             images = await asyncio.to_thread(bodies.images_of_json, body)
-            bodies.check_limit("images: rows", len(images), model.accepted.max_rows)
+            check_limit("images: rows", len(images), model.accepted.max_rows)
             columns = model.columns(await model.score_images(request, images, take))
         return JSONResponse({**columns, "noise": str(model.reward.noise), "model": model.reward.identity})
 
@@ -110,14 +108,6 @@ def server_routes(service: ScoringService) -> APIRouter:
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router
-
-
-def prompt_of(values: Sequence[str]) -> str:
-    """Decode the headers ``x-prompt`` of a request, base64 of UTF-8; empty without one."""
-    try:
-        return base64.b64decode(",".join(values), validate=True).decode()  # several headers are no base64
-    except ValueError as error:
-        raise RequestError(f"header x-prompt is not base64 of UTF-8 text ({error}); encode it so, once") from error
 
 
 def create_app(service: ScoringService) -> FastAPI:

@@ -17,6 +17,7 @@ from latentreward.core.errors import InputError, printable
 from latentreward.reward import RewardModel, ScoringNoise
 from latentreward.reward.scoring.scoring_noise import draw_noise, timesteps_of
 
+PROMPTS_KEPT = 128  # encoded prompts that a reward keeps for later requests; one of SD3 takes 5 MB
 TOKENS = 64  # number of which the length of padded prompts is a multiple
 Scores = tuple[float, ...]  # score of a row and, of a model with two axes, fidelity and aesthetics after it
 
@@ -62,9 +63,9 @@ class Row:
 class RowScorer:
     """Scorer of rows of one group, which keeps encoded prompts; the score of a row does not depend on the others."""
 
-    def __init__(self, reward: RewardModel, batch_size: int, prompts_kept: int = 1) -> None:
+    def __init__(self, reward: RewardModel, batch_size: int) -> None:
         self.reward, self.batch_size = reward, batch_size
-        self._memory = reward.prompt_memory(max(prompts_kept, batch_size))
+        self._memory = reward.prompt_memory(max(PROMPTS_KEPT, batch_size))
 
     def __call__(self, rows: Sequence[Row]) -> list[Scores]:
         """Score rows; InputError if the model gives several scores for a row, or one is not finite."""

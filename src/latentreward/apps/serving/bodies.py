@@ -272,8 +272,8 @@ def tried_shape(reward: RewardModel) -> tuple[int, ...]:
     return space.shape(loader.height, loader.width)
 
 
-def parse_request(body: bytes, accepted: Accepted, prompt: str = "") -> list[Row]:
-    """Parse a body of verl-omni's protocol into rows, whose noise is drawn for ``prompt``; the default seed is 0."""
+def parse_request(body: bytes, accepted: Accepted) -> list[Row]:
+    """Parse a body of verl-omni's protocol into rows; the default seed is 0."""
     spec = ["latents=B C h w", "prompt_embeds=B L D", "u=B", "seeds?=B"]
     if accepted.pooled_width is not None:
         spec += [f"pooled_prompt_embeds{'?' * accepted.pools_tokens}=B P"]
@@ -302,7 +302,7 @@ def parse_request(body: bytes, accepted: Accepted, prompt: str = "") -> list[Row
     parts = zip(*([None] * count if one is None else one.split(1) for one in given), strict=True)
     rows = zip(tensors["latents"], tensors["u"].tolist(), used, parts, sources, strict=True)
     return [
-        Row(prompt, latents=state, u=level, seed=seed, encoded=Conditioning(*part).trimmed(), sources=own)
+        Row("", latents=state, u=level, seed=seed, encoded=Conditioning(*part).trimmed(), sources=own)
         for state, level, seed, part, own in rows
     ]
 

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from latentreward.apps.serving.bodies import JSON, SAFETENSORS, Images, check_limit, images_of, parse_json
+from latentreward.apps.serving.bodies import JSON, Images, check_limit, images_of, parse_json
 from latentreward.apps.serving.service import ScoringError, ScoringService, ServedModel
 from latentreward.reward.remote.schemas import ComputeRequest, Identity, Sample, UniRLRequest
 
@@ -25,7 +25,7 @@ def flow_factory_routes(service: ScoringService) -> APIRouter:
     """
     router = APIRouter()
 
-    @router.post("/compute", summary="Flow-Factory's clients: score images", openapi_extra=takes(ComputeRequest))
+    @router.post("/compute", summary="Flow-Factory's clients: score images")
     async def compute(request: Request) -> JSONResponse:
         model = service.model_of(request)
         async with service.memory.body(request, service.settings, JSON) as (body, take):
@@ -53,7 +53,7 @@ def unirl_routes(service: ScoringService) -> APIRouter:
         ready = service.ready
         return JSONResponse({"status": "ok" if ready else "busy", "rewards": names}, 200 if ready else 503)
 
-    @router.post("/score", summary="UniRL's clients: score images by rewards", openapi_extra=takes(UniRLRequest))
+    @router.post("/score", summary="UniRL's clients: score images by rewards")
     async def score(request: Request) -> JSONResponse:
         async with service.memory.body(request, service.settings, JSON) as (body, take):
             samples = (await asyncio.to_thread(parse_json, body, UniRLRequest)).requests
@@ -89,10 +89,3 @@ def turns_of(samples: Sequence[Sample], model: ServedModel) -> Images:
     last = [sample.history[-1] for sample in samples]
     sources = before if model.accepted.sources[1] and any(before) else ()
     return images_of([turn.text for turn in last], [turn.image_b64 or "" for turn in last], sources)
-
-
-def takes(kind: type[Any] | None = None) -> dict[str, Any]:
-    """Return OpenAPI's description of a body that a handler reads itself: JSON of a model, else safetensors."""
-    place = "#/paths/~1score/post/requestBody/content/application~1json/schema/$defs/{model}"
-    content = {SAFETENSORS: {}} if kind is None else {JSON: {"schema": kind.model_json_schema(ref_template=place)}}
-    return {"requestBody": {"required": True, "content": content}}

@@ -39,7 +39,7 @@ class ServedModel:
     def __init__(self, name: str, reward: RewardModel, settings: ServiceSettings, device: asyncio.Lock) -> None:
         self.name, self.reward, self.settings = name, reward, settings
         self.accepted = Accepted.of(reward, settings)
-        scorer = RowScorer(reward, settings.batch_size, settings.prompts_kept)
+        scorer = RowScorer(reward, settings.batch_size)
         empty = bodies.encode_empty(reward).trimmed().to("cpu", torch.float32)
         sources, text = tuple(one[0] for one in empty.source_latents), edit_of_grey() if empty.source_latents else ""
         empty = replace(empty, source_latents=())

@@ -1,6 +1,5 @@
 """Settings of the HTTP server and its address; they need no extra."""
 
-import re
 import socket
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -26,8 +25,6 @@ class ServiceSettings:
         max_pixels: Largest width × height of an image, which is read from its header before the image is decoded.
         max_latent_pixels: Largest h · w of latents, or T · h · w with a time axis, in latent pixels; with pictures to
             edit, of all of a row together. None takes four times the size that the reward was trained at.
-        prompts_kept: Number of encoded prompts that a reward keeps for later requests; one of SD3 takes 5 MB on the
-            reward's device.
         token: Token that requests must give as ``Authorization: Bearer TOKEN``; None allows requests without a token.
     """
 
@@ -38,7 +35,6 @@ class ServiceSettings:
     max_body_mb: float = 64.0
     max_pixels: int = MAX_PIXELS
     max_latent_pixels: int | None = None
-    prompts_kept: int = 128
     token: str | None = None
 
     def __post_init__(self) -> None:
@@ -75,16 +71,9 @@ class RewardToServe:
     published: PublishedSettings | None = None
 
 
-def check_name(name: str) -> None:
-    """Raise InputError if the name of a reward cannot stand in an address."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        rule = "give 1 to 64 letters, digits and . _ -, a letter or digit first"
-        raise InputError(f"the reward's name {name!r} cannot stand in an address; {rule}")
-
-
 def bind(host: str, port: int) -> socket.socket:
     """Bind a socket to an address, with port 0 to any free port; connections are accepted only after ``listen``."""
-    if not 0 <= port < 2**16:
+    if not 0 <= port < 2**16:  # getaddrinfo would take another port, the rest of a division
         raise InputError(f"port={port} is no port; choose one from 1 to {2**16 - 1}, or 0 for a free one")
     try:
         family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

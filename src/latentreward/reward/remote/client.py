@@ -6,14 +6,14 @@ import asyncio
 import json
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
 from functools import cache
 from threading import Thread
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from pydantic import Field
 
@@ -22,7 +22,7 @@ from latentreward.core.errors import InputError, check_range, errors_at, first_l
 from latentreward.core.interrupts import stop_asked
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.json_files import checked, checked_token, shown, token_of_file
-from latentreward.reward.remote.schemas import ImageSchema, png_text
+from latentreward.reward.remote.schemas import PlainJSON, png_text
 
 if TYPE_CHECKING:
     import httpx
@@ -101,15 +101,10 @@ class RemoteServer:
 
     def __post_init__(self) -> None:
         """Check the settings, and read the token."""
-        if {*"@?#"} & {*self.url}:  # first: other messages show the address
-            raise InputError("server.url holds more than address and path; give a token by token_file or token_env")
-        try:
-            address = urlsplit(self.url)
-            known = address.scheme in ("http", "https") and address.hostname and address.port != 0
-        except ValueError:  # brackets without an IPv6 address, or a port that is none
-            known = False
-        if not known or not self.url.isprintable():
-            raise InputError(f"server.url={self.url!r} is no HTTP address; give one such as http://127.0.0.1:8000")
+        if not re.fullmatch(r"https?://([\w.-]+|\[[\w:.]+\])(:\d{1,5})?(/[\w./~%-]*)?", self.url):
+            remedy = "give one such as http://127.0.0.1:8000, and a token by token_file or token_env"
+            # The message does not show the address, which may hold a password.
+            raise InputError(f"server.url is no HTTP address of host, port and path; {remedy}")
         with errors_at("server."):
             check_range("(0, inf)", timeout_s=self.timeout_s, parallel=self.parallel)
             check_range("[0, inf)", retry_s=self.retry_s)
@@ -167,18 +162,12 @@ class Connection:
         finally:
             future.cancel()
 
-    def ask(self, method: Literal["GET", "POST"], path: str, content: bytes = b"") -> Any:
-        """Ask and wait; see :meth:`asked`."""
-        return self.result(self.start(self.asked, method, path, content))
-
-    async def asked(
-        self, method: Literal["GET", "POST"], path: str, content: bytes = b"", headers: Mapping[str, str] | None = None
-    ) -> Any:
-        """Send a request, again if need be, and return the JSON of the answer; RemoteError if there is none."""
+    async def asked(self, path: str, content: bytes) -> Any:
+        """Post JSON, again if need be, and return the JSON of the answer; RemoteError if there is none."""
         tries, began, server = 0, 0.0, self.server
         while True:
             try:
-                answer = await self._try(method, f"{server.url.rstrip('/')}{path}", content, headers or {})
+                answer = await self._try(f"{server.url.rstrip('/')}{path}", content)
             except Unavailable as error:
                 now, pause = time.monotonic(), min(FIRST_PAUSE_S * 2 ** min(tries, 10), LONGEST_PAUSE_S)
                 tries, began = tries + 1, began or now
@@ -197,17 +186,17 @@ class Connection:
                 self._failing = False
                 return answer
 
-    async def _try(self, method: str, url: str, content: bytes, headers: Mapping[str, str]) -> Any:
+    async def _try(self, url: str, content: bytes) -> Any:
         """Send a request once; raise Unavailable if another try may succeed, RemoteError if not."""
         import httpx
 
         token, body, client = self.server.token, bytearray(), _opened(self.server, os.getpid())[0]
-        headers = {"accept-encoding": "identity", "user-agent": "latentreward", **headers}
+        headers = {"accept-encoding": "identity", "user-agent": "latentreward", "content-type": "application/json"}
         headers |= {} if token is None else {"authorization": f"Bearer {token}"}
         try:  # one limit for all: httpx's own begin anew with each byte, and for each address of a host
             async with (
                 asyncio.timeout(self.server.timeout_s),
-                client.stream(method, url, headers=headers, content=content) as reply,
+                client.stream("POST", url, headers=headers, content=content) as reply,
             ):
                 async for part in reply.aiter_raw():
                     body += part
@@ -219,13 +208,13 @@ class Connection:
             raise Unavailable(printable(first_line(error))[:SHOWN]) from error
         text = body.decode("utf-8", "replace")
         try:
-            found, problem = without(token, json.loads(text)), None  # so that no later message can show it
+            found, problem = json.loads(text), None
         except (ValueError, RecursionError) as error:
-            found, problem = without(token, text), error
+            found, problem = text, error
         told: Any = found
         if isinstance(found, dict):
             told = next((found[name] for name in ("error", "detail", "message") if name in found), found)
-        words, status = printable(" ".join(str(told).split()))[:SHOWN] or "(no text)", reply.status_code
+        words, status = self._hidden(printable(" ".join(str(told).split())))[:SHOWN] or "(no text)", reply.status_code
         if status in RETRIED:
             asked = reply.headers.get("retry-after", "")
             raise Unavailable(f"HTTP {status}: {words}", float(asked) if asked.isascii() and asked.isdigit() else 0.0)
@@ -237,18 +226,11 @@ class Connection:
 
     def refuse(self, problem: str, cause: BaseException | None = None) -> NoReturn:
         """Raise a RemoteError that names the server and the ``problem`` of its answer."""
-        raise RemoteError(f"reward server {self.server.url}: {problem}") from cause
+        raise RemoteError(f"reward server {self.server.url}: {self._hidden(problem)}") from cause
 
-
-def without(token: str | None, value: Any) -> Any:
-    """Replace a token in the texts of a JSON value; numbers may hold it by chance."""
-    if isinstance(value, str) and token:
-        return value.replace(json.dumps(token)[1:-1], "(token)").replace(token, "(token)")
-    if isinstance(value, list):
-        return [without(token, one) for one in value]
-    if isinstance(value, dict):
-        return {without(token, key): without(token, one) for key, one in value.items()}
-    return value
+    def _hidden(self, text: str) -> str:
+        """Return a text of the server without the token that it may repeat."""
+        return text.replace(self.server.token or "\0", "(token)")
 
 
 class RemoteImages:
@@ -257,7 +239,7 @@ class RemoteImages:
     Equal rows are asked for once. A score is remembered, so that a row gets the same score again.
     """
 
-    def __init__(self, server: RemoteServer, schema: ImageSchema, batch_size: int) -> None:
+    def __init__(self, server: RemoteServer, schema: PlainJSON, batch_size: int) -> None:
         self.connection, self.schema, self.batch_size = Connection(server), schema, batch_size
         self.model: str | None = None  # that the server has named so far
         self._known: dict[str, float] = {}
@@ -299,7 +281,7 @@ class RemoteImages:
 
         try:
             request, content = await asyncio.to_thread(encoded)
-            reply = await self.connection.asked("POST", self.schema.path, content, {"content-type": "application/json"})
+            reply = await self.connection.asked(self.schema.path, content)
             return [*self.schema.scores(reply, request)], self.schema.model(reply)
         except RemoteError:
             raise

@@ -1,7 +1,6 @@
 """Forms of requests and replies: the JSON of every route as pydantic models, and the forms in which a client asks."""
 
 import base64
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +11,6 @@ from PIL import Image
 from pydantic import BaseModel, Field, Json
 
 from latentreward.core.contracts import ImageRef, sources_of
-from latentreward.core.promises import Part
 from latentreward.data import decode_image
 from latentreward.data.images import image_bytes, read_header
 
@@ -91,38 +89,6 @@ class ComputeRequest(BaseModel, strict=True):
     condition_videos: list[None] | None = None
 
 
-class ImageSchema(Part):
-    """Form of requests and replies of a server that scores images, each for its prompt.
-
-    Derive a frozen dataclass from this class for a server with a form of its own.
-
-    Attributes:
-        path: Path of requests.
-    """
-
-    path: str
-
-    @abstractmethod
-    def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
-        """Return the JSON of a request for B images, which are PNG files in base64.
-
-        The prompt of an edit carries the pictures that were edited, see :func:`source_texts`.
-        """
-
-    @abstractmethod
-    def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
-        """Return the scores of a reply, in the order of the images of its request; a higher score is better.
-
-        Number, type and finiteness of the scores are checked by the caller. InputError tells that the reply has another
-        form.
-        """
-
-    def model(self, reply: Mapping[str, Any]) -> str | None:
-        """Return the model that a reply names, which must be the same in all replies; None if it names none."""
-        name = reply.get("model")
-        return name if isinstance(name, str) else None
-
-
 def source_texts(prompts: Sequence[str]) -> list[list[str]]:
     """Return the pictures that each of B prompts edits, as base64 of PNG or JPEG files; equal pictures are read once.
 
@@ -146,12 +112,13 @@ def png_text(image: Image.Image) -> str:
 
 
 @dataclass(frozen=True)
-class PlainJSON(ImageSchema):
-    """The plainest form, for a judge of one's own: ``{"prompts", "images"}`` → ``{"scores"}``.
+class PlainJSON:
+    """Form of requests and replies of a server that scores images: ``{"prompts", "images"}`` → ``{"scores"}``.
 
     ``prompts`` are B texts, ``images`` B PNG files in base64, ``scores`` B numbers. A text ``model`` beside the scores
     names the judge, and must be the same in all replies. Requests for edits also have ``source_images``, for each image
-    the list of the pictures that were edited, as PNG or JPEG files.
+    the list of the pictures that were edited, as PNG or JPEG files. Derive a frozen dataclass from this class for a
+    server with a form of its own.
 
     Attributes:
         path: Path of requests.
@@ -160,13 +127,20 @@ class PlainJSON(ImageSchema):
     path: str = "/score"
 
     def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
+        """Return the JSON of a request for B images, which are PNG files in base64; prompts of edits carry sources."""
         sources = source_texts(prompts)
         request: dict[str, Any] = {"prompts": list(prompts), "images": list(images)}
         return request | {"source_images": sources} if any(sources) else request
 
     def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the scores of a reply, in the order of its request's images, a higher one is better; unchecked."""
         scores: Sequence[Any] = reply["scores"]
         return scores
+
+    def model(self, reply: Mapping[str, Any]) -> str | None:
+        """Return the model that a reply names, which must be the same in all replies; None if it names none."""
+        name = reply.get("model")
+        return name if isinstance(name, str) else None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from latentreward.core.errors import InputError, check_at_least_one
 from latentreward.core.storage.digests import digest
 from latentreward.data.score_table import PAIR_ID, SIDES, numbers, read_table
 from latentreward.reward.remote.client import RemoteImages, RemoteServer
-from latentreward.reward.remote.schemas import ImageSchema, PlainJSON
+from latentreward.reward.remote.schemas import PlainJSON
 from latentreward.reward.scorers.base import ImageScorer, TableScorer, code_of
 
 IMAGE_KEY, PROMPT = "image_key", "prompt"
@@ -144,7 +144,7 @@ class HTTPScorer(ImageScorer):
     """
 
     def __init__(
-        self, server: RemoteServer, schema: ImageSchema | None = None, *, name: str = "http", batch_size: int = 16
+        self, server: RemoteServer, schema: PlainJSON | None = None, *, name: str = "http", batch_size: int = 16
     ) -> None:
         check_at_least_one(batch_size=batch_size)
         super().__init__(name, batch_size * server.parallel)
