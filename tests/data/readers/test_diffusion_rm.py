@@ -77,8 +77,7 @@ def test_index_rows_point_into_row_groups(write_cache) -> None:
     assert reader.prompts() == ["prompt 1", "prompt 2", "prompt 3"]  # as they lie in the files
     assert reader.pair_ids() == ["bucket_index.csv:12", "bucket_index.csv:10", "bucket_index.csv:11"]
     pair = reader[1]
-    assert (pair.label_a, pair.votes, pair.confidence) == (1.0, (8, 2), 0.98)
-    assert (pair.model_a, pair.model_b, pair.source, pair.image_a.holds) == ("flux", "sd3", "diffusion_rm", "latents")
+    assert (pair.label_a, pair.source, pair.image_a.holds) == (1.0, "diffusion_rm", "latents")
     np.testing.assert_array_equal(decode_latents(pair.image_a), latents(4))
     np.testing.assert_array_equal(decode_latents(pair.image_b), latents(5))
     keys = {image.image_key for n in range(3) for image in (reader[n].image_a, reader[n].image_b)}
@@ -131,24 +130,6 @@ def test_further_rows_beyond_a_group_and_repeated_ids(write_cache) -> None:
     reader = DiffusionRMReader(write_cache([rows], index), on_error="skip")
     assert sorted(reader.pair_ids()) == ["bucket_index.csv:5", "bucket_index.csv:line 3"]
     assert reader.skipped == {"row beyond the parquet part": 2}
-
-
-@pytest.mark.parametrize(
-    ("details", "votes", "confidence"),
-    [
-        (None, None, None),
-        ("", None, None),
-        ("{'votes_chosen': 0, 'votes_rejected': 0, 'confidence': 0.0}", None, None),
-        ("{'votes_chosen': 3, 'votes_rejected': 0}", (3, 0), None),
-        ("{'votes_chosen': 'x'}", None, None),
-        ("[1, 2]", None, None),
-        ("__import__('os')", None, None),
-        ("(" * 9999, None, None),
-    ],
-)
-def test_details(write_cache, details, votes, confidence) -> None:
-    pair = DiffusionRMReader(write_cache([[cache_row(0), cache_row(1, detailed_results=details)]]), None)[1]
-    assert (sorted(pair.votes or (), reverse=True), pair.confidence) == (list(votes or ()), confidence)
 
 
 def test_wrong_folders_and_columns(write_cache, tmp_path) -> None:

@@ -293,14 +293,6 @@ def test_choices(write, choice, label, remark) -> None:
     assert dict(reader.remarks) == ({remark: 1} if remark else {})
 
 
-def test_a_split_of_ones_own_names_its_images(write) -> None:
-    root = write([PAIR])
-    Path(root, "held_out.json").write_text(json.dumps([PAIR]))
-    pair = HPDv2Reader(root, "held_out", images=f"{root}/train")[0]
-    assert (pair.pair_id, pair.image_a.image_key) == ("held_out.json:0", "train/a.jpg")
-    assert pair.image_a.path == Path(root, "train/a.jpg")
-
-
 ITEM = {"id": "005658-0040", "prompt": "a prompt", "generations": ["p/a.webp", "p/b.webp", "c.webp"]}
 ITEM = {**ITEM, "ranking": [2, 1, 2]}
 

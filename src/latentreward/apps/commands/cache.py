@@ -99,9 +99,9 @@ def cache(
             begun, files = time.monotonic(), store.files_of(folder)
             total = sum(len(files[number].rows) for number in todo)
             with Progress("cache", total, "images and prompts") as progress:
-                unused = encoding.write(folder, todo, progress.add)
+                encoding.write(folder, todo, progress.add)
             rate = total / (time.monotonic() - begun)
-            report(folder, unused)
+            report(folder)
             if todo:
                 print(f"{rate:.1f} images and prompts per second with {workers} workers")
 
@@ -122,8 +122,8 @@ def verify(folder: Path) -> None:
     print(f"{folder} is whole: {plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts")
 
 
-def report(folder: Path, unused: int) -> None:
-    """Print what the cache holds, what was left out, and the number of ``unused`` frames of clips."""
+def report(folder: Path) -> None:
+    """Print what the cache holds, and what was left out."""
     plan, files = store.read_plan(folder), store.files_of(folder)
     content = f"{plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts, {len(files)} files"
     print(f"{folder}: {content}, {sum((folder / file.name).stat().st_size for file in files) / 2**20:.1f} MiB")
@@ -135,8 +135,6 @@ def report(folder: Path, unused: int) -> None:
         named = ", ".join(repr(keys[row].as_py()) for row in [*lost][:NAMED])
         more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
         print(f"images not read: {count_text(Counter(lost.values()))} ({named}{more}); pairs with them are not used")
-    if unused:
-        print(f"clips longer than frames={plan.spec.images.frames}: {unused} frames were not used")
 
 
 run = partial(run_function, cache)

@@ -1,6 +1,5 @@
 """Reader of the released cache of DiNa-LRM ("diffusion-rm"): parquet files with latents of pairs, chosen first."""
 
-import ast
 import csv
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,14 +13,13 @@ from latentreward.core.errors import InputError
 from latentreward.core.storage.json_files import read_table, read_text
 from latentreward.core.storage.user_files import find_files
 from latentreward.data.image_sizes import PUBLISHED_BUCKETS, Bucket
-from latentreward.data.readers.base import MAX_VOTES, Contents
+from latentreward.data.readers.base import Contents
 from latentreward.data.readers.json_rows import parse_number
 from latentreward.data.readers.rows import BadRow, Pair, PairRowParser, Row, RowReader
 from latentreward.data.readers.tables import ParquetPart, SplitTable, open_part
 
 LATENTS = ("latent1", "latent2")
 SHAPES = ("latent1_shape", "latent2_shape")
-DETAILS = ("model1", "model2", "detailed_results")
 INDEX_COLUMNS = ("global_id", "parquet_path", "row_group", "row_index", "width", "height")
 DOWNSCALE = 8
 HINT = "give the published cache"
@@ -31,8 +29,7 @@ class DiffusionRMReader(RowReader):
     """Reader of pairs of latents, (posterior sample − shift) · scale of SD3's VAE, stored as ``np.save`` bytes.
 
     The rows hold latents, not images; to train on them, import them first with ``latentreward cache``. ``latent1`` is
-    the chosen one. A null prompt is read as an empty prompt. Votes and confidence come from ``detailed_results``; the
-    published files write 0 to 0 votes where there are none.
+    the chosen one. A null prompt is read as an empty prompt. Models, votes and confidence are not read.
 
     An index row names its pair by the file name in ``parquet_path``, the row group, and the row inside the group.
     ``bucket_id`` is not used, because it depends on the writer's list of buckets. Rows are ordered as in the parquet
@@ -70,24 +67,14 @@ class DiffusionRMReader(RowReader):
         for name, schema in schemas:
             if missing := [column for column in ("prompt", *LATENTS) if column not in schema.names]:
                 raise InputError(f"{name}: no column {', '.join(missing)}; {HINT}")
-        stated = [one for one in (*SHAPES, *DETAILS) if all(one in schema.names for _, schema in schemas)]
-        self._stated = [one for one in DETAILS if one in stated]
-        columns = dict.fromkeys(["prompt", *(one for one in SHAPES if one in stated)])
+        stated = [one for one in SHAPES if all(one in schema.names for _, schema in schemas)]
+        columns = dict.fromkeys(["prompt", *stated])
         rows = self._follow(place / index, table.read_index(columns, HINT)) if index else table.records(columns, HINT)
         self.table = PairRowParser(self, self._pairs, sources=None).table(rows)
         self.table = self.table.sort_by("row")
-        table.open_images([*LATENTS, *self._stated])
+        table.open_images(LATENTS)
         empty = f"root: {root} has no rows left; check the parquet files and the index"
         self.report(f"{root} {index or ''}".rstrip(), empty)
-
-    def read_row(self, index: int) -> dict[str, Any]:
-        row = super().read_row(index)
-        if row["row"] is None:
-            return row
-        columns = [*LATENTS, *self._stated]
-        row |= dict(zip(columns, self._latents.read(row["row"], columns), strict=True))
-        row["model_a"], row["model_b"] = row.get("model1"), row.get("model2")
-        return row | _parse_details(row.get("detailed_results"))
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         """Return references to both latents of a row, named ``FILE:ROW:COLUMN``.
@@ -98,7 +85,8 @@ class DiffusionRMReader(RowReader):
             return [ImageRef("", holds="latents")] * 2
         part, inner = self._latents.place(row["row"])
         place = f"{self._latents.parts[part].name}:{inner}"
-        return [ImageRef(f"{place}:{column}", row[column], holds="latents") for column in LATENTS]
+        values = zip(LATENTS, self._latents.read(row["row"]), strict=True)
+        return [ImageRef(f"{place}:{column}", value, holds="latents") for column, value in values]
 
     @staticmethod
     def _pairs(name: str, row: dict[str, Any]) -> list[Pair]:
@@ -152,23 +140,3 @@ class DiffusionRMReader(RowReader):
             problem = f"size {height}x{width} against latents of {' and '.join(map(str, shapes))}"
             raise BadRow(problem, "latents of another size than the index says")
         return place
-
-
-def _parse_details(text: str | None) -> dict[str, Any]:
-    """Parse votes for the chosen and the rejected image, and confidence, from the text of ``detailed_results``.
-
-    The text is a Python dict literal, not JSON, with ``votes_chosen``, ``votes_rejected`` and ``confidence``. The
-    result is empty if there are no usable votes or both votes are 0.
-    """
-    try:
-        details = ast.literal_eval(text or "{}")
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return {}
-    if not isinstance(details, dict):
-        return {}
-    counts = [details.get(name) for name in ("votes_chosen", "votes_rejected")]
-    if not all(isinstance(count, int) and 0 <= count <= MAX_VOTES for count in counts) or not any(counts):
-        return {}
-    confidence = details.get("confidence")
-    confidence = float(confidence) if isinstance(confidence, int | float) else None
-    return {"votes_a": int(counts[0]), "votes_b": int(counts[1]), "confidence": confidence}

@@ -188,21 +188,12 @@ class GenAIBenchCMUReader(RowReader):
         source: Folder, parquet files, hub id or ``Dataset``, see :class:`~latentreward.data.DatasetPairReader`.
         split: Name of the split; only ``train`` is published, although the data set is a benchmark.
         revision: Commit, tag or branch of the hub data set, so that the data cannot change.
-        memory_map: Copy the images once into the cache of ``datasets``, see :class:`PickAPicReader`.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
     exif = "ignore"
 
-    def __init__(
-        self,
-        source: Source,
-        split: str = "train",
-        *,
-        revision: str | None = None,
-        memory_map: bool = False,
-        **options: Any,
-    ) -> None:
+    def __init__(self, source: Source, split: str = "train", *, revision: str | None = None, **options: Any) -> None:
         super().__init__("genai_bench_cmu", split, **options)
         table = open_table(self, source, split, revision)
         (place, schema), *_ = table.schemas()
@@ -213,7 +204,7 @@ class GenAIBenchCMUReader(RowReader):
         columns = {"Index": TEXT, "Prompt": LONG, "HumanRatings": None}
         columns |= {"Tags": None} if "Tags" in schema.names else {}
         parser = PairRowParser(self, self._pairs, columns={"prompt": "Prompt"}, sources=None)
-        fill_from_table(self, table, columns, self.models, parser, memory_map, tags=pa.list_(TEXT))
+        fill_from_table(self, table, columns, self.models, parser, tags=pa.list_(TEXT))
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
         table, _ = self.images_in  # type: ignore[misc]
@@ -313,16 +304,15 @@ class HPDv2Reader(RowReader):
         root: Folder with ``{split}.json`` and, in ``{split}/``, the images of the unpacked ``{split}.tar.gz``; images
             outside ``{split}/`` are not opened.
         split: ``train`` or ``test``.
-        images: Folder of the images if it is not ``{split}/``, e.g. for a split of your own made from ``train.json``.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
     exif, winner_first = "ignore", False
 
-    def __init__(self, root: PathText, split: str, *, images: PathText | None = None, **options: Any) -> None:
+    def __init__(self, root: PathText, split: str, **options: Any) -> None:
         super().__init__("hpdv2", split, **options)
-        file, self.folder = Path(root, f"{split}.json"), Path(images) if images else Path(root, split)
-        self.check_inside(root, file, *([] if images else [self.folder]))
+        file, self.folder = Path(root, f"{split}.json"), Path(root, split)
+        self.check_inside(root, file, self.folder)
         self.prefix = f"{self.folder.name}/"
         rows = [*read_list(file)]
         ranked = any("image_path" in row for _, _, row in rows if isinstance(row, dict))
