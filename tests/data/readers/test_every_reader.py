@@ -33,7 +33,7 @@ from tests.data.conftest import SCHEMA, encode, pickapic_row, write_tar
 from tests.formats.conftest import COMMITTED
 
 PINNED = {
-    "diffusion_rm": {"train": "10 b1c78816894f017f"},
+    "diffusion_rm": {"train": "10 01cfdea3ca7c2d82"},
     "genai_bench": {"test": "6 da8d2422baf5a68d", "test_v1": "4 3a1db62654c075f4"},
     "genai_bench_cmu": {"train": "30 b67849c8a967f75a"},
     "hpdv2": {"train": "4 7cb5373e9aee4561", "test": "81 cef27650e3b965f7"},

@@ -12,12 +12,11 @@ from latentreward.core.errors import InputError
 from latentreward.core.storage.json_files import decode_text, parse
 
 EDIT_SOURCE = re.compile(
-    r"(source|src|input|condition|conditioning|reference|original|control|before)_(image|img)s?|path_src|prompt_images"
-    r"|(image|img)_(before|source|src|input|original)",
+    r"(source|src|input|condition|conditioning|reference|original|control|before)_(image|img)s?|path_src|prompt_images",
     re.I,
 )
 """Names, in public data sets, of the column with the picture that a row's images are edits of."""
-PERHAPS_SOURCE = re.compile(r"source|src|input|original|before", re.I)
+PERHAPS_SOURCE = re.compile(r"((image|img)_)?(source|src|input|original|before)", re.I)
 """Names of such a column if it holds a picture; else it may hold anything."""
 PICTURE = re.compile(r".+\.(jpe?g|png|webp|gif|bmp)", re.I | re.S)
 SOURCES = ("source_images", "source_image")
