@@ -92,3 +92,19 @@ def test_a_file_of_another_suffix_is_json_lines(tmp_path: Path) -> None:
     file = tmp_path / "pairs.txt"
     file.write_text('{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}')
     assert told(JSONLPairReader(str(file), randomise_sides=False)) == [("x", "a.png", "b.png", 1.0)]
+
+
+@pytest.mark.parametrize("name", ["source", "Input", "image_before", "before_image"])
+def test_a_picture_to_edit_under_another_name_is_refused(tmp_path: Path, name: str) -> None:
+    """In a table of text, a text alone under such a name may be anything."""
+    row = {"prompt": "make it red", "chosen": "a.png", "rejected": "b.png", name: "c.png"}
+    (tmp_path / "train.json").write_text(json.dumps([row]))
+    bytes_ = {key: [value if key == "prompt" else value.encode()] for key, value in row.items()}
+    pq.write_table(pa.table(bytes_), tmp_path / "train.parquet")
+    for file in ("train.json", "train.parquet"):
+        with pytest.raises(InputError, match=f"'{name}' is a picture to edit"):
+            DatasetPairReader(str(tmp_path / file))
+        assert len(DatasetPairReader(str(tmp_path / file), sources="ignore")) == 1
+    if name == "source":
+        (tmp_path / "train.json").write_text(json.dumps([{**row, name: "a labelling tool"}]))
+        assert len(DatasetPairReader(str(tmp_path / "train.json"))) == 1

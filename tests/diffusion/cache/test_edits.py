@@ -90,9 +90,9 @@ def arguments(output: Path, root: Path, *settings: str) -> list[str]:
 
 
 SETTINGS = {
-    "sample": ("--encoder.text=states", "--reader.pictures=2"),
-    "mode": ("--encoder.text=states", "--encoder.posterior=mode"),
-    "half": ("--encoder.text=states", "--encoder.posterior=mode", "--dtype=float16"),
+    "sample": ("--encoder.text=true", "--reader.pictures=2"),
+    "mode": ("--encoder.text=true", "--encoder.posterior=mode"),
+    "half": ("--encoder.text=true", "--encoder.posterior=mode", "--dtype=float16"),
     "uneven": ("--reader.pictures=3",),
 }
 

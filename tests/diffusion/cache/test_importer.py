@@ -25,7 +25,7 @@ def run_import(output: Path, root: Path, *settings: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_latent_is_taken_over(tmp_path: Path, dtype: str) -> None:
-    run_import(tmp_path, SAMPLE, f"--dtype={dtype}", "--images_per_shard=4", "--encoder.batch_size=3")
+    run_import(tmp_path, SAMPLE, f"--dtype={dtype}", "--images_per_shard=4")
     reader, plan = DiffusionRMReader(str(SAMPLE)), read_plan(tmp_path)
     assert (plan.pairs, plan.images, plan.spec.vae, plan.spec.origin) == (10, 20, None, "diffusion-rm")
     assert plan.spec.latent_space == RELEASED_SPACE

@@ -31,7 +31,7 @@ DISTINCT = list(dict.fromkeys((TEXTS[row % len(TEXTS)], SOURCES_OF[row]) for row
 
 
 def write(output: Path, root: Path, *settings: str) -> Path:
-    own = (f"--encoder.source={qwen_image_edit_folder()}", "--encoder.posterior=mode", "--encoder.text=states")
+    own = (f"--encoder.source={qwen_image_edit_folder()}", "--encoder.posterior=mode", "--encoder.text=true")
     main(arguments(output, root, *own, "--reader.pictures=2", *settings))
     return output
 
@@ -154,7 +154,7 @@ def test_unreadable_pictures_follow_on_error(
 def test_training_refuses_a_cache_that_lacks_what_the_model_reads_of_the_pictures(
     written: dict[str, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"write the cache with encoder\.text: states"):
+    with pytest.raises(InputError, match=r"write the cache with encoder\.text: true"):
         fit(reward(), cached(written["float32"], cached_text=False), max_epochs=1)
     taps = {"visual_taps": [2], "text_taps": [2]}
     backbone = create_backbone("qwen_image_edit", source=qwen_image_edit_folder(), **taps)

@@ -55,10 +55,9 @@ def write_cache(folder: Path, file: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_reward_trains_alike_on_clips_and_on_their_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reward_trains_alike_on_clips_and_on_their_cache(tmp_path: Path) -> None:
     file, module = pairs(tmp_path), reward_module()
     write_cache(tmp_path / "cache", file)
-    assert "clips longer than frames=5: 16 frames were not used" in capsys.readouterr().out
     shared: dict[str, Any] = {"batch_size": 4, "num_workers": 0, "shuffle": False}
     direct = PreferenceDataModule(SIZE, train=JSONLPairReader(file), frames=FRAMES, **shared)
     cached = CachedPreferenceDataModule(train=CachedSplit(str(tmp_path / "cache")), **shared)

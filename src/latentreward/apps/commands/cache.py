@@ -98,9 +98,9 @@ def cache(
             begun, files = time.monotonic(), store.files_of(folder)
             total = sum(len(files[number].rows) for number in todo)
             with Progress("cache", total, "images and prompts") as progress:
-                unused = encoding.write(folder, todo, progress.add)
+                encoding.write(folder, todo, progress.add)
             rate = total / (time.monotonic() - begun)
-            report(folder, unused)
+            report(folder)
             if todo:
                 print(f"{rate:.1f} images and prompts per second with {workers} workers")
 
@@ -121,8 +121,8 @@ def verify(folder: Path) -> None:
     print(f"{folder} is whole: {plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts")
 
 
-def report(folder: Path, unused: int) -> None:
-    """Print what the cache holds, what was left out, and the number of ``unused`` frames of clips."""
+def report(folder: Path) -> None:
+    """Print what the cache holds, and what was left out."""
     plan, files = store.read_plan(folder), store.files_of(folder)
     content = f"{plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts, {len(files)} files"
     print(f"{folder}: {content}, {sum((folder / file.name).stat().st_size for file in files) / 2**20:.1f} MiB")
@@ -133,8 +133,6 @@ def report(folder: Path, unused: int) -> None:
         first = repr(store.read_table(folder, store.IMAGES)["image_key"][min(lost)].as_py())
         more = " and others" if len(lost) > 1 else ""
         print(f"images not read: {count_text(Counter(lost.values()))} ({first}{more}); pairs with them are not used")
-    if unused:
-        print(f"clips longer than frames={plan.spec.images.frames}: {unused} frames were not used")
 
 
 run = partial(run_function, cache)

@@ -221,7 +221,9 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str, sour
         found[SOURCES[0]] = SOURCES[1]
     if sources == "ignore":
         found.pop(SOURCES[0], None)
-    elif edited := find_edit_source(dict.fromkeys(schema.names, True), found.values()):
+    elif edited := find_edit_source(
+        {one.name: b"image" if holds_images(element_type(one.type)) else True for one in schema}, found.values()
+    ):
         raise InputError(
             f"{place}: {edit_problem(edited)}, or name it in columns, e.g. columns: {{{SOURCES[0]}: {edited}}}"
         )

@@ -12,9 +12,13 @@ from latentreward.core.errors import InputError
 from latentreward.core.storage.json_files import decode_text, parse
 
 EDIT_SOURCE = re.compile(
-    r"(source|src|input|condition|conditioning|reference|original|control)_(image|img)s?|path_src|prompt_images", re.I
+    r"(source|src|input|condition|conditioning|reference|original|control|before)_(image|img)s?|path_src|prompt_images",
+    re.I,
 )
 """Names, in public data sets, of the column with the picture that a row's images are edits of."""
+PERHAPS_SOURCE = re.compile(r"((image|img)_)?(source|src|input|original|before)", re.I)
+"""Names of such a column if it holds a picture; else it may hold anything."""
+PICTURE = re.compile(r".+\.(jpe?g|png|webp|gif|bmp)", re.I | re.S)
 SOURCES = ("source_images", "source_image")
 """Names under which readers read such pictures, in order of preference: a list, or one picture."""
 MOST_SOURCES = 16
@@ -106,7 +110,8 @@ def encodable(text: str) -> str:
 
 def find_edit_source(row: Mapping[str, Any], known: Collection[str] = ()) -> str | None:
     """Return the name of a row's field, none of ``known``, with the picture that its images are edits of; else None."""
-    return next((name for name, value in row.items() if value and name not in known and _means_source(name)), None)
+    unread = {name: value for name, value in row.items() if value and name not in known}
+    return next((name for name, value in unread.items() if _means_source(name, _is_picture(value))), None)
 
 
 def list_sources(row: Mapping[str, Any], fields: Sequence[str] = SOURCES) -> tuple[str, list[Any]]:
@@ -125,8 +130,16 @@ def list_sources(row: Mapping[str, Any], fields: Sequence[str] = SOURCES) -> tup
 
 
 @lru_cache
-def _means_source(name: object) -> bool:
-    return EDIT_SOURCE.fullmatch(str(name)) is not None
+def _means_source(name: object, picture: bool) -> bool:
+    return bool(EDIT_SOURCE.fullmatch(str(name)) or (picture and PERHAPS_SOURCE.fullmatch(str(name))))
+
+
+def _is_picture(value: Any) -> bool:
+    """Tell whether a value is bytes, a struct as ``datasets`` writes images, or the name of an image file."""
+    value = value[0] if isinstance(value, list) and value else value
+    if isinstance(value, str):
+        return PICTURE.fullmatch(value) is not None
+    return isinstance(value, bytes) or (isinstance(value, dict) and ("bytes" in value or "path" in value))
 
 
 def short(value: Any) -> str:

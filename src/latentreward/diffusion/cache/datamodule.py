@@ -400,7 +400,7 @@ class CachedPreferenceDataModule(PairLoaders):
         if reader.text_encoder is None or not reader.text_encoder.sees_sources:
             return
         # Of the pictures the cache holds latents alone, and of the empty prompt none with pictures.
-        lacks = "" if self.cached_text else "write the cache with encoder.text: states, set data.cached_text: true"
+        lacks = "" if self.cached_text else "write the cache with encoder.text: true, set data.cached_text: true"
         if getattr(getattr(model, "head", None), "needs_uncond", False):
             lacks = lacks or "also with the empty prompt for the head; set the head's guidance: 1"
         if generator is not None and generator.family.needs_uncond(module.guidance_scale):

@@ -181,9 +181,8 @@ class PipelineEncoders(LatentSource):
         vae_dtype: Dtype of the VAE; SDXL's VAE overflows in float16.
         posterior: ``sample`` stores one sample of the VAE's posterior per image, ``mode`` stores its mode.
         batch_size: Number of images encoded together.
-        text: ``states`` or True caches the embeddings of each distinct prompt, only for models whose text encoder is
-            frozen; ``none`` or False caches none. A text encoder that sees the pictures of edits needs ``states``; then
-            a text with other pictures is another prompt.
+        text: Whether to cache the embeddings of each distinct prompt, only for models whose text encoder is frozen. A
+            text encoder that sees the pictures of edits needs it; then a text with other pictures is another prompt.
         text_dtype: Dtype of the text encoders.
         text_batch_size: Number of prompts encoded together.
         prompts_per_shard: Largest number of prompts in a file; SD3's embeddings take 2.6 MiB per prompt in 16 bits.
@@ -205,7 +204,7 @@ class PipelineEncoders(LatentSource):
         vae_dtype: CacheDtype = "float32",
         posterior: Literal["sample", "mode"] = "sample",
         batch_size: int = 8,
-        text: bool | Literal["none", "states"] = False,
+        text: bool = False,
         text_dtype: CacheDtype = "float32",
         text_batch_size: int = 32,
         prompts_per_shard: int = 256,
@@ -217,7 +216,7 @@ class PipelineEncoders(LatentSource):
         check_at_least_one("encoder.", **sizes)
         self.source, self.revision, self.variant = source, revision, variant
         self.vae_dtype, self.posterior, self.batch_size = vae_dtype, posterior, batch_size
-        self.text, self.text_dtype = text in (True, "states"), text_dtype
+        self.text, self.text_dtype = text, text_dtype
         self.text_batch_size, self.prompts_per_shard = text_batch_size, prompts_per_shard
         self.load_t5, self.t5_length, self.family = load_t5, t5_length, family
 
@@ -225,7 +224,7 @@ class PipelineEncoders(LatentSource):
         self._family.check_sources(number)
         if number and self._family.sees_sources and not self.text:  # training could not encode prompts without them
             reads = f"the text encoder of {self._family.title} reads the {number} sources of a pair too"
-            raise InputError(f"{reads}; set encoder.text: states")
+            raise InputError(f"{reads}; set encoder.text: true")
 
     def check_prompt(self, prompt: str) -> None:
         self._family.check_prompt(prompt)
@@ -260,17 +259,14 @@ class PublishedLatents(LatentSource):
 
     Args:
         latent_space: Space of the latents, which their files do not record; the default is that of SD3 and SD3.5.
-        origin: Name of the published cache, recorded in the plan.
-        batch_size: Number of images copied together.
     """
 
     holds: Contents = "latents"
+    origin = "diffusion-rm"
+    batch_size = 32
 
-    def __init__(
-        self, latent_space: LatentSpace = RELEASED_SPACE, origin: str = "diffusion-rm", batch_size: int = 32
-    ) -> None:
-        check_at_least_one("encoder.", batch_size=batch_size)
-        self.latent_space, self.origin, self.batch_size = latent_space, origin, batch_size
+    def __init__(self, latent_space: LatentSpace = RELEASED_SPACE) -> None:
+        self.latent_space = latent_space
 
     def load(self) -> Encoders:
         return Encoders(self.latent_space, self.latent_space.downscale)

@@ -258,30 +258,28 @@ class PlannedContents(Dataset[Any]):
         places = [(number, row) for row in range(len(file.rows))]
         return [places[first : first + step] for first in range(0, len(places), step)]
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[str, Tensor | None, Tensor | None, str, int]:
+    def __getitem__(self, place: tuple[int, int]) -> tuple[str, Tensor | None, Tensor | None, str]:
         """Read an image, or a prompt, as ``on_error`` says about what cannot be read.
 
         Returns:
             The prompt, or the name of the image; of an image the pixels or ready latents, and noise to sample the VAE's
-            posterior; why it could not be read; and how many frames of a clip are not used.
+            posterior; and why it could not be read.
         """
         file, spec = self.files[place[0]], self.plan.spec
         table, row = self.prompts if file.size is None else self.images, int(file.rows[place[1]])
         one = {name: table[name][row].as_py() for name in table.column_names}
         if file.size is None:
-            return self._prompt(one["reader_row"], one["prompt"]), None, None, "", 0
+            return self._prompt(one["reader_row"], one["prompt"]), None, None, ""
         shape, images, key = spec.latent_space.shape(*file.size, spec.images.frames), spec.images, one["image_key"]
         loader = PixelLoader(*file.size, images.resize, images.max_pixels, self.reader.exif)
         if images.frames > 1:
             loader = ClipLoader(**vars(loader), frames=images.frames, fps=images.fps)
-        problem, unused, noise = "", 0, None
+        problem, noise = "", None
         try:
             image = self._planned(one["reader_row"], one["side"], key)
             if spec.vae is None:
                 has_time = spec.latent_space.frame_downscale is not None
                 content = torch.from_numpy(decode_latents(image, has_time)).float()
-            elif isinstance(loader, ClipLoader):
-                content, _, unused = loader.load(image)
             else:
                 content = loader(image)
         except ImageError as error:
@@ -289,7 +287,7 @@ class PlannedContents(Dataset[Any]):
             content = torch.zeros(shape) if spec.vae is None else loader.blank()
         if spec.posterior == "sample" and one["side"] in ("a", "b"):
             noise = torch.randn(shape, generator=pair_generator(spec.seed, "posterior", 0, "", key))
-        return key, content, noise, problem, unused
+        return key, content, noise, problem
 
     def _prompt(self, row: int | None, text: str) -> str:
         """Return a prompt, with its pictures if the text encoder sees them; grey ones for those that cannot be read."""
@@ -352,8 +350,8 @@ class Encoding:
     work: SharedWork
     progress: Callable[[int], object] = lambda number: None  # gets the rows of each batch encoded
 
-    def task(self, tables: Mapping[str, bytes]) -> Callable[[int], Iterator[tuple[bytes, int]]]:
-        """Return the function that yields the content of the file of a number, and its number of unused frames.
+    def task(self, tables: Mapping[str, bytes]) -> Callable[[int], Iterator[bytes]]:
+        """Return the function that yields the content of the file of a number.
 
         ``tables`` are the plan and the tables of the cache: name → content.
         """
@@ -376,11 +374,11 @@ class Encoding:
             worker_init_fn=end_with_parent,
         )
 
-        def encode(number: int) -> Iterator[tuple[bytes, int]]:
-            parts, lost, skipped, first = list[dict[str, Tensor]](), dict[str, str](), 0, 0
+        def encode(number: int) -> Iterator[bytes]:
+            parts, lost, first = list[dict[str, Tensor]](), dict[str, str](), 0
             places[:] = planned.batches_of(number)
             for batch in loader:
-                names, *tensors, problems, unused = zip(*batch, strict=True)
+                names, *tensors, problems = zip(*batch, strict=True)
                 content, noise = (None if one[0] is None else torch.stack(one).to(device) for one in tensors)
                 unread = {row: problem for row, problem in enumerate(problems) if problem}
                 with torch.inference_mode():
@@ -388,30 +386,27 @@ class Encoding:
                     rows.get(store.LATENTS, torch.empty(0))[[*unread]] = 0
                 parts.append({name: tensor.cpu() for name, tensor in rows.items()})
                 lost |= {str(first + row): reason for row, reason in unread.items()}
-                first, skipped = first + len(names), skipped + sum(unused)
+                first += len(names)
                 self.progress(len(names))
             whole = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
             record = {"plan": plan.name, "unread": lost, "sha256": store.digest_of(whole, lost)}
-            yield save(whole, {"cache": json.dumps(record, sort_keys=True)}), skipped  # in one entry: it sorts none
+            yield save(whole, {"cache": json.dumps(record, sort_keys=True)})  # in one entry: it sorts none
 
         return encode
 
-    def write(self, folder: Path, todo: Sequence[int], progress: Callable[[int], object]) -> int:
-        """Encode and write the files of the numbers ``todo``; return how many frames of clips are not used."""
-        files, unused, shared = store.files_of(folder), 0, self.work.workers > 1
+    def write(self, folder: Path, todo: Sequence[int], progress: Callable[[int], object]) -> None:
+        """Encode and write the files of the numbers ``todo``."""
+        files, shared = store.files_of(folder), self.work.workers > 1
         tables = {name: (folder / name).read_bytes() for name in (SPEC, *SCHEMAS)}
 
-        def keep(number: int, result: tuple[bytes, int]) -> None:
-            nonlocal unused
-            write_file(folder / files[number].name, result[0], KEPT)
-            unused += result[1]
+        def keep(number: int, content: bytes) -> None:
+            write_file(folder / files[number].name, content, KEPT)
             if shared:
                 progress(len(files[number].rows))
 
         if not shared:
             self.progress = progress
         self.work.run(ENCODE, tables, todo, keep)
-        return unused
 
 
 def end_with_parent(worker_id: int) -> None:
