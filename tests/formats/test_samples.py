@@ -5,6 +5,7 @@
 
 import csv
 import pickle
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -184,13 +185,23 @@ def test_imagereward() -> None:
         assert lost == unreadable
 
 
-def test_imagerewarddb() -> None:
+def test_imagerewarddb(tmp_path: Path) -> None:
+    """The zip files, and folders that they were unpacked to, give the same."""
     expected, reader = expected_of("imagerewarddb"), read("imagerewarddb", "test")
     both = [
         (name, place) for name, _, ids in (one.rpartition(":") for one in reader.pair_ids()) for place in ids.split("-")
     ]
     assert (len({*both}), len(set(reader.groups()))) == (expected["rows"], expected["prompts"])
     assert counts(reader)[1] == expected["strict_pairs"]
+    sample = SAMPLES / "imagerewarddb"
+    (tmp_path / "metadata-test.parquet").write_bytes((sample / "metadata-test.parquet").read_bytes())
+    for archive in (sample / "images" / "test").glob("*.zip"):
+        zipfile.ZipFile(archive).extractall(tmp_path / "images" / "test" / archive.stem)
+    other = ImageRewardDBReader(str(tmp_path), "test", on_error="skip")
+    assert (other.pair_ids(), other.prompts()) == (reader.pair_ids(), reader.prompts())
+    np.testing.assert_array_equal(other.labels(), reader.labels())
+    if not reader.remarks:  # where each path names its part
+        assert unreadable_rows(other) == unreadable_rows(reader)
 
 
 def test_genai_bench() -> None:

@@ -9,14 +9,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from latentreward.core.contracts import ImageRef
 from latentreward.core.errors import InputError
 from latentreward.data import ImageError, decode_image
-from latentreward.data.images import UNKNOWN
-from latentreward.data.readers import tables
+from latentreward.data.images import UNKNOWN, png
+from latentreward.data.readers import tables, tars
 from latentreward.data.readers.tables import ParquetPart, RowGroupColumns, read_parquet
+from latentreward.data.readers.tars import ImageArchives
 from latentreward.reward.scoring.files import read_tensors
+
+
+def test_a_member_of_a_zip_file_is_no_larger_than_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "MOST_BYTES", 2**20)
+    with zipfile.ZipFile(tmp_path / "train_1.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in (("a.png", png(Image.new("1", (9000, 9000)))), ("train_1.json", b"")):
+            archive.writestr(name, data.ljust(2**20 + 1, b"\0"))
+    parts = ImageArchives([tmp_path / "train_1.zip"])
+    with pytest.raises(InputError, match=r"1048577 bytes; at most 1048576 are read"):
+        parts._member("train_1", "train_1.json")
+    with pytest.raises(ImageError, match="damaged"):  # of one row among others, which `on_error` may skip
+        decode_image(parts.image("train_1", "a.png"))
 
 
 def test_compressed_records_of_torch_save(tmp_path: Path) -> None:

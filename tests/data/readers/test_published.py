@@ -2,7 +2,7 @@
 
 import json
 import pickle
-import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from torch.utils.data import DataLoader
 
 from latentreward.core.errors import InputError
 from latentreward.data import (
@@ -326,9 +327,11 @@ def write_db(tmp_path, jpeg):
         for row in rows:
             parts.setdefault(row["image_path"].split("/")[2], []).append(row)
         for part, members in parts.items():
-            (folder / part).mkdir(exist_ok=True)
-            for name in (Path(row["image_path"]).name for row in members):
-                (folder / part / name).write_bytes(jpeg((17 * len(name), 5, 9), size=(300, 200), fmt="PNG"))
+            with zipfile.ZipFile(folder / f"{part}.zip", "w") as archive:
+                for row in members:
+                    name = Path(row["image_path"]).name
+                    if name not in archive.namelist():
+                        archive.writestr(name, jpeg((17 * len(name), 5, 9), size=(300, 200), fmt="PNG"))
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata-train.parquet")
         return str(tmp_path)
 
@@ -356,23 +359,43 @@ def test_rows_of_a_prompt_give_all_pairs(write_db) -> None:
     pair = by_name["000002:0-1"]
     assert (pair.group_id, pair.prompt, pair.source, pair.split) == ("000002", "prompt 2", "imagerewarddb", "train")
     assert (pair.image_a.image_key, pair.image_b.image_key) == ("2-1.webp", "2-2.webp")
-    assert pair.image_a.path.read_bytes().startswith(b"\x89PNG")
+    assert pair.image_a.data.startswith(b"\x89PNG")
+
+
+def test_parts_can_be_chosen(write_db) -> None:
+    root = write_db([db_row(n, rank, part=n) for n in (1, 2, 3) for rank in (1, 2)])
+    assert ImageRewardDBReader(root, "train", parts=[3, 1]).pair_ids() == ["000001:0-1", "000003:0-1"]
+    with pytest.raises(InputError, match=r"parts: no train_9\.zip in .*images/train; download it, or leave it out"):
+        ImageRewardDBReader(root, "train", parts=[1, 9])
+    with pytest.raises(InputError, match=r"split: no test_\*\.zip in .*; set source"):
+        ImageRewardDBReader(root, "test")
 
 
 def test_missing_part_follows_on_error(write_db) -> None:
     root = write_db([db_row(n, rank, part=n) for n in (1, 2) for rank in (1, 2)])
-    shutil.rmtree(Path(root, "images/train/train_2"))
-    with pytest.raises(InputError, match=r"train lacks the part .*train_2; download train_2\.zip and unpack it there"):
+    Path(root, "images/train/train_2.zip").unlink()
+    with pytest.raises(InputError, match=r"metadata-train\.parquet: train lacks 1 of its parts \(train_2\)"):
         ImageRewardDBReader(root, "train")
     reader = ImageRewardDBReader(root, "train", on_error="skip")
     assert (reader.pair_ids(), dict(reader.skipped)) == (["000001:0-1"], {"part missing": 1})
+    assert len(ImageRewardDBReader(root, "train", parts=[1])) == 1
+
+
+def test_unpacked_part_is_read_instead_of_its_zip_file(write_db) -> None:
+    root = write_db([db_row(1, rank) for rank in (1, 2)])
+    archive = Path(root, "images/train/train_1.zip")
+    zipfile.ZipFile(archive).extractall(archive.with_suffix(""))
+    archive.write_bytes(b"broken")
+    image = ImageRewardDBReader(root, "train", randomise_sides=False)[0].image_a
+    assert (image.path, image.root) == (archive.with_suffix("") / "1-1.webp", archive.with_suffix(""))
+    assert image.image_key == "1-1.webp"
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
         ({"rank": None}, r"000001: rank is \[1, None\], not one number for each of 2 images"),
-        ({"prompt_id": None}, r"metadata-train\.parquet:1: prompt_id is null"),
+        ({"prompt_id": None}, r"metadata-train\.parquet:1: prompt_id is null or missing"),
     ],
 )
 def test_rows_that_break_a_rule_are_named(write_db, changes, problem) -> None:
@@ -384,16 +407,45 @@ def test_rows_that_break_a_rule_are_named(write_db, changes, problem) -> None:
     assert reader.skipped.total() == 1
 
 
-def test_damaged_and_absent_files_are_images_that_cannot_be_read(write_db) -> None:
+def test_damage_is_named(write_db) -> None:
+    root = write_db([db_row(1, rank) for rank in (1, 2)])
+    archive = Path(root, "images/train/train_1.zip")
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:-30])
+    with pytest.raises(InputError, match=r"train_1\.zip: not a whole zip file .*; download it again"):
+        ImageRewardDBReader(root, "train")
+
+
+def test_damaged_and_absent_members_are_images_that_cannot_be_read(write_db) -> None:
     rows = [db_row(1, 1), db_row(1, 2), db_row(1, 3), {**db_row(1, 4), "image_path": "images/train/train_1/1-1.webp"}]
     root = write_db(rows)
-    part = Path(root, "images/train/train_1")
-    (part / "1-2.webp").write_bytes((part / "1-2.webp").read_bytes()[:60])
-    (part / "1-3.webp").unlink()
+    archive = Path(root, "images/train/train_1.zip")
+    with zipfile.ZipFile(archive) as opened:
+        info = opened.getinfo("1-2.webp")
+        content = {name: opened.read(name) for name in opened.namelist() if name != "1-3.webp"}
+    with zipfile.ZipFile(archive, "w") as rewritten:
+        for name, data in content.items():
+            rewritten.writestr(name, data)
+        info = rewritten.getinfo("1-2.webp")
+    damaged = bytearray(archive.read_bytes())
+    start = info.header_offset + 30 + len(info.filename)
+    damaged[start + 60 : start + info.file_size] = bytes(info.file_size - 60)
+    archive.write_bytes(damaged)
     dataset = PairDataset(ImageRewardDBReader(root, "train", on_error="skip"), PixelLoader(8, 8))
     kinds = {dataset.reader[n].pair_id[-3:]: type(dataset[n]).__name__ for n in range(6)}
     assert {places for places, kind in kinds.items() if kind == "LoadedPair"} == {"0-3"}
     assert set(dataset.skipped()) == {"truncated or damaged image", "missing file"}
+
+
+def test_workers_open_the_zip_files_themselves(write_db) -> None:
+    root = write_db([db_row(n, rank, part=1 + n % 2) for n in range(20) for rank in (1, 2)])
+    reader = ImageRewardDBReader(root, "train")
+    expected = [reader[n] for n in range(len(reader))]
+    assert len(pickle.dumps(reader)) < 10_000
+    loader = DataLoader(reader, batch_size=None, num_workers=2, multiprocessing_context="fork")  # open files and all
+    assert list(loader) == expected
+    copy = pickle.loads(pickle.dumps(reader))
+    assert [copy[n] for n in range(len(copy))] == expected
 
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})

@@ -2,18 +2,20 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError
+from latentreward.core.storage.user_files import find_files, whole_file
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.json_rows import parse_number, parse_text, short
 from latentreward.data.readers.rows import (
+    NO_OBJECT,
     BadRow,
     Pair,
     PairRowParser,
@@ -29,9 +31,11 @@ from latentreward.data.readers.tables import (
     ParquetPart,
     Source,
     SplitTable,
+    damage_named,
     open_table,
     read_list,
 )
+from latentreward.data.readers.tars import ImageArchives
 
 TEXT, LONG = pa.string(), pa.large_string()
 PICKAPIC: Columns = {
@@ -48,7 +52,6 @@ VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tievote": 0.5, "bothbad_vote": 0.5}
 WITHOUT_IMAGES = (
     "this is the copy without images: take the copy with images, or set images to none for prompts and labels"
 )
-IMAGEREWARDDB: Columns = {"image_path": LONG, "prompt_id": LONG, "prompt": None, "rank": None}
 LOWEST, HIGHEST = 1, 5
 SKILLS = ("basic", "advanced")
 HPDV3 = {
@@ -382,60 +385,90 @@ class ImageRewardReader(RowReader):
 class ImageRewardDBReader(RowReader):
     """Reader of one split of ImageRewardDB: all pairs of a prompt's images, compared by their ``rank``.
 
-    Rows come from ``metadata-{split}.parquet``. The ``group_id`` is the ``prompt_id``. Images are files of the folders
-    that the published zip files ("parts") were unpacked to; parts without a folder fall under ``on_error``.
+    Rows come from ``metadata-{split}.parquet``. The ``group_id`` is the ``prompt_id``. Images are read from the zip
+    files ("parts") when a row is accessed. A part that is unpacked beside its zip file is read from the folder.
 
-    Equal ranks are a tie (½). Pairs of a prompt whose ranks are all null are unlabelled. The images of a prompt are bad
-    together.
+    Equal ranks are a tie (½). Pairs of a prompt whose ranks are all null are unlabelled. A path that is missing, or
+    that its part does not hold, counts as an unreadable image. The images of a prompt are bad together.
 
     Args:
-        source: Folder with ``metadata-{split}.parquet`` and the folders ``images/{split}/{split}_{i}/``.
+        source: Folder with ``metadata-{split}.parquet`` and ``images/{split}/{split}_{i}.zip``.
         split: ``train``, ``validation`` or ``test``.
+        parts: Numbers of the parts to read, e.g. ``[1, 2]`` of train's 1 to 32 for a smaller training set. By default
+            all parts are read, and parts that the metadata name but the folder lacks fall under ``on_error``.
         options: See :class:`~latentreward.data.readers.rows.RowReader`.
     """
 
     exif = "ignore"
 
-    def __init__(self, source: PathText, split: str, **options: Any) -> None:
+    def __init__(self, source: PathText, split: str, *, parts: Sequence[int] | None = None, **options: Any) -> None:
         super().__init__("imagerewarddb", split, **options)
-        file, self.folder = Path(source, f"metadata-{split}.parquet"), Path(source, "images", split)
-        self.check_inside(source, file, self.folder)
-        rows = SplitTable([ParquetPart(file.name, file)]).records(IMAGEREWARDDB, "download it again")
+        places, metadata = _find_parts(source, split, parts), Path(source, f"metadata-{split}.parquet")
+        self.check_inside(source, metadata, *places)
+        self._archives = ImageArchives(places, self.allow_outside)
+        rows = self._read_metadata(metadata, parts)
         parser = PairRowParser(self, self._pairs, sources=None)
         name = f"{source} {split}"
-        self.fill(self._groups(file, rows), name, f"split: {name} has no pairs left; check the files", parser)
+        self.fill(self._groups(rows), name, f"split: {name} has no pairs left; check the files and parts", parser)
 
     def find_images(self, row: dict[str, Any]) -> list[ImageRef]:
-        """Return references to the files of a row, which are named without their part."""
-        images = super().find_images(row)
-        return [replace(image, image_key=PurePosixPath(image.image_key).name) for image in images]
+        places = [(row[name] or "").partition("/") for name in ("image_a", "image_b")]
+        return [self._archives.image(part, file) if part else ImageRef("") for part, _, file in places]
 
-    def _groups(self, file: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    def _read_metadata(self, file: Path, parts: Sequence[int] | None) -> Iterator[tuple[str, str | None, Any]]:
+        """Yield (name for messages, part, row) of every row of the metadata that belongs to the parts to read."""
+        with damage_named(ParquetPart(file.name, file)):
+            table = pq.read_table(whole_file(file), page_checksum_verification=True)
+        columns = ["image_path", "prompt_id", "prompt", "rank"]
+        if missing := [name for name in columns if name not in table.column_names]:
+            raise InputError(f"{file}: no column {', '.join(missing)}; download it again")
+        rows = table.select(columns).to_pylist()
+        # The part of a path is e.g. train_7 of images/train/train_7/x.webp.
+        paths = (row["image_path"] if isinstance(row["image_path"], str) else "" for row in rows)
+        found = (re.fullmatch(rf"{re.escape(self.split)}_\d+", PurePosixPath(path).parent.name) for path in paths)
+        named = [match and match[0] for match in found]
+        absent = {part for part in named if part is not None and part not in self._archives.parts}
+        if absent and parts is None:
+            first = ", ".join(sorted(absent)[:3])
+            problem = f"{self.split} lacks {len(absent)} of its parts ({first}); download them, or set parts"
+            self.refuse(str(file), problem, "part missing", len(absent))
+        for number, (part, row) in enumerate(zip(named, rows, strict=True)):
+            if part not in absent:
+                yield f"{file.name}:{number}", part, row
+
+    def _groups(self, rows: Iterator[tuple[str, str | None, Any]]) -> Iterator[Row]:
         """Yield a row for each prompt, with the images and ranks of its rows."""
-        groups, absent = dict[str, dict[str, Any]](), dict[str, bool]()
-        for name, _, row in rows:
-            path = PurePosixPath(row["image_path"] or "")
-            part = path.parent.name  # e.g. train_7 of images/train/train_7/x.webp; parts have no subfolders
-            image = f"{part}/{path.name}" if re.fullmatch(rf"{re.escape(self.split)}_\d+", part) else None
-            if row["prompt_id"] is None:
-                self.refuse(name, "prompt_id is null", "row without prompt_id")
+        groups: dict[str, dict[str, Any]] = {}
+        for name, part, row in rows:
+            if not isinstance(row, dict) or row.get("prompt_id") is None:
+                told = "prompt_id is null or missing" if isinstance(row, dict) else f"{short(row)} is no JSON object"
+                self.refuse(name, told, "row without prompt_id" if isinstance(row, dict) else NO_OBJECT)
                 continue
-            if image is None and self.on_error == "raise":
-                self.refuse(name, f"image_path is {short(row['image_path'])}, not a path to a part", NO_IMAGE)
-            if image is not None and part not in absent:
-                self.check_inside(file.parent, self.folder / part)
-                absent[part] = not (self.folder / part).is_dir()
-                if absent[part]:
-                    told = f"{self.split} lacks the part {self.folder / part}; download {part}.zip and unpack it there"
-                    self.refuse(str(file), told, "part missing")
-            if image is not None and absent[part]:
-                continue
-            group = groups.setdefault(row["prompt_id"], {"prompt": row["prompt"], "images": [], "ranks": []})
+            image, path = None, row.get("image_path")
+            if part is not None and isinstance(path, str) and path:
+                image = f"{part}/{PurePosixPath(parse_text(path) or '').name}"  # parts have no subfolders
+            elif self.on_error == "raise":
+                self.refuse(name, f"image_path is {short(path)}, not a path to a part", NO_IMAGE)
+            prompt_id = parse_text(str(row["prompt_id"])) or ""
+            group = groups.setdefault(prompt_id, {"prompt": row.get("prompt"), "images": [], "ranks": []})
             group["images"].append(image)
-            group["ranks"].append(row["rank"])
+            group["ranks"].append(row.get("rank"))
         for number, (prompt_id, group) in enumerate(groups.items()):
             yield prompt_id, number, group
 
     def _pairs(self, name: str, row: dict[str, Any]) -> list[Pair]:
         ranks = parse_ranks(self, "rank", row["ranks"], len(row["images"]))
         return ranked_pairs(name, row["images"], ranks, group=name, group_id=name)
+
+
+def _find_parts(source: PathText, split: str, parts: Sequence[int] | None) -> list[Path]:
+    folder, found = Path(source, "images", split), dict[int, Path]()
+    for path in reversed(find_files(folder, "*")):  # a folder comes after its zip file and replaces it
+        number = re.fullmatch(rf"{re.escape(split)}_(\d+)(\.zip)?", path.name)
+        if number and (path.is_dir() or number[2]):
+            found[int(number[1])] = path
+    if missing := [number for number in parts or () if number not in found]:
+        raise InputError(f"parts: no {split}_{missing[0]}.zip in {folder}; download it, or leave it out")
+    if not found:
+        raise InputError(f"split: no {split}_*.zip in {folder}; set source to the folder that holds images/{split}")
+    return [found[number] for number in sorted(parts or found)]

@@ -1,18 +1,22 @@
-"""Samples in uncompressed tars, and the reader of Pick-a-Pic's tars."""
+"""Archives: samples in uncompressed tars, members of zip files, and the reader of Pick-a-Pic's tars."""
 
 import os
 import tarfile
+import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
 import pyarrow as pa
+from PIL import Image
 
 from latentreward.core.contracts import ImageRef, PathText
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.storage.user_files import find_files, is_ignored, whole_file
+from latentreward.data.images import ImageError, file_image, png
 from latentreward.data.readers.base import content_key
 from latentreward.data.readers.json_rows import encodable
 from latentreward.data.readers.rows import BadRow, Pair, PairRowParser, Row, RowReader, choice
@@ -30,6 +34,12 @@ READ_AT_ONCE = (
     tarfile.SOLARIS_XHDTYPE,
 )
 """Types of headers whose data tarfile reads into memory at once."""
+MOST_BYTES = 2**29
+"""Largest member of a zip file that is read: an image of ``images.MAX_PIXELS`` with 16 bits per channel."""
+CUT_OFF = png(Image.new("L", (1, 1)))[:45]
+"""Part of a picture, in the place of a member of a zip file that cannot be read: decoding it tells of the damage."""
+ZIP_DAMAGE = (ImageError, zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
+"""Exceptions about a member that is too large, damaged, encrypted or compressed by an unknown method."""
 DAMAGE = (tarfile.TarError, ValueError, IndexError, RecursionError)
 """Exceptions that tarfile raises on a damaged tar."""
 
@@ -116,6 +126,51 @@ def _scan(tar: Path) -> tuple[list[tuple[str, Extent]], str | None]:
     with tar.open("rb", buffering=0) as file:
         whole = read_extent(file, (end, tarfile.BLOCKSIZE)) == bytes(tarfile.BLOCKSIZE)
     return members, None if whole else f"the tar ends early (at byte {end} of {size})"
+
+
+class ImageArchives:
+    """Images in zip files without subfolders, or in the folders that such files were unpacked to ("parts").
+
+    Open zip files are not pickled; a forked worker process opens its own. ``parts`` are their paths by file name
+    without ``.zip``. ``allow_outside`` tells whether links in folders may lead out of them.
+    """
+
+    def __init__(self, places: Sequence[Path], allow_outside: bool = False) -> None:
+        self.allow_outside = allow_outside
+        self.parts = {place.name.removesuffix(".zip"): place for place in places}
+        self._files: dict[tuple[int, str], zipfile.ZipFile] = {}  # by process and part
+        for part, place in self.parts.items():
+            if not place.is_dir():
+                self._open(part)
+
+    def image(self, part: str, name: str) -> ImageRef:
+        """Return a reference to image ``name`` of a part: with its bytes for a zip file, with its path for a folder."""
+        place = self.parts[part]
+        if place.is_dir():
+            return file_image(place, name, allow_outside=self.allow_outside)
+        if name not in self._open(part).NameToInfo:
+            return ImageRef(name, path=place / name)  # path below a zip file: decoding reports a missing file
+        try:
+            return ImageRef(name, self._member(part, name))
+        except ZIP_DAMAGE:
+            return ImageRef(name, CUT_OFF)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_files": {}}
+
+    def _open(self, part: str) -> zipfile.ZipFile:
+        if (key := (os.getpid(), part)) not in self._files:
+            try:
+                self._files[key] = zipfile.ZipFile(whole_file(self.parts[part]))
+            except (OSError, zipfile.BadZipFile) as error:
+                raise ImageError(f"{self.parts[part]}: not a whole zip file ({error}); download it again") from error
+        return self._files[key]
+
+    def _member(self, part: str, name: str) -> bytes:
+        archive = self._open(part)
+        if (size := archive.getinfo(name).file_size) > MOST_BYTES:
+            raise ImageError(f"{size} bytes; at most {MOST_BYTES} are read")
+        return archive.read(name)
 
 
 class PickAPicTarReader(RowReader):

@@ -34,7 +34,7 @@ class ImageRewardBenchmark(Benchmark):
 
 
 class ImageRewardDBBenchmark(Benchmark):
-    """A split of ImageRewardDB, in ``images/{split}/{split}_{i}/``, by ImageReward's protocols."""
+    """A split of ImageRewardDB, in ``images/{split}/{split}_{i}.zip``, by ImageReward's protocols."""
 
     name, keys, reader = "imagerewarddb", ImageRewardBenchmark.keys, ImageRewardDBReader
 
