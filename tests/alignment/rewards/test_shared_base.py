@@ -137,7 +137,7 @@ def test_a_text_encoder_that_was_trained_stays_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_reward_without_t5_encodes_its_own_prompts(tmp_path: Path) -> None:
-    """SD3's prompt encoder without T5 gives zeros, which the reward saw in training, where the policy's gives tokens."""
+    """SD3's prompt encoder without T5 gives zeros, seen in training, where the policy's gives tokens."""
     write_run(tmp_path, "dina", "sd35", load_t5=False)
     policy = tiny_policy("sd35")
     own = LatentReward(str(tmp_path), share="never").load(policy)
