@@ -103,8 +103,8 @@ def evaluate_policy(
     found = {name: samples.find_pictures(one.images) for name, one in policies.items() if one.images is not None}
     generated = {name: one for name, one in policies.items() if name not in found}
     rows = _prompt_rows(prompts, found)[:num_prompts]
-    shown = (image for pictures in found.values() for _, image in samples.match(pictures, rows))
-    count = images_per_prompt or 1 + max(shown, default=0)
+    numbers = (image for pictures in found.values() for _, image in samples.match(pictures, rows))
+    count = images_per_prompt or 1 + max(numbers, default=0)
     wanted = [(place, image) for place in range(len(rows)) for image in range(count)]
 
     @cache
