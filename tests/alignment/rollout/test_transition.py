@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from latentreward.alignment import Transition
+from latentreward.alignment import PolicySource, Sampling, Transition
+from latentreward.core.errors import InputError
 
 SHAPE = (3, 4, 5, 6)
 
@@ -22,6 +23,16 @@ def test_log_prob_is_the_mean_of_the_normal_density(transition: Transition) -> N
     expected = normal.log_prob(candidates).mean(dim=(2, 3, 4))
     torch.testing.assert_close(transition.log_prob(candidates), expected)
     torch.testing.assert_close(transition.log_prob(candidates[2]), expected[2])
+
+
+@pytest.mark.parametrize("source", ["sd_tiny", "sd35_tiny"])
+def test_a_sampler_without_noise_has_no_log_prob(source: str) -> None:
+    family = PolicySource(source).resolve_family()
+    sampler = Sampling(num_inference_steps=4).sampler(family)
+    latents = torch.randn(2, *Sampling().latent_shape(family), generator=torch.Generator().manual_seed(0))
+    step = sampler.transition(latents, latents, sampler.timesteps[:1].expand(2))
+    with pytest.raises(InputError, match=r"standard deviation of every step .* is 0.*with_noise\(\)"):
+        step.log_prob(latents)
 
 
 def test_half_precision_states_are_scored_in_float32(transition: Transition) -> None:
