@@ -156,7 +156,7 @@ class SampleGrid(PromptMonitor):
     Beside edits the pictures that were edited are drawn. Of clips, four frames are drawn.
 
     The picture is the image ``samples`` in TensorBoard and Weights & Biases, and the file
-    ``samples/step_{optimiser step}.png`` in the run's log folder, or in ``samples-v1`` if an earlier run wrote ``samples``.
+    ``samples/step_{optimiser step}.png`` in the run's log folder, or in ``samples-v1`` after an earlier run.
 
     Args:
         image_size: Longer side of a drawn sample, in pixels.

@@ -1,4 +1,4 @@
-"""Score images with UnifiedReward: ``python score_with_unified_reward.py PICTURES.jsonl SCORES.jsonl URL QUESTION.txt``.
+"""Score images with UnifiedReward: ``python score_with_unified_reward.py PICTURES SCORES URL QUESTION.txt``.
 
 URL is that of a server such as vLLM's with the model under the name ``UnifiedReward``. QUESTION.txt holds the question
 that the model was trained on, as its repository prints it, with ``{prompt}`` in the place of the caption.
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-SCORE = re.compile(r"Score[^:\n]*:\s*(-?\d+(?:\.\d+)?)")  # "Final Score: 3.5", or three lines such as "Style Score (1-5): 3"
+SCORE = re.compile(r"Score[^:\n]*:\s*(-?\d+(?:\.\d+)?)")  # "Final Score: 3.5", "Style Score (1-5): 3"
 
 
 def main(pictures: str, scores: str, url: str, question: str) -> None:

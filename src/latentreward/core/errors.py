@@ -99,7 +99,7 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), by_lower_case)
     if close:
         ratios = {one: difflib.SequenceMatcher(None, one, name.lower()).ratio() for one in close}
-        nearest = max(close, key=lambda one: (ratios[one], len(os.path.commonprefix([one, name.lower()]))))
+        nearest = max(close, key=lambda one: (ratios[one], sum(map(str.__eq__, one, name.lower()))))  # sd15 for sd16
         return f"; did you mean {by_lower_case[nearest]!r}?"
     return f"; choose from {', '.join(known)}" if 0 < len(known) <= LONGEST_LIST else ""
 

@@ -75,7 +75,7 @@ def composed(policy: str | None, method: str | None, hardware: str | None) -> st
             known = [PurePosixPath(one).stem for one in shipped if one.startswith(f"{folder}/")]
             raise InputError(f"{setting}: {problem} of configs/{folder}{did_you_mean(name or '', known)}")
     if method in FLOWS_ONLY and policy in NOISE_POLICIES:
-        raise InputError(f"method: {method} is for flows, and {policy} predicts noise; give ram, lpo or grpo_trajectory")
+        raise InputError(f"method: {method} is for flows, and {policy} predicts noise; give ram, lpo or another")
     parts = [yaml.safe_load(text) for text in texts.values()]
     run: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(*parts))  # type: ignore[assignment]
     callbacks = [one for part in parts for one in part["trainer"].get("callbacks", [])]

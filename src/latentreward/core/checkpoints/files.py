@@ -27,6 +27,7 @@ from latentreward.core.storage.durable import replacing
 
 logger = logging.getLogger(__name__)
 
+
 def kept_beside(path: Path) -> str:
     """Return the end of the error message on a full disk, after the name of the checkpoint at ``path``."""
     if any(path.parent.glob("*.ckpt")):
