@@ -14,7 +14,7 @@ from latentreward.callbacks.graceful_stop import GracefulStop, checkpoint_path
 from latentreward.callbacks.resumed_settings import output_path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
@@ -155,8 +155,8 @@ class SampleGrid(PromptMonitor):
 
     Beside edits the pictures that were edited are drawn. Of clips, four frames are drawn.
 
-    The picture is the image ``samples`` in TensorBoard and the file ``samples/step_{optimiser step}.png`` in the run's
-    log folder, or in ``samples-v1`` if an earlier run wrote ``samples``.
+    The picture is the image ``samples`` in TensorBoard and Weights & Biases, and the file
+    ``samples/step_{optimiser step}.png`` in the run's log folder, or in ``samples-v1`` after an earlier run.
 
     Args:
         image_size: Longer side of a drawn sample, in pixels.
@@ -206,10 +206,12 @@ class SampleGrid(PromptMonitor):
 
 
 def show(trainer: Trainer, name: str, picture: Image.Image, path: Path) -> None:
-    """Write a picture as the image ``name`` of this optimiser step to TensorBoard, and to a file."""
+    """Write a picture as the image ``name`` of this optimiser step to TensorBoard or W&B, and to a file."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(name, [picture], trainer.global_step)
     with replacing(path) as partial:
         picture.save(partial, "png")
 

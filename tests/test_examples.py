@@ -1,11 +1,16 @@
-"""The examples in one file: two run from training to a LoRA that diffusers reads, four score by other programs."""
+"""The examples in one file: two run from training to a LoRA that diffusers reads, six score by other programs."""
 
+import base64
+import json
 import sys
 from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 
 from latentreward.core.errors import InputError
@@ -91,6 +96,72 @@ def test_hpsv3_whichever_way_round_its_arguments_are(order: tuple[str, str], tmp
     python = environment(tmp_path, hpsv3=HPSV3.format(first=order[0], second=order[1]), torch=NO_GPU)
     items = pictures(tmp_path / "p", ["x" * number for number in range(1, 12)])
     assert score(items, tmp_path / "w", python, "score_with_hpsv3.py") == list(range(1, 12))
+
+
+class Judge(BaseHTTPRequestHandler):
+    """UnifiedReward's answers: one score to the first image, three to others."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        image, text = asked["messages"][0]["content"]
+        assert base64.b64decode(image["image_url"]["url"].partition(",")[2]).startswith(b"\x89PNG")
+        three = "Alignment Score (1-5): 2.5\nCoherence Score (1-5): 3\nStyle Score (1-5): 3.5"
+        answer = "…\nFinal Score: 4.5" if text["text"] == "Rate [a cat]" else three
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [{"message": {"content": answer}}]}).encode())
+
+
+def test_unified_reward(tmp_path: Path) -> None:
+    (tmp_path / "question.txt").write_text("Rate [{prompt}]")
+    items = pictures(tmp_path / "p", ["a cat", "two dogs"])
+    with HTTPServer(("127.0.0.1", 0), Judge) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        given = (f"http://127.0.0.1:{server.server_port}", tmp_path / "question.txt")
+        scores = score(items, tmp_path / "w", environment(tmp_path), "score_with_unified_reward.py", *given)
+        server.shutdown()
+    assert scores == [4.5, 3.0]
+
+
+MPS = """
+import torch
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.logit_scale = torch.nn.Parameter(torch.tensor(100.0).log())
+    def forward(self, text, images, condition):
+        assert len(images) == 2 and condition.tolist() == [[7]]
+        shown = images.mean(dim=(2, 3))[:1]
+        return torch.eye(3)[text[0]], shown, shown
+"""
+TRANSFORMERS = """
+import numpy, torch
+class CLIPImageProcessor:
+    from_pretrained = classmethod(lambda cls, name: cls())
+    def __call__(self, image, return_tensors):
+        return {"pixel_values": torch.tensor(numpy.array(image)).permute(2, 0, 1)[None] / 255 + 1}
+class AutoTokenizer:
+    model_max_length = 77
+    from_pretrained = classmethod(lambda cls, name: cls())
+    def __call__(self, text, **options):
+        self.input_ids = torch.tensor([[7 if text == "light" else 0]])
+        return self
+"""
+
+
+def test_mps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mps_model.py").write_text(MPS)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        import mps_model
+
+        torch.save(mps_model.Model(), tmp_path / "mps.pth")
+    (tmp_path / "transformers.py").write_text(TRANSFORMERS)
+    items = pictures(tmp_path / "p", ["a cat"])
+    command = [sys.executable, str(FOLDER / "score_with_mps.py"), "{pictures}", "{scores}"]
+    scorer = CommandScorer([*command, str(tmp_path / "mps.pth"), "light"], "mps", folder=tmp_path)
+    (tmp_path / "w").mkdir()
+    np.testing.assert_allclose(scorer.score_pictures(items, "p", tmp_path / "w"), [100 / 3**0.5], rtol=1e-5)
 
 
 GENEVAL = """

@@ -17,7 +17,9 @@ def test_a_run_logs_to_weights_and_biases_without_network(tmp_path: Path, monkey
         monkeypatch.setenv(f"WANDB_{name}", value)
     files = [f"--config={CONFIGS / file}.yaml" for file in ("align/diffusion_dpo_tiny", "logger/wandb")]
     quick = [f"--data.root={tmp_path / 'world'}", "--data.train_pairs=8", "--data.val_pairs=4", "--data.batch_size=4",
-             "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=0"]  # fmt: skip
+             "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=0",
+             "--trainer.callbacks+=SampleGrid", "--trainer.callbacks.prompts=[a red circle]",
+             "--trainer.callbacks.every_n_steps=2"]  # fmt: skip
     try:
         main(["fit", *files, *quick, f"--trainer.default_root_dir={tmp_path / 'run'}"])
     finally:
@@ -26,3 +28,4 @@ def test_a_run_logs_to_weights_and_biases_without_network(tmp_path: Path, monkey
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-one.wandb")
     assert b"train/loss" in written.read_bytes()
+    assert [*written.parent.glob("files/media/images/samples*.png")]

@@ -386,6 +386,9 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     large += [
         "--trainer.callbacks+={class_path: ModelCheckpoint, init_args: {save_last: true, every_n_train_steps: 1}}"
     ]
+    with largest_file(100_000), pytest.raises(SystemExit, match="2"):
+        main(["fit", *large])
+    assert "no checkpoint was written before it: free some space and start the run" in capsys.readouterr().err
     main(["fit", *large])
     checkpoints = {path: path.read_bytes() for path in (folder / "full").rglob("*.ckpt")}
     assert len(checkpoints) == 2

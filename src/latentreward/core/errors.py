@@ -96,9 +96,11 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the closest of ``choices``, or the list of a few."""
     known = sorted(set(choices))
     by_lower_case = {choice.lower(): choice for choice in known}
-    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+    close = difflib.get_close_matches(name.lower(), by_lower_case)
     if close:
-        return f"; did you mean {by_lower_case[close[0]]!r}?"
+        ratios = {one: difflib.SequenceMatcher(None, one, name.lower()).ratio() for one in close}
+        nearest = max(close, key=lambda one: (ratios[one], sum(map(str.__eq__, one, name.lower()))))  # sd15 for sd16
+        return f"; did you mean {by_lower_case[nearest]!r}?"
     return f"; choose from {', '.join(known)}" if 0 < len(known) <= LONGEST_LIST else ""
 
 

@@ -241,7 +241,7 @@ def _listed(
 def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
     """Find the pictures of a folder, pattern or file: the folder of their names, sorted files, and what is not read."""
     place, remarks = find_file(Path(source)), list[str]()
-    if not place.is_dir() and os.path.lexists(place):
+    if not place.is_dir() and os.path.lexists(place) and place.suffix.lower() in ("", *PICTURES):
         return place.parent, [place], []
     root, pattern = (place, "**/*") if place.is_dir() else split_pattern(source)
     found = (file for file in find_files(root, pattern, remarks) if file.suffix.lower() in PICTURES)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from latentreward.alignment import Transition
+from latentreward.alignment import PolicySource, Sampling, Transition
+from latentreward.core.errors import InputError
 
 SHAPE = (3, 4, 5, 6)
 
@@ -31,6 +32,16 @@ def test_gradient_is_the_error_over_the_variance(transition: Transition) -> None
     variance = transition.std.view(-1, 1, 1, 1) ** 2
     torch.testing.assert_close(mean.grad, (where.detach() - mean.detach()) / variance / (4 * 5 * 6))
     assert where.grad is None
+
+
+@pytest.mark.parametrize("source", ["sd_tiny", "sd35_tiny"])
+def test_a_sampler_without_noise_has_no_log_prob(source: str) -> None:
+    family = PolicySource(source).resolve_family()
+    sampler = Sampling(num_inference_steps=4).sampler(family)
+    latents = torch.randn(2, *Sampling().latent_shape(family), generator=torch.Generator().manual_seed(0))
+    step = sampler.transition(latents, latents, sampler.timesteps[:1].expand(2))
+    with pytest.raises(InputError, match=r"standard deviation of every step .* is 0.*with_noise\(\)"):
+        step.log_prob(latents)
 
 
 def test_half_precision_states_are_scored_in_float32(transition: Transition) -> None:

@@ -92,6 +92,8 @@ def test_a_policy_hardware_and_a_method_make_one_file(capsys) -> None:
     [
         (["--compose", "flux", "nft"], "policy: no file 'flux'"),
         (["--compose", "flux1", "nfft"], "method: no file 'nfft'"),
+        (["--compose", "sd16", "nft"], "policy: no file 'sd16' of configs/policy; did you mean 'sd15'?"),
+        (["--compose", "sd15", "nft"], "method: nft is for flows, and sd15 predicts noise"),
         (["--compose", "flux1", "nft", "two"], "hardware: no file 'two'"),
         (["--compose", "flux1"], "method: "),
         (["flux1", "nft"], "method: 'nft' is for --compose"),

@@ -19,6 +19,7 @@ from latentreward.diffusion.noise.schedules import check_scheduler, make_schedul
 
 TIMESTEP_TOLERANCE = 1e-2
 """Largest difference, from rounding, at which two timesteps count as equal; neighbours lie further apart."""
+Density = Literal["normal", "squares", "none"]
 FlowNoise = Literal["flow", "dance", "cps"]
 """How a flow's step adds noise; see :class:`FlowSDESampler`."""
 
@@ -46,8 +47,8 @@ class Transition(TensorRecord):
     spread: Tensor
     # ``normal``: log-probabilities are those of the Gaussian. ``squares``: they are the negative mean square of
     # next state − mean, as released for coefficients-preserving sampling (arXiv:2509.05952); this ignores the
-    # standard deviation
-    density: Literal["normal", "squares"] = "normal"
+    # standard deviation. ``none``: no step of the sampler adds noise, so there are none
+    density: Density = "normal"
 
     def sample(self, noise: Tensor) -> Tensor:
         """Return next states ``mean + std·noise`` for noise ``(B, C, ...)``, or ``(K, B, C, ...)`` for K candidates."""
@@ -58,6 +59,9 @@ class Transition(TensorRecord):
 
         It is ``(B,)`` for states ``(B, C, ...)``, ``(K, B)`` for ``(K, B, C, ...)``; undefined where ``std`` is 0.
         """
+        if self.density == "none":
+            told = "log_prob: the standard deviation of every step of this sampler is 0, so there is no density"
+            raise InputError(f"{told}; make it by Sampling(…).with_noise().sampler(family)")
         # Averaged over elements, where a density adds them up: sums of 16,384 elements would clip every ratio.
         density = -((next_latents.detach().to(self.mean) - self.mean) ** 2)
         if self.density == "normal":
@@ -193,13 +197,14 @@ class DDIMSampler(StepSampler):
         # Computed in float64: near the last step 1 − ᾱ is a difference of numbers near 1.
         self._table = torch.stack(columns, dim=1).to(torch.float32)
         self.timesteps, self.noise_std = timesteps.to(torch.float32), std.to(torch.float32)
-        self.noise_setting = f"eta={eta:g}"
+        self.eta, self.noise_setting = eta, f"eta={eta:g}"
 
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
         signal, spread, signal_next, towards_noise, std = self._columns(self._table, timesteps, latents)
         seen = latents.float(), model_output.float(), signal, spread
         clean, noise = predicted_clean(self.prediction_type, *seen), predicted_noise(self.prediction_type, *seen)
-        return Transition(signal_next * clean + towards_noise * noise, std.flatten(), std.flatten())
+        mean = signal_next * clean + towards_noise * noise
+        return Transition(mean, std.flatten(), std.flatten(), "normal" if self.eta else "none")
 
     def clean(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
         signal, spread, _, _, _ = self._columns(self._table, timesteps, latents)
@@ -261,12 +266,13 @@ class FlowSDESampler(StepSampler):
             growth = spread**2 / (2 * sigma)
             of_latents, of_velocity = 1 + growth * step, (1 + growth * (1 - sigma)) * step
         self._table = torch.stack([sigma, of_latents, of_velocity, self.noise_std, spread], dim=1)
+        self.density: Density = "squares" if kind == "cps" else "normal" if noise_level else "none"
 
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
         _, of_latents, of_velocity, std, spread = self._columns(self._table, timesteps, latents)
         mean = of_latents * latents.float() + of_velocity * model_output.float()
         # As in Flow-GRPO's code, the KL divergence takes s, not s√Δ.
-        return Transition(mean, std.flatten(), spread.flatten(), "squares" if self.kind == "cps" else "normal")
+        return Transition(mean, std.flatten(), spread.flatten(), self.density)
 
     def clean(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
         sigma = self._columns(self._table, timesteps, latents)[0]

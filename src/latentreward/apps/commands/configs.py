@@ -14,6 +14,8 @@ from latentreward.core.settings.functions import run_function, shipped_configs
 
 LONGEST = 110
 """Most characters of a summary that is shown whole; a longer summary is cut at its first colon."""
+FLOWS_ONLY, NOISE_POLICIES = ("awm", "crd", "dgpo", "nft"), ("ip2p_sd15", "sd15", "sd21", "sdxl")
+"""Methods of configs/method for flows alone, and policies of configs/policy that predict noise."""
 
 
 def configs(
@@ -71,6 +73,8 @@ def composed(policy: str | None, method: str | None, hardware: str | None) -> st
             problem = "--compose takes a policy and a method" if name is None else f"no file {name!r:.200}"
             known = [PurePosixPath(one).stem for one in shipped if one.startswith(f"{folder}/")]
             raise InputError(f"{setting}: {problem} of configs/{folder}{did_you_mean(name or '', known)}")
+    if method in FLOWS_ONLY and policy in NOISE_POLICIES:
+        raise InputError(f"method: {method} is for flows, and {policy} predicts noise; give ram, lpo or another")
     parts = [yaml.safe_load(text) for text in texts.values()]
     run: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(*parts))  # type: ignore[assignment]
     callbacks = [one for part in parts for one in part["trainer"].get("callbacks", [])]

@@ -125,7 +125,10 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
     """Compute what a run of ``fit`` needs; ``settings.model`` is changed in place, and ``build`` makes the module."""
     with TemporaryDirectory(prefix="latentreward-") as folder:
         sources, gpu = ConfigSources(Path(folder)), settings.trainer.accelerator != "cpu"
-        module = unread_module(settings, build, sources)
+        try:
+            module = unread_module(settings, build, sources)
+        except InputError as error:  # names of the models, not the folder that goes with this command
+            raise InputError(str(error).replace(f"{folder}/", "")) from error
         costs = step_costs(module, settings.data, settings.trainer.accumulate_grad_batches, gpu)
     notes = notes_on(settings, costs, sources, gpu)
     for part in module.modules():
@@ -197,7 +200,8 @@ class Card:
 
     Attributes:
         gpu: Whether the training runs on a GPU.
-        card_gb: Memory of the card to compare with, in GB; by default that of the GPU here.
+        card_gb: Memory of the card to compare with, in GB of 10⁹ bytes: a card sold as 24 GB, which are 24 · 2³⁰ bytes,
+            has 25.7. By default that of the GPU here.
         tflops: Operations per second that the device sustains, in 10¹²; 30 is some 40 % of an RTX 3090's peak.
     """
 

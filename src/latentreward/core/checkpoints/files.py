@@ -27,8 +27,12 @@ from latentreward.core.storage.durable import replacing
 
 logger = logging.getLogger(__name__)
 
-KEPT = "the checkpoints written before are kept: free some space and go on with --ckpt_path last"
-"""End of the error message on a full disk, after the checkpoint's name."""
+
+def kept_beside(path: Path) -> str:
+    """Return the end of the error message on a full disk, after the name of the checkpoint at ``path``."""
+    if any(path.parent.glob("*.ckpt")):
+        return "the checkpoints written before are kept: free some space and go on with --ckpt_path last"
+    return "no checkpoint was written before it: free some space and start the run again"
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -46,7 +50,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with replacing(Path(path), KEPT) as partial, partial.open("wb") as file:
+        with replacing(Path(path), kept_beside(Path(path))) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
 
     @override

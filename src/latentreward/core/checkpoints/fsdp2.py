@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from latentreward.core.checkpoints.files import KEPT, check_states
+from latentreward.core.checkpoints.files import check_states, kept_beside
 from latentreward.core.checkpoints.shards import (
     INDEX,
     INDEX_HASH,
@@ -93,7 +93,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         target = Path(self.broadcast(filepath))
         partial = Path(self.broadcast(temporary_name(target)))
         try:
-            with write_errors_named(target, KEPT):
+            with write_errors_named(target, kept_beside(target)):
                 super().save_checkpoint(checkpoint, partial, storage_options)
                 self.barrier()
                 if self.is_global_zero:

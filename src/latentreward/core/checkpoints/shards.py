@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -31,7 +32,7 @@ INDEX_HASH = ".metadata.sha256"
 """File with the SHA-256 of the index; shards that Lightning's own strategies wrote have none."""
 UNREADABLE = (
     RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, OverflowError,
-    MemoryError, pickle.UnpicklingError, struct.error,
+    MemoryError, pickle.UnpicklingError, struct.error, SafetensorError,
 )  # fmt: skip
 """Exceptions that PyTorch's readers raise for bytes that are not a checkpoint."""
 

@@ -61,6 +61,8 @@ def summarise(message: str) -> str:
 
 def unknown_setting_hint(message: str, settings: Iterable[str]) -> str:
     """Suggest a setting for a message about an unknown setting; empty for any other message."""
+    if re.match(r"unrecognized arguments: [^-]\S*\.ya?ml\b", message):
+        return "; give each file as --config FILE"
     match = UNKNOWN_SETTING.match(message)
     if match is None or "did you mean" in message:
         return ""

@@ -160,6 +160,8 @@ def decode_text(data: bytes, name: str) -> str:
     """Decode UTF-8, or UTF-16 with a byte order mark; UnreadableTextError for other bytes and null characters."""
     if data.startswith(POINTER):
         raise UnreadableTextError(name, IS_POINTER, PULL)
+    if data.startswith(b"PK\3\4"):
+        raise UnreadableTextError(name, "a zip archive, not a text (unpack it)", "give a file in it")
     encoding = "utf-16" if data.startswith(UTF_16) else "utf-8-sig"
     try:
         text = data.decode(encoding)
@@ -185,7 +187,8 @@ def read_table(text: str, suffix: str) -> "csv.DictReader[str]":
     if suffix == ".tsv":
         table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        table = csv.DictReader(lines, strict=True)
+        head = text.partition("\n")[0]  # spreadsheets write semicolons where numbers have commas
+        table = csv.DictReader(lines, strict=True, delimiter=";" if ";" in head and "," not in head else ",")
     names = [name for name in table.fieldnames or () if name]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise csv.Error(f"two columns have the name {twice!r:.60}")
