@@ -45,12 +45,12 @@ def test_a_request_becomes_rows(dtype: torch.dtype) -> None:
     tensors = tensors_of(ACCEPTED, rows=2)
     tensors["u"], tensors["seeds"] = torch.tensor([0.25, 1.0]), torch.tensor([7, -1])
     tensors["latents"] = tensors["latents"].to(dtype)
-    rows = parse_request(save(tensors, metadata={"format": "pt"}), ACCEPTED, "a cat")
+    rows = parse_request(save(tensors, metadata={"format": "pt"}), ACCEPTED)
     for number, row in enumerate(rows):
         assert row.latents.dtype == torch.float32 and torch.equal(row.latents, tensors["latents"][number].float())
         assert torch.equal(row.encoded.prompt_embeds, tensors["prompt_embeds"][[number]])
         assert torch.equal(row.encoded.pooled_prompt_embeds, tensors["pooled_prompt_embeds"][[number]])
-    assert [(row.prompt, row.u, row.seed) for row in rows] == [("a cat", 0.25, 7), ("a cat", 1.0, -1)]
+    assert [(row.prompt, row.u, row.seed) for row in rows] == [("", 0.25, 7), ("", 1.0, -1)]
 
 
 def test_without_seeds_the_seed_is_0() -> None:
