@@ -25,7 +25,7 @@ def plan(tmp_path: Path) -> Plan:
     pairs = list(collect(folder).pairs)
     parts = dict.fromkeys(PARTS, pairs)
     written = write_pairs(tmp_path / "work", Split(parts, "for a test"))
-    return Plan("sd_tiny", folder, written, None, "frozen", None, False, 10, None, [], [], 4)
+    return Plan("sd_tiny", folder, written, None, "frozen", None, False, None, [], [], 4)
 
 
 def scored(plan: Plan, wrong: int, ties: int = 0) -> Path:
