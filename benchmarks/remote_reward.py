@@ -27,7 +27,7 @@ from scoring import random_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from latentreward.apps.serving.app import serve
+from latentreward.apps.serving.app import serve_until_stopped
 from latentreward.apps.serving.service import ScoringService
 from latentreward.apps.serving.settings import ServiceSettings, bind
 from latentreward.reward import RemoteServer, ServedImages
@@ -57,7 +57,7 @@ def run_server(size: str, batch_size: int) -> None:
 
     batcher._score = timed
     with bind("127.0.0.1", 0) as bound:
-        serve(service, bound)
+        serve_until_stopped(service, bound)
 
 
 def busy_seconds(address: str) -> float:

@@ -29,7 +29,7 @@ from scoring import random_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from latentreward.apps.serving.app import serve
+from latentreward.apps.serving.app import serve_until_stopped
 from latentreward.apps.serving.bodies import Accepted, parse_request
 from latentreward.apps.serving.service import ScoringService
 from latentreward.apps.serving.settings import ServiceSettings, bind
@@ -48,7 +48,7 @@ def run_server(size: str, batch_size: int) -> None:
     """Serve a random model; runs in the server's process."""
     with bind("127.0.0.1", 0) as bound:
         settings = ServiceSettings(batch_size=batch_size, timeout=600.0)
-        serve(ScoringService({"reward": random_model(size)}, settings), bound)
+        serve_until_stopped(ScoringService({"reward": random_model(size)}, settings), bound)
 
 
 def command(size: str, threads: int, batch_size: int = 8) -> list[str]:

@@ -80,7 +80,7 @@ def acceptable(body: bytes, accepted: Accepted) -> bool:
         and accepted.pooled_width in (None, *(tensors.get("pooled_prompt_embeds", torch.zeros(0)).shape[1:]))
         and height % accepted.patch == width % accepted.patch == 0
         and max(height, width) <= (accepted.max_side or math.inf)
-        and math.prod((*time, height, width)) <= accepted.max_pixels
+        and math.prod((*time, height, width)) <= accepted.max_latent_pixels
         and (accepted.masked or tensors["prompt_embeds"].shape[1] <= accepted.max_prompt)
         and (not accepted.masked or tensors["prompt_mask"].sum(dim=1).max() <= accepted.max_prompt)
         and len(tensors["latents"]) <= accepted.max_rows

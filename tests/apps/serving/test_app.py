@@ -357,5 +357,5 @@ def test_a_sigterm_before_uvicorn_listens_to_signals_ends_the_server(monkeypatch
     monkeypatch.setattr("builtins.print", send)
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: asked.append(self.should_exit))
     with bind("127.0.0.1", 0) as bound:
-        app.serve(service, bound)
+        app.serve_until_stopped(service, bound)
     assert asked == [True] and signal.getsignal(signal.SIGTERM) == before

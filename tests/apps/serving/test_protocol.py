@@ -20,7 +20,7 @@ from latentreward.apps.serving.batching import RequestError
 from latentreward.apps.serving.bodies import (
     JSON,
     Accepted,
-    Memory,
+    ByteBudget,
     parse_json,
     parse_latents,
     parse_request,
@@ -34,7 +34,7 @@ from tests.apps.serving.prompted_requests import TIMES
 from tests.apps.serving.prompted_requests import body_of as prompted
 
 ACCEPTED = Accepted(
-    4, text_width=6, pooled_width=3, patch=2, max_side=16, max_pixels=128, max_prompt=7, max_rows=3, queue=8
+    4, text_width=6, pooled_width=3, patch=2, max_side=16, max_latent_pixels=128, max_prompt=7, max_rows=3, queue=8
 )
 PROCESS = FlowMatching()
 UNEQUAL = replace(ACCEPTED, pooled_width=None, max_prompt=6, masked=True, frames=1)
@@ -105,7 +105,7 @@ def test_what_json_becomes_fits_into_the_memory_that_is_counted(kind: type[BaseM
                 parse_json(body, kind)
             return tracemalloc.get_traced_memory()[1] - memory.held
 
-    body, memory = text.encode(), Memory(2**30)
+    body, memory = text.encode(), ByteBudget(2**30)
     request = Request({"type": "http", "headers": [(b"content-type", JSON.encode())]}, receive)
     try:
         assert asyncio.run(peak()) < 2**20

@@ -73,7 +73,7 @@ def serve(
         raise InputError(f"serve needs {missing[0]}, which is not installed; pip install 'latentreward[serve]'")
     import torch
 
-    from latentreward.apps.serving.app import serve as serve_until_stopped
+    from latentreward.apps.serving.app import serve_until_stopped
     from latentreward.apps.serving.service import ScoringService
     from latentreward.core.running import find_device
     from latentreward.reward import RewardModel

@@ -264,7 +264,7 @@ def configuration(service: ScoringService) -> uvicorn.Config:
     )
 
 
-def serve(service: ScoringService, bound: socket.socket) -> None:
+def serve_until_stopped(service: ScoringService, bound: socket.socket) -> None:
     """Answer requests until SIGTERM or SIGINT; then finish requests in progress, for up to the request timeout.
 
     Prints each reward, and ``serving NAMES at URL`` once clients can connect.

@@ -34,7 +34,7 @@ from latentreward.reward.remote.schemas import MOST_CHARACTERS, Header, ImagesRe
 from latentreward.reward.scoring.ensemble import source_ref
 
 JSON, SAFETENSORS = "application/json", "application/octet-stream"
-ROWS = 64  # greatest number of rows of a request of one's own routes, if the queue is not shorter
+MAX_ROWS = 64  # greatest number of rows of a request of one's own routes, if the queue is not shorter
 TENSOR_NAMES, WITH_PROMPTS = 16 * 1024, 2**20  # greatest length in bytes of a safetensors header
 QUOTES = 2**14  # in such a header: four for each text in it, and two for each prompt
 VALUES, VALUE_BYTES = 2**16, 2048  # greatest number of values in JSON, and what one takes with two errors about it
@@ -48,7 +48,7 @@ Images = list[tuple[str, bytes]]  # a prompt and a file each; the prompt of an e
 Take = Callable[[int], None]
 
 
-class Memory:
+class ByteBudget:
     """Bytes that all requests hold at present: their bodies, what these become, and pixels."""
 
     def __init__(self, total: int) -> None:
@@ -144,8 +144,8 @@ class Accepted:
     max_side: int | None = None  # longest side of latents, in latent pixels; None if the network has no limit
     max_prompt: int = 1024  # largest number of tokens of a prompt
     tokens: int | None = None  # number of tokens L if fixed, as for heads that compare with the empty prompt
-    max_pixels: int = 128 * 128  # largest h · w, or T · h · w with a time axis; with sources, of all together
-    max_rows: int = ROWS  # largest B
+    max_latent_pixels: int = 128 * 128  # largest h · w, or T · h · w with a time axis; with sources, of all together
+    max_rows: int = MAX_ROWS  # largest B
     queue: int = 256  # most rows of the routes that send whole groups
     masked: bool = False  # whether prompts have unequal numbers of tokens, told by a mask
     frames: int | None = None  # number of latent frames T; None if latents have no time axis
@@ -170,8 +170,8 @@ class Accepted:
             max_side=backbone.max_side,
             max_prompt=backbone.max_prompt or cls.max_prompt,
             tokens=empty.prompt_embeds.shape[1] if reward.head.needs_uncond and not masked else None,
-            max_pixels=settings.max_latent_pixels or 4 * math.prod((*time, *shape[-2:])),
-            max_rows=min(ROWS, settings.queue),
+            max_latent_pixels=settings.max_latent_pixels or 4 * math.prod((*time, *shape[-2:])),
+            max_rows=min(MAX_ROWS, settings.queue),
             queue=settings.queue,
             masked=masked,
             frames=time[0] if time else None,
@@ -233,7 +233,7 @@ class Accepted:
                 raise RequestError(problem, 422)
             pixels += (self.frames or 1) * math.prod(sides)
         remedy = "send smaller ones, or raise --max_latent_pixels"
-        check_limit(f"{', '.join(('latents', *named))}: latent pixels", pixels, self.max_pixels, remedy)
+        check_limit(f"{', '.join(('latents', *named))}: latent pixels", pixels, self.max_latent_pixels, remedy)
         rows = [*zip(*(tensors[name].unbind() for name in named), strict=True)]
         return tensors, rows or [()] * len(tensors["latents"])
 

@@ -55,6 +55,7 @@ def unirl_routes(service: ScoringService) -> APIRouter:
 
     @router.post("/score", summary="UniRL's clients: score images by rewards")
     async def score(request: Request) -> JSONResponse:
+        service.model_of(request)  # raises for the name of an unknown reward
         async with service.memory.body(request, service.settings, JSON) as (body, take):
             samples = (await asyncio.to_thread(parse_json, body, UniRLRequest)).requests
             check_limit("requests: samples", len(samples), service.settings.queue)

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from latentreward.apps.serving import bodies
 from latentreward.apps.serving.batching import Batcher, RequestError, Row, RowScorer, Scores
-from latentreward.apps.serving.bodies import Accepted, Images, Memory, Take
+from latentreward.apps.serving.bodies import Accepted, ByteBudget, Images, Take
 from latentreward.apps.serving.settings import ServiceSettings
 from latentreward.core.contracts import sources_of
 from latentreward.core.errors import InputError, one_line
@@ -23,7 +23,7 @@ from latentreward.reward.scoring.scoring_noise import timesteps_of
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 """Bucket bounds of the histogram of answer times, in seconds."""
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # bucket bounds of the histogram of rows of a pass
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # bucket bounds of the histogram of rows of a pass
 
 
 class ScoringError(RequestError):
@@ -107,7 +107,7 @@ class ServedModel:
         return {name: [*column] for name, column in zip(names, zip(*scores, strict=True), strict=True)}
 
     def describe(self) -> dict[str, Any]:
-        """Describe the model and the server's limits, as :class:`ServedReward` and more, as values for JSON."""
+        """Describe the model and the server's limits as values for JSON."""
         accepted, backbone, limits = self.accepted, self.reward.backbone, self.settings
         return {
             "name": self.name,
@@ -125,7 +125,7 @@ class ServedModel:
             "u": backbone.noise_process.sigma(timesteps_of(self.reward.noise, backbone.noise_process)).tolist(),
             **{name: getattr(limits, name) for name in ("batch_size", "queue", "timeout")},
             "max_body_bytes": limits.max_body,
-            "max_latent_pixels": accepted.max_pixels,
+            "max_latent_pixels": accepted.max_latent_pixels,
             "max_rows": accepted.max_rows,
         }
 
@@ -134,11 +134,11 @@ class ScoringService:
     """Rewards of a server by name; the first one scores requests that name none."""
 
     def __init__(self, rewards: Mapping[str, RewardModel], settings: ServiceSettings) -> None:
-        self.settings, self.memory, self.registry = settings, Memory(16 * settings.max_body), CollectorRegistry()
+        self.settings, self.memory, self.registry = settings, ByteBudget(16 * settings.max_body), CollectorRegistry()
         about = {"namespace": "latentreward", "registry": self.registry}
         self.requests = Counter("requests", "Requests answered.", ["path", "status"], **about)
         self.seconds = Histogram("request_seconds", "Seconds to an answer.", ["path"], buckets=SECONDS, **about)
-        passes = Histogram("batch_rows", "Rows of a pass of a reward.", ["reward"], buckets=ROWS, **about)
+        passes = Histogram("batch_rows", "Rows of a pass of a reward.", ["reward"], buckets=ROW_BUCKETS, **about)
         waiting = Gauge("queue_rows", "Rows that wait for a reward.", ["reward"], **about)
         devices = {reward.device: asyncio.Lock() for reward in rewards.values()}
         self.models = {

@@ -19,8 +19,8 @@ class ServiceSettings:
         batch_size: Greatest number of rows (images or latents) per forward pass of a reward.
         max_wait_ms: Milliseconds that a row waits at most for other rows to share its forward pass.
         queue: Greatest number of waiting rows of a reward; requests beyond it are answered 503 with Retry-After.
-        timeout: Seconds after which a request is answered 504, or 408 if its body has not arrived. A request that
-            would wait longer for others is answered 503 at once.
+        timeout: Seconds that the body may take to arrive (else 408), and images to be decoded and rows to be scored
+            (else 504 for each). A request that would wait longer for others is answered 503 at once.
         max_body_mb: Largest body, in MiB; all requests together have 16 times as much memory.
         max_pixels: Largest width × height of an image, which is read from its header before the image is decoded.
         max_latent_pixels: Largest h · w of latents, or T · h · w with a time axis, in latent pixels; with pictures to

@@ -1,4 +1,4 @@
-"""Readers of published sets of pairs and ranked images: each is a small function from a row to its pairs."""
+"""Readers of published sets of pairs and ranked images: each maps a row to its pairs."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -43,6 +43,7 @@ SPEC = "spec.json"
 PAIRS, IMAGES, PROMPTS = TABLES = "pairs.parquet", "images.parquet", "prompts.parquet"
 LATENTS, EMBEDS, POOLED, LENGTHS = "latents", "prompt_embeds", "pooled_prompt_embeds", "prompt_lengths"
 AGAIN = "encode again with `latentreward cache`"
+MISSING = "missing"
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def read_table(folder: Path, name: str) -> pa.Table:
     try:
         return pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        problem = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({first_line(error)})"
+        problem = MISSING if isinstance(error, FileNotFoundError) else f"damaged ({first_line(error)})"
         raise InputError(f"{path} is {problem}; run the same `latentreward cache` again") from error
 
 

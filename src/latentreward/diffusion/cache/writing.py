@@ -238,7 +238,7 @@ def prepare_cache(
             write_file(folder / SPEC, plan.to_json(), KEPT)
         plan = store.read_plan(folder)
         states = store.check_files(folder, plan)
-        if damaged := [problem for problem, _ in states if problem and not problem.endswith("is missing")]:
+        if damaged := [problem for problem, _ in states if problem and not problem.endswith(store.MISSING)]:
             logger.warning("%s: %s (%d such); encoding again", folder, damaged[0], len(damaged))
         return [number for number, (problem, _) in enumerate(states) if problem]
 

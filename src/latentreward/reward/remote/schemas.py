@@ -1,4 +1,4 @@
-"""Forms of requests and replies: the JSON of every route as pydantic models, and the forms in which a client asks."""
+"""Forms of requests: the JSON that the service takes as pydantic models, and the forms in which a client asks."""
 
 import base64
 from collections.abc import Mapping, Sequence
