@@ -44,6 +44,18 @@ PAIRS, IMAGES, PROMPTS = TABLES = "pairs.parquet", "images.parquet", "prompts.pa
 LATENTS, EMBEDS, POOLED, LENGTHS = "latents", "prompt_embeds", "pooled_prompt_embeds", "prompt_lengths"
 AGAIN = "encode again with `latentreward cache`"
 MISSING = "missing"
+FIELDS = {
+    **dict.fromkeys(("pair_id", "group_id", "model_a", "model_b", "source", "split"), pa.string()),
+    **dict.fromkeys(("label_a", "weight", "confidence"), pa.float64()),
+    "votes": pa.list_(pa.int64()),
+}
+"""Fields of a pair that are stored as they are."""
+PLACE = {"file": pa.int32(), "reader_row": pa.int64()}
+ROWS = dict.fromkeys(("prompt", "image_a", "image_b"), pa.int64()) | {"source_images": pa.list_(pa.int64())}
+IMAGE = {"image_key": pa.string(), "height": pa.int32(), "width": pa.int32(), "noise": pa.string(), "side": pa.string()}
+SCHEMAS = {PAIRS: FIELDS | ROWS, IMAGES: IMAGE | PLACE, PROMPTS: {"prompt": pa.large_string()} | PLACE}
+"""Columns of the tables. ``side`` is a or b, or the place, from 0, of a picture that the images are edits of; the
+``reader_row`` of a prompt is null unless its text encoder sees these pictures too."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +120,9 @@ def read_table(folder: Path, name: str) -> pa.Table:
     """Read a table of a cache, with the checksums of its pages; raises InputError if it is missing or damaged."""
     path = (folder / name).absolute()
     try:
-        return pq.read_table(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        table = pq.read_table(path, page_checksum_verification=True)
+        return table.select([*SCHEMAS[name]]).cast(pa.schema(SCHEMAS[name]))
+    except (pa.ArrowException, LookupError, OSError) as error:
         problem = MISSING if isinstance(error, FileNotFoundError) else f"damaged ({first_line(error)})"
         raise InputError(f"{path} is {problem}; run the same `latentreward cache` again") from error
 
@@ -148,11 +161,20 @@ def check_file(folder: Path, plan: CachePlan, file: CacheFile, contents: bool = 
         record = tensors.pop("cache")
         if record.get("plan") != plan.name:
             raise InputError(f"{file.name} belongs to another cache")
-        if (LATENTS if file.size is not None else EMBEDS) not in tensors:
+        found = tensors[LATENTS if file.size is not None else EMBEDS]
+        if (str(found.dtype), found.shape) != (f"torch.{plan.spec.dtype}", _shape(plan.spec, file, tensors)):
             raise InputError(f"{file.name} is damaged: its tensors are not those of the plan")
         if contents and digest_of(tensors, record["unread"]) != record["sha256"]:
             raise InputError(f"{file.name} is damaged: its contents are not those of its digest")
         return {int(file.rows[int(row)]): str(reason) for row, reason in record["unread"].items()}
+
+
+def _shape(spec: CacheSpec, file: CacheFile, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Return the shape of the latents or embeddings of a file; of prompts with a mask the tokens follow each other."""
+    if file.size is not None or spec.text is None:
+        return len(file.rows), *spec.latent_space.shape(*(file.size or (0, 0)), spec.images.frames)
+    tokens = (int(tensors[LENGTHS].sum()),) if spec.text.masked else (len(file.rows), spec.text.num_tokens)
+    return *tokens, spec.text.token_dim
 
 
 def check_files(folder: Path, plan: CachePlan) -> list[tuple[str, dict[int, str]]]:

@@ -42,25 +42,13 @@ from latentreward.data.images import COUNT, DAMAGED, decode_latents, read_header
 from latentreward.data.loading import WorkerLoader
 from latentreward.diffusion.cache import store
 from latentreward.diffusion.cache.sources import Encoders, LatentSource
-from latentreward.diffusion.cache.store import IMAGES, PAIRS, PROMPTS, SPEC, CachePlan, CacheSpec
+from latentreward.diffusion.cache.store import FIELDS, IMAGES, PAIRS, PROMPTS, SCHEMAS, SPEC, CachePlan, CacheSpec
 from latentreward.diffusion.encoders.vae import edit_of_grey
 
 logger = logging.getLogger(__name__)
 KEPT = "finished files are kept: free some space and resume with the same command"
 ENCODE = "encode"  # name of the task that encodes one file
 SKIP = "replace the file, or set the reader's on_error to skip, and run the same command"
-FIELDS = {
-    **dict.fromkeys(("pair_id", "group_id", "model_a", "model_b", "source", "split"), pa.string()),
-    **dict.fromkeys(("label_a", "weight", "confidence"), pa.float64()),
-    "votes": pa.list_(pa.int64()),
-}
-"""Fields of a pair that are stored as they are."""
-PLACE = {"file": pa.int32(), "reader_row": pa.int64()}
-ROWS = dict.fromkeys(("prompt", "image_a", "image_b"), pa.int64()) | {"source_images": pa.list_(pa.int64())}
-IMAGE = {"image_key": pa.string(), "height": pa.int32(), "width": pa.int32(), "noise": pa.string(), "side": pa.string()}
-SCHEMAS = {PAIRS: FIELDS | ROWS, IMAGES: IMAGE | PLACE, PROMPTS: {"prompt": pa.large_string()} | PLACE}
-"""Columns of the tables. ``side`` is a or b, or the place, from 0, of a picture that the images are edits of; the
-``reader_row`` of a prompt is null unless its text encoder sees these pictures too."""
 
 
 def images_of(pair: PreferencePair) -> dict[str, ImageRef]:
