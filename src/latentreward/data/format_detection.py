@@ -57,7 +57,8 @@ def recognise(data: str) -> Splits:
     columns = _keys(path) if path.suffix.lower() in (".csv", ".tsv") else set().union(*next(_tables(path), {}).values())
     if columns:
         told = f"a table whose columns no reader knows: {quoted(', '.join(sorted(columns)[:NAMED_COLUMNS]))}"
-        flags = f"DatasetPairReader --reader.source {shlex.quote(data)} --reader.columns '{{prompt: COLUMN, ...}}'"
+        flags = f"DatasetPairReader --reader.source {shlex.quote(data)} --reader.columns"
+        flags = f"{flags} '{{prompt: COLUMN, image_a: COLUMN, image_b: COLUMN, label: COLUMN}}'"
         raise InputError(f"data: {data} is {told}; name those of a pair by --reader {flags}")
     told = f"data: {data} is none of {EXPECTED}; check the folder, or name your class with --reader CLASS"
     raise InputError(f"{told}, such as DatasetPairReader with a pattern of files")

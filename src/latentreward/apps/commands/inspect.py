@@ -1,7 +1,5 @@
 """``latentreward inspect``: print what a data set holds, before anything is trained on it."""
 
-import logging
-from collections.abc import Callable
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -13,7 +11,6 @@ from latentreward.core.storage.durable import write_file
 from latentreward.data import PairReader
 from latentreward.data.format_detection import choose_splits, recognise
 from latentreward.data.inspection import Report, inspect_reader, shared_prompts
-from latentreward.data.readers.rows import WholeNumbersError
 
 
 def inspect(
@@ -62,21 +59,12 @@ def _open(
     readers, unread = dict[str, PairReader](), dict[str, str]()
     for name, build in choose_splits(found, names).items():
         try:
-            readers[name] = _opened(partial(build, on_error="skip"))
+            readers[name] = build(on_error="skip")
         except InputError as error:
             unread[name] = str(error)
     if not readers:
         raise InputError(next(iter(unread.values())))
     return readers, unread
-
-
-def _opened(build: Callable[..., PairReader]) -> PairReader:
-    """Open a recognised split; labels that are whole numbers are counted as probabilities, which is told."""
-    try:
-        return build()
-    except WholeNumbersError as error:
-        logging.getLogger(__name__).warning("%s; counted as 1: a, 0: b", error)
-        return build(labels={1: "a", 0: "b"})
 
 
 run = partial(run_function, inspect)

@@ -255,10 +255,11 @@ class PairRowParser:
             self._whole.add(False)
             return WORDS[value]
         number, digits = parse_number(value), isinstance(value, str) and value.strip().isdigit()
-        self._whole.add(digits or (isinstance(value, int) and not isinstance(value, bool)))
+        whole = digits or (isinstance(value, int) and not isinstance(value, bool))
+        self._whole.add(whole)
         if number is None or not 0 <= number <= 1:
-            told = "neither in [0, 1] nor a, b or tie; say what it means, e.g. labels: {left: a, right: b}"
-            raise BadRow(f"label is {short(value)}, {told}", BAD_LABEL)
+            told = f"{short(value)}, neither in [0, 1] nor a, b or tie; say what it means, e.g. labels:"
+            raise BadRow(f"label is {told} {'{1: a, 2: b}' if whole else '{left: a, right: b}'}", BAD_LABEL)
         return number
 
 
