@@ -107,7 +107,7 @@ def test_a_part_whose_worker_is_killed_is_done_again(
     }
     assert os.getpid() not in {process for _, process, _ in found.values()}
     out, error = capsys.readouterr()
-    assert out.count("from 100\n") == 1 and error.splitlines() == ["a worker has ended: another one does its part"]
+    assert "from 100" not in out and error.splitlines() == ["a worker has ended: another one does its part"]
 
 
 @pytest.mark.slow

@@ -65,8 +65,8 @@ def pages(site: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("dark", "part"),
-    rotated_after(0, [(False, slice(None)), *((True, slice(start, None, 3)) for start in range(3))]),
-    ids=["all", "dark 1 of 3", "dark 2 of 3", "dark 3 of 3"],
+    rotated_after(0, [(dark, slice(start, None, 4)) for dark in (False, True) for start in range(4)]),
+    ids=[f"{tone} {part} of 4" for tone in ("light", "dark") for part in range(1, 5)],
 )
 def test_pages_fetch_nothing_and_can_be_read_on_a_phone(
     browser_page, site: Path, address: str, dark: bool, part: slice

@@ -78,6 +78,7 @@ def number(text: str, name: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "name", rotated_after(0, [f"{model}_{step}" for model in ONE_CARD for step in ("reward", "align")])
 )
