@@ -65,6 +65,8 @@ class Parser(functions.SettingsParser, LightningArgumentParser):
         if command in USED and namespace[command].get("data") is not None:
             namespace = namespace.clone()
             namespace[command]["data"] = open_readers(command, namespace[command]["data"])
+            # Rows are counted here, before the model is loaded.
+            options["instantiators"] = [(partial(with_rows, USED[command]), PairLoaders, True)]
         return super().instantiate(namespace, *args, **options)
 
 
@@ -403,6 +405,13 @@ def open_readers(command: str, data: Namespace) -> Namespace:
                     raise InputError(f"data.{name}: {problem}") from error
                 tell_unopened(InputError(problem))
                 given[name] = None
+    return data
+
+
+def with_rows(names: Sequence[str], kind: type[PairLoaders], *args: Any, **options: Any) -> PairLoaders:
+    """Construct a data module, and raise InputError if one of the named splits has no rows left."""
+    data = kind(*args, **options)
+    data.require_rows(names)
     return data
 
 
