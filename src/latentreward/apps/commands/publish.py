@@ -27,6 +27,9 @@ from latentreward.reward.scoring.scoring_noise import FEWEST, NoiseSettings
 if TYPE_CHECKING:
     from latentreward.data.image_lists import ImageList
 
+FEW = 200
+"""Number of distinct reference images below which quantiles have errors of a few hundredths, and a warning is shown."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -142,6 +145,10 @@ def calibrate(model: RewardModel, reference: Reference, listed: "ImageList", bat
         line = f"{len(bad)} of {len(rows)} reference images are left out, the first: {bad[0][0]}: {bad[0][1]}"
         print(printable(line), file=sys.stderr)
     scores = torch.tensor([score for _, score, _ in rows if score is not None])
+    different = len({row.path for row, score, _ in rows if score is not None})
+    if different < FEW:
+        thin = f"reference.images: {different} different images in {len(scores)} rows"
+        print(f"{thin}; z_score and quantile are rough below {FEW}", file=sys.stderr)
     name = reference.name or Path(reference.images).name
     return Calibration.fit(scores, name, model.noise, reference.seed, model.head.axis_weights)
 
