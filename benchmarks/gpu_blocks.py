@@ -34,7 +34,8 @@ from latentreward.apps.estimate.step_costs import make_batch, optimizer_of, step
 from latentreward.apps.estimate.unread import ConfigSources, unset_variables
 from latentreward.core.contracts import map_tensors
 from latentreward.core.registry import backbone_names
-from latentreward.core.settings.functions import prepare_parsing, rewrite_arguments
+from latentreward.core.settings.functions import prepare_parsing
+from latentreward.core.settings.rewriting import rewrite_arguments
 from latentreward.core.storage.durable import write_file
 from latentreward.diffusion import LoRA
 from latentreward.diffusion.backbones.fused_lora import fuse_lora

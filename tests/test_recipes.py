@@ -19,7 +19,8 @@ from latentreward.apps.commands.fit import TrainingCLI
 from latentreward.apps.estimate.pipelines import write_pipelines
 from latentreward.core.registry import backbone_names
 from latentreward.core.running import pair_generator
-from latentreward.core.settings.functions import prepare_parsing, rewrite_arguments
+from latentreward.core.settings.functions import prepare_parsing
+from latentreward.core.settings.rewriting import rewrite_arguments
 from latentreward.data import PreferenceDataModule
 from latentreward.reward import RewardModule
 from tests.marks import release_after, rotated_after

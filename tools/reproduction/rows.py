@@ -14,7 +14,7 @@ import yaml
 from pydantic import BeforeValidator
 
 from latentreward.core.errors import InputError, did_you_mean, one_line
-from latentreward.core.settings.functions import check_yaml, find_config
+from latentreward.core.settings.rewriting import check_yaml, find_config
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.json_files import STRICT, checked
 from tools.emoji.world import REMEDY, VARIABLE

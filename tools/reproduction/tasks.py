@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from latentreward.core.settings.functions import find_config
+from latentreward.core.settings.rewriting import find_config
 from latentreward.core.storage.digests import digest
 
 CONFIG = "--config="

@@ -49,8 +49,7 @@ COMMANDS = {
     "consolidate": "turn a sharded checkpoint into one file, with EMA weights if set",
 }
 """Subcommand → one line of help."""
-FIRST = 7
-"""Number of commands that the help shows before the others."""
+FIRST = 7  # number of commands that the help shows before the others
 TRAINER = ("fit", "validate", "test", "predict")
 """Subcommands that run a Lightning trainer; one module has them all."""
 

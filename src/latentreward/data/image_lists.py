@@ -11,11 +11,10 @@ from latentreward.core.contracts import EditPrompt, ImageRef
 from latentreward.core.errors import InputError, did_you_mean, errors_at
 from latentreward.core.storage.json_files import UnreadableTextError, read_table, read_text
 from latentreward.core.storage.user_files import escapes, find_file, find_files, one_form, resolve_inside, split_pattern
-from latentreward.data.images import NO_IMAGE, OUTSIDE, file_image, outside
+from latentreward.data.images import NO_IMAGE, OUTSIDE, SUFFIXES, file_image, outside
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.folders import (
     NO_TEXT,
-    SUFFIXES,
     UNREAD,
     Caption,
     note_caption,

@@ -23,6 +23,8 @@ from latentreward.core.contracts import ImageRef
 from latentreward.core.errors import InputError, quoted
 from latentreward.core.storage.user_files import IS_POINTER, POINTER, PULL, find_file, relative_path, resolve_inside
 
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
+"""Suffixes of image files that can be decoded."""
 SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 """Marker of the end of a JPEG image, or of a segment that begins with its length."""
 END, SCAN = 0xD9, 0xDA

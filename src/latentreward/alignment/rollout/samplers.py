@@ -89,6 +89,7 @@ class StepSampler(ABC):
     timesteps: Tensor
     noise_std: Tensor
     noise_setting: str
+    density: Density  # of a step's :class:`Transition`
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -197,14 +198,13 @@ class DDIMSampler(StepSampler):
         # Computed in float64: near the last step 1 − ᾱ is a difference of numbers near 1.
         self._table = torch.stack(columns, dim=1).to(torch.float32)
         self.timesteps, self.noise_std = timesteps.to(torch.float32), std.to(torch.float32)
-        self.eta, self.noise_setting = eta, f"eta={eta:g}"
+        self.noise_setting, self.density = f"eta={eta:g}", "normal" if eta else "none"
 
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
         signal, spread, signal_next, towards_noise, std = self._columns(self._table, timesteps, latents)
         seen = latents.float(), model_output.float(), signal, spread
         clean, noise = predicted_clean(self.prediction_type, *seen), predicted_noise(self.prediction_type, *seen)
-        mean = signal_next * clean + towards_noise * noise
-        return Transition(mean, std.flatten(), std.flatten(), "normal" if self.eta else "none")
+        return Transition(signal_next * clean + towards_noise * noise, std.flatten(), std.flatten(), self.density)
 
     def clean(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
         signal, spread, _, _, _ = self._columns(self._table, timesteps, latents)
@@ -266,7 +266,7 @@ class FlowSDESampler(StepSampler):
             growth = spread**2 / (2 * sigma)
             of_latents, of_velocity = 1 + growth * step, (1 + growth * (1 - sigma)) * step
         self._table = torch.stack([sigma, of_latents, of_velocity, self.noise_std, spread], dim=1)
-        self.density: Density = "squares" if kind == "cps" else "normal" if noise_level else "none"
+        self.density = "squares" if kind == "cps" else "normal" if noise_level else "none"
 
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
         _, of_latents, of_velocity, std, spread = self._columns(self._table, timesteps, latents)

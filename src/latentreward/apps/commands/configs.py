@@ -10,7 +10,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from latentreward.core.errors import InputError, did_you_mean
-from latentreward.core.settings.functions import run_function, shipped_configs
+from latentreward.core.settings.functions import run_function
+from latentreward.core.settings.rewriting import shipped_configs
 
 LONGEST = 110
 """Most characters of a summary that is shown whole; a longer summary is cut at its first colon."""

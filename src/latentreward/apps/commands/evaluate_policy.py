@@ -40,6 +40,7 @@ SLOTS, NAMES = ("policy", "against"), ("policy", "baseline")
 """Names of the folders of the two policies, and default names of the policies in reports."""
 TINY_WORLD = {"tinyworld": judged_captions, "tinyworld_tuning": tuning_captions}
 """Values of ``prompts`` → function that gives captions of the tiny world."""
+UNKNOWN_NOISE = "Pictures from a folder are paired by prompt and number; whether their noise was equal is unknown."
 PRINTED = ("Scores", "Comparison")
 """Titles of the sections that the terminal shows too."""
 
@@ -148,9 +149,8 @@ def evaluate_policy(
         }
         work.join(tasks, spec)
         with locked(output_dir, "output_dir"):
-            RunFolder(output_dir, output_dir / "evaluate.json", settings, "output_dir", "choose an empty folder").claim(
-                made=False
-            )
+            remedy = "choose an empty folder"
+            RunFolder(output_dir, output_dir / "evaluate.json", settings, "output_dir", remedy).claim(made=False)
             for scorer in (one for one in scorers if isinstance(one, ToolScorer)):
                 scorer.prepare()
             made = {
@@ -167,10 +167,7 @@ def evaluate_policy(
                 for name, pictures in made.items()
                 if (more := len(found[name]) - len(pictures))
             ]
-            unknown = (
-                "Pictures from a folder are paired by prompt and number; whether their noise was equal is unknown."
-            )
-            notes += [unknown] if len(policies) > 1 and made else []
+            notes += [UNKNOWN_NOISE] if len(policies) > 1 and made else []
             for note in notes:
                 tell(note)
             with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):

@@ -39,7 +39,8 @@ from latentreward.core.interrupts import TERMINATED
 from latentreward.core.registry import backbone_names
 from latentreward.core.settings import functions
 from latentreward.core.settings.errors import check_ranges, summarise
-from latentreward.core.settings.functions import constructor_errors, rewrite_arguments
+from latentreward.core.settings.functions import constructor_errors
+from latentreward.core.settings.rewriting import rewrite_arguments
 from latentreward.core.storage.durable import lock_run, write_file
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders

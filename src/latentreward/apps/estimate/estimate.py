@@ -32,10 +32,8 @@ ASSUMED = (
 GB = 10**9
 ALLOWANCE, CONTEXT = 1.1, GB
 """Factor for what the allocator holds beyond tensors, and bytes of a CUDA context and kernels' work space."""
-IMPORTS = 2 * GB
-"""Memory of a process with all its imports and data loaders."""
-KEPT_ROWS = 0.5
-"""Share of a rollout's rows that pass the threshold of LPO; a guess, since it depends on the reward."""
+IMPORTS = 2 * GB  # memory of a process with all its imports and data loaders
+KEPT_ROWS = 0.5  # share of a rollout's rows that pass the threshold of LPO; a guess, since it depends on the reward
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,10 @@ class Estimate:
         def change(name: str, to: Callable[[Any], Any]) -> Iterator[tuple[str, Any]]:
             """List one setting, by its name and its value now."""
             *path, last = name.split(".")
-            place: Any = {"model": model, "data": data, "trainer": self.settings.trainer}
+            place: Any = {"model": model, "data": data}
             for step in path:
                 place = (place or {}).get(step)
-                place = place.get("init_args", place) if isinstance(place, Namespace) and step != "init_args" else place
+                place = place.get("init_args", place) if isinstance(place, Namespace) else place
             if place is not None and last in place and (value := to(place[last])) != place[last] and value is not None:
                 yield name, value
 
@@ -212,11 +210,6 @@ class Card:
     def __post_init__(self) -> None:
         check_range("(0, inf)", card_gb=self.card_gb, tflops=self.tflops)
 
-    @property
-    def kind(self) -> str:
-        """The memory in words."""
-        return "GPU memory" if self.gpu else "memory"
-
     def memory(self) -> float | None:
         """Return the memory of the GPU, or that is free for a run on the CPU, in GB; None without a GPU to ask."""
         if not self.gpu:
@@ -258,14 +251,14 @@ def compare(found: Estimate, card: Card, again: Callable[[Sequence[str]], Estima
     Raises:
         InputError: If the training does not fit; the line ends with the settings with which it does.
     """
-    here, size = card.memory(), card.needed(found)
+    here, size, kind = card.memory(), card.needed(found), "GPU memory" if card.gpu else "memory"
     counted = f"the peak and {IMPORTS / GB:.1f} GB for the program itself"
     if card.gpu:
         counted = f"the peak, {ALLOWANCE - 1:.0%} more and {CONTEXT / GB:.1f} GB for CUDA"
     if here is None:
         counted += "; no GPU is here to compare with, --card_gb 24 takes a card of 24 GB"
-        return f"memory: {size:.1f} GB of {card.kind} (counted: {counted})\n{card.hours(found)}"
-    told = f"memory: {size:.1f} of {here:.1f} GB of {card.kind}"
+        return f"memory: {size:.1f} GB of {kind} (counted: {counted})\n{card.hours(found)}"
+    told = f"memory: {size:.1f} of {here:.1f} GB of {kind}"
     if size <= here:
         return f"{told} (counted: {counted})\n{card.hours(found)}"
     chosen: list[str] = []

@@ -19,7 +19,7 @@ from torch import Tensor
 from latentreward.alignment import LatentReward, PolicySource
 from latentreward.apps.estimate.pipelines import CLIP_MODELS, HUB_IDS, PIPELINES, write_pipelines
 from latentreward.core.errors import InputError
-from latentreward.core.settings.functions import shipped_configs
+from latentreward.core.settings.rewriting import shipped_configs
 from latentreward.core.storage.hub import cached_files, is_hub_id
 from latentreward.diffusion import DiffusionBackbone, Family
 from latentreward.diffusion.backbones import loading

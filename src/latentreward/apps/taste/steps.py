@@ -17,7 +17,7 @@ from threading import Thread
 from typing import IO, Self
 
 from latentreward.core.errors import InputError
-from latentreward.core.settings.functions import find_config
+from latentreward.core.settings.rewriting import find_config
 from latentreward.core.storage.digests import digest
 from latentreward.core.storage.durable import refuse_link, write_file
 

@@ -14,15 +14,13 @@ from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, printable
 from latentreward.core.storage.json_files import UTF_16, UnreadableTextError, read_text
 from latentreward.core.storage.user_files import find_file, find_files, one_form, resolve_inside, whole_file
-from latentreward.data.images import OUTSIDE
+from latentreward.data.images import OUTSIDE, SUFFIXES
 from latentreward.data.readers.json_rows import encodable, parse_line, parse_text, short
 from latentreward.data.readers.rows import BadRow, Pair, PairRowParser, RowReader
 
 logger = logging.getLogger(__name__)
 
 SIDES, SOURCE = ("chosen", "rejected"), "source"
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
-"""Suffixes of image files that can be decoded."""
 UNREAD = (
     ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".xcf", ".tga", ".exr", ".dng", ".cr2",
     ".cr3", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw",

@@ -10,6 +10,7 @@ from typing import Any
 
 from latentreward.core.errors import InputError
 from latentreward.core.storage.json_files import decode_text, parse
+from latentreward.data.images import SUFFIXES
 
 EDIT_SOURCE = re.compile(
     r"(source|src|input|condition|conditioning|reference|original|control|before)_(image|img)s?|path_src|prompt_images",
@@ -18,7 +19,6 @@ EDIT_SOURCE = re.compile(
 """Names, in public data sets, of the column with the picture that a row's images are edits of."""
 PERHAPS_SOURCE = re.compile(r"((image|img)_)?(source|src|input|original|before)", re.I)
 """Names of such a column if it holds a picture; else it may hold anything."""
-PICTURE = re.compile(r".+\.(jpe?g|png|webp|gif|bmp)", re.I | re.S)
 SOURCES = ("source_images", "source_image")
 """Names under which readers read such pictures, in order of preference: a list, or one picture."""
 MOST_SOURCES = 16
@@ -138,7 +138,7 @@ def _is_picture(value: Any) -> bool:
     """Tell whether a value is bytes, a struct as ``datasets`` writes images, or the name of an image file."""
     value = value[0] if isinstance(value, list) and value else value
     if isinstance(value, str):
-        return PICTURE.fullmatch(value) is not None
+        return value.lower().endswith(SUFFIXES)
     return isinstance(value, bytes) or (isinstance(value, dict) and ("bytes" in value or "path" in value))
 
 

@@ -56,8 +56,8 @@ class CacheIndex:
 
     def __init__(self, folder: Path) -> None:
         self.folder, plan = folder, store.read_plan(folder)
-        for problem in store.damaged_tables(folder, plan):
-            raise InputError(f"cache {folder}: {problem}; run the same `latentreward cache` again")
+        if problems := store.damaged_tables(folder, plan):
+            raise InputError(f"cache {folder}: {problems[0]}; run the same `latentreward cache` again")
         self.spec, self.files = plan.spec, store.files_of(folder)
         self.pairs, images, prompts = (store.read_table(folder, name) for name in (PAIRS, IMAGES, PROMPTS))
         self.image_key, self.noise, self.prompts = images["image_key"], images["noise"], prompts["prompt"]

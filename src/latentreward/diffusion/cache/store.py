@@ -161,11 +161,8 @@ def check_file(folder: Path, plan: CachePlan, file: CacheFile, contents: bool = 
         record = tensors.pop("cache")
         if record.get("plan") != plan.name:
             raise InputError(f"{file.name} belongs to another cache")
-        found = tensors.get(LATENTS if file.size is not None else EMBEDS)
-        if found is None or (str(found.dtype), found.shape) != (
-            f"torch.{plan.spec.dtype}",
-            _shape(plan.spec, file, tensors),
-        ):
+        found, dtype = tensors.get(LATENTS if file.size is not None else EMBEDS), f"torch.{plan.spec.dtype}"
+        if found is None or str(found.dtype) != dtype or found.shape != _shape(plan.spec, file, tensors):
             raise InputError(f"{file.name} is damaged: its tensors are not those of the plan")
         if contents and digest_of(tensors, record["unread"]) != record["sha256"]:
             raise InputError(f"{file.name} is damaged: its contents are not those of its digest")

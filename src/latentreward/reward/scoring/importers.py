@@ -27,7 +27,7 @@ from latentreward.core.contracts import LatentSpace
 from latentreward.core.errors import InputError, errors_at, first_line
 from latentreward.core.registry import backbone_names
 from latentreward.core.settings.errors import leaves
-from latentreward.core.settings.functions import check_yaml, rewrite_settings
+from latentreward.core.settings.rewriting import check_yaml, rewrite_settings
 from latentreward.core.storage.json_files import checked, read_config
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
