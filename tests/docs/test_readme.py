@@ -22,6 +22,7 @@ def form(line: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_blocks_run_as_printed(tmp_path: Path) -> None:
     clone = tmp_path / "latentreward"
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
