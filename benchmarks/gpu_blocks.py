@@ -300,7 +300,7 @@ class Step:
         self._held.enter_context(unset_variables())
         prepare_parsing(options, classes=True)
         arguments = rewrite_arguments([*options, "--estimate"], backbone_names(), root="fit.")
-        self._cli = Settings("fit", arguments, self._folder, self._held)
+        self._cli = Settings("fit", arguments, self._held)
         self.module: Any = self._unread()
         materialise(self.module, setting.device)
         kind, precision = "gpu" if setting.device == "cuda" else "cpu", self._parsed().trainer.precision

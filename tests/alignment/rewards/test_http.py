@@ -88,8 +88,10 @@ def test_prompts_are_scored_while_the_next_are_sampled_and_learned_from_afterwar
         judge.sizes.clear()
         judge.times.clear()
         module, began = trajectories(judge.url, 1), []
-        sample = module._sample
-        monkeypatch.setattr(module, "_sample", lambda *given: (began.append(time.monotonic()), sample(*given))[1])
+        sample = module.rollout.sample
+        monkeypatch.setattr(
+            module.rollout, "sample", lambda *given, **more: (began.append(time.monotonic()), sample(*given, **more))[1]
+        )
         parts = module.roll_out(PROMPTS)
         assert judge.sizes == [2, 2, 2]
         assert began[1] < judge.times[0][1]  # the second prompt was begun before the first one's scores were there
