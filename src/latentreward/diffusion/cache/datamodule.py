@@ -312,7 +312,7 @@ class CachedPreferenceDataModule(PairLoaders):
             :class:`~latentreward.data.sampling.BucketBatchSampler`. Evaluation always takes every pair once.
         cached_text: Whether to take prompt embeddings from the caches, if all caches hold them. Otherwise the model
             encodes prompts.
-        num_workers: Number of processes per rank that read ahead; 0 reads in the training process.
+        num_workers: Processes per rank that read ahead, for a cache on a network disk. 0 reads in the training process.
         prefetch_factor: Number of batches that each of them reads in advance.
         shared_prompts: See :class:`~latentreward.data.PreferenceDataModule`.
         targets: See :class:`~latentreward.data.PreferenceDataModule`.
@@ -331,7 +331,7 @@ class CachedPreferenceDataModule(PairLoaders):
         tokens_per_batch: int | None = None,
         small_buckets: SmallBuckets = "short",
         cached_text: bool = True,
-        num_workers: int = 1,
+        num_workers: int = 0,
         prefetch_factor: int = 4,
         shared_prompts: SharedPrompts = "drop",
         targets: ScoreTargets | None = None,
