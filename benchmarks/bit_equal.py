@@ -1,10 +1,10 @@
 """Compare two versions of the program bit by bit on this machine; prints a Markdown table.
 
-Usage: ``python benchmarks/bit_equal.py OLD_PYTHON NEW_PYTHON``: the Python interpreters of two checkouts, each with its
-own editable installation and with equal versions of torch and all dependencies. Takes about two minutes on one core;
-the exit status is 1 if anything differs. Both versions make the files of ``bit_equal_runs.py`` (LRM, DiNa-LRM
-from a cache, LPO, published folders), resume its interrupted runs, and train, evaluate and score with the shipped tiny
-configs.
+Usage: ``python benchmarks/bit_equal.py OLD/.venv/bin/python NEW/.venv/bin/python``: the Python interpreters of two
+checkouts, each with its own editable installation and equal versions of torch and all dependencies. Takes about two
+minutes on one core; the exit status is 1 if anything differs. Both versions make the files of their own
+``bit_equal_runs.py`` (LRM, DiNa-LRM from a cache, LPO, published folders), resume its interrupted runs, and train,
+evaluate and score with the shipped tiny configs.
 """
 
 import argparse
@@ -129,8 +129,9 @@ def main() -> None:
         for python, side in zip(options.python, sides, strict=True):
             side.mkdir()
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            script = Path(python).parents[2] / "benchmarks" / "bit_equal.py"  # which knows its version's names
             done = subprocess.run(
-                [python, __file__, f"--run={side}"], env=environment, capture_output=True, text=True, check=False
+                [python, script, f"--run={side}"], env=environment, capture_output=True, text=True, check=False
             )
             if done.returncode:
                 sys.exit(f"{python}:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
