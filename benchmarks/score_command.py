@@ -54,9 +54,8 @@ def write_model(folder: Path, size: str) -> Path:
     backbone = sd15(str(pipeline))
     model = ready(RewardModel(backbone, CLIPProjectionHead(backbone.feature_spec)))
     run.mkdir()
-    torch.save(
-        {"state_dict": {f"model.{name}": value for name, value in model.state_dict().items()}}, run / "last.ckpt"
-    )
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": weights, "exif": "apply"}, run / "last.ckpt")
     parts = {
         "backbone": {"class_path": "sd15", "init_args": {"source": str(pipeline)}},
         "head": {"class_path": "CLIPProjectionHead"},
