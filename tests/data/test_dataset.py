@@ -124,10 +124,11 @@ def test_rows_with_too_few_or_too_many_pictures_to_edit_follow_on_error(tmp_path
         reader = JSONLPairReader(str(tmp_path / "pairs.jsonl"), on_error=on_error)
         datasets[on_error] = PairDataset(reader, PixelLoader(8, 8))
         datasets[on_error].taken = taken
-    with pytest.raises(
-        ImageError, match=rf"pairs\.jsonl:1: number of pictures to edit: 0, and the network {span} in data of edits; "
-    ):
-        datasets["raise"][0]
+    told = rf"pairs\.jsonl:1: number of pictures to edit: 0, and the network {span} in data of edits; "
+    for look in (datasets["raise"].check_sources, lambda: datasets["raise"][0]):  # before a step, and at the row
+        with pytest.raises(ImageError, match=told):
+            look()
+    datasets["skip"].check_sources()
     kept = [item for item in (datasets["skip"][n] for n in range(4)) if isinstance(item, LoadedPair)]
     assert [len(item.sources) for item in kept] == good
     assert datasets["skip"].skipped() == {"wrong number of pictures to edit": 4 - len(good)}

@@ -47,7 +47,7 @@ def test_rows_labels_prompts_and_images(jpeg) -> None:
         ("b", b"", b"garbage", 0.3),
     )
     counts = inspect_reader("train", reader)
-    assert (counts.rows, counts.reader, counts.distinct_prompts, counts.edits) == (5, "Pairs", 4, 0)
+    assert (counts.rows, counts.reader, counts.distinct_prompts, counts.edits) == (5, "Pairs", 4, {0: 5})
     assert counts.labels == {"a wins": 1, "b wins": 2, "ties": 1, "unlabelled": 1}
     images = counts.images
     assert images is not None
@@ -107,7 +107,7 @@ def test_edits_are_counted_and_their_pictures_looked_at(jpeg) -> None:
     images = jpeg((9, 90, 9)), jpeg((90, 9, 9))
     reader = Pairs(*((prompt, *images, 1.0) for prompt in (*(EditPrompt("red", [one]) for one in pictures), "red")))
     counts = inspect_reader("train", reader)
-    assert (counts.edits, counts.distinct_prompts) == (2, 3)
+    assert (counts.edits, counts.distinct_prompts) == ({0: 1, 1: 2}, 3)
     assert counts.images is not None and counts.images.unreadable_rows == {"unknown image format": 1}
     assert counts.images.first_unreadable[0].startswith("row 1, pair 1: image 'odd': unknown image format")
-    assert "edits                             2 (66.7 %)" in Report("data", splits=[counts]).to_text()
+    assert "edits of 1                        2 (66.7 %)" in Report("data", splits=[counts]).to_text()

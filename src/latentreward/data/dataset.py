@@ -109,6 +109,15 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         prompts = self.reader.prompts()
         return any(sources_of(prompts[row]) for row in self.rows)
 
+    def check_sources(self) -> None:
+        """Raise InputError, under ``on_error: raise``, if a pair edits fewer or more pictures than are ``taken``."""
+        prompts = self.reader.prompts()
+        for place, row in enumerate(self.rows if self.on_error == "raise" else ()):
+            try:
+                check_taken(prompts[row], self.taken)
+            except ImageError as error:
+                self._without(self.reader[int(row)], place, error, None)
+
     def source_numbers(self) -> np.ndarray:
         """Return the number of pictures that each pair edits, ``(N,)``, within the numbers that are ``taken``."""
         least, most = self.taken

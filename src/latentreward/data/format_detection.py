@@ -60,8 +60,8 @@ def recognise(data: str) -> Splits:
         flags = f"DatasetPairReader --reader.source {shlex.quote(data)} --reader.columns"
         flags = f"{flags} '{{prompt: COLUMN, image_a: COLUMN, image_b: COLUMN, label: COLUMN}}'"
         raise InputError(f"data: {data} is {told}; name those of a pair by --reader {flags}")
-    told = f"data: {data} is none of {EXPECTED}; check the folder, or name your class with --reader CLASS"
-    raise InputError(f"{told}, such as DatasetPairReader with a pattern of files")
+    told = f"data: {data} is none of {EXPECTED}; check the folder, or name a class, and its columns, by --reader"
+    raise InputError(f"{told}, such as DatasetPairReader --reader.source 'PATTERN' --reader.columns '{{prompt: text}}'")
 
 
 def choose_splits(splits: Splits, names: Iterable[str]) -> Splits:

@@ -61,7 +61,7 @@ class SplitCounts:
     reader: str  # name of its class
     rows: int
     labels: dict[str, int]  # rows by winner: a, b, tie, or unlabelled
-    edits: int  # rows whose images are edits
+    edits: Counter[int]  # number of pictures to edit → rows
     distinct_prompts: int  # compared as raw text, and by the pictures to edit
     images: ImageCounts | None  # None if the reader has no images or no rows were to be examined
     skipped: Counter[str]  # rows that the reader left out, by reason
@@ -129,7 +129,7 @@ def inspect_reader(name: str, reader: PairReader, decode: bool = False, limit: i
         reader=type(reader).__name__,
         rows=len(reader),
         labels={name: int(rows.sum()) for name, rows in won.items()},
-        edits=sum(bool(sources_of(prompt)) for prompt in prompts),
+        edits=Counter(len(sources_of(prompt)) for prompt in prompts),
         distinct_prompts=len(set(prompts)),
         images=census.counts if total else None,
         skipped=Counter(reader.skipped),
@@ -213,8 +213,8 @@ def _overview(splits: Sequence[SplitCounts]) -> dict[str, list[object]]:
     rows: dict[str, list[object]] = {"rows": [split.rows for split in splits]}
     for label in splits[0].labels if splits else ():
         rows[f"  {label}"] = shares([split.labels[label] for split in splits])
-    if any(split.edits for split in splits):
-        rows["edits"] = shares([split.edits for split in splits])
+    for number in sorted({number for split in splits for number in split.edits} - {0}):
+        rows[f"edits of {number}"] = shares([split.edits[number] for split in splits])
     rows["distinct prompts"] = [split.distinct_prompts for split in splits]
     rows["rows whose images were looked at"] = [split.images.rows if split.images else NOTHING for split in splits]
     rows["distinct images, by name"] = [split.images.distinct if split.images else NOTHING for split in splits]

@@ -201,6 +201,9 @@ class StreamedPairs(PairDataset):
     def edits(self) -> bool:
         return SOURCES[0] in self.stream.own.of
 
+    def check_sources(self) -> None:
+        """Look at nothing: rows of a stream are read once, when they come."""
+
     def __getitems__(self, numbers: Sequence[int]) -> list[LoadedPair | SkippedPair]:
         """Return the pairs of the batch with the given single number, with their images decoded."""
         (number,) = numbers

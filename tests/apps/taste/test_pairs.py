@@ -100,13 +100,29 @@ def test_ratings_count_and_odd_lines_are_named(tmp_path: Path) -> None:
     assert (found.pairs[1].a.path, found.pairs[1].b.path) == ("002.png", "001.png")
     told = "; ".join(found.remarks)
     for part in (
-        "ratings.jsonl: lines left out: 1: line 25 (no JSON at character 2)",
+        "ratings.jsonl: rows left out: 1: row 25 (no JSON at character 2)",
         "023.png",
         "../secret.png",
         "itself: 1: 000.png and 000.png",
         "picture: 2",
     ):
         assert part in told
+
+
+def test_a_labelling_tool_s_table_is_taken_by_its_columns_and_labels(tmp_path: Path) -> None:
+    unsorted_folder(tmp_path, 24)
+    answers = ("left", "right", "tie")
+    lines = ["links;rechts;text;answer", *(f"{n:03}.png;{n + 1:03}.png;ein Hügel;{answers[n % 3]}" for n in range(21))]
+    (table := tmp_path / "labels.csv").write_text("\n".join([*lines, "000.png;002.png;;left", ""]), encoding="utf-8")
+    columns = {"image_a": "links", "image_b": "rechts", "prompt": "text", "label": "answer"}
+    found = collect(table, columns, {"left": "a", "right": "b", "tie": "tie"})
+    assert found.how == "pairs of labels.csv"
+    assert found.remarks == ["pairs without a caption, which are kept: 1: 000.png"]
+    assert [(*pair.names, pair.label) for pair in found.pairs[:3]] == [
+        ("000.png", "001.png", 1.0), ("002.png", "001.png", 1.0), ("002.png", "003.png", 0.5)
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="no column 'linsk' in .* did you mean 'links'"):
+        collect(table, {"image_a": "linsk"})
 
 
 @pytest.mark.parametrize(
@@ -139,5 +155,5 @@ def test_edits_are_left_out_since_a_reward_of_texts_would_be_trained_on_them(tmp
     unsorted_folder(tmp_path, 4)
     row = {"prompt": "make it red", "image_a": "000.png", "image_b": "001.png", "label": "b"}
     rated(tmp_path, {**row, "source_images": ["002.png"]}, row)
-    found = from_ratings(tmp_path)
+    found = from_ratings(tmp_path / RATINGS)
     assert len(found.pairs) == 1 and any("the result of an edit" in remark for remark in found.remarks)

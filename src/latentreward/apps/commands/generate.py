@@ -20,7 +20,7 @@ from latentreward.alignment import (
 from latentreward.apps.generation import image_folder
 from latentreward.apps.generation.search import Candidates, best_of_n, search_latents
 from latentreward.apps.generation.trained_policy import TrainedPolicy, files_named, offload_text_encoders, plain
-from latentreward.core.contracts import PathText, PromptBatch, like_prompt
+from latentreward.core.contracts import PathText, PromptBatch, like_prompt, sources_of
 from latentreward.core.errors import InputError
 from latentreward.core.interrupts import interrupts_told
 from latentreward.core.settings.functions import run_function
@@ -132,7 +132,11 @@ def generate(
             folder = image_folder.ImageFolder(output_dir, settings)
             wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
             there = len(wanted) - len(folder.missing(wanted, texts))
-            print(f"{there} of {len(wanted)} pictures are there already", flush=True)
+            height, width = sampling.height or family.native_size[0], sampling.width or family.native_size[1]
+            how = f"{height} × {width} pixels in {sampling.num_inference_steps} steps"
+            if family.sources[1] != 0:
+                how += f"; {sum(bool(sources_of(text)) for text in texts)} of {len(texts)} prompts edit pictures"
+            print(f"{there} of {len(wanted)} pictures are there already; {how}", flush=True)
             with interrupts_told(
                 lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"
             ):

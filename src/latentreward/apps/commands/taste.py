@@ -24,6 +24,8 @@ def taste(
     *,
     rate: bool = False,
     align: bool = False,
+    columns: dict[str, str] | None = None,
+    labels: dict[str, str] | None = None,
     base: PathText = SD15,
     tuning: Literal["auto", "frozen", "lora", "full"] = "auto",
     pairs: int = 500,
@@ -45,7 +47,7 @@ def taste(
     Some 500 pairs are needed before the accuracy is told from guessing, fewer if they differ clearly; 20 are the least.
 
     FOLDER holds pictures in ``chosen/`` and ``rejected/``, or a file ``ratings.jsonl``, which --rate writes: a page on
-    this machine that shows two pictures at a time. A text file beside a picture, of the same name, is its caption. The
+    this machine that shows two pictures at a time. Or it is a CSV, TSV or JSON table of pairs. A text file beside a picture, of the same name, is its caption. The
     steps are: a split without common pictures, latents, the reward with early stopping, the accuracy on held-out pairs,
     with --align the alignment and pictures before and after, and a page. The same command goes on after any stop.
 
@@ -53,9 +55,11 @@ def taste(
     ``latentreward taste pictures --base sd_tiny`` to try all of it on a CPU without any download.
 
     Args:
-        folder: Folder of pictures; only ``ratings.jsonl`` and a hidden lock file are written there, by --rate.
+        folder: Folder of pictures, or table of pairs; only ``ratings.jsonl`` and a hidden lock file are written there, by --rate.
         rate: Whether to serve the page to rate pictures, until Ctrl-C; answers are kept at once, and continued.
         align: Whether to align the base with the reward, if the reward has learned something.
+        columns: Columns of a table where they have other names, e.g. ``{prompt: text, image_a: left, image_b: right}``.
+        labels: Meaning of each label of a table, e.g. ``{left: a, right: b, tie: tie}``.
         base: Pipeline that the reward reads and that is aligned: a folder or hub id of SD1.5, SDXL or SD3.5, or
             ``sd_tiny``, ``sd35_tiny``.
         tuning: Weights that train besides the head: ``frozen`` (none), ``lora`` (adapters) or ``full`` (all); ``auto``
@@ -81,7 +85,7 @@ def taste(
     if rate:
         rate_pictures(folder, port, seed)
         return
-    output = (Path("runs/taste", folder.name) if work is None else work).resolve()
+    output = (Path("runs/taste", folder.stem) if work is None else work).resolve()
     if output.is_relative_to(folder):  # pictures drawn there would be found as pictures to rate
         raise InputError(f"work: {output} lies in the folder of pictures; give --work a folder outside {folder}")
     import torch
@@ -94,7 +98,7 @@ def taste(
     check_range(f"[{LEAST}, inf)", "fewer are not split", pairs=pairs)
     if device == "gpu":
         find_device("cuda")
-    found = collect(folder)
+    found = collect(folder, columns, labels)
     plans.find_base(base)
     own = plans.family_of(base)
     print(found.how)
@@ -116,7 +120,7 @@ def taste(
             print(line)
         plan = plans.Plan(
             base=base,
-            folder=folder,
+            folder=folder if folder.is_dir() else folder.parent,
             pairs=plans.write_pairs(output, parts),
             prompts=prompt_folder,
             tuning=chosen,
@@ -127,7 +131,8 @@ def taste(
             align=align_settings,
             pictures=num_prompts,
         )
-        print(f"base {base}, tuning {chosen}, {'GPU' if plan.gpu else 'CPU'}", flush=True)
+        side = f"{size or plans.find_base(base).size} pixels a side"
+        print(f"base {base} of {side}, tuning {chosen}, {'GPU' if plan.gpu else 'CPU'}", flush=True)
         run_steps(plan.steps(output, seed), plan, output, parts.how, always=align_always)
 
 

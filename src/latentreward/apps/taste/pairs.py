@@ -15,11 +15,13 @@ from latentreward.data import ImageError, decode_image
 from latentreward.data.image_lists import ListedImage, read_images
 from latentreward.data.images import file_image, image_bytes
 from latentreward.data.readers.base import MAX_PROMPT_CHARS, normalise_prompt
-from latentreward.data.readers.folders import SIDES, find_pictures, read_caption, read_lines
-from latentreward.data.readers.json_rows import parse_line, parse_text
+from latentreward.data.readers.dataset_pairs import open_list
+from latentreward.data.readers.folders import SIDES, find_pictures, read_caption
+from latentreward.data.readers.json_rows import parse_text
 from latentreward.data.readers.rows import PairRowParser, RowReader
 
 RATINGS = "ratings.jsonl"
+TABLES = (".csv", ".tsv", ".json", ".jsonl")
 LEAST = 20  # fewest pairs that are split and trained on; even these tell little
 FEWEST = 2  # fewest pictures that can be rated
 MOST_NAMED = 3  # files that a remark names; the rest are counted
@@ -64,20 +66,26 @@ class Collection:
 def check_folder(folder: Path) -> None:
     """Raise InputError if there is no such folder."""
     if not folder.is_dir():
-        raise InputError(f"folder: {folder} is not a folder; give the folder of your pictures")
+        raise InputError(f"folder: {folder} is not a folder; give the folder of your pictures, or a table ({', '.join(TABLES)})")
 
 
-def collect(folder: Path) -> Collection:
-    """Read the pairs of a folder: ``ratings.jsonl`` if it is there, else ``chosen/`` and ``rejected/``.
+def collect(
+    folder: Path, columns: Mapping[str, str] | None = None, labels: Mapping[str, str] | None = None
+) -> Collection:
+    """Read the pairs of a table, or a folder: ``ratings.jsonl`` if it is there, else ``chosen/`` and ``rejected/``.
 
     Files that cannot be read, pairs of a picture with itself, and names on one side only are left out, with a remark.
     Files of equal names are paired if at least half of the names are on both sides; otherwise each chosen picture wins
     against each rejected one.
     """
-    check_folder(folder)
+    table = folder.suffix.lower() in TABLES and folder.is_file()
+    if not table:
+        check_folder(folder)
     sorted_ = all((folder / side).is_dir() for side in SIDES)
-    if (folder / RATINGS).is_file():
-        found = from_ratings(folder)
+    if table:
+        found = from_ratings(folder, columns, labels)
+    elif (folder / RATINGS).is_file():
+        found = from_ratings(folder / RATINGS, columns, labels)
         if sorted_:
             found.remarks.append(f"{RATINGS} counts, not chosen/ and rejected/; move it away to use these")
     elif sorted_:
@@ -91,6 +99,8 @@ def collect(folder: Path) -> Collection:
     if len(found.pairs) < LEAST:
         told = "; ".join([number_of(len(found.pairs), "pair"), *found.remarks])
         raise InputError(f"folder: {folder} gives {told}; give at least {LEAST}, better 100 or more")
+    if 0 < len(bare := [pair.a.path for pair in found.pairs if not pair.prompt]) < len(found.pairs):
+        found.remarks.append(f"pairs without a caption, which are kept: {listed(bare)}")
     return found
 
 
@@ -246,32 +256,34 @@ def without_self(pairs: Sequence[RatedPair]) -> tuple[list[RatedPair], list[str]
 
 
 class RatingReader(RowReader):
-    """Reader of a folder's ``ratings.jsonl`` that leaves lines out by number and reason; raises InputError without any.
+    """Reader of ratings that leaves rows out by number and reason; raises InputError without any.
 
     Pictures are found out later.
     """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(RATINGS, "train", randomise_sides=False, on_error="skip")
-        self.folder = folder
-        self.left_out: list[str] = []  # number and reason of each line that was left out
-        lines = ((f"{RATINGS}:{number}", number, parse_line(line)) for number, line in read_lines(folder / RATINGS))
-        self.table = PairRowParser(self).table(lines)
-        empty = f"file: {folder / RATINGS} has no lines left; give one JSON object per line"
-        self.report(str(folder / RATINGS), "; ".join([empty, *self.told()]))
+    def __init__(self, file: Path, columns: Mapping[str, str] | None, labels: Mapping[str, str] | None) -> None:
+        super().__init__(file.name, "train", randomise_sides=False, on_error="skip")
+        self.folder = file.parent
+        self.left_out: list[str] = []  # number and reason of each row that was left out
+        columns = columns or {}
+        _, rows = open_list(file, columns)
+        self.table = PairRowParser(self, columns=columns, labels=labels).table(rows)
+        self.report(str(file), "; ".join([f"file: {file} has no rows left", *self.told(), "check it"]))
 
     def told(self) -> list[str]:
         """Return a line on what was left out, or nothing."""
-        return remarks_of({f"{RATINGS}: lines left out": self.left_out})
+        return remarks_of({f"{self.source}: rows left out": self.left_out})
 
     def refuse(self, pair_id: str, problem: str, reason: str, rows: int = 1) -> None:
-        """Note the line instead of counting it, since the log would tell the count again."""
-        self.left_out.append(f"line {pair_id.rpartition(':')[2]} ({problem})")
+        """Note the row instead of counting it, since the log would tell the count again."""
+        self.left_out.append(f"row {pair_id.rpartition(':')[2]} ({problem})")
 
 
-def from_ratings(folder: Path) -> Collection:
-    """Read ``ratings.jsonl``, a file as :class:`~latentreward.data.JSONLPairReader` takes it."""
-    reader = RatingReader(folder)
+def from_ratings(
+    file: Path, columns: Mapping[str, str] | None = None, labels: Mapping[str, str] | None = None
+) -> Collection:
+    """Read ratings, a table as :class:`~latentreward.data.JSONLPairReader` takes it."""
+    reader = RatingReader(file, columns, labels)
     pictures, unreadable = dict[str, Picture | None](), list[str]()
     pairs, lost, edits = [], 0, 0
     for pair in map(reader.__getitem__, range(len(reader))):
@@ -301,7 +313,7 @@ def from_ratings(folder: Path) -> Collection:
     if edits:
         remarks.append(f"{EDIT}: {edits}")
     kept, told = without_self(pairs)
-    return Collection(f"pairs of {RATINGS}", kept, [*remarks, *told])
+    return Collection(f"pairs of {file.name}", kept, [*remarks, *told])
 
 
 def lines(parts: dict[str, list[RatedPair]]) -> str:

@@ -1,7 +1,7 @@
 """Readers of pairs of your own in a table: JSON lines, a JSON list, CSV, TSV, parquet, ``datasets``, or the hub."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from latentreward.core.errors import InputError, did_you_mean, quoted
 from latentreward.core.storage.user_files import find_files
 from latentreward.data.readers.base import Sources
 from latentreward.data.readers.json_rows import SOURCES, edit_problem, find_edit_source
-from latentreward.data.readers.rows import BY_LABEL, MODELS, NOISES, WINNER_FIRST, PairRowParser, RowReader
+from latentreward.data.readers.rows import BY_LABEL, MODELS, NOISES, WINNER_FIRST, PairRowParser, Row, RowReader
 from latentreward.data.readers.tables import (
     Source,
     element_type,
@@ -159,14 +159,21 @@ def fill_from_list(
     reader: RowReader, file: Path, columns: Mapping[str, str] | None, labels: Mapping[Any, Any] | None
 ) -> None:
     """Give a reader the pairs of a table of text; of a file of another suffix, as JSON lines."""
-    reader.folder, columns, rows = reader.folder or file.parent, columns or {}, read_list(file)
-    first = [*islice(rows, FIRST_ROWS)]
-    names = list(dict.fromkeys(name for _, _, row in first if isinstance(row, dict) for name in row))
-    check_columns(columns, names, str(file))
+    reader.folder, columns = reader.folder or file.parent, columns or {}
+    names, rows = open_list(file, columns)
     if names:
         find_images([field for field in FIELDS if columns.get(field, field) in names], names, file)
     parser = PairRowParser(reader, columns=columns, check_image=reader.check_path, labels=labels)
-    reader.fill(chain(first, rows), str(file), f"file: {file} has no rows left; check it", parser)
+    reader.fill(rows, str(file), f"file: {file} has no rows left; check it", parser)
+
+
+def open_list(file: Path, columns: Mapping[str, str]) -> tuple[list[str], Iterator[Row]]:
+    """Return the names of the first rows' columns of a table of text, which a map of columns must name, and all rows."""
+    rows = read_list(file)
+    first = [*islice(rows, FIRST_ROWS)]
+    names = list(dict.fromkeys(name for _, _, row in first if isinstance(row, dict) for name in row))
+    check_columns(columns, names, str(file))
+    return names, chain(first, rows)
 
 
 class OwnColumns:
