@@ -184,7 +184,6 @@ ROWS: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (prune(candidates=3), "pruning.candidates=3"),
         (prune(after_steps=10), "pruning.after_steps=10"),
         (prune(after_steps=0), "pruning.after_steps is 0"),
-        (prune(min_spread=-1.0), "pruning.min_spread=-1"),
         (prune(PIXELS), "pruning needs the score of a noisy state"),
         (prune(RewardMixture([FirstChannelReward()], normalise="running")), "pruning scores noisy states too"),
         (lambda: RewardGuidance(scale=0.0), "scale=0"),

@@ -95,10 +95,7 @@ KINDS: dict[str, Any] = {
     "ram": (RAMModule, {"num_samples": 3, "draws": 2}),
     "dgpo": (DGPOModule, {"num_samples": 3, "steps": NoisiestSteps(2), "optimizer": partial(SGD, lr=1.0)}),
     "crd": (CRDModule, {"num_samples": 3, "average": DecayRamp(0.5, 0.5)}),
-    "pruned": (
-        DiffusionNFTModule,
-        {"num_samples": 3, "old": DecayRamp(0.5, 0.5), "pruning": Pruning(6, 1, min_spread=0.75)},
-    ),
+    "pruned": (DiffusionNFTModule, {"num_samples": 3, "old": DecayRamp(0.5, 0.5), "pruning": Pruning(6, 1)}),
     "opd": (OnPolicyDistillationModule, {}),
     "opsd": (DiffusionOPSDModule, {"old": DecayRamp(0.5, 0.5)}),
 }

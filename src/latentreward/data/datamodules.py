@@ -209,10 +209,10 @@ class PreferenceDataModule(PairLoaders):
                 check_multiples("data.size", self._sides, multiple)
             family = getattr(network, "family", None)
             taken = getattr(network, "sources", None) or getattr(family, "sources", None)
-            for name, dataset in self.datasets.items() if taken is not None else ():
+            for split, dataset in self.datasets.items() if taken is not None else ():
                 dataset.taken = taken_of_edits(taken, dataset.edits)
                 dataset.check_prompt = getattr(family, "check_prompt", dataset.check_prompt)
-                if stage != "fit" or name in ("train", "val"):
+                if stage != "fit" or split in ("train", "val"):
                     dataset.check_sources()
             if network is not None and self._frames > 1:
                 check_frames("data.", network, self._frames)

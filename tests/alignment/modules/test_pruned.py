@@ -79,21 +79,6 @@ def test_advantages_are_divided_by_the_contrast() -> None:
     torch.testing.assert_close(rows.advantage[first].view(2, 4), want.float(), rtol=1e-3, atol=1e-4)
 
 
-def test_prompts_of_small_spread_are_left_out() -> None:
-    """All but the one of the largest spread, whatever the bound."""
-    whole = make("nft", pruning=Pruning(6, 2))
-    whole.roll_out(BATCH)
-    spreads = whole.rollout._batches[0][0].std(dim=1, correction=0).tolist()
-    for bound, left in ((min(spreads) * 0.99, 2), (sum(spreads) / 2, 1), (max(spreads) * 2, 1)):
-        module = make("nft", pruning=Pruning(6, 2, min_spread=bound))
-        rows = module.roll_out(BATCH)
-        prompts = {key.rsplit("/", 1)[0] for key in samples_of(rows)}
-        assert len(prompts) == left and f"0/{spreads.index(max(spreads))}" in prompts
-        assert module.rollout_values["finished_share"] == 0.5 * left / 2
-        assert module.rollout_statistics.scores.shape == (1, 3, left)
-        assert rows.advantage.isfinite().all() and rows.advantage.any()
-
-
 class Drawn(PruningRule):
     """Keeps candidates at random."""
 

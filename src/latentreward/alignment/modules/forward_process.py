@@ -139,13 +139,11 @@ class ForwardProcessModule(AlignmentModule):
         sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
             with self.policy.adapters.use(OLD):
-                trajectories, finished = self.rollout.sample(self, part, self.sampler)
-            sampled.append(trajectories.finished.clone())  # a view would keep the states of all steps in memory
-            del trajectories
+                # A view would keep the states of all steps in memory.
+                sampled.append(self.rollout.sample(self, part, self.sampler).finished.clone())
             # A reward on a server scores these samples while the next are drawn.
-            pending.append(begin_finished(self.reward, sampled[-1], finished, self.seed, self.reward_sigmas))
+            pending.append(begin_finished(self.reward, sampled[-1], part, self.seed, self.reward_sigmas))
         latents = torch.cat(sampled)
-        prompts = self.rollout.prompts
         rewards = self.reward.mix(torch.cat([wait() for wait in pending]), rows_of(prompts, latents))
         rewards = rewards.view(len(prompts), self.num_samples)
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())

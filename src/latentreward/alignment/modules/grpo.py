@@ -296,11 +296,10 @@ class TrajectoryGRPOModule(GRPOModule):
             if self.reward_guidance is not None:
                 encoded = self.reward.encode_prompts(part.times(self.num_trajectories).prompts)
                 guided = GuidedSampler(sampler, self.reward_guidance, self.reward, encoded)
-            taken, finished = self.rollout.sample(self, part, guided, keep_means="ratio" in self.rules)
-            sampled.append(taken)
+            sampled.append(self.rollout.sample(self, part, guided, keep_means="ratio" in self.rules))
             # A reward on a server scores these samples while the next are drawn.
-            pending.append(begin_finished(self.reward, taken.finished, finished, self.seed, self.reward_sigmas))
-        trajectories, prompts, repeated = Trajectories.join(sampled), self.rollout.prompts, self.rollout.samples
+            pending.append(begin_finished(self.reward, sampled[-1].finished, part, self.seed, self.reward_sigmas))
+        trajectories, repeated = Trajectories.join(sampled), self.rollout.samples
         latents = trajectories.finished
         parts = torch.cat([wait() for wait in pending])
         rewards = self.reward.mix(parts, rows_of(prompts, latents)).view(len(prompts), self.num_trajectories)

@@ -64,18 +64,14 @@ class Pruning:
             measures ρ.
         after_steps: Number of finished steps, from 1 on, after which the noisy states are scored, once.
         rule: Rule that picks the K candidates; None takes :class:`BestAndWorst`.
-        min_spread: Least standard deviation of the scores of a prompt's candidates, in units of the reward; a prompt
-            below it is not sampled to the end. The prompt with the largest one in each batch of prompts always is.
     """
 
     candidates: int
     after_steps: int
     rule: PruningRule | None = None
-    min_spread: float = 0.0
 
     def __post_init__(self) -> None:
         check_at_least_one("pruning.", candidates=self.candidates, after_steps=self.after_steps)
-        check_range("[0, inf)", "0 leaves no prompt out", **{"pruning.min_spread": self.min_spread})
 
     def check(self, samples: str, count: int, steps: int, reward: RewardSource) -> None:
         """Raise InputError, before any weight is loaded, if the settings do not fit a module or its reward.
@@ -98,7 +94,6 @@ class Agreement:
 
     where C is the variance of the kept rewards of a prompt over that of all candidates' rewards. Both hold, for any
     rule, where rewards follow predictions along a line, with noise that does not depend on them.
-
     """
 
     # ``(6,)`` float64: squares of the kept predictions' deviations from their prompt's mean, squares of the rewards'
@@ -173,19 +168,17 @@ class FinishedSamples:
 
     def begin(self) -> None:
         """Begin a rollout."""
-        self.prompts = PromptBatch((), ())  # those of this rank whose samples were finished
-        self.samples = PromptBatch((), ())  # `count` rows for each of them, with the candidates' own keys
-        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.samples = PromptBatch((), ())  # `count` rows of this rank for each prompt, with the candidates' own keys
+        self._batches: list[tuple[Tensor, Tensor]] = []
 
     def sample(
         self, module: AlignmentModule, prompts: PromptBatch, sampler: StepSampler, keep_means: bool = False
-    ) -> tuple[Trajectories, PromptBatch]:
-        """Sample a batch of prompts; also return the prompts of which K samples were finished."""
+    ) -> Trajectories:
+        """Sample a batch of prompts, K samples of each to the end."""
         settings = (module.sampling, module.guidance_scale, module.seed)
         if (pruning := self.pruning) is None:
-            names = prompts.times(self.count)
-            self.prompts, self.samples = self.prompts + prompts, self.samples + names
-            return sample_trajectories(module.policy, sampler, names, *settings, keep_means=keep_means), prompts
+            self.samples += (names := prompts.times(self.count))
+            return sample_trajectories(module.policy, sampler, names, *settings, keep_means=keep_means)
         names, encoded = prompts.times(pruning.candidates), module.reward.encode_prompts(prompts.prompts)
 
         def choose(states: Tensor, timestep: float) -> Tensor:
@@ -194,42 +187,31 @@ class FinishedSamples:
             predicted, rule = scores.view(len(prompts), -1).cpu(), pruning.rule or BestAndWorst()
             drawn = [pair_generator(module.seed, "pruning", 0, key) for key in prompts.keys]
             choices = [rule.choose(one, self.count, own) for one, own in zip(predicted, drawn, strict=True)]
-            kept, there = torch.stack(choices).sort(dim=1).values, torch.ones(len(prompts), dtype=torch.bool)
-            if pruning.min_spread:
-                spread = predicted.std(dim=1, correction=0)
-                # One goes on in any case: under FSDP2 all ranks must call the network equally often.
-                there = (spread >= pruning.min_spread) | (torch.arange(len(spread)) == spread.argmax())
-            self._batches.append((predicted, kept, there))
-            rows = kept + pruning.candidates * torch.arange(len(prompts))[:, None]
-            return rows[there].flatten()
+            kept = torch.stack(choices).sort(dim=1).values
+            self._batches.append((predicted, kept))
+            return (kept + pruning.candidates * torch.arange(len(prompts))[:, None]).flatten()
 
-        prune = pruning.after_steps, choose
-        taken, rows = sample_pruned(module.policy, sampler, names, *settings, prune=prune, keep_means=keep_means)
-        finished = prompts.select(self._batches[-1][2].nonzero().flatten().tolist())
-        self.prompts, self.samples = self.prompts + finished, self.samples + names.select(rows.tolist())
-        return taken, finished
+        cuts = {pruning.after_steps: choose}
+        taken, rows = sample_pruned(module.policy, sampler, names, *settings, cuts, keep_means=keep_means)
+        self.samples += names.select(rows.tolist())
+        return taken
 
     def advantages(
         self, module: AlignmentModule, rewards: Tensor, rule: Advantage, features: Tensor | None = None
     ) -> Tensor:
-        """Compute the advantages ``(P', K)`` of this rank's ``samples`` from their rewards; leave values to log.
+        """Compute the advantages ``(P, K)`` of this rank's ``samples`` from their rewards; leave values to log.
 
         All ranks call this at once; see :meth:`AlignmentModule.advantages` and :func:`scaled_advantages`.
         """
         if self.pruning is None:
             return module.advantages(rewards, rule, features)
-        predicted, kept, there = (torch.cat(parts).to(rewards.device) for parts in zip(*self._batches, strict=True))
-        own = rewards.new_zeros(len(there), self.count)  # of equal size on all ranks, which may have left out prompts
-        own[there] = rewards
-        everywhere = module.of_all_ranks(there)
-        found, indices, values = (module.of_all_ranks(one)[everywhere] for one in (predicted, kept, own))
-        self.agreement = agreement = Agreement.of(found, indices, values)
-        every = rewards.new_zeros(len(everywhere), self.count)
+        own = [*(torch.cat(parts).to(rewards.device) for parts in zip(*self._batches, strict=True)), rewards]
+        predicted, kept, values = map(module.of_all_ranks, own)
+        self.agreement = agreement = Agreement.of(predicted, kept, values)
         pruned = self.pruning.candidates > self.count  # else C is 1, but for rounding
-        every[everywhere] = scaled_advantages(rule, values, agreement.contrast if pruned else None)
+        advantages = scaled_advantages(rule, values, agreement.contrast if pruned else None)
         steps, early = module.sampling.num_inference_steps, self.pruning.after_steps
-        finished = len(values) / len(everywhere) * self.count / self.pruning.candidates
-        family = module.policy.family
+        finished, family = self.count / self.pruning.candidates, module.policy.family
         guided = family.passes if family.needs_uncond(module.guidance_scale) else 1
         module.rollout_values = {
             "prediction_correlation": agreement.correlation.item(),
@@ -237,4 +219,4 @@ class FinishedSamples:
             "policy_passes": guided * (early / finished + steps - early),
             "reward_passes": 1 / finished + self.levels,
         }
-        return module.of_this_rank(every, len(there))[there]
+        return module.of_this_rank(advantages, len(rewards))

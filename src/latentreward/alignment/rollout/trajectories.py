@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Self
 
 import torch
@@ -37,6 +36,10 @@ class RolloutDraws:
     def choice(self, index: int, count: int) -> Tensor:
         """Draw the index of one of ``count`` candidates per prompt after step ``index``: ``(B,)`` int64 on the CPU."""
         return torch.cat([torch.randint(count, (1,), generator=g) for g in self._generators("rollout choice", index)])
+
+    def select(self, rows: Tensor) -> RolloutDraws:
+        """Return the random numbers of the prompts of ``rows``."""
+        return RolloutDraws(self._seed, [self._keys[row] for row in rows.tolist()])
 
     def _generators(self, purpose: str, index: int = 0) -> list[torch.Generator]:
         # By key, never by place in a batch: a rollout is equal on any number of ranks, and after a resume.
@@ -125,12 +128,6 @@ class Trajectories:
         """Return the finished latents ``(B, C, ...)``."""
         return self.latents[-1]
 
-    def select(self, rows: Tensor) -> Trajectories:
-        """Return the trajectories of ``rows`` ``(n,)`` int64."""
-        latents, log_prob = self.latents[:, rows], self.log_prob[:, rows]
-        means = None if self.means is None else self.means[:, rows]
-        return replace(self, latents=latents, log_prob=log_prob, means=means)
-
     @classmethod
     def join(cls, parts: Sequence[Trajectories]) -> Trajectories:
         """Join at least one batch of trajectories of the same steps."""
@@ -145,7 +142,10 @@ class Trajectories:
         )
 
 
-@torch.no_grad()
+Cut = Callable[[Tensor, float], Tensor]
+"""Function that returns the rows to keep, int64 ``(n,)`` on the CPU, of states ``(B, C, ...)`` at a timestep."""
+
+
 def sample_trajectories(
     policy: Policy,
     sampler: StepSampler,
@@ -157,15 +157,9 @@ def sample_trajectories(
     draws: RolloutDraws | None = None,
     keep_means: bool = False,
 ) -> Trajectories:
-    """Sample from noise to the finished latents, and keep every state.
-
-    The caller sets ``policy.eval()`` and autocast. ``guidance_scale`` is as checked by :meth:`Family.guidance`;
-    ``draws`` replace the random numbers from ``seed``.
-    """
-    policy.edit_at(sampling.height, sampling.width)
-    network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
-    start = draws.initial(sampling.latent_shape(policy.family)).to(network.device)
-    return _sample_steps(network, sampler, sampler.steps(), start, draws, keep_means)
+    """Sample from noise to the finished latents, and keep every state; see :func:`sample_pruned`."""
+    sampled = (policy, sampler, prompts, sampling, guidance_scale, seed)
+    return sample_pruned(*sampled, {}, draws=draws, keep_means=keep_means)[0]
 
 
 @torch.no_grad()
@@ -176,44 +170,27 @@ def sample_pruned(
     sampling: Sampling,
     guidance_scale: float | None,
     seed: int,
-    prune: tuple[int, Callable[[Tensor, float], Tensor]],
+    cuts: Mapping[int, Cut],
+    *,
+    draws: RolloutDraws | None = None,
     keep_means: bool = False,
 ) -> tuple[Trajectories, Tensor]:
-    """Sample as :func:`sample_trajectories` does, but go on with some of the samples alone; return their rows, too.
+    """Sample from noise to the finished latents and keep every state; go on with some samples alone, return their rows.
 
-    ``prune`` is the number of steps, at least 1, after which samples are left out, and the function that is then called
-    with their states ``(B, C, ...)`` and timestep and returns the rows to keep, int64 ``(n,)`` on the CPU.
+    The caller sets ``policy.eval()`` and autocast. ``guidance_scale`` is as checked by :meth:`Family.guidance`;
+    ``draws`` replace the random numbers from ``seed``. ``cuts`` are what chooses samples, by the number of finished
+    steps, 0 for the noise.
     """
     policy.edit_at(sampling.height, sampling.width)
-    network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), RolloutDraws(seed, prompts.keys)
-    start, steps = draws.initial(sampling.latent_shape(policy.family)).to(network.device), sampler.steps()
-    first = _sample_steps(network, sampler, islice(steps, prune[0]), start, draws, keep_means)
-    rows = prune[1](first.finished, sampler.next_timestep(prune[0] - 1))
-    first, kept = first.select(rows.to(network.device)), prompts.select(rows.tolist())
-    draws = RolloutDraws(seed, kept.keys)
-    rest = _sample_steps(network.select(rows), sampler, steps, first.finished, draws, keep_means)
-    whole = replace(
-        first,
-        latents=torch.cat([first.latents, rest.latents[1:]]),
-        log_prob=torch.cat([first.log_prob, rest.log_prob]),
-        means=None if first.means is None or rest.means is None else torch.cat([first.means, rest.means]),
-    )
-    return whole, rows
-
-
-def _sample_steps(
-    network: PromptedPolicy,
-    sampler: StepSampler,
-    steps: Iterable[tuple[int, float]],
-    start: Tensor,
-    draws: RolloutDraws,
-    keep_means: bool,
-) -> Trajectories:
-    """Sample ``steps`` of ``sampler``, one after the other, from the states ``start`` ``(B, C, ...)``."""
-    means: list[Tensor] = []
-    states, log_probs = [start], []
-    noisy, shape = (sampler.noise_std > 0).tolist(), tuple(start.shape[1:])
-    for index, timestep in steps:
+    network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
+    shape, noisy = sampling.latent_shape(policy.family), (sampler.noise_std > 0).tolist()
+    states, log_probs, means = [draws.initial(shape).to(network.device)], list[Tensor](), list[Tensor]()
+    rows = torch.arange(len(prompts))
+    for index, timestep in sampler.steps():
+        if index in cuts:
+            kept = cuts[index](states[-1], timestep)
+            network, draws, rows, there = network.select(kept), draws.select(kept), rows[kept], kept.to(network.device)
+            states, log_probs, means = ([one[there] for one in some] for some in (states, log_probs, means))
         output = network(states[-1], timestep)
         transition = sampler.transition(states[-1], output, torch.full((len(output),), timestep))
         if keep_means:
@@ -225,8 +202,8 @@ def _sample_steps(
         else:
             states.append(transition.mean)
             log_probs.append(torch.zeros_like(transition.std))
-    kept = torch.stack(means) if keep_means else None
-    return Trajectories(torch.stack(states), sampler.timesteps, torch.stack(log_probs), kept)
+    stacked = torch.stack(states), sampler.timesteps, torch.stack(log_probs), torch.stack(means) if keep_means else None
+    return Trajectories(*stacked), rows
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.durable import locked
 from latentreward.core.workers import SharedWork
 from latentreward.data.alignment.prompt_files import read_prompt_rows
+from latentreward.diffusion import Family
 
 PICTURES = "pictures"
 """Name of the task of the processes."""
@@ -132,17 +133,21 @@ def generate(
             folder = image_folder.ImageFolder(output_dir, settings)
             wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
             there = len(wanted) - len(folder.missing(wanted, texts))
-            height, width = sampling.height or family.native_size[0], sampling.width or family.native_size[1]
-            how = f"{height} × {width} pixels in {sampling.num_inference_steps} steps"
-            if family.sources[1] != 0:
-                how += f"; {sum(bool(sources_of(text)) for text in texts)} of {len(texts)} prompts edit pictures"
-            print(f"{there} of {len(wanted)} pictures are there already; {how}", flush=True)
+            print(f"{there} of {len(wanted)} pictures are there already; {told(sampling, family, texts)}", flush=True)
             with interrupts_told(
                 lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"
             ):
                 image_folder.make_pictures(work, PICTURES, folder, wanted, texts, batch_size)
             folder.write_grid(wanted)
             print(folder.summary(wanted))
+
+
+def told(sampling: Sampling, family: Family, texts: Sequence[str]) -> str:
+    """Return size and steps of pictures, and of an editor how many prompts edit one."""
+    height, width = sampling.height or family.native_size[0], sampling.width or family.native_size[1]
+    how = f"{height} × {width} pixels in {sampling.num_inference_steps} steps"
+    edits = f"; {sum(bool(sources_of(text)) for text in texts)} of {len(texts)} prompts edit pictures"
+    return how + edits * (family.sources[1] != 0)
 
 
 def check(

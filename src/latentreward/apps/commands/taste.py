@@ -47,15 +47,16 @@ def taste(
     Some 500 pairs are needed before the accuracy is told from guessing, fewer if they differ clearly; 20 are the least.
 
     FOLDER holds pictures in ``chosen/`` and ``rejected/``, or a file ``ratings.jsonl``, which --rate writes: a page on
-    this machine that shows two pictures at a time. Or it is a CSV, TSV or JSON table of pairs. A text file beside a picture, of the same name, is its caption. The
-    steps are: a split without common pictures, latents, the reward with early stopping, the accuracy on held-out pairs,
-    with --align the alignment and pictures before and after, and a page. The same command goes on after any stop.
+    this machine that shows two pictures at a time. Or it is a table of pairs (CSV, TSV, JSON). A text file beside a
+    picture, of the same name, is its caption. The steps are: a split without common pictures, latents, the reward with
+    early stopping, the accuracy on held-out pairs, with --align the alignment and pictures before and after, and a
+    page. The same command goes on after any stop.
 
     Examples: ``latentreward taste pictures --rate``, then ``latentreward taste pictures --base /models/sd15``;
     ``latentreward taste pictures --base sd_tiny`` to try all of it on a CPU without any download.
 
     Args:
-        folder: Folder of pictures, or table of pairs; only ``ratings.jsonl`` and a hidden lock file are written there, by --rate.
+        folder: Folder of pictures, where --rate alone writes: ``ratings.jsonl`` and a hidden lock file. Or a table.
         rate: Whether to serve the page to rate pictures, until Ctrl-C; answers are kept at once, and continued.
         align: Whether to align the base with the reward, if the reward has learned something.
         columns: Columns of a table where they have other names, e.g. ``{prompt: text, image_a: left, image_b: right}``.

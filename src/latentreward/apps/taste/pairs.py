@@ -66,7 +66,7 @@ class Collection:
 def check_folder(folder: Path) -> None:
     """Raise InputError if there is no such folder."""
     if not folder.is_dir():
-        raise InputError(f"folder: {folder} is not a folder; give the folder of your pictures, or a table ({', '.join(TABLES)})")
+        raise InputError(f"folder: {folder} is not a folder; give the folder of your pictures, or a table {TABLES}")
 
 
 def collect(
@@ -82,10 +82,8 @@ def collect(
     if not table:
         check_folder(folder)
     sorted_ = all((folder / side).is_dir() for side in SIDES)
-    if table:
-        found = from_ratings(folder, columns, labels)
-    elif (folder / RATINGS).is_file():
-        found = from_ratings(folder / RATINGS, columns, labels)
+    if (ratings := folder if table else folder / RATINGS).is_file():
+        found = from_ratings(ratings, columns, labels)
         if sorted_:
             found.remarks.append(f"{RATINGS} counts, not chosen/ and rejected/; move it away to use these")
     elif sorted_:
@@ -256,10 +254,7 @@ def without_self(pairs: Sequence[RatedPair]) -> tuple[list[RatedPair], list[str]
 
 
 class RatingReader(RowReader):
-    """Reader of ratings that leaves rows out by number and reason; raises InputError without any.
-
-    Pictures are found out later.
-    """
+    """Reader of ratings that leaves bad rows out by number and reason, not yet for pictures; InputError without any."""
 
     def __init__(self, file: Path, columns: Mapping[str, str] | None, labels: Mapping[str, str] | None) -> None:
         super().__init__(file.name, "train", randomise_sides=False, on_error="skip")

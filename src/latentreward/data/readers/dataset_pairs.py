@@ -168,7 +168,7 @@ def fill_from_list(
 
 
 def open_list(file: Path, columns: Mapping[str, str]) -> tuple[list[str], Iterator[Row]]:
-    """Return the names of the first rows' columns of a table of text, which a map of columns must name, and all rows."""
+    """Return the names of columns in the first rows of a table of text, and all rows; ``columns`` must name some."""
     rows = read_list(file)
     first = [*islice(rows, FIRST_ROWS)]
     names = list(dict.fromkeys(name for _, _, row in first if isinstance(row, dict) for name in row))
