@@ -122,7 +122,9 @@ def test_kept_trajectories_are_those_of_a_whole_sampling(name: str) -> None:
 
     whole = sample_trajectories(policy, sampler, PROMPTS, steps, 1.0, 3, keep_means=True)
     with NetworkRows(policy) as calls:
-        taken, rows = sample_pruned(policy, sampler, PROMPTS, steps, 1.0, 3, {2: keep}, keep_means=True)
+        taken, rows = sample_pruned(
+            policy, sampler, PROMPTS, steps, 1.0, RolloutDraws(3, PROMPTS.keys), {2: keep}, keep_means=True
+        )
     assert [rows for rows, _ in calls] == [3, 3, 2, 2, 2]
     assert rows.tolist() == [0, 2]
     assert asked[0][1] == sampler.timesteps[2].item()
@@ -135,6 +137,8 @@ def test_keeping_all_is_a_whole_sampling_to_the_bit() -> None:
     policy, steps = tiny_policy("sd35_tiny"), Sampling(4).with_noise()
     sampler = steps.sampler(policy.family)
     whole = sample_trajectories(policy, sampler, PROMPTS, steps, 1.0, 3)
-    taken, _ = sample_pruned(policy, sampler, PROMPTS, steps, 1.0, 3, {1: lambda *_: torch.arange(3)})
+    taken, _ = sample_pruned(
+        policy, sampler, PROMPTS, steps, 1.0, RolloutDraws(3, PROMPTS.keys), {1: lambda *_: torch.arange(3)}
+    )
     assert torch.equal(taken.latents, whole.latents) and torch.equal(taken.log_prob, whole.log_prob)
     assert torch.equal(taken.latents[0], RolloutDraws(3, PROMPTS.keys).initial(policy.latent_shape()))

@@ -55,7 +55,7 @@ def test_what_the_training_did_not_have_is_not_scored(edits: bool, given: int, w
     known, other = "make it red", edit_prompt("make it red", BLUE)
     if edits:
         known, other = other, known
-    told = rf"^reward {tmp_path / 'reward'}: it takes {wanted} to edit, and a prompt edits {given}; give a reward"
+    told = rf"^reward {tmp_path / 'reward'}: it takes {wanted} to edit, and a prompt edits {given}; give prompts"
     latents = torch.zeros(2, *stored.backbone.latent_space.shape(32, 48))
     assert stored.score(known, RED).isfinite().all()
     for score in (stored.score, RewardModelScorer(tmp_path / "reward", base=TWINS["klein_base"].folder).score):

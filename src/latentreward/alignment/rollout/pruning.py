@@ -16,7 +16,12 @@ from latentreward.alignment.rewards.base import RewardSource, rows_of, score_sta
 from latentreward.alignment.rollout.advantages import Advantage
 from latentreward.alignment.rollout.samplers import StepSampler
 from latentreward.alignment.rollout.step_choice import wrong_indices
-from latentreward.alignment.rollout.trajectories import Trajectories, sample_pruned, sample_trajectories
+from latentreward.alignment.rollout.trajectories import (
+    RolloutDraws,
+    Trajectories,
+    sample_pruned,
+    sample_trajectories,
+)
 from latentreward.core.contracts import PromptBatch, to_float64
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.promises import Part, returns
@@ -175,8 +180,8 @@ class FinishedSamples:
         self, module: AlignmentModule, prompts: PromptBatch, sampler: StepSampler, keep_means: bool = False
     ) -> Trajectories:
         """Sample a batch of prompts, K samples of each to the end."""
-        settings = (module.sampling, module.guidance_scale, module.seed)
         if (pruning := self.pruning) is None:
+            settings = (module.sampling, module.guidance_scale, module.seed)
             self.samples += (names := prompts.times(self.count))
             return sample_trajectories(module.policy, sampler, names, *settings, keep_means=keep_means)
         names, encoded = prompts.times(pruning.candidates), module.reward.encode_prompts(prompts.prompts)
@@ -192,7 +197,8 @@ class FinishedSamples:
             return (kept + pruning.candidates * torch.arange(len(prompts))[:, None]).flatten()
 
         cuts = {pruning.after_steps: choose}
-        taken, rows = sample_pruned(module.policy, sampler, names, *settings, cuts, keep_means=keep_means)
+        given = (module.sampling, module.guidance_scale, RolloutDraws(module.seed, names.keys))
+        taken, rows = sample_pruned(module.policy, sampler, names, *given, cuts, keep_means=keep_means)
         self.samples += names.select(rows.tolist())
         return taken
 

@@ -157,9 +157,12 @@ def sample_trajectories(
     draws: RolloutDraws | None = None,
     keep_means: bool = False,
 ) -> Trajectories:
-    """Sample from noise to the finished latents, and keep every state; see :func:`sample_pruned`."""
-    sampled = (policy, sampler, prompts, sampling, guidance_scale, seed)
-    return sample_pruned(*sampled, {}, draws=draws, keep_means=keep_means)[0]
+    """Sample from noise to the finished latents, and keep every state; see :func:`sample_pruned`.
+
+    ``draws`` replace the random numbers from ``seed``.
+    """
+    draws = draws or RolloutDraws(seed, prompts.keys)
+    return sample_pruned(policy, sampler, prompts, sampling, guidance_scale, draws, {}, keep_means=keep_means)[0]
 
 
 @torch.no_grad()
@@ -169,23 +172,20 @@ def sample_pruned(
     prompts: PromptBatch,
     sampling: Sampling,
     guidance_scale: float | None,
-    seed: int,
+    draws: RolloutDraws,
     cuts: Mapping[int, Cut],
     *,
-    draws: RolloutDraws | None = None,
     keep_means: bool = False,
 ) -> tuple[Trajectories, Tensor]:
     """Sample from noise to the finished latents and keep every state; go on with some samples alone, return their rows.
 
-    The caller sets ``policy.eval()`` and autocast. ``guidance_scale`` is as checked by :meth:`Family.guidance`;
-    ``draws`` replace the random numbers from ``seed``. ``cuts`` are what chooses samples, by the number of finished
-    steps, 0 for the noise.
+    The caller sets ``policy.eval()`` and autocast. ``guidance_scale`` is as checked by :meth:`Family.guidance`.
+    ``cuts`` are what chooses samples, by the number of finished steps, 0 for the noise.
     """
     policy.edit_at(sampling.height, sampling.width)
-    network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
+    network, rows = PromptedPolicy.of(policy, prompts, guidance_scale), torch.arange(len(prompts))
     shape, noisy = sampling.latent_shape(policy.family), (sampler.noise_std > 0).tolist()
     states, log_probs, means = [draws.initial(shape).to(network.device)], list[Tensor](), list[Tensor]()
-    rows = torch.arange(len(prompts))
     for index, timestep in sampler.steps():
         if index in cuts:
             kept = cuts[index](states[-1], timestep)
