@@ -16,12 +16,7 @@ from latentreward.alignment.rewards.base import RewardSource, rows_of, score_sta
 from latentreward.alignment.rollout.advantages import Advantage
 from latentreward.alignment.rollout.samplers import StepSampler
 from latentreward.alignment.rollout.step_choice import wrong_indices
-from latentreward.alignment.rollout.trajectories import (
-    RolloutDraws,
-    Trajectories,
-    sample_pruned,
-    sample_trajectories,
-)
+from latentreward.alignment.rollout.trajectories import RolloutDraws, Trajectories, sample_pruned, sample_trajectories
 from latentreward.core.contracts import PromptBatch, to_float64
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.promises import Part, returns
