@@ -112,7 +112,7 @@ MISTAKES = [
     (["serve", "runs/first"], "'runs/first' is not here"),
     (["serve", "one/1.png"], "give a checkpoint that this program wrote"),
     (["serve", "runs/first", "--port=99999"], "choose one from 1 to 65535"),
-    (["inspect", "empty"], "check the folder, or name your class with --reader CLASS"),
+    (["inspect", "empty"], "check the folder, or name a class, and its columns, by --reader"),
     (["inspect", "columns.csv"], "name those of a pair by --reader DatasetPairReader"),
     (["inspect", "pairs"], "give chosen/ and rejected/ images of equal names, with captions"),
     (["inspect", "https://example.com/pairs.csv"], "name a data set of the hub as --reader CLASS with its id"),

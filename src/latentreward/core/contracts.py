@@ -156,8 +156,8 @@ def check_sources(name: str, prompts: Sequence[str], taken: tuple[int, int | Non
         if wanted := sources_wanted(number, taken):
             plural = "s" * (wanted != "1")
             raise InputError(
-                f"{name}: it takes {wanted} picture{plural} to edit, and a prompt edits {number}; give prompts with as "
-                "many source_images, or a reward trained on such prompts"
+                f"{name}: it takes {wanted} picture{plural} to edit, and a prompt edits {number}; give prompts with "
+                "that number of source_images, or a reward trained on such prompts"
             )
 
 

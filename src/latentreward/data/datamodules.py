@@ -212,7 +212,7 @@ class PreferenceDataModule(PairLoaders):
             for split, dataset in self.datasets.items() if taken is not None else ():
                 dataset.taken = taken_of_edits(taken, dataset.edits)
                 dataset.check_prompt = getattr(family, "check_prompt", dataset.check_prompt)
-                if stage != "fit" or split in ("train", "val"):
+                if split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
                     dataset.check_sources()
             if network is not None and self._frames > 1:
                 check_frames("data.", network, self._frames)

@@ -111,8 +111,10 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
 
     def check_sources(self) -> None:
         """Raise InputError, under ``on_error: raise``, if a pair edits fewer or more pictures than are ``taken``."""
+        if self.on_error != "raise":
+            return
         prompts = self.reader.prompts()
-        for place, row in enumerate(self.rows if self.on_error == "raise" else ()):
+        for place, row in enumerate(self.rows):
             try:
                 check_taken(prompts[row], self.taken)
             except ImageError as error:

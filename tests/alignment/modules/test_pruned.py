@@ -45,9 +45,7 @@ def test_as_many_candidates_as_samples_prune_nothing(kind: str) -> None:
     """To the bit; ρ is measured, at one more pass of the reward."""
     module = make(kind, pruning=Pruning(3, 2))
     assert equal(make(kind).roll_out(BATCH), module.roll_out(BATCH))
-    passes = 8.0 if kind == "trajectory" else 4.0  # guidance takes two
-    assert module.rollout_values.pop("prediction_correlation") != 0
-    assert module.rollout_values == {"finished_share": 1.0, "policy_passes": passes, "reward_passes": 2.0}
+    assert module.rollout_values["prediction_correlation"] != 0
 
 
 @every_kind
@@ -61,9 +59,6 @@ def test_finished_samples_are_those_of_a_rollout_of_all_candidates(kind: str, at
     rows = [every.keys.index(key) for key in found.keys]
     torch.testing.assert_close(found.latents, every.latents[rows], rtol=1e-4, atol=1e-4)
     assert torch.equal(found.timesteps, every.timesteps[rows])
-    passes = (2 if kind == "trajectory" else 1) * (2 * 2 + 2)
-    module.rollout_values.pop("prediction_correlation")
-    assert module.rollout_values == {"finished_share": 0.5, "policy_passes": passes, "reward_passes": 3.0}
     assert equal(found, make(kind, pruning=Pruning(6, 2), prompts_at_once=at_once).roll_out(BATCH))
 
 

@@ -129,8 +129,13 @@ def test_kept_trajectories_are_those_of_a_whole_sampling(name: str) -> None:
     assert rows.tolist() == [0, 2]
     assert asked[0][1] == sampler.timesteps[2].item()
     torch.testing.assert_close(asked[0][0], whole.latents[2])
-    for field in ("latents", "log_prob", "means"):
-        torch.testing.assert_close(getattr(taken, field), getattr(whole, field)[:, [0, 2]], rtol=1e-4, atol=1e-4)
+    several = {0: lambda *_: torch.tensor([2, 0, 1]), 2: lambda *_: torch.tensor([1, 0])}
+    draws = RolloutDraws(3, PROMPTS.keys)
+    turned, order = sample_pruned(policy, sampler, PROMPTS, steps, 1.0, draws, several, keep_means=True)
+    assert order.tolist() == [0, 2]
+    for found in (taken, turned):
+        for field in ("latents", "log_prob", "means"):
+            torch.testing.assert_close(getattr(found, field), getattr(whole, field)[:, [0, 2]], rtol=1e-4, atol=1e-4)
 
 
 def test_keeping_all_is_a_whole_sampling_to_the_bit() -> None:

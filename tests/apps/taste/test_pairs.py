@@ -121,8 +121,13 @@ def test_a_labelling_tool_s_table_is_taken_by_its_columns_and_labels(tmp_path: P
     assert [(*pair.names, pair.label) for pair in found.pairs[:3]] == [
         ("000.png", "001.png", 1.0), ("002.png", "001.png", 1.0), ("002.png", "003.png", 0.5)
     ]  # fmt: skip
-    with pytest.raises(InputError, match=r"no column 'linsk' in .* did you mean 'links'"):
-        collect(table, {"image_a": "linsk"})
+    for wrong, told in (
+        ({"image_a": "linsk"}, r"no column 'linsk' in .* did you mean 'links'"),
+        ({"prompt": "text"}, "no columns chosen and rejected, or image_a and image_b"),
+        ({}, "no column prompt"),
+    ):
+        with pytest.raises(InputError, match=told):
+            collect(table, wrong)
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,7 @@ class ForwardProcessModule(AlignmentModule):
         self.sampling, self.sampler, self.num_samples, self.steps = sampling, sampler, num_samples, steps
         self.reward_sigmas, self.advantage = tuple(reward_sigmas), advantage or GroupAdvantage("all")
         self.guard, self.prompts_at_once = trust_region, prompts_at_once
-        levels = len(reward_sigmas) if reward.uses_sigmas else 1
-        self.rollout = FinishedSamples(num_samples, levels, pruning)
+        self.rollout = FinishedSamples(num_samples, pruning)
         self.copies = [MovingCopy(self.policy, name, ramp) for name, ramp in copies.items()]
         self.followed = 0
 

@@ -256,8 +256,7 @@ class TrajectoryGRPOModule(GRPOModule):
         self.gate: Any = rules.get("gate")
         self.num_trajectories, self.reward_sigmas = num_trajectories, tuple(reward_sigmas)
         self.prompts_at_once, self.rules = prompts_at_once, rules
-        levels = len(reward_sigmas) if reward.uses_sigmas else 1
-        self.rollout = FinishedSamples(num_trajectories, levels, pruning)
+        self.rollout = FinishedSamples(num_trajectories, pruning)
         self.reward_guidance, self.credit, self.window = reward_guidance, credit, window
         self.advantage = (advantage or GroupAdvantage("all")).weighing(reward.part_weights)
         self.part_signs = [-1.0 if weight < 0 else 1.0 for weight in reward.part_weights]

@@ -160,10 +160,8 @@ def scaled_advantages(rule: Advantage, rewards: Tensor, contrast: Tensor | None)
 class FinishedSamples:
     """Samples of a module's rollout that are sampled to the end; with ``pruning`` ρ is measured in each, and logged."""
 
-    def __init__(self, count: int, levels: int, pruning: Pruning | None) -> None:
-        self.count = count  # samples K of a prompt that are finished
-        self.levels = levels  # passes of the reward on a finished sample
-        self.pruning = pruning
+    def __init__(self, count: int, pruning: Pruning | None) -> None:
+        self.count, self.pruning = count, pruning  # samples K of a prompt that are finished
         self.begin()
 
     def begin(self) -> None:
@@ -211,13 +209,5 @@ class FinishedSamples:
         self.agreement = agreement = Agreement.of(predicted, kept, values)
         pruned = self.pruning.candidates > self.count  # else C is 1, but for rounding
         advantages = scaled_advantages(rule, values, agreement.contrast if pruned else None)
-        steps, early = module.sampling.num_inference_steps, self.pruning.after_steps
-        finished, family = self.count / self.pruning.candidates, module.policy.family
-        guided = family.passes if family.needs_uncond(module.guidance_scale) else 1
-        module.rollout_values = {
-            "prediction_correlation": agreement.correlation.item(),
-            "finished_share": finished,
-            "policy_passes": guided * (early / finished + steps - early),
-            "reward_passes": 1 / finished + self.levels,
-        }
+        module.rollout_values = {"prediction_correlation": agreement.correlation.item()}
         return module.of_this_rank(advantages, len(rewards))

@@ -180,7 +180,8 @@ def sample_pruned(
     """Sample from noise to the finished latents and keep every state; go on with some samples alone, return their rows.
 
     The caller sets ``policy.eval()`` and autocast. ``guidance_scale`` is as checked by :meth:`Family.guidance`.
-    ``cuts`` are what chooses samples, by the number of finished steps, 0 for the noise.
+    ``cuts`` maps numbers of finished steps, from 0 (the noise) to all but the last, to functions that choose.
+    ``sampler`` should not know rows, as :class:`GuidedSampler` does.
     """
     policy.edit_at(sampling.height, sampling.width)
     network, rows = PromptedPolicy.of(policy, prompts, guidance_scale), torch.arange(len(prompts))

@@ -143,11 +143,11 @@ def generate(
 
 
 def told(sampling: Sampling, family: Family, texts: Sequence[str]) -> str:
-    """Return size and steps of pictures, and of an editor how many prompts edit one."""
+    """Return size and steps of pictures, and of an editor how many pictures each prompt edits."""
     height, width = sampling.height or family.native_size[0], sampling.width or family.native_size[1]
-    how = f"{height} × {width} pixels in {sampling.num_inference_steps} steps"
-    edits = f"; {sum(bool(sources_of(text)) for text in texts)} of {len(texts)} prompts edit pictures"
-    return how + edits * (family.sources[1] != 0)
+    frames = f"{sampling.frames} frames of " * (sampling.frames != 1)
+    edits = f"; each prompt edits {len(sources_of(texts[0]))} pictures" * (family.sources[1] != 0)
+    return f"{frames}{height} × {width} pixels in {sampling.num_inference_steps} steps{edits}"
 
 
 def check(

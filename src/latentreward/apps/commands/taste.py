@@ -25,7 +25,7 @@ def taste(
     rate: bool = False,
     align: bool = False,
     columns: dict[str, str] | None = None,
-    labels: dict[str, str] | None = None,
+    labels: dict[str, str | float] | None = None,
     base: PathText = SD15,
     tuning: Literal["auto", "frozen", "lora", "full"] = "auto",
     pairs: int = 500,
@@ -47,10 +47,10 @@ def taste(
     Some 500 pairs are needed before the accuracy is told from guessing, fewer if they differ clearly; 20 are the least.
 
     FOLDER holds pictures in ``chosen/`` and ``rejected/``, or a file ``ratings.jsonl``, which --rate writes: a page on
-    this machine that shows two pictures at a time. Or it is a table of pairs (CSV, TSV, JSON). A text file beside a
-    picture, of the same name, is its caption. The steps are: a split without common pictures, latents, the reward with
-    early stopping, the accuracy on held-out pairs, with --align the alignment and pictures before and after, and a
-    page. The same command goes on after any stop.
+    this machine that shows two pictures at a time. A text file beside a picture, of the same name, is its caption. Or
+    it is a table of pairs (CSV, TSV, JSON) with prompts. The steps are: a split without common pictures, latents, the
+    reward with early stopping, the accuracy on held-out pairs, with --align the alignment and pictures before and
+    after, and a page. The same command goes on after any stop.
 
     Examples: ``latentreward taste pictures --rate``, then ``latentreward taste pictures --base /models/sd15``;
     ``latentreward taste pictures --base sd_tiny`` to try all of it on a CPU without any download.
@@ -86,7 +86,7 @@ def taste(
     if rate:
         rate_pictures(folder, port, seed)
         return
-    output = (Path("runs/taste", folder.stem) if work is None else work).resolve()
+    output = (Path("runs/taste", folder.name) if work is None else work).resolve()
     if output.is_relative_to(folder):  # pictures drawn there would be found as pictures to rate
         raise InputError(f"work: {output} lies in the folder of pictures; give --work a folder outside {folder}")
     import torch
@@ -100,7 +100,7 @@ def taste(
     if device == "gpu":
         find_device("cuda")
     found = collect(folder, columns, labels)
-    plans.find_base(base)
+    known = plans.find_base(base)
     own = plans.family_of(base)
     print(found.how)
     for remark in found.remarks:
@@ -132,8 +132,10 @@ def taste(
             align=align_settings,
             pictures=num_prompts,
         )
-        side = f"{size or plans.find_base(base).size} pixels a side"
-        print(f"base {base} of {side}, tuning {chosen}, {'GPU' if plan.gpu else 'CPU'}", flush=True)
+        print(
+            f"base {base} of {size or known.size} pixels a side, tuning {chosen}, {'GPU' if plan.gpu else 'CPU'}",
+            flush=True,
+        )
         run_steps(plan.steps(output, seed), plan, output, parts.how, always=align_always)
 
 

@@ -66,11 +66,12 @@ class Collection:
 def check_folder(folder: Path) -> None:
     """Raise InputError if there is no such folder."""
     if not folder.is_dir():
-        raise InputError(f"folder: {folder} is not a folder; give the folder of your pictures, or a table {TABLES}")
+        told = f"folder: {folder} is not a folder; give the folder of your pictures, or for training"
+        raise InputError(f"{told} a table ({', '.join(TABLES)})")
 
 
 def collect(
-    folder: Path, columns: Mapping[str, str] | None = None, labels: Mapping[str, str] | None = None
+    folder: Path, columns: Mapping[str, str] | None = None, labels: Mapping[str, str | float] | None = None
 ) -> Collection:
     """Read the pairs of a table, or a folder: ``ratings.jsonl`` if it is there, else ``chosen/`` and ``rejected/``.
 
@@ -254,14 +255,13 @@ def without_self(pairs: Sequence[RatedPair]) -> tuple[list[RatedPair], list[str]
 
 
 class RatingReader(RowReader):
-    """Reader of ratings that leaves bad rows out by number and reason, not yet for pictures; InputError without any."""
+    """Reader of ratings that leaves rows out, by number and reason; InputError without any left. Opens no picture."""
 
-    def __init__(self, file: Path, columns: Mapping[str, str] | None, labels: Mapping[str, str] | None) -> None:
+    def __init__(self, file: Path, columns: Mapping[str, str] | None, labels: Mapping[str, str | float] | None) -> None:
         super().__init__(file.name, "train", randomise_sides=False, on_error="skip")
         self.folder = file.parent
         self.left_out: list[str] = []  # number and reason of each row that was left out
-        columns = columns or {}
-        _, rows = open_list(file, columns)
+        rows = open_list(file, columns := columns or {}, whole=file.name != RATINGS)
         self.table = PairRowParser(self, columns=columns, labels=labels).table(rows)
         self.report(str(file), "; ".join([f"file: {file} has no rows left", *self.told(), "check it"]))
 
@@ -275,7 +275,7 @@ class RatingReader(RowReader):
 
 
 def from_ratings(
-    file: Path, columns: Mapping[str, str] | None = None, labels: Mapping[str, str] | None = None
+    file: Path, columns: Mapping[str, str] | None = None, labels: Mapping[str, str | float] | None = None
 ) -> Collection:
     """Read ratings, a table as :class:`~latentreward.data.JSONLPairReader` takes it."""
     reader = RatingReader(file, columns, labels)

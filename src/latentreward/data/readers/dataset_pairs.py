@@ -160,20 +160,23 @@ def fill_from_list(
 ) -> None:
     """Give a reader the pairs of a table of text; of a file of another suffix, as JSON lines."""
     reader.folder, columns = reader.folder or file.parent, columns or {}
-    names, rows = open_list(file, columns)
-    if names:
-        find_images([field for field in FIELDS if columns.get(field, field) in names], names, file)
+    rows = open_list(file, columns)
     parser = PairRowParser(reader, columns=columns, check_image=reader.check_path, labels=labels)
     reader.fill(rows, str(file), f"file: {file} has no rows left; check it", parser)
 
 
-def open_list(file: Path, columns: Mapping[str, str]) -> tuple[list[str], Iterator[Row]]:
-    """Return the names of columns in the first rows of a table of text, and all rows; ``columns`` must name some."""
+def open_list(file: Path, columns: Mapping[str, str], whole: bool = True) -> Iterator[Row]:
+    """Yield the rows of a table of text after a look at the columns of the first ones.
+
+    ``columns`` may name those that there are; a ``whole`` table has prompts and two images.
+    """
     rows = read_list(file)
     first = [*islice(rows, FIRST_ROWS)]
     names = list(dict.fromkeys(name for _, _, row in first if isinstance(row, dict) for name in row))
     check_columns(columns, names, str(file))
-    return names, chain(first, rows)
+    if names and whole:
+        find_images([field for field in FIELDS if columns.get(field, field) in names], names, file)
+    return chain(first, rows)
 
 
 class OwnColumns:

@@ -140,7 +140,7 @@ def modulated_layer(layer: nn.Module, hidden: Tensor, modulation: Tensor) -> Ten
 
 def embed_timesteps(timesteps: Tensor) -> Tensor:
     """Return sinusoidal embeddings ``(B, 256)``, float32: cosines, then sines, at frequencies from 1 to 1/10000."""
-    from diffusers.models.embeddings import get_timestep_embedding  # diffusers takes 0.6 s, which `fit --help` has not
+    from diffusers.models.embeddings import get_timestep_embedding  # 0.6 s of imports that `fit --help` can spare
 
     return get_timestep_embedding(timesteps, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
 
