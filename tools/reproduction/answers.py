@@ -31,6 +31,7 @@ class Question:
     claim: str  # what the claim says
     paper: str  # the paper's own effect
     advice: str  # what a reader should do
+    second: str = ""  # row of the second world with that claim; by default the one that is `like` the row
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def answers_page(
     lines = [header, ("---",) * len(header)]
     for question in questions:
         row, claim, verdict = find(question, [one for one in rows if one.name == question.row], judged)
-        there = [one for one in rows if one.like == row.name]
+        there = [one for one in rows if (one.name == question.second if question.second else one.like == row.name)]
         second = answer(*find(question, there, judged)) if there else NOTHING
         covers = {True: "training, pairs, captions", False: "training alone"}[verdict.whole]
         number = with_interval(verdict.difference, "{:+.3f}".format) if verdict.word != "not measured" else NOTHING
