@@ -23,7 +23,7 @@ from latentreward.data.loading import ResumableBatchSampler, ResumableLoader, Wo
 from latentreward.data.readers.base import OnError, PairReader, count_text
 from latentreward.data.sampling import BucketBatchSampler, EvaluationBatches, PairBatchSampler, Sizing
 from latentreward.data.score_table import ScoreTargets, check_targets, label_remedy
-from latentreward.data.splits import SharedPrompts, select_rows, split_by_prompt
+from latentreward.data.splits import USED, SharedPrompts, select_rows, split_by_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class PreferenceDataModule(PairLoaders):
             dataset.check_files(f"data.{name}")
 
     def setup(self, stage: str) -> None:
-        """Check that the module's backbone, policy or generator takes images of ``size``, or clips of ``frames``."""
+        """Check that the network takes images of ``size``, or clips of ``frames``, and as many pictures to edit."""
         module = self.trainer.lightning_module if self.trainer else None
         check_targets(module, self.datasets, stage)
         owners = (getattr(module, "model", None), "backbone"), (module, "policy"), (module, "generator")
@@ -212,7 +212,7 @@ class PreferenceDataModule(PairLoaders):
             for split, dataset in self.datasets.items() if taken is not None else ():
                 dataset.taken = taken_of_edits(taken, dataset.edits)
                 dataset.check_prompt = getattr(family, "check_prompt", dataset.check_prompt)
-                if split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
+                if split in USED.get(stage, ()):
                     dataset.check_sources()
             if network is not None and self._frames > 1:
                 check_frames("data.", network, self._frames)

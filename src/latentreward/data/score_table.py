@@ -17,7 +17,7 @@ from latentreward.core.contracts import PathText
 from latentreward.core.errors import InputError, did_you_mean, errors_at, first_line
 from latentreward.core.storage.run_folder import load_table
 from latentreward.data.readers.base import OnError, PairReader, count_text
-from latentreward.data.splits import ChosenRows
+from latentreward.data.splits import USED, ChosenRows
 
 PAIR_ID = "pair_id"
 FLAG = "different_flag"
@@ -315,8 +315,8 @@ def check_targets(module: Any, datasets: Mapping[str, Any], stage: str | None) -
     check = getattr(getattr(module, "loss", None), "check_targets", None)
     if check is None:
         return
-    for name in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", ()):
-        if name in datasets:
+    for name in USED.get(stage or "", ()):
+        if name in datasets and name != "predict":
             with errors_at(f"data.targets.tables.{name}: "):
                 check(datasets[name].targets)
 

@@ -12,6 +12,9 @@ from latentreward.core.errors import InputError
 from latentreward.core.storage.digests import digest
 from latentreward.data.readers.base import OnError, PairReader, normalise_prompt
 
+USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+"""Stage, or subcommand -> splits that it reads; the first split must be set."""
+
 
 class ChosenRows(PairReader):
     """Reader of some ``rows``, ``(len,)``, of another reader."""

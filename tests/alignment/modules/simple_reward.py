@@ -46,7 +46,5 @@ class OtherChannels(FirstChannel):
 
 
 class OtherChannelsReward(FirstChannelReward):
-    uses_sigmas = True
-
     def load(self, policy: Policy) -> Reward:
         return OtherChannels(self.scale)

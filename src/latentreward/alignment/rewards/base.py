@@ -126,11 +126,9 @@ class RewardSource(Part):
 
     Attributes:
         part_weights: Weights of the rewards of a mixture, one for each; of any other reward a single one.
-        uses_sigmas: Whether the reward scores finished latents at noise levels, as latent rewards do.
     """
 
     part_weights: Sequence[float] = (1.0,)
-    uses_sigmas: bool = False
 
     def has_gradient(self) -> bool:
         """Tell whether scores carry a gradient to the states, as far as that is known before loading."""

@@ -290,8 +290,6 @@ class LatentReward(RewardSource):
                 reward: {class_path: LatentReward, init_args: {path: runs/lrm/reward.ckpt}}
     """
 
-    uses_sigmas = True
-
     def __init__(
         self,
         path: PathText,

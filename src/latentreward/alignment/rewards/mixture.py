@@ -60,11 +60,6 @@ class RewardMixture(RewardSource):
         """Weights of the rewards."""
         return self.weights
 
-    @property
-    def uses_sigmas(self) -> bool:  # type: ignore[override]
-        """Whether one of the rewards scores finished latents at noise levels."""
-        return any(reward.uses_sigmas for reward in self.rewards)
-
     def latent_space(self) -> LatentSpace | None:
         spaces = {space for reward in self.rewards if (space := reward.latent_space()) is not None}
         if len(spaces) > 1:

@@ -16,7 +16,7 @@ from latentreward.alignment.rewards.base import RewardSource, rows_of, score_sta
 from latentreward.alignment.rollout.advantages import Advantage
 from latentreward.alignment.rollout.samplers import StepSampler
 from latentreward.alignment.rollout.step_choice import wrong_indices
-from latentreward.alignment.rollout.trajectories import RolloutDraws, Trajectories, sample_pruned, sample_trajectories
+from latentreward.alignment.rollout.trajectories import Cut, RolloutDraws, Trajectories, sample_pruned
 from latentreward.core.contracts import PromptBatch, to_float64
 from latentreward.core.errors import InputError, check_at_least_one, check_range
 from latentreward.core.promises import Part, returns
@@ -173,11 +173,16 @@ class FinishedSamples:
         self, module: AlignmentModule, prompts: PromptBatch, sampler: StepSampler, keep_means: bool = False
     ) -> Trajectories:
         """Sample a batch of prompts, K samples of each to the end."""
-        if (pruning := self.pruning) is None:
-            settings = (module.sampling, module.guidance_scale, module.seed)
-            self.samples += (names := prompts.times(self.count))
-            return sample_trajectories(module.policy, sampler, names, *settings, keep_means=keep_means)
-        names, encoded = prompts.times(pruning.candidates), module.reward.encode_prompts(prompts.prompts)
+        names = prompts.times(self.count if self.pruning is None else self.pruning.candidates)
+        cuts = {} if self.pruning is None else {self.pruning.after_steps: self._choice(module, prompts, self.pruning)}
+        given = (module.sampling, module.guidance_scale, RolloutDraws(module.seed, names.keys))
+        taken, rows = sample_pruned(module.policy, sampler, names, *given, cuts, keep_means=keep_means)
+        self.samples += names.select(rows.tolist())
+        return taken
+
+    def _choice(self, module: AlignmentModule, prompts: PromptBatch, pruning: Pruning) -> Cut:
+        """Return what chooses K candidates of each prompt, and keeps the predictions and the choice."""
+        encoded = module.reward.encode_prompts(prompts.prompts)
 
         def choose(states: Tensor, timestep: float) -> Tensor:
             scores = score_states(module.reward, encoded, states, rows_of(prompts, states), timestep)
@@ -189,11 +194,7 @@ class FinishedSamples:
             self._batches.append((predicted, kept))
             return (kept + pruning.candidates * torch.arange(len(prompts))[:, None]).flatten()
 
-        cuts = {pruning.after_steps: choose}
-        given = (module.sampling, module.guidance_scale, RolloutDraws(module.seed, names.keys))
-        taken, rows = sample_pruned(module.policy, sampler, names, *given, cuts, keep_means=keep_means)
-        self.samples += names.select(rows.tolist())
-        return taken
+        return choose
 
     def advantages(
         self, module: AlignmentModule, rewards: Tensor, rule: Advantage, features: Tensor | None = None

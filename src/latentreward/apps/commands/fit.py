@@ -45,7 +45,7 @@ from latentreward.core.storage.durable import lock_run, write_file
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
-from latentreward.data.splits import tell_unopened
+from latentreward.data.splits import USED, tell_unopened
 
 if TYPE_CHECKING:
     from latentreward.apps.estimate.estimate import Estimate
@@ -53,8 +53,6 @@ if TYPE_CHECKING:
 CONFIG, SAVED = "config.yaml", "config*.yaml"
 LEFT_OUT = ("#", "ckpt_path:")
 """Starts of lines in which the settings of one run may differ between two files."""
-USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-"""Subcommand -> splits that the subcommand reads; the first split must be set."""
 
 
 class Parser(functions.SettingsParser, LightningArgumentParser):

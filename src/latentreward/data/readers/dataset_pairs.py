@@ -166,9 +166,9 @@ def fill_from_list(
 
 
 def open_list(file: Path, columns: Mapping[str, str], whole: bool = True) -> Iterator[Row]:
-    """Yield the rows of a table of text after a look at the columns of the first ones.
+    """Return the rows of a table of text; raise InputError if the first rows lack a column that ``columns`` names.
 
-    ``columns`` may name those that there are; a ``whole`` table has prompts and two images.
+    A ``whole`` table also needs columns of prompts and of two images.
     """
     rows = read_list(file)
     first = [*islice(rows, FIRST_ROWS)]
