@@ -24,7 +24,7 @@ SHORTER = {
     "--images_per_prompt 4": "--images_per_prompt 4 --sampling.num_inference_steps 4",
     "--config configs/evaluate/tiny.yaml": "--config configs/evaluate/tiny.yaml --num_prompts 4"
     " --sampling.num_inference_steps 4",
-    "--data my_pairs --model": "--levels [0.4] --draws 1 --data my_pairs --model",
+    "--data my_pairs --model": "--levels [0.4] --data my_pairs --model",
 }
 
 
