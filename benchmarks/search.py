@@ -65,7 +65,7 @@ def measure_search(policy: Policy, rewards: dict[str, list[Reward]], prompts: in
 
         def best_of(reward: Reward, batch: PromptBatch, number: int, how: dict = how) -> Tensor:
             sample = partial(sample_latents, policy, sampling=still, **how)
-            return best_of_n(sample, reward, batch, number, sigmas=(0.05,))[0]
+            return best_of_n(sample, reward, batch, number, sigmas=(0.05,)).latents
 
         def search(reward: Reward, batch: PromptBatch, how: dict = how) -> Tensor:
             return search_latents(policy, reward, batch, Candidates(4), lively, **how)

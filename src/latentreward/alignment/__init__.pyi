@@ -34,6 +34,7 @@ from .modules.diffusion_dpo import DiffusionDPOModule
 from .modules.forward_process import AWMModule, DiffusionNFTModule, ForwardProcessModule
 from .modules.group_preference import CRDModule, DGPOModule
 from .modules.grpo import GRPOModule, StepwiseGRPOModule, TrajectoryGRPOModule, group_statistics
+from .modules.look_ahead import LookAheadModule
 from .modules.lpo import LPOModule, SPOModule
 from .modules.on_policy import OnPolicyDistillationModule, OnPolicyLoss, Teacher
 from .modules.opsd import DiffusionOPSDModule, reward_ascent
@@ -47,6 +48,7 @@ from .rewards.base import Reward, RewardSource, begin_finished, check_sigmas, ro
 from .rewards.callable import CallableReward, RandomReward, UnchangedRegion
 from .rewards.http import HTTPReward
 from .rewards.latent import LatentReward, surrogate
+from .rewards.look_ahead import warn_of_another_policy, within_prompts
 from .rewards.mixture import RewardMixture
 from .rewards.pixel import PixelReward
 from .rollout.advantages import (
@@ -76,6 +78,7 @@ from .rollout.candidates import (
     gap_quantiles,
     step_pairs,
 )
+from .rollout.halving import Halving
 from .rollout.pruning import Agreement, BestAndWorst, Pruning, PruningRule, scaled_advantages
 from .rollout.reward_guidance import (
     GuidedSampler,
@@ -140,11 +143,13 @@ __all__ = [
     "GroupAdvantage",
     "GuidedSampler",
     "HTTPReward",
+    "Halving",
     "KLGate",
     "LPOModule",
     "LatentReward",
     "LinearDPO",
     "LinearThreshold",
+    "LookAheadModule",
     "MatchingLoss",
     "MovingWindow",
     "NFTLoss",
@@ -234,6 +239,8 @@ __all__ = [
     "step_pairs",
     "surrogate",
     "velocity_divergence",
+    "warn_of_another_policy",
+    "within_prompts",
     "write_kohya",
     "write_merged",
 ]

@@ -613,6 +613,17 @@ class RenoisedGroups(SampledStates):
         return RenoisedSamples(keys, repeated.prompts, self.latents.flatten(0, 1), timesteps, self.advantage.flatten())
 
 
+@dataclass(frozen=True)
+class LookAheadStates(SampledStates):
+    """States of K trajectories of a prompt after equally many steps, with the scores of what they ended in.
+
+    ``latents`` are ``(N, K, C, ...)``. A prompt has a row for each recorded number of steps.
+    """
+
+    scores: Tensor  # ``(N, K)`` scores of the finished samples
+    spread: Tensor  # ``(N,)`` standard deviation of such scores within a prompt, over the whole rollout
+
+
 StepRecord = TypeVar("StepRecord", bound=SampledStates)
 
 

@@ -11,6 +11,7 @@ from latentreward.alignment import (
     BestAndWorst,
     DGPOLoss,
     GroupAdvantage,
+    PromptedPolicy,
     PruningRule,
     RolloutDraws,
     Sampling,
@@ -120,18 +121,16 @@ def test_kept_trajectories_are_those_of_a_whole_sampling(name: str) -> None:
         asked.append((states, timestep))
         return torch.tensor([0, 2])
 
-    whole = sample_trajectories(policy, sampler, PROMPTS, steps, 1.0, 3, keep_means=True)
+    whole = sample_trajectories(policy, sampler, PROMPTS, steps, 1.0, 3, kept="means")
+    network, draws = PromptedPolicy.of(policy, PROMPTS, 1.0), RolloutDraws(3, PROMPTS.keys)
     with NetworkRows(policy) as calls:
-        taken, rows = sample_pruned(
-            policy, sampler, PROMPTS, steps, 1.0, RolloutDraws(3, PROMPTS.keys), {2: keep}, keep_means=True
-        )
+        taken, rows = sample_pruned(network, sampler, steps, draws, {2: keep}, "means")
     assert [rows for rows, _ in calls] == [3, 3, 2, 2, 2]
     assert rows.tolist() == [0, 2]
     assert asked[0][1] == sampler.timesteps[2].item()
     torch.testing.assert_close(asked[0][0], whole.latents[2])
     several = {0: lambda *_: torch.tensor([2, 0, 1]), 2: lambda *_: torch.tensor([1, 0])}
-    draws = RolloutDraws(3, PROMPTS.keys)
-    turned, order = sample_pruned(policy, sampler, PROMPTS, steps, 1.0, draws, several, keep_means=True)
+    turned, order = sample_pruned(network, sampler, steps, draws, several, "means")
     assert order.tolist() == [0, 2]
     for found in (taken, turned):
         for field in ("latents", "log_prob", "means"):
@@ -142,8 +141,7 @@ def test_keeping_all_is_a_whole_sampling_to_the_bit() -> None:
     policy, steps = tiny_policy("sd35_tiny"), Sampling(4).with_noise()
     sampler = steps.sampler(policy.family)
     whole = sample_trajectories(policy, sampler, PROMPTS, steps, 1.0, 3)
-    taken, _ = sample_pruned(
-        policy, sampler, PROMPTS, steps, 1.0, RolloutDraws(3, PROMPTS.keys), {1: lambda *_: torch.arange(3)}
-    )
+    network, draws = PromptedPolicy.of(policy, PROMPTS, 1.0), RolloutDraws(3, PROMPTS.keys)
+    taken, _ = sample_pruned(network, sampler, steps, draws, {1: lambda *_: torch.arange(3)})
     assert torch.equal(taken.latents, whole.latents) and torch.equal(taken.log_prob, whole.log_prob)
     assert torch.equal(taken.latents[0], RolloutDraws(3, PROMPTS.keys).initial(policy.latent_shape()))

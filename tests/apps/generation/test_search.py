@@ -31,18 +31,19 @@ def test_search_raises_the_reward_above_plain_sampling(policy: Policy, needs_cle
 
 def test_the_best_of_all_samples_is_kept() -> None:
     means = torch.tensor([[1.0, 5.0], [3.0, 4.0], [2.0, 6.0], [3.0, 6.0]])
-    made = iter(means[..., None] + torch.arange(4.0)[:, None, None] * torch.tensor([-1.0, 1.0]))
-    latents, scores = best_of_n(lambda prompts: next(made).view(2, 1, 1, 2), MeanLatent(), PROMPTS, 4)
+    made = means.T[..., None] + torch.arange(4.0)[:, None] * torch.tensor([-1.0, 1.0])
+    latents, names, scores = best_of_n(lambda names: made.reshape(8, 1, 1, 2), MeanLatent(), PROMPTS, 4)
     assert latents.flatten().tolist() == [2.0, 4.0, 4.0, 8.0]  # of equal samples the first: numbers 1 and 2
     assert scores.tolist() == means.tolist()
+    assert names.keys == ("0/1", "1/2")
 
 
 @pytest.mark.slow
 def test_more_samples_of_a_policy_never_score_lower() -> None:
     policy = PolicySource("sd_tiny").load().eval()
     sample = partial(sample_latents, policy, sampling=Sampling(4, eta=0.0), guidance_scale=1.0, seed=0)
-    (_, few), (latents, many) = (best_of_n(sample, MeanLatent(), PROMPTS, number) for number in (2, 5))
-    assert torch.equal(few, many[:2])
-    assert (many.max(dim=0).values >= few.max(dim=0).values).all()
+    (_, _, few), (latents, _, many) = (best_of_n(sample, MeanLatent(), PROMPTS, number) for number in (2, 5))
+    torch.testing.assert_close(few, many[:2])
+    assert (many.max(dim=0).values >= few.max(dim=0).values - 1e-5).all()
     assert (many.std(dim=0) > 0).all()
     torch.testing.assert_close(latents.flatten(1).mean(dim=1), many.max(dim=0).values)

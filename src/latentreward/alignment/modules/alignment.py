@@ -350,6 +350,7 @@ class AlignmentModule(LightningModule):
         """
         wall, process = time.perf_counter(), time.process_time()
         with evaluating(self), torch.no_grad(), self.compute_precision(), self.failing_together(), ExitStack() as shown:
+            shown.enter_context(self.policy.adapters.merged())
             if self.rollout_progress is not None:
                 batches = math.ceil(len(prompts) / (self.prompts_at_once or len(prompts)))
                 progress = self.rollout_progress(self.sampling.num_inference_steps, batches)

@@ -138,8 +138,7 @@ class ForwardProcessModule(AlignmentModule):
         sampled, pending = [], []
         for part in prompts.split(self.prompts_at_once):
             with self.policy.adapters.use(OLD):
-                # A view would keep the states of all steps in memory.
-                sampled.append(self.rollout.sample(self, part, self.sampler).finished.clone())
+                sampled.append(self.rollout.sample(self, part, self.sampler, "finished").finished)
             # A reward on a server scores these samples while the next are drawn.
             pending.append(begin_finished(self.reward, sampled[-1], part, self.seed, self.reward_sigmas))
         latents = torch.cat(sampled)

@@ -32,7 +32,8 @@ from latentreward.alignment.rewards.base import (
 )
 from latentreward.alignment.rollout.advantages import Advantage, Credit, GroupAdvantage, group_advantages
 from latentreward.alignment.rollout.candidates import Branching
-from latentreward.alignment.rollout.pruning import FinishedSamples, Pruning, check_states_reward
+from latentreward.alignment.rollout.halving import check_states_reward
+from latentreward.alignment.rollout.pruning import FinishedSamples, Pruning
 from latentreward.alignment.rollout.reward_guidance import GuidedSampler, RewardGuidance, require_gradient
 from latentreward.alignment.rollout.samplers import Sampling
 from latentreward.alignment.rollout.step_choice import Window, WindowedSampler
@@ -295,7 +296,7 @@ class TrajectoryGRPOModule(GRPOModule):
             if self.reward_guidance is not None:
                 encoded = self.reward.encode_prompts(part.times(self.num_trajectories).prompts)
                 guided = GuidedSampler(sampler, self.reward_guidance, self.reward, encoded)
-            sampled.append(self.rollout.sample(self, part, guided, keep_means="ratio" in self.rules))
+            sampled.append(self.rollout.sample(self, part, guided, "means" if "ratio" in self.rules else "states"))
             # A reward on a server scores these samples while the next are drawn.
             pending.append(begin_finished(self.reward, sampled[-1].finished, part, self.seed, self.reward_sigmas))
         trajectories, repeated = Trajectories.join(sampled), self.rollout.samples

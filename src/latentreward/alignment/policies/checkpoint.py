@@ -79,6 +79,12 @@ def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> P
         network = source.resolve_family().load_network(pretrained=False)
     stored_ranks(network, shapes, f"checkpoint: {checkpoint}, trained on {saved.source.source},")
     policy = source.load()
+    fill_adapter(policy, saved, checkpoint)
+    return policy.eval()
+
+
+def fill_adapter(policy: Policy, saved: SavedAdapter, checkpoint: Path | str) -> None:
+    """Give ``policy``, which has an adapter of the same shape on the same base, the adapter of an alignment run."""
     if saved.base is not None:
         BaseSample.of(policy, policy.source).check(saved.base)
     weights, own = saved.weights, {name: one for name, one in policy.named_parameters() if ADAPTER in name}
@@ -89,4 +95,3 @@ def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> P
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
-    return policy.eval()

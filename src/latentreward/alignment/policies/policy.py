@@ -8,11 +8,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from latentreward.core.contracts import Conditioning, LatentSpace, PreferenceBatch, sources_of
 from latentreward.core.errors import InputError
@@ -254,6 +255,7 @@ class AdapterSwitch:
     def __init__(self, network: nn.Module, default: str | Sequence[str]) -> None:
         self._network = network
         self._default = [default] if isinstance(default, str) else list(default)
+        self._merged: list[MergedLayer] = []  # layers whose weights have adapters added at the moment
         self.refresh()
 
     def refresh(self) -> None:
@@ -284,6 +286,8 @@ class AdapterSwitch:
             raise ValueError(f"the network has no adapter {name!r}, only {sorted(self._names)}; call refresh()")
         # Layer by layer: adapters of a reward may be active on some layers alone.
         before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._layers]
+        merged, self._merged = self._merged, []
+        exchange(merged)
         try:
             for layer in self._layers:
                 layer._active_adapter, layer._disable_adapters = [] if name is None else [name], name is None
@@ -291,6 +295,62 @@ class AdapterSwitch:
         finally:
             for layer, active, disabled in before:
                 layer._active_adapter, layer._disable_adapters = active, disabled
+            exchange(merged)
+            self._merged = merged
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Add the adapters at work to the weights of their layers for the block, so that a layer is one product.
+
+        Afterwards the weights are the tensors of before. Adapters that are zero are switched off. Nothing is merged
+        where rounding would tell (in autocast, and where weights are not float32), nor in quantised or sharded layers.
+        """
+        layers = [
+            (one, [*{*one._active_adapter} & {*one.scaling}]) for one in self._layers if not one._disable_adapters
+        ]
+        layers = [(layer, names) for layer, names in layers if names]
+        ups = [layer.lora_B[name].weight for layer, names in layers for name in names]
+        if self._merged or not ups or not all(type(one) is nn.Parameter and not one.is_meta for one in ups):
+            yield
+            return
+        if not get_total_norm(ups):
+            with self.use(None):
+                yield
+            return
+        weights = [layer.get_base_layer().weight for layer, _ in layers]
+        rounded = any(type(one) is not nn.Parameter or one.dtype != torch.float32 for one in weights)
+        others = any(layer.lora_variant or any(layer.lora_bias.values()) for layer, _ in layers)
+        if rounded or others or torch.is_autocast_enabled(weights[0].device.type):
+            yield
+            return
+        with torch.no_grad():
+            for (layer, names), weight in zip(layers, weights, strict=True):
+                total = weight.data + sum(layer.get_delta_weight(name) for name in names)
+                self._merged.append(MergedLayer(layer, names, weight, total))
+        exchange(self._merged)
+        try:
+            yield
+        finally:
+            exchange(self._merged)
+            self._merged = []
+
+
+@dataclass
+class MergedLayer:
+    """Layer of a network whose weight is for a while that with the adapters added."""
+
+    layer: Any  # layer of peft
+    names: list[str]  # adapters that are added
+    weight: nn.Parameter  # weight of the layer below
+    other: Tensor  # value of the weight that is not at work
+
+
+def exchange(layers: Sequence[MergedLayer]) -> None:
+    """Exchange the weights of layers for those with, or without, the adapters added."""
+    for one in layers:
+        # In place of the tensor, not into it: subtracting what was added would not give back every bit.
+        one.weight.data, one.other = one.other, one.weight.data
+        one.layer.merged_adapters = [] if one.layer.merged_adapters else [*one.names]
 
 
 def add_frozen_adapter(network: nn.Module, config: Any, name: str) -> dict[str, nn.Parameter]:

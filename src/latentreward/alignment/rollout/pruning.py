@@ -7,18 +7,26 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from latentreward.alignment.rewards.base import RewardSource, rows_of, score_states
+from latentreward.alignment.rewards.base import RewardSource
 from latentreward.alignment.rollout.advantages import Advantage
+from latentreward.alignment.rollout.halving import check_states_reward, scored_cut
 from latentreward.alignment.rollout.samplers import StepSampler
 from latentreward.alignment.rollout.step_choice import wrong_indices
-from latentreward.alignment.rollout.trajectories import Cut, RolloutDraws, Trajectories, sample_pruned
+from latentreward.alignment.rollout.trajectories import (
+    Kept,
+    PromptedPolicy,
+    RolloutDraws,
+    Trajectories,
+    sample_pruned,
+)
 from latentreward.core.contracts import PromptBatch, to_float64
-from latentreward.core.errors import InputError, check_at_least_one, check_range
+from latentreward.core.errors import check_at_least_one, check_range
 from latentreward.core.promises import Part, returns
 from latentreward.core.running import pair_generator
 
@@ -44,14 +52,6 @@ class BestAndWorst(PruningRule):
     def choose(self, predicted: Tensor, count: int, generator: torch.Generator) -> Tensor:
         order, worst = predicted.argsort(stable=True), count // 2
         return torch.cat([order[:worst], order[len(order) - count + worst :]])
-
-
-def check_states_reward(field: str, reward: RewardSource) -> None:
-    """Raise InputError, before any weight is loaded, if a reward cannot score noisy states beside finished samples."""
-    reward.require_step_scores(field)
-    if reward.remembers():
-        told = f"{field} scores noisy states too, which normalise: running would count"
-        raise InputError(f"{told}; set normalise: group or none")
 
 
 @dataclass
@@ -170,31 +170,27 @@ class FinishedSamples:
         self._batches: list[tuple[Tensor, Tensor]] = []
 
     def sample(
-        self, module: AlignmentModule, prompts: PromptBatch, sampler: StepSampler, keep_means: bool = False
+        self, module: AlignmentModule, prompts: PromptBatch, sampler: StepSampler, kept: Kept = "states"
     ) -> Trajectories:
         """Sample a batch of prompts, K samples of each to the end."""
         names = prompts.times(self.count if self.pruning is None else self.pruning.candidates)
-        cuts = {} if self.pruning is None else {self.pruning.after_steps: self._choice(module, prompts, self.pruning)}
-        given = (module.sampling, module.guidance_scale, RolloutDraws(module.seed, names.keys))
-        taken, rows = sample_pruned(module.policy, sampler, names, *given, cuts, keep_means=keep_means)
+        cuts = {}
+        if self.pruning is not None:
+            choose = partial(self._choose, module.seed, prompts, self.pruning)
+            cuts[self.pruning.after_steps] = scored_cut(module.reward, prompts, choose)
+        network = PromptedPolicy.of(module.policy, names, module.guidance_scale)
+        draws = RolloutDraws(module.seed, names.keys)
+        taken, rows = sample_pruned(network, sampler, module.sampling, draws, cuts, kept)
         self.samples += names.select(rows.tolist())
         return taken
 
-    def _choice(self, module: AlignmentModule, prompts: PromptBatch, pruning: Pruning) -> Cut:
-        """Return what chooses K candidates of each prompt, and keeps the predictions and the choice."""
-        encoded = module.reward.encode_prompts(prompts.prompts)
-
-        def choose(states: Tensor, timestep: float) -> Tensor:
-            scores = score_states(module.reward, encoded, states, rows_of(prompts, states), timestep)
-            module.reward.take_means()  # those of a mixture's rewards are logged, and noisy states have none
-            predicted, rule = scores.view(len(prompts), -1).cpu(), pruning.rule or BestAndWorst()
-            drawn = [pair_generator(module.seed, "pruning", 0, key) for key in prompts.keys]
-            choices = [rule.choose(one, self.count, own) for one, own in zip(predicted, drawn, strict=True)]
-            kept = torch.stack(choices).sort(dim=1).values
-            self._batches.append((predicted, kept))
-            return (kept + pruning.candidates * torch.arange(len(prompts))[:, None]).flatten()
-
-        return choose
+    def _choose(self, seed: int, prompts: PromptBatch, pruning: Pruning, predicted: Tensor) -> Tensor:
+        """Choose K candidates of each prompt by ``predicted`` ``(P, N)``; keep the predictions and the choice."""
+        rule = pruning.rule or BestAndWorst()
+        drawn = [pair_generator(seed, "pruning", 0, key) for key in prompts.keys]
+        choices = [rule.choose(one, self.count, own) for one, own in zip(predicted, drawn, strict=True)]
+        self._batches.append((predicted, torch.stack(choices).sort(dim=1).values))
+        return self._batches[-1][1]
 
     def advantages(
         self, module: AlignmentModule, rewards: Tensor, rule: Advantage, features: Tensor | None = None

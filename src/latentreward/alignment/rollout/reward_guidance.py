@@ -159,4 +159,4 @@ def sample_guided(
     """Sample finished latents ``(B, C, ...)``, float32, with steps that are guided by ``reward``."""
     sampler = sampling.sampler(policy.family)
     guided = GuidedSampler(sampler, guidance, reward, reward.encode_prompts(prompts.prompts))
-    return sample_trajectories(policy, guided, prompts, sampling, guidance_scale, seed).finished.clone()
+    return sample_trajectories(policy, guided, prompts, sampling, guidance_scale, seed, kept="finished").finished

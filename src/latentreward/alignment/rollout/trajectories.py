@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -78,13 +78,16 @@ class PromptedPolicy:
     # Encoded empty prompt, one row, or B where it depends on a row's sources; None without guidance
     uncond: Conditioning | None
     guidance_scale: float | None  # Scale as checked by :meth:`Family.guidance`; None for networks without guidance
+    batch_size: int | None = None  # Most latents of one forward pass; None takes all at once
     _packed: dict[int, Conditioning] = field(default_factory=dict, init=False, repr=False)  # number of rows → prompts
 
     @classmethod
-    def of(cls, policy: Policy, prompts: PromptBatch, guidance_scale: float | None) -> PromptedPolicy:
+    def of(
+        cls, policy: Policy, prompts: PromptBatch, guidance_scale: float | None, batch_size: int | None = None
+    ) -> PromptedPolicy:
         """Encode the prompts, and the empty prompt if the guidance needs it."""
         uncond = policy.encode_uncond(prompts.prompts) if policy.family.needs_uncond(guidance_scale) else None
-        return cls(policy, policy.encode_prompts(prompts.prompts), uncond, guidance_scale)
+        return cls(policy, policy.encode_prompts(prompts.prompts), uncond, guidance_scale, batch_size)
 
     def select(self, rows: Tensor) -> PromptedPolicy:
         """Return the network for the prompts of ``rows`` ``(N,)`` int64, in any number and order."""
@@ -102,6 +105,10 @@ class PromptedPolicy:
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """Predict for ``latents`` ``(N, C, ...)``, all at one timestep; N is a multiple of B, prompts innermost."""
         count, prompts = len(latents), len(self.conditioning)
+        if self.batch_size is not None and count > self.batch_size:
+            rows = (torch.arange(count) % prompts).split(self.batch_size)
+            parts = zip(rows, latents.split(self.batch_size), strict=True)
+            return torch.cat([self.select(own)(part, timestep) for own, part in parts])
         if count not in self._packed:  # text of many tokens: copied once, not at each timestep
             rows = [*range(prompts)] * (count // prompts)
             every = self.conditioning if count == prompts else self.conditioning.select(rows)
@@ -114,7 +121,8 @@ class PromptedPolicy:
 class Trajectories:
     """States and log-probabilities of B trajectories of T steps."""
 
-    latents: Tensor  # ``(T + 1, B, C, ...)`` float32: initial noise first, finished latents last
+    # ``(T + 1, B, C, ...)`` float32: initial noise first, finished latents last; ``(1, B, C, ...)`` of these alone
+    latents: Tensor
     timesteps: Tensor  # ``(T,)`` float32 on the CPU: timestep of the state before each step
     # ``(T, B)`` float32: log-probability of each step under the policy that sampled the step; 0 for deterministic
     # steps
@@ -144,6 +152,8 @@ class Trajectories:
 
 Cut = Callable[[Tensor, float], Tensor]
 """Function that returns the rows to keep, int64 ``(n,)`` on the CPU, of states ``(B, C, ...)`` at a timestep."""
+Kept = Literal["finished", "states", "means"]
+"""What is kept of trajectories: the finished latents, all states, or these and the means of all steps."""
 
 
 def sample_trajectories(
@@ -155,55 +165,52 @@ def sample_trajectories(
     seed: int,
     *,
     draws: RolloutDraws | None = None,
-    keep_means: bool = False,
+    kept: Kept = "states",
 ) -> Trajectories:
     """Sample from noise to the finished latents, and keep every state; see :func:`sample_pruned`.
 
-    ``draws`` replace the random numbers from ``seed``.
+    ``guidance_scale`` is as checked by :meth:`Family.guidance`. ``draws`` replace the random numbers from ``seed``.
     """
-    draws = draws or RolloutDraws(seed, prompts.keys)
-    return sample_pruned(policy, sampler, prompts, sampling, guidance_scale, draws, {}, keep_means=keep_means)[0]
+    policy.edit_at(sampling.height, sampling.width)
+    network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
+    return sample_pruned(network, sampler, sampling, draws, {}, kept)[0]
 
 
 @torch.no_grad()
 def sample_pruned(
-    policy: Policy,
+    network: PromptedPolicy,
     sampler: StepSampler,
-    prompts: PromptBatch,
     sampling: Sampling,
-    guidance_scale: float | None,
     draws: RolloutDraws,
     cuts: Mapping[int, Cut],
-    *,
-    keep_means: bool = False,
+    kept: Kept = "states",
 ) -> tuple[Trajectories, Tensor]:
-    """Sample from noise to the finished latents and keep every state; go on with some samples alone, return their rows.
+    """Sample from noise to the finished latents; go on with some samples alone, and return their rows.
 
-    The caller sets ``policy.eval()`` and autocast. ``guidance_scale`` is as checked by :meth:`Family.guidance`.
-    ``cuts`` maps numbers of finished steps, from 0 (the noise) to all but the last, to functions that choose.
-    ``sampler`` should not know rows, as :class:`GuidedSampler` does.
+    The caller sets ``policy.eval()`` and autocast. ``cuts`` maps numbers of finished steps, from 0 (the noise) to all
+    but the last, to functions that choose; ``sampler`` should then not know rows, as :class:`GuidedSampler` does.
     """
-    policy.edit_at(sampling.height, sampling.width)
-    network, rows = PromptedPolicy.of(policy, prompts, guidance_scale), torch.arange(len(prompts))
-    shape, noisy = sampling.latent_shape(policy.family), (sampler.noise_std > 0).tolist()
+    rows = torch.arange(len(network.conditioning))
+    shape, noisy = sampling.latent_shape(network.policy.family), (sampler.noise_std > 0).tolist()
     states, log_probs, means = [draws.initial(shape).to(network.device)], list[Tensor](), list[Tensor]()
-    for index, timestep in sampler.steps():
-        if index in cuts:
-            kept = cuts[index](states[-1], timestep)
-            network, draws, rows, there = network.select(kept), draws.select(kept), rows[kept], kept.to(network.device)
-            states, log_probs, means = ([one[there] for one in some] for some in (states, log_probs, means))
-        output = network(states[-1], timestep)
-        transition = sampler.transition(states[-1], output, torch.full((len(output),), timestep))
-        if keep_means:
-            means.append(transition.mean)
-        # A step without noise has no density, and the log of its standard deviation is −∞.
-        if noisy[index]:
-            states.append(transition.sample(draws.noise(index, 1, shape)[0]))
-            log_probs.append(transition.log_prob(states[-1]))
-        else:
-            states.append(transition.mean)
-            log_probs.append(torch.zeros_like(transition.std))
-    stacked = torch.stack(states), sampler.timesteps, torch.stack(log_probs), torch.stack(means) if keep_means else None
+    with network.policy.adapters.merged():
+        for index, timestep in sampler.steps():
+            if index in cuts:
+                chosen = cuts[index](states[-1], timestep)
+                network, draws, rows = network.select(chosen), draws.select(chosen), rows[chosen]
+                there = chosen.to(network.device)
+                states, log_probs, means = ([one[there] for one in some] for some in (states, log_probs, means))
+            output = network(states[-1], timestep)
+            transition = sampler.transition(states[-1], output, torch.full((len(output),), timestep))
+            # A step without noise has no density, and the log of its standard deviation is −∞.
+            following, log_prob = transition.mean, torch.zeros_like(transition.std)
+            if noisy[index]:
+                following = transition.sample(draws.noise(index, 1, shape)[0])
+                log_prob = transition.log_prob(following)
+            if kept == "means":
+                means.append(transition.mean)
+            states, log_probs = [*(states if kept != "finished" else ()), following], [*log_probs, log_prob]
+    stacked = torch.stack(states), sampler.timesteps, torch.stack(log_probs), torch.stack(means) if means else None
     return Trajectories(*stacked), rows
 
 
@@ -222,5 +229,4 @@ def sample_latents(
     sampler = sampling.sampler(policy.family)
     with policy.reference() if reference else nullcontext():
         sampled = (policy, sampler, prompts, sampling, guidance_scale, seed)
-        # A view would keep the states of all steps in memory.
-        return sample_trajectories(*sampled, draws=draws).finished.clone()
+        return sample_trajectories(*sampled, draws=draws, kept="finished").finished

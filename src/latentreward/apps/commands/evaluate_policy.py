@@ -57,7 +57,7 @@ def evaluate_policy(
     sampling: Sampling = DETERMINISTIC,
     guidance_scale: float | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     parts: int = 1,
     cards: int = 400,
     device: str = "auto",
@@ -86,7 +86,7 @@ def evaluate_policy(
         guidance_scale: Guidance scale of policies without their own, as their family's pipeline takes it; by default
             the family's own: 5 for SD and SD3, where 1 switches guidance off.
         seed: Seed of all noise.
-        batch_size: Pictures sampled at once.
+        batch_size: Pictures sampled at once; by default as many as fit the device, 64 at most.
         parts: Number of consecutive parts into which each group of prompts is cut; the standard deviation of the parts'
             means is reported. HPSv2's benchmark uses 10.
         cards: Largest number of pictures of each policy in ``report.html``.

@@ -5,23 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from latentreward.alignment import (
-    PolicySource,
-    RewardGuidance,
-    RewardSource,
-    Sampling,
-    check_sigmas,
-    sample_guided,
-    sample_latents,
-)
+from latentreward.alignment import PolicySource, RewardGuidance, RewardSource, Sampling, check_sigmas
 from latentreward.apps.generation import image_folder
-from latentreward.apps.generation.search import Candidates, best_of_n, search_latents
+from latentreward.apps.generation.search import Candidates, Sampler, Search
 from latentreward.apps.generation.trained_policy import TrainedPolicy, files_named, offload_text_encoders, plain
-from latentreward.core.contracts import PathText, PromptBatch, like_prompt, sources_of
-from latentreward.core.errors import InputError
+from latentreward.core.contracts import PathText, like_prompt, sources_of
 from latentreward.core.interrupts import interrupts_told
 from latentreward.core.settings.functions import run_function
 from latentreward.core.storage.durable import locked
@@ -44,11 +32,13 @@ def generate(
     guidance_scale: float | None = None,
     images_per_prompt: int = 1,
     best_of: int = 1,
+    keep: dict[int, int] | None = None,
+    look_ahead: RewardSource | None = None,
     step_search: Candidates | None = None,
     reward_guidance: RewardGuidance | None = None,
     score_sigmas: Sequence[float] = (0.2,),
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     device: str = "auto",
     workers: int = 1,
     gpus_per_worker: float | None = None,
@@ -73,13 +63,17 @@ def generate(
             5 for SD and SD3, where 1 switches guidance off.
         images_per_prompt: Pictures to write for each prompt.
         best_of: Number of samples per picture; the sample with the highest score is written.
+        keep: How many of the best_of candidates are sampled on, by the number of finished steps: ``{0: 6, 8: 2}`` goes
+            on with the 6 best noises, and after 8 steps with 2. ``latentreward plan-keep`` proposes it.
+        look_ahead: Latent reward that scores noisy states for ``keep``, such as one that
+            :class:`~latentreward.alignment.LookAheadModule` has trained; by default ``reward``.
         step_search: Number of candidates at each sampling step and the steps to search at; the candidate with the
             highest score is kept.
         reward_guidance: Move each step of a window along the gradient of a latent reward. Needs noise, as step search.
         score_sigmas: Noise levels in [0, 1] at which a latent reward scores finished pictures; several levels make an
             ensemble. Pixel rewards ignore this setting.
         seed: Seed of all random numbers.
-        batch_size: Pictures sampled at once.
+        batch_size: Samples in one forward pass; by default as many as fit the device, 64 at most.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one.
         workers: Processes that sample: on this machine, or on the Ray cluster of RAY_ADDRESS. More than 1 need the
             extra ``cluster``.
@@ -90,44 +84,30 @@ def generate(
     family = (source := trained.source()).resolve_family()
     guidance_scale = family.guidance(guidance_scale)
     sampling.require_own_noise(family)
-    searches = {"step_search": step_search, "reward_guidance": reward_guidance}
-    made_by = {"reward": reward, "sampling": sampling, "guidance_scale": guidance_scale, "best_of": best_of, **searches}
+    chosen = {"keep": keep, "look_ahead": look_ahead} if keep else {}  # else folders of before could not go on
+    chosen |= {"best_of": best_of, "step_search": step_search, "reward_guidance": reward_guidance}
+    made_by = {"reward": reward, "sampling": sampling, "guidance_scale": guidance_scale, **chosen}
     settings = trained.identity() | plain({**made_by, "score_sigmas": list(score_sigmas), "seed": seed})
     check_sigmas(score_sigmas, "score_sigmas")
-    check(reward, best_of, step_search, reward_guidance, source, sampling)
+    search = Search(reward, best_of, keep or {}, look_ahead, step_search, reward_guidance, score_sigmas)
+    search.check(source, sampling)
+    texts = [row.prompt for row in read_prompt_rows(prompts, "prompts")]
+    family.check_prompts(texts, "prompts")
 
     def pictures(shown: Sequence[str]) -> Callable[[list[list[Any]]], Iterator[list[image_folder.Made]]]:
-        """Load generator and reward; return the function that makes a batch of pictures."""
+        """Load generator and rewards; return the function that makes a batch of pictures."""
         generator = trained.load(work.device, sampling)
-        scorer = None if reward is None else reward.load(generator).eval().to(work.device)
-        if scorer is not None:  # an unfit reward fails here, before anything is sampled
-            shape = best_of, 1, *sampling.latent_shape(generator.family)
-            drawn = iter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(work.device))
-            one = PromptBatch((like_prompt("", texts[0]),), ("",))
-            best_of_n(lambda _: next(drawn), scorer, one, best_of, sigmas=score_sigmas)
-        offload_text_encoders(generator, scorer, shown, work.device)
-        how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
-        sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
-        if scorer is not None and step_search is not None:
-            sample = partial(search_latents, generator, scorer, candidates=step_search, **how)
-        elif scorer is not None and reward_guidance is not None:
-            sample = partial(sample_guided, generator, scorer, guidance=reward_guidance, **how)
-
-        def draw(prompts: PromptBatch) -> tuple[Tensor, Tensor | None]:
-            """Sample latents ``(B, C, ...)``; with a reward also return the scores ``(N, B)`` of all N samples."""
-            if scorer is None:
-                return sample(prompts), None
-            return best_of_n(sample, scorer, prompts, best_of, seed=seed, sigmas=score_sigmas)
-
+        sampler = Sampler(generator, sampling, guidance_scale, seed, rows)
+        rewards, draw = search.load(sampler, like_prompt("", texts[0]))
+        offload_text_encoders(generator, rewards, shown, work.device)
         followed = not (step_search or reward_guidance) and sampling.follows_flow(family, guidance_scale)
         decode = partial(image_folder.decode_latents, generator)
         return partial(image_folder.draw_batch, draw, decode, seed, with_noise=followed)
 
-    texts = [row.prompt for row in read_prompt_rows(prompts, "prompts")]
-    family.check_prompts(texts, "prompts")
     with SharedWork(command, workers, device, gpus_per_worker) as work:
         files = files_named([settings, str(prompts)]) if workers > 1 else {}
-        more = {"batch_size": batch_size, "checkpoint": None, "lora": None, "files": files}
+        rows = batch_size or image_folder.fitting_batch(sampling.latent_shape(family), work.device)
+        more = {"batch_size": rows, "checkpoint": None, "lora": None, "files": files}
         work.join({PICTURES: pictures}, settings | more)
         with locked(output_dir, "output_dir"):
             folder = image_folder.ImageFolder(output_dir, settings)
@@ -137,7 +117,7 @@ def generate(
             with interrupts_told(
                 lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"
             ):
-                image_folder.make_pictures(work, PICTURES, folder, wanted, texts, batch_size)
+                image_folder.make_pictures(work, PICTURES, folder, wanted, texts, rows)
             folder.write_grid(wanted)
             print(folder.summary(wanted))
 
@@ -148,40 +128,6 @@ def told(sampling: Sampling, family: Family, texts: Sequence[str]) -> str:
     frames = f"{sampling.frames} frames of " * (sampling.frames != 1)
     edits = f"; each prompt edits {len(sources_of(texts[0]))} pictures" * (family.sources[1] != 0)
     return f"{frames}{height} × {width} pixels in {sampling.num_inference_steps} steps{edits}"
-
-
-def check(
-    reward: RewardSource | None,
-    best_of: int,
-    step_search: Candidates | None,
-    guidance: RewardGuidance | None,
-    source: PolicySource,
-    sampling: Sampling,
-) -> None:
-    """Raise InputError, before weights are loaded, if searches and reward do not fit each other or the generator."""
-    if step_search and guidance:
-        raise InputError("step_search and reward_guidance are both set; leave one out")
-    if reward is None:
-        if best_of > 1 or step_search or guidance:
-            raise InputError("best_of, step_search and reward_guidance need a reward; set reward")
-        return
-    if reward.remembers():
-        raise InputError(
-            "reward: a RewardMixture with normalise: running scores by all that it has seen, so a command that goes on "
-            "would make other pictures; set normalise: group or none"
-        )
-    if guidance is not None and guidance.normalise:
-        raise InputError(
-            "reward_guidance.normalise divides by the norm over a batch, so pictures would depend on each other; leave "
-            "it out"
-        )
-    reward.require_latents_of(source)
-    sampler = sampling.sampler(source.resolve_family())
-    if step_search is not None:
-        step_search.branching().steps(sampler)
-    if guidance is not None:
-        guidance.check(sampler)
-        reward.require_guidance()
 
 
 run = partial(run_function, generate, bare=2)

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageSequence
 from torch import Tensor
 
 from latentreward.alignment import Policy, PriorNoise, Sampling
+from latentreward.apps.generation.search import Chosen
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError, first_line
 from latentreward.core.interrupts import interrupts_held
@@ -180,7 +182,7 @@ DETERMINISTIC = Sampling(eta=0.0, noise_level=0.0)
 
 
 def draw_batch(
-    draw: Callable[[PromptBatch], tuple[Tensor, Tensor | None]],
+    draw: Callable[[PromptBatch], Chosen],
     decode: Callable[[Tensor], Tensor],
     seed: int,
     batch: Sequence[Sequence[Any]],
@@ -189,7 +191,7 @@ def draw_batch(
     """Sample and decode one batch of images; yield their rows of the table and files.
 
     Args:
-        draw: Function from B prompts to latents ``(B, C, ...)``, and scores ``(N, B)`` of N samples per prompt or None.
+        draw: Function that samples finished latents of B prompts.
         decode: Function from latents to pixels in [-1, 1] on the CPU, see :func:`draw_images`.
         seed: Seed written to the table.
         batch: Images as [index of the prompt, number of the image, prompt].
@@ -197,14 +199,22 @@ def draw_batch(
     """
     names = [(place, image) for place, image, _ in batch]
     prompts = PromptBatch(tuple(prompt for _, _, prompt in batch), tuple(f"{place}/{image}" for place, image in names))
-    latents, scores = draw(prompts)
+    latents, drawn, scores = draw(prompts)
     made = draw_images(names, prompts.prompts, decode(latents), scores, seed)
     if with_noise:
-        # The chosen one of N samples, by the name that `best_of_n` draws it under.
-        ends = [""] * len(made) if scores is None else [f"/{number}" for number in scores.argmax(dim=0).tolist()]
-        for (row, _), start, end in zip(made, prompts.keys, ends, strict=True):
-            row[NOISE] = str(PriorNoise(seed, start + end, tuple(latents.shape[1:])))
+        for (row, _), key in zip(made, drawn.keys, strict=True):
+            row[NOISE] = str(PriorNoise(seed, key, tuple(latents.shape[1:])))
     yield made
+
+
+def fitting_batch(latent_shape: tuple[int, ...], device: torch.device) -> int:
+    """Return how many samples to draw at once: small latents fill a processor only by many, large ones its memory.
+
+    On a processor they are as many as have 32,768 latent pixels, 1 to 64: 8 of SD1.5 at 512 × 512. An accelerator takes
+    at least 8.
+    """
+    fitting = 32_768 // math.prod((*latent_shape[-2:], *latent_shape[1:-2]))
+    return min(max(fitting, 1 if device.type == "cpu" else 8), 64)
 
 
 def make_pictures(

@@ -75,11 +75,13 @@ class TrainedPolicy:
         return policy.eval().requires_grad_(False).to(device)
 
 
-def offload_text_encoders(policy: Policy, reward: Reward | None, prompts: Sequence[str], device: torch.device) -> None:
+def offload_text_encoders(
+    policy: Policy, rewards: Sequence[Reward], prompts: Sequence[str], device: torch.device
+) -> None:
     """Keep text encoders in CPU memory, except while they encode, if the device is an accelerator."""
     if device.type == "cpu":
         return
-    scorers = [] if reward is None else [part for part in reward.modules() if isinstance(part, LatentScorer)]
+    scorers = [part for reward in rewards for part in reward.modules() if isinstance(part, LatentScorer)]
     if policy.text_encoder is not None and policy.text_encoder.sees_sources:  # each edit has its own empty prompts
         empty = [policy.family.uncond_prompt, *("" for scorer in scorers if scorer.model.head.needs_uncond)]
         prompts = [one for prompt in prompts for one in (prompt, *(like_prompt(text, prompt) for text in empty))]

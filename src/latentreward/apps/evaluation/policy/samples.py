@@ -12,7 +12,16 @@ import torch
 
 from latentreward.alignment import PolicySource, Sampling, sample_latents
 from latentreward.alignment.policies.checkpoint import read_policy_adapter
-from latentreward.apps.generation.image_folder import ImageFolder, Made, Name, decode_latents, draw_batch, make_pictures
+from latentreward.apps.generation.image_folder import (
+    ImageFolder,
+    Made,
+    Name,
+    decode_latents,
+    draw_batch,
+    fitting_batch,
+    make_pictures,
+)
+from latentreward.apps.generation.search import Chosen
 from latentreward.apps.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.core.contracts import PathText, PromptBatch, sources_of
 from latentreward.core.errors import InputError
@@ -178,8 +187,13 @@ class SamplingPlan:
     sampling: Sampling  # steps, noise and size
     guidance_scale: float | None  # guidance scale of policies without one of their own; None takes each family's
     seed: int  # seed of all noise
-    batch_size: int  # pictures sampled at once
+    batch_size: int | None  # pictures sampled at once; None takes as many as fit
     device: torch.device  # device of the generators
+
+    def batch_of(self, policy: JudgedPolicy) -> int:
+        """Return how many pictures of a generator are sampled at once."""
+        shape = self.sampling.latent_shape(policy.trained.source().resolve_family())
+        return self.batch_size or fitting_batch(shape, self.device)
 
     def guidance_of(self, policy: JudgedPolicy) -> float | None:
         """Return a policy's guidance scale: its own, else the plan's, else, for a generator, its family's."""
@@ -192,11 +206,11 @@ def sampling_task(
 ) -> Callable[[list[list[Any]]], Iterator[list[Made]]]:
     """Load a generator, and return the function that samples a batch of ``make_pictures``."""
     generator = policy.trained.load(plan.device, plan.sampling)
-    offload_text_encoders(generator, None, shown, plan.device)
+    offload_text_encoders(generator, [], shown, plan.device)
     how: dict[str, Any] = {"guidance_scale": plan.guidance_of(policy), "seed": plan.seed}
 
-    def draw(prompts: PromptBatch) -> tuple[torch.Tensor, None]:
-        return sample_latents(generator, prompts, plan.sampling, **how), None
+    def draw(prompts: PromptBatch) -> Chosen:
+        return Chosen(sample_latents(generator, prompts, plan.sampling, **how), prompts)
 
     return partial(draw_batch, draw, partial(decode_latents, generator), plan.seed)
 
@@ -221,7 +235,7 @@ def open_pictures(
     opened.missing(wanted, texts)  # refuses pictures of other prompts before any generator samples
 
     def make() -> dict[Name, JudgedPicture]:
-        make_pictures(work, task, opened, wanted, texts, plan.batch_size)
+        make_pictures(work, task, opened, wanted, texts, plan.batch_of(policy))
         files = {name: str(opened.rows[name]["file"]) for name in wanted}
         return {(n, image): judged(n, image, file, folder / file, rows[n]) for (n, image), file in files.items()}
 
