@@ -8,6 +8,7 @@ from latentreward.callbacks.checkpoints import TrainableEMA as TrainableEMA
 from latentreward.callbacks.encode_once import EncodeOnce as EncodeOnce
 from latentreward.callbacks.exact_resume import ExactResume as ExactResume
 from latentreward.callbacks.graceful_stop import GracefulStop as GracefulStop
+from latentreward.callbacks.look_ahead import RefreshLookAhead as RefreshLookAhead
 from latentreward.callbacks.pairs import PairScoreWriter as PairScoreWriter
 from latentreward.callbacks.pairs import ScoredPairGrid as ScoredPairGrid
 from latentreward.callbacks.pairs import TimestepBands as TimestepBands

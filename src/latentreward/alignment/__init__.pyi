@@ -79,6 +79,7 @@ from .rollout.candidates import (
     step_pairs,
 )
 from .rollout.halving import Halving
+from .rollout.keep_best import KeepBest
 from .rollout.pruning import Agreement, BestAndWorst, Pruning, PruningRule, scaled_advantages
 from .rollout.reward_guidance import (
     GuidedSampler,
@@ -145,6 +146,7 @@ __all__ = [
     "HTTPReward",
     "Halving",
     "KLGate",
+    "KeepBest",
     "LPOModule",
     "LatentReward",
     "LinearDPO",

@@ -43,6 +43,7 @@ COMMANDS = {
     "predict": "score pairs of images and write the scores to parquet",
     "evaluate-policy": "score the pictures of one generator, or compare two",
     "benchmark": "compare reward models with people's choices, and write a report",
+    "plan-keep": "find how many of many noises are worth finishing, for generate --keep",
     "export": "write an aligned generator's LoRA in other programs' formats",
     "score-pairs": "score the images of pairs with pixel-space scorers, to filter pairs",
     "export-pairs": "write the pairs of any reader as a data set for the library datasets",

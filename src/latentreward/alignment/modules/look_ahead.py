@@ -217,7 +217,7 @@ class LookAheadModule(AlignmentModule):
         names, settings = prompts.times(self.num_samples), (self.sampling, self.guidance_scale, self.seed)
         taken = sample_trajectories(self.policy, self.sampler, names, *settings)
         scores = score_finished(self.reward, taken.finished, prompts, self.seed, self.reward_sigmas)
-        return look_ahead_states(prompts, self.record, taken.latents, taken.timesteps, scores)
+        return look_ahead_states(prompts, self.record, taken.latents[[*self.record]], taken.timesteps, scores)
 
     def make_experience(self, prompts: PromptBatch) -> LookAheadStates:
         parts = [self.states_of(part) for part in prompts.split(self.prompts_at_once)]
@@ -290,20 +290,20 @@ def check_record(record: Sequence[int], steps: int) -> None:
 def look_ahead_states(
     prompts: PromptBatch, record: Sequence[int], states: Tensor, timesteps: Tensor, scores: Tensor
 ) -> list[LookAheadStates]:
-    """Return a row for each of P prompts, for each recorded number of finished steps, on the CPU.
+    """Return a row for each of P prompts, for each of S recorded numbers of finished steps, on the CPU.
 
-    ``states`` ``(T + 1, P·K, C, ...)`` and ``timesteps`` ``(T,)`` are those of :class:`Trajectories`, K of each prompt
-    in turn, ``scores`` ``(P·K,)`` those of the ends. The spread is still to be told.
+    ``states`` are ``(S, P·K, C, ...)``, K of each prompt in turn, ``scores`` ``(P·K,)`` those of the ends, and
+    ``timesteps`` ``(T,)`` those of the sampler. The spread is still to be told.
     """
     ends = scores.view(len(prompts), -1).cpu()
     return [
         LookAheadStates(
             tuple(f"{key}/{step:04d}" for key in prompts.keys),
             prompts.prompts,
-            states[step].unflatten(0, ends.shape).cpu(),
+            own.unflatten(0, ends.shape).cpu(),
             timesteps[step].expand(len(prompts)),
             ends,
             torch.zeros(len(prompts)),
         )
-        for step in record
+        for step, own in zip(record, states, strict=True)
     ]

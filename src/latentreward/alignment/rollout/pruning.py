@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
@@ -162,11 +162,14 @@ class FinishedSamples:
 
     def __init__(self, count: int, pruning: Pruning | None) -> None:
         self.count, self.pruning = count, pruning  # samples K of a prompt that are finished
+        self.record: tuple[int, ...] = ()  # numbers of finished steps whose states are kept, for callbacks
         self.begin()
 
     def begin(self) -> None:
         """Begin a rollout."""
         self.samples = PromptBatch((), ())  # `count` rows of this rank for each prompt, with the candidates' own keys
+        self.states: list[Tensor] = []  # of each batch ``(S, P·K, C, ...)``, those of ``record``, on the CPU
+        self.rewards = torch.zeros(0, self.count)  # ``(P, K)`` of this rank
         self._batches: list[tuple[Tensor, Tensor]] = []
 
     def sample(
@@ -180,8 +183,13 @@ class FinishedSamples:
             cuts[self.pruning.after_steps] = scored_cut(module.reward, prompts, choose)
         network = PromptedPolicy.of(module.policy, names, module.guidance_scale)
         draws = RolloutDraws(module.seed, names.keys)
-        taken, rows = sample_pruned(network, sampler, module.sampling, draws, cuts, kept)
+        whole = "states" if self.record and kept == "finished" else kept
+        taken, rows = sample_pruned(network, sampler, module.sampling, draws, cuts, whole)
         self.samples += names.select(rows.tolist())
+        if self.record:
+            self.states.append(taken.latents[[*self.record]].cpu())
+        if whole != kept:
+            taken = replace(taken, latents=taken.latents[-1:].clone())
         return taken
 
     def _choose(self, seed: int, prompts: PromptBatch, pruning: Pruning, predicted: Tensor) -> Tensor:
@@ -199,6 +207,7 @@ class FinishedSamples:
 
         All ranks call this at once; see :meth:`AlignmentModule.advantages` and :func:`scaled_advantages`.
         """
+        self.rewards = (rewards if rewards.ndim == 2 else rewards.mean(dim=2)).cpu()
         if self.pruning is None:
             return module.advantages(rewards, rule, features)
         own = [*(torch.cat(parts).to(rewards.device) for parts in zip(*self._batches, strict=True)), rewards]

@@ -84,7 +84,9 @@ def generate(
     family = (source := trained.source()).resolve_family()
     guidance_scale = family.guidance(guidance_scale)
     sampling.require_own_noise(family)
-    chosen = {"keep": keep, "look_ahead": look_ahead} if keep else {}  # else folders of before could not go on
+    chosen: dict[str, Any] = (
+        {"keep": keep, "look_ahead": look_ahead} if keep else {}
+    )  # else folders of before could not go on
     chosen |= {"best_of": best_of, "step_search": step_search, "reward_guidance": reward_guidance}
     made_by = {"reward": reward, "sampling": sampling, "guidance_scale": guidance_scale, **chosen}
     settings = trained.identity() | plain({**made_by, "score_sigmas": list(score_sigmas), "seed": seed})
