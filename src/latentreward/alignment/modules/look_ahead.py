@@ -148,7 +148,7 @@ class LookAheadModule(AlignmentModule):
     Args:
         policy: The generator.
         start: The stored latent reward that is trained on.
-        held_out: File of prompts on which ρ is measured, which are not among the training prompts.
+        held_out: Prompts, or a file of them, on which ρ is measured; none of the training prompts.
         reward: Reward that scores finished samples; None takes ``start``.
         checkpoint: Checkpoint of an alignment run on ``policy``, whose adapter samples.
         sampling: Settings of the sampler; None takes 20 steps without noise.
@@ -167,7 +167,7 @@ class LookAheadModule(AlignmentModule):
         self,
         policy: PolicySource,
         start: ModelSource,
-        held_out: PathText,
+        held_out: PathText | list[str],
         reward: RewardSource | None = None,
         checkpoint: PathText | None = None,
         sampling: Sampling | None = None,
@@ -186,7 +186,7 @@ class LookAheadModule(AlignmentModule):
         check_record(record, sampling.num_inference_steps)
         if loss is not None and loss.needs_cross_scores:
             raise InputError(f"loss: {type(loss).__name__} compares prompts; take one of pairs, as ThurstoneLoss")
-        held = read_prompts(str(held_out), "held_out")
+        held = tuple(held_out) if isinstance(held_out, list) else read_prompts(str(held_out), "held_out")
         saved = None if checkpoint is None else read_policy_adapter(checkpoint, trusted=True)
         if saved is not None:
             policy = replace(policy, lora=saved.source.lora)
