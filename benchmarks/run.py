@@ -82,6 +82,7 @@ BENCHMARKS = {
     "remote_reward": Benchmark("remote_reward", "", "--size=toy_sd35 --rows=2 --rounds=1", 6),
     "loading_memory": Benchmark("loading_memory", "", "--help", 4),
     "heads": Benchmark("heads", "", "--help", 25, ratios=False),
+    "sampling": Benchmark("sampling", "", "--number=2 --repeats=1", 2),
     "search": Benchmark("search", "", "--help", 12, ratios=False),
     "estimates": Benchmark("estimates", "", "--help", 10, ratios=False),
     "communication": Benchmark("communication", "", "--help", 15, ratios=False),
