@@ -9,7 +9,7 @@ import yaml
 from latentreward.apps.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [path for place in ("*.md", "docs/**/*.md", "integrations/**/*.md") for path in sorted(ROOT.glob(place))]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
