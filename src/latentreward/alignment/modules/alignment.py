@@ -20,7 +20,7 @@ from latentreward.alignment.rewards.base import Reward, RewardSource
 from latentreward.alignment.rewards.http import RemoteReward
 from latentreward.alignment.rewards.latent import LatentScorer
 from latentreward.alignment.rollout.advantages import Advantage
-from latentreward.alignment.rollout.candidates import CandidateStep, candidate_steps, gap_quantiles
+from latentreward.alignment.rollout.candidates import Branching, CandidateStep, candidate_steps, gap_quantiles
 from latentreward.alignment.rollout.samplers import Sampling, Transition, reporting_steps
 from latentreward.alignment.rollout.trajectories import RolloutDraws
 from latentreward.core.contracts import (
@@ -350,7 +350,8 @@ class AlignmentModule(LightningModule):
         """
         wall, process = time.perf_counter(), time.process_time()
         with evaluating(self), torch.no_grad(), self.compute_precision(), self.failing_together(), ExitStack() as shown:
-            shown.enter_context(self.policy.adapters.merged())
+            if isinstance(getattr(self, "candidates", None), Branching):  # others merge as they sample
+                shown.enter_context(self.policy.adapters.merged())
             if self.rollout_progress is not None:
                 batches = math.ceil(len(prompts) / (self.prompts_at_once or len(prompts)))
                 progress = self.rollout_progress(self.sampling.num_inference_steps, batches)

@@ -119,7 +119,7 @@ class DiffusionOPSDModule(ForwardProcessModule):
         for part in prompts.split(self.prompts_at_once):
             network = PromptedPolicy.of(self.policy, part, self.guidance_scale)
             latents = RolloutDraws(self.seed, part.keys).initial(shape).to(self.device)
-            with self.policy.adapters.use(OLD):
+            with self.policy.adapters.use(OLD), self.policy.adapters.merged():
                 for _, timestep in islice(self.sampler.steps(), self.query):
                     output = network(latents, timestep)
                     latents = self.sampler.transition(latents, output, torch.full((len(part),), timestep)).mean

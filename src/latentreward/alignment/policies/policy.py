@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch._subclasses.fake_tensor import FakeTensor
 
+from latentreward.core.checkpoints.base_weights import is_quantized
 from latentreward.core.contracts import Conditioning, LatentSpace, PreferenceBatch, sources_of
 from latentreward.core.errors import InputError
 from latentreward.diffusion import Family, NoiseProcess
@@ -258,6 +259,11 @@ class AdapterSwitch:
         self._merged: list[MergedLayer] = []  # layers whose weights have adapters added at the moment
         self.refresh()
 
+    def set_default(self, names: Sequence[str]) -> None:
+        """Activate adapters ``names``, or none, outside any :meth:`use`."""
+        self._default = list(names)
+        self.refresh()
+
     def refresh(self) -> None:
         """Find the adapter layers again, as after one is added, and activate the default adapters."""
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -302,37 +308,39 @@ class AdapterSwitch:
     def merged(self) -> Iterator[None]:
         """Add the adapters at work to the weights of their layers for the block, so that a layer is one product.
 
-        Afterwards the weights are the tensors of before. Adapters that are zero are switched off. Nothing is merged
-        where rounding would tell (in autocast, and where weights are not float32), nor in quantised or sharded layers.
+        Afterwards the weights are the tensors of before. Nothing is merged where rounding would tell (in autocast, and
+        where weights are not float32), nor in quantised or sharded layers.
         """
-        layers = [
-            (one, [*{*one._active_adapter} & {*one.scaling}]) for one in self._layers if not one._disable_adapters
-        ]
-        layers = [(layer, names) for layer, names in layers if names]
-        ups = [layer.lora_B[name].weight for layer, names in layers for name in names]
-        if self._merged or not ups or not all(type(one) is nn.Parameter and not one.is_meta for one in ups):
-            yield
-            return
-        if not get_total_norm(ups):
-            with self.use(None):
-                yield
-            return
-        weights = [layer.get_base_layer().weight for layer, _ in layers]
-        rounded = any(type(one) is not nn.Parameter or one.dtype != torch.float32 for one in weights)
-        others = any(layer.lora_variant or any(layer.lora_bias.values()) for layer, _ in layers)
-        if rounded or others or torch.is_autocast_enabled(weights[0].device.type):
+        working = [one for one in self._layers if not one._disable_adapters]
+        active = ((layer, [name for name in layer._active_adapter if name in layer.scaling]) for layer in working)
+        layers = [(layer, names, layer.get_base_layer().weight) for layer, names in active if names]
+        weights = [weight for _, _, weight in layers]
+        foreign = [one for one in weights if is_quantized(one) and not isinstance(one, FakeTensor)]  # sharded ones too
+        kept = any(one.dtype != torch.float32 for one in weights) or bool(foreign)
+        others = any(layer.lora_variant or any(layer.lora_bias.values()) for layer, _, _ in layers)
+        if not layers or self._merged or kept or others or torch.is_autocast_enabled(weights[0].device.type):
             yield
             return
         with torch.no_grad():
-            for (layer, names), weight in zip(layers, weights, strict=True):
-                total = weight.data + sum(layer.get_delta_weight(name) for name in names)
-                self._merged.append(MergedLayer(layer, names, weight, total))
+            self._merged = [MergedLayer(*given, with_adapters(*given)) for given in layers]
         exchange(self._merged)
         try:
             yield
         finally:
             exchange(self._merged)
             self._merged = []
+
+
+def with_adapters(layer: Any, names: Sequence[str], weight: Tensor) -> Tensor:
+    """Return the weight of a layer of peft with adapters added."""
+    for name in names:
+        if weight.ndim == 2 and not layer.fan_in_fan_out:  # one kernel
+            weight = torch.addmm(
+                weight, layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name]
+            )
+        else:
+            weight = weight + layer.get_delta_weight(name)
+    return weight
 
 
 @dataclass

@@ -71,6 +71,8 @@ class TrainedPolicy:
             policy = self.source().load()
             if self.lora is not None:
                 load_lora(policy, self.lora)
+            else:
+                policy.adapters.set_default(())  # one of zeros would only take time
         policy.edit_at(sampling.height, sampling.width)
         return policy.eval().requires_grad_(False).to(device)
 
