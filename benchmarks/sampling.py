@@ -2,8 +2,8 @@
 
     python benchmarks/sampling.py [--number 32] [--repeats 3]
 
-Seconds are of processor time: N candidates of one prompt, one after the other and in one batch. Kernels are those of one
-pass of the network with the LoRA's layers apart, and with their products added to the weights before.
+Seconds are of processor time: N candidates of one prompt, one after the other and in one batch. Kernels are those of
+one pass of the network with the LoRA's layers apart, and with their products added to the weights before.
 """
 
 import argparse

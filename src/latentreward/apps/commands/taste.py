@@ -172,7 +172,12 @@ def run_steps(steps: Mapping[str, Step], plan: "Plan", output: Path, how: str, a
     elif ALIGN in steps:
         print("align: left out, since the reward may be no better than a coin; --align_always true aligns anyway")
     page = write_result(output, plan, measured, how, steps[PICTURES].output if aligns else None)
-    print(f"reward: {steps[REWARD].output / BEST}")
+    print(f"reward: {(reward := steps[REWARD].output / BEST)}")
+    if measured.learned:
+        print(
+            f"pick seeds by it: latentreward generate PROMPTS PICTURES --policy.source {plan.base} --best_of 4 "
+            f"--keep '{{1: 2, 12: 1}}' --reward LatentReward --reward.path {reward}"
+        )
     if aligns:
         print(f"adapter: {steps[ALIGN].output / 'lora'}")
     print(f"page: {page}")
