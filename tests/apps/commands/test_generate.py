@@ -17,6 +17,7 @@ from latentreward.alignment import POLICY, PolicySource, PriorNoise, PromptedPol
 from latentreward.alignment.policies.checkpoint import SOURCE
 from latentreward.apps.cli import main
 from latentreward.apps.commands import generate as command
+from latentreward.apps.generation import search
 from latentreward.apps.generation.image_folder import file_name
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.interrupts import interrupts_held
@@ -60,8 +61,8 @@ def test_a_run_that_was_stopped_goes_on(
     generate("--batch_size=2", folder="whole")
     generate("--batch_size=2", folder="out")
     (tmp_path / "out" / file_name(2, 0, PROMPTS[2])).unlink()
-    asked, sample = [], command.sample_latents
-    monkeypatch.setattr(command, "sample_latents", lambda *a, **o: asked.append(a[1].prompts) or sample(*a, **o))
+    asked, sample = [], search.sample_latents
+    monkeypatch.setattr(search, "sample_latents", lambda *a, **o: asked.append(a[1].prompts) or sample(*a, **o))
     generate("--batch_size=2", folder="out")
     assert asked == [(PROMPTS[2],)]
     whole, resumed = pictures(tmp_path / "whole"), pictures(tmp_path / "out")
