@@ -144,6 +144,7 @@ class ForwardProcessModule(AlignmentModule):
         latents = torch.cat(sampled)
         rewards = self.reward.mix(torch.cat([wait() for wait in pending]), rows_of(prompts, latents))
         rewards = rewards.view(len(prompts), self.num_samples)
+        self.rollout.rewards = rewards.cpu()
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
         advantage = self.rollout.advantages(self, rewards, self.advantage)
         learned = (advantage.abs() > LEAST_ADVANTAGE).any()

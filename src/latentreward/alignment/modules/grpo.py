@@ -303,6 +303,7 @@ class TrajectoryGRPOModule(GRPOModule):
         latents = trajectories.finished
         parts = torch.cat([wait() for wait in pending])
         rewards = self.reward.mix(parts, rows_of(prompts, latents)).view(len(prompts), self.num_trajectories)
+        self.rollout.rewards = rewards.cpu()
         parts = parts.unflatten(0, rewards.shape)  # (P, K, R), scores of the R rewards of a mixture
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
         features = None

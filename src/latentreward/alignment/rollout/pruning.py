@@ -169,7 +169,7 @@ class FinishedSamples:
         """Begin a rollout."""
         self.samples = PromptBatch((), ())  # `count` rows of this rank for each prompt, with the candidates' own keys
         self.states: list[Tensor] = []  # of each batch ``(S, P·K, C, ...)``, those of ``record``, on the CPU
-        self.rewards = torch.zeros(0, self.count)  # ``(P, K)`` of this rank
+        self.rewards = torch.zeros(0, self.count)  # ``(P, K)`` of this rank, once the module has scored the samples
         self._batches: list[tuple[Tensor, Tensor]] = []
 
     def sample(
@@ -207,7 +207,6 @@ class FinishedSamples:
 
         All ranks call this at once; see :meth:`AlignmentModule.advantages` and :func:`scaled_advantages`.
         """
-        self.rewards = (rewards if rewards.ndim == 2 else rewards.mean(dim=2)).cpu()
         if self.pruning is None:
             return module.advantages(rewards, rule, features)
         own = [*(torch.cat(parts).to(rewards.device) for parts in zip(*self._batches, strict=True)), rewards]
