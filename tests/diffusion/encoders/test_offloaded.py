@@ -48,9 +48,9 @@ def test_policy_and_reward_go_on_sharing_an_encoder_and_nothing_moves_on_a_cpu()
     backbone.text_encoder = encoder
     head = GatedQFormerHead(backbone.feature_spec, num_queries=2, num_heads=2)
     scorer = LatentScorer(RewardModel(backbone, head), policy.noise_process, policy=policy)
-    trained_policy.offload_text_encoders(policy, scorer, PROMPTS, torch.device("cpu"))
+    trained_policy.offload_text_encoders(policy, [scorer], PROMPTS, torch.device("cpu"))
     assert policy.text_encoder is encoder is scorer.model.backbone.text_encoder
-    trained_policy.offload_text_encoders(policy, scorer, PROMPTS, torch.device("meta"))
+    trained_policy.offload_text_encoders(policy, [scorer], PROMPTS, torch.device("meta"))
     assert isinstance(policy.text_encoder, OffloadedEncoder)
     assert scorer.model.backbone.text_encoder is policy.text_encoder
     assert next(encoder.parameters()).device.type == "cpu"

@@ -273,6 +273,14 @@ class AlignmentModule(LightningModule):
         """Return the context of the trainer's precision, for work outside training steps."""
         return self.trainer.precision_plugin.forward_context()
 
+    @contextmanager
+    def sampling_context(self) -> Iterator[None]:
+        """Return the context of rollouts: evaluation mode without gradients, and the trainer's precision."""
+        with evaluating(self), torch.no_grad(), self.compute_precision(), ExitStack() as more:
+            if isinstance(getattr(self, "candidates", None), Branching):  # others merge as they sample
+                more.enter_context(self.policy.adapters.merged())
+            yield
+
     def make_experience(self, prompts: PromptBatch) -> SampledStates | None:
         """Roll out this rank's ``prompts`` and return the rows to train on, on the CPU; None if no row is kept.
 
@@ -349,9 +357,7 @@ class AlignmentModule(LightningModule):
         If a reward server fails (RemoteError), a rollout can be made again from the same state.
         """
         wall, process = time.perf_counter(), time.process_time()
-        with evaluating(self), torch.no_grad(), self.compute_precision(), self.failing_together(), ExitStack() as shown:
-            if isinstance(getattr(self, "candidates", None), Branching):  # others merge as they sample
-                shown.enter_context(self.policy.adapters.merged())
+        with self.sampling_context(), self.failing_together(), ExitStack() as shown:
             if self.rollout_progress is not None:
                 batches = math.ceil(len(prompts) / (self.prompts_at_once or len(prompts)))
                 progress = self.rollout_progress(self.sampling.num_inference_steps, batches)

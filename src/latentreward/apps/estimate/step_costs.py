@@ -47,7 +47,6 @@ from latentreward.core.contracts import (
 )
 from latentreward.core.errors import InputError, check_multiples, first_line
 from latentreward.core.registry import of_this_package
-from latentreward.core.running import evaluating
 from latentreward.data import PromptsAndImages
 from latentreward.data.clips import FPS, check_clips, check_frames
 from latentreward.data.dataset import stack_targets
@@ -337,7 +336,7 @@ def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> 
         module.policy.edit_at(sampling.height, sampling.width)
     if isinstance(module, AlignmentModule) and module.experience:
         told = prompt_batch(module.policy, data.init_args.prompts_per_rollout)
-        with evaluating(module), torch.no_grad(), module.compute_precision():
+        with module.sampling_context():
             # Not `roll_out`, which refuses a key of several rows: stand-ins select the same step each time.
             rows: Any = module.make_experience(told)
         shapes.rollout_rows = len(rows)
