@@ -36,10 +36,14 @@ def scored_cut(reward: Reward, prompts: PromptBatch, choose: Callable[[Tensor], 
         scores = score_states(reward, encoded, states, rows_of(prompts, states), timestep)
         reward.take_means()  # those of a mixture's rewards are logged, and noisy states have none
         scores = scores.view(len(prompts), -1).cpu()
-        kept = choose(scores).sort(dim=1).values
-        return (kept + scores.shape[1] * torch.arange(len(prompts))[:, None]).flatten()
+        return rows_of_choice(choose(scores).sort(dim=1).values, scores.shape[1])
 
     return cut
+
+
+def rows_of_choice(chosen: Tensor, number: int) -> Tensor:
+    """Return the rows ``(P·K,)`` of ``chosen`` ``(P, K)`` int64 among candidates, of which each prompt has ``number``."""
+    return (chosen + number * torch.arange(len(chosen))[:, None]).flatten()
 
 
 def best(count: int, scores: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.alignment.rollout.halving import best
+from latentreward.alignment.rollout.halving import best, rows_of_choice
 from latentreward.core.errors import InputError
 from latentreward.reward.scoring.reward_model import RewardModel
 
@@ -110,7 +110,7 @@ class KeepBest:
         levels = process.snap(timestep.reshape(1).float().cpu())
         scores = self.reward.score_states(texts, states[:, None].float().to(device), levels, batch_size=self.batch_size)
         rows = best(count, scores.view(len(self.prompts), number).cpu()).sort(dim=1).values
-        return (rows + number * torch.arange(len(self.prompts))[:, None]).flatten().to(states.device)
+        return rows_of_choice(rows, number).to(states.device)
 
     def _check(self, pipe: Any) -> None:
         if not {*PIPELINES} & {one.__name__ for one in type(pipe).__mro__}:

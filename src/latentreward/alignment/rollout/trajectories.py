@@ -209,7 +209,10 @@ def sample_pruned(
                 log_prob = transition.log_prob(following)
             if kept == "means":
                 means.append(transition.mean)
-            states, log_probs = [*(states if kept != "finished" else ()), following], [*log_probs, log_prob]
+            if kept == "finished":
+                states.clear()
+            states.append(following)
+            log_probs.append(log_prob)
     stacked = torch.stack(states), sampler.timesteps, torch.stack(log_probs), torch.stack(means) if means else None
     return Trajectories(*stacked), rows
 

@@ -27,7 +27,7 @@ from latentreward.alignment import (
     warn_of_another_policy,
 )
 from latentreward.alignment.rewards.latent import LatentScorer
-from latentreward.alignment.rollout.halving import check_states_reward
+from latentreward.alignment.rollout.halving import check_states_reward, rows_of_choice
 from latentreward.core.contracts import PromptBatch
 from latentreward.core.errors import InputError
 
@@ -133,7 +133,7 @@ def choose_best(
     the ``latents`` ``(B·K, C, ...)``, K of each prompt in turn.
     """
     scores = score_finished(reward, latents, prompts, seed, sigmas).view(len(prompts), -1).cpu()
-    rows = scores.argmax(dim=1) + scores.shape[1] * torch.arange(len(prompts))
+    rows = rows_of_choice(scores.argmax(dim=1, keepdim=True), scores.shape[1])
     return Chosen(latents[rows.to(latents.device)], names.select(rows.tolist()), scores.T)
 
 
