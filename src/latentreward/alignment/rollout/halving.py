@@ -42,7 +42,7 @@ def scored_cut(reward: Reward, prompts: PromptBatch, choose: Callable[[Tensor], 
 
 
 def rows_of_choice(chosen: Tensor, number: int) -> Tensor:
-    """Return the rows ``(P·K,)`` of ``chosen`` ``(P, K)`` int64 among candidates, of which each prompt has ``number``."""
+    """Return the rows ``(P·K,)`` of ``chosen`` ``(P, K)`` int64 among candidates, ``number`` of each prompt in turn."""
     return (chosen + number * torch.arange(len(chosen))[:, None]).flatten()
 
 
