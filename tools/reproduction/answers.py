@@ -32,6 +32,7 @@ class Question:
     paper: str  # the paper's own effect
     advice: str  # what a reader should do
     second: str = ""  # row of the second world with that claim; by default the one that is `like` the row
+    second_claim: str = ""  # what that row's claim says; by default the same
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def answers_page(
     header = ("question", "answer here", "difference", "the paper's", "second world", "interval covers", "what to do")
     lines = [header, ("---",) * len(header)]
     for question in questions:
-        row, claim, verdict = find(question, [one for one in rows if one.name == question.row], judged)
+        row, claim, verdict = find(question.claim, [one for one in rows if one.name == question.row], judged)
         there = [one for one in rows if (one.name == question.second if question.second else one.like == row.name)]
-        second = answer(*find(question, there, judged)) if there else NOTHING
+        second = answer(*find(question.second_claim or question.claim, there, judged)) if there else NOTHING
         covers = {True: "training, pairs, captions", False: "training alone"}[verdict.whole]
         number = with_interval(verdict.difference, "{:+.3f}".format) if verdict.word != "not measured" else NOTHING
         cells = (f"**{answer(row, claim, verdict)}**", number, question.paper, second, covers, question.advice)
@@ -94,19 +95,17 @@ def answers_page(
     return TEXT.replace("<table>", table).replace("<total>", total)
 
 
-def find(
-    question: Question, rows: Sequence[Row], judged: Mapping[str, Sequence[Verdict]]
-) -> tuple[Row, Claim, Verdict]:
-    """Find the claim that answers a question.
+def find(says: str, rows: Sequence[Row], judged: Mapping[str, Sequence[Verdict]]) -> tuple[Row, Claim, Verdict]:
+    """Find the claim that says so.
 
     Raises:
         InputError: If the rows have no such claim.
     """
     for row in rows:
         for claim, verdict in zip(row.claims, judged[row.name], strict=True):
-            if claim.says == question.claim:
+            if claim.says == says:
                 return row, claim, verdict
-    raise InputError(f"{FILE}: no claim {question.claim!r} in row {question.row!r}; correct the question")
+    raise InputError(f"{FILE}: no claim {says!r} in {', '.join(row.name for row in rows)}; correct the question")
 
 
 def answer(row: Row, claim: Claim, verdict: Verdict) -> str:
@@ -123,7 +122,7 @@ def answers_figure(
 ) -> Figure | None:
     """Draw each claim's difference and interval in units of the margin δ; None if nothing is measured."""
     by_name = {row.name: row for row in rows}
-    found = [(question, *find(question, [by_name[question.row]], judged)) for question in questions]
+    found = [(question, *find(question.claim, [by_name[question.row]], judged)) for question in questions]
     found = [one for one in found if one[-1].word != "not measured"]
     if not found:
         return None
