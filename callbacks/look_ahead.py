@@ -24,7 +24,8 @@ from latentreward.reward.scoring.find import ModelSource
 class RefreshLookAhead(Callback):
     """Callback that trains a reward to look ahead on the rollouts of an alignment run, whose labels are free.
 
-    After every n-th rollout the reward learns once from the states and ends of the last n. Before that, ρ is logged:
+    After every n-th rollout, and at the end of the run, the reward learns once from the states and ends of the rollouts
+    since the last time. Before that, ρ is logged:
     the correlation of its scores with those of the finished samples within prompts, as ``look_ahead/rho_STEPS``. The
     end of the run writes the model folder ``look_ahead`` beside the checkpoints. For methods that score finished
     samples; after another one, such as LPO, train :class:`~latentreward.alignment.LookAheadModule` on its checkpoint.
@@ -90,10 +91,12 @@ class RefreshLookAhead(Callback):
         self.rollouts += 1
         if self.rollouts % self.every == 0:
             with pl_module.compute_precision():
-                self._refresh(trainer, pl_module)
+                self._refresh(pl_module)
+            for step, one in self.correlation.items():
+                pl_module.log(f"look_ahead/rho_{step}", one.value, rank_zero_only=True)
             self.rows = []
 
-    def _refresh(self, trainer: Trainer, pl_module: Any) -> None:
+    def _refresh(self, pl_module: Any) -> None:
         """Measure what the reward foresees of rollouts that it has not seen, then learn from them; collective."""
         device, seed = pl_module.device, pl_module.seed
         with torch.no_grad():
@@ -102,9 +105,9 @@ class RefreshLookAhead(Callback):
         for number, step in enumerate(self.record):
             pairs = zip(*every[number :: len(self.record)], strict=True)
             self.correlation[step] = within_prompts(*map(torch.cat, pairs))
-            pl_module.log(f"look_ahead/rho_{step}", self.correlation[step].value, rank_zero_only=True)
         spread = centred(torch.cat([two for _, two in every[:: len(self.record)]])).std(correction=0)
         joined = join_rows(self.rows)
+        self.ahead.remember([*dict.fromkeys(joined.prompts)])
         rows = replace(joined, spread=spread.expand(len(joined)))
         order = torch.randperm(len(rows), generator=pair_generator(seed, "look ahead", self.refreshes, ""))
         for part in order.split(self.batch_size):
@@ -129,7 +132,12 @@ class RefreshLookAhead(Callback):
                 weight.grad = gradient / distributed.get_world_size()
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the reward for the policy that the run leaves."""
+        """Learn from the last rollouts, and write the reward for the policy that the run leaves."""
+        if not hasattr(self, "ahead"):  # a run that had ended before it was resumed
+            return
+        if self.rows:
+            with pl_module.compute_precision():
+                self._refresh(pl_module)
         folder = output_path(trainer, RECORD)
         if trainer.is_global_zero:
             record = seen_by(pl_module.policy, pl_module.sampling, pl_module.guidance_scale)
@@ -140,11 +148,14 @@ class RefreshLookAhead(Callback):
         """Return the trained weights, the optimiser's state, and the rows that are still to be learned from."""
         weights = {name: one.detach().cpu() for name, one in getattr(self, "trained", {}).items()}
         optimizer = self.optimizer.state_dict() if weights else {}
-        counts = {"rollouts": self.rollouts, "refreshes": self.refreshes}
+        counts = {"rollouts": self.rollouts, "refreshes": self.refreshes, "record": self.record}
+        counts["correlation"] = {step: tuple(one) for step, one in self.correlation.items()}
         return {"weights": weights, "optimizer": optimizer, "rows": [as_plain(row) for row in self.rows], **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._restored = state_dict if state_dict["weights"] else None
-        self.rows = [from_plain(row, LookAheadStates) for row in state_dict["rows"]]
+        self.correlation = {step: Interval(*one) for step, one in state_dict["correlation"].items()}
+        if state_dict["record"] == self.record:  # rows of other steps would be taken for those of these
+            self.rows = [from_plain(row, LookAheadStates) for row in state_dict["rows"]]
         self.rollouts, self.refreshes = state_dict["rollouts"], state_dict["refreshes"]

@@ -8,7 +8,8 @@ import torch
 from latentreward.callbacks import RefreshLookAhead
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from latentreward.alignment import PolicySource, Pruning, RAMModule, Sampling
+from latentreward.alignment import PolicySource, Pruning, RAMModule, Sampling, within_prompts
+from latentreward.core.contracts import LookAheadStates
 from latentreward.core.errors import InputError
 from latentreward.diffusion import LoRA
 from latentreward.reward import RewardModel
@@ -28,10 +29,10 @@ def ram(**options: Any) -> RAMModule:
 
 
 def run(
-    folder: Path, strategy: Any = "auto", resume: Path | None = None, **options: Any
+    folder: Path, strategy: Any = "auto", resume: Path | None = None, record: tuple[int, ...] = (0, 2), **options: Any
 ) -> tuple[RefreshLookAhead, RAMModule]:
-    """Six optimiser steps of four rows, a rollout of twelve rows in each three; a refresh after each second rollout."""
-    callback = RefreshLookAhead(start_in(folder.parent), every_n_rollouts=2, record=(0, 2), batch_size=2, lr=1e-3)
+    """Seven optimiser steps, a rollout for each three; a refresh after the second rollout, and at the end."""
+    callback = RefreshLookAhead(start_in(folder.parent), every_n_rollouts=2, record=record, batch_size=2, lr=1e-3)
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1, enable_version_counter=False)
     module = ram(**options)
     settings: dict[str, Any] = {"max_epochs": -1, "max_steps": 7, "enable_checkpointing": True}
@@ -43,9 +44,9 @@ def run(
 def test_a_resumed_run_leaves_the_same_reward(tmp_path: Path) -> None:
     """The policy learns as it would without the callback."""
     callback, module = run(tmp_path / "whole")
-    assert callback.rollouts == 3 and callback.refreshes == 1 and callback.correlation.keys() == {0, 2}
+    assert callback.rollouts == 3 and callback.refreshes == 2 and callback.correlation.keys() == {0, 2}
     again, _ = run(tmp_path / "rest", resume=tmp_path / "whole" / "step=3.ckpt")
-    assert again.refreshes == 1 and again.correlation == callback.correlation
+    assert again.refreshes == 2 and again.correlation == callback.correlation
     plain = ram()
     make_trainer(tmp_path / "plain", max_steps=7, max_epochs=-1).fit(plain, datamodule=loaders())
     for (name, one), other in zip(module.named_parameters(), plain.parameters(), strict=True):
@@ -61,9 +62,17 @@ def test_a_resumed_run_leaves_the_same_reward(tmp_path: Path) -> None:
     assert any(not torch.equal(one, other) for one, other in zip(stored.parameters(), before.parameters(), strict=True))
 
 
-def test_pruned_rollouts_serve_too(tmp_path: Path) -> None:
-    callback, _ = run(tmp_path / "pruned", pruning=Pruning(5, 1))
-    assert callback.refreshes == 1
+def test_pruned_rollouts_serve_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States are those of the candidates with the scores: before the last step they foretell these."""
+    seen, learn = list[LookAheadStates](), RefreshLookAhead._refresh
+    monkeypatch.setattr(
+        RefreshLookAhead, "_refresh", lambda self, *given: (seen.extend(self.rows), learn(self, *given))
+    )
+    callback, _ = run(tmp_path / "pruned", record=(0, 3), pruning=Pruning(5, 1))
+    assert callback.refreshes == 2
+    late = [row for row in seen if row.keys[0].endswith("/0003")]
+    means = torch.cat([row.latents[:, :, 0].flatten(2).mean(dim=2) for row in late])
+    assert within_prompts(means, torch.cat([row.scores for row in late])).value > 0.9
 
 
 def of_two(folder: Path) -> Any:

@@ -1,7 +1,9 @@
 """Training of a reward to look ahead: states, loss, what is written, resumed runs and two processes."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,12 +17,17 @@ from latentreward.alignment import (
     PolicySource,
     RewardSource,
     Sampling,
+    TrainedLoRA,
     sample_latents,
     warn_of_another_policy,
     within_prompts,
 )
+from latentreward.alignment.modules.look_ahead import LookAhead
+from latentreward.alignment.rewards.look_ahead import seen_by
+from latentreward.apps.generation import load_lora
 from latentreward.core.contracts import LookAheadStates, PromptBatch
 from latentreward.core.errors import InputError
+from latentreward.diffusion import LoRA
 from latentreward.reward import BradleyTerryLoss, LRMLoss, ModelSource, RewardModel
 from tests.alignment.modules.batches import MODULES
 from tests.alignment.modules.lpo_runs import loaders, make_trainer
@@ -90,6 +97,27 @@ def test_losses_compare_the_samples_of_a_prompt(tmp_path: Path) -> None:
     margins, labels = torch.tensor([-1.0, -5, -4, 0, -3, -3]), torch.tensor([1.0, 1, 1, 0.5, 0.5, 0.5])
     nll = -(labels * torch.nn.functional.logsigmoid(margins) + (1 - labels) * torch.nn.functional.logsigmoid(-margins))
     assert module.ahead.loss(predicted, batch_of(scores)).item() == pytest.approx(nll.mean().item(), rel=1e-5)
+
+
+def test_a_rollout_of_equal_scores_has_a_finite_loss() -> None:
+    predicted = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]], requires_grad=True)
+    batch = replace(batch_of(torch.full((2, 3), 0.1)), spread=torch.full((2,), 3e-9))
+    LookAhead.loss(cast(LookAhead, SimpleNamespace(pair_loss=None)), predicted, batch).backward()
+    assert predicted.grad is not None and predicted.grad.abs().max() < 10
+
+
+def test_a_policy_is_known_by_its_adapter_whatever_its_name(tmp_path: Path) -> None:
+    policy = PolicySource(source_of("sd15"), lora=LoRA(rank=2, alpha=2.0)).load()
+    bare = seen_by(policy, Sampling(3), 1.0)
+    for name, weight in policy.named_parameters():
+        if ".lora_B." in name:
+            weight.data.normal_()
+    trained = seen_by(policy, Sampling(3), 1.0)
+    TrainedLoRA.of_policy(policy).write_diffusers(tmp_path / "lora")
+    exported = PolicySource(source_of("sd15")).load()
+    load_lora(exported, tmp_path / "lora")
+    assert bare["adapter"] is None
+    assert trained["adapter"] == seen_by(exported, Sampling(3), 1.0)["adapter"] is not None
 
 
 def test_correlation_is_within_prompts() -> None:

@@ -14,18 +14,18 @@ from tests.marks import slow_after
 PROMPTS = PromptBatch(("a large red circle on a white background", "two blue crosss on a gray background"), ("0", "1"))
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["sd_tiny", "sd35_tiny"]))
-def test_the_best_states_are_sampled_to_the_end(name: str) -> None:
+@pytest.mark.parametrize(("name", "guidance"), slow_after(2, [("sd_tiny", 1.0), ("sd_tiny", 3.0), ("sd35_tiny", 3.0)]))
+def test_the_best_states_are_sampled_to_the_end(name: str, guidance: float) -> None:
     policy, sampling, reward = tiny_policy(name), Sampling(4, eta=0.0, noise_level=0.0), MeanLatent()
     with NetworkRows(policy) as calls:
-        latents, rows = Halving(5, {0: 3, 2: 1}).sample(policy, reward, PROMPTS, sampling, 1.0, 0)
-    assert [rows for rows, _ in calls] == [6, 6, 2, 2]
+        latents, rows = Halving(5, {0: 3, 2: 1}).sample(policy, reward, PROMPTS, sampling, guidance, 0)
+    assert [rows for rows, _ in calls] == [each * (1 + (guidance > 1)) for each in (6, 6, 2, 2)]
     noises, later = (states.latents for states in reward.asked)
     best = noises.flatten(1).mean(dim=1).view(2, 5).topk(3, dim=1).indices.sort(dim=1).values
     left = later.flatten(1).mean(dim=1).view(2, 3).argmax(dim=1)
     assert rows.tolist() == (best.gather(1, left[:, None])[:, 0] + torch.tensor([0, 5])).tolist()
     names = PROMPTS.times(5).select(rows.tolist())
-    torch.testing.assert_close(latents, sample_latents(policy, names, sampling, 1.0, 0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latents, sample_latents(policy, names, sampling, guidance, 0), rtol=1e-4, atol=1e-4)
 
 
 def test_forward_passes_have_a_batch_of_rows_at_most() -> None:
@@ -96,6 +96,7 @@ def test_merged_adapters_predict_the_same_and_leave_the_weights_as_they_were(tra
 
 
 def test_adapters_are_merged_neither_in_autocast_nor_in_bfloat16(trained: Policy) -> None:
+    """Nor where layers share a weight, and not after an error."""
     policy = trained
 
     def merged() -> bool:
@@ -106,5 +107,11 @@ def test_adapters_are_merged_neither_in_autocast_nor_in_bfloat16(trained: Policy
     with torch.autocast("cpu", torch.bfloat16):
         assert not merged()
     assert not any(getattr(layer, "merged_adapters", None) for layer in policy.network.modules())
+    with pytest.raises(ZeroDivisionError), policy.adapters.merged():
+        raise ZeroDivisionError
+    assert not any(getattr(layer, "merged_adapters", None) for layer in policy.network.modules())
+    first, second = [layer for layer in policy.network.modules() if hasattr(layer, "merged_adapters")][:2]
+    second.get_base_layer().weight = first.get_base_layer().weight
+    assert not merged()
     policy = PolicySource("sd_tiny", frozen_dtype="bfloat16").load().eval()
     assert not merged()

@@ -91,10 +91,12 @@ def test_what_does_not_fit_is_refused_in_a_line() -> None:
         with pytest.raises(InputError, match="must map numbers of finished steps"):
             KeepBest(reward, "a", keep)
     pipe = pipe_of("sd15", "DDIMScheduler")
-    with pytest.raises(InputError, match="4 noises are drawn, of which 1 to 4"):
+    with pytest.raises(InputError, match="there are 4 pictures of each prompt, of which 5"):
         KeepBest(reward, "a", {0: 5}).noises(pipe, 4)
     with pytest.raises(InputError, match="there are 2 pictures of each prompt"):
         pipe("a", num_images_per_prompt=2, num_inference_steps=2, **KeepBest(reward, "a", {1: 3}).options(pipe))
+    with pytest.raises(InputError, match="the pipeline makes 2 steps; choose before the last, not at 2"):
+        pipe("a", num_images_per_prompt=2, num_inference_steps=2, **KeepBest(reward, "a", {2: 1}).options(pipe))
     with pytest.raises(InputError, match=r"KeepBest knows .*, not PosixPath"):
         KeepBest(reward, "a", {1: 1}).options(Path())
     with pytest.raises(InputError, match=r"makes latents \(channels, scale, shift\)"):

@@ -20,7 +20,7 @@ def prompts_in(folder: Path, number: int = 8) -> str:
 
 def test_a_plan_is_printed_and_generate_takes_it(tmp_path: Path, capsys: Any) -> None:
     prompts, picture = prompts_in(tmp_path), tmp_path / "frontier.png"
-    main(["plan-keep", prompts, *SMALL, "--candidates=4", "--after=[0, 2]", "--budget=2.5", f"--picture={picture}"])
+    main(["plan-keep", prompts, *SMALL, "--candidates=4", "--after=[2, 0, 2]", "--budget=2.5", f"--picture={picture}"])
     printed = capsys.readouterr().out
     assert picture.is_file() and "above best of N in equal time" in printed
     found = re.search(r"in the time of 2.5 samples: (.*)", printed)
@@ -36,6 +36,7 @@ def test_a_plan_is_printed_and_generate_takes_it(tmp_path: Path, capsys: Any) ->
         (8, ["--candidates=1"], "candidates=1"),
         (8, ["--after=[4]"], "the sampler has 4 steps"),
         (8, ["--budget=0.5"], "budget=0.5"),
+        (8, ["--after=[]"], "after=[] leaves no step"),
     ],
 )
 def test_a_pool_that_says_nothing_is_refused(

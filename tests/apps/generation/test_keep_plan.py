@@ -38,6 +38,16 @@ def test_a_replay_keeps_the_best_states() -> None:
     assert pool.replay(Halving(4, {})).tolist() == [4.0]
 
 
+def test_schedules_are_measured_on_prompts_that_they_were_not_chosen_on() -> None:
+    """States that foresee the ends of the choosing prompts alone are chosen, and gain nothing."""
+    pool = pool_of(400, agreement=0.0)
+    for scores in pool.scores.values():
+        scores[::2], scores[1::2] = pool.ends[::2], torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
+    taken = [one for one in frontier(pool) if one.chosen and one.schedule.keep]
+    assert Halving(16, {0: 1}) in [one.schedule for one in taken]
+    assert all(one.gain.value < 0.1 for one in taken)
+
+
 def test_a_reward_that_foresees_gains_and_one_of_noise_does_not(tmp_path: Path) -> None:
     found = frontier(pool_of())
     noise = next(one for one in found if one.schedule == Halving(16, {0: 1}))

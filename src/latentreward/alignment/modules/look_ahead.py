@@ -42,11 +42,12 @@ from latentreward.data.alignment.experience import of_all_ranks
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.reward.losses.base import PreferenceLoss
 from latentreward.reward.scoring.find import ModelSource, find_reward
+from latentreward.reward.scoring.importers import PublishedLRM
 from latentreward.reward.scoring.reward_model import RewardModel
 
 Trains = Literal["own", "head"]
-SMALLEST = torch.finfo(torch.float32).tiny
-"""Least divisor, for a rollout whose scores are all equal."""
+SMALLEST = 1e-6
+"""Least spread of scores that is divided by; below it all scores of a rollout are equal, but for rounding."""
 
 
 class LookAhead(nn.Module):
@@ -54,7 +55,7 @@ class LookAhead(nn.Module):
 
     Args:
         start: The stored reward that is trained on.
-        policy: Policy whose states it scores; a text encoder that is the policy's is shared with it.
+        policy: Policy whose states it scores.
         trains: ``own`` trains what the stored reward holds itself, beside its base: the head, adapters, and networks
             that were trained in full, but no text encoder. ``head`` trains the head alone.
         loss: Loss of pairs of a prompt's samples; None takes the regression.
@@ -104,8 +105,8 @@ class LookAhead(nn.Module):
     def loss(self, predicted: Tensor, batch: LookAheadStates) -> Tensor:
         """Compute the mean loss of predictions ``(N, K)`` for a batch, float32."""
         if self.pair_loss is None:
-            error = (centred(predicted) - centred(batch.scores)) / batch.spread.clamp(min=SMALLEST)[:, None]
-            return error.square().mean()
+            spread = batch.spread.where(batch.spread > SMALLEST, 1.0)
+            return ((centred(predicted) - centred(batch.scores)) / spread[:, None]).square().mean()
         first, second = zip(*combinations(range(predicted.shape[1]), 2), strict=True)
         chosen, rejected = predicted[:, [*first]].flatten(), predicted[:, [*second]].flatten()
         better = (batch.scores[:, [*first]] - batch.scores[:, [*second]]).flatten().sign()
@@ -143,7 +144,7 @@ class LookAheadModule(AlignmentModule):
     The end of the run writes the reward as the model folder ``look_ahead`` in the run's log folder, with a record of
     policy, sampler, guidance and ρ, the correlation of its scores with those of the finished samples within prompts, by
     finished steps on held-out prompts. See :class:`~latentreward.alignment.Halving`; logs ``train/loss`` and
-    ``train/correlation``, which is of prompts that it has not learned from in the first pass.
+    ``train/correlation``, of the batch that it is about to learn from.
 
     Args:
         policy: The generator.
@@ -186,12 +187,14 @@ class LookAheadModule(AlignmentModule):
         check_record(record, sampling.num_inference_steps)
         if loss is not None and loss.needs_cross_scores:
             raise InputError(f"loss: {type(loss).__name__} compares prompts; take one of pairs, as ThurstoneLoss")
-        held = tuple(held_out) if isinstance(held_out, list) else read_prompts(str(held_out), "held_out")
+        held = tuple(dict.fromkeys(held_out if isinstance(held_out, list) else read_prompts(str(held_out), "held_out")))
         saved = None if checkpoint is None else read_policy_adapter(checkpoint, trusted=True)
         if saved is not None:
             policy = replace(policy, lora=saved.source.lora)
         given = LatentReward(**vars(start))
         given.require_latents_of(policy)
+        if isinstance(given.stored, PublishedLRM) and start.base is None:
+            raise InputError(f"start.base: {start.path} holds no VAE to be stored with; give the pipeline of its base")
         sampler = sampling.sampler(policy.resolve_family())
         super().__init__(policy, reward or given, **options)
         if saved is not None:
@@ -232,7 +235,7 @@ class LookAheadModule(AlignmentModule):
         loss = self.ahead.loss(predicted, batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         own, ends = centred(predicted.detach()), centred(batch.scores)
-        agreement = (own * ends).sum() / (own.square().sum() * ends.square().sum()).sqrt().clamp(min=SMALLEST)
+        agreement = (own * ends).sum() / (own.square().sum() * ends.square().sum()).sqrt().clamp(min=SMALLEST**2)
         self.log("train/correlation", agreement, prog_bar=True, batch_size=len(batch))
         return loss
 

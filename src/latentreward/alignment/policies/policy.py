@@ -276,6 +276,11 @@ class AdapterSwitch:
             layer._active_adapter, layer._disable_adapters = list(self._default), False
 
     @property
+    def default(self) -> tuple[str, ...]:
+        """Adapters that are active outside any :meth:`use`."""
+        return tuple(self._default)
+
+    @property
     def working(self) -> tuple[str, ...]:
         """Adapters that are at work."""
         layer = next(iter(self._layers), None)
@@ -309,7 +314,7 @@ class AdapterSwitch:
         """Add the adapters at work to the weights of their layers for the block, so that a layer is one product.
 
         Afterwards the weights are the tensors of before. Nothing is merged where rounding would tell (in autocast, and
-        where weights are not float32), nor in quantised or sharded layers.
+        where weights are not float32), nor in quantised or sharded layers, nor where layers share a weight.
         """
         working = [one for one in self._layers if not one._disable_adapters]
         active = ((layer, [name for name in layer._active_adapter if name in layer.scaling]) for layer in working)
@@ -318,7 +323,8 @@ class AdapterSwitch:
         foreign = [one for one in weights if is_quantized(one) and not isinstance(one, FakeTensor)]  # sharded ones too
         kept = any(one.dtype != torch.float32 for one in weights) or bool(foreign)
         others = any(layer.lora_variant or any(layer.lora_bias.values()) for layer, _, _ in layers)
-        if not layers or self._merged or kept or others or torch.is_autocast_enabled(weights[0].device.type):
+        tied = len({id(one) for one in weights}) < len(weights)
+        if not layers or self._merged or kept or others or tied or torch.is_autocast_enabled(weights[0].device.type):
             yield
             return
         with torch.no_grad():

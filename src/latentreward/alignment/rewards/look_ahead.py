@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentreward.alignment.policies.policy import POLICY, Policy
+from latentreward.alignment.policies.policy import Policy
 from latentreward.alignment.rewards.base import RewardSource
 from latentreward.alignment.rewards.latent import LatentReward
 from latentreward.alignment.rollout.samplers import Sampling
@@ -45,7 +45,8 @@ def within_prompts(predicted: Tensor, scores: Tensor) -> Interval:
 
 def seen_by(policy: Policy, sampling: Sampling, guidance_scale: float | None) -> dict[str, Any]:
     """Describe a policy and its sampler, in plain values, as far as the states that they make depend on it."""
-    trained = [weight for name, weight in policy.named_parameters() if f".lora_B.{POLICY}." in name]
+    at_work = [f".lora_B.{name}." for name in policy.adapters.default]
+    trained = [weight for name, weight in policy.named_parameters() if any(part in name for part in at_work)]
     adapter = None
     if any(bool(weight.any()) for weight in trained):
         adapter = digest(weight.detach().cpu().float().contiguous().numpy().data for weight in trained)
@@ -60,18 +61,13 @@ def seen_by(policy: Policy, sampling: Sampling, guidance_scale: float | None) ->
     }
 
 
-def record_of(reward: RewardSource) -> Mapping[str, Any] | None:
-    """Return what a reward was trained to foresee, before its weights are loaded; None if it does not look ahead."""
-    recipe = reward.stored.recipe if isinstance(reward, LatentReward) else None
-    found = None if recipe is None else recipe.training.get(RECORD)
-    return found if isinstance(found, dict) else None
-
-
 def warn_of_another_policy(
     reward: RewardSource, policy: Policy, sampling: Sampling, guidance_scale: float | None
 ) -> None:
     """Log one line if a reward looks ahead for another policy, sampler or guidance than these."""
-    if (record := record_of(reward)) is None:
+    recipe = reward.stored.recipe if isinstance(reward, LatentReward) else None
+    record = None if recipe is None else recipe.training.get(RECORD)
+    if not isinstance(record, Mapping):
         return
     now = seen_by(policy, sampling, guidance_scale)
     if other := [name for name in now if record.get(name) != now[name]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,12 @@ def check_states_reward(field: str, reward: RewardSource) -> None:
         raise InputError(f"{told}; set normalise: group or none")
 
 
-def scored_cut(reward: Reward, prompts: PromptBatch, choose: Callable[[Tensor], Tensor]) -> Cut:
+def scored_cut(reward: Reward, encoded: Any, prompts: PromptBatch, choose: Callable[[Tensor], Tensor]) -> Cut:
     """Return a cut that scores the states of each prompt's candidates and keeps those that ``choose`` returns.
 
-    ``choose`` gets scores ``(P, N)`` on the CPU and returns indices of candidates ``(P, K)`` int64.
+    ``encoded`` are the prompts as the reward encodes them. ``choose`` gets scores ``(P, N)`` on the CPU and returns
+    indices of candidates ``(P, K)`` int64.
     """
-    encoded = reward.encode_prompts(prompts.prompts)
 
     def cut(states: Tensor, timestep: float) -> Tensor:
         scores = score_states(reward, encoded, states, rows_of(prompts, states), timestep)
@@ -79,10 +80,6 @@ class Halving:
                 raise InputError(f"{told}, of which 1 to {left} can be kept")
             left = count
 
-    def cuts(self, reward: Reward, prompts: PromptBatch) -> dict[int, Cut]:
-        """Return the cuts by ``reward``, which scores noisy states, for candidates of ``prompts`` in turn."""
-        return {after: scored_cut(reward, prompts, partial(best, count)) for after, count in self.keep.items()}
-
     def sample(
         self,
         policy: Policy,
@@ -102,6 +99,7 @@ class Halving:
         policy.edit_at(sampling.height, sampling.width)
         names, sampler = prompts.times(self.candidates), sampling.sampler(policy.family)
         network = PromptedPolicy.of(policy, names, guidance_scale, batch_size)
-        draws, cuts = RolloutDraws(seed, names.keys), self.cuts(reward, prompts)
-        taken, rows = sample_pruned(network, sampler, sampling, draws, cuts, "finished")
+        cut = partial(scored_cut, reward, reward.encode_prompts(prompts.prompts), prompts)
+        cuts = {after: cut(partial(best, count)) for after, count in self.keep.items()}
+        taken, rows = sample_pruned(network, sampler, sampling, RolloutDraws(seed, names.keys), cuts, "finished")
         return taken.finished, rows

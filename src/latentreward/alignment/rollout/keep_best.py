@@ -23,7 +23,8 @@ TENSORS = (
 class KeepBest:
     """Callback of a diffusers pipeline that goes on with the best pictures of each prompt alone.
 
-    Works with the pipelines of SD1.5, SD2.1, SDXL and SD3, and their schedulers of one pass a step.
+    Works with the pipelines of SD1.5, SD2.1, SDXL and SD3, and their schedulers of one pass a step, but not with what
+    these keep to themselves: pictures of an IP-Adapter, SD3's skip-layer guidance, latent consistency models.
 
     Args:
         reward: Reward of noisy latents of the pipeline's latent space, best one that looks ahead.
@@ -71,21 +72,26 @@ class KeepBest:
         given, by default its own.
         """
         self._check(pipe)
-        count = self.keep.get(0, number)
-        if not 1 <= count <= number:
-            raise InputError(f"keep={self.keep}: {number} noises are drawn, of which 1 to {number} can be kept")
         network = getattr(pipe, "unet", None) or pipe.transformer
         side = network.config.sample_size * pipe.vae_scale_factor
         places = [(height or side) // pipe.vae_scale_factor, (width or side) // pipe.vae_scale_factor]
         shape = (number * len(self.prompts), network.config.in_channels, *places)
         noise = torch.randn(shape, generator=generator).to(network.device)
         pipe.scheduler.set_timesteps(num_inference_steps)
-        return noise[self._best(noise, pipe.scheduler.timesteps[0], count)].to(network.dtype)
+        return noise[self._best(noise, pipe.scheduler.timesteps[0], self.keep.get(0, number))].to(network.dtype)
 
     @torch.no_grad()
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Keep the best pictures after ``step`` + 1 finished steps, in all tensors of pipeline and scheduler."""
-        if (count := self.keep.get(step + 1)) is None or step + 1 >= len(pipe.scheduler.timesteps):
+        """Keep the best pictures after ``step`` + 1 finished steps, in all tensors of pipeline and scheduler.
+
+        Raises:
+            InputError: In the first step, if a number of finished steps is not below that of the scheduler.
+        """
+        if (last := max(self.keep, default=0)) >= (steps := len(pipe.scheduler.timesteps)):
+            raise InputError(
+                f"keep={self.keep}: the pipeline makes {steps} steps; choose before the last, not at {last}"
+            )
+        if (count := self.keep.get(step + 1)) is None:
             return tensors
         latents, following = tensors["latents"], pipe.scheduler.timesteps[step + 1]
         if hasattr(pipe.scheduler, "scale_model_input"):  # states of Euler's and others' schedulers are x + σ·ε

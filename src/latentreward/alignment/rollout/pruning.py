@@ -180,7 +180,9 @@ class FinishedSamples:
         cuts = {}
         if self.pruning is not None:
             choose = partial(self._choose, module.seed, prompts, self.pruning)
-            cuts[self.pruning.after_steps] = scored_cut(module.reward, prompts, choose)
+            cuts[self.pruning.after_steps] = scored_cut(
+                module.reward, module.reward.encode_prompts(prompts.prompts), prompts, choose
+            )
         network = PromptedPolicy.of(module.policy, names, module.guidance_scale)
         draws = RolloutDraws(module.seed, names.keys)
         whole = "states" if self.record and kept == "finished" else kept

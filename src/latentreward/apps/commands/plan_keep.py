@@ -70,7 +70,10 @@ def plan_keep(
     check_sigmas(score_sigmas, "score_sigmas")
     check_range("[2, inf)", "one leaves nothing to choose from", candidates=candidates)
     check_range("[1, inf)", "in samples", budget=budget)
-    after = sorted({0, 1, 2, steps // 5, 2 * steps // 5, 3 * steps // 5} & {*range(steps)}) if after is None else after
+    usual = {0, 1, 2, steps // 5, 2 * steps // 5, 3 * steps // 5} & {*range(steps)}
+    after = sorted(usual if after is None else {*after})
+    if not after:
+        raise InputError("after=[] leaves no step to choose after; leave it out for the usual ones")
     search = Search(reward, candidates, dict.fromkeys(after, candidates), look_ahead, None, None, score_sigmas)
     search.check(source, sampling)
     texts = [row.prompt for row in read_prompt_rows(prompts, "prompts")][:num_prompts]
@@ -89,8 +92,7 @@ def plan_keep(
     draw_frontier(found, picture)
     print(as_text(table(found)))
     print(f"{picture}: scores against time; scores are the reward's own, on {len(texts) // 2} prompts of {len(texts)}")
-    within = [one for one in found if one.samples <= budget]
-    taken = max(within, key=lambda one: one.score.value)
+    taken = max((one for one in found if one.chosen and one.samples <= budget), key=lambda one: one.samples)
     keep = "".join(f" --keep '{dict(taken.schedule.keep)}'" * bool(taken.schedule.keep))
     print(f"in the time of {budget:g} samples: --best_of {taken.schedule.candidates}{keep}")
 

@@ -107,6 +107,7 @@ class Planned:
     samples: float  # time in that of one sample
     score: Interval  # of the pictures, over prompts
     gain: Interval  # above best of N at equal time
+    chosen: bool  # none was better in less time, on the prompts that choose
 
 
 def lap(spent: dict[str, float], name: str, since: float) -> float:
@@ -119,7 +120,10 @@ def lap(spent: dict[str, float], name: str, since: float) -> float:
 def frontier(pool: Pool) -> list[Planned]:
     """Choose on every second prompt the schedules that none beats in less time; measure them on the other prompts."""
     every = [*pool.schedules()]
-    one, times = pool.seconds(Halving(1, {})), torch.tensor([pool.seconds(schedule) for schedule in every])
+    one, times = (
+        pool.seconds(Halving(1, {})),
+        torch.tensor([pool.seconds(schedule) for schedule in every], dtype=torch.float64),
+    )
     values = torch.stack([pool.replay(schedule) for schedule in every])
     chosen, highest = list[int](), -torch.inf
     for row in times.argsort(stable=True).tolist():
@@ -134,7 +138,7 @@ def frontier(pool: Pool) -> list[Planned]:
         at = times[row].item()
         equal = np.array([np.interp(at, reach, column) for column in bests.T])
         gain = clustered_mean(judged[row] - equal, groups)
-        return Planned(every[row], at / one, clustered_mean(judged[row], groups), gain)
+        return Planned(every[row], at / one, clustered_mean(judged[row], groups), gain, row in chosen)
 
     return [planned(row) for row in dict.fromkeys([*chosen, *(row for _, row in plain)])]
 

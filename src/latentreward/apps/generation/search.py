@@ -216,9 +216,10 @@ class Search:
         sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, policy, **how)
         if not rewards:
             return [], lambda prompts: Chosen(sample(prompts), prompts)
-        shape = self.best_of, *sampler.sampling.latent_shape(policy.family)
+        finished = min(self.keep.values(), default=self.best_of)
+        shape = finished, *sampler.sampling.latent_shape(policy.family)
         noise, one = torch.randn(shape, generator=torch.Generator().manual_seed(0)), PromptBatch((prompt,), ("",))
-        choose_best(rewards[0], one, one.times(self.best_of), noise.to(device), 0, self.sigmas)
+        choose_best(rewards[0], one, one.times(finished), noise.to(device), 0, self.sigmas)
         if self.keep:
             return rewards, partial(self._halve, sampler, rewards)
         if self.step_search is not None:
