@@ -57,9 +57,11 @@ def test_the_best_of_each_prompt_are_finished(name: str, scheduler: str, guidanc
 
     reward.score_states = watched  # type: ignore[method-assign]
     keep = KeepBest(reward, PROMPTS, {0: 3, 2: 1})
-    noises = keep.noises(pipe, 5, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
-    assert len(noises) == 6 and seen[0].shape == (10, 1)
-    found = pipe(PROMPTS, num_images_per_prompt=3, latents=noises, **how, **keep.options(pipe)).images
+    call = {"num_inference_steps": STEPS, "guidance_scale": guidance}
+    given = keep.options(pipe, 5, generator=torch.Generator().manual_seed(0), **call)
+    noises = given["latents"]
+    assert len(noises) == 6 and seen[0].shape == (10, 1) and given["num_images_per_prompt"] == 3
+    found = pipe(output_type="latent", **given).images
     assert len(found) == 2 and seen[1].shape == (6, 1)
     rows = seen[1].view(2, 3).argmax(dim=1) + torch.tensor([0, 3])
     alone = pipe_of(name, scheduler)(PROMPTS, latents=noises[rows], **how).images
@@ -80,7 +82,7 @@ def test_states_of_eulers_scheduler_are_scored_as_those_of_ddim() -> None:
 
         reward.score_states = watched  # type: ignore[method-assign]
         generator = torch.Generator().manual_seed(0)
-        pipe(PROMPTS[0], num_images_per_prompt=4, num_inference_steps=5, generator=generator, **keep.options(pipe))
+        pipe(**keep.options(pipe, 4, num_inference_steps=5, guidance_scale=7.5, generator=generator))
     first, second = states.values()
     assert second.std().item() == pytest.approx(first.std().item(), rel=0.2)
 
@@ -90,14 +92,16 @@ def test_what_does_not_fit_is_refused_in_a_line() -> None:
     for keep in ({0: 2, 1: 3}, {1: 0}, {-1: 2}):
         with pytest.raises(InputError, match="must map numbers of finished steps"):
             KeepBest(reward, "a", keep)
-    pipe = pipe_of("sd15", "DDIMScheduler")
+    pipe, call = pipe_of("sd15", "DDIMScheduler"), {"num_inference_steps": 2, "guidance_scale": 1.0}
+    for keep, told in (
+        ({0: 5}, "there are 4 pictures of each prompt, of which 5"),
+        ({2: 1}, "the scheduler has 2 steps, none of which follows 2"),
+    ):
+        with pytest.raises(InputError, match=told):
+            KeepBest(reward, "a", keep).options(pipe, 4, **call)
     with pytest.raises(InputError, match="there are 4 pictures of each prompt, of which 5"):
-        KeepBest(reward, "a", {0: 5}).noises(pipe, 4)
-    with pytest.raises(InputError, match="there are 2 pictures of each prompt"):
-        pipe("a", num_images_per_prompt=2, num_inference_steps=2, **KeepBest(reward, "a", {1: 3}).options(pipe))
-    with pytest.raises(InputError, match="the pipeline makes 2 steps; choose before the last, not at 2"):
-        pipe("a", num_images_per_prompt=2, num_inference_steps=2, **KeepBest(reward, "a", {2: 1}).options(pipe))
+        pipe(**KeepBest(reward, "a", {1: 5}).options(pipe, 4, **call))
     with pytest.raises(InputError, match=r"KeepBest knows .*, not PosixPath"):
-        KeepBest(reward, "a", {1: 1}).options(Path())
+        KeepBest(reward, "a", {1: 1}).options(Path(), 4, **call)
     with pytest.raises(InputError, match=r"makes latents \(channels, scale, shift\)"):
-        KeepBest(reward, "a", {1: 1}).options(pipe_of("sd3", "FlowMatchEulerDiscreteScheduler"))
+        KeepBest(reward, "a", {1: 1}).options(pipe_of("sd3", "FlowMatchEulerDiscreteScheduler"), 4, **call)

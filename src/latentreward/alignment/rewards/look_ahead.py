@@ -66,10 +66,18 @@ def warn_of_another_policy(
 ) -> None:
     """Log one line if a reward looks ahead for another policy, sampler or guidance than these."""
     recipe = reward.stored.recipe if isinstance(reward, LatentReward) else None
-    record = None if recipe is None else recipe.training.get(RECORD)
+    if recipe is not None:
+        now = seen_by(policy, sampling, guidance_scale)
+        warn_of_other_states(recipe.training.get(RECORD), now)
+
+
+def warn_of_other_states(record: object, now: Mapping[str, Any]) -> None:
+    """Log one line if what a reward was trained to foresee, its ``record``, differs from what it is to score ``now``.
+
+    A reward without a record does not look ahead.
+    """
     if not isinstance(record, Mapping):
         return
-    now = seen_by(policy, sampling, guidance_scale)
     if other := [name for name in now if record.get(name) != now[name]]:
         told = ", ".join(f"{name} {record.get(name)}, here {now[name]}" for name in other)
         logger.warning(

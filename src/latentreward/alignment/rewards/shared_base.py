@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 REWARD = "reward"
 """Name in peft of the first reward's adapter in the policy's network; further ones are ``reward1``, ``reward2``, …"""
-PROBES = ("", "a photo of two cats, 50 mm")
-"""Prompts whose token ids are compared to tell whether two tokenizers are the same."""
+PROBES = ("", "a cat, 5")
+"""Prompts whose token ids are compared to tell whether two tokenizers are the same; too short to be cut."""
 
 
 def shares_network(stored: StoredReward, policy: Policy) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentreward.alignment.rewards.look_ahead import RECORD, warn_of_other_states
 from latentreward.alignment.rollout.halving import best, rows_of_choice
 from latentreward.core.errors import InputError
 from latentreward.reward.scoring.reward_model import RewardModel
@@ -28,16 +29,16 @@ class KeepBest:
 
     Args:
         reward: Reward of noisy latents of the pipeline's latent space, best one that looks ahead.
-        prompts: Prompt, or prompts, that the pipeline is given.
-        keep: How many pictures of each prompt are kept, by the number of finished steps; 0 is for :meth:`noises`.
+        prompts: Prompt, or prompts, of the pictures.
+        keep: How many candidates of each prompt are kept, by the number of finished steps; 0 is the noise. Of several
+            that are left the pictures are in the order in which they were drawn.
         batch_size: Most states that are scored at once; None takes all.
 
     Example:
         .. code-block:: python
 
             keep = KeepBest(RewardModel.from_pretrained("runs/look_ahead"), prompt, {0: 4, 8: 1})
-            latents = keep.noises(pipe, 16, num_inference_steps=20)
-            image = pipe(prompt, num_images_per_prompt=4, latents=latents, num_inference_steps=20, **keep.options(pipe))
+            image = pipe(**keep.options(pipe, 16, num_inference_steps=20, guidance_scale=5.0)).images[0]
     """
 
     def __init__(
@@ -49,48 +50,57 @@ class KeepBest:
         if min((*self.keep, 0)) < 0 or min((*counts, 1)) < 1 or counts != sorted(counts, reverse=True):
             raise InputError(f"keep={self.keep} must map numbers of finished steps to ever fewer pictures, at least 1")
 
-    def options(self, pipe: Any) -> dict[str, Any]:
-        """Return the options of the pipeline's call by which it calls this object; raise InputError if it cannot."""
-        self._check(pipe)
-        named = [name for name in TENSORS if name in pipe._callback_tensor_inputs]
-        return {"callback_on_step_end": self, "callback_on_step_end_tensor_inputs": named}
-
     @torch.no_grad()
-    def noises(
+    def options(
         self,
         pipe: Any,
         number: int,
         *,
-        num_inference_steps: int = 50,
+        num_inference_steps: int,
+        guidance_scale: float,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw ``number`` noises for each prompt; return the best ``keep[0]``, for the pipeline's ``latents``.
+    ) -> dict[str, Any]:
+        """Draw ``number`` noises for each prompt and return the options of the pipeline's call, best noises included.
 
-        They are ``(P · keep[0], C, H, W)``, those of a prompt in turn, of the size in pixels that the pipeline is
-        given, by default its own.
+        Steps, guidance, size in pixels and generator are those of the call. One line is logged if the reward looks
+        ahead for other steps or another guidance.
+
+        Raises:
+            InputError: If the pipeline, its latents or the schedule do not fit.
         """
         self._check(pipe)
+        pipe.scheduler.set_timesteps(num_inference_steps)
+        times = pipe.scheduler.timesteps
+        if (last := max(self.keep, default=0)) >= len(times):
+            raise InputError(f"keep={self.keep}: the scheduler has {len(times)} steps, none of which follows {last}")
+        record = self.reward.recipe.training.get(RECORD) if self.reward.recipe else None
+        warn_of_other_states(record, {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale})
         network = getattr(pipe, "unet", None) or pipe.transformer
         side = network.config.sample_size * pipe.vae_scale_factor
         places = [(height or side) // pipe.vae_scale_factor, (width or side) // pipe.vae_scale_factor]
         shape = (number * len(self.prompts), network.config.in_channels, *places)
         noise = torch.randn(shape, generator=generator).to(network.device)
-        pipe.scheduler.set_timesteps(num_inference_steps)
-        return noise[self._best(noise, pipe.scheduler.timesteps[0], self.keep.get(0, number))].to(network.dtype)
+        if 0 in self.keep:
+            noise = noise[self._best(noise, times[0], self.keep[0])]
+        named = [name for name in TENSORS if name in pipe._callback_tensor_inputs]
+        return {
+            "prompt": self.prompts,
+            "num_images_per_prompt": len(noise) // len(self.prompts),
+            "latents": noise.to(network.dtype),
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "height": height,
+            "width": width,
+            "generator": generator,
+            "callback_on_step_end": self,
+            "callback_on_step_end_tensor_inputs": named,
+        }
 
     @torch.no_grad()
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Keep the best pictures after ``step`` + 1 finished steps, in all tensors of pipeline and scheduler.
-
-        Raises:
-            InputError: In the first step, if a number of finished steps is not below that of the scheduler.
-        """
-        if (last := max(self.keep, default=0)) >= (steps := len(pipe.scheduler.timesteps)):
-            raise InputError(
-                f"keep={self.keep}: the pipeline makes {steps} steps; choose before the last, not at {last}"
-            )
+        """Keep the best pictures after ``step`` + 1 finished steps, in all tensors of pipeline and scheduler."""
         if (count := self.keep.get(step + 1)) is None:
             return tensors
         latents, following = tensors["latents"], pipe.scheduler.timesteps[step + 1]
