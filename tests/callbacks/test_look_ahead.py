@@ -86,7 +86,7 @@ def test_two_processes_hold_one_reward(tmp_path: Path) -> None:
     """They learn from the rollouts of both, and measure ρ on both."""
     start_in(tmp_path)
     first, second = on_ranks("tests.callbacks.test_look_ahead:of_two", tmp_path, timeout=600)
-    assert first["rho"] == second["rho"] and [one[3] for one in first["rho"].values()] == [8, 8]
+    assert first["rho"] == second["rho"] and [one[3] for one in first["rho"].values()] == [4, 4]
     for name, weight in first["weights"].items():
         assert torch.equal(second["weights"][name], weight), name
 
