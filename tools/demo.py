@@ -71,13 +71,13 @@ LRM = Training(
     "LRM: tiny Stable Diffusion's U-Net, Pick-a-Pic layout",
     ("configs/model/lrm_tiny.yaml", "configs/data/tinyworld_pickapic.yaml", "configs/trainer/demo.yaml"),
     # Without feature enhancement, which costs a second pass and does not raise agreement (row `lrm_guidance_repeated`).
-    ("--data.root={output}/data/tinyworld_pickapic", "--model.head.init_args.guidance=1", *falling(250)),
+    ("--data.root={output}/data/tinyworld_pickapic", "--model.head.init_args.guidance=1", *falling(280)),
 )
 DINA_LRM = Training(
     "dina_lrm_tiny",
     "DiNa-LRM: tiny SD3.5's transformer, HPDv3 layout",
     ("configs/model/dina_lrm_tiny.yaml", "configs/data/tinyworld_hpdv3.yaml", "configs/trainer/demo.yaml"),
-    ("--data.root={output}/data/tinyworld_hpdv3", *falling(200)),
+    ("--data.root={output}/data/tinyworld_hpdv3", *falling(220)),
 )
 LPO = Training(
     "lpo_tiny",
