@@ -25,10 +25,10 @@ class RefreshLookAhead(Callback):
     """Callback that trains a reward to look ahead on the rollouts of an alignment run, whose labels are free.
 
     After every n-th rollout, and at the end of the run, the reward learns once from the states and ends of the rollouts
-    since the last time. Before that, ρ is logged:
-    the correlation of its scores with those of the finished samples within prompts, as ``look_ahead/rho_STEPS``. The
-    end of the run writes the model folder ``look_ahead`` beside the checkpoints. For methods that score finished
-    samples; after another one, such as LPO, train :class:`~latentreward.alignment.LookAheadModule` on its checkpoint.
+    since the last time. Before that, ρ is measured, the correlation of its scores with those of the finished samples
+    within prompts; during the run it is logged as ``look_ahead/rho_STEPS``. The end of the run writes the model folder
+    ``look_ahead`` beside the checkpoints. For methods that score finished samples; after another one, such as LPO,
+    train :class:`~latentreward.alignment.LookAheadModule` on its checkpoint.
 
     Args:
         start: Stored latent reward that is trained on, best one that looks ahead for the policy of before the run.
@@ -94,11 +94,12 @@ class RefreshLookAhead(Callback):
                 self._refresh(pl_module)
             for step, one in self.correlation.items():
                 pl_module.log(f"look_ahead/rho_{step}", one.value, rank_zero_only=True)
-            self.rows = []
 
     def _refresh(self, pl_module: Any) -> None:
         """Measure what the reward foresees of rollouts that it has not seen, then learn from them; collective."""
         device, seed = pl_module.device, pl_module.seed
+        joined = join_rows(self.rows)
+        self.ahead.remember([*dict.fromkeys(joined.prompts)])
         with torch.no_grad():
             own = [(self._predicted(row, device), row.scores) for row in self.rows]
         every = [pair for rank in of_all_ranks([(one.cpu(), two) for one, two in own]) for pair in rank]
@@ -106,8 +107,6 @@ class RefreshLookAhead(Callback):
             pairs = zip(*every[number :: len(self.record)], strict=True)
             self.correlation[step] = within_prompts(*map(torch.cat, pairs))
         spread = centred(torch.cat([two for _, two in every[:: len(self.record)]])).std(correction=0)
-        joined = join_rows(self.rows)
-        self.ahead.remember([*dict.fromkeys(joined.prompts)])
         rows = replace(joined, spread=spread.expand(len(joined)))
         order = torch.randperm(len(rows), generator=pair_generator(seed, "look ahead", self.refreshes, ""))
         for part in order.split(self.batch_size):
@@ -118,6 +117,7 @@ class RefreshLookAhead(Callback):
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.refreshes += 1
+        self.rows = []
 
     def _predicted(self, row: LookAheadStates, device: torch.device) -> Tensor:
         found: Tensor = self.ahead(row.prompts, row.latents.to(device), row.timesteps.to(device))

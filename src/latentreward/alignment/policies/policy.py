@@ -276,11 +276,6 @@ class AdapterSwitch:
             layer._active_adapter, layer._disable_adapters = list(self._default), False
 
     @property
-    def default(self) -> tuple[str, ...]:
-        """Adapters that are active outside any :meth:`use`."""
-        return tuple(self._default)
-
-    @property
     def working(self) -> tuple[str, ...]:
         """Adapters that are at work."""
         layer = next(iter(self._layers), None)

@@ -45,7 +45,7 @@ def within_prompts(predicted: Tensor, scores: Tensor) -> Interval:
 
 def seen_by(policy: Policy, sampling: Sampling, guidance_scale: float | None) -> dict[str, Any]:
     """Describe a policy and its sampler, in plain values, as far as the states that they make depend on it."""
-    at_work = [f".lora_B.{name}." for name in policy.adapters.default]
+    at_work = [f".lora_B.{name}." for name in policy.adapters.working]
     trained = [weight for name, weight in policy.named_parameters() if any(part in name for part in at_work)]
     adapter = None
     if any(bool(weight.any()) for weight in trained):

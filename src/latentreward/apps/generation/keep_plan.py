@@ -120,10 +120,8 @@ def lap(spent: dict[str, float], name: str, since: float) -> float:
 def frontier(pool: Pool) -> list[Planned]:
     """Choose on every second prompt the schedules that none beats in less time; measure them on the other prompts."""
     every = [*pool.schedules()]
-    one, times = (
-        pool.seconds(Halving(1, {})),
-        torch.tensor([pool.seconds(schedule) for schedule in every], dtype=torch.float64),
-    )
+    one = pool.seconds(Halving(1, {}))
+    times = torch.tensor([pool.seconds(schedule) for schedule in every], dtype=torch.float64)
     values = torch.stack([pool.replay(schedule) for schedule in every])
     chosen, highest = list[int](), -torch.inf
     for row in times.argsort(stable=True).tolist():
